@@ -1,0 +1,90 @@
+"""The command: Hydra composes the configuration, a stage does the work, a mistake is one message and exit code 2."""
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from doremi_train.config import UserError, conf_dir
+
+STAGES = ("pipeline", "plan", "prepare", "reference", "proxy", "main", "evaluate", "report")
+
+
+def main() -> None:
+    """Entry point of `doremi-train` and `python -m doremi_train`."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and we say them in one message
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _die(f"{error}\nsee `doremi-train --help` for the keys and groups that exist", 2)
+
+
+def _task(composed: Any) -> None:
+    """One job: what Hydra calls, once, or once for each job of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder, and all share one store
+        plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
+        plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
+    try:
+        if plain["stage"] not in STAGES:
+            raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
+        _run(plain)
+    except UserError as error:
+        _die(str(error), 2)
+
+
+def _run(plain: dict[str, Any]) -> None:
+    from doremi_train import runs, stages, train
+
+    _listen(runs.stop)
+    try:
+        session = stages.open_session(plain)
+        importlib.import_module(f"doremi_train.stages.{plain['stage']}").run(session)
+    except (runs.Preempted, train.TrainingFailed) as error:
+        _die(str(error), error.exit_code)
+    finally:
+        _leave()
+
+
+def _listen(stop: Any) -> None:
+    """SIGTERM, SIGUSR1 and SIGINT ask every loop to save and stop; a second SIGINT ends at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.requested:
+            os._exit(130)
+        stop.requested = True
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, ask)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _die(message: str, code: int) -> None:
+    """One message, on the first process alone, and the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"doremi-train: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From text to batches: sources, tokeniser, token shards, counter-based sampler."""

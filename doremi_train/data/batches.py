@@ -1,0 +1,94 @@
+"""Batches of a run: the draw of a step, read from the token store, cut into this rank's micro-batches.
+
+K domains, B sequences of a micro-batch, T tokens a sequence.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from doremi_train.config import UserError
+from doremi_train.data.sampler import Draw, Ints, Sampler
+from doremi_train.data.shards import TokenStore
+from doremi_train.world import World
+
+
+class MicroBatch(NamedTuple):
+    tokens: Tensor  # (B, T + 1) int64: inputs are all but the last, targets all but the first
+    domain: Tensor  # (B,) int64
+    sequence: Tensor  # (B,) int64 index within the domain
+
+
+class Batch(NamedTuple):
+    micro: list[MicroBatch]  # this rank's share
+    draw: Draw  # the whole global batch, the same on every rank
+    tokens: Tensor  # (K,) float64 loss-carrying tokens of the global batch
+
+
+class Batches:
+    """Random access to the batches of a run. One batch is read ahead, on the guess that the weights stay as they are."""
+
+    def __init__(self, store: TokenStore, length: int, batch: int, micro: int, seed: int, world: World) -> None:
+        self.store, self.length = store, length
+        self.sizes = store.sequences("train", length)
+        for name, size, tokens in zip(store.domains, self.sizes, store.sizes("train"), strict=True):
+            if size == 0:
+                raise UserError(
+                    f"domain {name!r}: {tokens} training tokens are less than one sequence of "
+                    f"training.sequence_length={length} + 1; shorten the sequence, add text, or leave the domain out"
+                )
+        self.sampler = Sampler(self.sizes, store.domains, batch, seed)
+        self._rows = world.rows(batch, micro)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, bytes, Future[Batch]] | None = None
+
+    def get(self, step: int, weights: Tensor, counts: Ints) -> Batch:
+        """The batch of step `step` (from 0) under `weights` (K,), `counts` (K,) sequences having been drawn before."""
+        mixture = weights.numpy()
+        if self._ahead is not None and self._ahead[:2] == (step, mixture.tobytes()):
+            batch = self._ahead[2].result()
+        else:
+            batch = self._read(step, mixture, counts)
+        ahead = self._reader.submit(self._read, step + 1, mixture, batch.draw.counts)
+        self._ahead = (step + 1, mixture.tobytes(), ahead)
+        return batch
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read(self, step: int, weights: NDArray[np.float64], counts: Ints) -> Batch:
+        draw = self.sampler.draw(step, weights, counts)
+        micro = [read(self.store, "train", draw.domain[rows], draw.sequence[rows], self.length) for rows in self._rows]
+        tokens = np.bincount(draw.domain, minlength=len(counts)) * float(self.length)
+        return Batch(micro, draw, torch.from_numpy(tokens))
+
+
+def read(store: TokenStore, split: str, domain: Ints, sequence: Ints, length: int) -> MicroBatch:
+    """The named sequences as tensors."""
+    tokens = store.gather(split, domain, sequence, length)
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(domain), torch.from_numpy(sequence))
+
+
+def fixed_validation(store: TokenStore, length: int, per_domain: int) -> tuple[Ints, Ints]:
+    """(domain (N,), sequence (N,)): at most `per_domain` validation sequences a domain, evenly spread over its split.
+
+    The choice depends on the data alone, never on a mixture or a seed. Raises UserError for a domain without any.
+    """
+    domains, sequences = [], []
+    for k, (name, size) in enumerate(zip(store.domains, store.sequences("validation", length), strict=True)):
+        if size == 0:
+            raise UserError(
+                f"domain {name!r}: its validation split is shorter than one sequence of training.sequence_length="
+                f"{length} + 1; give validation files, raise data.validation_fraction, or shorten the sequence"
+            )
+        taken = min(per_domain, int(size))
+        domains.append(np.full(taken, k))
+        sequences.append(np.arange(taken) * size // taken)
+    return np.concatenate(domains), np.concatenate(sequences)

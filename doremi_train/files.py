@@ -1,0 +1,80 @@
+"""Files that are never half-written: write aside, fsync, rename."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` atomically: a reader or a crash sees the old content or the new one, nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, indented; floats read back exactly; a NaN is an error and not a file nobody can read."""
+    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `path` a symbolic link to `target`, relative so that both can move together."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()))
+    aside.rename(path)
+
+
+class JsonLines:
+    """A log of one JSON object a line, each with a "step". Opening it cuts it back to the step a run continues from."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
+        write_bytes(path, b"".join(orjson.dumps(line) + b"\n" for line in kept))
+        self._file = path.open("ab")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append. Floats are written shortest that reads back exactly; a NaN becomes null."""
+        self._file.write(orjson.dumps(line) + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make all lines so far durable, before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line torn by a crash is left out; no file, no lines."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield orjson.loads(line)

@@ -1,0 +1,134 @@
+"""DoReMi: domain reweighting by minimax optimisation (Xie et al. 2023, https://arxiv.org/abs/2305.10429), Algorithm 1.
+
+α_0 = 1/K. For t = 1 … T:
+  1. a batch of b sequences, uniform over domains;
+  2. λ_t[k] = Σ over the tokens of domain k of max(ℓ_θ − ℓ_ref, 0), divided by the number of tokens of domain k;
+  3. α' = α_{t−1} · exp(η λ_t);  α_t = (1 − c) α' / Σ α' + c / K;
+  4. one optimiser step on Σ_k α_t[k] · (mean over the tokens of domain k of ℓ_θ), unclipped.
+The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
+
+K domains, B sequences, T tokens a sequence. Losses are nats per token. Sums and weights are float64.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from doremi_train.config import STRICT, Fraction, PositiveFloat
+from doremi_train.methods import simplex
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """Defaults are the paper's."""
+
+    step_size: PositiveFloat | Literal[0] = 1.0  # η; 0 keeps α uniform
+    smoothing: Fraction = 1e-3  # c, towards the uniform mixture
+    clip: Literal["token", "domain"] = "token"  # where max(·, 0) is taken; `domain`: after the domain's mean
+    absent: Literal["zero", "hold"] | None = (
+        None  # excess of a domain not in the batch; null: hold for resample, else zero
+    )
+    average_from: Fraction = 0.0  # part of the run left out of ᾱ at its start
+    objective: Literal["weight", "resample"] = "weight"  # weight the loss by α_t, or draw the next batch from α_t
+    score: Literal["excess", "hardest", "easiest"] = "excess"  # ℓ_θ − ℓ_ref clipped; or ℓ_θ, or −ℓ_ref, both unclipped
+
+    @property
+    def holds(self) -> bool:
+        # A domain that is not drawn and counts as excess 0 only loses weight, and is drawn still less: with
+        # resampling it would starve. Its last known excess keeps it in the game.
+        return (self.absent or ("hold" if self.objective == "resample" else "zero")) == "hold"
+
+
+class Stats(NamedTuple):
+    """Sums over a batch, per domain: those of two batches add up to those of their union."""
+
+    excess: Tensor  # (K,) score summed over tokens, nats
+    tokens: Tensor  # (K,) tokens that carry a loss
+
+
+class State(NamedTuple):
+    weights: Tensor  # (K,) α_t on the simplex
+    weight_sum: Tensor  # (K,) sum of the α_t that are averaged; α_0 is never among them
+    averaged: Tensor  # () how many those are
+    excess: Tensor  # (K,) λ_t as used by the last update, nats per token
+    step: Tensor  # () t
+    average_after: Tensor  # () α_t is averaged for t above this
+
+
+def init(domains: int, steps: int, options: Options) -> State:
+    """State before step 1 of a run of `steps` steps."""
+    zeros = torch.zeros(domains, dtype=torch.float64)
+    skipped = torch.tensor(int(options.average_from * steps))
+    return State(simplex.uniform(domains), zeros, torch.tensor(0), zeros, torch.tensor(0), skipped)
+
+
+def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
+    """Sums of a batch: losses (B, T) of the proxy, reference (B, T), domain (B,) ids below K."""
+    if reference is None and options.score != "hardest":
+        raise ValueError("the excess loss needs the reference's losses; without them this would be the raw loss")
+    if options.score == "hardest":
+        score = losses
+    elif options.score == "easiest":
+        assert reference is not None
+        score = -reference
+    else:
+        assert reference is not None
+        score = losses - reference
+        if options.clip == "token":
+            score = score.clamp_min(0)
+    # Rows first, then domains: the sum of a sequence does not depend on the batch it came in.
+    rows = score.detach().double().sum(1)
+    excess = rows.new_zeros(domains).index_add_(0, domain, rows)
+    tokens = torch.bincount(domain, minlength=domains).double() * losses.shape[1]
+    return Stats(excess, tokens)
+
+
+def update(state: State, stats: Stats, options: Options) -> State:
+    """One exponentiated-gradient step on the domain weights, from the sums of the whole global batch."""
+    present = stats.tokens > 0
+    excess = stats.excess / stats.tokens.clamp_min(1)
+    if options.clip == "domain" and options.score == "excess":
+        excess = excess.clamp_min(0)
+    excess = torch.where(present, excess, state.excess if options.holds else torch.zeros_like(excess))
+    # softmax in log space: exp(η λ) overflows float64 only beyond η λ = 709, softmax never does.
+    weights = torch.softmax(state.weights.log() + options.step_size * excess, dim=0)
+    weights = (1 - options.smoothing) * weights + options.smoothing / len(weights)
+    step = state.step + 1
+    counts = step > state.average_after
+    return State(
+        weights=weights,
+        weight_sum=state.weight_sum + weights * counts,
+        averaged=state.averaged + counts,
+        excess=excess,
+        step=step,
+        average_after=state.average_after,
+    )
+
+
+def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
+    """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ is the objective over the global batch.
+
+    `tokens` (K,) counts the loss-carrying tokens of the global batch; a domain without any has no term.
+    """
+    if options.objective == "resample":
+        return (1 / tokens.sum()).expand(len(domain), 1)
+    return (state.weights / tokens.clamp_min(1))[domain, None]
+
+
+def sampling(state: State, options: Options) -> Tensor:
+    """(K,) the mixture from which the next batch is drawn."""
+    return state.weights if options.objective == "resample" else simplex.uniform(len(state.weights))
+
+
+def record(state: State, stats: Stats) -> dict[str, Tensor]:
+    """What a stranger needs to recompute every α_t: λ_t, beside α_t itself and the tokens it came from."""
+    return {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
+
+
+def result(state: State) -> Tensor:
+    """(K,) ᾱ, the average of α_t over the run. Raises ValueError before the first averaged step."""
+    if state.averaged == 0:
+        raise ValueError("no α_t was averaged yet: the run has not passed proxy.average_from")
+    return state.weight_sum / state.averaged

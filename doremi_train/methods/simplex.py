@@ -1,0 +1,41 @@
+"""Points on the probability simplex: what every mixture is made of.
+
+K domains.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(domains: int) -> Tensor:
+    """(K,) float64, 1/K each."""
+    return torch.full((domains,), 1 / domains, dtype=torch.float64)
+
+
+def normalize(values: Tensor | Sequence[float]) -> Tensor:
+    """(K,) non-negative → (K,) float64 with sum 1.
+
+    Raises ValueError where an entry is negative or not finite, or all are 0.
+    """
+    point = torch.as_tensor(values, dtype=torch.float64)
+    if not torch.isfinite(point).all() or (point < 0).any() or point.sum() <= 0:
+        raise ValueError(f"not a mixture: {point.tolist()}; entries must be finite and ≥ 0, with one above 0")
+    return point / point.sum()
+
+
+def entropy(weights: Tensor) -> float:
+    """H(α) = −Σ α log α in nats; 0 log 0 = 0."""
+    return float(torch.special.entr(weights).sum())
+
+
+def effective_domains(weights: Tensor) -> float:
+    """exp(H(α)): K for the uniform mixture, 1 for a one-hot."""
+    return math.exp(entropy(weights))
+
+
+def total_variation(a: Tensor, b: Tensor) -> float:
+    """½ Σ |a − b|, in [0, 1]."""
+    return float((a - b).abs().sum() / 2)

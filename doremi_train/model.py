@@ -1,0 +1,193 @@
+"""Causal language models from a transformers config, and their per-token losses.
+
+B sequences, T tokens, V vocabulary, d hidden size.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from doremi_train.config import STRICT, UserError, conf_dir
+
+# Above this many logits the projection is fused with the loss, a chunk at a time; below it is one plain call.
+_PLAIN_LOGITS = 1 << 26
+_CHUNK_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """A model is a transformers config, as a mapping with `model_type` or as a local folder or config.json."""
+
+    config: dict[str, Any] | None = None
+    path: str | None = None
+
+
+def preset(name: str, key: str) -> dict[str, Any]:
+    """The mapping in `conf/model/NAME.yaml`. Raises UserError listing the presets where there is none."""
+    import yaml
+
+    folder = conf_dir() / "model"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"{key}={name}: no such model; allowed: {', '.join(names)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+def resolve(options: Options, vocabulary: int, length: int, key: str = "model") -> dict[str, Any]:
+    """The complete transformers config as plain JSON: what a run is addressed by and built from.
+
+    Raises UserError where the config is unknown, wrong, or too short for sequences of `length` tokens.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if (options.config is None) == (options.path is None):
+        raise UserError(f"{key}: give one of {key}.config and {key}.path, or a preset such as {key}=tiny")
+    values = dict(options.config) if options.config else _read_config(Path(str(options.path)), key)
+    kind = values.pop("model_type", None)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{key}.config.model_type={kind!r}: must be a causal language model of transformers, "
+            "such as gpt_neox, llama, gpt2 or qwen3"
+        )
+    # The vocabulary is the tokeniser's; a position table that is too short would fail in the middle of a run.
+    values["vocab_size"] = vocabulary
+    try:
+        config = AutoConfig.for_model(kind, **values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}.config: transformers refuses it: {error}") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        if "max_position_embeddings" in values or "n_positions" in values:
+            raise UserError(
+                f"training.sequence_length={length}: {key} has only {positions} positions; "
+                f"shorten it or raise {key}.config.max_position_embeddings"
+            )
+        config.max_position_embeddings = length
+    plain = json.loads(config.to_json_string(use_diff=True))
+    plain.pop("transformers_version", None)  # the same model under another version is the same model
+    return plain | {"vocab_size": vocabulary, "model_type": kind}
+
+
+def _read_config(path: Path, key: str) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}.path={path}: not a transformers config.json or a folder with one ({error})") from None
+
+
+class LanguageModel(nn.Module):
+    """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …) sees one call."""
+
+    def __init__(self, inner: Any, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.inner = inner
+        inner.config.use_cache = False
+        if activation_checkpointing:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        self._fusable = _head_is_plain(inner)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens (B, T + 1)."""
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if not self._fusable or targets.numel() * self.inner.config.vocab_size <= _PLAIN_LOGITS:
+            return _cross_entropy(self.inner(input_ids=inputs).logits, targets)
+        hidden = self.inner.base_model(input_ids=inputs).last_hidden_state  # (B, T, d)
+        rows = max(1, _CHUNK_LOGITS // self.inner.config.vocab_size)
+        pieces = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        # Recomputed in backward: no more than one chunk of logits exists at any time.
+        losses = [checkpoint(self._project, h, t, use_reentrant=False) for h, t in pieces]
+        return torch.cat(losses).view(targets.shape)
+
+    def _project(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy(self.inner.get_output_embeddings()(hidden), targets)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """(…, V), (…) → (…) float32. No float32 copy of all the logits is kept where they are bf16."""
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return flat.float().view(targets.shape)
+
+
+def _head_is_plain(inner: Any) -> bool:
+    """Whether the logits are the output embedding of the last hidden state and nothing more (no cap, no scale)."""
+    probe = torch.arange(4, device=inner.device).remainder(inner.config.vocab_size)[None]
+    was_training = inner.training
+    inner.eval()
+    with torch.no_grad(), contextlib.suppress(AttributeError, TypeError):
+        hidden = inner.base_model(input_ids=probe).last_hidden_state
+        plain = torch.equal(inner.get_output_embeddings()(hidden), inner(input_ids=probe).logits)
+        inner.train(was_training)
+        return plain
+    inner.train(was_training)
+    return False
+
+
+def build(config: dict[str, Any], seed: int, activation_checkpointing: bool = False) -> LanguageModel:
+    """A freshly initialised model: the same parameters for the same config and seed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    torch.manual_seed(seed)
+    inner = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    return LanguageModel(inner.float(), activation_checkpointing)
+
+
+def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
+    """A saved model, from safetensors only. Raises UserError where it is missing, broken or of another vocabulary."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        inner = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}={folder}: not a model folder that transformers loads ({error})") from None
+    if inner.config.vocab_size != vocabulary:
+        raise UserError(
+            f"{key}={folder}: its vocabulary has {inner.config.vocab_size} entries, the data's tokeniser {vocabulary}; "
+            "use the tokeniser it was trained with (data.tokenizer), or train a reference"
+        )
+    return LanguageModel(inner)
+
+
+def save(model: LanguageModel, folder: Path) -> None:
+    """A folder that AutoModelForCausalLM.from_pretrained loads. Quietly: progress bars are the stages' own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.inner.save_pretrained(folder)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Content address of a saved model's weights and config."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def parameters(config: dict[str, Any]) -> tuple[int, int]:
+    """(all, without embeddings) parameter counts, from shapes alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    with torch.device("meta"):
+        inner = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    total = sum(p.numel() for p in inner.parameters())
+    embeddings = {id(m.weight): m.weight.numel() for m in inner.modules() if isinstance(m, nn.Embedding)}
+    return total, total - sum(embeddings.values())

@@ -1,0 +1,54 @@
+"""Optimisers and learning-rate schedules. A schedule is a pure function of the step: there is nothing to save."""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from doremi_train.config import STRICT, Fraction, NonNegativeFloat, PositiveFloat
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """Defaults are DoReMi's, but for the optimiser (Adafactor there)."""
+
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: PositiveFloat = 1e-3
+    end_learning_rate: NonNegativeFloat = 1e-4
+    schedule: Literal["exponential", "cosine", "constant"] = "exponential"
+    warmup: Fraction = 0.06  # part of the steps
+    weight_decay: NonNegativeFloat = 1e-2  # of matrices; never of biases, norms
+    gradient_clip: PositiveFloat | None = 1.0  # global norm; null: none
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adam_epsilon: PositiveFloat = 1e-8
+
+
+def learning_rate(step: int, steps: int, options: Options) -> float:
+    """Learning rate of step 1 … steps: linear warmup, then decay that reaches the end value at the last step.
+
+    Exponential with 6 % warmup from 1e-3 to 1e-4 passes 7.1e-4 at 20 % and 3.4e-4 at 50 % of the run, as DoReMi's does.
+    """
+    warmup = options.warmup * steps
+    if step <= warmup:
+        return options.learning_rate * step / warmup
+    done = (step - warmup) / (steps - warmup)
+    start, end = options.learning_rate, options.end_learning_rate
+    if options.schedule == "exponential":
+        return start * (end / start) ** done
+    if options.schedule == "cosine":
+        return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+    return start
+
+
+def build(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """The optimiser over `model`'s parameters; decay on matrices alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if options.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=options.learning_rate)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.adam_betas, eps=options.adam_epsilon)

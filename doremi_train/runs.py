@@ -1,0 +1,92 @@
+"""Runs in the store: a folder named by the content of what it computes, locked while in use, never done twice.
+
+`<store>/runs/<kind>-<address>/` holds `recipe.json` (everything that decides the result), `status.json`, the logs, the
+checkpoints and, at the end, `result.json`. Two stages, seeds or sweeps that need the same run share it.
+"""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from doremi_train import files
+from doremi_train.config import UserError, fingerprint
+
+
+class Preempted(Exception):
+    """The run was told to stop, and saved. The same command continues it."""
+
+    exit_code = 75
+
+
+class Stop:
+    """Whether this process was asked to stop. Every loop looks at it; signals set it (see `__main__`)."""
+
+    requested = False
+
+    def check(self, what: str) -> None:
+        """Raise Preempted where the work can simply be done again."""
+        if self.requested:
+            raise Preempted(f"{what}: told to stop; the same command continues it")
+
+
+stop = Stop()
+
+
+class Run:
+    """One content-addressed run folder."""
+
+    def __init__(self, store: Path, kind: str, recipe: Mapping[str, Any]) -> None:
+        self.address = fingerprint(recipe)
+        self.recipe = recipe
+        self.folder = store / "runs" / f"{kind}-{self.address}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def result(self) -> Any:
+        return files.read_json(self.folder / "result.json")
+
+    def begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.folder / "recipe.json", self.recipe)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Everything else is on disk by now: this file says so."""
+        files.write_json(self.folder / "result.json", result)
+
+
+def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:
+    """`status.json`: state (running, finished, preempted or failed), step, message; what launch scripts read."""
+    files.write_json(folder / "status.json", {"state": state, "step": step, "message": message, "time": time.time()})
+
+
+@contextmanager
+def lock(folder: Path, owner: str) -> Iterator[None]:
+    """Hold `folder` alone. Where another owner has it, wait: two runs may share a part, and it is computed once.
+    Where it is the same owner (a second start in one run_dir), raise UserError naming the process.
+
+    The lock is the kernel's (flock), so it ends with the process that held it, however that ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            if holder.startswith(f"{owner} "):
+                raise UserError(
+                    f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir"
+                ) from None
+            print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")
+        file.flush()
+        yield

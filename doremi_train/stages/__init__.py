@@ -1,0 +1,199 @@
+"""What a command works with: the whole configuration, the processes, and where things stand on disk.
+
+Each stage is a module of this package with `run(session)`, read top to bottom.
+"""
+
+import contextlib
+import datetime
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, field
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from pydantic.dataclasses import dataclass
+
+from doremi_train import comm, evaluation, files, model, runs, train
+from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load
+from doremi_train.data import options as data_options
+from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.track import console
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reference:
+    mixture: str = "natural"  # α_ref: a mixture computed from sizes
+    path: str | None = None  # an existing model folder instead of training one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Proxy(doremi.Options):
+    accumulation: Literal["exact", "lagged"] = "exact"  # which α weighs the loss when a batch comes in several parts
+    rounds: Positive = 1
+    round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
+    seeds: Positive = 1
+
+
+@dataclass(frozen=True, config=STRICT)
+class MixtureOptions(heuristics.Options):
+    method: str = "doremi"
+    path: str | None = None  # of method `file`
+    normalize: bool = False  # accept a file whose weights do not sum to 1
+
+
+@dataclass(frozen=True, config=STRICT)
+class Main:
+    model: str | None = None  # a preset; null: the proxy's
+    steps: Positive | None = None  # null: training.steps
+    tokens: Positive | None = None  # of the final run this mixture is for; null: what main.steps makes
+    comparisons: tuple[str, ...] = ("baseline", "uniform")  # trained beside it at its size; baseline: α_ref
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    stage: str
+    run_dir: str
+    store: str | None
+    seed: Count
+    data: data_options.Options
+    model: model.Options
+    training: train.Options
+    evaluation: evaluation.Options
+    reference: Reference
+    proxy: Proxy
+    mixture: MixtureOptions
+    main: Main
+
+    def __post_init__(self) -> None:
+        _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
+        _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
+        for name in self.main.comparisons:
+            _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
+        if (self.mixture.method == "file") != (self.mixture.path is not None):
+            raise UserError(
+                f"mixture.path={self.mixture.path}: goes with mixture=file, and only with it; "
+                "write mixture=file mixture.path=weights.json"
+            )
+
+
+def _one_of(key: str, value: str, allowed: list[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value}: unknown; allowed: {', '.join(allowed)}")
+
+
+# What may change between two commands on one run_dir: it says how to compute, not what.
+_FREE = ("stage", "run_dir", "store", "data.max_bad_lines", "data.allow_pipe")
+_FREE_TRAINING = (
+    "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
+)  # fmt: skip
+
+
+@plain_dataclass
+class Session:
+    """One command on this process: its configuration as composed and as checked, and its place among the processes."""
+
+    config: Config
+    plain: Mapping[str, Any]
+    accelerator: Accelerator
+    results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.store) if self.config.store else self.run_dir / "store"
+
+    def say(self, text: str) -> None:
+        if comm.world().first:
+            console.print(text)
+
+    @contextlib.contextmanager
+    def computing(self, run: runs.Run, name: str) -> Iterator[bool]:
+        """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there is work to do:
+        a finished run is not done again, also when it was finished by somebody else while this process waited."""
+        with contextlib.ExitStack() as stack:
+            comm.on_first(lambda: self._enter(stack, run, name))
+            todo = comm.broadcast(not run.finished)
+            try:
+                yield todo
+            except BaseException as error:
+                state = "preempted" if isinstance(error, runs.Preempted | KeyboardInterrupt) else "failed"
+                if comm.world().first:
+                    runs.set_status(run.folder, state, message=str(error))
+                raise
+            if todo:
+                comm.on_first(lambda: runs.set_status(run.folder, "finished"))
+
+    def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
+        if not run.finished:
+            stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
+        if not run.finished:
+            run.begin()
+            runs.set_status(run.folder, "running", 0)
+        files.link(self.run_dir / name, run.folder)
+
+
+Result = TypeVar("Result")
+
+
+def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
+    """A stage that several others need is done at most once in a command."""
+
+    @functools.wraps(stage)
+    def run(session: Session) -> Result:
+        if stage.__module__ not in session.results:
+            session.results[stage.__module__] = stage(session)
+        return session.results[stage.__module__]
+
+    return run
+
+
+def open_session(plain: Mapping[str, Any]) -> Session:
+    """Check the composed configuration, start the processes, and claim the run folder for this configuration."""
+    config = load(Config, plain)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.training.precision == "bf16" else "no",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    session = Session(config, plain, accelerator)
+    comm.on_first(lambda: _claim(session))
+    return session
+
+
+def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what is computed, flat."""
+    free = (*_FREE, *(f"training.{name}" for name in _FREE_TRAINING))
+    return {key: value for key, value in flatten(plain).items() if key not in free}
+
+
+def training_identity(options: train.Options) -> dict[str, Any]:
+    """The part of the training options that decides a run's result."""
+    return {key: value for key, value in asdict(options).items() if key not in _FREE_TRAINING}
+
+
+def _claim(session: Session) -> None:
+    """Write config.yaml, or refuse a run_dir that holds another configuration, naming the keys."""
+    path = session.run_dir / "config.yaml"
+    if path.exists():
+        old = identity(yaml.safe_load(path.read_text()))
+        new = identity(session.plain)
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
+            raise UserError(
+                f"run_dir={session.run_dir}: holds a run with another configuration\n" + "\n".join(lines) + "\n"
+                "take another run_dir, or give the same configuration"
+            )
+    text = yaml.safe_dump(dict(session.plain), sort_keys=False, allow_unicode=True)
+    files.write_bytes(path, text.encode())

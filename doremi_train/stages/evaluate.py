@@ -1,0 +1,60 @@
+"""Every trained model on the same validation sequences, and what the learned mixture gained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from doremi_train import comm, evaluation, files, model
+from doremi_train.data.shards import TokenStore
+from doremi_train.runs import stop
+from doremi_train.stages import Session, main, once, prepare
+from doremi_train.track import Bar
+
+
+@once
+def run(session: Session) -> dict[str, Any]:
+    """evaluation.json: {model: figures}, with steps to the baseline's loss and domains better than it."""
+    store = prepare.run(session)
+    trained = main.run(session)
+    folders = {"reference": session.run_dir / "reference", "proxy": session.run_dir / "proxy"}
+    folders |= {name: run.folder for name, run in trained.items()}
+    if session.config.reference.path is not None:
+        folders["reference"] = Path(session.config.reference.path).parent
+    folders = {name: folder for name, folder in folders.items() if _model(session, name, folder).exists()}
+    figures: dict[str, Any] = {}
+    with Bar("evaluate", len(folders), unit="model", show=comm.world().first) as bar:
+        for done, (name, folder) in enumerate(folders.items()):
+            stop.check("evaluate")
+            figures[name] = _measure(session, store, _model(session, name, folder))
+            bar.update(done + 1, name)
+    compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
+    comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
+    return figures
+
+
+def _model(session: Session, name: str, folder: Path) -> Path:
+    given = session.config.reference.path
+    return Path(given) if name == "reference" and given is not None else folder / "model"
+
+
+def _measure(session: Session, store: TokenStore, folder: Path) -> dict[str, Any]:
+    training = session.config.training
+    loaded = model.load(folder, store.vocabulary_size, "model").to(session.accelerator.device)
+    batch = comm.world().micro_batch(training.batch_size, training.micro_batch_size)
+    with session.accelerator.autocast():
+        return evaluation.measure(
+            loaded, store, training.sequence_length, batch, session.config.evaluation, session.accelerator.device
+        )
+
+
+def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Add to each model of the main size: domains better than the baseline, and steps to the baseline's final loss."""
+    if "baseline" not in figures:
+        return
+    baseline = figures["baseline"]["domains"]
+    goal = curves["baseline"][-1]["mean_loss"]
+    for name, curve in curves.items():
+        mine = figures[name]["domains"]
+        figures[name]["domains_better_than_baseline"] = sum(mine[d]["loss"] < baseline[d]["loss"] for d in baseline)
+        figures[name]["steps"] = curve[-1]["step"]
+        figures[name]["steps_to_baseline"] = next((line["step"] for line in curve if line["mean_loss"] <= goal), None)

@@ -1,0 +1,91 @@
+"""A language model trained on a fixed mixture: reference, baseline, uniform and main are all this run."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from doremi_train import checkpoint, comm, model
+from doremi_train.config import UserError
+from doremi_train.data.shards import TokenStore
+from doremi_train.methods import HEURISTICS, cross_entropy
+from doremi_train.runs import Run
+from doremi_train.stages import Session, training_identity
+from doremi_train.train import Options, Task, Trainer
+
+
+def recipe(session: Session, store: TokenStore, config: dict[str, Any], weights: Tensor, training: Options) -> Run:
+    """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same folder."""
+    return Run(
+        session.store,
+        "language_model",
+        {
+            "data": store.fingerprint,
+            "model": config,
+            "mixture": dict(zip(store.domains, weights.tolist(), strict=True)),
+            "training": training_identity(training),
+            "evaluation": session.plain["evaluation"],
+            "seed": session.config.seed,
+        },
+    )
+
+
+def train(
+    session: Session, store: TokenStore, name: str, config: dict[str, Any], weights: Tensor, training: Options
+) -> Run:
+    """Train it, unless it is in the store already; link it as `run_dir/name`."""
+    run = recipe(session, store, config, weights, training)
+    with session.computing(run, name) as todo:
+        if not todo:
+            session.say(f"{name:<22} is in the store already: {run.folder.name}")
+            return run
+        task = Task(
+            label=name,
+            run=run,
+            objective=cross_entropy,
+            objective_options=cross_entropy.Options(weights=tuple(weights.tolist())),
+            store=store,
+            seed=session.config.seed,
+            training=training,
+            evaluation=session.config.evaluation,
+        )
+        built = model.build(config, session.config.seed, training.activation_checkpointing)
+        finish(session, task, Trainer(task, built, session.accelerator), {})
+    return run
+
+
+def finish(session: Session, task: Task, trainer: Trainer, more: dict[str, Any]) -> None:
+    """Train to the end, save the model, and write the result: the run is done."""
+    position = trainer.fit()
+    measured = trainer.evaluate()
+    if comm.world().first:
+        model.save(trainer.bare, task.run.folder / "model")
+        epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
+        result = {"steps": position.step, "epochs": epochs, "evaluation": measured}
+        if hasattr(task.objective, "result"):
+            average = task.objective.result(position.state).tolist()
+            result["weights"] = dict(zip(task.store.domains, average, strict=True))
+        task.run.finish(result | more)
+        checkpoint.remove(task.run.folder / "checkpoints")
+    comm.barrier()
+    session.accelerator.free_memory()
+
+
+def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:
+    """The proxy's transformers config, or that of the preset `name`."""
+    length = session.config.training.sequence_length
+    if name is None:
+        return model.resolve(session.config.model, store.vocabulary_size, length)
+    return model.resolve(model.Options(**model.preset(name, "main.model")), store.vocabulary_size, length, "main.model")
+
+
+def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:
+    """(K,) a mixture from sizes, for a run of `steps` steps. Raises UserError where it cannot be met."""
+    training = session.config.training
+    budget = steps * training.batch_size * training.sequence_length
+    sizes = torch.from_numpy(np.asarray(store.sizes("train"), dtype=np.float64))
+    try:
+        return HEURISTICS[name](sizes, budget, session.config.mixture)
+    except ValueError as error:
+        raise UserError(f"mixture {name}: {error}") from None

@@ -1,0 +1,36 @@
+"""The final model on the learned mixture, and at the same size and budget the mixtures it has to beat."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from doremi_train.data.shards import TokenStore
+from doremi_train.runs import Run
+from doremi_train.stages import Session, language_model, mixture, once, prepare, reference
+from doremi_train.train import Options
+
+
+@once
+def run(session: Session) -> dict[str, Run]:
+    """Every model of the comparison by its name in evaluation.json. Runs that are the same are trained once."""
+    store = prepare.run(session)
+    learned = mixture.run(session)
+    mixtures = {"main": learned.tensor(store.domains)}
+    for name in session.config.main.comparisons:
+        mixtures[name] = _comparison(session, store, name)
+    shape = language_model.resolved_model(session, store, session.config.main.model)
+    return {
+        name: language_model.train(session, store, name, shape, weights, training(session))
+        for name, weights in mixtures.items()
+    }
+
+
+def training(session: Session) -> Options:
+    """The training options of the main runs."""
+    return replace(session.config.training, steps=mixture.main_steps(session))
+
+
+def _comparison(session: Session, store: TokenStore, name: str) -> Tensor:
+    if name == "baseline":
+        return reference.mixture(session, store)
+    return language_model.heuristic(session, store, name, mixture.main_steps(session))

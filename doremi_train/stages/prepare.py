@@ -1,0 +1,42 @@
+"""Text → token shards, once for all runs that share the store."""
+
+from doremi_train import comm, files
+from doremi_train.config import UserError
+from doremi_train.data import prepare
+from doremi_train.data.shards import TokenStore
+from doremi_train.runs import set_status, stop
+from doremi_train.stages import Session, once
+from doremi_train.track import Bar
+
+
+@once
+def run(session: Session) -> TokenStore:
+    """The prepared data of this configuration; made on the first process, opened on all.
+
+    Raises UserError where a source or the tokeniser changed since this run_dir was started.
+    """
+    folder = comm.on_first(lambda: _prepare(session))
+    return TokenStore.open(folder)
+
+
+def _prepare(session: Session):
+    link = session.run_dir / "prepare"
+    request = prepare.request(session.config.data)
+    if link.exists():
+        before = files.read_json(link / "manifest.json")["request"]
+        if prepare.address(before) != prepare.address(request):
+            raise UserError(
+                f"run_dir={session.run_dir}: its data changed since it was prepared:\n"
+                f"{prepare.explain_change(before, request)}\ntake another run_dir, or bring the old data back"
+            )
+    with Bar("prepare", 1, unit="B") as bar:
+
+        def progress(description: str, done: int, total: int | None) -> None:
+            stop.check("prepare")
+            bar.total = total or done + 1
+            bar.update(done, description)
+
+        folder = prepare.prepare(session.config.data, session.store / "data", progress)
+    set_status(folder, "finished")
+    files.link(link, folder)
+    return folder

@@ -1,0 +1,103 @@
+"""The proxy: Group DRO against the reference, for every round and seed, averaged into weights.json."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from doremi_train import model, weights
+from doremi_train.data.shards import TokenStore
+from doremi_train.methods import doremi
+from doremi_train.runs import Run
+from doremi_train.stages import Proxy, Session, language_model, once, prepare, reference, training_identity
+from doremi_train.train import Task, Trainer
+
+
+@once
+def run(session: Session) -> weights.Mixture:
+    """Reference and proxy, round after round, until the mixture stays where it was."""
+    store = prepare.run(session)
+    options = session.config.proxy
+    before = reference.mixture(session, store)  # (K,) α_ref
+    for number in range(1, options.rounds + 1):
+        name = "reference" if number == 1 else f"proxy/round-{number}/reference"
+        folder = reference.folder(session, store, before, name)
+        proxies = [_train(session, store, folder, number, seed) for seed in range(options.seeds)]
+        averages = [_average(proxy, store) for proxy in proxies]
+        mean, interval = weights.summarize(averages)
+        moved = float((mean - before).abs().max())
+        session.say(f"round {number}: the largest change of a weight against α_ref is {moved:.4f}")
+        if moved < options.round_tolerance:
+            break
+        before = mean
+    return _mixture(session, store, mean, interval, number)
+
+
+def _train(session: Session, store: TokenStore, reference_folder: Path, number: int, index: int) -> Run:
+    """One proxy: seed `index` of round `number`."""
+    config, options = session.config, session.config.proxy
+    name = f"proxy/round-{number}/seed-{index}" if options.rounds > 1 or options.seeds > 1 else "proxy"
+    seed = config.seed + 1_000_000 * index  # far from the seeds a sweep counts through
+    shape = language_model.resolved_model(session, store)
+    method = algorithm(options)
+    run = Run(
+        session.store,
+        "proxy",
+        {
+            "data": store.fingerprint,
+            "model": shape,
+            "reference": model.folder_fingerprint(reference_folder),
+            "options": {field.name: getattr(method, field.name) for field in fields(method)},
+            "accumulation": options.accumulation,
+            "training": training_identity(config.training),
+            "evaluation": session.plain["evaluation"],
+            "seed": seed,
+        },
+    )
+    with session.computing(run, name) as todo:
+        if not todo:
+            session.say(f"{name:<22} is in the store already: {run.folder.name}")
+            return run
+        frozen = model.load(reference_folder, store.vocabulary_size, "reference.path").eval().requires_grad_(False)
+        task = Task(
+            label=name,
+            run=run,
+            objective=doremi,
+            objective_options=method,
+            store=store,
+            seed=seed,
+            training=config.training,
+            evaluation=config.evaluation,
+            accumulation=options.accumulation,
+            reference=frozen.to(session.accelerator.device),
+        )
+        built = model.build(shape, seed, config.training.activation_checkpointing)
+        language_model.finish(session, task, Trainer(task, built, session.accelerator), {})
+    return run
+
+
+def algorithm(options: Proxy) -> doremi.Options:
+    """The options that Algorithm 1 itself reads."""
+    return doremi.Options(**{field.name: getattr(options, field.name) for field in fields(doremi.Options)})
+
+
+def _average(proxy: Run, store: TokenStore) -> Tensor:
+    """ᾱ (K,) of a finished proxy."""
+    found = proxy.result()["weights"]
+    return torch.tensor([found[name] for name in store.domains], dtype=torch.float64)
+
+
+def _mixture(
+    session: Session, store: TokenStore, mean: Tensor, interval: tuple[Tensor, Tensor] | None, rounds: int
+) -> weights.Mixture:
+    low_high = None
+    if interval is not None:
+        pairs = zip(store.domains, interval[0].tolist(), interval[1].tolist(), strict=True)
+        low_high = {name: (low, high) for name, low, high in pairs}
+    return weights.Mixture(
+        method="doremi",
+        weights=dict(zip(store.domains, mean.tolist(), strict=True)),
+        interval=low_high,
+        provenance={"proxy_seeds": session.config.proxy.seeds, "rounds": rounds},
+    )

@@ -1,0 +1,35 @@
+"""The reference model p_ref: ordinary training on α_ref, or a model that exists already."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from doremi_train import model
+from doremi_train.config import UserError
+from doremi_train.data.shards import TokenStore
+from doremi_train.stages import Session, language_model, prepare
+
+
+def run(session: Session) -> Path:
+    """The folder of the reference of the first round."""
+    store = prepare.run(session)
+    return folder(session, store, mixture(session, store), "reference")
+
+
+def mixture(session: Session, store: TokenStore) -> Tensor:
+    """α_ref (K,) of the first round."""
+    return language_model.heuristic(session, store, session.config.reference.mixture, session.config.training.steps)
+
+
+def folder(session: Session, store: TokenStore, weights: Tensor, name: str) -> Path:
+    """The model folder of the reference trained on `weights` (K,), or of `reference.path`."""
+    given = session.config.reference.path
+    if given is None:
+        config = language_model.resolved_model(session, store)
+        return language_model.train(session, store, name, config, weights, session.config.training).folder / "model"
+    if session.config.proxy.rounds > 1:
+        raise UserError(
+            f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a reference of its own"
+        )
+    model.load(Path(given), store.vocabulary_size, "reference.path")  # wrong or missing: known before anything runs
+    return Path(given)

@@ -1,0 +1,197 @@
+"""report.html: the mixture, how it came about, and what it gained; one self-contained page. And the same in a terminal.
+
+Over the folder of a sweep (`-m seed=0,1,2`) it is the table of means and 95 % Student-t intervals.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+from doremi_train import comm, files
+from doremi_train.data.shards import TokenStore
+from doremi_train.stages import Session, evaluate, prepare
+from doremi_train.track import console
+from doremi_train.weights import student_t
+
+NAMES = {"main": "learned", "baseline": "baseline", "uniform": "uniform", "reference": "reference", "proxy": "proxy"}
+
+
+def run(session: Session) -> Path:
+    """Write the page and print the summary; returns the page's path."""
+    page = session.run_dir / "report.html"
+    sweep = sorted(session.run_dir.glob("*/evaluation.json"))
+    if sweep:
+        comm.on_first(lambda: _sweep(session, page, {path.parent.name: files.read_json(path) for path in sweep}))
+        return page
+    figures = evaluate.run(session)
+    store = prepare.run(session)
+    comm.on_first(lambda: _single(session, store, page, figures))
+    return page
+
+
+def _single(session: Session, store: TokenStore, page: Path, figures: dict[str, Any]) -> None:
+    artefact = files.read_json(session.run_dir / "weights.json")
+    natural = store.sizes("train") / store.sizes("train").sum()
+    verdict = verdict_of(figures)
+    names = [name for name in figures if name != "proxy" or len(figures) < 6]
+    write_page(
+        page,
+        title=str(session.run_dir),
+        verdict=verdict,
+        method=artefact["method"],
+        mixture=[
+            {
+                "domain": name,
+                "natural": natural[k],
+                "weight": artefact["weights"][name],
+                "interval": (artefact["interval"] or {}).get(name),
+                "epochs": artefact["epochs"][name],
+                "tokens": int(store.sizes("train")[k]),
+            }
+            for k, name in enumerate(store.domains)
+        ],
+        models=names,
+        figures=figures,
+        charts=[chart for chart in (_weights_chart(session), _learning_chart(session, names)) if chart],
+        provenance=artefact["provenance"],
+    )
+    table = Table("domain", "natural", "weight", *(f"{NAMES.get(n, n)} loss" for n in names), title="Mixture and loss")
+    for k, name in enumerate(store.domains):
+        losses = [f"{figures[n]['domains'][name]['loss']:.4f}" for n in names]
+        table.add_row(name, f"{natural[k]:.4f}", f"{artefact['weights'][name]:.4f}", *losses)
+    table.add_row("mean", "", "", *(f"{figures[n]['mean_loss']:.4f}" for n in names), style="bold")
+    table.add_row("worst", "", "", *(f"{figures[n]['worst_loss']:.4f}" for n in names))
+    console.print(table)
+    console.print(f"{verdict}\nreport: {page}")
+
+
+def verdict_of(figures: Mapping[str, Any]) -> str:
+    """One plain sentence about the learned mixture against each mixture trained beside it."""
+    main = figures["main"]["mean_loss"]
+    parts = []
+    for name in figures:
+        if name in ("main", "reference", "proxy"):
+            continue
+        gain = figures[name]["mean_loss"] - main
+        better = "better" if gain > 0 else "worse"
+        parts.append(f"{abs(gain):.4f} nats per token {better} than {name}")
+    compared = " and ".join(parts) if parts else "not compared with any other mixture"
+    return (
+        f"On the mean over domains the learned mixture ({main:.4f}) is {compared}. One seed, no interval: "
+        "differences of the size of the seed-to-seed spread decide nothing."
+    )
+
+
+def _sweep(session: Session, page: Path, runs: dict[str, Any]) -> None:
+    """Mean and interval over runs that differ in their seed, and paired differences to what the mixture must beat."""
+    rows = sweep_rows(list(runs.values()))
+    table = Table("model", "mean loss", "worst loss", "better domains", "steps to baseline", "mean loss − learned")
+    for row in rows:
+        table.add_row(*row)
+    console.print(f"{len(runs)} runs: {', '.join(runs)}")
+    console.print(table)
+    write_page(
+        page, title=f"{session.run_dir}: {len(runs)} runs", verdict=sweep_verdict(list(runs.values())), sweep=rows
+    )
+    console.print(f"{sweep_verdict(list(runs.values()))}\nreport: {page}")
+
+
+def sweep_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """One row a model: means ± half-widths of 95 % Student-t intervals over runs."""
+    rows = []
+    for name in runs[0]:
+        entries = [run[name] for run in runs if name in run]
+        row = [
+            NAMES.get(name, name),
+            _spread([e["mean_loss"] for e in entries]),
+            _spread([e["worst_loss"] for e in entries]),
+        ]
+        for key, digits in (("domains_better_than_baseline", 1), ("steps_to_baseline", 0)):
+            values = [entry.get(key) for entry in entries]
+            known = [value for value in values if value is not None]
+            never = f" ({len(values) - len(known)} never)" if known and len(known) < len(values) else ""
+            row.append(_spread(known, digits) + never if known else "–")
+        paired = [run[name]["mean_loss"] - run["main"]["mean_loss"] for run in runs if "main" in run and name in run]
+        row.append(_spread(paired) if name != "main" else "")
+        rows.append(row)
+    return rows
+
+
+def sweep_verdict(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Which differences between the learned mixture and the others exceed their paired interval."""
+    parts = []
+    for name in runs[0]:
+        if name in ("main", "reference", "proxy"):
+            continue
+        mean, half = student_t([run[name]["mean_loss"] - run["main"]["mean_loss"] for run in runs])
+        word = "not distinguishable from" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+        parts.append(f"{word} {name} (difference {mean:+.4f} ± {half:.4f} nats per token)")
+    return f"Over {len(runs)} runs the learned mixture is {'; '.join(parts)}. Paired 95 % Student-t intervals."
+
+
+def _spread(values: Sequence[float], digits: int = 4) -> str:
+    mean, half = student_t(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def write_page(path: Path, **content: Any) -> None:
+    """Render the template; every value is escaped, only our own charts are markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.ChainableUndefined
+    )
+    text = environment.get_template("report.html.jinja").render(names=NAMES, **content)
+    files.write_bytes(path, text.encode())
+
+
+def _weights_chart(session: Session) -> str | None:
+    """Domain weights over steps, of the first seed of the last round."""
+    traces = sorted(session.run_dir.glob("proxy/**/domain_weights.jsonl")) or sorted(
+        session.run_dir.glob("proxy/domain_weights.jsonl")
+    )
+    lines = list(files.read_lines(traces[-1])) if traces else []
+    if not lines:
+        return None
+    lines = lines[:: max(1, len(lines) // 400)]
+    steps = [line["step"] for line in lines]
+    curves = {name: (steps, [line["weights"][name] for line in lines]) for name in lines[0]["weights"]}
+    return chart("Domain weights α while the proxy trains", "proxy step", "weight", curves)
+
+
+def _learning_chart(session: Session, names: Sequence[str]) -> str | None:
+    curves = {}
+    for name in names:
+        lines = list(files.read_lines(session.run_dir / name / "evaluations.jsonl"))
+        if lines and name not in ("reference", "proxy"):
+            curves[NAMES.get(name, name)] = ([li["step"] for li in lines], [li["mean_loss"] for li in lines])
+    return chart("Validation loss, mean over domains", "step", "nats per token", curves) if curves else None
+
+
+def chart(title: str, x: str, y: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """A line chart as SVG markup, the same bytes for the same data."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    settings = {"svg.hashsalt": "doremi", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif"}
+    with pyplot.rc_context(settings):
+        figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+        styles = ["-", "--", ":", "-."]
+        for number, (name, (xs, ys)) in enumerate(curves.items()):
+            # A leading underscore would hide the name from the legend.
+            axes.plot(
+                xs, ys, label=f" {name}", linewidth=1.6, color=f"C{number % 10}", linestyle=styles[number // 10 % 4]
+            )
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

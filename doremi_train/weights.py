@@ -1,0 +1,84 @@
+"""The mixture artefact: `weights.json`, what a proxy run is for and a final run starts from."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from doremi_train import files
+from doremi_train.config import UserError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights per domain: the part of the final run's tokens that comes from it."""
+
+    method: str
+    weights: dict[str, float]  # sum 1
+    interval: dict[str, tuple[float, float]] | None = None  # 95 %, Student-t over proxy seeds; None for one seed
+    epochs: dict[str, float] = field(default_factory=dict)  # passes over each domain in the final run
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def tensor(self, domains: Sequence[str]) -> Tensor:
+        """(K,) float64 in the order of `domains`, sum exactly what float64 gives for 1."""
+        values = torch.tensor([self.weights[name] for name in domains], dtype=torch.float64)
+        return values / values.sum()
+
+
+def save(path: Path, mixture: Mixture) -> None:
+    files.write_json(path, {"schema": 1, "unit": "token"} | asdict(mixture))
+
+
+def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture:
+    """Read a weights.json, or a plain {domain: weight}, or the original DoReMi's {"train_domain_weights": …}.
+
+    Raises UserError naming the domain that is unknown, missing, negative or not a number, or the sum where it is not 1.
+    """
+    try:
+        content = files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"mixture.path={path}: not a JSON file that can be read ({error})") from None
+    values = content
+    for key in ("weights", "train_domain_weights"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            values = content[key]
+    if not isinstance(values, Mapping):
+        raise UserError(f'mixture.path={path}: must hold {{"weights": {{domain: weight}}}}')
+    for name, weight in values.items():
+        if name not in domains:
+            raise UserError(f"mixture.path={path}: unknown domain {name!r}; the data has {', '.join(domains)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            raise UserError(f"mixture.path={path}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0")
+    missing = [name for name in domains if name not in values]
+    if missing:
+        raise UserError(f"mixture.path={path}: no weight for {', '.join(missing)}; write 0 to leave a domain out")
+    total = math.fsum(values.values())
+    if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
+        raise UserError(
+            f"mixture.path={path}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true"
+        )
+    return Mixture(method=str(content.get("method", "file")), weights={k: values[k] / total for k in domains})
+
+
+def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Mean (K,) of S weight vectors and its 95 % Student-t interval, within [0, 1]; None for one sample."""
+    stacked = torch.stack(list(samples))  # (S, K)
+    mean = stacked.mean(0) / stacked.mean(0).sum()
+    if len(samples) == 1:
+        return mean, None
+    half = torch.tensor([student_t(column)[1] for column in stacked.T.tolist()], dtype=torch.float64)
+    return mean, ((mean - half).clamp(0, 1), (mean + half).clamp(0, 1))
+
+
+def student_t(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of its two-sided Student-t interval; the half-width of a single value is infinite."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.inf
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return mean, float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
