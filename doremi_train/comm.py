@@ -56,9 +56,9 @@ def on_first(function: Callable[[], T]) -> T:
             outcome = (function(), None)
         except Exception as error:  # carried to every rank and raised there
             outcome = (None, error)
-    value, error = broadcast(outcome)
-    if error is not None:
-        raise error
+    value, failure = broadcast(outcome)
+    if failure is not None:
+        raise failure
     return value  # type: ignore[return-value]
 
 

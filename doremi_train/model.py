@@ -4,8 +4,8 @@ B sequences, T tokens, V vocabulary, d hidden size.
 """
 
 import contextlib
+import difflib
 import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,8 +43,10 @@ def preset(name: str, key: str) -> dict[str, Any]:
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
 
 
-def resolve(options: Options, vocabulary: int, length: int, key: str = "model") -> dict[str, Any]:
+def resolve(options: Options, vocabulary: int, end: int, length: int, key: str = "model") -> dict[str, Any]:
     """The complete transformers config as plain JSON: what a run is addressed by and built from.
+
+    `vocabulary` is its size and `end` the id that ends a document, both the tokeniser's.
 
     Raises UserError where the config is unknown, wrong, or too short for sequences of `length` tokens.
     """
@@ -59,8 +62,13 @@ def resolve(options: Options, vocabulary: int, length: int, key: str = "model") 
             f"{key}.config.model_type={kind!r}: must be a causal language model of transformers, "
             "such as gpt_neox, llama, gpt2 or qwen3"
         )
-    # The vocabulary is the tokeniser's; a position table that is too short would fail in the middle of a run.
-    values["vocab_size"] = vocabulary
+    values |= {"vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end}
+    known = AutoConfig.for_model(kind).to_dict()
+    for name in options.config or {}:
+        if name not in known | {"model_type": kind}:  # transformers would keep it and never look at it
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{key}.config.{name}: not an option of {kind} models in transformers{hint}")
     try:
         config = AutoConfig.for_model(kind, **values)
     except (TypeError, ValueError) as error:
@@ -146,7 +154,9 @@ def build(config: dict[str, Any], seed: int, activation_checkpointing: bool = Fa
 def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
     """A saved model, from safetensors only. Raises UserError where it is missing, broken or of another vocabulary."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is the stages' own
     try:
         inner = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
@@ -161,13 +171,15 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
     return LanguageModel(inner)
 
 
-def save(model: LanguageModel, folder: Path) -> None:
-    """A folder that AutoModelForCausalLM.from_pretrained loads. Quietly: progress bars are the stages' own."""
+def save(model: LanguageModel, folder: Path, tokenizer: Tokenizer, end: int) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a document."""
+    from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):
-        model.inner.save_pretrained(folder)
+    model.inner.save_pretrained(folder)
+    token = tokenizer.id_to_token(end)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
 
 
 def folder_fingerprint(folder: Path) -> str:

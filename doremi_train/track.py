@@ -64,11 +64,11 @@ class Bar:
 
 
 def _short(value: float) -> str:
-    for unit in ("", "k", "M", "G"):
+    for unit in ("", "k", "M"):
         if value < 1000:
-            break
+            return f"{value:.3g}{unit}"
         value /= 1000
-    return f"{value:.3g}{unit}"
+    return f"{value:.3g}G"
 
 
 def _clock(seconds: float) -> str:

@@ -305,9 +305,10 @@ class _Logs:
 
 
 def has_dropout(model: LanguageModel) -> bool:
-    """Whether any dropout of the model's config is above 0."""
-    values = model.inner.config.to_dict().items()
-    return any(isinstance(p, float) and p > 0 for name, p in values if "dropout" in name or name.endswith("pdrop"))
+    """Whether two forwards of the model in training mode may differ: a dropout layer, or dropout inside attention."""
+    config = model.inner.config
+    attention = [getattr(config, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop", "attn_dropout")]
+    return any(attention) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def _add(parts: Any) -> Any:

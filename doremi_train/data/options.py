@@ -30,7 +30,7 @@ class Options:
     vocabulary_size: Annotated[int, Ge(257)] = (
         1024  # of a learned tokeniser: 256 bytes and the end of document at least
     )
-    tokenizer_sample: Positive = 32_000_000  # characters a learned tokeniser sees, shared evenly by the domains
+    tokenizer_sample: Positive = 10_000_000  # characters a learned tokeniser sees, shared evenly by the domains
     end_of_document: str | None = None  # token that ends a document; found by itself in the usual tokenisers
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.03  # of documents, where no validation files are given
     max_bad_lines: Count = 0  # broken JSON lines skipped and counted before the run stops

@@ -60,7 +60,7 @@ def finish(session: Session, task: Task, trainer: Trainer, more: dict[str, Any])
     position = trainer.fit()
     measured = trainer.evaluate()
     if comm.world().first:
-        model.save(trainer.bare, task.run.folder / "model")
+        model.save(trainer.bare, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
         epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
         result = {"steps": position.step, "epochs": epochs, "evaluation": measured}
         if hasattr(task.objective, "result"):
@@ -74,10 +74,10 @@ def finish(session: Session, task: Task, trainer: Trainer, more: dict[str, Any])
 
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:
     """The proxy's transformers config, or that of the preset `name`."""
+    options = session.config.model if name is None else model.Options(**model.preset(name, "main.model"))
     length = session.config.training.sequence_length
-    if name is None:
-        return model.resolve(session.config.model, store.vocabulary_size, length)
-    return model.resolve(model.Options(**model.preset(name, "main.model")), store.vocabulary_size, length, "main.model")
+    key = "model" if name is None else "main.model"
+    return model.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
 
 
 def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:

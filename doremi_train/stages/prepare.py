@@ -1,5 +1,7 @@
 """Text → token shards, once for all runs that share the store."""
 
+from pathlib import Path
+
 from doremi_train import comm, files
 from doremi_train.config import UserError
 from doremi_train.data import prepare
@@ -19,7 +21,7 @@ def run(session: Session) -> TokenStore:
     return TokenStore.open(folder)
 
 
-def _prepare(session: Session):
+def _prepare(session: Session) -> Path:
     link = session.run_dir / "prepare"
     request = prepare.request(session.config.data)
     if link.exists():

@@ -1,0 +1,475 @@
+"""The token store: WebDataset tars of uncompressed arrays, an index that makes them random access, a manifest.
+
+    <store>/manifest.json, index.npy, tokenizer.json
+    <store>/<split>/<folder of the domain>/00000.tar    members 00000000.tokens.npy, 00000000.ends.npy, 00000001.…
+
+A *stream* is one split of one domain. A *member* is a run of its tokens (about data.member_tokens of them) and the
+positions just after each end of a document. Legend: K domains, M members, B sequences.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from doremi_train.config import UserError
+from doremi_train.config import fingerprint as content_address
+from doremi_train.data import tokenizer as tokenizers
+from doremi_train.files import sync_folder, write_bytes
+
+SPLITS = ("train", "validation")
+INDEX = np.dtype([(name, "<i8") for name in ("stream", "shard", "offset", "tokens", "documents")])
+SCHEMA = 1
+BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
+OPEN_MAPS = 256  # a map holds a file descriptor, and 1024 is a usual limit for a process
+END_OF_TAR = bytes(1024)
+
+Stream = tuple[str, str]  # split, domain
+
+
+def token_dtype(vocabulary_size: int) -> type[np.unsignedinteger]:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.uint16 if vocabulary_size <= 2**16 else np.uint32
+
+
+def domain_folder(domain: str) -> str:
+    """A path-safe folder name, different for different domains."""
+    name = quote(domain, safe="")
+    if name.startswith("."):  # "..", and files that tools hide
+        name = "%2E" + name[1:]
+    if not name or len(name) > 200:  # file systems stop at 255 bytes; quote() never leaves a "+", so no name collides
+        name = f"{name[:150]}+{content_address(domain)}"
+    return name
+
+
+# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class StreamState:
+    """What the finished members of a stream hold."""
+
+    members: int = 0
+    pieces: int = 0  # how many pieces of the stream need not be tokenised again
+    tokens: int = 0
+    documents: int = 0
+    bytes: int | None = 0  # UTF-8 bytes of the text; None: not known
+    shards: list[int] = field(default_factory=list)  # size of each tar in bytes
+    sha256: str = ""  # chained over the members: depends on the tokens, the ends and where members are divided
+
+
+@dataclass
+class _Buffer:
+    """The member that is being filled."""
+
+    tokens: bytearray = field(default_factory=bytearray)
+    ends: array = field(default_factory=lambda: array("q"))
+    bytes: int | None = 0
+    pieces: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens) + 8 * len(self.ends)
+
+
+class ShardWriter:
+    """Appends pieces to streams. Killed at any time, a new writer on the same folder continues after the last member
+    that reached the disk: the caller skips `held(stream)` pieces of each stream and appends the rest.
+
+    What is written is a function of the order of the pieces alone. A member closes with the piece that reaches
+    `member_tokens`, or early, the largest first, where all buffers together pass `buffer_bytes`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: type[np.unsignedinteger],
+        member_tokens: int,
+        members_per_shard: int,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        self.folder, self.dtype = folder, np.dtype(dtype).newbyteorder("<")
+        self.member_tokens, self.members_per_shard, self.buffer_bytes = member_tokens, members_per_shard, buffer_bytes
+        self.streams: dict[Stream, StreamState] = {}
+        self._buffers: dict[Stream, _Buffer] = {}
+        self._buffered = 0
+        self._journal = folder / "journal.jsonl"  # one line per member on disk
+        self._recover()
+
+    def held(self, stream: Stream) -> int:
+        """Pieces of the stream that are on disk."""
+        return self.streams[stream].pieces if stream in self.streams else 0
+
+    def append(self, stream: Stream, tokens: np.ndarray, ends_document: bool, text_bytes: int | None) -> None:
+        """Add one piece: tokens (n,), whether a document ends after them, UTF-8 bytes of its text or None."""
+        buffer = self._buffers.setdefault(stream, _Buffer())
+        before = buffer.size
+        buffer.tokens += tokens.astype(self.dtype, copy=False).tobytes()
+        if ends_document:
+            buffer.ends.append(len(buffer.tokens) // self.dtype.itemsize)
+        buffer.bytes = _add(buffer.bytes, text_bytes)
+        buffer.pieces += 1
+        self._buffered += buffer.size - before
+        if len(buffer.tokens) >= self.member_tokens * self.dtype.itemsize:
+            self._flush(stream)
+        while self._buffered > self.buffer_bytes:
+            self._flush(max(self._buffers, key=lambda key: (self._buffers[key].size, key)))
+
+    def finish(self) -> None:
+        """Write what is buffered and give every shard its name."""
+        for stream in sorted(self._buffers):
+            self._flush(stream)
+        for stream, state in sorted(self.streams.items()):
+            self._close_shard(stream, len(state.shards) - 1)
+
+    def write_index(self, domains: tuple[str, ...]) -> bytes:
+        """Write index.npy; returns its content."""
+        number = {(split, domain): i for i, (split, domain) in enumerate((s, d) for s in SPLITS for d in domains)}
+        columns = (
+            (number[tuple(r["stream"])], r["shard"], r["offset"], r["tokens"], r["documents"]) for r in self._records()
+        )
+        index = np.fromiter(columns, INDEX)
+        index = index[np.lexsort((index["offset"], index["shard"], index["stream"]))]
+        data = _npy(index)
+        write_bytes(self.folder / "index.npy", data)
+        return data
+
+    def forget_journal(self) -> None:
+        """To be called when the manifest is written: nothing is left to continue."""
+        self._journal.unlink(missing_ok=True)
+
+    def _flush(self, stream: Stream) -> None:
+        """Put the stream's buffer on disk as one member, then into the journal.
+
+        In this order, so that the journal never promises what a power cut could take.
+        """
+        buffer = self._buffers.pop(stream)
+        self._buffered -= buffer.size
+        state = self.streams.get(stream, StreamState())
+        shard, nth = divmod(state.members, self.members_per_shard)
+        path = self._part(stream, shard)
+        tokens, ends = np.frombuffer(buffer.tokens, self.dtype), np.array(buffer.ends, "<i8")
+        head, body = _npy_parts(tokens)
+        key = f"{state.members:08d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab" if nth else "wb") as file:
+            offset = file.tell() + tarfile.BLOCKSIZE + len(head)
+            file.write(_tar_entry(f"{key}.tokens.npy", head + body) + _tar_entry(f"{key}.ends.npy", _npy(ends)))
+            size = file.tell()
+            _sync(file)
+        digests = hashlib.sha256(body).digest() + hashlib.sha256(ends.tobytes()).digest()
+        record = {
+            "stream": stream,
+            "shard": shard,
+            "offset": offset,
+            "size": size,
+            "tokens": len(tokens),
+            "documents": len(ends),
+            "bytes": buffer.bytes,
+            "pieces": buffer.pieces,
+            "sha256": hashlib.sha256(bytes.fromhex(state.sha256) + digests).hexdigest(),
+        }
+        with self._journal.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            _sync(file)
+        self._count(record)
+        if nth == self.members_per_shard - 1:
+            self._close_shard(stream, shard)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        state = self.streams.setdefault(tuple(record["stream"]), StreamState())
+        state.members += 1
+        state.pieces += record["pieces"]
+        state.tokens += record["tokens"]
+        state.documents += record["documents"]
+        state.bytes = _add(state.bytes, record["bytes"])
+        state.sha256 = record["sha256"]
+        del state.shards[record["shard"] :]
+        state.shards.append(record["size"] + len(END_OF_TAR))
+
+    def _part(self, stream: Stream, shard: int) -> Path:
+        split, domain = stream
+        return self.folder / split / domain_folder(domain) / f"{shard:05d}.tar.part"
+
+    def _close_shard(self, stream: Stream, shard: int) -> None:
+        part = self._part(stream, shard)
+        if not part.exists():  # closed before
+            return
+        with part.open("ab") as file:
+            file.write(END_OF_TAR)
+            _sync(file)
+        part.replace(part.with_suffix(""))
+        sync_folder(part.parent)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        if self._journal.exists():
+            with self._journal.open() as lines:
+                yield from map(json.loads, lines)
+
+    def _recover(self) -> None:
+        """Continue after the last journaled member: cut what a killed writer wrote behind it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._journal.exists():
+            data = self._journal.read_bytes()
+            os.truncate(self._journal, data.rfind(b"\n") + 1)
+        for record in self._records():
+            self._count(record)
+        for stream, state in self.streams.items():
+            shard = len(state.shards) - 1
+            part = self._part(stream, shard)
+            promised = state.shards[shard] - len(END_OF_TAR)
+            if part.exists() and part.stat().st_size >= promised:
+                os.truncate(part, promised)
+                if state.members % self.members_per_shard == 0:
+                    self._close_shard(stream, shard)
+            elif part.exists() or not part.with_suffix("").exists():
+                raise UserError(
+                    f"store: {part} is missing or shorter than the {promised} bytes that were written; "
+                    f"delete {self.folder} and run again with stage=prepare"
+                )
+
+
+def _add(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
+def _npy_parts(values: np.ndarray) -> tuple[bytes, bytes]:
+    """Header and data of a .npy file; the header's length is a multiple of 64, so that maps of the data are aligned."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
+    return head.getvalue(), values.tobytes()
+
+
+def _npy(values: np.ndarray) -> bytes:
+    return b"".join(_npy_parts(values))
+
+
+def _tar_entry(name: str, data: bytes) -> bytes:
+    """Header and padded data. A fresh TarInfo has no time, owner or user: the same data give the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_manifest(
+    writer: ShardWriter,
+    tokenizer: Tokenizer,
+    end_of_document: int,
+    bad_lines: int,
+    dropped: int,
+    request: dict[str, Any],
+) -> None:
+    """Write index.npy and, last of all, manifest.json: only with it is a store finished."""
+    domains = tuple(sorted({domain for _, domain in writer.streams}))
+    index = writer.write_index(domains)
+    described = {domain: {split: _describe(writer, (split, domain)) for split in SPLITS} for domain in domains}
+    tokenised = {
+        "fingerprint": tokenizers.fingerprint(tokenizer),
+        "vocabulary_size": tokenizers.vocabulary_size(tokenizer),
+        "end_of_document": end_of_document,
+    }
+    content = {domain: {split: described[domain][split]["sha256"] for split in SPLITS} for domain in domains}
+    manifest = {
+        "schema": SCHEMA,
+        "fingerprint": content_address({"content": content, "tokenizer": tokenised}),
+        "tokenizer": tokenised,
+        "dtype": writer.dtype.name,
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "domains": described,
+        "bad_lines": bad_lines,
+        "dropped_validation_duplicates": dropped,
+        "request": request,
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    write_bytes(writer.folder / "manifest.json", text.encode())
+    writer.forget_journal()
+
+
+def _describe(writer: ShardWriter, stream: Stream) -> dict[str, Any]:
+    split, domain = stream
+    state = writer.streams.get(stream, StreamState())
+    return {
+        "folder": f"{split}/{domain_folder(domain)}",
+        "tokens": state.tokens,
+        "documents": state.documents,
+        "bytes": state.bytes,
+        "members": state.members,
+        "shards": len(state.shards),
+        "shard_bytes": state.shards,
+        "sha256": state.sha256,
+    }
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TokenStore:
+    """Random access to the sequences of a finished store.
+
+    A sequence is a window of length + 1 tokens with stride `length` inside one member, so of one domain only.
+    Opening reads manifest.json and index.npy; a shard is opened when a sequence of it is asked for.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], index: np.ndarray) -> None:
+        self.path, self.manifest, self._index = path, manifest, index
+        self.domains: tuple[str, ...] = tuple(sorted(manifest["domains"]))
+        self.vocabulary_size: int = manifest["tokenizer"]["vocabulary_size"]
+        self.end_of_document: int = manifest["tokenizer"]["end_of_document"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._streams = [(split, domain) for split in SPLITS for domain in self.domains]
+        self._first_member = np.searchsorted(index["stream"], np.arange(len(self._streams) + 1))  # (2K + 1,)
+        self._starts: dict[int, np.ndarray] = {}
+        self._maps: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Open a finished store. Raises UserError where it is unfinished, incomplete or was changed."""
+        path = Path(path)
+        manifest = _read_manifest(path)
+        data = _read(path / "index.npy")
+        if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
+            raise _damaged(path / "index.npy", "is not the file that the manifest was written with")
+        return cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokeniser of this store."""
+        file = self.path / "tokenizer.json"
+        text = _read(file).decode()
+        try:
+            tokenizer = tokenizers.parse(text)
+        except Exception as error:  # the Rust library raises plain Exception
+            raise _damaged(file, f"is not a tokeniser ({error})") from None
+        if tokenizers.fingerprint(tokenizer) != self.manifest["tokenizer"]["fingerprint"]:
+            raise _damaged(file, "is not the tokeniser that wrote the tokens")
+        return tokenizer
+
+    def sizes(self, split: str) -> np.ndarray:
+        """(K,) tokens."""
+        return self._column(split, "tokens")
+
+    def documents(self, split: str) -> np.ndarray:
+        """(K,) documents."""
+        return self._column(split, "documents")
+
+    def bytes_per_token(self, split: str) -> np.ndarray:
+        """(K,) UTF-8 bytes of text per token, an end of document being a token; nan where unknown or without tokens."""
+        text = [self.manifest["domains"][domain][split]["bytes"] for domain in self.domains]
+        known = np.array([np.nan if n is None else n for n in text], np.float64)
+        tokens = self.sizes(split)
+        return np.divide(known, tokens, out=np.full(len(known), np.nan), where=tokens > 0)
+
+    def sequences(self, split: str, length: int) -> np.ndarray:
+        """(K,) how many sequences of `length` + 1 tokens each domain has."""
+        starts = self._sequence_starts(length)[self._first_member]  # (2K + 1,)
+        first = SPLITS.index(split) * len(self.domains)
+        return np.diff(starts[first : first + len(self.domains) + 1])
+
+    def gather(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
+        """Tokens (B, length + 1) int64 of the sequences numbered `sequence` (B,) of the domains numbered `domain` (B,).
+
+        Raises IndexError where there is no such sequence, UserError where a shard is missing or was changed.
+        """
+        domain, sequence = np.asarray(domain, np.int64), np.asarray(sequence, np.int64)
+        available = self.sequences(split, length)
+        if ((domain < 0) | (domain >= len(self.domains))).any() or (
+            (sequence < 0) | (sequence >= available[domain])
+        ).any():
+            raise IndexError(
+                f"gather: no such domain or sequence; there are {available.tolist()} sequences of {length}"
+            )
+        starts = self._sequence_starts(length)
+        position = starts[self._first_member[SPLITS.index(split) * len(self.domains) + domain]] + sequence
+        member = np.searchsorted(starts, position, side="right") - 1
+        row = self._index[member]
+        start = row["offset"] // self._dtype.itemsize + (position - starts[member]) * length
+        out = np.empty((len(member), length + 1), np.int64)
+        for b in np.argsort(member, kind="stable").tolist():  # neighbours in one shard follow each other
+            tokens = self._map(int(row["stream"][b]), int(row["shard"][b]))
+            out[b] = tokens[start[b] : start[b] + length + 1]
+        return out
+
+    def _column(self, split: str, name: str) -> np.ndarray:
+        return np.array([self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64)
+
+    def _sequence_starts(self, length: int) -> np.ndarray:
+        """(M + 1,) number of the first sequence of every member, counted through the whole index."""
+        if length < 1:
+            raise ValueError(f"sequence length {length}: must be at least 1")
+        if length not in self._starts:
+            per_member = np.maximum(self._index["tokens"] - 1, 0) // length
+            self._starts[length] = np.concatenate([[0], np.cumsum(per_member)])
+        return self._starts[length]
+
+    @cached_property
+    def _shard_bytes(self) -> list[list[int]]:
+        return [self.manifest["domains"][domain][split]["shard_bytes"] for split, domain in self._streams]
+
+    def _map(self, stream: int, shard: int) -> np.ndarray:
+        """The whole tar as an array of tokens; the least recently used maps are closed."""
+        key = (stream, shard)
+        with self._lock:
+            if key in self._maps:
+                self._maps.move_to_end(key)
+                return self._maps[key]
+            split, domain = self._streams[stream]
+            path = self.path / self.manifest["domains"][domain][split]["folder"] / f"{shard:05d}.tar"
+            expected = self._shard_bytes[stream][shard]
+            try:
+                tokens = np.memmap(path, self._dtype, "r").view(np.ndarray)
+            except FileNotFoundError:
+                raise _damaged(path, "is missing") from None
+            except ValueError:  # an empty file cannot be mapped, nor one whose size is no multiple of a token
+                tokens = np.empty(0, self._dtype)
+            if tokens.nbytes != expected:
+                raise _damaged(path, f"has {path.stat().st_size} bytes where {expected} were written")
+            self._maps[key] = tokens
+            if len(self._maps) > OPEN_MAPS:
+                self._maps.popitem(last=False)
+            return tokens
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"store: {file} does not exist, so this is no finished token store; run with stage=prepare")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _damaged(file, f"is not JSON ({error})") from None
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(
+            f"store: {file} has schema {manifest.get('schema')!r} where {SCHEMA} is read; "
+            f"delete {path} and run with stage=prepare"
+        )
+    return manifest
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise _damaged(file, "is missing") from None
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(f"store: {file} {what}; delete the store's folder and run with stage=prepare to make it again")
