@@ -1,24 +1,32 @@
 """The command: Hydra composes the configuration, a stage does the work, a mistake is one message and exit code 2."""
 
+import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import quote
 
-from doremi_train.config import UserError, conf_dir
+from doremi_train.config import UserError, conf_dir, fingerprint
 
 STAGES = ("pipeline", "plan", "prepare", "reference", "proxy", "main", "evaluate", "report")
+
+
+_PLACES = ("run_dir", "store", "stage")  # where and which, not what: no part of a sweep's folder names
 
 
 def main() -> None:
     """Entry point of `doremi-train` and `python -m doremi_train`."""
     import hydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and we say them in one message
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -26,6 +34,16 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
     except (HydraException, OmegaConfBaseException) as error:
         _die(f"{error}\nsee `doremi-train --help` for the keys and groups that exist", 2)
+
+
+def _sweep_name(overrides: list[str]) -> str:
+    """The folder of one job of a sweep, such as seed=0,proxy.step_size=0.1; of a path its last part."""
+    parts = (override.split("=", 1) for override in overrides)
+    named = [f"{key}={value.rstrip('/').rpartition('/')[2]}" for key, value in parts if key not in _PLACES]
+    name = quote(",".join(named), safe="=,.+[]{}:") or "default"
+    if len(name) > 200:  # file systems end at 255: the last overrides, where a sweep usually stands, and a hash of all
+        name = f"{name[-150:].partition(',')[2]},{fingerprint(named)}".lstrip(",")
+    return name
 
 
 def _task(composed: Any) -> None:
@@ -48,12 +66,18 @@ def _task(composed: Any) -> None:
 
 
 def _run(plain: dict[str, Any]) -> None:
+    # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     from doremi_train import runs, stages, train
 
     _listen(runs.stop)
     try:
         session = stages.open_session(plain)
-        importlib.import_module(f"doremi_train.stages.{plain['stage']}").run(session)
+        stage = importlib.import_module(f"doremi_train.stages.{plain['stage']}")
+        # The folders of the other stages are runs, which keep their own status.
+        several = plain["stage"] in ("pipeline", "plan", "evaluate", "report")
+        with session.reporting(session.run_dir / plain["stage"]) if several else contextlib.nullcontext():
+            stage.run(session)
     except (runs.Preempted, train.TrainingFailed) as error:
         _die(str(error), error.exit_code)
     finally:
@@ -74,9 +98,11 @@ def _listen(stop: Any) -> None:
 
 def _leave() -> None:
     import torch.distributed as dist
+    from accelerate.state import AcceleratorState
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next job of a sweep may want another precision
 
 
 def _die(message: str, code: int) -> None:

@@ -5,6 +5,7 @@ A checkpoint is one file of tensors and plain values, loaded with `weights_only=
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint whose checksum holds, or None. A torn or corrupt one is named and passed over."""
     for path in reversed(_paths(folder)):
         checksum = path.with_suffix(".sha256")
-        if checksum.exists() and checksum.read_text() == _digest(path):
+        if checksum.exists() and checksum.read_bytes() == _digest(path).encode():
             return torch.load(path, map_location="cpu", weights_only=True)
         print(f"{path}: torn or corrupt (its checksum does not hold); the one before it is used", flush=True)
     return None
@@ -42,10 +43,8 @@ def latest(folder: Path) -> dict[str, Any] | None:
 
 def remove(folder: Path) -> None:
     """Drop all checkpoints of a run that has finished."""
-    for path in folder.glob("step-*"):
-        path.unlink()
     if folder.exists():
-        folder.rmdir()
+        shutil.rmtree(folder)  # with whatever a kill left half-written in it
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from doremi_train.data.shards import TokenStore
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    sequences: Positive = 64  # per domain, evenly spread over its validation split
+    sequences: Positive = 32  # per domain, evenly spread over its validation split
     every: Positive | None = None  # steps between evaluations while training; null: a 20th of the run
 
 

@@ -62,8 +62,14 @@ class Run:
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:
-    """`status.json`: state (running, finished, preempted or failed), step, message; what launch scripts read."""
-    files.write_json(folder / "status.json", {"state": state, "step": step, "message": message, "time": time.time()})
+    """`status.json`: state (running, finished, preempted or failed), step, message; what launch scripts read.
+
+    Without a step the last one stays.
+    """
+    path = folder / "status.json"
+    if step is None and path.exists():
+        step = files.read_json(path)["step"]
+    files.write_json(path, {"state": state, "step": step, "message": message, "time": time.time()})
 
 
 @contextmanager

@@ -28,13 +28,13 @@ from doremi_train.track import Bar
 
 @dataclass(frozen=True, config=STRICT)
 class Options(optim.Options):
-    steps: Positive = 800
+    steps: Positive = 400
     batch_size: Positive = 32  # sequences per optimiser step, over all processes
     micro_batch_size: Positive | None = None  # sequences per process and forward; null: all of the process's share
     sequence_length: Positive = 128  # tokens
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
     activation_checkpointing: bool = False
-    checkpoint_every: Positive = 200  # steps
+    checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
     threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
@@ -89,7 +89,7 @@ class Trainer:
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=accelerator.device))
 
     def fit(self) -> Position:
-        """Train to the end, from the newest checkpoint if there is one. Raises Preempted after saving when told to stop."""
+        """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when told to stop."""
         task, training = self.task, self.task.training
         position = self._restore()
         tokens = training.batch_size * training.sequence_length  # of one step

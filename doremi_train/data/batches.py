@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Random access to the batches of a run. One batch is read ahead, on the guess that the weights stay as they are."""
+    """Random access to the batches of a run. One is read ahead, on the guess that the weights stay as they are."""
 
     def __init__(self, store: TokenStore, length: int, batch: int, micro: int, seed: int, world: World) -> None:
         self.store, self.length = store, length

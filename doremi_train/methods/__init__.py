@@ -1,7 +1,7 @@
 """Every paper's numeric core: pure functions on tensors, one file a paper. No processes, no Hydra, no files.
 
 An *objective* is a module with the functions of `Objective`. The law: `observe` returns sums, the caller adds them up
-over micro-batches and ranks, `update` and `weigh` read them back. So the same step is right on one CPU and on many GPUs:
+over micro-batches and ranks, `update` and `weigh` read them back. So the same step is right on one CPU and many GPUs:
 
     state = doremi.init(domains, steps, options)
     for batch in batches:

@@ -16,7 +16,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from doremi_train.config import STRICT, Fraction, PositiveFloat
+from doremi_train.config import STRICT, Fraction, NonNegativeFloat
 from doremi_train.methods import simplex
 
 
@@ -24,12 +24,10 @@ from doremi_train.methods import simplex
 class Options:
     """Defaults are the paper's."""
 
-    step_size: PositiveFloat | Literal[0] = 1.0  # η; 0 keeps α uniform
+    step_size: NonNegativeFloat = 1.0  # η; 0 keeps α uniform
     smoothing: Fraction = 1e-3  # c, towards the uniform mixture
     clip: Literal["token", "domain"] = "token"  # where max(·, 0) is taken; `domain`: after the domain's mean
-    absent: Literal["zero", "hold"] | None = (
-        None  # excess of a domain not in the batch; null: hold for resample, else zero
-    )
+    absent: Literal["zero", "hold"] | None = None  # excess of a domain not in the batch; null: hold for resample only
     average_from: Fraction = 0.0  # part of the run left out of ᾱ at its start
     objective: Literal["weight", "resample"] = "weight"  # weight the loss by α_t, or draw the next batch from α_t
     score: Literal["excess", "hardest", "easiest"] = "excess"  # ℓ_θ − ℓ_ref clipped; or ℓ_θ, or −ℓ_ref, both unclipped

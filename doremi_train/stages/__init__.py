@@ -69,6 +69,8 @@ class Config:
     main: Main
 
     def __post_init__(self) -> None:
+        if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
+            raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
         _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
         for name in self.main.comparisons:
@@ -120,22 +122,31 @@ class Session:
         with contextlib.ExitStack() as stack:
             comm.on_first(lambda: self._enter(stack, run, name))
             todo = comm.broadcast(not run.finished)
-            try:
+            with self.reporting(run.folder) if todo else contextlib.nullcontext():
                 yield todo
-            except BaseException as error:
-                state = "preempted" if isinstance(error, runs.Preempted | KeyboardInterrupt) else "failed"
-                if comm.world().first:
-                    runs.set_status(run.folder, state, message=str(error))
-                raise
-            if todo:
-                comm.on_first(lambda: runs.set_status(run.folder, "finished"))
+
+    @contextlib.contextmanager
+    def reporting(self, folder: Path) -> Iterator[None]:
+        """Keep the `status.json` of a stage that is more than one run."""
+        self._status(folder, "running")
+        try:
+            yield
+        except BaseException as error:
+            preempted = isinstance(error, runs.Preempted | KeyboardInterrupt)
+            self._status(folder, "preempted" if preempted else "failed", str(error))
+            raise
+        self._status(folder, "finished")
+
+    def _status(self, folder: Path, state: str, message: str = "") -> None:
+        # Never a collective: the other ranks may be elsewhere when an error passes through here.
+        if comm.world().first:
+            runs.set_status(folder, state, message=message)
 
     def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
         if not run.finished:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
         if not run.finished:
             run.begin()
-            runs.set_status(run.folder, "running", 0)
         files.link(self.run_dir / name, run.folder)
 
 

@@ -10,7 +10,7 @@ from doremi_train import checkpoint, comm, model
 from doremi_train.config import UserError
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy
-from doremi_train.runs import Run
+from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
 from doremi_train.train import Options, Task, Trainer
 
@@ -51,11 +51,11 @@ def train(
             evaluation=session.config.evaluation,
         )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
-        finish(session, task, Trainer(task, built, session.accelerator), {})
+        finish(session, task, Trainer(task, built, session.accelerator))
     return run
 
 
-def finish(session: Session, task: Task, trainer: Trainer, more: dict[str, Any]) -> None:
+def finish(session: Session, task: Task, trainer: Trainer) -> None:
     """Train to the end, save the model, and write the result: the run is done."""
     position = trainer.fit()
     measured = trainer.evaluate()
@@ -66,7 +66,8 @@ def finish(session: Session, task: Task, trainer: Trainer, more: dict[str, Any])
         if hasattr(task.objective, "result"):
             average = task.objective.result(position.state).tolist()
             result["weights"] = dict(zip(task.store.domains, average, strict=True))
-        task.run.finish(result | more)
+        task.run.finish(result)
+        set_status(task.run.folder, "running", position.step)
         checkpoint.remove(task.run.folder / "checkpoints")
     comm.barrier()
     session.accelerator.free_memory()

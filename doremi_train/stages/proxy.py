@@ -17,6 +17,18 @@ from doremi_train.train import Task, Trainer
 @once
 def run(session: Session) -> weights.Mixture:
     """Reference and proxy, round after round, until the mixture stays where it was."""
+    if not _several(session):
+        return _rounds(session)
+    with session.reporting(session.run_dir / "proxy"):
+        return _rounds(session)
+
+
+def _several(session: Session) -> bool:
+    """Whether `proxy/` is a folder of runs, round-1/seed-0 and so on, or the one run itself."""
+    return session.config.proxy.rounds > 1 or session.config.proxy.seeds > 1
+
+
+def _rounds(session: Session) -> weights.Mixture:
     store = prepare.run(session)
     options = session.config.proxy
     before = reference.mixture(session, store)  # (K,) α_ref
@@ -37,7 +49,7 @@ def run(session: Session) -> weights.Mixture:
 def _train(session: Session, store: TokenStore, reference_folder: Path, number: int, index: int) -> Run:
     """One proxy: seed `index` of round `number`."""
     config, options = session.config, session.config.proxy
-    name = f"proxy/round-{number}/seed-{index}" if options.rounds > 1 or options.seeds > 1 else "proxy"
+    name = f"proxy/round-{number}/seed-{index}" if _several(session) else "proxy"
     seed = config.seed + 1_000_000 * index  # far from the seeds a sweep counts through
     shape = language_model.resolved_model(session, store)
     method = algorithm(options)
@@ -73,7 +85,7 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             reference=frozen.to(session.accelerator.device),
         )
         built = model.build(shape, seed, config.training.activation_checkpointing)
-        language_model.finish(session, task, Trainer(task, built, session.accelerator), {})
+        language_model.finish(session, task, Trainer(task, built, session.accelerator))
     return run
 
 

@@ -177,7 +177,8 @@ def chart(title: str, x: str, y: str, curves: Mapping[str, tuple[Sequence[float]
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    settings: Any = {"svg.hashsalt": "doremi", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif"}
+    # Names of domains are text: no mathtext between dollar signs, no glyph outlines.
+    settings: Any = {"svg.hashsalt": "doremi", "svg.fonttype": "none", "text.parse_math": False}
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         styles = ["-", "--", ":", "-."]
