@@ -6,6 +6,7 @@ Each stage is a module of this package with `run(session)`, read top to bottom.
 import contextlib
 import datetime
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
@@ -170,6 +171,8 @@ def open_session(plain: Mapping[str, Any]) -> Session:
     config = load(Config, plain)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # without it several processes on CPUs never synchronise
     accelerator = Accelerator(
         mixed_precision="bf16" if config.training.precision == "bf16" else "no",
         kwargs_handlers=[
@@ -177,6 +180,12 @@ def open_session(plain: Mapping[str, Any]) -> Session:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if comm.world().size != asked:
+        raise UserError(
+            f"WORLD_SIZE={asked}: {asked} processes were asked for, but only {comm.world().size} work together; "
+            "start them with torchrun, or with accelerate launch --multi_gpu (on CPUs with ACCELERATE_USE_CPU=1)"
+        )
     session = Session(config, plain, accelerator)
     comm.on_first(lambda: _claim(session))
     return session

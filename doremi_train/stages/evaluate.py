@@ -16,35 +16,29 @@ def run(session: Session) -> dict[str, Any]:
     """evaluation.json: {model: figures}, with steps to the baseline's loss and domains better than it."""
     store = prepare.run(session)
     trained = main.run(session)
-    folders = {"reference": session.run_dir / "reference", "proxy": session.run_dir / "proxy"}
-    folders |= {name: run.folder for name, run in trained.items()}
-    if session.config.reference.path is not None:
-        folders["reference"] = Path(session.config.reference.path).parent
-    folders = {name: folder for name, folder in folders.items() if _model(session, name, folder).exists()}
+    folders = {
+        "reference": Path(session.config.reference.path or session.run_dir / "reference" / "model"),
+        "proxy": session.run_dir / "proxy" / "model",  # several seeds or rounds have no one proxy
+    }
+    folders = {name: folder for name, folder in folders.items() if folder.exists()}
+    folders |= {name: run.folder / "model" for name, run in trained.items()}
     figures: dict[str, Any] = {}
     with Bar("evaluate", len(folders), unit="model", show=comm.world().first) as bar:
         for done, (name, folder) in enumerate(folders.items()):
             stop.check("evaluate")
-            figures[name] = _measure(session, store, _model(session, name, folder))
+            figures[name] = _measure(session, store, folder)
             bar.update(done + 1, name)
     compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 
 
-def _model(session: Session, name: str, folder: Path) -> Path:
-    given = session.config.reference.path
-    return Path(given) if name == "reference" and given is not None else folder / "model"
-
-
 def _measure(session: Session, store: TokenStore, folder: Path) -> dict[str, Any]:
-    training = session.config.training
-    loaded = model.load(folder, store.vocabulary_size, "model").to(session.accelerator.device)
+    training, device = session.config.training, session.accelerator.device
+    loaded = model.load(folder, store.vocabulary_size, "model").to(device)
     batch = comm.world().micro_batch(training.batch_size, training.micro_batch_size)
     with session.accelerator.autocast():
-        return evaluation.measure(
-            loaded, store, training.sequence_length, batch, session.config.evaluation, session.accelerator.device
-        )
+        return evaluation.measure(loaded, store, training.sequence_length, batch, session.config.evaluation, device)
 
 
 def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:
