@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -102,7 +103,7 @@ class LanguageModel(nn.Module):
         self.inner = inner
         inner.config.use_cache = False
         if activation_checkpointing:
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
+            inner.activation_checkpointing_enable({"use_reentrant": False})
         self._fusable = _head_is_plain(inner)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
         inner = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}={folder}: not a model folder that transformers loads ({error})") from None
     if inner.config.vocab_size != vocabulary:
         raise UserError(

@@ -1,0 +1,126 @@
+"""Strict loading: a mistake is named by its whole key, with the value received; nothing is guessed or dropped."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic.dataclasses import dataclass
+
+from doremi_train.config import (
+    STRICT,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    UserError,
+    conf_dir,
+    fingerprint,
+    flatten,
+    load,
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Inner:
+    steps: Positive = 1
+    rate: PositiveFloat | None = 1.0
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=STRICT)
+class Outer:
+    inner: Inner
+    seed: Count = 0
+    part: Fraction = 0.0
+    size: NonNegativeFloat = 0.0
+    flag: bool = False
+
+
+def message(values: dict[str, Any], key: str = "") -> str:
+    with pytest.raises(UserError) as error:
+        load(Outer, values, key)
+    return str(error.value)
+
+
+def test_plain_values_become_options() -> None:
+    loaded = load(Outer, {"inner": {"steps": 3, "rate": None, "names": ["a", "b"]}, "part": 0})
+    assert loaded == Outer(inner=Inner(steps=3, rate=None, names=("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ({"inner": {"step": 3}}, "inner.step: unknown key"),
+        ({"inner": {}, "sed": 3}, "sed: unknown key"),
+        ({}, "inner: missing"),
+        ({"inner": {"steps": "3"}}, "inner.steps='3': "),
+        ({"inner": {"steps": 3.5}}, "inner.steps=3.5: "),
+        ({"inner": {"steps": True}}, "inner.steps=True: "),
+        ({"inner": {"steps": None}}, "inner.steps=None: "),
+        ({"inner": {"steps": 0}}, "inner.steps=0: "),
+        ({"inner": {"steps": -800}}, "inner.steps=-800: "),
+        ({"inner": {"rate": math.nan}}, "inner.rate=nan: "),
+        ({"inner": {"rate": math.inf}}, "inner.rate=inf: "),
+        ({"inner": {"rate": 0.0}}, "inner.rate=0.0: "),
+        ({"inner": {"names": ["a", 1]}}, "inner.names.1=1: "),
+        ({"inner": {"names": "a"}}, "inner.names='a': "),
+        ({"inner": 3}, "inner=3: "),
+        ({"inner": {}, "seed": -1}, "seed=-1: "),
+        ({"inner": {}, "part": 1.0}, "part=1.0: "),
+        ({"inner": {}, "part": math.nan}, "part=nan: "),
+        ({"inner": {}, "size": -0.1}, "size=-0.1: "),
+        ({"inner": {}, "size": math.inf}, "size=inf: "),
+        ({"inner": {}, "flag": 1}, "flag=1: "),
+    ],
+)
+def test_every_mistake_is_named_with_its_value(values: dict[str, Any], start: str) -> None:
+    assert message(values).startswith(start)
+
+
+def test_the_place_in_the_whole_configuration_comes_first() -> None:
+    assert message({"inner": {"steps": 0}}, "outer").startswith("outer.inner.steps=0: ")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    assert message({"inner": {"steps": 0, "x": 1}, "seed": -1}).count("\n") == 2
+
+
+def test_fingerprints_know_content_and_not_order() -> None:
+    assert fingerprint({"a": 1, "b": [0.1, None]}) == fingerprint({"b": [0.1, None], "a": 1})
+    values: list[Any] = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": None}, {"a": [1]}, {"a": {"b": 1}}]
+    assert len({fingerprint(value) for value in values}) == len(values)
+
+
+def test_fingerprints_never_change() -> None:
+    """Finished runs are found by them: another value here means that every store in use is forgotten."""
+    assert fingerprint({"α": [1, 2.5, None, True], "b": "x"}) == "7740d30f98b0006f"
+
+
+def test_fingerprints_do_not_depend_on_the_hash_seed_of_python() -> None:
+    code = "from doremi_train.config import fingerprint; print(fingerprint({x: x for x in 'abc'}))"
+    root = str(Path(__file__).parents[1])
+    outputs = {
+        subprocess.check_output(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": s, "PYTHONPATH": root}
+        )
+        for s in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_a_nan_has_no_fingerprint() -> None:
+    with pytest.raises(ValueError):
+        fingerprint({"a": math.nan})
+
+
+def test_flatten_names_leaves_by_their_whole_path() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
+
+
+def test_the_configuration_folder_is_found() -> None:
+    assert (conf_dir() / "config.yaml").is_file()

@@ -1,0 +1,191 @@
+"""Conventions as tests: the ladder of imports, pure methods, YAML that composes and loads, a quick command."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from doremi_train.config import conf_dir, load
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "doremi_train"
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+RUNGS = {
+    0: ("", "methods", "config", "world", "files"),
+    1: ("comm", "data", "model", "optim", "gradients", "track"),
+    2: ("checkpoint", "weights", "runs", "evaluation"),
+    3: ("train",),
+    4: ("stages",),
+    5: ("__main__",),
+}
+RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts}  # "" is the package itself: its version
+
+
+def part_of(module: str) -> str:
+    """doremi_train.data.shards → data."""
+    return ([*module.split("."), ""])[1]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module a file imports, also inside functions; `from a import b` is a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(path: Path) -> Iterator[str]:
+    """The parts of the package a file imports."""
+    for name in imports(path):
+        if name.split(".")[0] == "doremi_train":
+            yield "" if name == "doremi_train.__version__" else part_of(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_from_lower_rungs_only(name: str) -> None:
+    own = part_of("doremi_train." + name.removesuffix(".py").replace("/", ".")).removeprefix("__init__")
+    assert own in RUNG, f"{name} has no rung: add it to the ladder here and in the design"
+    for other in ours(PACKAGE / name):
+        within = other == own and own in ("methods", "data", "stages")
+        assert within or other == "config" or RUNG[other] < RUNG[own], f"{name} imports {other or 'the package'}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("methods/")])
+def test_methods_are_pure(name: str) -> None:
+    impure = ("torch.distributed", "accelerate", "hydra", "omegaconf", "pathlib", "os", "io", "random", "doremi_train")
+    for module in imports(PACKAGE / name):
+        allowed = module.startswith(("doremi_train.methods", "doremi_train.config"))
+        assert allowed or not any(module == i or module.startswith(i + ".") for i in impure), f"{name}: {module}"
+    calls = [n.func for n in ast.walk(ast.parse((PACKAGE / name).read_text())) if isinstance(n, ast.Call)]
+    assert "open" not in {call.id for call in calls if isinstance(call, ast.Name)}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "comm.py"])
+def test_collectives_are_called_in_one_place(name: str) -> None:
+    """`__main__` may end the process group."""
+    path = PACKAGE / name
+    if any(module.startswith("torch.distributed") for module in imports(path)):
+        assert name == "__main__.py"
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
+        used = {n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == "dist"}
+        assert used <= {"is_available", "is_initialized", "destroy_process_group"}
+    assert "torch.distributed." not in path.read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_randomness_is_never_python_s_hash_or_a_global_generator(name: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "hash", f"{name}:{node.lineno}"
+            assert not called.startswith(("random.", "np.random.rand", "np.random.seed", "np.random.shuffle"))
+
+
+# Configuration
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra.compose("config", overrides=list(overrides))
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return plain
+
+
+OPTIONS = sorted(
+    f"{path.parent.relative_to(conf_dir()).as_posix()}={path.stem}"
+    for path in conf_dir().rglob("*.yaml")
+    if path.parent != conf_dir() and "hydra" not in path.parts
+)
+NEEDS = {"mixture=file": ("mixture.path=weights.json",)}  # options that mean nothing alone
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes_and_loads_strictly(option: str) -> None:
+    from doremi_train.stages import Config
+
+    load(Config, compose(option, *NEEDS.get(option, ())))
+
+
+def test_every_yaml_says_what_it_is() -> None:
+    for path in conf_dir().rglob("*.yaml"):
+        assert yaml.safe_load(path.read_text()), path
+        assert path.parent.name == "mixture" or path.read_text().startswith("# "), f"{path}: no comment on top"
+
+
+def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
+    from doremi_train import evaluation, train
+    from doremi_train.data import options as data
+    from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference
+
+    config = load(Config, compose())
+    assert config.proxy == Proxy()
+    assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
+    assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
+    paper = train.Options()
+    for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
+        assert getattr(config.training, name) == getattr(paper, name), name
+
+
+def test_defaults_of_the_proxy_are_the_paper_s() -> None:
+    proxy = compose()["proxy"]
+    assert (proxy["step_size"], proxy["smoothing"], proxy["average_from"]) == (1.0, 1e-3, 0.0)
+    assert (proxy["clip"], proxy["score"], proxy["objective"], proxy["rounds"]) == ("token", "excess", "weight", 1)
+
+
+def test_the_paper_s_training_is_there_by_name() -> None:
+    training = compose("training=paper")["training"]
+    expected = {
+        "steps": 200_000, "batch_size": 512, "sequence_length": 1024, "optimizer": "adafactor", "warmup": 0.06,
+        "learning_rate": 1e-3, "end_learning_rate": 1e-4, "schedule": "exponential", "weight_decay": 1e-2,
+        "gradient_clip": 1.0,
+    }  # fmt: skip
+    assert {name: training[name] for name in expected} == expected
+
+
+# The command
+
+
+def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `main` in an empty folder, then say whether torch was imported."""
+    code = (
+        "import sys\nfrom doremi_train.__main__ import main\ncode = 0\n"
+        "try:\n    main()\nexcept SystemExit as exit:\n    code = exit.code or 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\nsys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_help_is_quick_and_shows_stages_groups_and_examples(tmp_path: Path) -> None:
+    from doremi_train.__main__ import STAGES
+
+    done = command(tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert all(stage in done.stdout for stage in STAGES)
+    assert all(group in done.stdout for group in ("data:", "mixture:", "model:", "training:"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [("proxy.stepsize=1", "stepsize"), ("model=huge", "huge"), ("mixture=magic", "magic"), ("stage=cook", "cook")],
+)
+def test_a_mistake_in_the_command_is_quick_and_one_message(tmp_path: Path, argument: str, named: str) -> None:
+    done = command(tmp_path, argument)
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

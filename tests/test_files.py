@@ -1,0 +1,60 @@
+"""Files are whole or not there; logs are cut back to where a run continues from."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from doremi_train import files
+
+
+def test_json_reads_back_exactly_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    value = {"α": [0.1 + 0.2, 1e-300, 5e-324, 1 / 3], "n": 1 << 60}
+    files.write_json(tmp_path / "sub" / "a.json", value)
+    files.write_json(tmp_path / "sub" / "a.json", value)
+    assert files.read_json(tmp_path / "sub" / "a.json") == value
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a.json"]
+
+
+def test_a_nan_is_refused_and_the_old_file_stays(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", math.nan)
+    assert files.read_json(tmp_path / "a.json") == 1
+
+
+def test_a_link_is_relative_and_can_be_replaced(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+        files.link(tmp_path / "run" / "link", tmp_path / "store" / name)
+    assert (tmp_path / "run" / "link").readlink() == Path("../store/two")
+
+
+def log(path: Path, start: int, *steps: int) -> None:
+    lines = files.JsonLines(path, start)
+    for step in steps:
+        lines.write({"step": step, "loss": step / 3})
+    lines.sync()
+    lines.close()
+
+
+def test_a_log_continues_from_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log(path, 0, 1, 2, 3, 4)
+    log(path, 2, 3)
+    assert list(files.read_lines(path)) == [{"step": s, "loss": s / 3} for s in (1, 2, 3)]
+    log(path, 0, 1)
+    assert [line["step"] for line in files.read_lines(path)] == [1]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log(path, 0, 1, 2)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert [line["step"] for line in files.read_lines(path)] == [1]
+    log(path, 2, 3)
+    assert [line["step"] for line in files.read_lines(path)] == [1, 3]
+
+
+def test_no_file_has_no_lines(tmp_path: Path) -> None:
+    assert list(files.read_lines(tmp_path / "none.jsonl")) == []

@@ -1,0 +1,250 @@
+"""Models: losses against a naive oracle, the paper's sizes, folders that transformers loads.
+
+B sequences, T tokens, V vocabulary.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from doremi_train import model
+from doremi_train.config import UserError
+from doremi_train.data import tokenizer
+from doremi_train.model import LanguageModel, Options
+
+TINY: dict[str, Any] = {
+    "model_type": "gpt_neox", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16,
+    "intermediate_size": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16,
+    "intermediate_size": 32, "head_dim": 8,
+}  # fmt: skip
+TOKENS = torch.randint(300, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+def build(config: dict[str, Any] = TINY, vocabulary: int = 300, **options: Any) -> LanguageModel:
+    return model.build(model.resolve(Options(config=config), vocabulary, 0, 16), 0, **options)
+
+
+def oracle(language_model: LanguageModel, tokens: Tensor) -> Tensor:
+    """(B, T) by log_softmax over logits in float64."""
+    logits = language_model.inner(input_ids=tokens[:, :-1]).logits.double()
+    return -torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+
+def gradients(language_model: LanguageModel, losses: Tensor) -> list[Tensor]:
+    weights = torch.linspace(0, 1, losses.numel(), dtype=losses.dtype).view_as(losses)
+    return list(torch.autograd.grad((weights * losses).sum(), list(language_model.parameters())))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7 * 300, 1 << 24])  # logits: one token, seven tokens, everything at once
+def test_fused_loss_equals_the_naive_one_in_value_and_gradient(
+    chunk: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
+    monkeypatch.setattr(model, "_CHUNK_LOGITS", chunk)
+    language_model = build(activation_checkpointing=checkpointing).double().train()
+    losses, expected = language_model(TOKENS), oracle(language_model, TOKENS)
+    assert language_model._fusable and losses.shape == (3, 10) and losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=0, atol=1e-6)
+    for found, right in zip(gradients(language_model, losses), gradients(language_model, expected), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+
+
+def test_fused_and_plain_losses_are_the_same_under_autocast_and_not_rounded_to_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    language_model = build()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plain = language_model(TOKENS)
+        monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
+        fused = language_model(TOKENS)
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-6)
+    assert plain.dtype == torch.float32 and not torch.equal(plain, plain.bfloat16().float())
+    torch.testing.assert_close(plain.double(), oracle(language_model, TOKENS), rtol=0, atol=0.02)
+
+
+def test_the_first_loss_is_that_of_guessing() -> None:
+    assert float(build()(TOKENS).mean()) == pytest.approx(5.7, abs=0.2)  # ln 300
+
+
+def test_a_loss_does_not_see_the_future_or_the_other_sequences() -> None:
+    language_model = build().eval()
+    changed = TOKENS.clone()
+    changed[0, 6:] += 1
+    with torch.no_grad():
+        before, after = language_model(TOKENS), language_model(changed % 300)
+    torch.testing.assert_close(before[0, :5], after[0, :5])
+    torch.testing.assert_close(before[1:], after[1:])
+    assert not torch.allclose(before[0, 5:], after[0, 5:])
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        ({"model_type": "llama", **SMALL}, True),
+        ({"model_type": "qwen3", **SMALL}, True),
+        ({"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16}, True),
+        ({"model_type": "cohere", **{k: v for k, v in SMALL.items() if k != "head_dim"}, "logit_scale": 0.5}, False),
+        ({"model_type": "gemma2", **SMALL, "final_logit_softcapping": 2.0}, False),
+        (
+            {"model_type": "granite", **{k: v for k, v in SMALL.items() if k != "head_dim"}, "logits_scaling": 4.0},
+            False,
+        ),
+    ],
+)
+def test_a_head_that_caps_or_scales_its_logits_is_never_fused(
+    config: dict[str, Any], plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
+    monkeypatch.setattr(model, "_CHUNK_LOGITS", 900)
+    language_model = build(config).eval()
+    assert language_model._fusable == plain
+    with torch.no_grad():
+        losses = language_model(TOKENS).double()
+        torch.testing.assert_close(losses, oracle(language_model, TOKENS), rtol=0, atol=1e-5)
+
+
+def test_building_leaves_the_model_in_training_mode_or_not_as_it_was() -> None:
+    assert LanguageModel(build().inner.eval()).inner.training is False
+    assert LanguageModel(build().inner.train()).inner.training is True
+
+
+# Presets and configs
+
+SIZES = {  # layers, heads, head size, d_model, d_ff of the paper
+    "70m": (3, 4, 64, 256, 1024),
+    "150m": (6, 8, 64, 512, 2048),
+    "280m": (12, 12, 64, 768, 3072),
+    "510m": (12, 16, 64, 1024, 8192),
+    "760m": (12, 20, 64, 1280, 8192),
+    "1b": (16, 32, 64, 2048, 8192),
+    "8b": (32, 32, 128, 4096, 24576),
+}
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 256_000])
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(name: str, vocabulary: int) -> None:
+    layers, heads, head, width, inner = SIZES[name]
+    config = model.resolve(Options(**model.preset(name, "model")), vocabulary, 0, 4096)
+    total, body = model.parameters(config)
+    assert heads * head == width
+    assert config["num_attention_heads"] == heads and config["vocab_size"] == vocabulary
+    # Attention 4 d² + 4 d, feed-forward 2 d f + f + d, two norms of 2 d; then the last norm. Embeddings are tied.
+    assert body == layers * (4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width) + 2 * width
+    assert total == body + vocabulary * width
+
+
+def test_an_unknown_preset_is_told_the_known_ones() -> None:
+    with pytest.raises(UserError, match="model=2b: no such model; allowed: .*280m.*tiny"):
+        model.preset("2b", "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "named"),
+    [
+        (Options(), 16, "give one of"),
+        (Options(config=TINY, path="x"), 16, "give one of"),
+        (Options(config={**TINY, "model_type": "gpt_noex"}), 16, "model.config.model_type='gpt_noex'"),
+        (Options(config={"num_hidden_layers": 1}), 16, "model.config.model_type=None"),
+        (Options(config={**TINY, "num_layers_hidden": 3}), 16, "model.config.num_layers_hidden"),
+        (Options(config={**TINY, "max_position_embeddings": 8}), 16, "training.sequence_length=16"),
+        (Options(path="/nowhere/at/all"), 16, "model.path=/nowhere/at/all"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_name(options: Options, length: int, named: str) -> None:
+    with pytest.raises(UserError) as error:
+        model.resolve(options, 300, 0, length)
+    assert named in str(error.value)
+
+
+def test_positions_grow_with_the_sequence_where_nobody_chose_them() -> None:
+    assert model.resolve(Options(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
+
+
+def test_a_config_from_a_folder_or_a_file_is_the_mapping(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    expected = model.resolve(Options(config=TINY), 300, 0, 16)
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert model.resolve(Options(path=str(path)), 300, 0, 16) == expected
+
+
+def test_a_resolved_config_is_plain_and_has_the_tokeniser_s_vocabulary_and_end() -> None:
+    config = model.resolve(Options(config=TINY), 321, 7, 16)
+    assert json.loads(json.dumps(config)) == config
+    assert config["vocab_size"] == 321 and config["model_type"] == "gpt_neox"
+    inner = model.build(config, 0).inner
+    assert (inner.config.eos_token_id, inner.get_output_embeddings().weight.shape) == (7, (321, 16))
+
+
+def test_the_same_seed_gives_the_same_parameters() -> None:
+    config = model.resolve(Options(config=TINY), 300, 0, 16)
+    states = [model.build(config, seed).state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert all(value.dtype == torch.float32 for value in states[0].values() if value.is_floating_point())
+
+
+def test_embeddings_are_tied_where_the_config_says_so() -> None:
+    for tied in (True, False):
+        inner = build({**TINY, "tie_word_embeddings": tied}).inner
+        assert (inner.get_output_embeddings().weight is inner.get_input_embeddings().weight) == tied
+
+
+# Folders
+
+TOKENIZER = tokenizer.learn(["some text for a small tokeniser"], 300)
+
+
+def saved(folder: Path) -> LanguageModel:
+    language_model = build(vocabulary=TOKENIZER.get_vocab_size()).eval()
+    model.save(language_model, folder, TOKENIZER, 0)
+    return language_model
+
+
+def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    language_model = saved(tmp_path)
+    tokens = TOKENS % TOKENIZER.get_vocab_size()
+    theirs = LanguageModel(AutoModelForCausalLM.from_pretrained(tmp_path)).eval()
+    ours = model.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path").eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens), language_model(tokens))
+        assert torch.equal(ours(tokens), language_model(tokens))
+    text = "some text"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == TOKENIZER.encode(text).ids
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 0
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(UserError, match=r"reference\.path=.*vocabulary has \d+ entries, the data's tokeniser 999"):
+        model.load(tmp_path, 999, "reference.path")
+
+
+def test_a_missing_or_broken_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"reference\.path="):
+        model.load(tmp_path / "nothing", 300, "reference.path")
+    saved(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"reference\.path="):
+        model.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path")
+
+
+def test_the_fingerprint_of_a_folder_changes_with_its_weights(tmp_path: Path) -> None:
+    language_model = saved(tmp_path / "a")
+    saved(tmp_path / "b")
+    assert model.folder_fingerprint(tmp_path / "a") == model.folder_fingerprint(tmp_path / "b")
+    with torch.no_grad():
+        next(language_model.parameters()).add_(1e-3)
+    model.save(language_model, tmp_path / "b", TOKENIZER, 0)
+    assert model.folder_fingerprint(tmp_path / "a") != model.folder_fingerprint(tmp_path / "b")
