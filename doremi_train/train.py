@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -233,7 +234,7 @@ class Trainer:
         return Bar(self.task.label, self.task.training.steps * tokens, step * tokens, show=self.world.first)
 
     def _logs(self, step: int) -> "contextlib.AbstractContextManager[_Logs]":
-        return _Logs(self.task, step) if self.world.first else _Logs(None, step)
+        return _Logs(self.task.run.folder if self.world.first else None, step)
 
     def _save(self, position: Position) -> None:
         """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not there."""
@@ -269,9 +270,9 @@ class _Loss(NamedTuple):
 class _Logs:
     """The JSON lines of a run, on the first rank; nothing on the others."""
 
-    def __init__(self, task: Task | None, step: int) -> None:
-        names = ("metrics", "evaluations", "domain_weights") if task else ()
-        self._files = {name: files.JsonLines(task.run.folder / f"{name}.jsonl", step) for name in names if task}
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self._folder, self._step = folder, step
+        self._files: dict[str, files.JsonLines] = {}
 
     def __enter__(self) -> "_Logs":
         return self
@@ -300,8 +301,11 @@ class _Logs:
             file.sync()
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
-        if name in self._files:
-            self._files[name].write(line)
+        if self._folder is None:
+            return
+        if name not in self._files:
+            self._files[name] = files.JsonLines(self._folder / f"{name}.jsonl", self._step)
+        self._files[name].write(line)
 
 
 def has_dropout(model: LanguageModel) -> bool:

@@ -59,7 +59,8 @@ def _single(session: Session, store: TokenStore, page: Path, figures: dict[str, 
         charts=[chart for chart in (_weights_chart(session), _learning_chart(session, names)) if chart],
         provenance=artefact["provenance"],
     )
-    table = Table("domain", "natural", "weight", *(f"{NAMES.get(n, n)} loss" for n in names), title="Mixture and loss")
+    table = Table("domain", "natural", "weight", *(NAMES.get(n, n) for n in names))
+    table.title = "The mixture, and validation loss in nats per token"
     for k, name in enumerate(store.domains):
         losses = [f"{figures[n]['domains'][name]['loss']:.4f}" for n in names]
         table.add_row(name, f"{natural[k]:.4f}", f"{artefact['weights'][name]:.4f}", *losses)
