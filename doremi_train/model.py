@@ -159,11 +159,14 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
 
     logging.disable_progress_bar()  # progress is the stages' own
     try:
-        inner = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        inner, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}={folder}: not a model folder that transformers loads ({error})") from None
+    absent = sorted(loaded["missing_keys"])
+    if absent:  # transformers would fill them with random numbers
+        raise UserError(f"{key}={folder}: its files lack {', '.join(absent[:5])}; give a complete model folder")
     if inner.config.vocab_size != vocabulary:
         raise UserError(
             f"{key}={folder}: its vocabulary has {inner.config.vocab_size} entries, the data's tokeniser {vocabulary}; "

@@ -24,6 +24,10 @@ class Options:
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     adam_epsilon: PositiveFloat = 1e-8
 
+    def __post_init__(self) -> None:
+        if self.schedule == "exponential" and self.end_learning_rate == 0:
+            raise ValueError("an exponential decay never reaches end_learning_rate=0; raise it, or take cosine")
+
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
     """Learning rate of step 1 … steps: linear warmup, then decay that reaches the end value at the last step.

@@ -202,7 +202,7 @@ def test_excess_of_an_absent_domain(absent: Any, expected: float) -> None:
 
 def test_an_absent_domain_does_not_start_at_a_large_excess() -> None:
     for absent in ("zero", "hold"):
-        options = Options(absent=absent)  # type: ignore[arg-type]
+        options = Options(absent=absent)
         state = doremi.update(doremi.init(2, 1, options), Stats(float64([0, 0]), float64([10, 0])), options)
         assert state.excess.tolist() == [0, 0]
 
@@ -303,7 +303,7 @@ def gradient(loss: Tensor, model: nn.Module) -> Tensor:
 def equation_1(model: Tiny, weights: Tensor) -> Tensor:
     """Σ_k α_k · (mean over the tokens of domain k), by autograd of the whole batch at once."""
     losses = model(TOKENS)
-    terms = [weights[k] * losses[k == DOMAIN].mean() for k in range(4) if (k == DOMAIN).any()]
+    terms = [weights[k] * losses[k == DOMAIN].mean() for k in range(4) if k in DOMAIN]
     return gradient(torch.stack(terms).sum(), model)
 
 
@@ -389,7 +389,7 @@ def test_no_gradient_flows_through_the_excess_or_the_reference() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [("cross_entropy", cross_entropy.Options(weights=(0.5, 0.25, 0.25)))]
-    + [("doremi", Options(objective=o, score=s)) for o in ("weight", "resample") for s in ("excess", "hardest")],  # type: ignore[arg-type]
+    + [("doremi", Options(objective=o, score=s)) for o in ("weight", "resample") for s in ("excess", "hardest")],
 )
 def test_contract_of_an_objective(name: str, options: Any) -> None:
     objective = OBJECTIVES[name]
