@@ -74,9 +74,9 @@ def _run(plain: dict[str, Any]) -> None:
     try:
         session = stages.open_session(plain)
         stage = importlib.import_module(f"doremi_train.stages.{plain['stage']}")
-        # The folders of the other stages are runs, which keep their own status.
+        # The folders of the other stages are runs, which have locks and a status of their own.
         several = plain["stage"] in ("pipeline", "plan", "evaluate", "report")
-        with session.reporting(session.run_dir / plain["stage"]) if several else contextlib.nullcontext():
+        with session.alone(plain["stage"]) if several else contextlib.nullcontext():
             stage.run(session)
     except (runs.Preempted, train.TrainingFailed) as error:
         _die(str(error), error.exit_code)

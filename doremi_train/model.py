@@ -159,9 +159,10 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
 
     logging.disable_progress_bar()  # progress is the stages' own
     try:
-        inner, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
+        inner, loaded = found
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}={folder}: not a model folder that transformers loads ({error})") from None
     absent = sorted(loaded["missing_keys"])

@@ -92,7 +92,7 @@ def nothing_half_written_in_run(folder: Path) -> None:
     left = {path.name for path in folder.iterdir()} if folder.exists() else set()
     assert left <= {"config.yaml", "plan.json", "prepare", "reference", "proxy", "pipeline"}, left
     for stage in ("proxy", "pipeline"):  # how it ended, and nothing else
-        assert {path.name for path in folder.glob(f"{stage}/*")} <= {"status.json"}
+        assert {path.name for path in folder.glob(f"{stage}/*")} <= {".lock", "status.json"}
 
 
 def test_a_missing_value_of_a_required_key(tiny: list[str], tmp_path: Path) -> None:

@@ -258,6 +258,8 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     inner.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     gone = next(name for name in sorted(tensors) if "dense" in name or "mlp" in name)
-    save_file({n: t for n, t in tensors.items() if n != gone}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t for n, t in tensors.items() if n != gone}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(UserError, match="lack"):
         model.load(tmp_path, inner.config.vocab_size, "reference.path")

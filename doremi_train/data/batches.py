@@ -35,12 +35,7 @@ class Batches:
     def __init__(self, store: TokenStore, length: int, batch: int, micro: int, seed: int, world: World) -> None:
         self.store, self.length = store, length
         self.sizes = store.sequences("train", length)
-        for name, size, tokens in zip(store.domains, self.sizes, store.sizes("train"), strict=True):
-            if size == 0:
-                raise UserError(
-                    f"domain {name!r}: {tokens} training tokens are less than one sequence of "
-                    f"training.sequence_length={length} + 1; shorten the sequence, add text, or leave the domain out"
-                )
+        require_sequences(store, "train", length)
         self.sampler = Sampler(self.sizes, store.domains, batch, seed)
         self._rows = world.rows(batch, micro)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -76,18 +71,25 @@ def read(store: TokenStore, split: str, domain: Ints, sequence: Ints, length: in
     return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(domain), torch.from_numpy(sequence))
 
 
+def require_sequences(store: TokenStore, split: str, length: int) -> None:
+    """Raise UserError naming a domain whose split is shorter than one sequence of `length` + 1 tokens."""
+    remedy = "add text" if split == "train" else "give validation files, raise data.validation_fraction"
+    for name, size, tokens in zip(store.domains, store.sequences(split, length), store.sizes(split), strict=True):
+        if size == 0:
+            raise UserError(
+                f"domain {name!r}: {tokens} {split} tokens are less than one sequence of "
+                f"training.sequence_length={length} + 1; {remedy}, shorten the sequence, or leave the domain out"
+            )
+
+
 def fixed_validation(store: TokenStore, length: int, per_domain: int) -> tuple[Ints, Ints]:
     """(domain (N,), sequence (N,)): at most `per_domain` validation sequences a domain, evenly spread over its split.
 
-    The choice depends on the data alone, never on a mixture or a seed. Raises UserError for a domain without any.
+    The choice depends on the data alone, never on a mixture or a seed. Raises UserError where a domain has none.
     """
+    require_sequences(store, "validation", length)
     domains, sequences = [], []
-    for k, (name, size) in enumerate(zip(store.domains, store.sequences("validation", length), strict=True)):
-        if size == 0:
-            raise UserError(
-                f"domain {name!r}: its validation split is shorter than one sequence of training.sequence_length="
-                f"{length} + 1; give validation files, raise data.validation_fraction, or shorten the sequence"
-            )
+    for k, size in enumerate(store.sequences("validation", length)):
         taken = min(per_domain, int(size))
         domains.append(np.full(taken, k))
         sequences.append(np.arange(taken) * size // taken)

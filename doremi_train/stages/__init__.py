@@ -127,8 +127,20 @@ class Session:
                 yield todo
 
     @contextlib.contextmanager
+    def alone(self, stage: str) -> Iterator[None]:
+        """Hold the folder of a stage that is more than one run, and keep its status.
+
+        Raises UserError, and leaves the status alone, where the same stage of this run_dir is at work already.
+        """
+        folder = self.run_dir / stage
+        with contextlib.ExitStack() as stack:
+            comm.on_first(lambda: stack.enter_context(runs.lock(folder, str(self.run_dir.resolve()))))
+            with self.reporting(folder):
+                yield
+
+    @contextlib.contextmanager
     def reporting(self, folder: Path) -> Iterator[None]:
-        """Keep the `status.json` of a stage that is more than one run."""
+        """Keep the `status.json` of a folder: running, then finished, preempted or failed."""
         self._status(folder, "running")
         try:
             yield

@@ -5,6 +5,7 @@ from pathlib import Path
 from doremi_train import comm, files
 from doremi_train.config import UserError
 from doremi_train.data import prepare
+from doremi_train.data.batches import require_sequences
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import set_status, stop
 from doremi_train.stages import Session, once
@@ -15,10 +16,12 @@ from doremi_train.track import Bar
 def run(session: Session) -> TokenStore:
     """The prepared data of this configuration; made on the first process, opened on all.
 
-    Raises UserError where a source or the tokeniser changed since this run_dir was started.
+    Raises UserError where a source or the tokeniser changed since this run_dir was started, or a domain is too small.
     """
-    folder = comm.on_first(lambda: _prepare(session))
-    return TokenStore.open(folder)
+    store = TokenStore.open(comm.on_first(lambda: _prepare(session)))
+    for split in ("train", "validation"):  # now, and not after the reference was trained
+        require_sequences(store, split, session.config.training.sequence_length)
+    return store
 
 
 def _prepare(session: Session) -> Path:
