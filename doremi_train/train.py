@@ -114,7 +114,10 @@ class Trainer:
                     logs.sync()
                     self._save(position)
                 if stopping:
-                    raise Preempted(f"{task.label}: told to stop; saved at step {position.step} of {training.steps}")
+                    raise Preempted(
+                        f"{task.label}: told to stop; saved at step {position.step} of {training.steps}; "
+                        "the same command continues it"
+                    )
         return position
 
     def step(self, position: Position) -> tuple[Position, Any, bool]:
@@ -238,11 +241,16 @@ class Trainer:
 
     def _save(self, position: Position) -> None:
         """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not there."""
+        # The loss since the last line of metrics moves to rank 0, as in the checkpoint: a continued run logs the same.
+        loss = comm.all_reduce_sum(self._loss)[0]
+        for part, whole in zip(self._loss, loss, strict=True):
+            part.copy_(whole if self.world.first else torch.zeros_like(whole))
         if self.world.first:
             content = {
                 "step": position.step,
                 "state": list(position.state),
                 "counts": torch.from_numpy(position.counts),
+                "loss": [float(part) for part in self._loss],
                 "model": self.bare.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
@@ -259,6 +267,8 @@ class Trainer:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
         self.bare.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        for part, value in zip(self._loss, content["loss"], strict=True):
+            part.fill_(value if self.world.first else 0.0)
         return Position(content["step"], type(fresh)(*content["state"]), content["counts"].numpy())
 
 
