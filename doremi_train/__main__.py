@@ -1,6 +1,7 @@
 """The command: Hydra composes the configuration, a stage does the work, a mistake is one message and exit code 2."""
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ from doremi_train.config import UserError, conf_dir, fingerprint
 STAGES = ("pipeline", "plan", "prepare", "reference", "proxy", "main", "evaluate", "report")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PLACES = ("run_dir", "store", "stage")  # where and which, not what: no part of a sweep's folder names
 
 
@@ -68,7 +70,7 @@ def _task(composed: Any) -> None:
 def _run(plain: dict[str, Any]) -> None:
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    from doremi_train import runs, stages, train
+    from doremi_train import comm, runs, stages, train
 
     _listen(runs.stop)
     try:
@@ -80,8 +82,16 @@ def _run(plain: dict[str, Any]) -> None:
             stage.run(session)
     except (runs.Preempted, train.TrainingFailed) as error:
         _die(str(error), error.exit_code)
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) in _FULL:
+            _die(f"{error}: no room left; free some, and the same command continues from the last checkpoint", 1)
+        gone = comm.explain(error)
+        if not isinstance(gone, comm.Lost):
+            raise
+        print(f"doremi-train: process {os.environ.get('RANK')}: {gone}", file=sys.stderr, flush=True)
+        sys.exit(gone.exit_code)
     finally:
-        _leave()
+        comm.leave()
 
 
 def _listen(stop: Any) -> None:
@@ -94,15 +104,6 @@ def _listen(stop: Any) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, ask)
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-    from accelerate.state import AcceleratorState
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)  # the next job of a sweep may want another precision
 
 
 def _die(message: str, code: int) -> None:

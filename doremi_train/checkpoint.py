@@ -19,10 +19,14 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
     aside = path.with_suffix(f".{os.getpid()}.partial")
-    with aside.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with aside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk, say: the checkpoints before it stay, what was written makes room
+        aside.unlink(missing_ok=True)
+        raise
     files.write_bytes(path.with_suffix(".sha256"), _digest(aside).encode())
     aside.rename(path)
     files.sync_folder(folder)

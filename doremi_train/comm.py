@@ -1,21 +1,81 @@
-"""The only user of torch.distributed collectives. On one process each of these is the identity."""
+"""The only user of torch.distributed. On one process each of these is the identity.
 
-from collections.abc import Callable
+No call waits longer than `timeout` seconds for another process. What rank 0 does alone (tokenise, save, wait for a
+lock) may take hours: the others wait in `on_first`, where rank 0 gives a sign of life every few seconds.
+"""
+
+import datetime
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from doremi_train.world import World
 
 Sums = TypeVar("Sums", bound=NamedTuple)
 T = TypeVar("T")
 
+_SIGN_OF_LIFE = 5.0  # seconds
+
+
+class Lost(Exception):
+    """Another process ended, or did not answer in time. Exit code 1: the same command continues the run."""
+
+    exit_code = 1
+
+
+class _Together(NamedTuple):
+    """What `join` made."""
+
+    group: Any = None  # for rank 0's work and objects: gloo, on the host
+    timeout: float = 0.0
+
+
+_together = _Together()
+
+
+def join(cpu: bool, timeout: float) -> torch.device:
+    """Meet the other processes that the launcher started; returns this one's device."""
+    from accelerate import PartialState
+
+    global _together
+    cpu = (
+        cpu or not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    )
+    limit = datetime.timedelta(seconds=timeout)
+    place = PartialState(cpu=cpu, timeout=limit)
+    if _many():
+        _together = _Together(dist.new_group(backend="gloo", timeout=limit), timeout)
+    return place.device
+
+
+def leave() -> None:
+    """Part from the others; a next `join` in this process may want another device."""
+    from accelerate.state import PartialState
+
+    global _together
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    _together = _Together()
+    PartialState._reset_state()
+
 
 def world() -> World:
     """This process among all."""
     return World(dist.get_rank(), dist.get_world_size()) if _many() else World()
+
+
+def backend() -> str:
+    """gloo, nccl, …; none where this process was started alone."""
+    return dist.get_backend() if dist.is_available() and dist.is_initialized() else "none"
+
+
+# ── Values ──────────────────────────────────────────────────────────────────────────
 
 
 def all_reduce_sum(sums: Sums, flag: bool = False) -> tuple[Sums, bool]:
@@ -34,7 +94,7 @@ def all_reduce_sum(sums: Sums, flag: bool = False) -> tuple[Sums, bool]:
 
 def barrier() -> None:
     if _many():
-        dist.barrier()
+        dist.barrier(group=_together.group)
 
 
 def broadcast(value: T) -> T:
@@ -42,7 +102,7 @@ def broadcast(value: T) -> T:
     if not _many():
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_together.group)
     return box[0]
 
 
@@ -52,15 +112,105 @@ def on_first(function: Callable[[], T]) -> T:
         return function()
     outcome: tuple[T | None, Exception | None] = (None, None)
     if dist.get_rank() == 0:
-        try:
-            outcome = (function(), None)
-        except Exception as error:  # carried to every rank and raised there
-            outcome = (None, error)
+        with _SignsOfLife():
+            try:
+                outcome = (function(), None)
+            except Exception as error:  # carried to every rank and raised there
+                outcome = (None, error)
+    else:
+        while _sign(working=False):
+            pass
     value, failure = broadcast(outcome)
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value]
 
 
+class _SignsOfLife:
+    """While rank 0 works, a thread tells the others that it still does; at the end, that it is done."""
+
+    def __enter__(self) -> None:
+        self._done = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._give, name="sign of life", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        _sign(working=False)
+
+    def _give(self) -> None:
+        try:
+            while not self._done.wait(min(_SIGN_OF_LIFE, _together.timeout / 4)):
+                _sign(working=True)
+        except Exception as error:  # raised by the main thread
+            self._failure = error
+
+
+def _sign(working: bool) -> bool:
+    sign = torch.tensor([working])
+    dist.broadcast(sign, src=0, group=_together.group)
+    return bool(sign)
+
+
+def explain(error: BaseException) -> BaseException:
+    """The error itself, or `Lost` with a clear message where it says that another process is gone."""
+    if isinstance(error, Lost) or not _many():
+        return error
+    text = str(error)
+    gone = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "NCCL", "Connection closed by peer"))
+    )
+    if not gone:
+        return error
+    cause = text.splitlines()[0].rpartition("] ")[2][:200]
+    return Lost(
+        "another process ended, or did not answer within "
+        f"training.timeout={_together.timeout:g} s ({cause}); look at its own output. "
+        "The same command continues from the last checkpoint"
+    )
+
+
+# ── Tensors in parts ────────────────────────────────────────────────────────────────
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Divide every block's parameters, and then the rest, among all processes (FSDP2), in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be in parts. A collective where it is."""
+    return tensor.detach().full_tensor() if _in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def share(value: Tensor, like: Tensor) -> Tensor:
+    """Of a value that every process has, the part it holds of `like`, on its device."""
+    value = value.to(like.device)
+    if not _in_parts(like):
+        return value.clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def _in_parts(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
 def _many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+# Said of torch's and DeepSpeed's own calls, on every process, at every start.
+warnings.filterwarnings("ignore", r"`torch.distributed\..*` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)

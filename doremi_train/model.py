@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,21 @@ class LanguageModel(nn.Module):
         inner.config.use_cache = False
         if activation_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})
+        self.precision = "fp32"  # of the forward and backward; parameters stay float32
         self._fusable = _head_is_plain(inner)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens (B, T + 1)."""
+        # Here and not around the call, because wrappers such as DeepSpeed's switch autocast off.
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._losses(tokens)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's layers, in order: what is sharded, and compiled, one by one."""
+        names = set(self.inner._no_split_modules or ())
+        return [module for module in self.inner.modules() if type(module).__name__ in names]
+
+    def _losses(self, tokens: Tensor) -> Tensor:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if not self._fusable or targets.numel() * self.inner.config.vocab_size <= _PLAIN_LOGITS:
             return _cross_entropy(self.inner(input_ids=inputs).logits, targets)
@@ -176,13 +188,17 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
     return LanguageModel(inner)
 
 
-def save(model: LanguageModel, folder: Path, tokenizer: Tokenizer, end: int) -> None:
-    """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a document."""
+def save(model: LanguageModel, tensors: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer, end: int) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a document.
+
+    `tensors` are the model's, whole and by name: its own may be in parts on many processes.
+    """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.inner.save_pretrained(folder)
+    whole = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
+    model.inner.save_pretrained(folder, state_dict=whole)
     token = tokenizer.id_to_token(end)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
 

@@ -6,38 +6,38 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 import contextlib
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import checkpoint, comm, evaluation, files, optim
-from doremi_train.config import STRICT, Count, Positive, UserError
+from doremi_train import checkpoint, comm, engine, evaluation, files, optim
+from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.data.batches import Batch, Batches, MicroBatch
 from doremi_train.data.sampler import Ints
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel
 from doremi_train.runs import Preempted, Run, set_status, stop
-from doremi_train.track import Bar
+from doremi_train.track import Bar, console
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options(optim.Options):
     steps: Positive = 400
     batch_size: Positive = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: Positive | None = None  # sequences per process and forward; null: all of the process's share
+    micro_batch_size: Positive | None = None  # most sequences per process and forward; null: all of its share
     sequence_length: Positive = 128  # tokens
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
     activation_checkpointing: bool = False
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
+    timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
     threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
 
 
@@ -59,7 +59,7 @@ class Task(NamedTuple):
     training: Options
     evaluation: evaluation.Options
     accumulation: Literal["exact", "lagged"] = "lagged"
-    reference: nn.Module | None = None  # frozen, on the device, giving losses (B, T)
+    reference: LanguageModel | None = None  # frozen, on the device, giving losses (B, T)
 
 
 class Position(NamedTuple):
@@ -68,26 +68,29 @@ class Position(NamedTuple):
     step: int  # optimiser steps done
     state: Any  # of the objective
     counts: Ints  # (K,) sequences drawn
+    skipped: int = 0  # batches left out because a loss was not finite
 
 
 class Trainer:
     """A model being trained: `fit` is the loop, `step` is one optimiser step."""
 
-    def __init__(self, task: Task, model: LanguageModel, accelerator: Accelerator) -> None:
-        self.task, self.accelerator, self.world = task, accelerator, comm.world()
-        self.bare = model
+    def __init__(self, task: Task, model: LanguageModel, place: engine.Place) -> None:
+        self.task, self.device, self.world = task, place.device, comm.world()
         training = task.training
-        micro = self.world.micro_batch(training.batch_size, training.micro_batch_size)
-        several = training.batch_size > micro * self.world.size
-        if task.accumulation == "exact" and several and has_dropout(model):
-            raise UserError(
-                "proxy.accumulation=exact: with several micro-batches it runs every forward twice, which must agree, "
-                "so the model may not have dropout; set its dropout to 0, or use proxy.accumulation=lagged"
-            )
-        self.micro = micro
-        self.batches = Batches(task.store, training.sequence_length, training.batch_size, micro, task.seed, self.world)
-        self.model, self.optimizer = accelerator.prepare(model, optim.build(model, training))
-        self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=accelerator.device))
+        rows = self.world.rows(training.batch_size, training.micro_batch_size)
+        if len(rows) > 1:
+            _refuse_accumulation(task, model, place)
+        self.micro = self.world.largest(training.batch_size, training.micro_batch_size)
+        self.batches = Batches(task.store, training.sequence_length, training.batch_size, rows, task.seed)
+        self.bare = model
+        for part in (model, task.reference):
+            if part is not None:
+                part.precision = training.precision
+        self.engine = engine.build(place, model, training)
+        self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
+        if self.world.first:
+            console.print(f"{task.label:<22} {self.engine_used}")
+        self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
     def fit(self) -> Position:
         """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when told to stop."""
@@ -128,98 +131,115 @@ class Trainer:
         task, options = self.task, self.task.objective_options
         number, state = position.step + 1, position.state
         batch = self.batches.get(position.step, task.objective.sampling(state, options), position.counts)
-        self._prepare_step(number)
-        if task.accumulation == "exact" and len(batch.micro) == 1:
-            # The weights of this very batch are known between its forward and its backward: nothing is computed twice.
-            losses, stats = self._observe(batch.micro[0])
-            state, stats, stopping = self._learn(state, stats, number, batch)
-            self._backward(losses, batch.micro[0], state, stats.tokens)
-        elif task.accumulation == "exact":
+        self._seed(number)
+        *early, last = batch.micro
+        if task.accumulation == "exact" and early:
+            # The weights of this very batch are known only after all of its forwards, so these are done twice.
             with torch.no_grad():
                 stats = _add(self._observe(micro)[1] for micro in batch.micro)
-            state, stats, stopping = self._learn(state, stats, number, batch)
-            for micro, sync in self._synchronised(batch.micro):
-                with sync:
+            state, stats, stopping, sound = self._learn(state, stats, batch, number)
+            for micro in batch.micro if sound else ():
+                with self.engine.accumulating(last=micro is last):
                     self._backward(self._losses(micro), micro, state, stats.tokens)
         else:
-            # Weights of the step before, or weights that never move: every token count is known from the draw.
-            sums = []
-            for micro, sync in self._synchronised(batch.micro):
-                with sync:
+            # With one micro-batch these are the weights of this very batch too: nothing is computed twice. With more,
+            # they are those of the step before, or never move: every token count is known from the draw.
+            parts = []
+            for micro in early:
+                with self.engine.accumulating(last=False):
                     losses, stats = self._observe(micro)
                     self._backward(losses, micro, state, batch.tokens)
-                    sums.append(stats)
-            state, stats, stopping = self._learn(state, _add(sums), number, batch)
-        if task.training.gradient_clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), task.training.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Position(number, state, batch.draw.counts), stats, stopping
+                    parts.append(stats)
+            with self.engine.accumulating(last=True):
+                losses, stats = self._observe(last)
+                before = state
+                state, stats, stopping, sound = self._learn(state, _add([*parts, stats]), batch, number)
+                if sound:
+                    weighing = before if task.accumulation == "lagged" else state
+                    self._backward(losses, last, weighing, batch.tokens)
+        if sound:
+            self.engine.step(optim.learning_rate(number, task.training.steps, task.training))
+        else:
+            self.engine.discard()
+        return Position(number, state, batch.draw.counts, position.skipped + (not sound)), stats, stopping
 
     def evaluate(self) -> dict[str, Any]:
         task = self.task
         return evaluation.measure(
-            self.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.accelerator.device
+            self.engine.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.device
         )
 
     def _losses(self, micro: MicroBatch) -> Tensor:
         """(B, T) with gradient."""
-        return self.model(micro.tokens.to(self.accelerator.device, non_blocking=True))
+        return self._call(self.engine.model, micro)
+
+    def _call(self, model: nn.Module, micro: MicroBatch) -> Tensor:
+        # A rank without rows takes part all the same: under sharding every forward and backward is a collective.
+        tokens = micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
+        return model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
 
     def _observe(self, micro: MicroBatch) -> tuple[Tensor, Any]:
         """Losses (B, T) of a micro-batch with their gradient, and the objective's sums."""
-        task, device = self.task, self.accelerator.device
+        task = self.task
         losses = self._losses(micro)
         reference = None
         if task.reference is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                reference = task.reference(micro.tokens.to(device, non_blocking=True))
-        domain = micro.domain.to(device, non_blocking=True)
+            with torch.no_grad():
+                reference = self._call(task.reference, micro)
+        domain = micro.domain.to(self.device, non_blocking=True)
         stats = task.objective.observe(
             losses.detach(), reference, domain, len(task.store.domains), task.objective_options
         )
-        self._loss.total.add_(losses.detach().double().sum())
-        self._loss.tokens.add_(losses.numel())
+        self._step_loss.total.add_(losses.detach().double().sum())
+        self._step_loss.tokens.add_(losses.numel())
         return losses, stats
 
-    def _learn(self, state: Any, stats: Any, number: int, batch: Batch) -> tuple[Any, Any, bool]:
-        """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere."""
+    def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
+        """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
+
+        Returns state, sums, whether to stop, and whether the batch is sound. Raises TrainingFailed where it is not and
+        may not be left out.
+        """
         stats, stopping = comm.all_reduce_sum(stats, stop.requested)
         stats = type(stats)(*(s.cpu() for s in stats))  # K floats: α is kept and updated in float64 on the host
-        self._check_finite(stats, number, batch)
-        return self.task.objective.update(state, stats, self.task.objective_options), stats, stopping
+        sound = self._check_finite(stats, number, batch)
+        if sound:
+            state = self.task.objective.update(state, stats, self.task.objective_options)
+            for part, step in zip(self._loss, self._step_loss, strict=True):
+                part.add_(step)
+        return state, stats, stopping, sound
 
     def _backward(self, losses: Tensor, micro: MicroBatch, state: Any, tokens: Tensor) -> None:
         """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator: weights are already
-        divided by global counts, and the number of ranks undoes the average that DDP takes over them."""
+        divided by global counts, and the number of ranks undoes the average that engines take over them."""
         weights = self.task.objective.weigh(state, micro.domain, tokens, self.task.objective_options)
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
-        self.accelerator.backward(total * self.world.size)
+        self.engine.backward(total * self.world.size)
 
-    def _synchronised(self, micro: list[MicroBatch]) -> Iterator[tuple[MicroBatch, contextlib.AbstractContextManager]]:
-        """Micro-batches, each with the context in which only the last one's backward exchanges gradients."""
-        for part in micro[:-1]:
-            yield part, self.accelerator.no_sync(self.model)
-        yield micro[-1], contextlib.nullcontext()
-
-    def _prepare_step(self, number: int) -> None:
-        # Dropout is a function of (seed, step, rank), so a resumed run needs no generator state.
+    def _seed(self, number: int) -> None:
+        """Dropout is a function of (seed, step, rank), so a resumed run needs no generator state."""
         mixed = np.random.SeedSequence([self.task.seed, number, self.world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]) >> 1)
-        rate = optim.learning_rate(number, self.task.training.steps, self.task.training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self._step_loss = _Loss(*torch.zeros_like(torch.stack(self._loss)))
 
-    def _check_finite(self, stats: Any, number: int, batch: Batch) -> None:
+    def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
+        """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
         bad = [k for k in range(len(stats.tokens)) if not all(math.isfinite(field[k]) for field in stats)]
         if not bad:
-            return
+            return True
         names = [self.task.store.domains[k] for k in bad]
         drawn = {n: batch.draw.sequence[batch.draw.domain == k].tolist() for k, n in zip(bad, names, strict=True)}
-        raise TrainingFailed(
+        found = (
             f"{self.task.label}: the loss is not finite at step {number}, domain {', '.join(names)} "
-            f"(its sequences in this batch: {drawn}); lower training.learning_rate, or look at that text"
+            f"(its sequences in this batch: {drawn})"
         )
+        if self.task.training.on_nonfinite == "stop":
+            raise TrainingFailed(
+                f"{found}; lower training.learning_rate, look at that text, or set training.on_nonfinite=skip"
+            )
+        if self.world.first:
+            print(f"{found}; the batch is left out on all processes", flush=True)
+        return False
 
     def _mean_loss(self) -> float:
         """Mean training loss over tokens and ranks since the last call, nats per token."""
@@ -243,21 +263,22 @@ class Trainer:
         """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not there."""
         # The loss since the last line of metrics moves to rank 0, as in the checkpoint: a continued run logs the same.
         loss = comm.all_reduce_sum(self._loss)[0]
-        for part, whole in zip(self._loss, loss, strict=True):
-            part.copy_(whole if self.world.first else torch.zeros_like(whole))
-        if self.world.first:
-            content = {
-                "step": position.step,
-                "state": list(position.state),
-                "counts": torch.from_numpy(position.counts),
-                "loss": [float(part) for part in self._loss],
-                "model": self.bare.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-            folder = self.task.run.folder
-            checkpoint.save(folder / "checkpoints", position.step, content, self.task.training.keep_checkpoints)
-            set_status(folder, "running", position.step)
-        comm.barrier()
+        for part, total in zip(self._loss, loss, strict=True):
+            part.copy_(total if self.world.first else torch.zeros_like(total))
+        content = {
+            "step": position.step,
+            "state": list(position.state),
+            "counts": torch.from_numpy(position.counts),
+            "skipped": position.skipped,
+            "loss": [float(part) for part in self._loss],
+            **self.engine.state(),
+        }
+        comm.on_first(lambda: self._write(content))
+
+    def _write(self, content: dict[str, Any]) -> None:
+        folder, step = self.task.run.folder, content["step"]
+        checkpoint.save(folder / "checkpoints", step, content, self.task.training.keep_checkpoints)
+        set_status(folder, "running", step)
 
     def _restore(self) -> Position:
         task, domains = self.task, len(self.task.store.domains)
@@ -265,11 +286,10 @@ class Trainer:
         content = checkpoint.latest(task.run.folder / "checkpoints")
         if content is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
-        self.bare.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.engine.load(content)
         for part, value in zip(self._loss, content["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
-        return Position(content["step"], type(fresh)(*content["state"]), content["counts"].numpy())
+        return Position(content["step"], type(fresh)(*content["state"]), content["counts"].numpy(), content["skipped"])
 
 
 class _Loss(NamedTuple):
@@ -316,6 +336,21 @@ class _Logs:
         if name not in self._files:
             self._files[name] = files.JsonLines(self._folder / f"{name}.jsonl", self._step)
         self._files[name].write(line)
+
+
+def _refuse_accumulation(task: Task, model: LanguageModel, place: engine.Place) -> None:
+    """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
+    if task.accumulation == "exact" and has_dropout(model):
+        raise UserError(
+            "proxy.accumulation=exact: with several micro-batches it runs every forward twice, which must agree, "
+            "so the model may not have dropout; set its dropout to 0, or use proxy.accumulation=lagged"
+        )
+    if task.accumulation == "lagged" and task.training.on_nonfinite == "skip" and place.strategy.startswith("zero"):
+        raise UserError(
+            f"training.on_nonfinite=skip: {place.strategy} has divided the gradients of the first micro-batches "
+            "before the last one's loss is known; raise training.micro_batch_size so that one is enough, or use "
+            "engine=fsdp2 or ddp"
+        )
 
 
 def has_dropout(model: LanguageModel) -> bool:

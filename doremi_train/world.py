@@ -15,21 +15,27 @@ class World(NamedTuple):
     def first(self) -> bool:
         return self.rank == 0
 
-    def rows(self, batch: int, micro: int) -> list[slice]:
-        """Rows of the global batch that this rank takes, one slice for each of its micro-batches.
+    def rows(self, batch: int, micro: int | None) -> list[slice]:
+        """Rows of the global batch that this rank takes, one slice for each of its micro-batches of at most `micro`
+        rows (None: all of its share).
 
-        Micro-batch m of all ranks together is one contiguous block, so a rank's share does not depend on its size.
+        All ranks take the same number of micro-batches, because each is a collective under sharding; where the batch
+        does not divide, their sizes differ by one row, and some may be empty. Micro-batch m of all ranks together is
+        one contiguous block, so a rank's share does not depend on its size.
+
+        Raises UserError where there are more processes than rows.
         """
-        return [slice(start, start + micro) for start in range(self.rank * micro, batch, self.size * micro)]
-
-    def micro_batch(self, batch: int, micro: int | None) -> int:
-        """The micro-batch size per process: as asked, or the largest. Raises UserError where it does not divide."""
-        if micro is None and batch % self.size == 0:
-            return batch // self.size
-        if micro is None or batch % (micro * self.size):
-            asked = f"training.micro_batch_size={micro}" if micro else "the number of processes"
+        if batch < self.size:
             raise UserError(
-                f"training.batch_size={batch}: must be a multiple of micro-batch size × processes "
-                f"({micro or 1} × {self.size}); change it or {asked}"
+                f"training.batch_size={batch}: is less than the number of processes ({self.size}); "
+                "raise it, or start fewer"
             )
-        return micro
+        parts = -(-batch // ((micro or batch) * self.size))
+        slots = [part * self.size + self.rank for part in range(parts)]
+        return [slice(slot * batch // (parts * self.size), (slot + 1) * batch // (parts * self.size)) for slot in slots]
+
+    def largest(self, batch: int, micro: int | None) -> int:
+        """Rows of the largest micro-batch of any rank."""
+        return max(
+            part.stop - part.start for rank in range(self.size) for part in World(rank, self.size).rows(batch, micro)
+        )

@@ -70,7 +70,9 @@ VALUES = [
     (["proxy.clip=batch"], ["proxy.clip='batch'", "token", "domain"]),
     (["proxy.seeds=0"], ["proxy.seeds=0", "greater than 0"]),
     (["training.learning_rate=inf"], ["training.learning_rate", "inf", "finite"]),
-    (["training.batch_size=8", "training.micro_batch_size=3"], ["training.batch_size=8", "multiple", "(3 × 1)"]),
+    (["engine.processes=2"], ["engine.processes=2", "1 work together", "torchrun"]),
+    (["engine=fsdp2"], ["engine.strategy=fsdp2", "torchrun", "engine=auto"]),
+    (["engine.deepspeed=zero2.json"], ["engine.deepspeed=zero2.json", "engine=zero1"]),
     (["mixture=file"], ["mixture.path", "mixture=file"]),
     (["mixture.path=weights.json"], ["mixture.path=weights.json", "mixture=file"]),
     (["data.tokenizer=nowhere.json"], ["data.tokenizer='nowhere.json'", "train"]),
@@ -284,6 +286,6 @@ def test_a_mistake_in_a_process_of_its_own(doremi: Command, tiny: list[str], tmp
 
 @pytest.mark.slow
 def test_a_mistake_on_two_processes_is_said_once(doremi: Command, tiny: list[str], tmp_path: Path) -> None:
-    outcome = doremi(*tiny, f"run_dir={tmp_path}", "training.batch_size=7", "stage=plan", processes=2)
+    outcome = doremi(*tiny, f"run_dir={tmp_path}", "training.batch_size=1", "stage=plan", processes=2)
     assert outcome.code == 1  # torchrun's own
-    assert outcome.err.count("doremi-train: ") == 1 and "training.batch_size=7" in outcome.err
+    assert outcome.err.count("doremi-train: ") == 1 and "training.batch_size=1" in outcome.err

@@ -203,16 +203,17 @@ def test_embeddings_are_tied_where_the_config_says_so() -> None:
 TOKENIZER = tokenizer.learn(["some text for a small tokeniser"], 300)
 
 
-def saved(folder: Path) -> LanguageModel:
-    language_model = build(vocabulary=TOKENIZER.get_vocab_size()).eval()
-    model.save(language_model, folder, TOKENIZER, 0)
+def saved(folder: Path, **changes: Any) -> LanguageModel:
+    language_model = build({**TINY, **changes}, vocabulary=TOKENIZER.get_vocab_size()).eval()
+    model.save(language_model, dict(language_model.named_parameters()), folder, TOKENIZER, 0)
     return language_model
 
 
-def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tied: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    language_model = saved(tmp_path)
+    language_model = saved(tmp_path, tie_word_embeddings=tied)
     tokens = TOKENS % TOKENIZER.get_vocab_size()
     theirs = LanguageModel(AutoModelForCausalLM.from_pretrained(tmp_path)).eval()
     ours = model.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path").eval()
@@ -246,7 +247,7 @@ def test_the_fingerprint_of_a_folder_changes_with_its_weights(tmp_path: Path) ->
     assert model.folder_fingerprint(tmp_path / "a") == model.folder_fingerprint(tmp_path / "b")
     with torch.no_grad():
         next(language_model.parameters()).add_(1e-3)
-    model.save(language_model, tmp_path / "b", TOKENIZER, 0)
+    model.save(language_model, dict(language_model.named_parameters()), tmp_path / "b", TOKENIZER, 0)
     assert model.folder_fingerprint(tmp_path / "a") != model.folder_fingerprint(tmp_path / "b")
 
 

@@ -1,5 +1,7 @@
 """The sampler: quotas, closed-form counts, one pass per epoch, an order that nothing but the seed decides."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -211,22 +213,27 @@ def test_order_does_not_depend_on_the_hash_seed_of_python() -> None:
 # Who takes which rows
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6))
-def test_ranks_and_micro_batches_cover_the_batch_exactly_once(size: int, micro: int, accumulation: int) -> None:
-    batch = size * micro * accumulation
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 8), st.integers(1, 6) | st.none(), st.integers(0, 40))
+def test_ranks_and_micro_batches_cover_the_batch_exactly_once(size: int, micro: int | None, more: int) -> None:
+    batch = size + more
     shares = [World(rank, size).rows(batch, micro) for rank in range(size)]
-    assert all(len(share) == accumulation for share in shares)
+    parts = {len(share) for share in shares}
+    assert len(parts) == 1  # every forward and backward is a collective under sharding
+    assert parts == {math.ceil(batch / (size * (micro or batch)))}  # and there are no more of them than needed
     rows = [row for share in shares for part in share for row in range(batch)[part]]
     assert sorted(rows) == list(range(batch))
+    sizes = {part.stop - part.start for share in shares for part in share}
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) == World(0, size).largest(batch, micro) <= (micro or batch)
+    for part in zip(*shares, strict=True):  # micro-batch m of all ranks together is one contiguous block
+        assert all(a.stop == b.start for a, b in itertools.pairwise(part))
 
 
-def test_micro_batch_is_as_asked_or_the_whole_share() -> None:
-    assert World(0, 4).micro_batch(32, None) == 8
-    assert World(0, 4).micro_batch(32, 2) == 2
+def test_a_batch_that_divides_is_divided_evenly() -> None:
+    assert World(1, 4).rows(32, None) == [slice(8, 16)]
+    assert World(1, 4).rows(32, 4) == [slice(4, 8), slice(20, 24)]
 
 
-@pytest.mark.parametrize(("size", "batch", "micro"), [(1, 32, 5), (4, 32, 16), (3, 32, None)])
-def test_a_batch_that_micro_batches_do_not_divide_is_refused(size: int, batch: int, micro: int | None) -> None:
-    with pytest.raises(UserError, match=f"training.batch_size={batch}"):
-        World(0, size).micro_batch(batch, micro)
+def test_fewer_sequences_than_processes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"training.batch_size=3: .*\(4\)"):
+        World(0, 4).rows(3, None)

@@ -14,7 +14,6 @@ from torch import Tensor
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Draw, Ints, Sampler
 from doremi_train.data.shards import TokenStore
-from doremi_train.world import World
 
 
 class MicroBatch(NamedTuple):
@@ -32,12 +31,12 @@ class Batch(NamedTuple):
 class Batches:
     """Random access to the batches of a run. One is read ahead, on the guess that the weights stay as they are."""
 
-    def __init__(self, store: TokenStore, length: int, batch: int, micro: int, seed: int, world: World) -> None:
+    def __init__(self, store: TokenStore, length: int, batch: int, rows: list[slice], seed: int) -> None:
         self.store, self.length = store, length
         self.sizes = store.sequences("train", length)
         require_sequences(store, "train", length)
         self.sampler = Sampler(self.sizes, store.domains, batch, seed)
-        self._rows = world.rows(batch, micro)
+        self._rows = rows  # of the global batch: this rank's, one slice a micro-batch
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, bytes, Future[Batch]] | None = None
 

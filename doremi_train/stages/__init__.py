@@ -4,9 +4,7 @@ Each stage is a module of this package with `run(session)`, read top to bottom.
 """
 
 import contextlib
-import datetime
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
@@ -15,10 +13,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from pydantic.dataclasses import dataclass
 
-from doremi_train import comm, evaluation, files, model, runs, train
+from doremi_train import comm, engine, evaluation, files, model, runs, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics
@@ -63,6 +60,7 @@ class Config:
     data: data_options.Options
     model: model.Options
     training: train.Options
+    engine: engine.Options
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
@@ -92,6 +90,7 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 _FREE = ("stage", "run_dir", "store", "data.max_bad_lines", "data.allow_pipe")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
+    "timeout",
 )  # fmt: skip
 
 
@@ -101,7 +100,7 @@ class Session:
 
     config: Config
     plain: Mapping[str, Any]
-    accelerator: Accelerator
+    place: engine.Place
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
 
     @property
@@ -146,7 +145,8 @@ class Session:
             yield
         except BaseException as error:
             preempted = isinstance(error, runs.Preempted | KeyboardInterrupt)
-            self._status(folder, "preempted" if preempted else "failed", str(error))
+            with contextlib.suppress(OSError):  # a full disk is best named by the first error
+                self._status(folder, "preempted" if preempted else "failed", str(comm.explain(error)))
             raise
         self._status(folder, "finished")
 
@@ -179,26 +179,12 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
 
 
 def open_session(plain: Mapping[str, Any]) -> Session:
-    """Check the composed configuration, start the processes, and claim the run folder for this configuration."""
+    """Check the composed configuration, join the processes, and claim the run folder for this configuration."""
     config = load(Config, plain)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # without it several processes on CPUs never synchronise
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.training.precision == "bf16" else "no",
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if comm.world().size != asked:
-        raise UserError(
-            f"WORLD_SIZE={asked}: {asked} processes were asked for, but only {comm.world().size} work together; "
-            "start them with torchrun, or with accelerate launch --multi_gpu (on CPUs with ACCELERATE_USE_CPU=1)"
-        )
-    session = Session(config, plain, accelerator)
+    place = engine.start(config.engine, config.training.precision, config.training.timeout)
+    session = Session(config, plain, place)
     comm.on_first(lambda: _claim(session))
     return session
 
@@ -206,7 +192,7 @@ def open_session(plain: Mapping[str, Any]) -> Session:
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is computed, flat."""
     free = (*_FREE, *(f"training.{name}" for name in _FREE_TRAINING))
-    return {key: value for key, value in flatten(plain).items() if key not in free}
+    return {key: value for key, value in flatten(plain).items() if key not in free and not key.startswith("engine.")}
 
 
 def training_identity(options: train.Options) -> dict[str, Any]:

@@ -34,11 +34,11 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def _measure(session: Session, store: TokenStore, folder: Path) -> dict[str, Any]:
-    training, device = session.config.training, session.accelerator.device
+    training, device = session.config.training, session.place.device
     loaded = model.load(folder, store.vocabulary_size, "model").to(device)
-    batch = comm.world().micro_batch(training.batch_size, training.micro_batch_size)
-    with session.accelerator.autocast():
-        return evaluation.measure(loaded, store, training.sequence_length, batch, session.config.evaluation, device)
+    loaded.precision = training.precision
+    batch = comm.world().largest(training.batch_size, training.micro_batch_size)
+    return evaluation.measure(loaded, store, training.sequence_length, batch, session.config.evaluation, device)
 
 
 def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:

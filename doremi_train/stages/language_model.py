@@ -12,7 +12,7 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
-from doremi_train.train import Options, Task, Trainer
+from doremi_train.train import Options, Position, Task, Trainer
 
 
 def recipe(session: Session, store: TokenStore, config: dict[str, Any], weights: Tensor, training: Options) -> Run:
@@ -51,26 +51,32 @@ def train(
             evaluation=session.config.evaluation,
         )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
-        finish(session, task, Trainer(task, built, session.accelerator))
+        finish(task, Trainer(task, built, session.place))
     return run
 
 
-def finish(session: Session, task: Task, trainer: Trainer) -> None:
+def finish(task: Task, trainer: Trainer) -> None:
     """Train to the end, save the model, and write the result: the run is done."""
     position = trainer.fit()
     measured = trainer.evaluate()
-    if comm.world().first:
-        model.save(trainer.bare, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
-        epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
-        result = {"steps": position.step, "epochs": epochs, "evaluation": measured}
-        if hasattr(task.objective, "result"):
-            average = task.objective.result(position.state).tolist()
-            result["weights"] = dict(zip(task.store.domains, average, strict=True))
-        task.run.finish(result)
-        set_status(task.run.folder, "running", position.step)
-        checkpoint.remove(task.run.folder / "checkpoints")
-    comm.barrier()
-    session.accelerator.free_memory()
+    tensors = trainer.engine.state()["model"]
+    comm.on_first(lambda: _write(task, trainer, position, measured, tensors))
+    trainer.engine.close()
+
+
+def _write(
+    task: Task, trainer: Trainer, position: Position, measured: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+    epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
+    result = {"steps": position.step, "skipped": position.skipped, "epochs": epochs, "evaluation": measured}
+    result["engine"] = trainer.engine_used
+    if hasattr(task.objective, "result"):
+        average = task.objective.result(position.state).tolist()
+        result["weights"] = dict(zip(task.store.domains, average, strict=True))
+    task.run.finish(result)
+    set_status(task.run.folder, "running", position.step)
+    checkpoint.remove(task.run.folder / "checkpoints")
 
 
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:

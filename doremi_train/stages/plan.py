@@ -12,10 +12,13 @@ from doremi_train.stages import Session, language_model, main, mixture, prepare,
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Sizes, epochs, FLOPs and memory of every stage, and warnings. Raises UserError for a batch that cannot be cut."""
+    """Sizes, epochs, FLOPs and memory of every stage, and warnings.
+
+    Raises UserError where there are more processes than sequences in a batch.
+    """
     store = prepare.run(session)
     training = session.config.training
-    comm.world().micro_batch(training.batch_size, training.micro_batch_size)
+    parts = comm.world().rows(training.batch_size, training.micro_batch_size)
     proxy_shape = language_model.resolved_model(session, store)
     main_shape = language_model.resolved_model(session, store, session.config.main.model)
     tokens = training.steps * training.batch_size * training.sequence_length
@@ -23,8 +26,7 @@ def run(session: Session) -> dict[str, Any]:
     uniform, natural = simplex.uniform(len(store.domains)), reference.mixture(session, store)
     stages = {"reference": _stage(proxy_shape, tokens, training.sequence_length, 3)}
     if session.config.mixture.method == "doremi":
-        several = training.batch_size > (training.micro_batch_size or training.batch_size) * comm.world().size
-        passes = 5 if several and session.config.proxy.accumulation == "exact" else 4
+        passes = 5 if len(parts) > 1 and session.config.proxy.accumulation == "exact" else 4
         stages["proxy"] = _stage(proxy_shape, tokens, training.sequence_length, passes)
     for name in ("main", *session.config.main.comparisons):
         stages[name] = _stage(main_shape, main_tokens, training.sequence_length, 3)

@@ -82,10 +82,10 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             training=config.training,
             evaluation=config.evaluation,
             accumulation=options.accumulation,
-            reference=frozen.to(session.accelerator.device),
+            reference=frozen.to(session.place.device),
         )
         built = model.build(shape, seed, config.training.activation_checkpointing)
-        language_model.finish(session, task, Trainer(task, built, session.accelerator))
+        language_model.finish(task, Trainer(task, built, session.place))
     return run
 
 

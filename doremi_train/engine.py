@@ -1,0 +1,381 @@
+"""How a model is spread over processes: replicated (DDP), sharded (FSDP2), or by DeepSpeed's ZeRO 1, 2 and 3.
+
+accelerate (or torchrun, or Slurm) starts the processes; `start` joins them and says what was really got. The wrapping
+is torch's and DeepSpeed's own on every device, so that what is tested on CPUs is what runs on GPUs. All engines average
+gradients over processes and keep parameters in float32. Their state is saved whole, by parameter name: a run continues
+on another number of processes, or with another engine.
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from doremi_train import comm, optim
+from doremi_train.config import STRICT, Positive, UserError
+from doremi_train.model import LanguageModel
+
+Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    strategy: Strategy = "auto"  # auto: what the launcher asks for, else ddp
+    processes: Positive | None = None  # how many there must be; null: as many as were started
+    device: Literal["auto", "cpu"] = "auto"
+    compile: bool = False  # torch.compile
+    deepspeed: str | None = None  # a JSON file with more of DeepSpeed's own settings
+
+
+class Place(NamedTuple):
+    """Where this process stands, as it really came out."""
+
+    strategy: str  # single, ddp, fsdp2, zero1, zero2, zero3
+    device: torch.device
+    compile: bool
+    deepspeed: dict[str, Any]  # settings of the JSON file
+
+    def __str__(self) -> str:
+        size, backend = comm.world().size, comm.backend()
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.strategy}, {size} process{'es' * (size > 1)} on {self.device.type} ({backend}){compiled}"
+
+
+def start(options: Options, precision: str, timeout: float) -> Place:
+    """Join the processes that the launcher started. `timeout` in seconds is how long one may wait for another.
+
+    Raises UserError where what was asked for, here or by accelerate's configuration, is not what would run.
+    """
+    asked, file = _asked(options, precision)
+    device = comm.join(options.device == "cpu", timeout)
+    size = comm.world().size
+    if options.processes not in (None, size):
+        raise UserError(
+            f"engine.processes={options.processes}: but {size} work together; start them with "
+            f"torchrun --nproc_per_node {options.processes} -m doremi_train …, or change the key"
+        )
+    if asked != "auto" and comm.backend() == "none":
+        raise UserError(
+            f"engine.strategy={asked}: needs processes that know of each other, and this one was started alone; "
+            "start it with torchrun or accelerate launch (one process is enough), or take engine=auto"
+        )
+    if asked == "auto":
+        asked = "ddp" if size > 1 else "single"
+    return Place(asked, device, options.compile, _read_deepspeed(file, asked))
+
+
+def _asked(options: Options, precision: str) -> tuple[str, str | None]:
+    """Strategy and DeepSpeed's file, from our key and from what `accelerate launch` put into the environment."""
+    environment = os.environ
+    # accelerate would start this very command as one process, or as several that never meet, and exit 0.
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise UserError(
+            "accelerate launch: was asked for several processes and started one, as it does with --cpu and with "
+            "distributed_type MULTI_CPU; use --config_file launch/accelerate/cpu.yaml, or torchrun"
+        )
+    mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", {"bf16": "bf16", "fp32": "no"}[precision]):
+        raise UserError(
+            f"accelerate launch: mixed_precision {mixed} is asked for, but training.precision={precision}; "
+            "leave it at no there, and set training.precision=bf16 for bf16"
+        )
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO" and not options.compile:
+        raise UserError(
+            "accelerate launch: a dynamo backend is asked for; leave it at no there, set engine.compile=true"
+        )
+    launcher, file = "auto", options.deepspeed
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if environment.get("FSDP_VERSION", "1") != "2":
+            raise UserError("accelerate launch: FSDP version 1 is asked for; set fsdp_version: 2 in its configuration")
+        if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+            raise UserError("accelerate launch: fsdp_offload_params is not supported; set it to false")
+        launcher = "fsdp2"
+    elif environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        file = file or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        if file is not None and file != "none":
+            stage = _read_json(file).get("zero_optimization", {}).get("stage", stage)
+        launcher = f"zero{stage}"
+        if launcher not in ("zero1", "zero2", "zero3"):
+            raise UserError(
+                f"accelerate launch: DeepSpeed with ZeRO stage {stage}; allowed: 1, 2, 3 (or DDP without it)"
+            )
+    if "auto" not in (launcher, options.strategy) and launcher != options.strategy:
+        raise UserError(
+            f"engine.strategy={options.strategy}: but accelerate's configuration asks for {launcher}; drop one of them"
+        )
+    # What was asked for is known; joining is the same for all, and accelerate must not wrap anything itself.
+    environment["ACCELERATE_USE_FSDP"] = environment["ACCELERATE_USE_DEEPSPEED"] = "false"
+    strategy = options.strategy if options.strategy != "auto" else launcher
+    if options.deepspeed is not None and not strategy.startswith("zero"):
+        raise UserError(f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not {strategy}")
+    return strategy, file
+
+
+# What the trainer decides; the same key in DeepSpeed's file would be a second word on it.
+_DEEPSPEED_OURS = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "gradient_clipping": "training.gradient_clip",
+    "optimizer": "training.optimizer",
+    "scheduler": "training.schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "torch_autocast": "training.precision",
+}
+
+
+def _read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
+    if not strategy.startswith("zero"):
+        return {}
+    stage = int(strategy[-1])
+    settings = _read_json(file) if file is not None and file != "none" else {}
+    for name, key in _DEEPSPEED_OURS.items():
+        given = settings.pop(name, "auto")
+        if given != "auto":
+            raise UserError(f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or at auto")
+    zero = dict(settings.pop("zero_optimization", {}))
+    if zero.get("stage", stage) != stage:
+        raise UserError(f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make them agree")
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            raise UserError(f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more processes")
+    if stage != 2 and zero.setdefault("overlap_comm", False):  # with free accumulation only stage 2 has it
+        raise UserError(f"engine.deepspeed={file}: overlap_comm goes with stage 2 only; set it to false")
+    return settings | {"zero_optimization": zero | {"stage": stage}}
+
+
+def _read_json(file: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.deepspeed={file}: not a readable JSON file ({error})") from None
+
+
+class Engine(Protocol):
+    """A model and its optimiser, spread over the processes."""
+
+    model: nn.Module  # to be called for losses; a collective, under sharding
+    wrapper: str  # the classes that really hold the model and its optimiser
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """The context of a micro-batch's forward and backward; gradients may be exchanged in the `last` one only."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar."""
+
+    def step(self, rate: float) -> None:
+        """Clip, update with this learning rate, and drop the gradients."""
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+
+    def state(self) -> dict[str, Any]:
+        """{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}, whole, on the first process's host memory;
+        empty dicts on the others. A collective."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, on any number of processes."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+def build(place: Place, model: LanguageModel, training: optim.Options) -> Engine:
+    """Spread a model that is complete on every process. Raises UserError for what the strategy cannot do exactly."""
+    if training.optimizer == "adafactor" and place.strategy not in ("single", "ddp"):
+        raise UserError(
+            f"training.optimizer=adafactor: factors whole matrices, which {place.strategy} cuts; "
+            "use adamw, or engine=ddp"
+        )
+    if place.strategy.startswith("zero"):
+        return Zero(place, model, training)
+    return Native(place, model, training)
+
+
+class Native:
+    """torch's own: one process, DDP, or FSDP2, which shards every block and the rest."""
+
+    def __init__(self, place: Place, model: LanguageModel, training: optim.Options) -> None:
+        self._bare, self._training, self._strategy = model.to(place.device), training, place.strategy
+        self.model: nn.Module = model
+        if place.strategy == "fsdp2":
+            if place.compile:
+                for block in model.blocks():
+                    block.compile()
+            comm.shard(model, model.blocks(), place.device)
+        else:
+            if place.compile:
+                model.compile()
+            if place.strategy == "ddp":
+                self.model = nn.parallel.DistributedDataParallel(
+                    model, forward_sync_buffers=False, gradient_as_bucket_view=True
+                )
+        self.optimizer = optim.build(model, training)
+        self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        if self._strategy == "fsdp2":
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with self.model.no_sync() if self._strategy == "ddp" and not last else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self._training.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._bare.parameters(), self._training.gradient_clip)
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        keep = comm.world().first
+        model, optimizer = {}, {}
+        for name, tensor in _tensors(self._bare):
+            whole = comm.whole(tensor)
+            states = {key: comm.whole(value) for key, value in self.optimizer.state.get(tensor, {}).items()}
+            if keep:
+                model[name] = whole.cpu()
+                optimizer[name] = {key: value.cpu() for key, value in states.items()}
+        return {"model": model, "optimizer": {name: states for name, states in optimizer.items() if states}}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, tensor in _tensors(self._bare):
+            tensor.copy_(comm.share(state["model"][name], tensor))
+            if name in state["optimizer"]:
+                # Steps are counted in float32 on the host, as torch does.
+                self.optimizer.state[tensor] = {
+                    key: comm.share(value, tensor) if value.shape == tensor.shape else value.clone()
+                    for key, value in state["optimizer"][name].items()
+                }
+
+    def close(self) -> None:
+        self.discard()
+
+
+class Zero:
+    """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided among the processes."""
+
+    def __init__(self, place: Place, model: LanguageModel, training: optim.Options) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", place.device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
+
+        self._bare, self._stage = model, int(place.strategy[-1])
+        if place.compile and self._stage < 3:
+            model.compile()
+        elif place.compile:
+            raise UserError("engine.compile=true: not with zero3, which gathers parameters by hooks; use engine=fsdp2")
+        settings = place.deepspeed | {
+            "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own counts
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # a step is what the trainer says it is
+            "gradient_clipping": training.gradient_clip or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 62,
+        }
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optim.build(model, training), config=settings, dist_init_required=False
+        )
+        self.model: nn.Module = self._engine
+        self.wrapper = f"{type(self._engine).__name__}, {type(self._optimizer).__name__}"
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        yield  # from stage 2 on gradients are divided after every backward
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+
+    def discard(self) -> None:
+        pass  # the trainer refuses the one case in which there would be any
+
+    def state(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        keep = comm.world().first
+        steps = self._link()
+        model, optimizer = {}, {}
+        for name, tensor in _tensors(self._bare):
+            if not isinstance(tensor, nn.Parameter):
+                model[name] = tensor.cpu()
+                continue
+            whole = safe_get_full_fp32_param(tensor)
+            moments = {key: safe_get_full_optimizer_state(tensor, key) for key in _MOMENTS} if steps else {}
+            if keep:
+                model[name] = whole.cpu().clone()
+                optimizer[name] = {key: value.cpu().clone() for key, value in moments.items()} | {
+                    "step": torch.tensor(float(steps))
+                }
+        return {"model": model, "optimizer": optimizer if steps else {}} if keep else {"model": {}, "optimizer": {}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        names = state["optimizer"]
+        if names:
+            step = next(iter(names.values()))["step"]
+            for flat in self._flat():  # the states that torch would make at the first step
+                zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
+                self._optimizer.optimizer.state[flat] = zeros | {"step": step.clone()}
+            self._link()
+        for name, tensor in _tensors(self._bare):
+            value = state["model"][name].to(self._engine.device)
+            if not isinstance(tensor, nn.Parameter):
+                tensor.copy_(value)
+                continue
+            safe_set_full_fp32_param(tensor, value)
+            if self._stage < 3:
+                tensor.data.copy_(value)  # what the forward reads; stage 3 gathers it from the parts
+            for key in _MOMENTS if names else ():
+                safe_set_full_optimizer_state(tensor, names[name][key].to(self._engine.device), key)
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _flat(self) -> list[Tensor]:
+        """The flat parts of this process that the optimiser really updates."""
+        optimizer = self._optimizer
+        return optimizer.single_partition_of_fp32_groups if self._stage < 3 else optimizer.fp32_partitioned_groups_flat
+
+    def _link(self) -> int:
+        """Updates done so far, after making every parameter's optimiser state findable by name."""
+        if self._stage < 3:
+            states = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
+            if all(states):
+                # DeepSpeed links all groups after its first group's first step, when the others have no state yet.
+                self._optimizer._hp_optimizer_states_linked = False
+                self._optimizer._lazy_init_hp_params_optimizer_state()
+        found = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
+        return int(found[0]["step"]) if found and found[0] else 0
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones once) and the buffers that are saved, by name."""
+    saved = model.state_dict(keep_vars=True).keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
