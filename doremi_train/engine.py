@@ -55,7 +55,12 @@ def start(options: Options, precision: str, timeout: float) -> Place:
     """
     asked, file = _asked(options, precision)
     device = comm.join(options.device == "cpu", timeout)
-    size = comm.world().size
+    size, started = comm.world().size, int(os.environ.get("WORLD_SIZE", "1"))
+    if size != started:
+        raise UserError(
+            f"WORLD_SIZE={started}: {started} processes were asked for, but only {size} work together; "
+            "start them with torchrun, accelerate launch --config_file launch/accelerate/…, or srun"
+        )
     if options.processes not in (None, size):
         raise UserError(
             f"engine.processes={options.processes}: but {size} work together; start them with "
@@ -92,10 +97,10 @@ def _asked(options: Options, precision: str) -> tuple[str, str | None]:
         )
     launcher, file = "auto", options.deepspeed
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if environment.get("FSDP_VERSION", "1") != "2":
-            raise UserError("accelerate launch: FSDP version 1 is asked for; set fsdp_version: 2 in its configuration")
-        if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
-            raise UserError("accelerate launch: fsdp_offload_params is not supported; set it to false")
+        for name, (default, wanted, remedy) in _FSDP_OURS.items():
+            given = environment.get(name, default).lower()
+            if given != wanted:
+                raise UserError(f"accelerate launch: {name.lower()}: {given} is asked for, but only {wanted} {remedy}")
         launcher = "fsdp2"
     elif environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         file = file or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
@@ -118,6 +123,14 @@ def _asked(options: Options, precision: str) -> tuple[str, str | None]:
         raise UserError(f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not {strategy}")
     return strategy, file
 
+
+# Settings of accelerate's FSDP configuration that would go unheard: absent they mean `default`.
+_FSDP_OURS = {
+    "FSDP_VERSION": ("1", "2", "is here; set fsdp_version: 2"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "false", "is here; take more processes, or a smaller model"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "true", "is here; with room for whole parameters take engine=ddp"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "false", "goes there; set training.activation_checkpointing=true"),
+}
 
 # What the trainer decides; the same key in DeepSpeed's file would be a second word on it.
 _DEEPSPEED_OURS = {

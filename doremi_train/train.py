@@ -100,8 +100,9 @@ class Trainer:
         with self._logs(position.step) as logs, self.batches, self._bar(position.step, tokens) as bar:
             while position.step < training.steps:
                 clock = time.perf_counter()
+                before = position.skipped
                 position, stats, stopping = self.step(position)
-                logs.trace(task, position, stats)
+                logs.trace(task, position, stats, skipped=position.skipped > before)
                 if position.step % training.log_every == 0 or position.step == training.steps:
                     loss = self._mean_loss()
                     bar.update(position.step * tokens, f"loss {loss:.3f}")
@@ -318,13 +319,14 @@ class _Logs:
         losses = {name: figures["loss"] for name, figures in measured["domains"].items()}
         self._write("evaluations", {"step": step, "mean_loss": measured["mean_loss"], "domains": losses})
 
-    def trace(self, task: Task, position: Position, stats: Any) -> None:
+    def trace(self, task: Task, position: Position, stats: Any, skipped: bool) -> None:
         columns = task.objective.record(position.state, stats)
         if columns:
             named = {
                 key: dict(zip(task.store.domains, column.tolist(), strict=True)) for key, column in columns.items()
             }
-            self._write("domain_weights", {"step": position.step, **named})
+            mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
+            self._write("domain_weights", {"step": position.step, **named, **mark})
 
     def sync(self) -> None:
         for file in self._files.values():

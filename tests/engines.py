@@ -1,0 +1,117 @@
+"""Started by test_engines on every rank: proxies of every cut on one engine, one after another.
+
+    torchrun … tests/engines.py ENGINE OUT DATA REFERENCE
+
+writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from doremi_train import comm, engine, evaluation, model
+from doremi_train.data.shards import TokenStore
+from doremi_train.methods import doremi
+from doremi_train.runs import Run
+from doremi_train.train import Options, Task, Trainer
+
+STEPS = 20
+LENGTH = 32
+CONFIG = {
+    "model_type": "gpt_neox",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+class Case(NamedTuple):
+    """One proxy run."""
+
+    batch: int = 16
+    parts: int = 1  # micro-batches of every rank
+    accumulation: str = "exact"
+    precision: str = "fp32"
+    broken_step: int | None = None  # one sequence of this step, counted from 0, has a loss that is not a number
+
+
+CASES = {
+    **{f"{how}-{parts}": Case(parts=parts, accumulation=how) for how in ("exact", "lagged") for parts in (1, 2, 4)},
+    "uneven": Case(batch=13, parts=2),  # 7 and 6 rows for two ranks; some ranks of four have none in a micro-batch
+    "bf16": Case(precision="bf16"),
+    "broken": Case(broken_step=7),
+}
+
+
+def options(case: Case, world: int) -> Options:
+    return Options(
+        steps=STEPS,
+        batch_size=case.batch,
+        micro_batch_size=-(-case.batch // (case.parts * world)),
+        sequence_length=LENGTH,
+        learning_rate=1e-3,
+        precision=case.precision,  # type: ignore[arg-type]
+        checkpoint_every=10 * STEPS,
+        log_every=1,
+        on_nonfinite="skip" if case.broken_step else "stop",
+    )
+
+
+def shape(store: TokenStore) -> dict[str, Any]:
+    return model.resolve(model.Options(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
+
+
+def train(case: Case, out: Path, place: engine.Place, store: TokenStore, reference: Path) -> None:
+    task = Task(
+        label=out.name,
+        run=Run(out, "proxy", {}),
+        objective=doremi,
+        objective_options=doremi.Options(),
+        store=store,
+        seed=0,
+        training=options(case, comm.world().size),
+        evaluation=evaluation.Options(sequences=4, every=STEPS),
+        accumulation=case.accumulation,  # type: ignore[arg-type]
+        reference=model.load(reference, store.vocabulary_size, "reference").eval().requires_grad_(False),
+    )
+    built = model.build(shape(store), 1)
+    if case.broken_step is not None:
+        break_one(built, store, case)
+    trainer = Trainer(task, built, place)
+    trainer.fit()
+    trainer.engine.close()
+
+
+def break_one(built: model.LanguageModel, store: TokenStore, case: Case) -> None:
+    """Wherever the first sequence of the broken step turns up, its loss is not a number."""
+    from doremi_train.data.batches import Batches
+
+    step = case.broken_step or 0
+    with Batches(store, LENGTH, case.batch, [slice(0, 1)], seed=0) as batches:
+        weights = torch.full((len(store.domains),), 1 / len(store.domains), dtype=torch.float64)
+        counts = batches.sampler.counts_before(step, weights.numpy())
+        broken = batches.get(step, weights, counts).micro[0].tokens
+
+    def hook(_: Any, inputs: tuple[Tensor], losses: Tensor) -> Tensor:
+        bad = (inputs[0] == broken).all(1, keepdim=True)
+        return torch.where(bad, torch.nan, losses)
+
+    built.register_forward_hook(hook)
+
+
+def main() -> None:
+    strategy, out, data, reference = sys.argv[1], *map(Path, sys.argv[2:5])
+    torch.set_num_threads(1)
+    place = engine.start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
+    store = TokenStore.open(data)
+    for name, case in CASES.items():
+        train(case, out / name, place, store, reference)
+    comm.leave()
+
+
+if __name__ == "__main__":
+    main()
