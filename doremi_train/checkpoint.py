@@ -24,8 +24,11 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:  # a full disk, say: the checkpoints before it stay, what was written makes room
+    except BaseException as error:  # the checkpoints before it stay, and what was written of this one makes room
         aside.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides a full disk in its own
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
     files.write_bytes(path.with_suffix(".sha256"), _digest(aside).encode())
     aside.rename(path)

@@ -54,11 +54,14 @@ def start(options: Options, precision: str, timeout: float) -> Place:
     Raises UserError where what was asked for, here or by accelerate's configuration, is not what would run.
     """
     asked, file = _asked(options, precision)
-    device = comm.join(options.device == "cpu", timeout)
-    size, started = comm.world().size, int(os.environ.get("WORLD_SIZE", "1"))
-    if size != started:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    device = comm.join(options.device == "cpu", timeout) if started == 1 or not absent else None
+    size = comm.world().size
+    if device is None or size != started:
+        because = f"{', '.join(absent)} are not set" if absent else f"only {size} work together"
         raise UserError(
-            f"WORLD_SIZE={started}: {started} processes were asked for, but only {size} work together; "
+            f"WORLD_SIZE={started}: {started} processes were asked for, but {because}; "
             "start them with torchrun, accelerate launch --config_file launch/accelerate/…, or srun"
         )
     if options.processes not in (None, size):

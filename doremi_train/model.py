@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,11 @@ def save(model: LanguageModel, tensors: Mapping[str, Tensor], folder: Path, toke
 
     logging.disable_progress_bar()
     whole = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
-    model.inner.save_pretrained(folder, state_dict=whole)
+    try:
+        model.inner.save_pretrained(folder, state_dict=whole)
+    except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(cause[1]), str(error), str(folder)) if cause else error) from None
     token = tokenizer.id_to_token(end)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
 

@@ -95,6 +95,28 @@ def tiny(corpus: Path, store: Path) -> list[str]:
     return [f"data.root={corpus}", f"store={store}", *TINY]
 
 
+# More steps than the other tests take, so that a signal finds the run at work; a checkpoint every 7 of them.
+LONG = ("training.steps=60", "training.checkpoint_every=7", "evaluation.every=20")
+
+
+@pytest.fixture
+def prepared(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a longer run with a store of its own, where only the data is there already."""
+    assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
+    own = tmp_path / "store"
+    own.mkdir()
+    (own / "data").symlink_to(store / "data")
+    return [*tiny, *LONG, f"store={own}"]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    outcome = run_here(*tiny, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]")
+    assert outcome.code == 0, outcome
+    return run_dir
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
     """`command(*overrides)` runs the command in this process. Errors that are not the user's are raised."""
@@ -141,12 +163,17 @@ def start(
     launch = [sys.executable, "-m"]
     if processes > 1:
         launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [*launch, "doremi_train", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=environment() | (env or {}),
     )
+
+
+def environment() -> dict[str, str]:
+    """Of a process that runs the command on this checkout: one thread, no GPU."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,6 @@
 """One, two and four processes × DDP, FSDP2, ZeRO × micro-batches × exact and lagged: the same weights and losses."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import engines
 import pytest
-from conftest import ROOT, run_here
+from conftest import environment, run_here
 
 from doremi_train import model
 from doremi_train.data.shards import TokenStore
@@ -40,7 +39,7 @@ def launch(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
             command = [sys.executable] if world == 1 else start
             done = subprocess.run(
                 [*command, str(Path(engines.__file__)), name, str(out), str(data), str(folder / "reference")],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+                env=environment(),
                 capture_output=True,
                 text=True,
                 timeout=550,

@@ -1,42 +1,16 @@
 """What only real processes show: two give the numbers of one, and a run that was stopped ends in the same bits."""
 
-import json
 import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Command, Outcome, run_here, start
+from conftest import Command, run_here, start
+from running import STEPS, checkpoints, ended, lines, reached, read, reaped, same_bits, same_numbers, wait_for
 
 pytestmark = pytest.mark.slow
-
-STEPS = 60
-# More steps than the other tests take, so that a signal finds the run at work; a checkpoint every 7 of them.
-LONG = (f"training.steps={STEPS}", "training.checkpoint_every=7", "evaluation.every=20")
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-@pytest.fixture
-def prepared(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
-    """Overrides of a longer run with a store of its own, where only the data is there already."""
-    assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
-    own = tmp_path / "store"
-    own.mkdir()
-    (own / "data").symlink_to(store / "data")
-    return [*tiny, *LONG, f"store={own}"]
-
 
 # ── Two processes are one ───────────────────────────────────────────────────────────
 
@@ -59,19 +33,6 @@ def test_two_processes_give_the_numbers_of_one(
     same_numbers(alone, tmp_path / "run")
 
 
-def same_numbers(one: Path, two: Path) -> None:
-    """α of every step within 1e-6, learning curves within 1e-4, the same draws."""
-    for a, b in zip(*(lines(run / "proxy" / "domain_weights.jsonl") for run in (one, two)), strict=True):
-        assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
-        assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
-        assert all(abs(a["excess_loss"][name] - b["excess_loss"][name]) < 1e-5 for name in a["weights"])
-    for stage in ("reference", "proxy", "main"):
-        for a, b in zip(*(lines(run / stage / "metrics.jsonl") for run in (one, two)), strict=True):
-            assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4
-        for a, b in zip(*(lines(run / stage / "evaluations.jsonl") for run in (one, two)), strict=True):
-            assert abs(a["mean_loss"] - b["mean_loss"]) < 1e-4
-
-
 def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*prepared, f"run_dir={run_dir}", "stage=reference", "training.steps=400", "evaluation.every=400"]
@@ -87,63 +48,6 @@ def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_p
 
 
 # ── Stopped and continued ───────────────────────────────────────────────────────────
-
-
-def reached(stage: Path, step: int) -> bool:
-    """Whether the stage has a checkpoint of this step or a later one."""
-    return any(number >= step for number in checkpoints(stage))
-
-
-def checkpoints(stage: Path) -> list[int]:
-    """Steps of the checkpoints on disk, oldest first."""
-    folder = stage / "checkpoints"
-    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended too early: {process.communicate()}"
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.002)
-
-
-def ended(process: "subprocess.Popen[str]") -> Outcome:
-    out, err = process.communicate(timeout=120)
-    return Outcome(process.returncode, out, err)
-
-
-class reaped:
-    """Whatever the test does, no process outlives it."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    outcome = run_here(*tiny, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]")
-    assert outcome.code == 0, outcome
-    return run_dir
-
-
-def same_bits(one: Path, two: Path) -> None:
-    names = ["weights.json", "proxy/domain_weights.jsonl"]
-    names += [f"{stage}/model/model.safetensors" for stage in ("reference", "proxy", "main")]
-    names += [f"{stage}/evaluations.jsonl" for stage in ("reference", "proxy", "main")]
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    for a, b in zip(*(lines(run / "proxy" / "metrics.jsonl") for run in (one, two)), strict=True):
-        assert a["step"] == b["step"] and a["learning_rate"] == b["learning_rate"] and a["loss"] == b["loss"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)

@@ -1,0 +1,211 @@
+"""Whatever goes wrong, nothing is lost and nothing hangs: one test for every line of the README's table of faults."""
+
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command, start
+from running import STEPS, checkpoints, ended, lines, reached, read, same_bits, same_numbers, wait_for
+
+pytestmark = pytest.mark.slow
+
+Process = subprocess.Popen[str]
+
+
+@contextmanager
+def ranks(count: int, *overrides: str) -> Iterator[list[Process]]:
+    """The command as `count` processes that no agent watches, as on several nodes; none outlives the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [start(*overrides, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+# ── Killed ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("kills", "processes", "engine"), [(10, 1, "auto"), (4, 2, "ddp"), (3, 2, "fsdp2"), (3, 2, "zero2")]
+)
+def test_killed_at_random_steps_again_and_again(
+    kills: int, processes: int, engine: str, prepared: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    """Twenty kills in all. Wherever they fall, the run ends in the bits of one that was never killed."""
+    overrides = [*prepared, "stage=proxy", f"engine={engine}"]
+    never = doremi(*overrides, f"store={other_store(tmp_path)}", f"run_dir={tmp_path / 'never'}", processes=processes)
+    assert never.code == 0, never
+    overrides += [f"run_dir={tmp_path / 'killed'}"]
+    dice = random.Random(f"{processes} {engine}")
+    fell: list[str] = []
+    for kill in range(kills):
+        # Half of them in the reference, half in the proxy; from the checkpoint on, or before there is one.
+        stage = "reference" if kill < kills // 2 else "proxy"
+        process = start(*overrides, processes=processes)
+        step = dice.randint(1, STEPS - 2)
+        wait_for(lambda stage=stage, step=step: at_work(tmp_path / "killed" / stage, step), process)
+        os.kill(process.pid, signal.SIGSTOP)  # so that the agent starts nothing while its ranks are killed
+        for child in [*children(process.pid), process.pid]:
+            os.kill(child, signal.SIGKILL)
+        process.communicate()
+        fell.append(f"{stage} {checkpoints(tmp_path / 'killed' / stage)}")
+    continued = doremi(*overrides, processes=processes)
+    assert continued.code == 0, continued
+    names = ["proxy/domain_weights.jsonl", *(f"{s}/model/model.safetensors" for s in ("reference", "proxy"))]
+    for name in names:
+        assert (tmp_path / "never" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), (name, fell)
+
+
+def other_store(tmp_path: Path) -> Path:
+    """A store with the same prepared data and none of the runs."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "data").symlink_to((tmp_path / "store" / "data").resolve())
+    return folder
+
+
+def at_work(stage: Path, step: int) -> bool:
+    """Whether the stage has done this step, or is past all the steps that it still had to do."""
+    log = stage / "domain_weights.jsonl" if stage.name == "proxy" else stage / "metrics.jsonl"
+    done = lines(log)[-1]["step"] if log.exists() and lines(log) else 0
+    return done >= step or (stage / "result.json").exists()
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return [*found, *(grandchild for child in found for grandchild in children(child))]
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("first", "then"), [((2, "fsdp2"), (1, "auto")), ((1, "auto"), (2, "zero3"))])
+def test_continued_on_another_number_of_processes(
+    first: tuple[int, str],
+    then: tuple[int, str],
+    uninterrupted: Path,
+    prepared: list[str],
+    doremi: Command,
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*prepared, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]"]
+    process = start(*overrides, f"engine={first[1]}", processes=first[0])
+    wait_for(lambda: reached(run_dir / "proxy", 14), process)
+    for child in [*children(process.pid), process.pid]:
+        os.kill(child, signal.SIGKILL)
+    process.communicate()
+    assert 14 <= checkpoints(run_dir / "proxy")[-1] < STEPS
+    outcome = doremi(*overrides, f"engine={then[1]}", processes=then[0])
+    assert outcome.code == 0, outcome
+    assert f"{then[1]}, {then[0]} process" in outcome.out.replace("single", "auto"), outcome.out
+    same_numbers(uninterrupted, run_dir)
+
+
+# ── A process that is gone, or does not answer ──────────────────────────────────────
+
+
+@pytest.mark.parametrize("gone", [pytest.param(0, marks=pytest.mark.acceptance), 1])
+def test_a_vanished_process_ends_the_others_with_a_message(
+    gone: int,
+    uninterrupted: Path,
+    prepared: list[str],
+    doremi: Command,
+    tmp_path: Path,
+) -> None:
+    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=main", "main.comparisons=[]"]
+    with ranks(2, *overrides) as both:
+        wait_for(lambda: reached(tmp_path / "run" / "proxy", 7), both[0])
+        both[gone].kill()
+        left = ended(both[1 - gone])
+    assert left.code == 1, left
+    assert "another process ended" in left.err and "training.timeout" in left.err and "Traceback" not in left.err
+    if gone == 1:  # the first process writes how it ended
+        status = read(tmp_path / "run" / "proxy" / "status.json")
+        assert status["state"] == "failed" and "another process ended" in status["message"]
+    outcome = doremi(*overrides, processes=2)
+    assert outcome.code == 0, outcome
+    same_numbers(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.acceptance
+def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(prepared: list[str], tmp_path: Path) -> None:
+    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=reference", "training.timeout=4"]
+    with ranks(2, *overrides, "training.steps=5000", "evaluation.every=5000") as (left, frozen):
+        wait_for(lambda: reached(tmp_path / "run" / "reference", 7), left)
+        frozen.send_signal(signal.SIGSTOP)
+        outcome = ended(left)
+    assert outcome.code == 1 and "training.timeout=4 s" in outcome.err, outcome
+    assert read(tmp_path / "run" / "reference" / "status.json")["state"] == "failed"
+
+
+ALIVE = """
+import sys, time
+from doremi_train import comm, engine
+engine.start(engine.Options(), "fp32", timeout=2)
+slow = lambda: time.sleep(float(sys.argv[1])) or "done"
+assert comm.on_first(slow) == "done"
+try:
+    comm.on_first(lambda: 1 / 0)
+except ZeroDivisionError:
+    print("raised on", comm.world().rank, flush=True)
+comm.leave()
+"""
+
+
+def test_long_work_of_the_first_process_is_waited_for(tmp_path: Path) -> None:
+    """Tokenising takes hours, and the timeout is for processes that are gone."""
+    script = tmp_path / "alive.py"
+    script.write_text(ALIVE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), "7"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"raised on 0", "raised on 1"} <= set(done.stdout.splitlines())
+
+
+# ── A full disk ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.acceptance)])
+def test_a_full_disk_is_named_and_the_run_continues_when_there_is_room(
+    processes: int,
+    uninterrupted: Path,
+    prepared: list[str],
+    doremi: Command,
+    tmp_path: Path,
+) -> None:
+    """No file may grow beyond 200 kB, which the logs do not reach and a checkpoint does."""
+    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=main", "main.comparisons=[]"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        full = doremi(*overrides, processes=processes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.code == 1, full
+    assert "no room left" in full.err and "the same command continues" in full.err, full
+    assert processes == 2 or "Traceback" not in full.err  # torchrun adds its own
+    assert read(tmp_path / "run" / "reference" / "status.json")["state"] == "failed"
+    assert not checkpoints(tmp_path / "run" / "reference")
+    assert not [path for path in (tmp_path / "run").resolve().rglob("*.partial") if path.is_file()]
+    outcome = doremi(*overrides, processes=processes)
+    assert outcome.code == 0, outcome
+    (same_bits if processes == 1 else same_numbers)(uninterrupted, tmp_path / "run")

@@ -1,0 +1,150 @@
+"""The configurations under launch/ start what they say, and a launch that would be something else is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Command, environment, run_here
+
+CONFIGS = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+GOT = {
+    "cpu": "ddp, 2 processes on cpu (gloo), fp32: DistributedDataParallel, AdamW",
+    "ddp": "ddp, 2 processes on cpu (gloo), fp32: DistributedDataParallel, AdamW",
+    "fsdp2": "fsdp2, 2 processes on cpu (gloo), fp32: FSDPLanguageModel, AdamW",
+    "zero1": "zero1, 2 processes on cpu (gloo), fp32: DeepSpeedEngine, DeepSpeedZeroOptimizer",
+    "zero2": "zero2, 2 processes on cpu (gloo), fp32: DeepSpeedEngine, DeepSpeedZeroOptimizer",
+    "zero3": "zero3, 2 processes on cpu (gloo), fp32: DeepSpeedEngine, DeepSpeedZeroOptimizer_Stage3",
+}
+
+
+def accelerate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    given = {name: value for name, value in environment().items() if name != "ACCELERATE_USE_CPU"}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_every_configuration_is_tested() -> None:
+    assert {path.stem for path in CONFIGS} == GOT.keys()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.acceptance
+def test_a_configuration_starts_what_it_says(config: Path, tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'run'}", "stage=reference"]
+    done = accelerate("--config_file", str(config), "-m", "doremi_train", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wanted = "reference              " + GOT[config.stem]
+    assert done.stdout.splitlines().count(wanted) == 1, done.stdout
+    result = json.loads((tmp_path / "run" / "reference" / "result.json").read_text())
+    assert result["engine"] == GOT[config.stem] and result["steps"] == 12
+
+
+@pytest.mark.slow
+def test_a_launch_of_two_that_would_run_one_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, f"run_dir={tmp_path / 'run'}", "stage=prepare"]
+    done = accelerate("--cpu", "--num_processes", "2", "-m", "doremi_train", *overrides)
+    assert "several processes and started one" in done.stderr and "launch/accelerate/cpu.yaml" in done.stderr
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+REFUSED: list[tuple[dict[str, str], list[str], list[str]]] = [
+    ({"WORLD_SIZE": "2"}, [], ["WORLD_SIZE=2", "RANK", "MASTER_ADDR", "torchrun"]),
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], ["mixed_precision bf16", "training.precision=fp32"]),
+    ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ["training.precision=bf16"], ["mixed_precision fp16"]),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], ["dynamo", "engine.compile=true"]),
+    (FSDP | {"FSDP_VERSION": "1"}, [], ["fsdp_version: 1", "fsdp_version: 2"]),
+    (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, [], ["fsdp_offload_params: true"]),
+    (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, [], ["fsdp_reshard_after_forward: false", "engine=ddp"]),
+    (FSDP, ["engine=zero2"], ["engine.strategy=zero2", "asks for fsdp2"]),
+    (FSDP, [], ["engine.strategy=fsdp2", "torchrun"]),  # one process that was started alone
+    (ZERO, ["engine=ddp"], ["engine.strategy=ddp", "asks for zero2"]),
+    (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, [], ["ZeRO stage 0", "1, 2, 3"]),
+    ({}, ["engine=zero2", "engine.deepspeed=nowhere.json"], ["engine.strategy=zero2"]),
+]
+
+
+@pytest.mark.parametrize(("given", "overrides", "fragments"), REFUSED, ids=lambda value: " ".join(map(str, value)))
+def test_what_was_asked_for_and_would_not_be_got_is_refused(
+    given: dict[str, str],
+    overrides: list[str],
+    fragments: list[str],
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.setenv(name, "false")  # and set back, whatever the command makes of them
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    outcome = run_here(*tiny, f"run_dir={tmp_path / 'run'}", "stage=plan", *overrides)
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert all(fragment in outcome.err for fragment in fragments), outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+SETTINGS: list[tuple[str, dict[str, object], list[str]]] = [
+    ("zero2", {"zero_optimization": {"stage": 3}}, ["stage 3", "zero2"]),
+    ("zero2", {"train_batch_size": 8}, ["train_batch_size=8", "training.batch_size"]),
+    ("zero1", {"bf16": {"enabled": True}}, ["bf16", "training.precision"]),
+    ("zero3", {"zero_optimization": {"stage": 3, "overlap_comm": True}}, ["overlap_comm"]),
+    ("zero3", {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["offload_param"]),
+]
+
+
+@pytest.mark.parametrize(("strategy", "settings", "fragments"), SETTINGS, ids=str)
+def test_deepspeed_s_file_may_not_say_what_the_trainer_decides(
+    strategy: str, settings: dict[str, object], fragments: list[str], tmp_path: Path
+) -> None:
+    from doremi_train import engine
+    from doremi_train.config import UserError
+
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError) as error:
+        engine._read_deepspeed(str(file), strategy)
+    assert all(fragment in str(error.value) for fragment in [*fragments, str(file)])
+
+
+def test_deepspeed_s_files_are_read(tmp_path: Path) -> None:
+    from doremi_train import engine
+
+    for stage in (1, 2, 3):
+        settings = engine._read_deepspeed(str(ROOT / "launch" / "deepspeed" / f"zero{stage}.json"), f"zero{stage}")
+        assert settings["zero_optimization"]["stage"] == stage
+        named = yaml.safe_load((ROOT / "launch" / "accelerate" / f"zero{stage}.yaml").read_text())
+        assert named["deepspeed_config"]["deepspeed_config_file"] == f"launch/deepspeed/zero{stage}.json"
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+@pytest.mark.acceptance
+def test_adafactor_is_refused_where_matrices_are_cut(
+    engine: str, tiny: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    overrides = [*tiny, f"run_dir={tmp_path}", "stage=reference", "training.optimizer=adafactor"]
+    outcome = doremi(*overrides, f"engine={engine}", processes=2)
+    assert "training.optimizer=adafactor" in outcome.err and "engine=ddp" in outcome.err
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("processes", "engine"), [(1, "auto"), (2, "ddp"), (2, "fsdp2"), (2, "zero2")])
+def test_compiled_is_the_same_run(
+    processes: int, engine: str, tiny: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    overrides = [*tiny, "stage=proxy", f"engine={engine}", "training.checkpoint_every=5"]
+    for name in ("plain", "compiled"):
+        more = [f"store={tmp_path / name}/store", f"run_dir={tmp_path / name}", f"engine.compile={name == 'compiled'}"]
+        outcome = doremi(*overrides, *more, processes=processes, timeout=550)
+        assert outcome.code == 0, outcome
+    assert ", compiled, fp32: " in outcome.out, outcome.out
+    plain, compiled = (
+        [json.loads(line) for line in (tmp_path / name / "proxy" / "domain_weights.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    for a, b in zip(plain, compiled, strict=True):
+        assert a["weights"] == pytest.approx(b["weights"], abs=1e-6)
+    assert plain[-1]["weights"] != compiled[-1]["weights"]  # other kernels: the same bits would mean it never compiled
