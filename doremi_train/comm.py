@@ -8,7 +8,8 @@ import datetime
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ Sums = TypeVar("Sums", bound=NamedTuple)
 T = TypeVar("T")
 
 _SIGN_OF_LIFE = 5.0  # seconds
+_WRAPPING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 class Lost(Exception):
@@ -34,6 +36,7 @@ class _Together(NamedTuple):
 
     group: Any = None  # for rank 0's work and objects: gloo, on the host
     timeout: float = 0.0
+    environment: Mapping[str, str] = MappingProxyType({})  # what accelerate's launcher said, to be put back
 
 
 _together = _Together()
@@ -47,10 +50,11 @@ def join(cpu: bool, timeout: float) -> torch.device:
     cpu = (
         cpu or not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     )
+    # How to wrap is the engine's business: neither accelerate nor transformers must act on these by themselves.
+    said = {name: os.environ.pop(name) for name in _WRAPPING if name in os.environ}
     limit = datetime.timedelta(seconds=timeout)
     place = PartialState(cpu=cpu, timeout=limit)
-    if _many():
-        _together = _Together(dist.new_group(backend="gloo", timeout=limit), timeout)
+    _together = _Together(dist.new_group(backend="gloo", timeout=limit) if _many() else None, timeout, said)
     return place.device
 
 
@@ -61,6 +65,7 @@ def leave() -> None:
     global _together
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    os.environ.update(_together.environment)
     _together = _Together()
     PartialState._reset_state()
 

@@ -7,31 +7,18 @@ on another number of processes, or with another engine.
 """
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import comm, optim
-from doremi_train.config import STRICT, Positive, UserError
+from doremi_train import comm, launcher, optim
+from doremi_train.config import UserError
+from doremi_train.launcher import Options
 from doremi_train.model import LanguageModel
-
-Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options:
-    strategy: Strategy = "auto"  # auto: what the launcher asks for, else ddp
-    processes: Positive | None = None  # how many there must be; null: as many as were started
-    device: Literal["auto", "cpu"] = "auto"
-    compile: bool = False  # torch.compile
-    deepspeed: str | None = None  # a JSON file with more of DeepSpeed's own settings
 
 
 class Place(NamedTuple):
@@ -53,7 +40,7 @@ def start(options: Options, precision: str, timeout: float) -> Place:
 
     Raises UserError where what was asked for, here or by accelerate's configuration, is not what would run.
     """
-    asked, file = _asked(options, precision)
+    asked, file = launcher.asked(options, precision)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     device = comm.join(options.device == "cpu", timeout) if started == 1 or not absent else None
@@ -76,104 +63,7 @@ def start(options: Options, precision: str, timeout: float) -> Place:
         )
     if asked == "auto":
         asked = "ddp" if size > 1 else "single"
-    return Place(asked, device, options.compile, _read_deepspeed(file, asked))
-
-
-def _asked(options: Options, precision: str) -> tuple[str, str | None]:
-    """Strategy and DeepSpeed's file, from our key and from what `accelerate launch` put into the environment."""
-    environment = os.environ
-    # accelerate would start this very command as one process, or as several that never meet, and exit 0.
-    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise UserError(
-            "accelerate launch: was asked for several processes and started one, as it does with --cpu and with "
-            "distributed_type MULTI_CPU; use --config_file launch/accelerate/cpu.yaml, or torchrun"
-        )
-    mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed not in ("no", {"bf16": "bf16", "fp32": "no"}[precision]):
-        raise UserError(
-            f"accelerate launch: mixed_precision {mixed} is asked for, but training.precision={precision}; "
-            "leave it at no there, and set training.precision=bf16 for bf16"
-        )
-    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO" and not options.compile:
-        raise UserError(
-            "accelerate launch: a dynamo backend is asked for; leave it at no there, set engine.compile=true"
-        )
-    launcher, file = "auto", options.deepspeed
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        for name, (default, wanted, remedy) in _FSDP_OURS.items():
-            given = environment.get(name, default).lower()
-            if given != wanted:
-                raise UserError(f"accelerate launch: {name.lower()}: {given} is asked for, but only {wanted} {remedy}")
-        launcher = "fsdp2"
-    elif environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        file = file or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        if file is not None and file != "none":
-            stage = _read_json(file).get("zero_optimization", {}).get("stage", stage)
-        launcher = f"zero{stage}"
-        if launcher not in ("zero1", "zero2", "zero3"):
-            raise UserError(
-                f"accelerate launch: DeepSpeed with ZeRO stage {stage}; allowed: 1, 2, 3 (or DDP without it)"
-            )
-    if "auto" not in (launcher, options.strategy) and launcher != options.strategy:
-        raise UserError(
-            f"engine.strategy={options.strategy}: but accelerate's configuration asks for {launcher}; drop one of them"
-        )
-    # What was asked for is known; joining is the same for all, and accelerate must not wrap anything itself.
-    environment["ACCELERATE_USE_FSDP"] = environment["ACCELERATE_USE_DEEPSPEED"] = "false"
-    strategy = options.strategy if options.strategy != "auto" else launcher
-    if options.deepspeed is not None and not strategy.startswith("zero"):
-        raise UserError(f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not {strategy}")
-    return strategy, file
-
-
-# Settings of accelerate's FSDP configuration that would go unheard: absent they mean `default`.
-_FSDP_OURS = {
-    "FSDP_VERSION": ("1", "2", "is here; set fsdp_version: 2"),
-    "FSDP_OFFLOAD_PARAMS": ("false", "false", "is here; take more processes, or a smaller model"),
-    "FSDP_RESHARD_AFTER_FORWARD": ("true", "true", "is here; with room for whole parameters take engine=ddp"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "false", "goes there; set training.activation_checkpointing=true"),
-}
-
-# What the trainer decides; the same key in DeepSpeed's file would be a second word on it.
-_DEEPSPEED_OURS = {
-    "train_batch_size": "training.batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.micro_batch_size",
-    "gradient_clipping": "training.gradient_clip",
-    "optimizer": "training.optimizer",
-    "scheduler": "training.schedule",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-    "torch_autocast": "training.precision",
-}
-
-
-def _read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
-    if not strategy.startswith("zero"):
-        return {}
-    stage = int(strategy[-1])
-    settings = _read_json(file) if file is not None and file != "none" else {}
-    for name, key in _DEEPSPEED_OURS.items():
-        given = settings.pop(name, "auto")
-        if given != "auto":
-            raise UserError(f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or at auto")
-    zero = dict(settings.pop("zero_optimization", {}))
-    if zero.get("stage", stage) != stage:
-        raise UserError(f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make them agree")
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
-            raise UserError(f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more processes")
-    if stage != 2 and zero.setdefault("overlap_comm", False):  # with free accumulation only stage 2 has it
-        raise UserError(f"engine.deepspeed={file}: overlap_comm goes with stage 2 only; set it to false")
-    return settings | {"zero_optimization": zero | {"stage": stage}}
-
-
-def _read_json(file: str) -> dict[str, Any]:
-    try:
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed={file}: not a readable JSON file ({error})") from None
+    return Place(asked, device, options.compile, launcher.read_deepspeed(file, asked))
 
 
 class Engine(Protocol):

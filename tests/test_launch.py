@@ -77,8 +77,6 @@ def test_what_was_asked_for_and_would_not_be_got_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        monkeypatch.setenv(name, "false")  # and set back, whatever the command makes of them
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     outcome = run_here(*tiny, f"run_dir={tmp_path / 'run'}", "stage=plan", *overrides)
@@ -100,21 +98,21 @@ SETTINGS: list[tuple[str, dict[str, object], list[str]]] = [
 def test_deepspeed_s_file_may_not_say_what_the_trainer_decides(
     strategy: str, settings: dict[str, object], fragments: list[str], tmp_path: Path
 ) -> None:
-    from doremi_train import engine
+    from doremi_train import launcher
     from doremi_train.config import UserError
 
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps(settings))
     with pytest.raises(UserError) as error:
-        engine._read_deepspeed(str(file), strategy)
+        launcher.read_deepspeed(str(file), strategy)
     assert all(fragment in str(error.value) for fragment in [*fragments, str(file)])
 
 
 def test_deepspeed_s_files_are_read(tmp_path: Path) -> None:
-    from doremi_train import engine
+    from doremi_train import launcher
 
     for stage in (1, 2, 3):
-        settings = engine._read_deepspeed(str(ROOT / "launch" / "deepspeed" / f"zero{stage}.json"), f"zero{stage}")
+        settings = launcher.read_deepspeed(str(ROOT / "launch" / "deepspeed" / f"zero{stage}.json"), f"zero{stage}")
         assert settings["zero_optimization"]["stage"] == stage
         named = yaml.safe_load((ROOT / "launch" / "accelerate" / f"zero{stage}.yaml").read_text())
         assert named["deepspeed_config"]["deepspeed_config_file"] == f"launch/deepspeed/zero{stage}.json"

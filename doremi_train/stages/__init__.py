@@ -15,7 +15,7 @@ import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import comm, engine, evaluation, files, model, runs, train
+from doremi_train import comm, engine, evaluation, files, launcher, model, runs, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics
@@ -60,7 +60,7 @@ class Config:
     data: data_options.Options
     model: model.Options
     training: train.Options
-    engine: engine.Options
+    engine: launcher.Options
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
