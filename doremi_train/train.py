@@ -256,6 +256,8 @@ class Trainer:
             }
             folder = self.task.run.folder
             checkpoint.save(folder / "checkpoints", position.step, content, self.task.training.keep_checkpoints)
+            if self.task.run.mirror:
+                checkpoint.push(folder, self.task.run.mirror)
             set_status(folder, "running", position.step)
         comm.barrier()
 
