@@ -53,7 +53,7 @@ def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
 
 
 # user:password before the host (a password may hold a slash, a port does not make one), and what a query signs with.
-_LOGIN = re.compile(r"""(?<=://)(?:[^/\s'"@:]*:(?!\d+(?:/|$))[^\s'"@]*|[^/\s'"]*)@""")
+_LOGIN = re.compile(r"""(?<=://)(?:[^/\s'"]*|[^/\s'"@:]*:(?!\d+(?:/|$))[^\s'"@]*)@""")
 _SIGNED = re.compile(
     r"""([?&](?:x-(?:amz|goog)-[\w-]+|[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api[_-]?key"""
     r"""|access[_-]?key(?:[_-]?id)?))=)[^&#\s'"]*""",

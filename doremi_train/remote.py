@@ -47,7 +47,8 @@ def harmless(url: str) -> bool:
     """Whether opening the URL can do nothing but transfer bytes."""
     scheme, separator, _ = url.partition("://")
     if not separator:
-        return not url.startswith(PIPE) and ("::" not in url or os.path.lexists(url))
+        first = url.partition("/")[0]
+        return ":" not in first or os.path.lexists(first)
     return scheme in PROTOCOLS and "::" not in url
 
 
@@ -61,10 +62,10 @@ def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
             f"{key}={url!r}: refused, because it may run a command on this machine; allowed are paths and "
             f"{', '.join(PROTOCOLS)} URLs"
         )
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     if not separator:
         return LocalFileSystem(), os.path.abspath(Path(url).expanduser())  # noqa: PTH100 (links are kept)
-    if scheme in EXTRAS and "@" in rest.partition("/")[0]:
+    if scheme in EXTRAS and redact(url) != url:
         raise UserError(
             f"{key}={url!r}: credentials do not belong into this URL; take them out, and give them in the environment "
             "or in the provider's own file (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
@@ -288,8 +289,8 @@ class Mirror:
     """A folder's second home, at a path or URL. A file goes there, and comes back, whole or not at all."""
 
     def __init__(self, url: str, key: str = "remote") -> None:
-        self.key, self.url = key, url.rstrip("/")
-        self._fs, self._path = filesystem(self.url, key)
+        self.key, self.url = key, redact(url.rstrip("/"))  # for messages
+        self._fs, self._path = filesystem(url.rstrip("/"), key)
 
     def at(self, *parts: str) -> "Mirror":
         """The home of a sub-folder."""

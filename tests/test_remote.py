@@ -355,6 +355,7 @@ def test_a_torn_checkpoint_there_is_passed_over(
     same_bits(uninterrupted, tmp_path / "two")
 
 
+@pytest.mark.acceptance
 def test_a_newer_checkpoint_here_stays(tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path) -> None:
     overrides = [*tiny, *LONG, f"store={tmp_path / 'store'}", "stage=main", "main.comparisons=[]"]
     killed_at([*overrides, f"remote={bucket}"], tmp_path / "one", "reference", 14)
@@ -365,9 +366,7 @@ def test_a_newer_checkpoint_here_stays(tiny: list[str], uninterrupted: Path, buc
     same_bits(uninterrupted, tmp_path / "one")
 
 
-def test_what_was_finished_without_a_remote_goes_there_later(
-    tiny: list[str], doremi: Command, tmp_path: Path
-) -> None:
+def test_what_was_finished_without_a_remote_goes_there_later(tiny: list[str], doremi: Command, tmp_path: Path) -> None:
     """And the second home may be a folder."""
     home = tmp_path / "home"
     overrides = [*tiny, f"store={tmp_path / 'store'}", "stage=reference"]
@@ -380,6 +379,7 @@ def test_what_was_finished_without_a_remote_goes_there_later(
     assert not list(home.rglob("*.partial"))
 
 
+@pytest.mark.acceptance
 def test_two_processes_share_a_remote(tiny: list[str], doremi: Command, bucket: str, tmp_path: Path) -> None:
     overrides = [*tiny, f"remote={bucket}", "stage=reference"]
     assert run_here(*overrides, f"store={tmp_path / 'one'}", f"run_dir={tmp_path / 'a'}", "stage=prepare").code == 0
@@ -398,7 +398,7 @@ def test_a_missing_bucket_ends_before_any_work(tiny: list[str], tmp_path: Path) 
 
 
 def test_a_missing_package_is_named(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fsspec.registry._registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     outcome = run_here(*tiny, "remote=s3://bucket/x", f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 2 and "remote='s3://bucket/x'" in outcome.err and "pip install 's3fs'" in outcome.err

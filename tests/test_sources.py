@@ -433,7 +433,7 @@ def test_urls_that_may_run_commands(url):
 
 
 def test_a_protocol_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("fsspec.registry._registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     refused(one("s3://bucket/x.jsonl"), "s3://bucket/x.jsonl", "pip install 's3fs'")
 
