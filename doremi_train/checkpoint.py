@@ -5,6 +5,7 @@ A checkpoint is one file of tensors and plain values, loaded with `weights_only=
 
 import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 import torch
 
 from doremi_train import files
+from doremi_train.config import UserError
+from doremi_train.remote import Mirror, Torn
+
+FOLDER = "checkpoints"  # within a run
 
 
 def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
@@ -39,19 +44,74 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
 
 
 def latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint whose checksum holds, or None. A torn or corrupt one is named and passed over."""
-    for path in reversed(_paths(folder)):
-        checksum = path.with_suffix(".sha256")
-        if checksum.exists() and checksum.read_bytes() == _digest(path).encode():
-            return torch.load(path, map_location="cpu", weights_only=True)
-        print(f"{path}: torn or corrupt (its checksum does not hold); the one before it is used", flush=True)
-    return None
+    """The newest checkpoint whose checksum holds, or None. A torn or corrupt one is named and passed over.
+
+    Raises UserError for one that holds more than tensors and plain values: loading it could run code.
+    """
+    path = _newest(folder)
+    if path is None:
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: refused, because it holds more than tensors and plain values, and loading it could run code; "
+            "delete it, and find out who wrote it"
+        ) from None
 
 
 def remove(folder: Path) -> None:
     """Drop all checkpoints of a run that has finished."""
     if folder.exists():
         shutil.rmtree(folder)  # with whatever a kill left half-written in it
+
+
+def push(run: Path, mirror: Mirror) -> None:
+    """Copy the newest checkpoint of the folder `run`, and the logs that belong to it, to the run's second home, and
+    keep as many there as here."""
+    kept = [f"{path.parent.name}/{path.name}" for path in _paths(run / FOLDER)]
+    checksums = [_checksum(name) for name in kept]
+    mirror.push(run, [*_logs(run), "recipe.json", kept[-1], checksums[-1]])
+    mirror.remove(name for name in mirror.sizes() if name.startswith(FOLDER) and name not in (*kept, *checksums))
+
+
+def fetch(run: Path, mirror: Mirror) -> None:
+    """Bring the newest sound checkpoint and the logs, where the one in the folder `run` is older or there is none."""
+    here, there = _newest(run / FOLDER), mirror.sizes()
+    for name in sorted((name for name in there if name.startswith(FOLDER) and name.endswith(".pt")), reverse=True):
+        if here is not None and Path(name).name <= here.name:
+            return
+        checksum = mirror.read(_checksum(name))
+        try:
+            if checksum is None:
+                raise Torn("has no checksum")
+            for log in (log for log in there if log.endswith(".jsonl")):
+                mirror.pull(run, log)  # first: a checkpoint counts on its logs
+            files.write_bytes(run / _checksum(name), checksum)
+            mirror.pull(run, name, sha256=checksum.decode())
+        except Torn as error:
+            (run / _checksum(name)).unlink(missing_ok=True)
+            print(f"{mirror.url}/{name}: torn or corrupt (it {error}); the one before it is used", flush=True)
+            continue
+        print(f"{run.name}: continues from {mirror.url}/{name}", flush=True)
+        return
+
+
+def _newest(folder: Path) -> Path | None:
+    for path in reversed(_paths(folder)):
+        checksum = path.with_suffix(".sha256")
+        if checksum.exists() and checksum.read_bytes() == _digest(path).encode():
+            return path
+        print(f"{path}: torn or corrupt (its checksum does not hold); the one before it is used", flush=True)
+    return None
+
+
+def _checksum(name: str) -> str:
+    return name.removesuffix(".pt") + ".sha256"
+
+
+def _logs(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("*.jsonl"))
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,6 +26,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
+
 
 def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     """Validate plain values into the options dataclass `cls`, refusing unknown keys and wrong types.
@@ -46,6 +50,26 @@ def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
     if entry["type"] in ("missing", "missing_argument"):
         return f"{where}: missing; give it as {where}=…"
     return f"{where}={entry['input']!r}: {entry['msg']}"
+
+
+# user:password before the host (a password may hold a slash, a port does not make one), and what a query signs with.
+_LOGIN = re.compile(r"""(?<=://)(?:[^/\s'"]*|[^/\s'"@:]*:(?!\d+(?:/|$))[^\s'"@]*)@""")
+_SIGNED = re.compile(
+    r"""([?&](?:x-(?:amz|goog)-[\w-]+|[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api[_-]?key"""
+    r"""|access[_-]?key(?:[_-]?id)?))=)[^&#\s'"]*""",
+    re.IGNORECASE,
+)
+
+
+def redact(value: T) -> T:
+    """The same text or JSON value, its URLs without passwords, keys and signatures: what may be written and shown."""
+    if isinstance(value, str):
+        return _SIGNED.sub(r"\1***", _LOGIN.sub("***@", value))  # type: ignore[return-value]
+    if isinstance(value, Mapping):
+        return {key: redact(entry) for key, entry in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list | tuple):
+        return type(value)(redact(entry) for entry in value)
+    return value
 
 
 def conf_dir() -> Path:

@@ -171,9 +171,19 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # progress is the stages' own
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{key}={folder}: its weights are a pickle, which can run code when it is loaded, and only safetensors "
+            "are read; load it with transformers where you trust it, and save it with save_pretrained()"
+        )
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
         inner, loaded = found
     except (OSError, ValueError, SafetensorError) as error:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from doremi_train import files
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.remote import Mirror
 
 
 class Preempted(Exception):
@@ -38,11 +39,13 @@ stop = Stop()
 
 
 class Run:
-    """One content-addressed run folder."""
+    """One content-addressed run folder, and its second home if there is one."""
+
+    mirror: Mirror | None = None  # set on the first process, which alone copies
 
     def __init__(self, store: Path, kind: str, recipe: Mapping[str, Any]) -> None:
-        self.address = fingerprint(recipe)
-        self.recipe = recipe
+        self.recipe = redact(recipe)
+        self.address = fingerprint(self.recipe)
         self.folder = store / "runs" / f"{kind}-{self.address}"
 
     @property
@@ -59,6 +62,25 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Everything else is on disk by now: this file says so."""
         files.write_json(self.folder / "result.json", result)
+        self.publish()
+
+    def publish(self) -> None:
+        """Copy a finished run to its second home, result.json last, unless it is there."""
+        if self.mirror is None or self.mirror.has("result.json"):
+            return
+        paths = (path for path in self.folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        names = (path.relative_to(self.folder).as_posix() for path in paths)
+        wanted = [name for name in names if not name.startswith(("checkpoints/", "status.json"))]
+        self.mirror.push(self.folder, sorted(wanted, key=lambda name: (name == "result.json", name)))
+        self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
+
+    def fetch(self) -> None:
+        """Bring a finished run from its second home, result.json last, if it is there."""
+        if self.mirror is not None and self.mirror.has("result.json"):
+            names = [name for name in self.mirror.sizes() if not name.startswith("checkpoints/")]
+            for name in sorted(names, key=lambda name: (name == "result.json", name)):
+                self.mirror.pull(self.folder, name)
+            set_status(self.folder, "finished", self.result().get("steps"))
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:
@@ -69,7 +91,7 @@ def set_status(folder: Path, state: str, step: int | None = None, message: str =
     path = folder / "status.json"
     if step is None and path.exists():
         step = files.read_json(path)["step"]
-    files.write_json(path, {"state": state, "step": step, "message": message, "time": time.time()})
+    files.write_json(path, {"state": state, "step": step, "message": redact(message), "time": time.time()})
 
 
 @contextmanager

@@ -279,6 +279,8 @@ class Trainer:
     def _write(self, content: dict[str, Any]) -> None:
         folder, step = self.task.run.folder, content["step"]
         checkpoint.save(folder / "checkpoints", step, content, self.task.training.keep_checkpoints)
+        if self.task.run.mirror:
+            checkpoint.push(folder, self.task.run.mirror)
         set_status(folder, "running", step)
 
     def _restore(self) -> Position:

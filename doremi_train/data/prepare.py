@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError, fingerprint, flatten
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.options import Options
-from doremi_train.data.shards import ShardWriter, Stream, token_dtype, write_manifest
+from doremi_train.data.shards import CHECKSUMS, ShardWriter, Stream, shards_of, token_dtype, write_manifest
 from doremi_train.data.sources import BadLines, Piece, Source, read, resolve, signature
-from doremi_train.files import write_bytes
+from doremi_train.files import read_json, write_bytes, write_json
+from doremi_train.remote import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
 PIECE = 2**18  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
@@ -69,8 +70,9 @@ def explain_change(old: Request, new: Request) -> str:
     return "; ".join(parts)
 
 
-def prepare(options: Options, folder: Path, progress: Progress = silent) -> Path:
-    """The finished token store `folder`/<address> of these options: made, continued or found there.
+def prepare(options: Options, folder: Path, progress: Progress = silent, mirror: Mirror | None = None) -> Path:
+    """The finished token store `folder`/<address> of these options: made, continued or found there, or in `mirror`,
+    where it is then too.
 
     Raises UserError for wrong options, unreadable sources, a domain without training tokens or validation documents.
     """
@@ -80,10 +82,54 @@ def prepare(options: Options, folder: Path, progress: Progress = silent) -> Path
     if not (target / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{target.name}.lock"):
-            if not (target / "manifest.json").exists():  # else the process we waited for has made it
+            found = (target / "manifest.json").exists()  # where the process we waited for has made it
+            if not found and not (mirror and fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
+    if mirror is not None:
+        _publish(target, mirror, progress)
     return target
+
+
+def fetch(target: Path, mirror: Mirror) -> bool:
+    """Bring what opens the store `target` from its second home, if it is finished there; its shards come when they are
+    needed. Returns whether there is such a store."""
+    home = mirror.at(target.name)
+    missing = [name for name in _OPENED if not (target / name).exists()]
+    if missing and home.has("manifest.json"):
+        for name in missing:
+            home.pull(target, name)
+    return (target / "manifest.json").exists()
+
+
+_OPENED = (CHECKSUMS, "index.npy", "tokenizer.json", "manifest.json")  # the manifest last: it says that all is there
+
+
+def _publish(target: Path, mirror: Mirror, progress: Progress) -> None:
+    """Copy a finished store to its second home, unless it is there; goes on where an earlier copy stopped."""
+    home = mirror.at(target.name)
+    if home.has("manifest.json"):
+        return
+    shards = shards_of(read_json(target / "manifest.json"))
+    checksums: dict[str, str] = {}
+    there, done, total = home.sizes(), 0, sum(shards.values())
+    for name, size in shards.items():
+        progress("uploading", done, total)
+        with _shard(target / name).open("rb") as file:
+            checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        if there.get(name) != size:
+            home.push(target, [name])
+        done += size
+    write_json(target / CHECKSUMS, checksums)
+    home.push(target, _OPENED)
+
+
+def _shard(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(
+            f"store: {path} is missing, and it is not in remote either; delete {path.parents[2]}, run again"
+        )
+    return path
 
 
 def _request(options: Options, sources: list[Source]) -> Request:

@@ -7,6 +7,7 @@ A *stream* is one split of one domain. A *member* is a run of its tokens (about 
 positions just after each end of a document. Legend: K domains, M members, B sequences.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.files import sync_folder, write_bytes
+from doremi_train.remote import Mirror, Torn
 
 SPLITS = ("train", "validation")
 INDEX = np.dtype([(name, "<i8") for name in ("stream", "shard", "offset", "tokens", "documents")])
@@ -36,6 +38,7 @@ SCHEMA = 1
 BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
 OPEN_MAPS = 256  # a map holds a file descriptor, and 1024 is a usual limit for a process
 END_OF_TAR = bytes(1024)
+CHECKSUMS = "checksums.json"  # {shard: SHA-256}, where the store has a second home
 
 Stream = tuple[str, str]  # split, domain
 
@@ -325,11 +328,12 @@ class TokenStore:
     """Random access to the sequences of a finished store.
 
     A sequence is a window of length + 1 tokens with stride `length` inside one member, so of one domain only.
-    Opening reads manifest.json and index.npy; a shard is opened when a sequence of it is asked for.
+    Opening reads manifest.json and index.npy; a shard is opened when a sequence of it is asked for, and where it is not
+    on this machine it comes from `mirror`, the store's second home.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], index: np.ndarray) -> None:
-        self.path, self.manifest, self._index = path, manifest, index
+    def __init__(self, path: Path, manifest: dict[str, Any], index: np.ndarray, mirror: Mirror | None = None) -> None:
+        self.path, self.manifest, self._index, self._mirror = path, manifest, index, mirror
         self.domains: tuple[str, ...] = tuple(sorted(manifest["domains"]))
         self.vocabulary_size: int = manifest["tokenizer"]["vocabulary_size"]
         self.end_of_document: int = manifest["tokenizer"]["end_of_document"]
@@ -342,14 +346,14 @@ class TokenStore:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenStore":
+    def open(cls, path: str | Path, mirror: Mirror | None = None) -> "TokenStore":
         """Open a finished store. Raises UserError where it is unfinished, incomplete or was changed."""
         path = Path(path)
         manifest = _read_manifest(path)
         data = _read(path / "index.npy")
         if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
             raise _damaged(path / "index.npy", "is not the file that the manifest was written with")
-        return cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False))
+        return cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False), mirror)
 
     def tokenizer(self) -> Tokenizer:
         """The tokeniser of this store."""
@@ -434,10 +438,13 @@ class TokenStore:
             split, domain = self._streams[stream]
             path = self.path / self.manifest["domains"][domain][split]["folder"] / f"{shard:05d}.tar"
             expected = self._shard_bytes[stream][shard]
+            if self._mirror is not None and not path.exists():
+                self._fetch(self._mirror, path, expected)
             try:
                 tokens = np.memmap(path, self._dtype, "r").view(np.ndarray)
             except FileNotFoundError:
-                raise _damaged(path, "is missing") from None
+                elsewhere = self._mirror is None and (self.path / CHECKSUMS).exists()
+                raise _damaged(path, "is missing" + " (it may be in `remote`)" * elsewhere) from None
             except ValueError:  # an empty file cannot be mapped, nor one whose size is no multiple of a token
                 tokens = np.empty(0, self._dtype)
             if tokens.nbytes != expected:
@@ -446,6 +453,32 @@ class TokenStore:
             if len(self._maps) > OPEN_MAPS:
                 self._maps.popitem(last=False)
             return tokens
+
+    def _fetch(self, mirror: Mirror, path: Path, size: int) -> None:
+        """Bring one shard of `size` bytes here; of several processes on this machine one does it."""
+        with (self.path / ".fetch.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists():
+                return
+            name = path.relative_to(self.path).as_posix()
+            try:
+                mirror.pull(self.path, name, size, self._checksums[name])
+            except Torn as error:
+                raise UserError(f"remote: {mirror.url}/{name} {error}; delete {mirror.url}, and run again") from None
+
+    @cached_property
+    def _checksums(self) -> dict[str, str]:
+        return json.loads(_read(self.path / CHECKSUMS))
+
+
+def shards_of(manifest: dict[str, Any]) -> dict[str, int]:
+    """Size in bytes of every shard, by its name in the store's folder."""
+    splits = [described for domain in manifest["domains"].values() for described in domain.values()]
+    return {
+        f"{described['folder']}/{shard:05d}.tar": size
+        for described in splits
+        for shard, size in enumerate(described["shard_bytes"])
+    }
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

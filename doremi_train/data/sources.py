@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import fsspec
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from doremi_train.config import UserError, flatten
+from doremi_train.config import UserError, flatten, redact
 from doremi_train.data import installed, megatron
 from doremi_train.data.options import Options
+from doremi_train.remote import PIPE, PROTOCOLS, filesystem, harmless, one_line, reaching
 
 READER = 1  # raise when the same files would give other documents: data prepared before is then not reused
 PIECE = 4_000_000  # characters (or tokens) of a document handed on together
@@ -33,14 +33,7 @@ LINE = 1 << 26  # bytes of one JSON record: more would not fit the memory once d
 CHUNK = 1 << 20  # bytes read together
 BATCH = 1 << 24  # bytes of parquet rows decoded together, about
 CODECS = {"zst": "zstd", "gz": "gzip"}
-PIPE = "pipe:"
 INSTALLED = "installed:"
-
-# Protocols that only transfer bytes. Others may run code on this machine, as chained URLs (a::b) may.
-PROTOCOLS = (
-    *("file", "local", "memory", "http", "https", "ftp", "sftp", "ssh", "smb", "webdav"),
-    *("s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "oci", "oss", "tos", "hf", "hdfs", "webhdfs"),
-)
 
 
 class Piece(NamedTuple):
@@ -119,7 +112,7 @@ def read(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
         yield from _reader(source.url)(source, options, bad)
     except (OSError, EOFError, ImportError, UnicodeDecodeError, tarfile.TarError, pa.ArrowException) as error:
         raise UserError(
-            f"{source.url}: truncated or corrupt, or it cannot be read ({_one_line(error)}); "
+            f"{source.url}: truncated or corrupt, or it cannot be read ({one_line(error)}); "
             "write or copy this file again"
         ) from error
 
@@ -129,15 +122,18 @@ def signature(options: Options, sources: list[Source]) -> dict[str, Any]:
 
     Files of data.root are named relative to it, so that the folder may move.
     """
-    files = {
-        "/".join(source.url.split("/")[-2:]) if options.root is not None else source.url: {
+    files: dict[str, Any] = {}
+    for source in sources:
+        name = redact(source.url)  # a password that changed is not another file
+        name = "/".join(name.split("/")[-2:]) if options.root is not None else name
+        while name in files:  # addresses that differ only in what is not shown
+            name += " (again)"
+        files[name] = {
             "domain": source.domain,
             "split": source.split,
             "size": source.size,
             "version": source.version,
         }
-        for source in sources
-    }
     return {"reader": READER, "text_key": options.text_key, "domain_key": options.domain_key, "files": files}
 
 
@@ -146,7 +142,7 @@ def signature(options: Options, sources: list[Source]) -> dict[str, Any]:
 
 def _from_root(root: str, options: Options) -> list[Source]:
     fs, path = _filesystem(root, "data.root", options)
-    with _reaching(root, "data.root"):
+    with reaching(root, "data.root"):
         if not root or not fs.isdir(path):
             raise UserError(f"data.root={root!r}: no such folder; give the folder whose sub-folders are the domains")
         folders = [entry for entry in _entries(fs, path) if _is_folder(fs, entry)]
@@ -232,7 +228,7 @@ def _match(pattern: str, domain: str | None, split: str | None, key: str, option
         _refuse_command(pattern, key, options)
         return [Source(pattern, domain, split, 0, "")]
     fs, path = _filesystem(pattern, key, options)
-    with _reaching(pattern, key):
+    with reaching(pattern, key):
         if fs.isfile(path):  # first: a name may hold glob characters
             return [_source(fs, path, domain, split, key, pattern)]
         if fs.isdir(path):
@@ -317,13 +313,9 @@ def _index_of(path: str) -> str:
 
 def _filesystem(url: str, key: str, options: Options) -> tuple[Any, str]:
     """(file system, path in it). Raises UserError for a protocol that may run code, or that is not installed."""
-    scheme, separator, _ = url.partition("://")
-    if not separator:
-        return LocalFileSystem(), os.path.abspath(Path(url).expanduser())  # noqa: PTH100 (links are kept)
-    if scheme not in PROTOCOLS or "::" in url:
+    if not harmless(url):
         _refuse_command(url, key, options)
-    with _reaching(url, key):
-        return fsspec.core.url_to_fs(url)
+    return filesystem(url, key, odd=True)
 
 
 def _refuse_command(url: str, key: str, options: Options) -> None:
@@ -332,20 +324,6 @@ def _refuse_command(url: str, key: str, options: Options) -> None:
             f"{key}={url!r}: refused, because it may run a command on this machine; allowed are paths and "
             f"{', '.join(PROTOCOLS)} URLs; if you wrote this list yourself, set data.allow_pipe=true"
         )
-
-
-@contextmanager
-def _reaching(url: str, key: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(
-            f"{key}={url!r}: cannot be reached ({_one_line(error)}); check path, rights and network"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
@@ -419,7 +397,7 @@ def _parse(data: bytes, place: str, number: int, bad: BadLines) -> dict[str, Any
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        bad.add(place, number, _one_line(error))
+        bad.add(place, number, one_line(error))
         return None
     if not isinstance(record, dict):
         bad.add(place, number, f"a JSON object is needed, this is a {type(record).__name__}")

@@ -125,7 +125,9 @@ def _convert(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # slow to import, rarely needed
 
     try:
-        backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
         return Tokenizer.from_str(backend.to_str())
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -15,10 +15,11 @@ import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import comm, engine, evaluation, files, launcher, model, runs, train
-from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load
+from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, train
+from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.remote import Mirror
 from doremi_train.track import console
 
 
@@ -56,6 +57,7 @@ class Config:
     stage: str
     run_dir: str
     store: str | None
+    remote: str | None  # path or fsspec URL
     seed: Count
     data: data_options.Options
     model: model.Options
@@ -87,7 +89,7 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
-_FREE = ("stage", "run_dir", "store", "data.max_bad_lines", "data.allow_pipe")
+_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
     "timeout",
@@ -110,6 +112,11 @@ class Session:
     @property
     def store(self) -> Path:
         return Path(self.config.store) if self.config.store else self.run_dir / "store"
+
+    @functools.cached_property
+    def mirror(self) -> Mirror | None:
+        """The store's second home, if there is one."""
+        return Mirror(self.config.remote) if self.config.remote else None
 
     def say(self, text: str) -> None:
         if comm.world().first:
@@ -158,9 +165,22 @@ class Session:
     def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
         if not run.finished:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
+        if self.mirror:
+            self._meet(run, self.mirror.at("runs", run.folder.name))
         if not run.finished:
             run.begin()
         files.link(self.run_dir / name, run.folder)
+
+    @staticmethod
+    def _meet(run: runs.Run, mirror: Mirror) -> None:
+        """Bring what the run's second home has and this machine lacks, and the other way round."""
+        run.mirror = mirror
+        if not run.finished:
+            run.fetch()
+        if run.finished:
+            run.publish()
+        else:
+            checkpoint.fetch(run.folder, mirror)
 
 
 Result = TypeVar("Result")
@@ -204,8 +224,8 @@ def _claim(session: Session) -> None:
     """Write config.yaml, or refuse a run_dir that holds another configuration, naming the keys."""
     path = session.run_dir / "config.yaml"
     if path.exists():
-        old = identity(yaml.safe_load(path.read_text()))
-        new = identity(session.plain)
+        old = identity(redact(yaml.safe_load(path.read_text())))
+        new = identity(redact(session.plain))
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
             lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
@@ -213,5 +233,5 @@ def _claim(session: Session) -> None:
                 f"run_dir={session.run_dir}: holds a run with another configuration\n" + "\n".join(lines) + "\n"
                 "take another run_dir, or give the same configuration"
             )
-    text = yaml.safe_dump(dict(session.plain), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
     files.write_bytes(path, text.encode())

@@ -18,7 +18,11 @@ def run(session: Session) -> TokenStore:
 
     Raises UserError where a source or the tokeniser changed since this run_dir was started, or a domain is too small.
     """
-    store = TokenStore.open(comm.on_first(lambda: _prepare(session)))
+    folder = comm.on_first(lambda: _prepare(session))
+    mirror = session.mirror.at("data") if session.mirror else None
+    if mirror is not None:
+        prepare.fetch(folder, mirror)  # also where this process is on another machine than the first one
+    store = TokenStore.open(folder, mirror.at(folder.name) if mirror is not None else None)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     return store
@@ -26,6 +30,9 @@ def run(session: Session) -> TokenStore:
 
 def _prepare(session: Session) -> Path:
     link = session.run_dir / "prepare"
+    mirror = session.mirror.at("data") if session.mirror else None
+    if session.mirror:
+        session.mirror.prove()
     request = prepare.request(session.config.data)
     if link.exists():
         before = files.read_json(link / "manifest.json")["request"]
@@ -41,7 +48,7 @@ def _prepare(session: Session) -> Path:
             bar.total = total or done + 1
             bar.update(done, description)
 
-        folder = prepare.prepare(session.config.data, session.store / "data", progress)
+        folder = prepare.prepare(session.config.data, session.store / "data", progress, mirror)
     set_status(folder, "finished")
     files.link(link, folder)
     return folder
