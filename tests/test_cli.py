@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -289,3 +290,14 @@ def test_a_mistake_on_two_processes_is_said_once(doremi: Command, tiny: list[str
     outcome = doremi(*tiny, f"run_dir={tmp_path}", "training.batch_size=1", "stage=plan", processes=2)
     assert outcome.code == 1  # torchrun's own
     assert outcome.err.count("doremi-train: ") == 1 and "training.batch_size=1" in outcome.err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'run'}", "stage=reference"]
+    outcome = run_here(*overrides, "training.learning_rate=1e30", "training.warmup=0.0")
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    found = re.search(r"not finite at step (\d+), domain (.*) \(its sequences in this batch: \{'.*\}\)", outcome.err)
+    assert found and 1 < int(found[1]) < 12 and set(found[2].split(", ")) <= {"digits", "plain", "rich"}, outcome.err
+    assert all(remedy in outcome.err for remedy in ("training.learning_rate", "training.on_nonfinite=skip"))
+    status = json.loads((tmp_path / "run" / "reference" / "status.json").read_text())
+    assert status["state"] == "failed" and "not finite" in status["message"]
