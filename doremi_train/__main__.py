@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,8 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and we say them in one message
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Our defaults of the submitit launchers are checked against the plugin's own keys, as they should be.
+    warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema")
     # By this name, and not __main__: a sweep's job in another process imports it.
     task = importlib.import_module("doremi_train.__main__")._task
     try:
