@@ -263,14 +263,11 @@ def chart(title: str, x: str, y: str, curves: Mapping[str, Curve], sizes: bool =
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         styles = ["-", "--", ":", "-."]
         for number, (name, (xs, ys, *band)) in enumerate(curves.items()):
-            look: Any = {
-                "color": f"C{number % 10}",
-                "linestyle": styles[number // 10 % 4],
-                "marker": "o" if sizes else "",
-            }
-            axes.plot(xs, ys, label=f" {name}", linewidth=1.6, **look)  # a leading underscore would hide it
+            color, style = f"C{number % 10}", styles[number // 10 % 4] + ("o" if sizes else "")
+            # A leading underscore would hide the name from the legend.
+            axes.plot(xs, ys, style, label=f" {name}", linewidth=1.6, markersize=4, color=color)
             if band:
-                axes.fill_between(xs, *band, color=look["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(xs, band[0], band[1], color=color, alpha=0.15, linewidth=0)
         if sizes:
             axes.set_xscale("log")
             ticks = sorted({number for xs, *_ in curves.values() for number in xs})
