@@ -340,7 +340,9 @@ def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, prepared: l
 
 
 def test_a_stopped_parent_takes_its_jobs_along(prepared: list[str], tmp_path: Path) -> None:
-    seeds = [*prepared, *LONG, "training.steps=3000", f"run_dir={tmp_path / 'run'}", "stage=proxy", "proxy.seeds=2"]
+    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
+    seeds = [*prepared, *LONG, "training.steps=100000", f"reference.path={tmp_path / 'made/reference/model'}"]
+    seeds += [f"run_dir={tmp_path / 'run'}", "stage=proxy", "proxy.seeds=2"]
     parent = subprocess.Popen(
         [sys.executable, "-m", "doremi_train", *seeds, "submit.cluster=slurm", "submit.parallel=1"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -83,8 +83,7 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
 
 def test_a_failed_child_is_named_with_its_message(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
     broken = [*prepared, "training.learning_rate=1e30", "training.gradient_clip=null", "training.warmup=0.0"]
-    made = doremi(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference")
-    assert made.code == 0, made
+    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
     given = f"reference.path={tmp_path / 'made/reference/model'}"
     outcome = doremi(*broken, *LOCAL, given, f"run_dir={tmp_path / 'run'}", "submit.parallel=1")
     assert outcome.code == 1, outcome
@@ -94,8 +93,10 @@ def test_a_failed_child_is_named_with_its_message(prepared: list[str], doremi: C
 
 
 def test_a_killed_child_is_named(prepared: list[str], tmp_path: Path) -> None:
-    long = ["training.steps=3000", "training.checkpoint_every=20", "evaluation.every=3000"]
-    parent = start(*prepared, *LOCAL, *long, f"run_dir={tmp_path / 'run'}", "submit.parallel=1")
+    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
+    long = ["training.steps=100000", "training.checkpoint_every=20", "evaluation.every=100000"]
+    long += [f"reference.path={tmp_path / 'made/reference/model'}", "submit.parallel=1"]
+    parent = start(*prepared, *LOCAL, *long, f"run_dir={tmp_path / 'run'}")
     folder = tmp_path / "run/proxy/round-1/jobs/seed-0/proxy"
     with reaped(parent):
         wait_for(lambda: bool(checkpoints(folder)), parent)
