@@ -1,5 +1,6 @@
 """Which rank a task of a Slurm step is, said in the variables that torch reads."""
 
+import contextlib
 import os
 import re
 import socket
@@ -50,7 +51,8 @@ def _first_node() -> str:
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False).stdout
-        found = re.search(r"NodeAddr=(\S+)", shown)
-        return found[1] if found else name
+        with contextlib.suppress(OSError):  # no scontrol inside this container
+            shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False)
+            found = re.search(r"NodeAddr=(\S+)", shown.stdout)
+            return found[1] if found else name
     return name
