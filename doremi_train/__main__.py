@@ -33,8 +33,6 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and we say them in one message
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Our defaults of the submitit launchers are checked against the plugin's own keys, as they should be.
-    warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema")
     # By this name, and not __main__: a sweep's job in another process imports it.
     task = importlib.import_module("doremi_train.__main__")._task
     try:
@@ -59,7 +57,10 @@ def _sweep_name(overrides: list[str]) -> str:
     return name
 
 
+# Here, so that a sweep's job in another process has it too.
 OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
+# Our defaults of the submitit launchers are checked against the plugin's own keys, as they should be.
+warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema")
 
 
 def _task(composed: Any) -> None:

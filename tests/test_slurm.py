@@ -248,8 +248,8 @@ def test_an_array_over_seeds_shares_a_store_and_ends_in_a_report(tiny: list[str]
     shown = call(LAUNCH / "seeds.sh", "--array=3-4", "--ntasks=1", "--", *own, f"run_dir={run_dir}", cwd=tmp_path)
     jobs = dict(line.split() for line in shown.splitlines())
     assert ended(jobs["report"], tmp_path) == "COMPLETED"
-    assert sorted(path.parent.name for path in run_dir.glob("*/evaluation.json")) == ["seed=3", "seed=4"]
-    stores = {(run_dir / f"seed={seed}" / "prepare").resolve().parent for seed in (3, 4)}
+    assert sorted(path.parent.name for path in run_dir.glob("*/evaluation.json")) == ["seed-3", "seed-4"]
+    stores = {(run_dir / f"seed-{seed}" / "prepare").resolve().parent for seed in (3, 4)}
     assert stores == {(run_dir / "store" / "data").resolve()}
     assert "Over 2 runs" in (run_dir / "report.html").read_text()
 
@@ -293,7 +293,7 @@ def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, prepar
     assert sweep.returncode == 0, out
     assert field(job, "Restarts") == "1"
     logs = "".join(path.read_text() for path in (run_dir / ".submitit").glob("*/*_log.err"))
-    assert "Calling checkpoint method" in logs
+    assert "Caught signal SIGUSR2" in logs
     (made,) = run_dir.glob("*/weights.json")
     same_bits(uninterrupted, made.parent)
 
