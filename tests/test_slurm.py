@@ -189,7 +189,7 @@ def test_an_agent_s_job_is_requeued_too(launcher: str, prepared: list[str], tmp_
 
 
 def test_a_time_limit_requeues_and_continues(prepared: list[str], tmp_path: Path) -> None:
-    """A real one, of two minutes: Slurm looks every half, so the signal comes between 45 and 75 seconds after the start."""
+    """A real one, of two minutes. Slurm looks every half minute: the signal comes 45 to 75 seconds after the start."""
     run_dir = tmp_path / "run"
     steps = ("training.steps=1000000", "training.checkpoint_every=1000000", "evaluation.every=1000000")
     job = submit(

@@ -64,7 +64,7 @@ class Submit:
     gpus_per_node: Count = 0
     cpus_per_task: Positive | None = None
     partition: str | None = None
-    extra: dict[str, str | int] = field(default_factory=dict)  # other options of sbatch, as in {account: mine}
+    extra: dict[str, str | int] | None = None  # other options of sbatch, as in {account: mine}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -120,7 +120,7 @@ def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
                 nodes=options.nodes,
                 ntasks_per_node=options.tasks_per_node,
                 signal_delay_s=min(120, options.timeout_minutes * 30),
-                additional_parameters=dict(options.extra),
+                additional_parameters=dict(options.extra or {}),
                 **{name: value for name, value in given.items() if value},
             )
             return executor.submit(Child(plain))
