@@ -9,7 +9,7 @@ verb=${1:-}
 dir=$(mkdir -p "${2:?usage: slurm.sh up|down DIR}" && cd "$2" && pwd)
 export SLURM_CONF=$dir/slurm.conf
 
-alive() { [ -s "$dir/$1.pid" ] && kill -0 "$(cat "$dir/$1.pid")" 2>/dev/null; }
+alive() { [ -s "$dir/$1.pid" ] && kill -0 "$(cat "$dir/$1.pid" 2>/dev/null)" 2>/dev/null; }
 
 stop() {
     alive "$1" || return 0
