@@ -29,6 +29,7 @@ class Lost(Exception):
     """Another process ended, or did not answer in time. Exit code 1: the same command continues the run."""
 
     exit_code = 1
+    alone = True  # the first process may be the one that is gone: each says it
 
 
 class _Together(NamedTuple):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint, redact
@@ -22,6 +22,12 @@ class Preempted(Exception):
     """The run was told to stop, and saved. The same command continues it."""
 
     exit_code = 75
+
+
+class DiskFull(Exception):
+    """There is no room for what has to be written. Exit code 1: with room, the same command continues."""
+
+    exit_code = 1
 
 
 class Stop:
@@ -103,18 +109,25 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             file.seek(0)
             holder = file.read().strip()
             if holder.startswith(f"{owner} "):
-                raise UserError(
-                    f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir"
-                ) from None
+                raise UserError(f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir")
             print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _taken(file):
+                stop.check(f"waiting for {folder.name}")  # a job at its time limit must not wait past it
+                time.sleep(0.2)
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")
         file.flush()
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    """Try to lock an open file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -51,7 +51,7 @@ class Bar:
     def update(self, done: int, note: str = "") -> None:
         """`done` of `total` units (tokens, bytes)."""
         self.done = done
-        note = f"{_short(self.rate)} {self.unit}/s  {note}"
+        note = f"{short(self.rate)} {self.unit}/s  {note}"
         if self._bar:
             self._bar.update(self._task, completed=done, note=note)
         elif self.show and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -63,7 +63,8 @@ class Bar:
         print(f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}", file=sys.stdout, flush=True)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """1234567 → 1.23M."""
     for unit in ("", "k", "M"):
         if value < 1000:
             return f"{value:.3g}{unit}"

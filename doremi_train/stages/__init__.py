@@ -15,7 +15,7 @@ import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, train
+from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics
@@ -53,6 +53,19 @@ class Main:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Submit:
+    cluster: Literal["none", "local", "slurm"] = "none"  # where child runs go; none: one after another in this process
+    parallel: Positive = 4  # at once
+    timeout_minutes: Positive = 240  # of one Slurm job, which saves and is requeued until it is done
+    nodes: Positive = 1  # of one child, as the keys below
+    tasks_per_node: Positive = 1
+    gpus_per_node: Count = 0
+    cpus_per_task: Positive | None = None
+    partition: str | None = None
+    extra: dict[str, str | int] | None = None  # other options of sbatch, as in {account: mine}
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     stage: str
     run_dir: str
@@ -68,6 +81,7 @@ class Config:
     proxy: Proxy
     mixture: MixtureOptions
     main: Main
+    submit: Submit
 
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
@@ -201,6 +215,7 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
 def open_session(plain: Mapping[str, Any]) -> Session:
     """Check the composed configuration, join the processes, and claim the run folder for this configuration."""
     config = load(Config, plain)
+    slurm.export_ranks()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     place = engine.start(config.engine, config.training.precision, config.training.timeout)
@@ -212,7 +227,11 @@ def open_session(plain: Mapping[str, Any]) -> Session:
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is computed, flat."""
     free = (*_FREE, *(f"training.{name}" for name in _FREE_TRAINING))
-    return {key: value for key, value in flatten(plain).items() if key not in free and not key.startswith("engine.")}
+    return {
+        key: value
+        for key, value in flatten(plain).items()
+        if key not in free and key.partition(".")[0] not in ("engine", "submit")
+    }
 
 
 def training_identity(options: train.Options) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from doremi_train import model, weights
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.runs import Run
-from doremi_train.stages import Proxy, Session, language_model, once, prepare, reference, training_identity
+from doremi_train.stages import Proxy, Session, language_model, once, prepare, reference, submit, training_identity
 from doremi_train.train import Task, Trainer
 
 
@@ -35,6 +35,8 @@ def _rounds(session: Session) -> weights.Mixture:
     for number in range(1, options.rounds + 1):
         name = "reference" if number == 1 else f"proxy/round-{number}/reference"
         folder = reference.folder(session, store, before, name)
+        if session.config.submit.cluster != "none" and options.seeds > 1:
+            _submit(session, store, folder, number)
         proxies = [_train(session, store, folder, number, seed) for seed in range(options.seeds)]
         averages = [_average(proxy, store) for proxy in proxies]
         mean, interval = weights.summarize(averages)
@@ -46,27 +48,50 @@ def _rounds(session: Session) -> weights.Mixture:
     return _mixture(session, store, mean, interval, number)
 
 
-def _train(session: Session, store: TokenStore, reference_folder: Path, number: int, index: int) -> Run:
-    """One proxy: seed `index` of round `number`."""
+def _submit(session: Session, store: TokenStore, reference_folder: Path, number: int) -> None:
+    """The seeds of a round as jobs side by side: each the proxy stage of a configuration with that one seed."""
+    children = {}
+    for index in range(session.config.proxy.seeds):
+        if not _run(session, store, reference_folder, index).finished:
+            children[f"proxy/round-{number}/seed-{index}"] = submit.configured(
+                session,
+                session.run_dir / f"proxy/round-{number}/jobs/seed-{index}",
+                stage="proxy",
+                seed=_seed(session, index),
+                **{"proxy.seeds": 1, "proxy.rounds": 1, "reference.path": str(reference_folder.resolve())},
+            )
+    submit.submit(session, children)
+
+
+def _seed(session: Session, index: int) -> int:
+    return session.config.seed + 1_000_000 * index  # far from the seeds a sweep counts through
+
+
+def _run(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
+    """The proxy of seed `index` against a reference, wherever and whenever it is trained."""
     config, options = session.config, session.config.proxy
-    name = f"proxy/round-{number}/seed-{index}" if _several(session) else "proxy"
-    seed = config.seed + 1_000_000 * index  # far from the seeds a sweep counts through
-    shape = language_model.resolved_model(session, store)
     method = algorithm(options)
-    run = Run(
+    return Run(
         session.store,
         "proxy",
         {
             "data": store.fingerprint,
-            "model": shape,
+            "model": language_model.resolved_model(session, store),
             "reference": model.folder_fingerprint(reference_folder),
             "options": {field.name: getattr(method, field.name) for field in fields(method)},
             "accumulation": options.accumulation,
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
-            "seed": seed,
+            "seed": _seed(session, index),
         },
     )
+
+
+def _train(session: Session, store: TokenStore, reference_folder: Path, number: int, index: int) -> Run:
+    """One proxy: seed `index` of round `number`."""
+    config = session.config
+    name = f"proxy/round-{number}/seed-{index}" if _several(session) else "proxy"
+    run = _run(session, store, reference_folder, index)
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -76,15 +101,16 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             label=name,
             run=run,
             objective=doremi,
-            objective_options=method,
+            objective_options=algorithm(config.proxy),
             store=store,
-            seed=seed,
+            seed=_seed(session, index),
             training=config.training,
             evaluation=config.evaluation,
-            accumulation=options.accumulation,
+            accumulation=config.proxy.accumulation,
             reference=frozen.to(session.place.device),
         )
-        built = model.build(shape, seed, config.training.activation_checkpointing)
+        shape = language_model.resolved_model(session, store)
+        built = model.build(shape, _seed(session, index), config.training.activation_checkpointing)
         language_model.finish(task, Trainer(task, built, session.place))
     return run
 

@@ -1,0 +1,357 @@
+"""On a real Slurm of two nodes: ranks, requeues, arrays, dependent jobs, sweeps, and children of a run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_here
+from test_processes import checkpoints, lines, read, same_bits
+
+pytestmark = pytest.mark.acceptance
+
+LAUNCH = ROOT / "launch" / "slurm"
+# Long enough that a signal finds it at work; a checkpoint now and then.
+LONG = ("training.steps=400", "training.checkpoint_every=50", "evaluation.every=200")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
+    missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name, path=path)]
+    if missing or os.geteuid():
+        pytest.skip(f"needs root and Debian's slurm-wlm and munge; missing: {', '.join(missing) or 'root'}")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = str(ROOT / "tests" / "slurm.sh")
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            up = subprocess.run([script, "up", str(folder)], capture_output=True, text=True, timeout=120, check=False)
+            assert up.returncode == 0, up.stderr
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+            patch.setenv("PYTHON", sys.executable)
+            patch.setenv("OMP_NUM_THREADS", "1")
+            yield
+        finally:
+            subprocess.run([script, "down", str(folder)], timeout=120, check=False)
+
+
+@pytest.fixture
+def prepared(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
+    """Overrides with a store of its own, where only the data is there already."""
+    assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
+    own = tmp_path / "store"
+    own.mkdir()
+    (own / "data").symlink_to(store / "data")
+    return [*tiny, f"store={own}"]
+
+
+def call(*arguments: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=420, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
+
+
+def submit(*arguments: str | Path, cwd: Path, **environment: str) -> str:
+    """The number of a job of the stage script."""
+    return call("sbatch", "--parsable", *arguments, cwd=cwd, **environment).strip().partition(";")[0]
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 180) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"waited too long for {what}"
+        time.sleep(0.1)
+
+
+def field(job: str, name: str) -> str:
+    """A field of `scontrol show job`, such as JobState or ExitCode."""
+    shown = call("scontrol", "show", "job", job, cwd=Path("/"))
+    return next(part.partition("=")[2] for part in shown.split() if part.startswith(f"{name}="))
+
+
+def ended(job: str, tmp_path: Path, seconds: float = 240) -> str:
+    """The state in which a job ends; what it wrote is shown where that is not success."""
+    going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+    wait_for(lambda: field(job, "JobState") not in going, f"job {job}", seconds)
+    if field(job, "JobState") != "COMPLETED":
+        print(*(f"{path}:\n{path.read_text()}" for path in tmp_path.glob("*.log")), sep="\n")
+    return field(job, "JobState")
+
+
+def close(one: Path, two: Path) -> None:
+    ours, theirs = (read(run / "weights.json")["weights"] for run in (one, two))
+    assert ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]) < 1e-6 for name in ours)
+
+
+# ── Ranks ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    assert run_here(*tiny, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]").code == 0
+    return run_dir
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "accelerate"])
+def test_two_nodes_are_one_process(launcher: str, alone: Path, prepared: list[str], tmp_path: Path) -> None:
+    job = submit(
+        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *prepared, f"run_dir={tmp_path / 'run'}",
+        "stage=main", "main.comparisons=[]", cwd=tmp_path, LAUNCHER=launcher, ACCELERATE_USE_CPU="1",
+        CONFIG=str(ROOT / "launch" / "accelerate" / "ddp.yaml"),
+    )  # fmt: skip
+    assert ended(job, tmp_path) == "COMPLETED"
+    close(alone, tmp_path / "run")
+
+
+def test_srun_alone_starts_ranks(alone: Path, prepared: list[str], tmp_path: Path) -> None:
+    """No script of ours, and an uneven layout: two tasks on one node and two on the other, by the short form 2(x2)."""
+    call(
+        "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "doremi_train", *prepared,
+        f"run_dir={tmp_path / 'run'}", "stage=proxy", cwd=tmp_path,
+    )  # fmt: skip
+    for a, b in zip(*(lines(run / "proxy" / "domain_weights.jsonl") for run in (alone, tmp_path / "run")), strict=True):
+        assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
+
+
+def test_a_batch_script_of_several_tasks_is_one_process(prepared: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "plain.sbatch"
+    script.write_text('#!/bin/bash\n"$PYTHON" -m doremi_train "$@"\n')
+    job = submit(
+        "--ntasks=4", "--output=out.log", script, *prepared, f"run_dir={tmp_path / 'run'}", "stage=reference",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert ended(job, tmp_path) == "COMPLETED"
+    assert (tmp_path / "out.log").read_text().count("reference              done in") == 1
+
+
+def test_a_mistake_ends_the_job_with_its_code(prepared: list[str], tmp_path: Path) -> None:
+    job = submit("--ntasks-per-node=2", LAUNCH / "stage.sbatch", *prepared, "stage=cook", cwd=tmp_path)
+    assert ended(job, tmp_path) == "FAILED" and field(job, "ExitCode") == "2:0" and field(job, "Restarts") == "0"
+    assert "".join(path.read_text() for path in tmp_path.glob("*.log")).count("stage=cook: unknown") == 1
+
+
+# ── Stopped ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert run_here(*tiny, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]").code == 0
+    return run_dir
+
+
+def begun(run_dir: Path, job: str) -> Callable[[], object]:
+    def condition() -> bool:
+        assert field(job, "JobState") in ("PENDING", "RUNNING"), "ended too early"
+        return any(checkpoints(run_dir / stage) for stage in ("reference", "proxy"))
+
+    return condition
+
+
+def test_told_to_stop_it_is_requeued_and_ends_in_the_same_bits(
+    uninterrupted: Path, prepared: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(
+        LAUNCH / "stage.sbatch", *prepared, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]",
+        cwd=tmp_path,
+    )  # fmt: skip
+    wait_for(begun(run_dir, job), "a checkpoint")
+    call("scancel", "--signal=USR1", job, cwd=tmp_path)  # as Slurm does before a time limit
+    assert ended(job, tmp_path) == "COMPLETED" and field(job, "Restarts") == "1"
+    same_bits(uninterrupted, run_dir)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_an_agent_s_job_is_requeued_too(launcher: str, prepared: list[str], tmp_path: Path) -> None:
+    """The agents make 75 into 1: the status file says why."""
+    run_dir = tmp_path / "run"
+    job = submit(
+        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *prepared, *LONG, f"run_dir={run_dir}",
+        "stage=reference", "training.checkpoint_every=20", cwd=tmp_path, LAUNCHER=launcher, ACCELERATE_USE_CPU="1",
+        CONFIG=str(ROOT / "launch" / "accelerate" / "ddp.yaml"),
+    )  # fmt: skip
+    wait_for(begun(run_dir, job), "a checkpoint")
+    call("scancel", "--signal=USR1", job, cwd=tmp_path)
+    assert ended(job, tmp_path) == "COMPLETED" and field(job, "Restarts") == "1"
+    assert read(run_dir / "reference" / "status.json")["state"] == "finished"
+
+
+def test_a_time_limit_requeues_and_continues(prepared: list[str], tmp_path: Path) -> None:
+    """A real one, of two minutes. Slurm looks every half minute: the signal comes 45 to 75 seconds after the start."""
+    run_dir = tmp_path / "run"
+    steps = ("training.steps=1000000", "training.checkpoint_every=1000000", "evaluation.every=1000000")
+    job = submit(
+        "--time=2", "--signal=USR1@45", LAUNCH / "stage.sbatch", *prepared, *steps, f"run_dir={run_dir}",
+        "stage=reference", cwd=tmp_path,
+    )  # fmt: skip
+    status = run_dir / "reference" / "status.json"
+    wait_for(lambda: field(job, "Restarts") == "1" and field(job, "JobState") == "RUNNING", "the second start", 300)
+    assert "saved at step" in status.read_text()
+    saved = checkpoints(run_dir / "reference")[-1]
+    wait_for(lambda: read(status)["state"] == "running", "the run to go on")
+    call("scancel", job, cwd=tmp_path)
+    wait_for(lambda: read(status)["state"] == "preempted", "the run to save again")
+    assert checkpoints(run_dir / "reference")[-1] >= saved > 0
+
+
+def test_a_cancelled_job_saves_and_stays_away(prepared: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(
+        LAUNCH / "stage.sbatch", *prepared, *LONG, "training.steps=100000", f"run_dir={run_dir}", "stage=reference",
+        cwd=tmp_path,
+    )  # fmt: skip
+    wait_for(begun(run_dir, job), "a checkpoint")
+    call("scancel", job, cwd=tmp_path)
+    assert ended(job, tmp_path) == "CANCELLED"
+    wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue")
+    time.sleep(3)  # no requeue comes late
+    assert field(job, "JobState") == "CANCELLED" and field(job, "Restarts") == "0"
+    assert read(run_dir / "reference" / "status.json")["state"] == "preempted"
+
+
+# ── Several jobs ────────────────────────────────────────────────────────────────────
+
+
+def test_the_pipeline_as_dependent_jobs(alone: Path, prepared: list[str], tmp_path: Path) -> None:
+    shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *prepared, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    jobs = dict(line.split() for line in shown.splitlines())
+    assert list(jobs) == ["prepare", "reference", "proxy", "main", "report"]
+    assert ended(jobs["report"], tmp_path) == "COMPLETED"
+    close(alone, tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_a_stage_that_fails_takes_those_after_it_along(prepared: list[str], tmp_path: Path) -> None:
+    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "training.batch_size=-1"]
+    shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *overrides, cwd=tmp_path)
+    jobs = dict(line.split() for line in shown.splitlines())
+    assert ended(jobs["report"], tmp_path) == "CANCELLED" and field(jobs["prepare"], "ExitCode") == "2:0"
+
+
+def test_an_array_over_seeds_shares_a_store_and_ends_in_a_report(tiny: list[str], tmp_path: Path) -> None:
+    own = [override for override in tiny if not override.startswith("store=")]
+    run_dir = tmp_path / "runs"
+    shown = call(LAUNCH / "seeds.sh", "--array=3-4", "--ntasks=1", "--", *own, f"run_dir={run_dir}", cwd=tmp_path)
+    jobs = dict(line.split() for line in shown.splitlines())
+    assert ended(jobs["report"], tmp_path) == "COMPLETED"
+    assert sorted(path.parent.name for path in run_dir.glob("*/evaluation.json")) == ["seed-3", "seed-4"]
+    stores = {(run_dir / f"seed-{seed}" / "prepare").resolve().parent for seed in (3, 4)}
+    assert stores == {(run_dir / "store" / "data").resolve()}
+    assert "Over 2 runs" in (run_dir / "report.html").read_text()
+
+
+def multirun(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "doremi_train", "-m", "hydra/launcher=submitit_slurm", *overrides],
+        cwd=cwd, capture_output=True, text=True, timeout=420, check=False,
+    )  # fmt: skip
+
+
+def test_a_sweep_is_an_array_and_a_failed_job_shows_its_message(prepared: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "sweep"
+    sweep = [*prepared, f"run_dir={run_dir}", "stage=proxy"]
+    done = multirun(*sweep, "proxy.step_size=0.5,1.0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = sorted(run_dir.glob("*/proxy"))
+    assert len({path.resolve() for path in made}) == 2
+    assert len({path.with_name("reference").resolve() for path in made}) == 1, "one reference, made once"
+    assert len(list((run_dir / ".submitit").glob("*_1"))) == 1, "one array"
+    failed = multirun(*sweep, "training.batch_size=8,-3", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "training.batch_size=-3: " in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, prepared: list[str], tmp_path: Path) -> None:
+    """Submitit's own signal: the run saves first, and the job goes back into the queue after."""
+    run_dir = tmp_path / "sweep"
+    overrides = [*prepared, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]", "seed=0"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "doremi_train", "-m", "hydra/launcher=submitit_slurm", *overrides],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        job = first_job(sweep)
+        wait_for(lambda: any(checkpoints(path) for path in run_dir.glob("*/reference")), "a checkpoint")
+        call("scancel", "--signal=USR2", job, cwd=tmp_path)
+        out, _ = sweep.communicate(timeout=300)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 0, out
+    assert field(job, "Restarts") == "1"
+    logs = "".join(path.read_text() for path in (run_dir / ".submitit").glob("*/*_log.err"))
+    assert "Caught signal SIGUSR2" in logs
+    (made,) = run_dir.glob("*/weights.json")
+    same_bits(uninterrupted, made.parent)
+
+
+def first_job(process: "subprocess.Popen[str]") -> str:
+    found: list[str] = []
+
+    def condition() -> bool:
+        assert process.poll() is None, process.communicate()
+        found[:] = call("squeue", "-h", "-o", "%A", cwd=Path("/")).split()
+        return bool(found)
+
+    wait_for(condition, "a job")
+    return found[0]
+
+
+# ── Children ────────────────────────────────────────────────────────────────────────
+
+
+def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(prepared: list[str], tmp_path: Path) -> None:
+    seeds = [*prepared, "stage=main", "main.comparisons=[]", "proxy.seeds=2"]
+    assert run_here(*seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'first' / 'store'}").code == 0
+    call(
+        sys.executable, "-m", "doremi_train", *seeds, f"run_dir={tmp_path / 'two'}", "submit.cluster=slurm",
+        "submit.tasks_per_node=1", "submit.extra={comment: seeds}", cwd=tmp_path,
+    )  # fmt: skip
+    assert (tmp_path / "one" / "weights.json").read_bytes() == (tmp_path / "two" / "weights.json").read_bytes()
+    for seed in (0, 1):
+        child: Any = tmp_path / "two" / "proxy" / "round-1" / "jobs" / f"seed-{seed}"
+        assert (child / "proxy").resolve() == (tmp_path / "two" / "proxy" / "round-1" / f"seed-{seed}").resolve()
+
+
+def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, prepared: list[str], tmp_path: Path) -> None:
+    """The children inherit nothing of their parent's step, and have ranks of their own."""
+    run_dir = tmp_path / "run"
+    call(
+        "srun", "--ntasks=2", "--nodes=1", sys.executable, "-m", "doremi_train", *prepared, f"run_dir={run_dir}",
+        "stage=proxy", "proxy.seeds=2", "submit.cluster=slurm", "submit.tasks_per_node=2", "submit.parallel=1",
+        cwd=tmp_path,
+    )  # fmt: skip
+    first = run_dir / "proxy" / "round-1" / "seed-0" / "domain_weights.jsonl"
+    for a, b in zip(lines(alone / "proxy" / "domain_weights.jsonl"), lines(first), strict=True):
+        assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
+
+
+def test_a_stopped_parent_takes_its_jobs_along(prepared: list[str], tmp_path: Path) -> None:
+    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
+    seeds = [*prepared, *LONG, "training.steps=100000", f"reference.path={tmp_path / 'made/reference/model'}"]
+    seeds += [f"run_dir={tmp_path / 'run'}", "stage=proxy", "proxy.seeds=2"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "doremi_train", *seeds, "submit.cluster=slurm", "submit.parallel=1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        folder = tmp_path / "run" / "proxy" / "round-1" / "jobs" / "seed-0" / "proxy"
+        wait_for(lambda: parent.poll() is not None or checkpoints(folder), "a checkpoint of the child")
+        parent.terminate()
+        out, err = parent.communicate(timeout=120)
+    finally:
+        parent.kill()
+    assert parent.returncode == 75, (out, err)
+    assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
+    wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue", 30)
