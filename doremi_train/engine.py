@@ -88,29 +88,33 @@ class Engine(Protocol):
         """{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}, whole, on the first process's host memory;
         empty dicts on the others. A collective."""
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave, on any number of processes."""
-
     def close(self) -> None:
         """Let go of the memory."""
 
 
-def build(place: Place, model: LanguageModel, training: optim.Options) -> Engine:
-    """Spread a model that is complete on every process. Raises UserError for what the strategy cannot do exactly."""
+def build(
+    place: Place, model: LanguageModel, training: optim.Options, state: Mapping[str, Any] | None = None
+) -> Engine:
+    """Spread a model that is complete on every process, after taking over what `state` of any engine on any number of
+    processes gave. Raises UserError for what the strategy cannot do exactly."""
     if training.optimizer == "adafactor" and place.strategy not in ("single", "ddp"):
         raise UserError(
             f"training.optimizer=adafactor: factors whole matrices, which {place.strategy} cuts; "
             "use adamw, or engine=ddp"
         )
+    if state is not None:  # before the model is in parts
+        for name, tensor in _tensors(model):
+            tensor.data.copy_(state["model"][name])
+    moments = state["optimizer"] if state is not None else {}
     if place.strategy.startswith("zero"):
-        return Zero(place, model, training)
-    return Native(place, model, training)
+        return Zero(place, model, training, moments)
+    return Native(place, model, training, moments)
 
 
 class Native:
     """torch's own: one process, DDP, or FSDP2, which shards every block and the rest."""
 
-    def __init__(self, place: Place, model: LanguageModel, training: optim.Options) -> None:
+    def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
         self._bare, self._training, self._strategy = model.to(place.device), training, place.strategy
         self.model: nn.Module = model
         if place.strategy == "fsdp2":
@@ -126,6 +130,12 @@ class Native:
                     model, forward_sync_buffers=False, gradient_as_bucket_view=True
                 )
         self.optimizer = optim.build(model, training)
+        for name, tensor in model.named_parameters():
+            if name in moments:  # what has no element for every parameter stays whole: torch's count of steps
+                self.optimizer.state[tensor] = {
+                    key: comm.share(value, tensor) if value.shape == tensor.shape else value.clone()
+                    for key, value in moments[name].items()
+                }
         self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
 
     @contextlib.contextmanager
@@ -160,17 +170,6 @@ class Native:
                 optimizer[name] = {key: value.cpu() for key, value in states.items()}
         return {"model": model, "optimizer": {name: states for name, states in optimizer.items() if states}}
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        for name, tensor in _tensors(self._bare):
-            tensor.copy_(comm.share(state["model"][name], tensor))
-            if name in state["optimizer"]:
-                # Steps are counted in float32 on the host, as torch does.
-                self.optimizer.state[tensor] = {
-                    key: comm.share(value, tensor) if value.shape == tensor.shape else value.clone()
-                    for key, value in state["optimizer"][name].items()
-                }
-
     def close(self) -> None:
         self.discard()
 
@@ -178,7 +177,7 @@ class Native:
 class Zero:
     """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided among the processes."""
 
-    def __init__(self, place: Place, model: LanguageModel, training: optim.Options) -> None:
+    def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", place.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
@@ -200,6 +199,8 @@ class Zero:
             model=model, optimizer=optim.build(model, training), config=settings, dist_init_required=False
         )
         self.model: nn.Module = self._engine
+        if moments:
+            self._load(moments)
         self.wrapper = f"{type(self._engine).__name__}, {type(self._optimizer).__name__}"
 
     @contextlib.contextmanager
@@ -236,29 +237,30 @@ class Zero:
                 }
         return {"model": model, "optimizer": optimizer if steps else {}} if keep else {"model": {}, "optimizer": {}}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        names = state["optimizer"]
-        if names:
-            step = next(iter(names.values()))["step"]
-            for flat in self._flat():  # the states that torch would make at the first step
-                zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
-                self._optimizer.optimizer.state[flat] = zeros | {"step": step.clone()}
-            self._link()
-        for name, tensor in _tensors(self._bare):
-            value = state["model"][name].to(self._engine.device)
-            if not isinstance(tensor, nn.Parameter):
-                tensor.copy_(value)
-                continue
-            safe_set_full_fp32_param(tensor, value)
-            if self._stage < 3:
-                tensor.data.copy_(value)  # what the forward reads; stage 3 gathers it from the parts
-            for key in _MOMENTS if names else ():
-                safe_set_full_optimizer_state(tensor, names[name][key].to(self._engine.device), key)
-
     def close(self) -> None:
         self._engine.destroy()
+
+    def _load(self, moments: Mapping[str, Any]) -> None:
+        step = next(iter(moments.values()))["step"]
+        for flat in self._flat():  # the states that torch would make at the first step
+            zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            self._optimizer.optimizer.state[flat] = zeros | {"step": step.clone()}
+        self._link()
+        for name, tensor in self._bare.named_parameters():
+            for key in _MOMENTS:
+                self._set(tensor, key, moments[name][key].to(self._engine.device))
+
+    def _set(self, tensor: Tensor, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self._stage < 3:
+            safe_set_full_optimizer_state(tensor, value, key)
+            return
+        # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last part is padded.
+        part, _ = self._optimizer._get_fp32_opt_state_partition(tensor, False, optim_state_key=key)
+        world = comm.world()
+        padded = nn.functional.pad(value.flatten(), (0, part.numel() * world.size - value.numel()))
+        part.copy_(padded.narrow(0, part.numel() * world.rank, part.numel()))
 
     def _flat(self) -> list[Tensor]:
         """The flat parts of this process that the optimiser really updates."""

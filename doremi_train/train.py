@@ -86,7 +86,8 @@ class Trainer:
         for part in (model, task.reference):
             if part is not None:
                 part.precision = training.precision
-        self.engine = engine.build(place, model, training)
+        self._saved = checkpoint.latest(task.run.folder / "checkpoints")
+        self.engine = engine.build(place, model, training, self._saved)
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
         if self.world.first:
             console.print(f"{task.label:<22} {self.engine_used}")
@@ -284,15 +285,15 @@ class Trainer:
         set_status(folder, "running", step)
 
     def _restore(self) -> Position:
+        """Where the checkpoint that the engine was built from left off, or the start."""
         task, domains = self.task, len(self.task.store.domains)
         fresh = task.objective.init(domains, task.training.steps, task.objective_options)
-        content = checkpoint.latest(task.run.folder / "checkpoints")
-        if content is None:
+        saved, self._saved = self._saved, None
+        if saved is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
-        self.engine.load(content)
-        for part, value in zip(self._loss, content["loss"], strict=True):
+        for part, value in zip(self._loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
-        return Position(content["step"], type(fresh)(*content["state"]), content["counts"].numpy(), content["skipped"])
+        return Position(saved["step"], type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"])
 
 
 class _Loss(NamedTuple):

@@ -5,17 +5,19 @@
 writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from doremi_train import comm, engine, evaluation, model
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doremi
-from doremi_train.runs import Run
+from doremi_train.runs import Preempted, Run, stop
 from doremi_train.train import Options, Task, Trainer
 
 STEPS = 20
@@ -23,7 +25,7 @@ LENGTH = 32
 CONFIG = {
     "model_type": "gpt_neox",
     "hidden_size": 32,
-    "intermediate_size": 64,
+    "intermediate_size": 67,  # divides by no number of processes
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
@@ -36,6 +38,7 @@ class Case(NamedTuple):
     parts: int = 1  # micro-batches of every rank
     accumulation: str = "exact"
     precision: str = "fp32"
+    stopped: int | None = None  # told to stop in this step, and continued
     broken_step: int | None = None  # one sequence of this step, counted from 0, has a loss that is not a number
 
 
@@ -44,6 +47,7 @@ CASES = {
     "uneven": Case(batch=13, parts=2),  # 7 and 6 rows for two ranks; some ranks of four have none in a micro-batch
     "bf16": Case(precision="bf16"),
     "broken": Case(broken_step=7),
+    "resumed": Case(stopped=9),
 }
 
 
@@ -81,9 +85,32 @@ def train(case: Case, out: Path, place: engine.Place, store: TokenStore, referen
     built = model.build(shape(store), 1)
     if case.broken_step is not None:
         break_one(built, store, case)
+    if case.stopped is not None:
+        stop_in(built, case.stopped)
+        with pytest.raises(Preempted, match=f"saved at step {case.stopped} of {STEPS}"):
+            fit(task, built, place)
+        stop.requested = False
+        built = model.build(shape(store), 2)  # another one: what counts is in the checkpoint
+    fit(task, built, place)
+
+
+def fit(task: Task, built: model.LanguageModel, place: engine.Place) -> None:
     trainer = Trainer(task, built, place)
-    trainer.fit()
-    trainer.engine.close()
+    try:
+        trainer.fit()
+    finally:
+        trainer.engine.close()
+
+
+def stop_in(built: model.LanguageModel, step: int) -> None:
+    """Set the flag that a signal sets, on the last rank alone, in the forward of this step."""
+    forwards = itertools.count(1)
+
+    def hook(*_: Any) -> None:
+        last = comm.world().rank == comm.world().size - 1
+        stop.requested = next(forwards) == step and last
+
+    built.register_forward_pre_hook(hook)
 
 
 def break_one(built: model.LanguageModel, store: TokenStore, case: Case) -> None:

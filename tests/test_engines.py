@@ -87,6 +87,8 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(world: int, name:
         # `lagged` with one micro-batch is no special case: it weighs with α of the step before, however it is cut.
         of = "lagged-1" if case.startswith("lagged") else "exact-1" if case.startswith("exact") else case
         compare(alone[of], these[case], *((5e-3, 5e-3) if case == "bf16" else ()))
+    assert these["resumed"]["domain_weights"] == these["exact-1"]["domain_weights"]  # bit for bit
+    assert these["resumed"]["evaluations"] == these["exact-1"]["evaluations"]
 
 
 def test_the_cases_are_not_all_the_same(launch: Any) -> None:
