@@ -1,10 +1,11 @@
 """Files that are never half-written: write aside, fsync, rename."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -46,6 +47,16 @@ def link(path: Path, target: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()))
     aside.rename(path)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process alone, unless another has it. The lock is the kernel's (flock): it ends with
+    the process that held it, however that ended."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class JsonLines:

@@ -4,14 +4,13 @@
 checkpoints and, at the end, `result.json`. Two stages, seeds or sweeps that need the same run share it.
 """
 
-import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint, redact
@@ -109,25 +108,16 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
-        if not _taken(file):
+        if not files.try_lock(file):
             file.seek(0)
             holder = file.read().strip()
             if holder.startswith(f"{owner} "):
                 raise UserError(f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir")
             print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
-            while not _taken(file):
+            while not files.try_lock(file):
                 stop.check(f"waiting for {folder.name}")  # a job at its time limit must not wait past it
                 time.sleep(0.2)
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")
         file.flush()
         yield
-
-
-def _taken(file: IO[str]) -> bool:
-    """Try to lock an open file."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -94,6 +94,26 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.acceptance
+def test_rounds_and_seeds_continue_where_they_were_killed(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
+    overrides = [*prepared, "stage=main", "main.comparisons=[]", "training.steps=30"]
+    overrides += ["proxy.rounds=2", "proxy.seeds=2", "proxy.round_tolerance=0"]
+    never = doremi(*overrides, f"store={other_store(tmp_path)}", f"run_dir={tmp_path / 'never'}")
+    assert never.code == 0, never
+    run_dir = tmp_path / "run"
+    for where in ("proxy/round-1/seed-1", "proxy/round-2/reference", "proxy/round-2/seed-1"):
+        process = start(*overrides, f"run_dir={run_dir}")
+        wait_for(lambda where=where: reached(run_dir / where, 7), process)
+        process.kill()
+        process.communicate()
+    continued = doremi(*overrides, f"run_dir={run_dir}")
+    assert continued.code == 0, continued
+    assert continued.out.count("is in the store already") >= 4  # nothing that was finished is done again
+    traces = [f"proxy/round-{r}/seed-{s}/domain_weights.jsonl" for r in (1, 2) for s in (0, 1)]
+    for name in ("weights.json", "main/model/model.safetensors", *traces):
+        assert (tmp_path / "never" / name).read_bytes() == (run_dir / name).read_bytes(), name
+
+
+@pytest.mark.acceptance
 @pytest.mark.parametrize(("first", "then"), [((2, "fsdp2"), (1, "auto")), ((1, "auto"), (2, "zero3"))])
 def test_continued_on_another_number_of_processes(
     first: tuple[int, str],

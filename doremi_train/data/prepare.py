@@ -6,9 +6,9 @@ The result stands in a folder named by the content address of the request, so a 
 silently reused, and a killed preparation continues where the shards end.
 """
 
-import fcntl
 import hashlib
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.options import Options
 from doremi_train.data.shards import CHECKSUMS, ShardWriter, Stream, shards_of, token_dtype, write_manifest
 from doremi_train.data.sources import BadLines, Piece, Source, read, resolve, signature
-from doremi_train.files import read_json, write_bytes, write_json
+from doremi_train.files import read_json, try_lock, write_bytes, write_json
 from doremi_train.remote import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
@@ -81,7 +81,7 @@ def prepare(options: Options, folder: Path, progress: Progress = silent, mirror:
     target = folder / address(wanted)
     if not (target / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{target.name}.lock"):
+        with _locked(folder / f"{target.name}.lock", progress):
             found = (target / "manifest.json").exists()  # where the process we waited for has made it
             if not found and not (mirror and fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
@@ -157,10 +157,12 @@ def _some(names: list[str], most: int = 10) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process prepares an address; the others wait. The lock falls with its process, however that ends."""
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Only one process prepares an address; the others wait, and may be told to stop."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not try_lock(file):
+            progress("waiting for another process", 0, None)
+            time.sleep(0.2)
         yield
 
 
