@@ -115,14 +115,15 @@ class Native:
     """torch's own: one process, DDP, or FSDP2, which shards every block and the rest."""
 
     def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
-        self._bare, self._training, self._strategy = model.to(place.device), training, place.strategy
+        self._bare, self._training, self._strategy = model, training, place.strategy
         self.model: nn.Module = model
         if place.strategy == "fsdp2":
             if place.compile:
                 for block in model.blocks():
                     block.compile()
-            comm.shard(model, model.blocks(), place.device)
+            comm.shard(model, model.blocks(), place.device)  # which brings them there one by one
         else:
+            model.to(place.device)
             if place.compile:
                 model.compile()
             if place.strategy == "ddp":
@@ -131,9 +132,9 @@ class Native:
                 )
         self.optimizer = optim.build(model, training)
         for name, tensor in model.named_parameters():
-            if name in moments:  # what has no element for every parameter stays whole: torch's count of steps
+            if name in moments:  # scalars are torch's count of steps, which it keeps on the host
                 self.optimizer.state[tensor] = {
-                    key: comm.share(value, tensor) if value.shape == tensor.shape else value.clone()
+                    key: comm.share(value, tensor) if value.ndim else value.clone()
                     for key, value in moments[name].items()
                 }
         self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
@@ -226,16 +227,16 @@ class Zero:
         model, optimizer = {}, {}
         for name, tensor in _tensors(self._bare):
             if not isinstance(tensor, nn.Parameter):
-                model[name] = tensor.cpu()
+                if keep:
+                    model[name] = tensor.cpu()
                 continue
             whole = safe_get_full_fp32_param(tensor)
             moments = {key: safe_get_full_optimizer_state(tensor, key) for key in _MOMENTS} if steps else {}
             if keep:
                 model[name] = whole.cpu().clone()
-                optimizer[name] = {key: value.cpu().clone() for key, value in moments.items()} | {
-                    "step": torch.tensor(float(steps))
-                }
-        return {"model": model, "optimizer": optimizer if steps else {}} if keep else {"model": {}, "optimizer": {}}
+                moments = {key: value.cpu().clone() for key, value in moments.items()}
+                optimizer[name] = moments | {"step": torch.tensor(float(steps))}
+        return {"model": model, "optimizer": optimizer if steps else {}}
 
     def close(self) -> None:
         self._engine.destroy()

@@ -133,7 +133,7 @@ class Trainer:
         task, options = self.task, self.task.objective_options
         number, state = position.step + 1, position.state
         batch = self.batches.get(position.step, task.objective.sampling(state, options), position.counts)
-        self._seed(number)
+        self._begin(number)
         *early, last = batch.micro
         if task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
@@ -218,8 +218,8 @@ class Trainer:
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
         self.engine.backward(total * self.world.size)
 
-    def _seed(self, number: int) -> None:
-        """Dropout is a function of (seed, step, rank), so a resumed run needs no generator state."""
+    def _begin(self, number: int) -> None:
+        # Dropout is a function of (seed, step, rank), so a resumed run needs no generator state.
         mixed = np.random.SeedSequence([self.task.seed, number, self.world.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]) >> 1)
         self._step_loss = _Loss(*torch.zeros_like(torch.stack(self._loss)))
@@ -289,11 +289,17 @@ class Trainer:
         task, domains = self.task, len(self.task.store.domains)
         fresh = task.objective.init(domains, task.training.steps, task.objective_options)
         saved, self._saved = self._saved, None
+        step = saved["step"] if saved is not None else 0
+        if comm.broadcast(step) != step:
+            raise TrainingFailed(
+                f"{task.label}: process {self.world.rank} finds a checkpoint of step {step}, the first one another; "
+                f"{task.run.folder} must be on a file system that all nodes share: set store"
+            )
         if saved is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
         for part, value in zip(self._loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
-        return Position(saved["step"], type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"])
+        return Position(step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"])
 
 
 class _Loss(NamedTuple):

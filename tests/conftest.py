@@ -100,13 +100,19 @@ LONG = ("training.steps=60", "training.checkpoint_every=7", "evaluation.every=20
 
 
 @pytest.fixture
-def prepared(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
-    """Overrides of a longer run with a store of its own, where only the data is there already."""
+def fresh(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
+    """Overrides with a store of its own, where only the data is there already."""
     assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
     own = tmp_path / "store"
     own.mkdir()
     (own / "data").symlink_to(store / "data")
-    return [*tiny, *LONG, f"store={own}"]
+    return [*tiny, f"store={own}"]
+
+
+@pytest.fixture
+def prepared(fresh: list[str]) -> list[str]:
+    """The same, of a longer run."""
+    return [*fresh, *LONG]
 
 
 @pytest.fixture(scope="session")

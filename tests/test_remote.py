@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import s3
 import zstandard
-from conftest import Command, run_here, start
-from test_processes import LONG, checkpoints, ended, reached, reaped, same_bits, wait_for
+from conftest import LONG, Command, run_here, start
+from running import checkpoints, ended, reached, reaped, same_bits, wait_for
 from test_sources import TEXTS, jsonl, one, options, refused, texts, write_as
 
 from doremi_train import remote

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_here
-from test_processes import checkpoints, lines, read, same_bits
+from running import checkpoints, lines, read, same_bits
 
 pytestmark = pytest.mark.acceptance
 
@@ -40,16 +40,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
         finally:
             subprocess.run([script, "down", str(folder)], timeout=120, check=False)
-
-
-@pytest.fixture
-def prepared(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
-    """Overrides with a store of its own, where only the data is there already."""
-    assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
-    own = tmp_path / "store"
-    own.mkdir()
-    (own / "data").symlink_to(store / "data")
-    return [*tiny, f"store={own}"]
 
 
 def call(*arguments: str | Path, cwd: Path, **environment: str) -> str:
@@ -104,9 +94,9 @@ def alone(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "accelerate"])
-def test_two_nodes_are_one_process(launcher: str, alone: Path, prepared: list[str], tmp_path: Path) -> None:
+def test_two_nodes_are_one_process(launcher: str, alone: Path, fresh: list[str], tmp_path: Path) -> None:
     job = submit(
-        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *prepared, f"run_dir={tmp_path / 'run'}",
+        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, f"run_dir={tmp_path / 'run'}",
         "stage=main", "main.comparisons=[]", cwd=tmp_path, LAUNCHER=launcher, ACCELERATE_USE_CPU="1",
         CONFIG=str(ROOT / "launch" / "accelerate" / "ddp.yaml"),
     )  # fmt: skip
@@ -114,29 +104,29 @@ def test_two_nodes_are_one_process(launcher: str, alone: Path, prepared: list[st
     close(alone, tmp_path / "run")
 
 
-def test_srun_alone_starts_ranks(alone: Path, prepared: list[str], tmp_path: Path) -> None:
+def test_srun_alone_starts_ranks(alone: Path, fresh: list[str], tmp_path: Path) -> None:
     """No script of ours, and an uneven layout: two tasks on one node and two on the other, by the short form 2(x2)."""
     call(
-        "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "doremi_train", *prepared,
+        "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "doremi_train", *fresh,
         f"run_dir={tmp_path / 'run'}", "stage=proxy", cwd=tmp_path,
     )  # fmt: skip
     for a, b in zip(*(lines(run / "proxy" / "domain_weights.jsonl") for run in (alone, tmp_path / "run")), strict=True):
         assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
 
 
-def test_a_batch_script_of_several_tasks_is_one_process(prepared: list[str], tmp_path: Path) -> None:
+def test_a_batch_script_of_several_tasks_is_one_process(fresh: list[str], tmp_path: Path) -> None:
     script = tmp_path / "plain.sbatch"
     script.write_text('#!/bin/bash\n"$PYTHON" -m doremi_train "$@"\n')
     job = submit(
-        "--ntasks=4", "--output=out.log", script, *prepared, f"run_dir={tmp_path / 'run'}", "stage=reference",
+        "--ntasks=4", "--output=out.log", script, *fresh, f"run_dir={tmp_path / 'run'}", "stage=reference",
         cwd=tmp_path,
     )  # fmt: skip
     assert ended(job, tmp_path) == "COMPLETED"
     assert (tmp_path / "out.log").read_text().count("reference              done in") == 1
 
 
-def test_a_mistake_ends_the_job_with_its_code(prepared: list[str], tmp_path: Path) -> None:
-    job = submit("--ntasks-per-node=2", LAUNCH / "stage.sbatch", *prepared, "stage=cook", cwd=tmp_path)
+def test_a_mistake_ends_the_job_with_its_code(fresh: list[str], tmp_path: Path) -> None:
+    job = submit("--ntasks-per-node=2", LAUNCH / "stage.sbatch", *fresh, "stage=cook", cwd=tmp_path)
     assert ended(job, tmp_path) == "FAILED" and field(job, "ExitCode") == "2:0" and field(job, "Restarts") == "0"
     assert "".join(path.read_text() for path in tmp_path.glob("*.log")).count("stage=cook: unknown") == 1
 
@@ -160,11 +150,11 @@ def begun(run_dir: Path, job: str) -> Callable[[], object]:
 
 
 def test_told_to_stop_it_is_requeued_and_ends_in_the_same_bits(
-    uninterrupted: Path, prepared: list[str], tmp_path: Path
+    uninterrupted: Path, fresh: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(
-        LAUNCH / "stage.sbatch", *prepared, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]",
+        LAUNCH / "stage.sbatch", *fresh, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]",
         cwd=tmp_path,
     )  # fmt: skip
     wait_for(begun(run_dir, job), "a checkpoint")
@@ -174,11 +164,11 @@ def test_told_to_stop_it_is_requeued_and_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_an_agent_s_job_is_requeued_too(launcher: str, prepared: list[str], tmp_path: Path) -> None:
+def test_an_agent_s_job_is_requeued_too(launcher: str, fresh: list[str], tmp_path: Path) -> None:
     """The agents make 75 into 1: the status file says why."""
     run_dir = tmp_path / "run"
     job = submit(
-        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *prepared, *LONG, f"run_dir={run_dir}",
+        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, *LONG, f"run_dir={run_dir}",
         "stage=reference", "training.checkpoint_every=20", cwd=tmp_path, LAUNCHER=launcher, ACCELERATE_USE_CPU="1",
         CONFIG=str(ROOT / "launch" / "accelerate" / "ddp.yaml"),
     )  # fmt: skip
@@ -188,12 +178,12 @@ def test_an_agent_s_job_is_requeued_too(launcher: str, prepared: list[str], tmp_
     assert read(run_dir / "reference" / "status.json")["state"] == "finished"
 
 
-def test_a_time_limit_requeues_and_continues(prepared: list[str], tmp_path: Path) -> None:
+def test_a_time_limit_requeues_and_continues(fresh: list[str], tmp_path: Path) -> None:
     """A real one, of two minutes. Slurm looks every half minute: the signal comes 45 to 75 seconds after the start."""
     run_dir = tmp_path / "run"
     steps = ("training.steps=1000000", "training.checkpoint_every=1000000", "evaluation.every=1000000")
     job = submit(
-        "--time=2", "--signal=USR1@45", LAUNCH / "stage.sbatch", *prepared, *steps, f"run_dir={run_dir}",
+        "--time=2", "--signal=USR1@45", LAUNCH / "stage.sbatch", *fresh, *steps, f"run_dir={run_dir}",
         "stage=reference", cwd=tmp_path,
     )  # fmt: skip
     status = run_dir / "reference" / "status.json"
@@ -206,10 +196,10 @@ def test_a_time_limit_requeues_and_continues(prepared: list[str], tmp_path: Path
     assert checkpoints(run_dir / "reference")[-1] >= saved > 0
 
 
-def test_a_cancelled_job_saves_and_stays_away(prepared: list[str], tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_stays_away(fresh: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = submit(
-        LAUNCH / "stage.sbatch", *prepared, *LONG, "training.steps=100000", f"run_dir={run_dir}", "stage=reference",
+        LAUNCH / "stage.sbatch", *fresh, *LONG, "training.steps=100000", f"run_dir={run_dir}", "stage=reference",
         cwd=tmp_path,
     )  # fmt: skip
     wait_for(begun(run_dir, job), "a checkpoint")
@@ -224,8 +214,8 @@ def test_a_cancelled_job_saves_and_stays_away(prepared: list[str], tmp_path: Pat
 # ── Several jobs ────────────────────────────────────────────────────────────────────
 
 
-def test_the_pipeline_as_dependent_jobs(alone: Path, prepared: list[str], tmp_path: Path) -> None:
-    shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *prepared, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+def test_the_pipeline_as_dependent_jobs(alone: Path, fresh: list[str], tmp_path: Path) -> None:
+    shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *fresh, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
     jobs = dict(line.split() for line in shown.splitlines())
     assert list(jobs) == ["prepare", "reference", "proxy", "main", "report"]
     assert ended(jobs["report"], tmp_path) == "COMPLETED"
@@ -233,8 +223,8 @@ def test_the_pipeline_as_dependent_jobs(alone: Path, prepared: list[str], tmp_pa
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
-def test_a_stage_that_fails_takes_those_after_it_along(prepared: list[str], tmp_path: Path) -> None:
-    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "training.batch_size=-1"]
+def test_a_stage_that_fails_takes_those_after_it_along(fresh: list[str], tmp_path: Path) -> None:
+    overrides = [*fresh, f"run_dir={tmp_path / 'run'}", "training.batch_size=-1"]
     shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *overrides, cwd=tmp_path)
     jobs = dict(line.split() for line in shown.splitlines())
     assert ended(jobs["report"], tmp_path) == "CANCELLED" and field(jobs["prepare"], "ExitCode") == "2:0"
@@ -259,9 +249,9 @@ def multirun(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_sweep_is_an_array_and_a_failed_job_shows_its_message(prepared: list[str], tmp_path: Path) -> None:
+def test_a_sweep_is_an_array_and_a_failed_job_shows_its_message(fresh: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "sweep"
-    sweep = [*prepared, f"run_dir={run_dir}", "stage=proxy"]
+    sweep = [*fresh, f"run_dir={run_dir}", "stage=proxy"]
     done = multirun(*sweep, "proxy.step_size=0.5,1.0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = sorted(run_dir.glob("*/proxy"))
@@ -273,10 +263,10 @@ def test_a_sweep_is_an_array_and_a_failed_job_shows_its_message(prepared: list[s
     assert "training.batch_size=-3: " in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, prepared: list[str], tmp_path: Path) -> None:
+def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, fresh: list[str], tmp_path: Path) -> None:
     """Submitit's own signal: the run saves first, and the job goes back into the queue after."""
     run_dir = tmp_path / "sweep"
-    overrides = [*prepared, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]", "seed=0"]
+    overrides = [*fresh, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]", "seed=0"]
     sweep = subprocess.Popen(
         [sys.executable, "-m", "doremi_train", "-m", "hydra/launcher=submitit_slurm", *overrides],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -311,8 +301,8 @@ def first_job(process: "subprocess.Popen[str]") -> str:
 # ── Children ────────────────────────────────────────────────────────────────────────
 
 
-def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(prepared: list[str], tmp_path: Path) -> None:
-    seeds = [*prepared, "stage=main", "main.comparisons=[]", "proxy.seeds=2"]
+def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(fresh: list[str], tmp_path: Path) -> None:
+    seeds = [*fresh, "stage=main", "main.comparisons=[]", "proxy.seeds=2"]
     assert run_here(*seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'first' / 'store'}").code == 0
     call(
         sys.executable, "-m", "doremi_train", *seeds, f"run_dir={tmp_path / 'two'}", "submit.cluster=slurm",
@@ -324,11 +314,11 @@ def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(prepared: list[str], tmp_p
         assert (child / "proxy").resolve() == (tmp_path / "two" / "proxy" / "round-1" / f"seed-{seed}").resolve()
 
 
-def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, prepared: list[str], tmp_path: Path) -> None:
+def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, fresh: list[str], tmp_path: Path) -> None:
     """The children inherit nothing of their parent's step, and have ranks of their own."""
     run_dir = tmp_path / "run"
     call(
-        "srun", "--ntasks=2", "--nodes=1", sys.executable, "-m", "doremi_train", *prepared, f"run_dir={run_dir}",
+        "srun", "--ntasks=2", "--nodes=1", sys.executable, "-m", "doremi_train", *fresh, f"run_dir={run_dir}",
         "stage=proxy", "proxy.seeds=2", "submit.cluster=slurm", "submit.tasks_per_node=2", "submit.parallel=1",
         cwd=tmp_path,
     )  # fmt: skip
@@ -337,9 +327,9 @@ def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, prepared: l
         assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
 
 
-def test_a_stopped_parent_takes_its_jobs_along(prepared: list[str], tmp_path: Path) -> None:
-    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
-    seeds = [*prepared, *LONG, "training.steps=100000", f"reference.path={tmp_path / 'made/reference/model'}"]
+def test_a_stopped_parent_takes_its_jobs_along(fresh: list[str], tmp_path: Path) -> None:
+    assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
+    seeds = [*fresh, *LONG, "training.steps=100000", f"reference.path={tmp_path / 'made/reference/model'}"]
     seeds += [f"run_dir={tmp_path / 'run'}", "stage=proxy", "proxy.seeds=2"]
     parent = subprocess.Popen(
         [sys.executable, "-m", "doremi_train", *seeds, "submit.cluster=slurm", "submit.parallel=1"],

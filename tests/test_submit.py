@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Command, run_here, start
-from test_processes import checkpoints, ended, read, reaped, wait_for
+from running import checkpoints, ended, read, reaped, wait_for
 
 from doremi_train import slurm
 from doremi_train.stages import identity
@@ -16,24 +16,14 @@ pytestmark = pytest.mark.slow
 LOCAL = ("stage=proxy", "proxy.seeds=2", "submit.cluster=local")
 
 
-@pytest.fixture
-def prepared(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
-    """Overrides with a store of its own, where only the data is there already."""
-    assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
-    own = tmp_path / "store"
-    own.mkdir()
-    (own / "data").symlink_to(store / "data")
-    return [*tiny, f"store={own}"]
-
-
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_seeds_side_by_side_are_those_one_after_another(
-    tasks: int, prepared: list[str], doremi: Command, tmp_path: Path
+    tasks: int, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
     seeds = ["stage=main", "main.comparisons=[]", "proxy.seeds=2", "proxy.rounds=2", "proxy.round_tolerance=0.0"]
-    assert run_here(*prepared, *seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'other'}").code == 0
+    assert run_here(*fresh, *seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'other'}").code == 0
     side = [f"run_dir={tmp_path / 'two'}", "submit.cluster=local", f"submit.tasks_per_node={tasks}"]
-    outcome = doremi(*prepared, *seeds, *side)
+    outcome = doremi(*fresh, *seeds, *side)
     assert outcome.code == 0, outcome
     one, two = (tmp_path / name / "weights.json" for name in ("one", "two"))
     if tasks == 1:
@@ -43,23 +33,23 @@ def test_seeds_side_by_side_are_those_one_after_another(
     for seed in (0, 1):  # by a child, and not by the parent after it
         assert (tmp_path / "two/proxy/round-2/jobs" / f"seed-{seed}" / "proxy/result.json").exists()
     # How it is computed is no part of what is: the same run_dir without jobs has nothing left to do.
-    again = doremi(*prepared, *seeds, f"run_dir={tmp_path / 'two'}")
+    again = doremi(*fresh, *seeds, f"run_dir={tmp_path / 'two'}")
     assert again.code == 0 and "is job" not in again.out
 
 
-def test_a_parent_of_two_ranks_submits_once(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_a_parent_of_two_ranks_submits_once(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     """The children must not take themselves for ranks of their parent."""
-    outcome = doremi(*prepared, *LOCAL, f"run_dir={tmp_path / 'run'}", processes=2)
+    outcome = doremi(*fresh, *LOCAL, f"run_dir={tmp_path / 'run'}", processes=2)
     assert outcome.code == 0, outcome
     assert outcome.out.count("is job") == 2
     assert len(list((tmp_path / "run/proxy/round-1/jobs").glob("seed-*/config.yaml"))) == 2
 
 
 def test_a_stopped_parent_stops_its_children_who_are_continued(
-    prepared: list[str], doremi: Command, tmp_path: Path
+    fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
     long = ["training.steps=300", "training.checkpoint_every=20", "evaluation.every=300"]
-    overrides = [*prepared, *LOCAL, *long, f"run_dir={tmp_path / 'run'}"]
+    overrides = [*fresh, *LOCAL, *long, f"run_dir={tmp_path / 'run'}"]
     folders = [tmp_path / f"run/proxy/round-1/jobs/seed-{seed}/proxy" for seed in (0, 1)]
     parent = start(*overrides)
     with reaped(parent):
@@ -73,7 +63,7 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
     assert all(0 < step < 300 for step in stopped)
     outcome = doremi(*overrides)
     assert outcome.code == 0, outcome
-    alone = run_here(*prepared, *long, "stage=proxy", "proxy.seeds=2", f"run_dir={tmp_path / 'one'}",
+    alone = run_here(*fresh, *long, "stage=proxy", "proxy.seeds=2", f"run_dir={tmp_path / 'one'}",
                      f"store={tmp_path / 'other'}")  # fmt: skip
     assert alone.code == 0
     for seed in (0, 1):
@@ -81,9 +71,9 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_failed_child_is_named_with_its_message(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
-    broken = [*prepared, "training.learning_rate=1e30", "training.gradient_clip=null", "training.warmup=0.0"]
-    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
+def test_a_failed_child_is_named_with_its_message(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
+    broken = [*fresh, "training.learning_rate=1e30", "training.gradient_clip=null", "training.warmup=0.0"]
+    assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
     given = f"reference.path={tmp_path / 'made/reference/model'}"
     outcome = doremi(*broken, *LOCAL, given, f"run_dir={tmp_path / 'run'}", "submit.parallel=1")
     assert outcome.code == 1, outcome
@@ -92,11 +82,11 @@ def test_a_failed_child_is_named_with_its_message(prepared: list[str], doremi: C
     assert not list((tmp_path / "run/proxy/round-1/jobs").glob("seed-1*")), "none is started after a failure"
 
 
-def test_a_killed_child_is_named(prepared: list[str], tmp_path: Path) -> None:
-    assert run_here(*prepared, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
+def test_a_killed_child_is_named(fresh: list[str], tmp_path: Path) -> None:
+    assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
     long = ["training.steps=100000", "training.checkpoint_every=20", "evaluation.every=100000"]
     long += [f"reference.path={tmp_path / 'made/reference/model'}", "submit.parallel=1"]
-    parent = start(*prepared, *LOCAL, *long, f"run_dir={tmp_path / 'run'}")
+    parent = start(*fresh, *LOCAL, *long, f"run_dir={tmp_path / 'run'}")
     folder = tmp_path / "run/proxy/round-1/jobs/seed-0/proxy"
     with reaped(parent):
         wait_for(lambda: bool(checkpoints(folder)), parent)
