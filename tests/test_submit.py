@@ -71,6 +71,18 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.acceptance
+def test_a_sweep_in_processes_is_the_sweep_in_one(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
+    sweep = ["-m", *fresh, "stage=main", "main.comparisons=[]", "seed=0,1"]
+    one = doremi(*sweep, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'other'}")
+    two = doremi(*sweep, f"run_dir={tmp_path / 'two'}", "hydra/launcher=submitit_local")
+    assert (one.code, two.code) == (0, 0), (one, two)
+    for name in ("seed=0", "seed=1"):
+        (first,), (second,) = ((tmp_path / run).glob(f"*{name}*/weights.json") for run in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+        assert first.with_name("main").resolve() != second.with_name("main").resolve()
+
+
 def test_a_failed_child_is_named_with_its_message(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     broken = [*fresh, "training.learning_rate=1e30", "training.gradient_clip=null", "training.warmup=0.0"]
     assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
