@@ -6,7 +6,10 @@ writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`
 """
 
 import itertools
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,13 +133,34 @@ def break_one(built: model.LanguageModel, store: TokenStore, case: Case) -> None
     built.register_forward_hook(hook)
 
 
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Elements of every sum of float64 over the ranks: what our own code exchanges."""
+    sizes: list[int] = []
+    really = torch.distributed.all_reduce
+
+    def all_reduce(tensor: Tensor, *more: Any, **named: Any) -> Any:
+        if tensor.dtype == torch.float64:
+            sizes.append(tensor.numel())
+        return really(tensor, *more, **named)
+
+    torch.distributed.all_reduce = all_reduce
+    try:
+        yield sizes
+    finally:
+        torch.distributed.all_reduce = really
+
+
 def main() -> None:
     strategy, out, data, reference = sys.argv[1], *map(Path, sys.argv[2:5])
     torch.set_num_threads(1)
     place = engine.start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
     store = TokenStore.open(data)
     for name, case in CASES.items():
-        train(case, out / name, place, store, reference)
+        with counted() as exchanges:
+            train(case, out / name, place, store, reference)
+        if comm.world().first:
+            (out / name / "exchanges.json").write_text(json.dumps(exchanges))
     comm.leave()
 
 

@@ -59,7 +59,7 @@ def read(case: Path) -> Trajectory:
     return {
         name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for name in ("domain_weights", "metrics", "evaluations")
-    }
+    } | {"exchanges": json.loads((case / "exchanges.json").read_text())}
 
 
 def largest(a: list[Any], b: list[Any], column: str) -> float:
@@ -89,6 +89,15 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(world: int, name:
         compare(alone[of], these[case], *((5e-3, 5e-3) if case == "bf16" else ()))
     assert these["resumed"]["domain_weights"] == these["exact-1"]["domain_weights"]  # bit for bit
     assert these["resumed"]["evaluations"] == these["exact-1"]["evaluations"]
+
+
+def test_a_step_exchanges_one_sum_of_two_floats_a_domain_and_one(launch: Any) -> None:
+    """Whatever the number of micro-batches. Beside it there are the logged loss (2 and 1), here at every step, and at
+    the end one evaluation, of the same size as a step's."""
+    domains = 3
+    for case in ("exact-1", "exact-4", "lagged-4"):
+        exchanges = launch(2, "fsdp2")[case]["exchanges"]
+        assert sorted(exchanges) == [3] * engines.STEPS + [2 * domains + 1] * (engines.STEPS + 1)
 
 
 def test_the_cases_are_not_all_the_same(launch: Any) -> None:
