@@ -72,6 +72,9 @@ class Engine(Protocol):
     model: nn.Module  # to be called for losses; a collective, under sharding
     wrapper: str  # the classes that really hold the model and its optimiser
 
+    def warm_up(self, tokens: Tensor) -> None:
+        """Whatever the first step does otherwise than the later ones, done now: a run that continues begins there."""
+
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """The context of a micro-batch's forward and backward; gradients may be exchanged in the `last` one only."""
 
@@ -139,6 +142,13 @@ class Native:
                 }
         self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
 
+    def warm_up(self, tokens: Tensor) -> None:
+        # DDP lays out its buckets anew after its first backward, and over more than two processes the last bits of a
+        # sum depend on the layout.
+        if self._strategy == "ddp":
+            self.model(tokens).sum().backward()
+            self.discard()
+
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         if self._strategy == "fsdp2":
@@ -203,6 +213,9 @@ class Zero:
         if moments:
             self._load(moments)
         self.wrapper = f"{type(self._engine).__name__}, {type(self._optimizer).__name__}"
+
+    def warm_up(self, tokens: Tensor) -> None:
+        pass
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

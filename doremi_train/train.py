@@ -88,6 +88,9 @@ class Trainer:
                 part.precision = training.precision
         self._saved = checkpoint.latest(task.run.folder / "checkpoints")
         self.engine = engine.build(place, model, training, self._saved)
+        self.engine.warm_up(
+            torch.zeros(self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device)
+        )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
         if self.world.first:
             console.print(f"{task.label:<22} {self.engine_used}")
