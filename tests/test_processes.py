@@ -50,7 +50,15 @@ def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_p
 # ── Stopped and continued ───────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.acceptance),
+        pytest.param(signal.SIGINT, marks=pytest.mark.acceptance),
+    ],
+    ids=lambda number: number.name,
+)
 def test_told_to_stop_it_saves_and_continues(
     number: signal.Signals, uninterrupted: Path, doremi: Command, prepared: list[str], tmp_path: Path
 ) -> None:
@@ -76,7 +84,14 @@ def test_told_to_stop_it_saves_and_continues(
     same_bits(uninterrupted, run_dir)
 
 
-@pytest.mark.parametrize("stage", ["reference", "proxy", "main"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("reference", marks=pytest.mark.acceptance),
+        "proxy",
+        pytest.param("main", marks=pytest.mark.acceptance),
+    ],
+)
 def test_killed_at_any_step_it_continues(
     stage: str, uninterrupted: Path, doremi: Command, prepared: list[str], tmp_path: Path
 ) -> None:

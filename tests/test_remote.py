@@ -324,7 +324,7 @@ def killed_at(overrides: list[str], run_dir: Path, stage: str, step: int) -> Non
         assert ended(process).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("stage", ["reference", "proxy"])
+@pytest.mark.parametrize("stage", [pytest.param("reference", marks=pytest.mark.acceptance), "proxy"])
 def test_killed_and_its_disk_gone_it_continues_from_the_remote(
     stage: str, tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path
 ) -> None:
@@ -338,6 +338,7 @@ def test_killed_and_its_disk_gone_it_continues_from_the_remote(
     same_bits(uninterrupted, tmp_path / "two")
 
 
+@pytest.mark.acceptance
 def test_a_torn_checkpoint_there_is_passed_over(
     tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 LOCAL = ("stage=proxy", "proxy.seeds=2", "submit.cluster=local")
 
 
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.acceptance)])
 def test_seeds_side_by_side_are_those_one_after_another(
     tasks: int, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
@@ -37,6 +37,7 @@ def test_seeds_side_by_side_are_those_one_after_another(
     assert again.code == 0 and "is job" not in again.out
 
 
+@pytest.mark.acceptance
 def test_a_parent_of_two_ranks_submits_once(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     """The children must not take themselves for ranks of their parent."""
     outcome = doremi(*fresh, *LOCAL, f"run_dir={tmp_path / 'run'}", processes=2)
@@ -45,6 +46,7 @@ def test_a_parent_of_two_ranks_submits_once(fresh: list[str], doremi: Command, t
     assert len(list((tmp_path / "run/proxy/round-1/jobs").glob("seed-*/config.yaml"))) == 2
 
 
+@pytest.mark.acceptance
 def test_a_stopped_parent_stops_its_children_who_are_continued(
     fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_sweep_in_processes_is_the_sweep_in_one(fresh: list[str], doremi: Comm
         assert first.with_name("main").resolve() != second.with_name("main").resolve()
 
 
+@pytest.mark.acceptance
 def test_a_failed_child_is_named_with_its_message(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     broken = [*fresh, "training.learning_rate=1e30", "training.gradient_clip=null", "training.warmup=0.0"]
     assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
@@ -94,6 +97,7 @@ def test_a_failed_child_is_named_with_its_message(fresh: list[str], doremi: Comm
     assert not list((tmp_path / "run/proxy/round-1/jobs").glob("seed-1*")), "none is started after a failure"
 
 
+@pytest.mark.acceptance
 def test_a_killed_child_is_named(fresh: list[str], tmp_path: Path) -> None:
     assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
     long = ["training.steps=100000", "training.checkpoint_every=20", "evaluation.every=100000"]
