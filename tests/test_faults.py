@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Command, start
+from conftest import Command, environment, start
 from running import STEPS, checkpoints, ended, lines, reached, read, same_bits, same_numbers, wait_for
 
 pytestmark = pytest.mark.slow
@@ -178,7 +178,7 @@ def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(prepared: 
 ALIVE = """
 import sys, time
 from doremi_train import comm, engine
-engine.start(engine.Options(), "fp32", timeout=2)
+engine.start(engine.Options(), "fp32", timeout=5)
 slow = lambda: time.sleep(float(sys.argv[1])) or "done"
 assert comm.on_first(slow) == "done"
 try:
@@ -195,8 +195,8 @@ def test_long_work_of_the_first_process_is_waited_for(tmp_path: Path) -> None:
     script.write_text(ALIVE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(script), "7"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
+        [*launch, str(script), "12"],
+        env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {"raised on 0", "raised on 1"} <= set(done.stdout.splitlines())
