@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import quote
 
+from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, conf_dir, fingerprint, redact
@@ -82,6 +83,20 @@ def _task(composed: Any) -> None:
         if "SUBMITIT_EXECUTOR" in os.environ or not hasattr(error, "exit_code"):
             raise
         _die(str(error), error.exit_code, alone=getattr(error, "alone", False))
+
+
+class SweepReport(Callback):
+    """What Hydra calls around a sweep: when all its runs are done, the report over them is written."""
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        if config.stage != "pipeline":
+            return
+        plain: Any = OmegaConf.to_container(config, resolve=False)
+        del plain["hydra"]
+        try:
+            _run(plain | {"stage": "report"})
+        except Exception as error:  # Hydra would swallow it
+            _say(f"the report over {plain['run_dir']}: {error}")
 
 
 def child(plain: dict[str, Any]) -> tuple[int, str]:

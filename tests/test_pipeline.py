@@ -136,7 +136,7 @@ def test_models_load_with_transformers_and_give_the_measured_loss(finished: Path
 def test_report_is_one_self_contained_page(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
-    assert page.count("<svg") == 2 and all(name in page for name in DOMAINS)
+    assert page.count("<svg") == 7 and all(name in page for name in DOMAINS)
     assert "<script" not in page and "<link" not in page and 'src="' not in page
 
 

@@ -49,7 +49,7 @@ class Main:
     model: str | None = None  # a preset; null: the proxy's
     steps: Positive | None = None  # null: training.steps
     tokens: Positive | None = None  # of the final run this mixture is for; null: what main.steps makes
-    comparisons: tuple[str, ...] = ("baseline", "uniform")  # trained beside it at its size; baseline: α_ref
+    comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,13 +88,20 @@ class Config:
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
         _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
-        for name in self.main.comparisons:
+        for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         if (self.mixture.method == "file") != (self.mixture.path is not None):
             raise UserError(
                 f"mixture.path={self.mixture.path}: goes with mixture=file, and only with it; "
                 "write mixture=file mixture.path=weights.json"
             )
+
+    @property
+    def comparisons(self) -> tuple[str, ...]:
+        """What the final model has to beat: baseline is α_ref, and natural and uniform are never missing."""
+        if self.main.comparisons is not None:
+            return self.main.comparisons
+        return ("baseline", "uniform") if self.reference.mixture == "natural" else ("baseline", "natural", "uniform")
 
 
 def _one_of(key: str, value: str, allowed: list[str]) -> None:
@@ -220,8 +227,14 @@ def open_session(plain: Mapping[str, Any]) -> Session:
         torch.set_num_threads(config.training.threads)
     place = engine.start(config.engine, config.training.precision, config.training.timeout)
     session = Session(config, plain, place)
-    comm.on_first(lambda: _claim(session))
+    if not (config.stage == "report" and sweep(session.run_dir)):
+        comm.on_first(lambda: _claim(session))
     return session
+
+
+def sweep(run_dir: Path) -> list[Path]:
+    """The finished run folders in the folder of a sweep."""
+    return [path.parent for path in sorted(run_dir.glob("*/evaluation.json"))]
 
 
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,12 @@ def run(session: Session) -> dict[str, Any]:
     folders = {name: folder for name, folder in folders.items() if folder.exists()}
     folders |= {name: run.folder / "model" for name, run in trained.items()}
     figures: dict[str, Any] = {}
+    same: dict[Path, str] = {}  # a model that is there under several names is measured once
     with Bar("evaluate", len(folders), unit="model", show=comm.world().first) as bar:
         for done, (name, folder) in enumerate(folders.items()):
             stop.check("evaluate")
-            figures[name] = _measure(session, store, folder)
+            known = same.setdefault(folder.resolve(), name)
+            figures[name] = _measure(session, store, folder) if known == name else dict(figures[known])
             bar.update(done + 1, name)
     compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))

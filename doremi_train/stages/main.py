@@ -16,7 +16,7 @@ def run(session: Session) -> dict[str, Run]:
     store = prepare.run(session)
     learned = mixture.run(session)
     mixtures = {"main": learned.tensor(store.domains)}
-    for name in session.config.main.comparisons:
+    for name in session.config.comparisons:
         mixtures[name] = _comparison(session, store, name)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     return {

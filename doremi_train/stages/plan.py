@@ -28,7 +28,7 @@ def run(session: Session) -> dict[str, Any]:
     if session.config.mixture.method == "doremi":
         passes = 5 if len(parts) > 1 and session.config.proxy.accumulation == "exact" else 4
         stages["proxy"] = _stage(proxy_shape, tokens, training.sequence_length, passes)
-    for name in ("main", *session.config.main.comparisons):
+    for name in ("main", *session.config.comparisons):
         stages[name] = _stage(main_shape, main_tokens, training.sequence_length, 3)
     plan = {
         "domains": {

@@ -1,0 +1,205 @@
+"""What finished runs say: read from their folders, grouped by what varies, compared, and put into one plain sentence.
+
+Losses are validation losses in nats per token, their mean is over domains, and an interval is a 95 % Student-t interval
+over seeds; where mixtures are compared it is that of the differences, seed by seed.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from doremi_train import files, model
+from doremi_train.weights import student_t
+
+_ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
+_BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
+TRACE_POINTS = 400  # of a curve over steps: more cannot be seen
+
+
+class Result(NamedTuple):
+    """One finished run_dir."""
+
+    folder: Path
+    config: dict[str, Any]  # what decides the result, flat
+    mixture: dict[str, Any]  # weights.json
+    figures: dict[str, Any]  # evaluation.json
+    curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
+    traces: list[list[dict[str, Any]]]  # domain_weights.jsonl of each proxy of the last round
+    rounds: list[dict[str, float]]  # mean weights of each round, where there are several
+    findings: list[dict[str, Any]]  # findings.json
+    warnings: list[str]  # of plan.json
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return self.mixture["weights"]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the mixture was learned, or is one that was given."""
+        return self.mixture["method"] not in ("natural", "uniform", "temperature", "unimax", "file")
+
+
+class Setting(NamedTuple):
+    """Runs that differ in their seed only."""
+
+    varying: dict[str, Any]  # keys that differ between the settings of a sweep, and this one's values
+    size: int  # parameters of the proxy, without embeddings
+    main_size: int  # of the final model
+    results: list[Result]
+
+    @property
+    def label(self) -> str:
+        parts = [f"{key}={value}" for key, value in self.varying.items()]
+        return ", ".join(parts)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The name that a reader sees of every trained model. Models that are the same run are one."""
+        same: dict[tuple[float, ...], list[str]] = {}
+        known = [name for name in self.results[0].figures if all(name in run.figures for run in self.results)]
+        order = {
+            name: place for place, name in enumerate((*_ORDER, *sorted(set(known) - {*_ORDER, *_BESIDE}), *_BESIDE))
+        }
+        for name in sorted(known, key=lambda name: order[name]):
+            same.setdefault(tuple(self.losses(name)), []).append(name)
+        return {names[0]: self._label(names) for names in same.values()}
+
+    @property
+    def candidates(self) -> dict[str, str]:
+        """Those that were trained at the final size, to be compared with the learned mixture, which comes first."""
+        return {name: label for name, label in self.models.items() if name not in _BESIDE}
+
+    def losses(self, name: str) -> list[float]:
+        """Mean loss of a model for each seed."""
+        return [run.figures[name]["mean_loss"] for run in self.results]
+
+    def gain(self, name: str) -> tuple[float, float]:
+        """How much higher another model's loss is than the learned mixture's: mean and half-width over paired seeds."""
+        pairs = zip(self.losses(name), self.losses("main"), strict=True)
+        return student_t([other - learned for other, learned in pairs])
+
+    def _label(self, names: list[str]) -> str:
+        if names[0] == "main":
+            run = self.results[0]
+            return "learned" if run.learned else run.mixture["method"]
+        if names[0] == "baseline":
+            return f"{self.results[0].config['reference.mixture']} (baseline)"
+        return names[0]
+
+
+def read(folder: Path, config: dict[str, Any]) -> Result:
+    """A run_dir that was evaluated; what other stages left is taken where it is there."""
+    figures = files.read_json(folder / "evaluation.json")
+    numbers = sorted(folder.glob("proxy/round-*"), key=lambda path: int(path.name.partition("-")[2]))
+    proxies = sorted(numbers[-1].glob("seed-*")) if numbers else [folder / "proxy"]
+    traces = [list(files.read_lines(proxy / "domain_weights.jsonl")) for proxy in proxies]
+    rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]
+    plan = folder / "plan.json"
+    findings = folder / "findings.json"
+    return Result(
+        folder=folder,
+        config=config,
+        mixture=files.read_json(folder / "weights.json"),
+        figures=figures,
+        curves={name: list(files.read_lines(folder / name / "evaluations.jsonl")) for name in figures},
+        traces=[trace for trace in traces if trace],
+        rounds=rounds if len(rounds) > 1 else [],
+        findings=files.read_json(findings) if findings.exists() else [],
+        warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
+    )
+
+
+def _mean_weights(paths: Sequence[Path]) -> dict[str, float]:
+    found = [files.read_json(path)["weights"] for path in paths]
+    return {name: fmean(weights[name] for weights in found) for name in found[0]} if found else {}
+
+
+def settings(results: Sequence[Result]) -> list[Setting]:
+    """The runs by everything that varies over them but the seed, smallest models first."""
+    configs = [run.config for run in results]
+    varying = [
+        key
+        for key in sorted(set().union(*configs) - {"seed"})
+        if any(config.get(key) != configs[0].get(key) for config in configs)
+    ]
+    found: dict[str, Setting] = {}
+    for run in results:
+        values = {key: run.config.get(key) for key in varying}
+        size, main_size = _size(run, "proxy"), _size(run, "main")
+        if any(key.startswith("model.") for key in varying):
+            shown = {key: value for key, value in values.items() if not key.startswith("model.")}
+            shown = {"proxy": f"{size:,} parameters"} | shown
+        else:
+            shown = values
+        found.setdefault(repr(values), Setting(shown, size, main_size, [])).results.append(run)
+    return sorted(found.values(), key=lambda setting: (setting.size, setting.main_size, _sortable(setting.varying)))
+
+
+def _sortable(varying: dict[str, Any]) -> list[tuple[int, float, str]]:
+    numeric = (int, float)
+    return [
+        (0, float(value), "") if isinstance(value, numeric) and not isinstance(value, bool) else (1, 0.0, str(value))
+        for value in varying.values()
+    ]
+
+
+def _size(run: Result, stage: str) -> int:
+    """Parameters without embeddings of the model of a stage, from its own config."""
+    places = [
+        run.folder / stage / "model",
+        *run.folder.glob(f"{stage}/round-*/seed-*/model"),
+        run.folder / "reference" / "model",
+        run.folder / "main" / "model",
+    ]
+    found = [place / "config.json" for place in places if (place / "config.json").exists()]
+    return model.parameters(files.read_json(found[0]))[1] if found else 0
+
+
+def verdict(setting: Setting) -> str:
+    """What the mixture gained over each mixture trained beside it, in one plain sentence or two."""
+    seeds, labels = len(setting.results), setting.candidates
+    mixture = f"the {labels['main']} mixture"
+    others = [name for name in labels if name != "main"]
+    mean, half = student_t(setting.losses("main"))
+    if not others:
+        size = f"{mean:.4f}" if seeds == 1 else f"{mean:.4f} ± {half:.4f}"
+        return f"{mixture.capitalize()} reaches {size} nats per token; it was not compared with any other mixture."
+    if seeds == 1:
+        parts = [f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'} than {labels[name]}"
+                 for name in others for gain in [setting.gain(name)[0]]]  # fmt: skip
+        equal = [labels[name] for name in others if setting.gain(name)[0] <= 0]
+        return (
+            f"With one seed {mixture} reaches {mean:.4f} nats per token on the mean over domains: {_and(parts)}"
+            f"{f', so no better than {_and(equal)}' if equal else ''}. One seed, no interval: differences of the size "
+            "of the seed-to-seed spread decide nothing."
+        )
+    parts, equal = [], []
+    for name in others:
+        gain, half = setting.gain(name)
+        differs = "better than" if gain > 0 else "worse than"
+        word = differs if abs(gain) > half else "not distinguishable from"
+        if gain <= half:
+            equal.append(labels[name])
+        parts.append(f"{word} {labels[name]} (by {gain:+.4f} ± {half:.4f} nats per token)")
+    remedy = f" {_and(equal).capitalize()} would serve as well." if equal else ""
+    return (
+        f"Over {seeds} runs {mixture} is {_and(parts)}.{remedy} Paired 95 % Student-t intervals over seeds; "
+        "plus means that the other's loss is higher."
+    )
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def spread(values: Sequence[float | None], digits: int = 4) -> str:
+    """Mean ± half-width; of one value the value. Seeds without one (such as a goal never reached) are said."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never" if values else ""
+    mean, half = student_t(known)
+    missing = f", {len(values) - len(known)} of {len(values)} never" if len(known) < len(values) else ""
+    shown = f"{mean:.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:.{digits}f}"
+    return shown + missing
