@@ -42,14 +42,14 @@ class Finding(NamedTuple):
 
 def effective_number(weights: ArrayLike) -> float:
     """exp(entropy) of weights (K,) that sum to 1: how many equal domains would be as mixed, from 1 to K."""
-    shares = np.asarray(weights, dtype=np.float64)
+    shares = _floats(weights)
     shares = shares[shares > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def one_hot(names: Sequence[str], weights: ArrayLike, trace: ArrayLike | None = None) -> list[Finding]:
     """The average weights (K,) are those of one domain, or the steps' (T, K) jump from one domain to another."""
-    average = np.asarray(weights, dtype=np.float64)
+    average = _floats(weights)
     if len(names) < 2:
         return []
     top, number = int(average.argmax()), effective_number(average)
@@ -62,11 +62,11 @@ def one_hot(names: Sequence[str], weights: ArrayLike, trace: ArrayLike | None = 
         return [Finding("one_hot", (names[top],), message, number)]
     if trace is None:
         return []
-    steps = np.asarray(trace, dtype=np.float64)
+    steps = _floats(trace)
     hops = steps.max(axis=1) > HOP
     if hops.mean() <= HOPS:
         return []
-    tops = tuple(names[k] for k in np.unique(steps[hops].argmax(axis=1)))
+    tops = tuple(names[k] for k in np.unique(steps[hops].argmax(axis=1)).tolist())
     message = (
         f"In {_percent(hops.mean())} of the proxy's steps one domain had more than {HOP} of the weight "
         f"({', '.join(tops)}), though the average looks balanced. Such weights jump and do not converge; {remedy}."
@@ -77,7 +77,7 @@ def one_hot(names: Sequence[str], weights: ArrayLike, trace: ArrayLike | None = 
 def missing_by_quota(batch: int, mixture: ArrayLike) -> Floats:
     """(K,) probability that a batch of `batch` sequences misses a domain, where each gets its share rounded up or down
     in turn."""
-    return 1 - np.minimum(batch * np.asarray(mixture, dtype=np.float64), 1)
+    return 1 - np.minimum(batch * _floats(mixture), 1)
 
 
 def missing_by_trace(tokens: ArrayLike) -> Floats:
@@ -87,11 +87,11 @@ def missing_by_trace(tokens: ArrayLike) -> Floats:
 
 def absent(names: Sequence[str], missing: ArrayLike) -> list[Finding]:
     """Domains that more than a few batches miss: one finding for all. `missing` (K,) is a part of the batches."""
-    parts = np.asarray(missing, dtype=np.float64)
+    parts = _floats(missing)
     found = np.flatnonzero(parts > ABSENT)
     if not len(found):
         return []
-    domains = tuple(names[k] for k in found)
+    domains = tuple(names[k] for k in found.tolist())
     message = (
         f"{_percent(parts.max())} of the proxy's batches miss a domain ({', '.join(domains)}). In such a step its "
         "excess loss is not known and its weight moves by the others' alone; raise training.batch_size, or merge "
@@ -136,7 +136,7 @@ def unigram_entropy(counts: ArrayLike) -> float:
 
     With the correction of Miller and Madow, since rare tokens that a sample misses make it look too predictable.
     """
-    seen = np.asarray(counts, dtype=np.float64)
+    seen = _floats(counts)
     seen = seen[seen > 0]
     total = seen.sum()
     return float(np.log(total) - (seen * np.log(seen)).sum() / total + (len(seen) - 1) / (2 * total))
@@ -147,7 +147,7 @@ def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike])
 
     `unigram` (K,) is that guess's loss; `curves` are the validation losses (E, K) of each model over its run.
     """
-    models = [np.asarray(curve, dtype=np.float64) for curve in curves if len(curve)]
+    models = [curve for curve in map(_floats, curves) if len(curve)]
     if not models:
         return []
     bare = np.maximum(_floats(unigram), 1e-9)  # a domain of one token has 0
@@ -172,7 +172,7 @@ def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike])
 
 def trivial(names: Sequence[str], losses: ArrayLike) -> list[Finding]:
     """Domains that every model foresees, from the last validation losses (M, K) of M models."""
-    worst = np.asarray(losses, dtype=np.float64).max(axis=0)
+    worst = _floats(losses).max(axis=0)
     return [
         Finding(
             "trivial",
@@ -208,13 +208,13 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
     `halves` (K, 2, H): counts of hashed bigrams in two halves of a sample of each domain. `shared` (K, K): part of the
     text of the smaller one that also stands in the other.
     """
-    counts = np.asarray(halves, dtype=np.float64)
+    counts = _floats(halves)
     roots = np.sqrt(counts / np.maximum(counts.sum(axis=2, keepdims=True), 1))
     overlap = np.einsum("aih,bjh->abij", roots, roots)  # Bhattacharyya coefficient of two halves
     distance = 1 - overlap  # squared Hellinger distance, which sampling noise makes larger by the same in every term
     within = distance[:, :, 0, 1].diagonal()  # (K,) between the halves of one domain
     between = distance.mean(axis=(2, 3))
-    copied = np.zeros_like(between) if shared is None else np.asarray(shared, dtype=np.float64)
+    copied = np.zeros_like(between) if shared is None else _floats(shared)
     found = []
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
@@ -242,7 +242,7 @@ def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str,
     Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where
     one domain's do. One seed says nothing, and nothing is returned.
     """
-    weights = np.asarray(samples, dtype=np.float64)
+    weights = _floats(samples)
     seeds, domains = weights.shape
     if seeds < 2:
         return []
