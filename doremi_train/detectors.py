@@ -27,6 +27,7 @@ FLAT = 0.02  # part of the loss that a domain which is still being learned loses
 TRIVIAL = 0.1  # nats per token: nine of ten tokens are foreseen for certain
 OVERFIT = 0.1  # part of the validation loss that is missing on training text; unequal splits make a few hundredths
 SAME = 0.1  # distance beyond that of two halves, as a part of it, up to which two domains are one language
+UNSURE = 0.3  # distance of two halves of one domain, beyond which the sample is too small to compare languages
 COPIED = 0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
 LEVEL = 0.95  # of the test whether seeds agree on a difference
 
@@ -124,8 +125,8 @@ def mismatched(names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: Arra
         if high > EPOCHS and high > MISMATCH * low:
             message = (
                 f"The proxy passes over {name} {proxy:.1f} times and the planned final run {final:.1f} times. A weight "
-                "found on fresh text does not hold for repeated text, nor the other way round; bring the two together "
-                "by the length of the proxy run, by more text, or by a cap such as that of mixture=unimax."
+                "found on fresh text does not hold for repeated text, nor the other way round; with main.tokens set, "
+                "proxy.match_repetition=true makes the proxy repeat its text as the final run will."
             )
             found.append(Finding("mismatched", (name,), message, high))
     return found
@@ -223,7 +224,7 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
             if copied[a, b] > COPIED:
                 seen = f"{_percent(copied[a, b])} of the text of one stands in the other too"
                 value = float(copied[a, b])
-            elif between[a, b] <= (1 + SAME) * halfway:
+            elif halfway < UNSURE and between[a, b] <= (1 + SAME) * halfway:
                 seen = "their bigrams differ no more than those of two halves of one domain"
                 value = float(between[a, b] / halfway) if halfway > 0 else 1.0
             else:
@@ -237,7 +238,7 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
 
 
 def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]) -> list[Finding]:
-    """Named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable.
+    """The named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable, as one finding.
 
     Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where
     one domain's do. One seed says nothing, and nothing is returned.
@@ -248,18 +249,20 @@ def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str,
         return []
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / domains / 2, seeds - 1))
     half = quantile * weights.std(axis=0, ddof=1) / np.sqrt(seeds)
-    found = []
-    for mixture, values in mixtures.items():
-        difference = np.abs(weights.mean(axis=0) - _floats(values))
+    found = [
+        mixture
+        for mixture, values in mixtures.items()
         # 1e-12: equal weights that differ in their last bits are equal.
-        if (difference <= half + 1e-12).all():
-            message = (
-                f"The weights are not distinguishable from {mixture}: over {seeds} seeds no domain's weight differs "
-                f"from it by more than its interval, which is up to ±{half.max():.3f}. Take {mixture}, or more "
-                "proxy.seeds and a longer proxy run."
-            )
-            found.append(Finding("seed_spread", tuple(names), message, float(half.max())))
-    return found
+        if (np.abs(weights.mean(axis=0) - _floats(values)) <= half + 1e-12).all()
+    ]
+    if not found:
+        return []
+    message = (
+        f"The weights are not distinguishable from {' or '.join(found)}: over {seeds} seeds no domain's weight differs "
+        f"from it by more than its interval, which is up to ±{half.max():.3f}. Take {found[0]}, or more proxy.seeds "
+        "and a longer proxy run."
+    )
+    return [Finding("seed_spread", tuple(names), message, float(half.max()))]
 
 
 def _floats(values: ArrayLike) -> Floats:
