@@ -49,7 +49,7 @@ def test_a_mixture_of_hardly_two_of_many_domains() -> None:
 
 def test_weights_that_hop_though_their_average_is_even() -> None:
     hops = np.tile(np.eye(4) * 0.96 + 0.01, (25, 1))
-    assert one(detectors.one_hot(NAMES, hops.mean(0), hops), "one_hot", *NAMES).value == 1
+    assert 1 < one(detectors.one_hot(NAMES, hops.mean(0), [hops, hops]), "one_hot", *NAMES).value < 1.3
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,14 @@ def test_weights_that_hop_though_their_average_is_even() -> None:
 )
 def test_healthy_weights(weights: list[float]) -> None:
     trace = np.tile(weights, (100, 1))
-    trace[:20] = [0.97, 0.01, 0.01, 0.01]  # a start-up
-    assert detectors.one_hot(NAMES, weights, trace) == []
+    trace[:50] = [0.97, 0.01, 0.01, 0.01]  # a start-up
+    trace[50::2] += [-0.1, 0.1, -0.05, 0.05]  # and some noise
+    assert detectors.one_hot(NAMES, weights, [trace, trace]) == []
 
 
 def test_two_domains_may_be_uneven_and_one_is_all_there_is() -> None:
     assert detectors.one_hot(("a", "b"), [0.75, 0.25]) == []
-    assert detectors.one_hot(("a",), [1.0], [[1.0]]) == []
+    assert detectors.one_hot(("a",), [1.0], [[[1.0]]]) == []
 
 
 # absent
@@ -155,9 +156,13 @@ def test_before_anything_is_learned_nothing_is_noise() -> None:
     assert detectors.noise(NAMES, UNIGRAM, [[], []]) == []
 
 
-def test_trivial_is_what_all_models_foresee() -> None:
-    assert one(detectors.trivial(NAMES, [LEARNED, [4, 5, 5, 0.05]]), "trivial", "d").value == 0.05
-    assert detectors.trivial(NAMES, [LEARNED, [4, 5, 5, 1.5]]) == []
+def test_a_neglected_domain_is_no_noise() -> None:
+    assert detectors.noise(NAMES, UNIGRAM, [noisy() + [0, 0.5, 0, 0]]) == []
+
+
+def test_trivial_is_what_the_best_model_foresees() -> None:
+    assert one(detectors.trivial(NAMES, [LEARNED, [4, 5, 5, 1.5]]), "trivial", "d").value == 0.01
+    assert detectors.trivial(NAMES, [[4, 5, 5, 0.5], [4, 5, 5, 1.5]]) == []
 
 
 def test_overfit_is_training_far_below_validation() -> None:
@@ -255,7 +260,7 @@ def test_the_order_of_domains_does_not_matter(order: list[int], seed: int) -> No
     def found(order: list[int]) -> list[tuple]:
         names = [NAMES[k] for k in order]
         everything = [
-            *detectors.one_hot(names, weights[order], trace[:, order]),
+            *detectors.one_hot(names, weights[order], [trace[:, order]]),
             *detectors.absent(names, detectors.missing_by_quota(6, weights[order])),
             *detectors.repeated(names, epochs[order]),
             *detectors.mismatched(names, epochs[order], later[order]),

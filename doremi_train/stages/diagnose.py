@@ -53,13 +53,16 @@ def _of_the_proxies(session: Session, store: TokenStore) -> list[Finding]:
     mixed = files.read_json(session.run_dir / "weights.json")
     results = [files.read_json(folder / "result.json") for folder in folders]  # of S seeds
     epochs = np.mean([_row(names, result["epochs"]) for result in results], axis=0)
+    tokens = [_trace(names, folder, "tokens") for folder in folders]
     others = {}
     for name in ("uniform", "natural", "unimax"):
         with contextlib.suppress(UserError):  # unimax, where the final run needs more text than it allows
             others[name] = language_model.heuristic(session, store, name, mixture.main_steps(session)).numpy()
     return [
-        *detectors.one_hot(names, _row(names, mixed["weights"]), _traces(names, folders, "weights")),
-        *detectors.absent(names, detectors.missing_by_trace(_traces(names, folders, "tokens"))),
+        *detectors.one_hot(
+            names, _row(names, mixed["weights"]), [_trace(names, folder, "weights") for folder in folders]
+        ),
+        *detectors.absent(names, detectors.missing_by_trace(np.concatenate(tokens))),
         *detectors.repeated(names, epochs),
         *detectors.mismatched(names, epochs, _row(names, mixed["epochs"])),
         *detectors.seed_spread(names, [_row(names, result["weights"]) for result in results], others),
@@ -132,10 +135,9 @@ def _shared(shingles: Sequence[NDArray[np.uint64]]) -> Floats:
     return shared
 
 
-def _traces(names: Sequence[str], folders: Sequence[Path], key: str) -> Floats:
-    """(T, K) of all proxies, one after the other."""
-    paths = [folder / "domain_weights.jsonl" for folder in folders]
-    return np.concatenate([_columns(names, (line[key] for line in files.read_lines(path))) for path in paths])
+def _trace(names: Sequence[str], folder: Path, key: str) -> Floats:
+    """(T, K) of the steps of a proxy."""
+    return _columns(names, (line[key] for line in files.read_lines(folder / "domain_weights.jsonl")))
 
 
 def _columns(names: Sequence[str], rows: Iterable[Mapping[str, float]]) -> Floats:
