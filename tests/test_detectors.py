@@ -157,7 +157,7 @@ def test_before_anything_is_learned_nothing_is_noise() -> None:
 
 
 def test_a_neglected_domain_is_no_noise() -> None:
-    assert detectors.noise(NAMES, UNIGRAM, [noisy() + [0, 0.5, 0, 0]]) == []
+    assert detectors.noise(NAMES, UNIGRAM, [noisy() + np.array([0, 0.5, 0, 0])]) == []
 
 
 def test_trivial_is_what_the_best_model_foresees() -> None:

@@ -53,15 +53,14 @@ def _of_the_proxies(session: Session, store: TokenStore) -> list[Finding]:
     mixed = files.read_json(session.run_dir / "weights.json")
     results = [files.read_json(folder / "result.json") for folder in folders]  # of S seeds
     epochs = np.mean([_row(names, result["epochs"]) for result in results], axis=0)
+    alphas = [_trace(names, folder, "weights") for folder in folders]
     tokens = [_trace(names, folder, "tokens") for folder in folders]
     others = {}
     for name in ("uniform", "natural", "unimax"):
         with contextlib.suppress(UserError):  # unimax, where the final run needs more text than it allows
             others[name] = language_model.heuristic(session, store, name, mixture.main_steps(session)).numpy()
     return [
-        *detectors.one_hot(
-            names, _row(names, mixed["weights"]), [_trace(names, folder, "weights") for folder in folders]
-        ),
+        *detectors.one_hot(names, _row(names, mixed["weights"]), alphas),
         *detectors.absent(names, detectors.missing_by_trace(np.concatenate(tokens))),
         *detectors.repeated(names, epochs),
         *detectors.mismatched(names, epochs, _row(names, mixed["epochs"])),
