@@ -191,13 +191,27 @@ def page(corpus: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return run_dir / "report.html"
 
 
+PARTS = (
+    "The mixture",
+    "How it came about",
+    "What it gained",
+    "Validation loss per domain",
+    "What the domains are",
+    "Domain weights α (mean of 2 proxies",
+    "Effective number of domains",
+    "Excess loss over the reference",
+    "Learning curves",
+    "How far ahead of natural (baseline)",
+    "Loss per domain against natural (baseline)",
+    "final loss of natural (baseline)",
+    "epochs in the final run",
+)
+
+
 @pytest.mark.slow
 def test_a_browser_shows_every_part(page: Path, browser: Browser) -> None:
     shown = browser(page, "dump-dom")
-    for part in ("The mixture", "How it came about", "What it gained", "Validation loss per domain",
-                 "What the domains are", "Domain weights α (mean of 2 proxies", "Effective number of domains", "Excess loss over the reference",
-                 "Learning curves", "How far ahead of natural (baseline)", "Loss per domain against natural (baseline)",
-                 "final loss of natural (baseline)", "epochs in the final run"):  # fmt: skip
+    for part in PARTS:
         assert part in shown, part
     assert shown.count("<svg") == 7 and shown.count('class="sample"') == 3
     assert 'class="verdict"' in shown and "With one seed the learned mixture" in shown

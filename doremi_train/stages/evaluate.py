@@ -28,32 +28,27 @@ def run(session: Session) -> dict[str, Any]:
         for done, (name, folder) in enumerate(folders.items()):
             stop.check("evaluate")
             known = same.setdefault(folder.resolve(), name)
-            if known != name:
+            if known == name:
+                figures[name] = _measure(session, store, folder, training_too=name == "reference")
+            else:
                 figures[name] = {key: figures[known][key] for key in ("domains", "mean_loss", "worst_loss")}
-                continue
-            loaded = _load(session, store, folder)
-            figures[name] = _measure(session, store, loaded)
-            if name == "reference":  # far below the validation loss: it knows the domain by heart
-                trained_on = _measure(session, store, loaded, "train")["domains"]
-                figures[name]["training_loss"] = {domain: entry["loss"] for domain, entry in trained_on.items()}
             bar.update(done + 1, name)
     compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 
 
-def _load(session: Session, store: TokenStore, folder: Path) -> model.LanguageModel:
-    loaded = model.load(folder, store.vocabulary_size, "model").to(session.place.device)
-    loaded.precision = session.config.training.precision
-    return loaded
-
-
-def _measure(
-    session: Session, store: TokenStore, loaded: model.LanguageModel, split: str = "validation"
-) -> dict[str, Any]:
+def _measure(session: Session, store: TokenStore, folder: Path, training_too: bool) -> dict[str, Any]:
+    """`training_too`: also the loss on training sequences, which is far below where a domain is known by heart."""
     training, options, device = session.config.training, session.config.evaluation, session.place.device
+    loaded = model.load(folder, store.vocabulary_size, "model").to(device)
+    loaded.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    return evaluation.measure(loaded, store, training.sequence_length, batch, options, device, split)
+    figures = evaluation.measure(loaded, store, training.sequence_length, batch, options, device)
+    if training_too:
+        seen = evaluation.measure(loaded, store, training.sequence_length, batch, options, device, "train")["domains"]
+        figures["training_loss"] = {domain: entry["loss"] for domain, entry in seen.items()}
+    return figures
 
 
 def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:
