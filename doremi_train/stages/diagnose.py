@@ -82,7 +82,10 @@ def _of_the_models(
         findings += detectors.trivial(names, [curve[-1] for curve in curves])
     if "reference" in figures:
         seen, unseen = figures["reference"]["training_loss"], figures["reference"]["domains"]
-        findings += detectors.overfit(names, _row(names, seen), [unseen[name]["loss"] for name in names])
+        result = session.run_dir / "reference" / "result.json"  # not of an existing reference
+        epochs = _row(names, files.read_json(result)["epochs"]) if result.exists() else None
+        losses = [unseen[name]["loss"] for name in names]
+        findings += detectors.overfit(names, _row(names, seen), losses, epochs)
     return findings
 
 
