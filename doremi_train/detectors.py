@@ -122,7 +122,7 @@ def repeated(names: Sequence[str], proxy_epochs: ArrayLike) -> list[Finding]:
 def mismatched(names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: ArrayLike) -> list[Finding]:
     """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of the final run."""
     found = []
-    for (name, proxy), final in zip(_pairs(names, proxy_epochs), _floats(final_epochs), strict=True):
+    for (name, proxy), final in zip(_pairs(names, proxy_epochs), _floats(final_epochs).tolist(), strict=True):
         low, high = sorted((proxy, final))
         if high > EPOCHS and high > MISMATCH * low:
             message = (
@@ -220,10 +220,11 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
     """
     counts = _floats(halves)
     roots = np.sqrt(counts / np.maximum(counts.sum(axis=2, keepdims=True), 1))
-    overlap = np.einsum("aih,bjh->abij", roots, roots)  # Bhattacharyya coefficient of two halves
-    distance = 1 - overlap  # squared Hellinger distance, which sampling noise makes larger by the same in every term
-    within = distance[:, :, 0, 1].diagonal()  # (K,) between the halves of one domain
-    between = distance.mean(axis=(2, 3))
+    flat = roots.reshape(2 * len(names), -1)
+    # Squared Hellinger distance of two halves, which the noise of sampling makes larger by as much in every term.
+    distance = (1 - flat @ flat.T).reshape(len(names), 2, len(names), 2)
+    within = distance[:, 0, :, 1].diagonal()  # (K,) between the halves of one domain
+    between = distance.mean(axis=(1, 3))
     copied = np.zeros_like(between) if shared is None else _floats(shared)
     found = []
     for a in range(len(names)):

@@ -1,4 +1,4 @@
-"""findings.json of real runs: well-formed whatever stages there were, and on the planted corpus exactly what is planted."""
+"""findings.json of real runs: well-formed whatever stages there were, and of the planted corpus what is planted."""
 
 import json
 from collections.abc import Iterator
@@ -98,6 +98,22 @@ def test_a_reference_that_knows_a_small_domain_by_heart(tmp_path: Path, tiny: li
     assert [finding.domains for finding in found if finding.kind == "overfit"] == [("small",)]
 
 
+def test_copied_text_is_found_wherever_it_stands() -> None:
+    """Half of `c` is from `a`, at other places of its sequences; the languages are unlike."""
+    generator = np.random.default_rng(0)
+    a, b = (generator.integers(low, low + 200, size=(100, 65)) for low in (0, 200))
+    c = generator.integers(400, 600, size=(100, 65))
+    c[:50] = a.ravel()[7 : 7 + 50 * 65].reshape(50, 65)
+    (found,) = diagnose.of_the_text(("a", "b", "c"), [a, b, c])
+    assert found.kind == "duplicate" and found.domains == ("a", "c") and found.value == pytest.approx(0.3, abs=0.2)
+    assert not diagnose.of_the_text(("a", "b"), [a, b])
+
+
+def test_sequences_shorter_than_a_shingle() -> None:
+    short = np.random.default_rng(0).integers(0, 1000, size=(3, 400, 9))
+    assert not diagnose.of_the_text(("a", "b", "c"), [*short])
+
+
 # The planted corpus
 
 
@@ -134,7 +150,7 @@ def test_a_part_of_the_planted_documents_is_for_validation(fraction: float) -> N
 
 @pytest.mark.acceptance
 def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_path: Path) -> None:
-    """Default model and batch, three quarters of the default length: each fault by its name, ordinary languages none."""
+    """Default model, three quarters of the default length: each fault by its name, and ordinary languages have none."""
     overrides = ["data=planted", f"run_dir={tmp_path}", "training.steps=300", "training.threads=1"]
     overrides += ["main.steps=20", "main.comparisons=[]", "main.tokens=1200000"]
     assert command(*overrides, "stage=evaluate").code == 0

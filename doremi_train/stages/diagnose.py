@@ -15,7 +15,7 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.detectors import Finding
 from doremi_train.stages import Session, evaluate, language_model, mixture, once, prepare
 
-SAMPLE = 2**18  # training tokens of a domain that are looked at
+SAMPLE = 2**17  # training tokens of a domain that are looked at
 BUCKETS = 2**14  # of hashed bigrams
 SHINGLE = 24  # tokens that are hardly the same by chance
 KEPT = 8  # one of so many shingles is compared, chosen by its hash wherever it stands
