@@ -64,7 +64,7 @@ def _submit(session: Session, store: TokenStore, reference_folder: Path, number:
 
 
 def _seed(session: Session, index: int) -> int:
-    return session.config.seed + 1_000_000 * index  # far from the seeds a sweep counts through
+    return session.config.seed + language_model.SEEDS_APART * index
 
 
 def _run(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
@@ -83,7 +83,8 @@ def _run(session: Session, store: TokenStore, reference_folder: Path, index: int
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
             "seed": _seed(session, index),
-        },
+        }
+        | language_model.described(language_model.subsample(session)),
     )
 
 
@@ -108,6 +109,7 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             evaluation=config.evaluation,
             accumulation=config.proxy.accumulation,
             reference=frozen.to(session.place.device),
+            subsample=language_model.subsample(session),
         )
         shape = language_model.resolved_model(session, store)
         built = model.build(shape, _seed(session, index), config.training.activation_checkpointing)
