@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from doremi_train.config import UserError, flatten, redact
-from doremi_train.data import installed, megatron
+from doremi_train.data import installed, megatron, planted
 from doremi_train.data.options import Options
 from doremi_train.remote import PIPE, PROTOCOLS, filesystem, harmless, one_line, reaching
 
@@ -34,6 +34,7 @@ CHUNK = 1 << 20  # bytes read together
 BATCH = 1 << 24  # bytes of parquet rows decoded together, about
 CODECS = {"zst": "zstd", "gz": "gzip"}
 INSTALLED = "installed:"
+PLANTED = "planted:"
 
 
 class Piece(NamedTuple):
@@ -50,7 +51,7 @@ class Piece(NamedTuple):
 class Source:
     """One file."""
 
-    url: str  # absolute local path, fsspec URL, pipe:COMMAND or installed:DOMAIN/SPLIT
+    url: str  # absolute local path, fsspec URL, pipe:COMMAND, or installed:DOMAIN/SPLIT, or planted:…
     domain: str | None  # None: the record's data.domain_key says
     split: str | None  # as in Piece
     size: int  # bytes; 0 where unknown
@@ -94,6 +95,8 @@ def resolve(options: Options) -> list[Source]:
         sources = _from_domains(options)
     elif options.files is not None:
         sources = _from_files(options)
+    elif options.embedded == "planted":
+        sources = _from_planted()
     elif options.embedded is not None:
         sources = _from_installed(options)
     else:
@@ -215,6 +218,14 @@ def _from_installed(options: Options) -> list[Source]:
     if not sources:
         raise UserError("data.embedded=installed: this installation has too little text; give data.root")
     return sources
+
+
+def _from_planted() -> list[Source]:
+    return [
+        Source(f"{PLANTED}{domain}/{split}", domain, split, planted.size(domain), planted.version(domain))
+        for domain in planted.domains()
+        for split in ("train", "validation")
+    ]
 
 
 def _splits(validation_given: bool) -> dict[str, str | None]:
@@ -542,9 +553,17 @@ def _read_installed(source: Source, options: Options, bad: BadLines) -> Iterator
         yield from _document(domain, split, [text])
 
 
+def _read_planted(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    domain, split = source.url.removeprefix(PLANTED).split("/")
+    for text in planted.texts(domain, split, options.validation_fraction):
+        yield from _document(domain, split, [text])
+
+
 def _reader(url: str) -> Callable[[Source, Options, BadLines], Iterator[Piece]]:
     if url.startswith(INSTALLED):
         return _read_installed
+    if url.startswith(PLANTED):
+        return _read_planted
     return _read_jsonl if url.startswith(PIPE) else READERS[str(_ending(url))]
 
 

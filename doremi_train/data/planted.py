@@ -1,0 +1,132 @@
+"""The planted corpus: domains whose faults are known, to see that the detectors find them and nothing else.
+
+| domain | what it is | what is to be found |
+|---|---|---|
+| `easy`, `plain`, `rich` | made-up languages of 200, 1000 and 5000 words | nothing |
+| `twin_a`, `twin_b` | one language, other documents | duplicate |
+| `noise` | characters drawn at random | noise |
+| `trivial` | one sentence again and again | trivial |
+| `repeated` | a language of which there are only 25 kB, so a default proxy passes over it more than 20 times | repeated |
+
+A language has words of its own syllables. They come in classes that follow each other in a fixed order (its grammar),
+frequent ones first (Zipf), and each word has a few favourites to follow it (its habits): a small model learns the
+syllables first, then the words, then the grammar, and goes on learning habits for long.
+
+Everything is drawn from PCG64's raw stream, which numpy promises never to change: the same bytes on every machine.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_train.config import fingerprint
+
+RECIPE = 1  # raise when the text changes: prepared data of the older recipe is then not reused
+VALIDATION = 4  # documents of a domain kept for validation, at least
+WORDS = 150  # of a document in a language
+CLASSES = 4  # of words
+FAVOURITES = 3  # of a word, to follow it
+ENDS = 0.1  # part of the words that end a sentence
+SENTENCE = "the quick brown fox jumps over the lazy dog and runs away. "
+NOISE = "".join(map(chr, range(32, 127)))  # printable ASCII: the tokeniser finds no pairs worth a token of their own
+NOISE_DOCUMENT = 1000  # characters
+
+
+class Language(NamedTuple):
+    name: str  # the seed of its syllables, words and habits
+    words: int
+    habit: float  # part of the words that are a favourite of the word before
+
+
+_DOMAINS: dict[str, tuple[Language | None, int]] = {  # language and characters
+    "easy": (Language("easy", 200, 0.8), 800_000),
+    "noise": (None, 300_000),
+    "plain": (Language("plain", 1000, 0.6), 700_000),
+    "repeated": (Language("repeated", 1000, 0.6), 25_000),
+    "rich": (Language("rich", 5000, 0.4), 600_000),
+    "trivial": (None, 1_200_000),
+    "twin_a": (Language("twin", 1000, 0.6), 700_000),
+    "twin_b": (Language("twin", 1000, 0.6), 700_000),
+}
+
+
+def domains() -> tuple[str, ...]:
+    """All of them, sorted."""
+    return tuple(_DOMAINS)
+
+
+def size(domain: str) -> int:
+    """Bytes of its text, about."""
+    return _DOMAINS[domain][1]
+
+
+def version(domain: str) -> str:
+    """Changes with the text."""
+    return fingerprint([RECIPE, domain, _DOMAINS[domain]])
+
+
+def texts(domain: str, split: str, fraction: float) -> list[str]:
+    """Documents of `split` (`train` or `validation`); `fraction` of them, evenly spread, are for validation."""
+    documents = _documents(domain)
+    count = min(max(round(fraction * len(documents)), VALIDATION), len(documents) - 1)
+    held = {number * len(documents) // count for number in range(count)}
+    return [text for number, text in enumerate(documents) if (number in held) == (split == "validation")]
+
+
+@cache
+def _documents(domain: str) -> list[str]:
+    """All different, so that none has to be dropped because its text is on the other side too."""
+    language, characters = _DOMAINS[domain]
+    if language is not None:
+        return _write(language, domain, characters)
+    if domain == "noise":
+        letters = (_draws("noise", characters) * len(NOISE)).astype(int).tolist()
+        text = "".join(map(NOISE.__getitem__, letters))
+        return [text[start : start + NOISE_DOCUMENT] for start in range(0, characters, NOISE_DOCUMENT)]
+    documents: list[str] = []
+    while characters > 0:
+        documents.append(SENTENCE * (10 + len(documents)))
+        characters -= len(documents[-1])
+    return documents
+
+
+def _write(language: Language, domain: str, characters: int) -> list[str]:
+    """Documents of WORDS words each, word by word in all of them at once."""
+    lexicon = _lexicon(language)
+    pieces = [word + end for word in lexicon for end in (" ", ". ")]
+    count = characters // (WORDS * (sum(map(len, pieces)) // len(pieces)))
+    members = language.words // CLASSES  # words of a class: those whose number leaves the same remainder
+    zipf = np.cumsum(1 / (np.arange(members) + 2.7))
+    favourites = (_draws(f"{language.name} habits", language.words * FAVOURITES) * members).astype(int)
+    drawn = _draws(f"{domain} documents", WORDS * count * 4).reshape(WORDS, 4, count)
+    word = (drawn[0, 0] * language.words).astype(int)
+    lines = []
+    for habit, frequency, favourite, end in drawn:
+        any_ = np.searchsorted(zipf, frequency * zipf[-1])
+        # Squared, so that the first favourite comes more often than the last.
+        own = favourites[word * FAVOURITES + (favourite**2 * FAVOURITES).astype(int)]
+        word = np.where(habit < language.habit, own, any_) * CLASSES + (word + 1) % CLASSES
+        lines.append(2 * word + (end < ENDS))
+    return ["".join(map(pieces.__getitem__, line)) for line in np.array(lines).T.tolist()]
+
+
+def _lexicon(language: Language) -> list[str]:
+    """Different words of one to four syllables, of which every language has 40 of its own."""
+    consonants, vowels, last = "bcdfghjklmnpqrstvwxyz", "aeiou", "nrslt" + " " * 5
+    draws = iter(_draws(f"{language.name} words", 100 * language.words).tolist())
+    syllables = [
+        "".join(letters[int(next(draws) * len(letters))] for letters in (consonants, vowels, last)).strip()
+        for _ in range(40)
+    ]
+    words: dict[str, None] = {}
+    while len(words) < language.words:
+        words["".join(syllables[int(next(draws) * 40)] for _ in range(1 + int(next(draws) * 4)))] = None
+    return list(words)
+
+
+def _draws(key: str, count: int) -> NDArray[np.float64]:
+    """(count,) numbers from 0 to below 1, a stream of its own for every key."""
+    raw = np.random.PCG64(int(fingerprint([RECIPE, key]), 16)).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53

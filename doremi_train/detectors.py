@@ -1,0 +1,274 @@
+"""What makes domain weights worth less than they look, seen in numbers: one function a failure, no files, no torch.
+
+Each takes the names of the domains and the numbers it judges, and returns what it found, which is mostly nothing.
+
+K domains, T steps, S seeds, M models, E evaluations, H hash buckets. Losses are nats per token.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+# The largest weight that any published run of DoReMi gave a domain is 0.61, of 22.
+DOMINANT = 0.8  # average weight of one domain above which the others hardly count
+FEW = 2.0  # effective number of domains below which a mixture of many is one of hardly two
+HOP = 0.9  # weight of one domain in one step, which is then a step on that domain alone
+HOPS = 0.25  # part of the steps that may be such: a start-up of a few steps is usual
+ABSENT = 0.05  # part of the batches that may miss a domain
+EPOCHS = 4.0  # passes that are worth nearly as much as fresh text (Muennighoff et al. 2023, arXiv 2305.16264)
+MISMATCH = 4.0  # ratio of passes between proxy and final run, where one of them repeats more than EPOCHS
+GAIN = 0.05  # part of the context-free loss that even a small model saves on any language, early in training
+FLAT = 0.02  # part of the loss that a domain which is still being learned loses over the second half of a run
+TRIVIAL = 0.1  # nats per token: nine of ten tokens are foreseen for certain
+OVERFIT = 0.1  # part of the validation loss that is missing on training text; unequal splits make a few hundredths
+SAME = 0.1  # distance beyond that of two halves, as a part of it, up to which two domains are one language
+COPIED = 0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
+LEVEL = 0.95  # of the test whether seeds agree on a difference
+
+
+class Finding(NamedTuple):
+    """One thing that a user should know before trusting the weights."""
+
+    kind: str  # the name of the detector
+    domains: tuple[str, ...]
+    message: str  # what was seen, why it matters, what to do
+    value: float  # the number that was judged
+
+
+def effective_number(weights: ArrayLike) -> float:
+    """exp(entropy) of weights (K,) that sum to 1: how many equal domains would be as mixed, from 1 to K."""
+    shares = _floats(weights)
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def one_hot(names: Sequence[str], weights: ArrayLike, trace: ArrayLike | None = None) -> list[Finding]:
+    """The average weights (K,) are those of one domain, or the steps' (T, K) jump from one domain to another."""
+    average = _floats(weights)
+    if len(names) < 2:
+        return []
+    top, number = int(average.argmax()), effective_number(average)
+    remedy = "take a smaller proxy.step_size (0.1), a longer proxy run, or leave its start out by proxy.average_from"
+    if average[top] > DOMINANT or number < min(FEW, len(names) / 2):
+        message = (
+            f"The mixture is almost only {names[top]}: weight {average[top]:.2f}, and the effective number of domains "
+            f"is {number:.1f} of {len(names)}. The final model would hardly see the others; {remedy}."
+        )
+        return [Finding("one_hot", (names[top],), message, number)]
+    if trace is None:
+        return []
+    steps = _floats(trace)
+    hops = steps.max(axis=1) > HOP
+    if hops.mean() <= HOPS:
+        return []
+    tops = tuple(names[k] for k in np.unique(steps[hops].argmax(axis=1)).tolist())
+    message = (
+        f"In {_percent(hops.mean())} of the proxy's steps one domain had more than {HOP} of the weight "
+        f"({', '.join(tops)}), though the average looks balanced. Such weights jump and do not converge; {remedy}."
+    )
+    return [Finding("one_hot", tops, message, float(hops.mean()))]
+
+
+def missing_by_quota(batch: int, mixture: ArrayLike) -> Floats:
+    """(K,) probability that a batch of `batch` sequences misses a domain, where each gets its share rounded up or down
+    in turn."""
+    return 1 - np.minimum(batch * _floats(mixture), 1)
+
+
+def missing_by_trace(tokens: ArrayLike) -> Floats:
+    """(K,) part of the steps whose batch had no token of a domain, from tokens (T, K) of each step."""
+    return (np.asarray(tokens) == 0).mean(axis=0)
+
+
+def absent(names: Sequence[str], missing: ArrayLike) -> list[Finding]:
+    """Domains that more than a few batches miss: one finding for all. `missing` (K,) is a part of the batches."""
+    parts = _floats(missing)
+    found = np.flatnonzero(parts > ABSENT)
+    if not len(found):
+        return []
+    domains = tuple(names[k] for k in found.tolist())
+    message = (
+        f"{_percent(parts.max())} of the proxy's batches miss a domain ({', '.join(domains)}). In such a step its "
+        "excess loss is not known and its weight moves by the others' alone; raise training.batch_size, or merge "
+        "domains."
+    )
+    return [Finding("absent", domains, message, float(parts.max()))]
+
+
+def repeated(names: Sequence[str], proxy_epochs: ArrayLike) -> list[Finding]:
+    """Domains that the proxy passes over too often, from epochs (K,)."""
+    return [
+        Finding(
+            "repeated",
+            (name,),
+            f"The proxy passes over {name} {epochs:.1f} times. Beyond about {EPOCHS:.0f} passes the excess loss "
+            "measures what the models remember, not what is left to learn; add text, merge the domain with a like "
+            "one, or train the proxy for fewer steps.",
+            epochs,
+        )
+        for name, epochs in _pairs(names, proxy_epochs)
+        if epochs > EPOCHS
+    ]
+
+
+def mismatched(names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: ArrayLike) -> list[Finding]:
+    """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of the final run."""
+    found = []
+    for (name, proxy), final in zip(_pairs(names, proxy_epochs), _floats(final_epochs), strict=True):
+        low, high = sorted((proxy, final))
+        if high > EPOCHS and high > MISMATCH * low:
+            message = (
+                f"The proxy passes over {name} {proxy:.1f} times and the planned final run {final:.1f} times. A weight "
+                "found on fresh text does not hold for repeated text, nor the other way round; bring the two together "
+                "by the length of the proxy run, by more text, or by a cap such as that of mixture=unimax."
+            )
+            found.append(Finding("mismatched", (name,), message, high))
+    return found
+
+
+def unigram_entropy(counts: ArrayLike) -> float:
+    """Nats per token of the best model without context, from the counts (V,) of a sample of tokens.
+
+    With the correction of Miller and Madow, since rare tokens that a sample misses make it look too predictable.
+    """
+    seen = _floats(counts)
+    seen = seen[seen > 0]
+    total = seen.sum()
+    return float(np.log(total) - (seen * np.log(seen)).sum() / total + (len(seen) - 1) / (2 * total))
+
+
+def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike]) -> list[Finding]:
+    """Domains on which no model gets better than guessing without context, though the others are learned.
+
+    `unigram` (K,) is that guess's loss; `curves` are the validation losses (E, K) of each model over its run.
+    """
+    models = [curve for curve in map(_floats, curves) if len(curve)]
+    if not models:
+        return []
+    bare = np.maximum(_floats(unigram), 1e-9)  # a domain of one token has 0
+    last = np.max([curve[-1] for curve in models], axis=0)  # (K,) of the worse model, as the next two
+    gain = 1 - np.min([curve[-1] for curve in models], axis=0) / bare  # of the better model
+    fall = np.max([1 - curve[-1] / curve[len(curve) // 2 - 1] for curve in models if len(curve) > 1] or [0 * bare], 0)
+    if np.median(gain) < 2 * GAIN:  # so early that nothing is told apart
+        return []
+    return [
+        Finding(
+            "noise",
+            (name,),
+            f"No model learns {name}: its loss of {last[k]:.2f} nats per token is that of guessing without context "
+            f"({bare[k]:.2f}), and falls no more. It takes tokens and teaches nothing; look at its text, and leave it "
+            "out if it is noise.",
+            float(gain[k]),
+        )
+        for k, name in enumerate(names)
+        if gain[k] < GAIN and fall[k] < FLAT and last[k] > TRIVIAL
+    ]
+
+
+def trivial(names: Sequence[str], losses: ArrayLike) -> list[Finding]:
+    """Domains that every model foresees, from the last validation losses (M, K) of M models."""
+    worst = _floats(losses).max(axis=0)
+    return [
+        Finding(
+            "trivial",
+            (name,),
+            f"Nothing is left to learn in {name}: its loss is {loss:.3f} nats per token. Whatever weight it has is "
+            "spent for nothing; look for repeated or generated text in it, and leave it out or deduplicate it.",
+            loss,
+        )
+        for name, loss in _pairs(names, worst)
+        if loss < TRIVIAL
+    ]
+
+
+def overfit(names: Sequence[str], training: ArrayLike, validation: ArrayLike) -> list[Finding]:
+    """Domains that the reference knows by heart, from its losses (K,) on training and on validation text."""
+    return [
+        Finding(
+            "overfit",
+            (name,),
+            f"The reference has learned {name} by heart: {seen:.2f} nats per token on its training text, {unseen:.2f} "
+            "on validation text. The proxy is held against losses that nobody reaches on new text; add text, or train "
+            "the reference for fewer steps or on less of this domain.",
+            unseen - seen,
+        )
+        for (name, seen), unseen in zip(_pairs(names, training), _floats(validation), strict=True)
+        if unseen - seen > max(OVERFIT * unseen, TRIVIAL)
+    ]
+
+
+def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None = None) -> list[Finding]:
+    """Pairs of domains that hold the same language, or the same text.
+
+    `halves` (K, 2, H): counts of hashed bigrams in two halves of a sample of each domain. `shared` (K, K): part of the
+    text of the smaller one that also stands in the other.
+    """
+    counts = _floats(halves)
+    roots = np.sqrt(counts / np.maximum(counts.sum(axis=2, keepdims=True), 1))
+    overlap = np.einsum("aih,bjh->abij", roots, roots)  # Bhattacharyya coefficient of two halves
+    distance = 1 - overlap  # squared Hellinger distance, which sampling noise makes larger by the same in every term
+    within = distance[:, :, 0, 1].diagonal()  # (K,) between the halves of one domain
+    between = distance.mean(axis=(2, 3))
+    copied = np.zeros_like(between) if shared is None else _floats(shared)
+    found = []
+    for a in range(len(names)):
+        for b in range(a + 1, len(names)):
+            pair = (names[a], names[b])
+            halfway = (within[a] + within[b]) / 2
+            if copied[a, b] > COPIED:
+                seen = f"{_percent(copied[a, b])} of the text of one stands in the other too"
+                value = float(copied[a, b])
+            elif between[a, b] <= (1 + SAME) * halfway:
+                seen = "their bigrams differ no more than those of two halves of one domain"
+                value = float(between[a, b] / halfway) if halfway > 0 else 1.0
+            else:
+                continue
+            message = (
+                f"{pair[0]} and {pair[1]} hold the same language: {seen}. Nothing tells their weights apart, and how "
+                "the two share what they get is chance; merge them, or deduplicate them."
+            )
+            found.append(Finding("duplicate", pair, message, value))
+    return found
+
+
+def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]) -> list[Finding]:
+    """Named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable.
+
+    Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where
+    one domain's do. One seed says nothing, and nothing is returned.
+    """
+    weights = _floats(samples)
+    seeds, domains = weights.shape
+    if seeds < 2:
+        return []
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / domains / 2, seeds - 1))
+    half = quantile * weights.std(axis=0, ddof=1) / np.sqrt(seeds)
+    found = []
+    for mixture, values in mixtures.items():
+        difference = np.abs(weights.mean(axis=0) - _floats(values))
+        # 1e-12: equal weights that differ in their last bits are equal.
+        if (difference <= half + 1e-12).all():
+            message = (
+                f"The weights are not distinguishable from {mixture}: over {seeds} seeds no domain's weight differs "
+                f"from it by more than its interval, which is up to ±{half.max():.3f}. Take {mixture}, or more "
+                "proxy.seeds and a longer proxy run."
+            )
+            found.append(Finding("seed_spread", tuple(names), message, float(half.max())))
+    return found
+
+
+def _floats(values: ArrayLike) -> Floats:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _pairs(names: Sequence[str], values: ArrayLike) -> list[tuple[str, float]]:
+    return list(zip(names, _floats(values).tolist(), strict=True))
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.0f} %"
