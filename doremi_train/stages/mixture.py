@@ -22,9 +22,12 @@ def run(session: Session) -> weights.Mixture:
 
 
 def _compute(session: Session, store: TokenStore) -> weights.Mixture:
+    return proxy.run(session) if session.config.mixture.method == "doremi" else given(session, store)
+
+
+def given(session: Session, store: TokenStore) -> weights.Mixture:
+    """The mixture of a method that trains nothing."""
     options = session.config.mixture
-    if options.method == "doremi":
-        return proxy.run(session)
     if options.method == "file":
         return weights.load(Path(str(options.path)), store.domains, options.normalize)
     found = language_model.heuristic(session, store, options.method, main_steps(session))
