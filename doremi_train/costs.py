@@ -76,7 +76,8 @@ def forward(of: Shape, length: int) -> int:
 
 
 def backward(of: Shape, rows: int, length: int, checkpointing: bool) -> int:
-    """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences."""
+    """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
+    that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
     layers = 2 * of.matrices + 4 * length * of.attention
     again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary)
     return 2 * forward(of, length) + again
@@ -116,8 +117,11 @@ def memory(
     zero = int(strategy[-1]) if strategy.startswith("zero") else 0
     divided = [strategy == "fsdp2" or zero >= least for least in (3, 2, 1)]  # parameters, gradients, optimiser
     states = [whole, whole, moments + whole * (zero > 0)]
-    parts = [-(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)]
-    return Memory(*parts, 4 * reference, activations(of, rows, length, precision, checkpointing))
+    parameters, gradients, kept = (
+        -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
+    )
+    activated = activations(of, rows, length, precision, checkpointing)
+    return Memory(parameters, gradients, kept, 4 * reference, activated)
 
 
 def activations(of: Shape, rows: int, length: int, precision: str, checkpointing: bool) -> int:

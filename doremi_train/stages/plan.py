@@ -288,9 +288,10 @@ def too_short(steps: int, batch: int, domains: int, step_size: float, average_fr
         )
     seen = steps * batch / domains
     if seen < SEQUENCES:
+        enough = -(-SEQUENCES * domains // batch)
         found.append(
             f"The proxy sees {seen:.0f} sequences of each domain. Fewer than about {SEQUENCES} do not tell losses "
-            f"apart that differ by 0.01 nats per token; take training.steps={-(-SEQUENCES * domains // batch)} or more, a "
-            "larger training.batch_size, or fewer domains."
+            f"apart that differ by 0.01 nats per token; take training.steps={enough} or more, a larger "
+            "training.batch_size, or fewer domains."
         )
     return found
