@@ -6,6 +6,7 @@ K domains, T steps, S seeds, M models, E evaluations, H hash buckets. Losses are
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +18,16 @@ Floats = NDArray[np.float64]
 # The largest weight that any published run of DoReMi gave a domain is 0.61, of 22.
 DOMINANT = 0.8  # average weight of one domain above which the others hardly count
 FEW = 2.0  # effective number of domains below which a mixture of many is one of hardly two
-HOP = 0.9  # weight of one domain in one step, which is then a step on that domain alone
-HOPS = 0.25  # part of the steps that may be such: a start-up of a few steps is usual
+HOPS = 0.65  # effective number in a step, as a part of that of the steps' average: 0.75 to 1 where runs were sound
 ABSENT = 0.05  # part of the batches that may miss a domain
 EPOCHS = 4.0  # passes that are worth nearly as much as fresh text (Muennighoff et al. 2023, arXiv 2305.16264)
 MISMATCH = 4.0  # ratio of passes between proxy and final run, where one of them repeats more than EPOCHS
-GAIN = 0.05  # part of the context-free loss that even a small model saves on any language, early in training
+GAIN = 0.05  # part of the context-free loss: a small model soon saves more on any language
 FLAT = 0.02  # part of the loss that a domain which is still being learned loses over the second half of a run
 TRIVIAL = 0.1  # nats per token: nine of ten tokens are foreseen for certain
 OVERFIT = 0.1  # part of the validation loss that is missing on training text; unequal splits make a few hundredths
 SAME = 0.1  # distance beyond that of two halves, as a part of it, up to which two domains are one language
+UNSURE = 0.3  # distance of two halves of one domain, beyond which the sample is too small to compare languages
 COPIED = 0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
 LEVEL = 0.95  # of the test whether seeds agree on a difference
 
@@ -47,8 +48,9 @@ def effective_number(weights: ArrayLike) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def one_hot(names: Sequence[str], weights: ArrayLike, trace: ArrayLike | None = None) -> list[Finding]:
-    """The average weights (K,) are those of one domain, or the steps' (T, K) jump from one domain to another."""
+def one_hot(names: Sequence[str], weights: ArrayLike, traces: Sequence[ArrayLike] = ()) -> list[Finding]:
+    """The average weights (K,) are those of one domain, or the weights of the steps (T, K), one array a seed, jump
+    from one domain to another: each step has far fewer domains than the average of the steps, past the start-up."""
     average = _floats(weights)
     if len(names) < 2:
         return []
@@ -60,18 +62,19 @@ def one_hot(names: Sequence[str], weights: ArrayLike, trace: ArrayLike | None = 
             f"is {number:.1f} of {len(names)}. The final model would hardly see the others; {remedy}."
         )
         return [Finding("one_hot", (names[top],), message, number)]
-    if trace is None:
+    late = [steps[len(steps) // 2 :] for steps in map(_floats, traces)]
+    if not late:
         return []
-    steps = _floats(trace)
-    hops = steps.max(axis=1) > HOP
-    if hops.mean() <= HOPS:
+    each = fmean(fmean(map(effective_number, steps)) for steps in late)
+    mean = fmean(effective_number(steps.mean(axis=0)) for steps in late)
+    if each >= HOPS * mean:
         return []
-    tops = tuple(names[k] for k in np.unique(steps[hops].argmax(axis=1)).tolist())
     message = (
-        f"In {_percent(hops.mean())} of the proxy's steps one domain had more than {HOP} of the weight "
-        f"({', '.join(tops)}), though the average looks balanced. Such weights jump and do not converge; {remedy}."
+        f"The weights jump between domains and do not converge: a step of the second half has {each:.1f} domains in "
+        f"effect, the average over these steps {mean:.1f}. The average looks balanced, but no model was trained on "
+        f"anything like it; {remedy}."
     )
-    return [Finding("one_hot", tops, message, float(hops.mean()))]
+    return [Finding("one_hot", tuple(names), message, each)]
 
 
 def missing_by_quota(batch: int, mixture: ArrayLike) -> Floats:
@@ -124,8 +127,8 @@ def mismatched(names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: Arra
         if high > EPOCHS and high > MISMATCH * low:
             message = (
                 f"The proxy passes over {name} {proxy:.1f} times and the planned final run {final:.1f} times. A weight "
-                "found on fresh text does not hold for repeated text, nor the other way round; bring the two together "
-                "by the length of the proxy run, by more text, or by a cap such as that of mixture=unimax."
+                "found on fresh text does not hold for repeated text, nor the other way round; with main.tokens set, "
+                "proxy.match_repetition=true makes the proxy repeat its text as the final run will."
             )
             found.append(Finding("mismatched", (name,), message, high))
     return found
@@ -143,7 +146,8 @@ def unigram_entropy(counts: ArrayLike) -> float:
 
 
 def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike]) -> list[Finding]:
-    """Domains on which no model gets better than guessing without context, though the others are learned.
+    """Domains on which the best model gets as far as guessing without context, and no further, though the other
+    domains are learned. One that is neglected does not get there, and is not meant.
 
     `unigram` (K,) is that guess's loss; `curves` are the validation losses (E, K) of each model over its run.
     """
@@ -151,9 +155,11 @@ def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike])
     if not models:
         return []
     bare = np.maximum(_floats(unigram), 1e-9)  # a domain of one token has 0
-    last = np.max([curve[-1] for curve in models], axis=0)  # (K,) of the worse model, as the next two
-    gain = 1 - np.min([curve[-1] for curve in models], axis=0) / bare  # of the better model
-    fall = np.max([1 - curve[-1] / curve[len(curve) // 2 - 1] for curve in models if len(curve) > 1] or [0 * bare], 0)
+    domain = np.arange(len(names))
+    best = np.argmin([curve[-1] for curve in models], axis=0)  # (K,) which model
+    last = np.array([curve[-1] for curve in models])[best, domain]
+    middle = np.array([curve[(len(curve) - 1) // 2] for curve in models])[best, domain]
+    gain, fall = 1 - last / bare, 1 - last / middle
     if np.median(gain) < 2 * GAIN:  # so early that nothing is told apart
         return []
     return [
@@ -166,22 +172,22 @@ def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike])
             float(gain[k]),
         )
         for k, name in enumerate(names)
-        if gain[k] < GAIN and fall[k] < FLAT and last[k] > TRIVIAL
+        if abs(gain[k]) < GAIN and fall[k] < FLAT and last[k] > TRIVIAL
     ]
 
 
 def trivial(names: Sequence[str], losses: ArrayLike) -> list[Finding]:
-    """Domains that every model foresees, from the last validation losses (M, K) of M models."""
-    worst = _floats(losses).max(axis=0)
+    """Domains that the best model foresees, from the last validation losses (M, K) of M models."""
+    best = _floats(losses).min(axis=0)
     return [
         Finding(
             "trivial",
             (name,),
-            f"Nothing is left to learn in {name}: its loss is {loss:.3f} nats per token. Whatever weight it has is "
-            "spent for nothing; look for repeated or generated text in it, and leave it out or deduplicate it.",
+            f"Nothing is left to learn in {name}: its loss is {loss:.3f} nats per token. The weight it gets is spent "
+            "for nothing; look for repeated or generated text in it, and leave it out or deduplicate it.",
             loss,
         )
-        for name, loss in _pairs(names, worst)
+        for name, loss in _pairs(names, best)
         if loss < TRIVIAL
     ]
 
@@ -223,7 +229,7 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
             if copied[a, b] > COPIED:
                 seen = f"{_percent(copied[a, b])} of the text of one stands in the other too"
                 value = float(copied[a, b])
-            elif between[a, b] <= (1 + SAME) * halfway:
+            elif halfway < UNSURE and between[a, b] <= (1 + SAME) * halfway:
                 seen = "their bigrams differ no more than those of two halves of one domain"
                 value = float(between[a, b] / halfway) if halfway > 0 else 1.0
             else:
@@ -237,7 +243,7 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
 
 
 def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]) -> list[Finding]:
-    """Named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable.
+    """The named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable, as one finding.
 
     Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where
     one domain's do. One seed says nothing, and nothing is returned.
@@ -248,18 +254,20 @@ def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str,
         return []
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / domains / 2, seeds - 1))
     half = quantile * weights.std(axis=0, ddof=1) / np.sqrt(seeds)
-    found = []
-    for mixture, values in mixtures.items():
-        difference = np.abs(weights.mean(axis=0) - _floats(values))
+    found = [
+        mixture
+        for mixture, values in mixtures.items()
         # 1e-12: equal weights that differ in their last bits are equal.
-        if (difference <= half + 1e-12).all():
-            message = (
-                f"The weights are not distinguishable from {mixture}: over {seeds} seeds no domain's weight differs "
-                f"from it by more than its interval, which is up to ±{half.max():.3f}. Take {mixture}, or more "
-                "proxy.seeds and a longer proxy run."
-            )
-            found.append(Finding("seed_spread", tuple(names), message, float(half.max())))
-    return found
+        if (np.abs(weights.mean(axis=0) - _floats(values)) <= half + 1e-12).all()
+    ]
+    if not found:
+        return []
+    message = (
+        f"The weights are not distinguishable from {' or '.join(found)}: over {seeds} seeds no domain's weight differs "
+        f"from it by more than its interval, which is up to ±{half.max():.3f}. Take {found[0]}, or more proxy.seeds "
+        "and a longer proxy run."
+    )
+    return [Finding("seed_spread", tuple(names), message, float(half.max()))]
 
 
 def _floats(values: ArrayLike) -> Floats:

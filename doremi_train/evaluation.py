@@ -1,4 +1,4 @@
-"""Validation loss per domain on fixed sequences, independent of mixture and seed.
+"""Loss per domain on fixed sequences, independent of mixture and seed: those of validation, where nothing else is said.
 
 K domains, N sequences, T tokens a sequence.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from doremi_train import comm
 from doremi_train.config import STRICT, Positive
-from doremi_train.data.batches import fixed_validation, read
+from doremi_train.data.batches import fixed_sequences, read
 from doremi_train.data.shards import TokenStore
 
 
@@ -30,11 +30,17 @@ class Sums(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, store: TokenStore, length: int, batch: int, options: Options, device: torch.device
+    model: nn.Module,
+    store: TokenStore,
+    length: int,
+    batch: int,
+    options: Options,
+    device: torch.device,
+    split: str = "validation",
 ) -> dict[str, Any]:
     """The entry of `evaluation.json` for one model: loss per domain, bits per byte, their mean and worst."""
     world, domains = comm.world(), len(store.domains)
-    domain, sequence = fixed_validation(store, length, options.sequences)
+    domain, sequence = fixed_sequences(store, split, length, options.sequences)
     mine = np.arange(world.rank, len(domain), world.size)
     # Every rank makes the same number of calls, because under sharding each is a collective; repeats count 0.
     calls = math.ceil(math.ceil(len(domain) / world.size) / batch)
@@ -44,7 +50,7 @@ def measure(
     for call in range(calls):
         rows = mine[call * batch : (call + 1) * batch]
         shown = rows if len(rows) else mine[:1] if len(mine) else np.zeros(1, dtype=np.int64)
-        micro = read(store, "validation", domain[shown], sequence[shown], length)
+        micro = read(store, split, domain[shown], sequence[shown], length)
         losses = model(micro.tokens.to(device)).double().sum(1).cpu()[: len(rows)]
         sums.loss.index_add_(0, micro.domain[: len(rows)], losses)
         sums.tokens.index_add_(0, micro.domain[: len(rows)], torch.full_like(losses, length))

@@ -89,14 +89,14 @@ def require_sequences(store: TokenStore, split: str, length: int) -> None:
             )
 
 
-def fixed_validation(store: TokenStore, length: int, per_domain: int) -> tuple[Ints, Ints]:
-    """(domain (N,), sequence (N,)): at most `per_domain` validation sequences a domain, evenly spread over its split.
+def fixed_sequences(store: TokenStore, split: str, length: int, per_domain: int) -> tuple[Ints, Ints]:
+    """(domain (N,), sequence (N,)): at most `per_domain` sequences a domain, evenly spread over the split.
 
     The choice depends on the data alone, never on a mixture or a seed. Raises UserError where a domain has none.
     """
-    require_sequences(store, "validation", length)
+    require_sequences(store, split, length)
     domains, sequences = [], []
-    for k, size in enumerate(store.sequences("validation", length)):
+    for k, size in enumerate(store.sequences(split, length)):
         taken = min(per_domain, int(size))
         domains.append(np.full(taken, k))
         sequences.append(np.arange(taken) * size // taken)

@@ -26,19 +26,29 @@ def run(session: Session) -> dict[str, Any]:
     with Bar("evaluate", len(folders), unit="model", show=comm.world().first) as bar:
         for done, (name, folder) in enumerate(folders.items()):
             stop.check("evaluate")
-            figures[name] = _measure(session, store, folder)
+            loaded = _load(session, store, folder)
+            figures[name] = _measure(session, store, loaded)
+            if name == "reference":  # far below the validation loss: it knows the domain by heart
+                trained_on = _measure(session, store, loaded, "train")["domains"]
+                figures[name]["training_loss"] = {domain: entry["loss"] for domain, entry in trained_on.items()}
             bar.update(done + 1, name)
     compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 
 
-def _measure(session: Session, store: TokenStore, folder: Path) -> dict[str, Any]:
-    training, device = session.config.training, session.place.device
-    loaded = model.load(folder, store.vocabulary_size, "model").to(device)
-    loaded.precision = training.precision
+def _load(session: Session, store: TokenStore, folder: Path) -> model.LanguageModel:
+    loaded = model.load(folder, store.vocabulary_size, "model").to(session.place.device)
+    loaded.precision = session.config.training.precision
+    return loaded
+
+
+def _measure(
+    session: Session, store: TokenStore, loaded: model.LanguageModel, split: str = "validation"
+) -> dict[str, Any]:
+    training, options, device = session.config.training, session.config.evaluation, session.place.device
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    return evaluation.measure(loaded, store, training.sequence_length, batch, session.config.evaluation, device)
+    return evaluation.measure(loaded, store, training.sequence_length, batch, options, device, split)
 
 
 def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:
