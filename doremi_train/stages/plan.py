@@ -126,12 +126,23 @@ class _Bill:
         }
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
-        """The last stage, which measures every model once more, in every command."""
-        models = [run for run in runs if run.kind == "main" or run.name in ("reference", "proxy")]
-        paces = [pace for pace in map(self._pace, models) if pace is not None]
-        flops = sum(self._forward(costs.shape(run.config)) for run in models) * self.checked * self.length
-        seconds = self.calls * sum(pace.look for pace in paces)
-        return {"models": len(models), "flops": float(flops), "seconds": seconds if len(paces) == len(models) else None}
+        """The last stage: every model once more, and the reference on training text too; in every command."""
+        found = [
+            (run, costs.shape(run.config)) for run in runs if run.kind == "main" or run.name in ("reference", "proxy")
+        ]
+        passes = [(of, self._pace(run), 1 + (run.name == "reference")) for run, of in found]
+        if self.session.config.reference.path is not None:
+            of, pace = found[0][1], self._pace(found[0][0])
+            frozen = self._frozen(of)
+            ratio = self._forward(frozen) / self._forward(of)
+            passes.append((frozen, costs.Pace(pace.learn * ratio, pace.look * ratio) if pace else None, 2))
+        flops = sum(times * self._forward(of) for of, _, times in passes) * self.checked * self.length
+        paces = [times * pace.look for _, pace, times in passes if pace is not None]
+        return {
+            "models": len(passes),
+            "flops": float(flops),
+            "seconds": self.calls * sum(paces) if len(paces) == len(passes) else None,
+        }
 
     def accumulation(self, runs: Sequence[Ahead]) -> dict[str, Any] | None:
         """Price of proxy.accumulation=exact over lagged: one forward more, where a batch comes in several parts."""
