@@ -122,10 +122,11 @@ class LanguageModel(nn.Module):
 
     def _losses(self, tokens: Tensor) -> Tensor:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        if not self._fusable or targets.numel() * self.inner.config.vocab_size <= _PLAIN_LOGITS:
+        vocabulary = self.inner.config.vocab_size
+        if not self._fusable or not fuses(targets.numel(), vocabulary):
             return _cross_entropy(self.inner(input_ids=inputs).logits, targets)
         hidden = self.inner.base_model(input_ids=inputs).last_hidden_state  # (B, T, d)
-        rows = max(1, _CHUNK_LOGITS // self.inner.config.vocab_size)
+        rows = max(1, _CHUNK_LOGITS // vocabulary)
         pieces = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
         # Recomputed in backward: no more than one chunk of logits exists at any time.
         losses = [checkpoint(self._project, h, t, use_reentrant=False) for h, t in pieces]
@@ -133,6 +134,16 @@ class LanguageModel(nn.Module):
 
     def _project(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return _cross_entropy(self.inner.get_output_embeddings()(hidden), targets)
+
+
+def fuses(tokens: int, vocabulary: int) -> bool:
+    """Whether the logits of so many tokens are too many to exist at once."""
+    return tokens * vocabulary > _PLAIN_LOGITS
+
+
+def logits_at_once(tokens: int, vocabulary: int) -> int:
+    """How many logits of so many tokens exist at one time."""
+    return min(tokens * vocabulary, _CHUNK_LOGITS if fuses(tokens, vocabulary) else tokens * vocabulary)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -229,13 +240,18 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def parameters(config: dict[str, Any]) -> tuple[int, int]:
-    """(all, without embeddings) parameter counts, from shapes alone."""
+def skeleton(config: dict[str, Any]) -> Any:
+    """The transformers model with shapes alone: its parameters hold no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
     with torch.device("meta"):
-        inner = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+
+
+def parameters(config: dict[str, Any]) -> tuple[int, int]:
+    """(all, without embeddings) parameter counts, from shapes alone."""
+    inner = skeleton(config)
     total = sum(p.numel() for p in inner.parameters())
     embeddings = {id(m.weight): m.weight.numel() for m in inner.modules() if isinstance(m, nn.Embedding)}
     return total, total - sum(embeddings.values())

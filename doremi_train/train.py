@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from doremi_train import checkpoint, comm, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.data.batches import Batch, Batches, MicroBatch
-from doremi_train.data.sampler import Ints
+from doremi_train.data.sampler import Ints, Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel
@@ -60,6 +60,7 @@ class Task(NamedTuple):
     evaluation: evaluation.Options
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: LanguageModel | None = None  # frozen, on the device, giving losses (B, T)
+    subsample: Subsample | None = None  # the part of every domain that is read; None: all
 
 
 class Position(NamedTuple):
@@ -81,7 +82,9 @@ class Trainer:
         if len(rows) > 1:
             _refuse_accumulation(task, model, place)
         self.micro = self.world.largest(training.batch_size, training.micro_batch_size)
-        self.batches = Batches(task.store, training.sequence_length, training.batch_size, rows, task.seed)
+        self.batches = Batches(
+            task.store, training.sequence_length, training.batch_size, rows, task.seed, task.subsample
+        )
         self.bare = model
         for part in (model, task.reference):
             if part is not None:

@@ -51,7 +51,7 @@ def test_plan(finished: Path) -> None:
     assert list(plan["domains"]) == DOMAINS
     assert math.isclose(math.fsum(d["natural_weight"] for d in plan["domains"].values()), 1)
     assert plan["stages"].keys() == {"reference", "proxy", "main", "baseline", "uniform"}
-    assert plan["total_flops"] > 0 and all(stage["state_bytes"] > 0 for stage in plan["stages"].values())
+    assert plan["total_flops"] > 0 and all(stage["memory"]["total"] > 0 for stage in plan["stages"].values())
 
 
 def test_weights(finished: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from doremi_train.config import UserError
-from doremi_train.data.sampler import Draw, Ints, Sampler
+from doremi_train.data.sampler import Draw, Ints, Sampler, Subsample
 from doremi_train.world import World
 
 Weights = NDArray[np.float64]
@@ -208,6 +209,66 @@ def test_order_does_not_depend_on_the_hash_seed_of_python() -> None:
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
+
+
+# Sub-samples
+
+
+def subsampled(sizes: list[int], batch: int, part: Fraction, seed: int = 0, order: int = 0) -> Sampler:
+    return Sampler(np.array(sizes), names(len(sizes)), batch, order, Subsample(part, seed))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=6), st.integers(1, 10**15), st.integers(0, 10**15))
+def test_a_sub_sample_is_the_part_rounded_up_and_never_empty(sizes: list[int], some: int, more: int) -> None:
+    kept = Subsample(Fraction(some, some + more), 0).sizes(np.array(sizes))
+    for size, left in zip(sizes, kept.tolist(), strict=True):
+        assert left == math.ceil(Fraction(size * some, some + more)) and 1 <= left <= size
+
+
+def test_a_sub_sample_is_the_same_in_every_epoch_and_comes_once_in_each() -> None:
+    for size, part in ((1, Fraction(1, 9)), (50, Fraction(1, 3)), (101, Fraction(99, 100)), (7, Fraction(1))):
+        source = subsampled([size], 1, part)
+        kept = int(source.sizes[0])
+        drawn = np.concatenate([d.sequence for d in run(source, np.array([1.0]), 3 * kept)]).reshape(3, kept)
+        passes = [frozenset(row.tolist()) for row in drawn]
+        assert len(passes[0]) == kept and len(set(passes)) == 1 and max(passes[0]) < size
+    assert not np.array_equal(drawn[0], drawn[1])  # each in an order of its own
+
+
+def test_a_sub_sample_depends_on_its_seed_and_the_domain_s_name_alone() -> None:
+    def kept(source: Sampler, k: int) -> frozenset[int]:
+        draws = run(source, np.full(len(source.sizes), 1 / len(source.sizes)), 60)
+        return frozenset(np.concatenate([d.sequence[d.domain == k] for d in draws]).tolist())
+
+    half = Fraction(1, 2)
+    source = subsampled([200, 300], 20, half)
+    assert kept(source, 0) == kept(subsampled([200, 40, 7], 30, half, order=9), 0)  # whatever the order is drawn by
+    assert len(kept(source, 0)) == 100
+    assert kept(source, 0) != kept(subsampled([200, 300], 20, half, seed=1), 0)
+    assert kept(subsampled([200, 200], 20, half), 0) != kept(subsampled([200, 200], 20, half), 1)
+    nested = kept(subsampled([200, 300], 20, Fraction(1, 4)), 0)
+    assert nested < kept(source, 0)  # a smaller part is a part of the larger
+
+
+def test_any_sequence_may_be_kept() -> None:
+    """χ² over the one sequence of 11 that is kept: a false alarm once in ten thousand draws of the seed."""
+    kept = [run(subsampled([11], 1, Fraction(1, 11), seed), np.array([1.0]), 1)[0].sequence[0] for seed in range(2200)]
+    assert stats.chisquare(np.bincount(kept, minlength=11)).pvalue > 1e-4
+
+
+def test_seeking_into_a_sub_sample_agrees_with_drawing() -> None:
+    weights, source = np.array([0.7, 0.3]), subsampled([90, 33], 10, Fraction(1, 4))
+    draws = run(source, weights, 40)
+    for draw, again in zip(draws[25:], run(source, weights, 15, 25), strict=True):
+        assert np.array_equal(draw.sequence, again.sequence) and np.array_equal(draw.counts, again.counts)
+
+
+def test_quotas_do_not_see_a_sub_sample() -> None:
+    whole, part = sampler([90, 33, 5], 10), subsampled([90, 33, 5], 10, Fraction(1, 9))
+    weights = np.array([0.5, 0.3, 0.2])
+    for a, b in zip(run(whole, weights, 30), run(part, weights, 30), strict=True):
+        assert np.array_equal(a.domain, b.domain) and np.array_equal(a.counts, b.counts)
 
 
 # Who takes which rows

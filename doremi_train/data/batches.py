@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train.config import UserError
-from doremi_train.data.sampler import Draw, Ints, Sampler
+from doremi_train.data.sampler import Draw, Ints, Sampler, Subsample
 from doremi_train.data.shards import TokenStore
 
 
@@ -31,11 +31,19 @@ class Batch(NamedTuple):
 class Batches:
     """Random access to the batches of a run. One is read ahead, on the guess that the weights stay as they are."""
 
-    def __init__(self, store: TokenStore, length: int, batch: int, rows: list[slice], seed: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        length: int,
+        batch: int,
+        rows: list[slice],
+        seed: int,
+        subsample: Subsample | None = None,
+    ) -> None:
         self.store, self.length = store, length
-        self.sizes = store.sequences("train", length)
         require_sequences(store, "train", length)
-        self.sampler = Sampler(self.sizes, store.domains, batch, seed)
+        self.sampler = Sampler(store.sequences("train", length), store.domains, batch, seed, subsample)
+        self.sizes = self.sampler.sizes  # (K,) sequences that may be drawn
         self._rows = rows  # of the global batch: this rank's, one slice a micro-batch
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, bytes, Future[Batch]] | None = None

@@ -6,12 +6,14 @@ than 1, and the count over many steps stays within O(log t) of t b α_k. For fix
 closed form (`_floor_sum`), so seeking is O(K); for weights that change, the counts are carried along as cursors.
 
 Order. Draw j of a domain with N sequences is epoch j // N, position j % N of that epoch's own permutation, computed by
-a small Feistel network: no list of N numbers is ever made, and every sequence comes once per epoch.
+a small Feistel network: no list of N numbers is ever made, and every sequence comes once per epoch. A sub-sample of
+n sequences is the first n of one more such permutation, the same in every epoch.
 
 K domains, b sequences a batch.
 """
 
 import hashlib
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +36,34 @@ class Draw(NamedTuple):
     counts: Ints  # (K,) sequences drawn of each domain up to and with this step
 
 
+class Subsample(NamedTuple):
+    """A fixed part of every domain, chosen by its own seed and the domain's name."""
+
+    part: Fraction  # in (0, 1]
+    seed: int
+
+    def sizes(self, whole: Ints) -> Ints:
+        """(K,) sequences of each domain that are kept: the part, rounded up, so that none is left empty."""
+        return np.array([-(-int(n) * self.part.numerator // self.part.denominator) for n in whole], dtype=np.int64)
+
+
 class Sampler:
-    """Draws global batches of `batch` sequences from domains of `sizes` (K,) sequences.
+    """Draws global batches of `batch` sequences from domains of `whole` (K,) sequences, or from a sub-sample of them.
 
     The permutations depend on the seed and a domain's name only, so adding a domain leaves the others' order alone.
+    `sizes` (K,) are the sequences of each domain that may be drawn.
     """
 
-    def __init__(self, sizes: Ints, names: tuple[str, ...], batch: int, seed: int) -> None:
-        self.sizes = np.asarray(sizes, dtype=np.int64)
+    def __init__(
+        self, whole: Ints, names: tuple[str, ...], batch: int, seed: int, subsample: Subsample | None = None
+    ) -> None:
+        self._whole = self.sizes = np.asarray(whole, dtype=np.int64)
         self.batch = batch
         self._keys = np.array([_key(seed, name) for name in names], dtype=np.uint64)
+        self._kept: NDArray[np.uint64] | None = None
+        if subsample is not None:
+            self.sizes = subsample.sizes(self._whole)
+            self._kept = np.array([_key(subsample.seed, f"subsample\0{name}") for name in names], dtype=np.uint64)
 
     def counts_before(self, step: int, weights: NDArray[np.float64]) -> Ints:
         """(K,) sequences of each domain in steps 0 … step − 1, for weights that never changed."""
@@ -63,6 +83,8 @@ class Sampler:
         domain, nth = domain[order], nth[order]
         epoch, position = np.divmod(counts[domain] + nth, self.sizes[domain])
         sequence = _permute(position, self.sizes[domain], self._keys[domain] ^ _mix(epoch.astype(np.uint64)))
+        if self._kept is not None:
+            sequence = _permute(sequence, self._whole[domain], self._kept[domain])
         return Draw(domain, sequence, counts + quota)
 
     def _edges(self, weights: NDArray[np.float64]) -> Ints:

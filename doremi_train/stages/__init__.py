@@ -35,6 +35,7 @@ class Proxy(doremi.Options):
     rounds: Positive = 1
     round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
     seeds: Positive = 1
+    match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,5 +1,6 @@
 """A language model trained on a fixed mixture: reference, baseline, uniform and main are all this run."""
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -8,14 +9,24 @@ from torch import Tensor
 
 from doremi_train import checkpoint, comm, model
 from doremi_train.config import UserError
+from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
 from doremi_train.train import Options, Position, Task, Trainer
 
+SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
 
-def recipe(session: Session, store: TokenStore, config: dict[str, Any], weights: Tensor, training: Options) -> Run:
+
+def recipe(
+    session: Session,
+    store: TokenStore,
+    config: dict[str, Any],
+    weights: Tensor,
+    training: Options,
+    part: Subsample | None = None,
+) -> Run:
     """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same folder."""
     return Run(
         session.store,
@@ -27,15 +38,22 @@ def recipe(session: Session, store: TokenStore, config: dict[str, Any], weights:
             "training": training_identity(training),
             "evaluation": session.plain["evaluation"],
             "seed": session.config.seed,
-        },
+        }
+        | described(part),
     )
 
 
 def train(
-    session: Session, store: TokenStore, name: str, config: dict[str, Any], weights: Tensor, training: Options
+    session: Session,
+    store: TokenStore,
+    name: str,
+    config: dict[str, Any],
+    weights: Tensor,
+    training: Options,
+    part: Subsample | None = None,
 ) -> Run:
     """Train it, unless it is in the store already; link it as `run_dir/name`."""
-    run = recipe(session, store, config, weights, training)
+    run = recipe(session, store, config, weights, training, part)
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -49,6 +67,7 @@ def train(
             seed=session.config.seed,
             training=training,
             evaluation=session.config.evaluation,
+            subsample=part,
         )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
         finish(task, Trainer(task, built, session.place))
@@ -77,6 +96,31 @@ def _write(
     task.run.finish(result)
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")
+
+
+def main_steps(session: Session) -> int:
+    return session.config.main.steps or session.config.training.steps
+
+
+def final_tokens(session: Session) -> int:
+    """Tokens of the run that the mixture is for."""
+    training = session.config.training
+    return session.config.main.tokens or main_steps(session) * training.batch_size * training.sequence_length
+
+
+def subsample(session: Session) -> Subsample | None:
+    """The part of every domain that reference and proxy read; None: all. At equal weights they pass over it as often as
+    the final run passes over the whole. It is the same for every proxy seed of a command."""
+    training = session.config.training
+    part = Fraction(training.steps * training.batch_size * training.sequence_length, final_tokens(session))
+    if not session.config.proxy.match_repetition or part >= 1:
+        return None
+    return Subsample(part, session.config.seed % SEEDS_APART)
+
+
+def described(part: Subsample | None) -> dict[str, Any]:
+    """What a sub-sample adds to the recipe of a run; nothing where all is read."""
+    return {} if part is None else {"subsample": {"part": str(part.part), "seed": part.seed}}
 
 
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:

@@ -15,9 +15,7 @@ def run(session: Session) -> dict[str, Run]:
     """Every model of the comparison by its name in evaluation.json. Runs that are the same are trained once."""
     store = prepare.run(session)
     learned = mixture.run(session)
-    mixtures = {"main": learned.tensor(store.domains)}
-    for name in session.config.comparisons:
-        mixtures[name] = _comparison(session, store, name)
+    mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
     shape = language_model.resolved_model(session, store, session.config.main.model)
     return {
         name: language_model.train(session, store, name, shape, weights, training(session))
@@ -30,7 +28,12 @@ def training(session: Session) -> Options:
     return replace(session.config.training, steps=mixture.main_steps(session))
 
 
-def _comparison(session: Session, store: TokenStore, name: str) -> Tensor:
-    if name == "baseline":
-        return reference.mixture(session, store)
-    return language_model.heuristic(session, store, name, mixture.main_steps(session))
+def comparisons(session: Session, store: TokenStore) -> dict[str, Tensor]:
+    """The mixtures (K,) that the learned one has to beat, by name."""
+    steps = mixture.main_steps(session)
+    return {
+        name: reference.mixture(session, store)
+        if name == "baseline"
+        else language_model.heuristic(session, store, name, steps)
+        for name in session.config.comparisons
+    }

@@ -9,6 +9,7 @@ from doremi_train import __version__, comm, weights
 from doremi_train.config import fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.stages import Session, language_model, once, prepare, proxy
+from doremi_train.stages.language_model import final_tokens, main_steps
 
 
 @once
@@ -21,9 +22,12 @@ def run(session: Session) -> weights.Mixture:
 
 
 def _compute(session: Session, store: TokenStore) -> weights.Mixture:
+    return proxy.run(session) if session.config.mixture.method == "doremi" else given(session, store)
+
+
+def given(session: Session, store: TokenStore) -> weights.Mixture:
+    """The mixture of a method that trains nothing."""
     options = session.config.mixture
-    if options.method == "doremi":
-        return proxy.run(session)
     if options.method == "file":
         return weights.load(Path(str(options.path)), store.domains, options.normalize)
     found = language_model.heuristic(session, store, options.method, main_steps(session))
@@ -47,13 +51,3 @@ def complete(session: Session, store: TokenStore, mixture: weights.Mixture) -> w
         }
         | mixture.provenance,
     )
-
-
-def main_steps(session: Session) -> int:
-    return session.config.main.steps or session.config.training.steps
-
-
-def final_tokens(session: Session) -> int:
-    """Tokens of the run that the mixture is for."""
-    training = session.config.training
-    return session.config.main.tokens or main_steps(session) * training.batch_size * training.sequence_length

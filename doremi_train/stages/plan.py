@@ -1,90 +1,308 @@
-"""What would run, and at what cost, before anything does: plan.json."""
+"""What would run, and at what cost, before anything does: plan.json, and the same in a terminal.
 
+K domains, T tokens a sequence.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from doremi_train import comm, files, model
+from doremi_train import comm, costs, detectors, files
+from doremi_train.config import fingerprint
+from doremi_train.data.sampler import Sampler
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
-from doremi_train.stages import Session, language_model, main, mixture, prepare, reference
+from doremi_train.stages import Session, ahead, language_model, main, mixture, plan_text, prepare, reference
+from doremi_train.stages.ahead import Ahead
+
+# Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
+# most left to learn. A step size of 0.1 hardly lets it.
+START_UP = 200  # steps
+START_UP_SHARE = 0.1  # part of ᾱ that they may be
+SMALL_STEP = 0.1
+# The losses of a domain's sequences spread by some 0.3 nats per token: so many tell 0.01 apart.
+SEQUENCES = 1000
+TINY = 20  # training sequences of a domain below which they cannot stand for it
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Sizes, epochs, FLOPs and memory of every stage, and warnings.
+    """Sizes, epochs, FLOPs, memory and time of every run, and warnings.
 
     Raises UserError where there are more processes than sequences in a batch.
     """
     store = prepare.run(session)
     training = session.config.training
-    parts = comm.world().rows(training.batch_size, training.micro_batch_size)
-    proxy_shape = language_model.resolved_model(session, store)
-    main_shape = language_model.resolved_model(session, store, session.config.main.model)
-    tokens = training.steps * training.batch_size * training.sequence_length
-    main_tokens = main.training(session).steps * training.batch_size * training.sequence_length
-    uniform, natural = simplex.uniform(len(store.domains)), reference.mixture(session, store)
-    stages = {"reference": _stage(proxy_shape, tokens, training.sequence_length, 3)}
-    if session.config.mixture.method == "doremi":
-        passes = 5 if len(parts) > 1 and session.config.proxy.accumulation == "exact" else 4
-        stages["proxy"] = _stage(proxy_shape, tokens, training.sequence_length, passes)
-    for name in ("main", *session.config.comparisons):
-        stages[name] = _stage(main_shape, main_tokens, training.sequence_length, 3)
-    plan = {
-        "domains": {
-            name: {
-                "training_tokens": int(store.sizes("train")[k]),
-                "validation_tokens": int(store.sizes("validation")[k]),
-                "natural_weight": float(natural[k]),
-                "proxy_epochs": float(uniform[k]) * tokens / int(store.sizes("train")[k]),
-                "main_epochs_if_uniform": float(uniform[k])
-                * mixture.final_tokens(session)
-                / int(store.sizes("train")[k]),
-            }
-            for k, name in enumerate(store.domains)
-        },
-        "stages": stages,
-        "total_flops": sum(stage["flops"] for stage in stages.values()),
-        "warnings": warnings(store, uniform, tokens, training.batch_size, training.sequence_length),
+    rows = comm.world().largest(training.batch_size, training.micro_batch_size)
+    runs, learned = comm.on_first(lambda: ahead.runs(session, store))
+    shape = (rows, training.sequence_length, training.precision, training.activation_checkpointing)
+    paces = {  # on all processes at once, since they may share a machine
+        address: costs.measure(config, *shape, session.place.device)
+        for address, config in {fingerprint(run.config): run.config for run in runs if run.left}.items()
     }
-    comm.on_first(lambda: files.write_json(session.run_dir / "plan.json", plan))
-    total = int(np.sum(store.sizes("train")))
-    session.say(
-        f"plan: {len(store.domains)} domains, {total:,} training tokens; {len(stages)} runs of up to "
-        f"{max(tokens, main_tokens):,} tokens, {plan['total_flops']:.2g} FLOPs in all; store {session.store}"
-    )
-    for warning in plan["warnings"]:
-        session.say(f"plan: warning: {warning}")
+    return comm.on_first(lambda: _write(session, store, runs, learned, paces))
+
+
+def _write(
+    session: Session,
+    store: TokenStore,
+    runs: Sequence[Ahead],
+    learned: Tensor | None,
+    paces: Mapping[str, costs.Pace | str],
+) -> dict[str, Any]:
+    bill = _Bill(session, store, paces)
+    stages, evaluation = {run.name: bill.run(run) for run in runs}, bill.evaluation(runs)
+    seconds = [part["seconds"] for part in (*stages.values(), evaluation)]
+    domains = _domains(session, store, learned)
+    warned = warnings(session, domains)
+    plan = {
+        "domains": domains,
+        "stages": stages,
+        "evaluation": evaluation,
+        "total_flops": sum(part["flops"] for part in (*stages.values(), evaluation)),
+        "total_seconds": None if None in seconds else sum(seconds),
+        "not_measured": sorted({pace for pace in paces.values() if isinstance(pace, str)}),
+        "place": str(session.place),
+        "processes": comm.world().size,
+        "accumulation": bill.accumulation(runs),
+        "reference_losses": _reference_losses(session, store),
+        "absent": _absent(session, len(store.domains)),
+        "warnings": [message for messages in warned.values() for message in messages],
+    }
+    files.write_json(session.run_dir / "plan.json", plan)
+    plan_text.show(plan, warned, session.store, session.config.main.tokens)
     return plan
 
 
-def _stage(shape: dict[str, Any], tokens: int, length: int, forwards: int) -> dict[str, Any]:
-    """FLOPs count a backward as two forwards, so an ordinary step is 3 and a proxy with a live reference 4."""
-    total, body = model.parameters(shape)
-    width, layers = shape.get("hidden_size", 0), shape.get("num_hidden_layers", 0)
-    forward = 2 * (body + width * shape["vocab_size"]) + 4 * layers * width * length  # per token: matrices, attention
+# ── Runs ────────────────────────────────────────────────────────────────────────────
+
+
+class _Bill:
+    """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be done."""
+
+    def __init__(self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]) -> None:
+        self.session, self.training, self.world, self.paces = session, session.config.training, comm.world(), paces
+        batch, micro = self.training.batch_size, self.training.micro_batch_size
+        self.length, self.rows = self.training.sequence_length, self.world.largest(batch, micro)
+        self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
+        self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
+        checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
+        self.checked = int(checked.sum())  # sequences of one evaluation
+        self.calls = -(-self.checked // (self.world.size * self.rows))  # forwards of a process for it
+
+    def run(self, run: Ahead) -> dict[str, Any]:
+        training, of = self.training, costs.shape(run.config)
+        frozen = self._frozen(of) if run.kind == "proxy" else None
+        looks = self._looks(of, frozen, self.twice) if frozen else 0.0
+        evaluations = self._evaluations(run.steps)
+        tokens = run.steps * training.batch_size * self.length
+        flops = tokens * self._step(of, looks) + evaluations * self.checked * self.length * self._forward(of)
+        pace, seconds = self._pace(run), None if run.left else 0.0
+        if pace is not None:
+            steps = run.steps * self.parts * (pace.learn + looks * pace.look)
+            seconds = run.left * (steps + evaluations * self.calls * pace.look)
+        memory = costs.memory(
+            of,
+            strategy=self.session.place.strategy,
+            processes=self.world.size,
+            optimizer=training.optimizer,
+            rows=self.rows,
+            length=self.length,
+            precision=training.precision,
+            checkpointing=training.activation_checkpointing,
+            reference=frozen.parameters if frozen else 0,
+        )
+        return {
+            "kind": run.kind,
+            "state": run.state,
+            "same_as": run.same_as,
+            "parameters": of.parameters,
+            "tokens": tokens,
+            "flops": run.left * flops,
+            "seconds": seconds,
+            "memory": memory._asdict() | {"total": sum(memory)},
+        }
+
+    def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
+        """The last stage: every model once more, and the reference on training text too; in every command."""
+        found = [
+            (run, costs.shape(run.config)) for run in runs if run.kind == "main" or run.name in ("reference", "proxy")
+        ]
+        passes = [(of, self._pace(run), 1 + (run.name == "reference")) for run, of in found]
+        if self.session.config.reference.path is not None:
+            of, pace = found[0][1], self._pace(found[0][0])
+            frozen = self._frozen(of)
+            ratio = self._forward(frozen) / self._forward(of)
+            passes.append((frozen, costs.Pace(pace.learn * ratio, pace.look * ratio) if pace else None, 2))
+        flops = sum(times * self._forward(of) for of, _, times in passes) * self.checked * self.length
+        paces = [times * pace.look for _, pace, times in passes if pace is not None]
+        return {
+            "models": len(passes),
+            "flops": float(flops),
+            "seconds": self.calls * sum(paces) if len(paces) == len(passes) else None,
+        }
+
+    def accumulation(self, runs: Sequence[Ahead]) -> dict[str, Any] | None:
+        """Price of proxy.accumulation=exact over lagged: one forward more, where a batch comes in several parts."""
+        proxies = [run for run in runs if run.kind == "proxy"]
+        if not proxies:
+            return None
+        of, pace, more = costs.shape(proxies[0].config), self._pace(proxies[0]), self.parts > 1
+        exact, lagged = (self._step(of, self._looks(of, self._frozen(of), twice)) for twice in (more, False))
+        steps = sum(run.left * run.steps for run in proxies)
+        return {
+            "micro_batches": self.parts,
+            "exact_over_lagged": exact / lagged,
+            "seconds": steps * self.parts * pace.look * more if pace is not None else None,
+        }
+
+    def _pace(self, run: Ahead) -> costs.Pace | None:
+        pace = self.paces.get(fingerprint(run.config))
+        return pace if isinstance(pace, costs.Pace) else None
+
+    def _forward(self, of: costs.Shape) -> int:
+        return costs.forward(of, self.length)
+
+    def _step(self, of: costs.Shape, looks: float) -> float:
+        """FLOPs per token of a step with so many forwards more than a language model's."""
+        backward = costs.backward(of, self.rows, self.length, self.training.activation_checkpointing)
+        return (1 + looks) * self._forward(of) + backward
+
+    def _looks(self, of: costs.Shape, frozen: costs.Shape, twice: bool) -> float:
+        """Forwards without gradient in a step of a proxy, in forwards of the proxy."""
+        return self._forward(frozen) / self._forward(of) + twice
+
+    def _frozen(self, proxy: costs.Shape) -> costs.Shape:
+        """The reference beside a proxy; its losses are computed in every step, whatever the score."""
+        path = self.session.config.reference.path
+        return proxy if path is None else costs.shape(files.read_json(Path(path) / "config.json"))
+
+    def _evaluations(self, steps: int) -> int:
+        """Of one run: while it trains, at its end, and once more for its result."""
+        every = self.session.config.evaluation.every or max(1, steps // 20)
+        return -(-steps // every) + 1
+
+
+# ── Data ────────────────────────────────────────────────────────────────────────────
+
+
+def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dict[str, Any]:
+    """For each domain its size, and how often every run passes over it: those here, and the one of `main.tokens`."""
+    training, count = session.config.training, len(store.domains)
+    length, sampler, sizes = training.sequence_length, _proxy_sampler(session, store), store.sizes("train")
+    proxy_epochs = _proxy_draws(session, sampler) / sampler.sizes
+    known = learned.numpy() if learned is not None else None
+    here = {name: weights.numpy() for name, weights in main.comparisons(session, store).items()}
+    final = {"natural": sizes / sizes.sum(), "uniform": simplex.uniform(count).numpy()}
+    if known is not None:
+        here, final = {"main": known} | here, final | {"learned": known}
+    once = store.sequences("train", length) * length  # (K,) tokens of one pass
+    tokens = mixture.main_steps(session) * training.batch_size * length
+    reference_weights = reference.mixture(session, store)
+    doremi = session.config.mixture.method == "doremi"
     return {
-        "parameters": total,
-        "tokens": tokens,
-        "flops": float(forwards) * forward * tokens,
-        "state_bytes": 16 * total + 4 * total * (forwards > 3),  # parameters, gradients, Adam's moments; the reference
+        name: {
+            "training_tokens": int(sizes[k]),
+            "validation_tokens": int(store.sizes("validation")[k]),
+            "training_sequences": int(once[k] // length),
+            "natural_weight": float(final["natural"][k]),
+            "reference_weight": float(reference_weights[k]),
+            "proxy_sequences": int(sampler.sizes[k]) if doremi else None,  # that it may read
+            "proxy_epochs": float(proxy_epochs[k]) if doremi else None,
+            "main_epochs": {way: float(weights[k] * tokens / once[k]) for way, weights in here.items()},
+            "final_epochs": {
+                way: float(weights[k] * mixture.final_tokens(session) / once[k]) for way, weights in final.items()
+            },
+        }
+        for k, name in enumerate(store.domains)
     }
 
 
-def warnings(store: TokenStore, proxy: Tensor, tokens: int, batch: int, length: int) -> list[str]:
-    """What makes domain weights worth less, seen from sizes alone."""
+def _proxy_sampler(session: Session, store: TokenStore) -> Sampler:
+    training = session.config.training
+    whole = store.sequences("train", training.sequence_length)
+    return Sampler(whole, store.domains, training.batch_size, 0, language_model.subsample(session))
+
+
+def _proxy_draws(session: Session, sampler: Sampler) -> Any:
+    """(K,) sequences of each domain in a proxy run with uniform draws."""
+    return sampler.counts_before(session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy())
+
+
+def _reference_losses(session: Session, store: TokenStore) -> dict[str, int] | None:
+    """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read, for every round.
+
+    What seeds have in common is an expectation, since they draw independently; draws from α are taken for uniform.
+    """
+    options, length = session.config.proxy, session.config.training.sequence_length
+    if session.config.mixture.method != "doremi":
+        return None
+    sampler = _proxy_sampler(session, store)
+    read = np.minimum(_proxy_draws(session, sampler) / sampler.sizes, 1)  # (K,) part that one seed reads
+    sequences = round(float((sampler.sizes * (1 - (1 - read) ** options.seeds)).sum()))
+    return {"sequences": sequences, "rounds": options.rounds, "bytes": 2 * length * sequences * options.rounds}
+
+
+def _absent(session: Session, domains: int) -> dict[str, float | None] | None:
+    """Probability that a batch of the proxy misses a domain: where draws are uniform; and where they are from α, for a
+    domain that has only the weight that smoothing leaves it."""
+    options, batch = session.config.proxy, session.config.training.batch_size
+    if session.config.mixture.method != "doremi":
+        return None
+    uniform, floor = detectors.missing_by_quota(batch, [1 / domains, options.smoothing / domains]).tolist()
+    return {"uniform": uniform, "at_floor": floor if options.objective == "resample" else None}
+
+
+# ── Warnings ────────────────────────────────────────────────────────────────────────
+
+
+def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What makes domain weights worth less, seen before anything runs, by kind."""
+    names = list(domains)
+    found = {
+        "tiny": [
+            f"Domain {name} has only {domain['training_sequences']} training sequences ({domain['training_tokens']:,} "
+            "tokens), which cannot stand for it; add text, or merge it with a like one."
+            for name, domain in domains.items()
+            if domain["training_sequences"] < TINY
+        ]
+    }
+    if session.config.mixture.method != "doremi":
+        return found
+    options, training = session.config.proxy, session.config.training
+    epochs = [domain["proxy_epochs"] for domain in domains.values()]
+    ways = [domain["final_epochs"] for domain in domains.values()]
+    mismatched = detectors.mismatched(names, epochs, [way.get("learned", way["uniform"]) for way in ways])
+    absent = detectors.missing_by_quota(training.batch_size, simplex.uniform(len(names)).numpy())
+    for finding in [*detectors.absent(names, absent), *detectors.repeated(names, epochs), *mismatched]:
+        found.setdefault(finding.kind, []).append(finding.message)
+    longer = mixture.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
+    if mismatched and longer and not options.match_repetition:
+        hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
+        found["mismatched"].insert(0, hint)
+    found["short"] = too_short(training.steps, training.batch_size, len(names), options.step_size, options.average_from)
+    return found
+
+
+def too_short(steps: int, batch: int, domains: int, step_size: float, average_from: float) -> list[str]:
+    """Whether a proxy of so many steps can tell its domains apart, in sentences."""
     found = []
-    if batch < len(store.domains):
+    left_out = int(average_from * steps)
+    share = max(0, min(START_UP, steps) - left_out) / (steps - left_out)
+    if share > START_UP_SHARE and step_size > SMALL_STEP:
         found.append(
-            f"training.batch_size={batch} is smaller than the number of domains ({len(store.domains)}): a step misses "
-            "some of them, and an absent domain counts as excess 0; raise it"
+            f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain is learned first, and "
+            f"they are {share:.0%} of its average; take training.steps={round(START_UP / START_UP_SHARE)} or more, "
+            f"leave the start out by proxy.average_from, or take proxy.step_size={SMALL_STEP}."
         )
-    for name, size, share in zip(store.domains, store.sizes("train"), proxy.tolist(), strict=True):
-        epochs = share * tokens / int(size)
-        if epochs > 4:
-            found.append(
-                f"domain {name}: the proxy passes over it {epochs:.1f} times; its excess loss will measure memory"
-            )
-        if int(size) < 20 * length:
-            found.append(f"domain {name}: only {int(size)} training tokens")
+    seen = steps * batch / domains
+    if seen < SEQUENCES:
+        enough = -(-SEQUENCES * domains // batch)
+        found.append(
+            f"The proxy sees {seen:.0f} sequences of each domain. Fewer than about {SEQUENCES} do not tell losses "
+            f"apart that differ by 0.01 nats per token; take training.steps={enough} or more, a larger "
+            "training.batch_size, or fewer domains."
+        )
     return found

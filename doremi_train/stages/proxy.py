@@ -17,15 +17,25 @@ from doremi_train.train import Task, Trainer
 @once
 def run(session: Session) -> weights.Mixture:
     """Reference and proxy, round after round, until the mixture stays where it was."""
-    if not _several(session):
+    if not several(session):
         return _rounds(session)
     with session.reporting(session.run_dir / "proxy"):
         return _rounds(session)
 
 
-def _several(session: Session) -> bool:
+def several(session: Session) -> bool:
     """Whether `proxy/` is a folder of runs, round-1/seed-0 and so on, or the one run itself."""
     return session.config.proxy.rounds > 1 or session.config.proxy.seeds > 1
+
+
+def reference_name(number: int) -> str:
+    """Under run_dir, of the reference of round `number`, from 1."""
+    return "reference" if number == 1 else f"proxy/round-{number}/reference"
+
+
+def name_of(session: Session, number: int, index: int) -> str:
+    """Under run_dir, of the proxy of seed `index` in round `number`."""
+    return f"proxy/round-{number}/seed-{index}" if several(session) else "proxy"
 
 
 def _rounds(session: Session) -> weights.Mixture:
@@ -33,12 +43,11 @@ def _rounds(session: Session) -> weights.Mixture:
     options = session.config.proxy
     before = reference.mixture(session, store)  # (K,) α_ref
     for number in range(1, options.rounds + 1):
-        name = "reference" if number == 1 else f"proxy/round-{number}/reference"
-        folder = reference.folder(session, store, before, name)
+        folder = reference.folder(session, store, before, reference_name(number))
         if session.config.submit.cluster != "none" and options.seeds > 1:
             _submit(session, store, folder, number)
         proxies = [_train(session, store, folder, number, seed) for seed in range(options.seeds)]
-        averages = [_average(proxy, store) for proxy in proxies]
+        averages = [average(proxy, store) for proxy in proxies]
         mean, interval = weights.summarize(averages)
         moved = float((mean - before).abs().max())
         session.say(f"round {number}: the largest change of a weight against α_ref is {moved:.4f}")
@@ -52,7 +61,7 @@ def _submit(session: Session, store: TokenStore, reference_folder: Path, number:
     """The seeds of a round as jobs side by side: each the proxy stage of a configuration with that one seed."""
     children = {}
     for index in range(session.config.proxy.seeds):
-        if not _run(session, store, reference_folder, index).finished:
+        if not recipe(session, store, reference_folder, index).finished:
             children[f"proxy/round-{number}/seed-{index}"] = submit.configured(
                 session,
                 session.run_dir / f"proxy/round-{number}/jobs/seed-{index}",
@@ -64,10 +73,10 @@ def _submit(session: Session, store: TokenStore, reference_folder: Path, number:
 
 
 def _seed(session: Session, index: int) -> int:
-    return session.config.seed + 1_000_000 * index  # far from the seeds a sweep counts through
+    return session.config.seed + language_model.SEEDS_APART * index
 
 
-def _run(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
+def recipe(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
     """The proxy of seed `index` against a reference, wherever and whenever it is trained."""
     config, options = session.config, session.config.proxy
     method = algorithm(options)
@@ -83,15 +92,16 @@ def _run(session: Session, store: TokenStore, reference_folder: Path, index: int
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
             "seed": _seed(session, index),
-        },
+        }
+        | language_model.described(language_model.subsample(session)),
     )
 
 
 def _train(session: Session, store: TokenStore, reference_folder: Path, number: int, index: int) -> Run:
     """One proxy: seed `index` of round `number`."""
     config = session.config
-    name = f"proxy/round-{number}/seed-{index}" if _several(session) else "proxy"
-    run = _run(session, store, reference_folder, index)
+    name = name_of(session, number, index)
+    run = recipe(session, store, reference_folder, index)
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -108,6 +118,7 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             evaluation=config.evaluation,
             accumulation=config.proxy.accumulation,
             reference=frozen.to(session.place.device),
+            subsample=language_model.subsample(session),
         )
         shape = language_model.resolved_model(session, store)
         built = model.build(shape, _seed(session, index), config.training.activation_checkpointing)
@@ -120,7 +131,7 @@ def algorithm(options: Proxy) -> doremi.Options:
     return doremi.Options(**{field.name: getattr(options, field.name) for field in fields(doremi.Options)})
 
 
-def _average(proxy: Run, store: TokenStore) -> Tensor:
+def average(proxy: Run, store: TokenStore) -> Tensor:
     """ᾱ (K,) of a finished proxy."""
     found = proxy.result()["weights"]
     return torch.tensor([found[name] for name in store.domains], dtype=torch.float64)

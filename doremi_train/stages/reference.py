@@ -1,13 +1,16 @@
 """The reference model p_ref: ordinary training on α_ref, or a model that exists already."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from doremi_train import model
 from doremi_train.config import UserError
+from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.stages import Session, language_model, prepare
+from doremi_train.train import Options
 
 
 def run(session: Session) -> Path:
@@ -25,11 +28,18 @@ def folder(session: Session, store: TokenStore, weights: Tensor, name: str) -> P
     """The model folder of the reference trained on `weights` (K,), or of `reference.path`."""
     given = session.config.reference.path
     if given is None:
-        config = language_model.resolved_model(session, store)
-        return language_model.train(session, store, name, config, weights, session.config.training).folder / "model"
+        return language_model.train(session, store, name, *ingredients(session, store, weights)).folder / "model"
     if session.config.proxy.rounds > 1:
         raise UserError(
             f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a reference of its own"
         )
     model.load(Path(given), store.vocabulary_size, "reference.path")  # wrong or missing: known before anything runs
     return Path(given)
+
+
+def ingredients(
+    session: Session, store: TokenStore, weights: Tensor
+) -> tuple[dict[str, Any], Tensor, Options, Subsample | None]:
+    """What the reference on `weights` (K,) is trained from: model, mixture, training options and part of the data."""
+    shape = language_model.resolved_model(session, store)
+    return shape, weights, session.config.training, language_model.subsample(session)

@@ -1,0 +1,203 @@
+"""What a run costs: FLOPs and memory counted from shapes, and the time of a micro-step, measured.
+
+F is one forward of a model; its backward is 2 F. A step of a language model costs 3 F, a proxy's with a live reference
+4 F, and 5 F where `exact` accumulation does every forward twice. Recomputation comes on top: of the layers under
+activation checkpointing, of the output projection where it is fused with the loss. Attention counts all T × T pairs.
+
+B sequences of a micro-batch, T tokens, V vocabulary, d hidden size, f width of the MLP.
+"""
+
+import gc
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from doremi_train import model
+
+_SECONDS = 0.5  # spent on repeating a micro-step
+_REPETITIONS = 8
+_CPU_FLOPS = 1e12  # of a micro-step that is still tried on a CPU: some ten seconds
+
+
+class Shape(NamedTuple):
+    """What of a model decides its cost."""
+
+    parameters: int
+    matrices: int  # weights that multiply a token inside the layers
+    head: int  # those of the output projection, d V
+    attention: int  # heads times their width, summed over layers
+    layers: int
+    hidden: int  # d
+    inner: int  # f
+    vocabulary: int
+    factors: int  # numbers that Adafactor keeps
+
+
+def shape(config: dict[str, Any]) -> Shape:
+    """Of a complete transformers config of any kind. Of a mixture of experts, those count that a token passes."""
+    whole = model.skeleton(config)
+    text = whole.config.get_text_config()
+    output = whole.get_output_embeddings()
+    head = output.weight.numel() if output is not None else 0
+    aside = {id(m.weight) for m in whole.modules() if isinstance(m, nn.Embedding)} | {id(getattr(output, "weight", 0))}
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    used = (getattr(text, "num_experts_per_tok", None) or 1) / max(experts, 1)
+    matrices = sum(
+        p.numel() * (used if p.ndim == 3 and p.shape[0] == experts else 1)
+        for p in whole.parameters()
+        if p.ndim >= 2 and id(p) not in aside
+    )
+    layers, heads = text.num_hidden_layers, getattr(text, "num_attention_heads", 0)
+    width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    return Shape(
+        parameters=sum(p.numel() for p in whole.parameters()),
+        matrices=round(matrices),
+        head=head,
+        attention=layers * heads * width,
+        layers=layers,
+        hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        factors=sum(
+            p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel() for p in whole.parameters()
+        ),
+    )
+
+
+# ── FLOPs ───────────────────────────────────────────────────────────────────────────
+
+
+def forward(of: Shape, length: int) -> int:
+    """F: FLOPs of one forward, per token of sequences of `length`."""
+    return 2 * (of.matrices + of.head) + 4 * length * of.attention
+
+
+def backward(of: Shape, rows: int, length: int, checkpointing: bool) -> int:
+    """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
+    that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
+    layers = 2 * of.matrices + 4 * length * of.attention
+    again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary)
+    return 2 * forward(of, length) + again
+
+
+# ── Memory ──────────────────────────────────────────────────────────────────────────
+
+
+class Memory(NamedTuple):
+    """Bytes on one process. Activations are an estimate, good to a factor of about 1.5; the rest is counted."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+
+
+def memory(
+    of: Shape,
+    *,
+    strategy: str,
+    processes: int,
+    optimizer: str,
+    rows: int,
+    length: int,
+    precision: str,
+    checkpointing: bool,
+    reference: int = 0,
+) -> Memory:
+    """Of a run in micro-batches of `rows` sequences, with a frozen reference of so many parameters.
+
+    `strategy` is an engine's: FSDP2 and ZeRO 3 divide all states among the processes, ZeRO 2 keeps whole parameters,
+    ZeRO 1 also whole gradients; and ZeRO updates a copy of the parameters.
+    """
+    whole, moments = 4 * of.parameters, 4 * (of.factors if optimizer == "adafactor" else 2 * of.parameters)
+    zero = int(strategy[-1]) if strategy.startswith("zero") else 0
+    divided = [strategy == "fsdp2" or zero >= least for least in (3, 2, 1)]  # parameters, gradients, optimiser
+    states = [whole, whole, moments + whole * (zero > 0)]
+    parameters, gradients, kept = (
+        -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
+    )
+    activated = activations(of, rows, length, precision, checkpointing)
+    return Memory(parameters, gradients, kept, 4 * reference, activated)
+
+
+def activations(of: Shape, rows: int, length: int, precision: str, checkpointing: bool) -> int:
+    """Bytes kept for the backward of a micro-batch, about: 12 d + 4 f numbers a token and layer (seen in GPT-NeoX,
+    GPT-2, Llama and Qwen), a layer's input alone where it is computed again; and logits with their log-softmax."""
+    tokens = rows * length
+    layer = tokens * (12 * of.hidden + 4 * of.inner) * (3 if precision == "bf16" else 4)
+    layers = 4 * tokens * of.hidden * of.layers + layer if checkpointing else layer * of.layers
+    return layers + 8 * model.logits_at_once(tokens, of.vocabulary)
+
+
+# ── Time ────────────────────────────────────────────────────────────────────────────
+
+
+class Pace(NamedTuple):
+    """Seconds of a micro-batch on this process's device."""
+
+    learn: float  # forward and backward
+    look: float  # forward alone
+
+
+def measure(
+    config: dict[str, Any], rows: int, length: int, precision: str, checkpointing: bool, device: torch.device
+) -> Pace | str:
+    """The pace of a micro-batch of `rows` sequences, from a few that are really computed; or why it was not measured.
+
+    The bare model is taken, without engine and optimiser, so that every process can do this by itself. On a CPU fewer
+    rows are tried where all would take too long. The random state stays as it was, and no memory is held.
+    """
+    of = shape(config)
+    cost = length * (forward(of, length) + backward(of, rows, length, checkpointing))  # of one sequence
+    tried = rows
+    if device.type == "cpu":
+        tried = min(rows, int(_CPU_FLOPS / cost))
+        if tried == 0:
+            return f"one sequence is {cost:.1e} FLOPs, too many to try on a CPU"
+    else:
+        needed = 8 * of.parameters + activations(of, rows, length, precision, checkpointing)
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            return f"the whole model needs about {needed / 1e9:.0f} GB and {free / 1e9:.0f} are free"
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            pace = _try(config, tried, length, precision, checkpointing, device)
+    except torch.OutOfMemoryError:
+        return "the whole model does not fit into the memory that is free"
+    finally:
+        gc.collect()  # a model refers to itself
+        if devices:
+            torch.cuda.empty_cache()
+    return Pace(*(seconds * rows / tried for seconds in pace))
+
+
+def _try(
+    config: dict[str, Any], rows: int, length: int, precision: str, checkpointing: bool, device: torch.device
+) -> Pace:
+    built = model.build(config, 0, checkpointing).to(device).train()
+    built.precision = precision
+    tokens = torch.arange(rows * (length + 1), device=device).view(rows, length + 1) % config["vocab_size"]
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    paces: list[Pace] = []
+    start = clock()
+    # The first one warms up; it counts only where a second one would take too long.
+    while len(paces) <= _REPETITIONS and (not paces or clock() - start < _SECONDS):
+        before = clock()
+        built(tokens).sum().backward()
+        learned = clock()
+        with torch.no_grad():
+            built(tokens)
+        paces.append(Pace(learned - before, clock() - learned))
+        built.zero_grad(set_to_none=True)
+    later = paces[1:] or paces
+    return Pace(statistics.median(pace.learn for pace in later), statistics.median(pace.look for pace in later))

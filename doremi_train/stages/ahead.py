@@ -1,0 +1,106 @@
+"""The runs that a command would make, found before any of them: their names, and what the store has of them.
+
+K domains.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from doremi_train import files, weights
+from doremi_train.data.shards import TokenStore
+from doremi_train.runs import Run
+from doremi_train.stages import Session, language_model, main, mixture, proxy, reference
+
+
+class Ahead(NamedTuple):
+    """One run of the pipeline."""
+
+    name: str  # its folder under run_dir
+    kind: str  # reference, proxy or main
+    config: dict[str, Any]  # of its model
+    steps: int
+    done: int  # steps that are in the store already
+    same_as: str | None  # an earlier run of the pipeline, which is this very one
+
+    @property
+    def left(self) -> float:
+        """Part that is still to be done."""
+        return 0.0 if self.same_as else 1 - self.done / self.steps
+
+    @property
+    def state(self) -> str:
+        """new, begun, done, or same."""
+        if self.same_as:
+            return "same"
+        return "new" if self.done == 0 else "begun" if self.left else "done"
+
+
+def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | None]:
+    """Every run of the pipeline in its order, and the mixture (K,) of the final model where it is known by now.
+
+    What depends on a run that is not finished is taken for not begun, and every round for one that will be needed.
+    """
+    found = _Found(session)
+    if session.config.mixture.method == "doremi":
+        learned = _search(session, store, found)
+    else:
+        learned = mixture.given(session, store).tensor(store.domains)
+    shape = language_model.resolved_model(session, store, session.config.main.model)
+    for name, known in {"main": learned, **main.comparisons(session, store)}.items():
+        training = main.training(session)
+        run = None if known is None else language_model.recipe(session, store, shape, known, training)
+        found.add(name, "main", shape, training.steps, run)
+    return found.runs, learned
+
+
+def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+    """References and proxies of all rounds, followed through those that are finished; ᾱ (K,) if all are."""
+    options, steps = session.config.proxy, session.config.training.steps
+    shape = language_model.resolved_model(session, store)
+    before: Tensor | None = reference.mixture(session, store)
+    for number in range(1, options.rounds + 1):
+        folder: Path | None = None
+        if before is not None and session.config.reference.path is not None:
+            folder = reference.folder(session, store, before, "reference")
+        elif before is not None:
+            run = language_model.recipe(session, store, *reference.ingredients(session, store, before))
+            found.add(proxy.reference_name(number), "reference", shape, steps, run)
+            folder = run.folder / "model" if run.finished else None
+        else:
+            found.add(proxy.reference_name(number), "reference", shape, steps, None)
+        proxies = [proxy.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
+        for index, one in enumerate(proxies):
+            found.add(proxy.name_of(session, number, index), "proxy", shape, steps, one)
+        finished = [one for one in proxies if one is not None and one.finished]
+        if before is None or len(finished) < options.seeds:
+            before = None
+            continue
+        mean, _ = weights.summarize([proxy.average(one, store) for one in finished])
+        moved, before = float((mean - before).abs().max()), mean
+        if moved < options.round_tolerance:
+            break
+    return before
+
+
+@dataclass
+class _Found:
+    session: Session
+    runs: list[Ahead] = field(default_factory=list)
+    names: dict[Path, str] = field(default_factory=dict)  # of runs whose address is known
+
+    def add(self, name: str, kind: str, config: dict[str, Any], steps: int, run: Run | None) -> None:
+        """`run` is None where it depends on one that is not finished."""
+        same_as = self.names.setdefault(run.folder, name) if run is not None else name
+        done = self._done(run, steps) if run is not None else 0
+        self.runs.append(Ahead(name, kind, config, steps, done, same_as if same_as != name else None))
+
+    def _done(self, run: Run, steps: int) -> int:
+        mirror = self.session.mirror
+        if run.finished or (mirror is not None and mirror.at("runs", run.folder.name).has("result.json")):
+            return steps
+        status = run.folder / "status.json"
+        saved = (run.folder / "checkpoints").exists() and status.exists()
+        return (files.read_json(status)["step"] or 0) if saved else 0

@@ -1,0 +1,123 @@
+"""A plan as a person reads it: a table of runs, one of domains, and what to know beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Column, Table
+
+from doremi_train.track import console, short
+
+DOMAINS = 30  # in the table; of more, the smallest and the largest
+MESSAGES = 5  # of one kind of warning; all are in plan.json
+
+
+def show(plan: Mapping[str, Any], warned: Mapping[str, Sequence[str]], store: Path, budget: int | None) -> None:
+    """Print it. `budget` is main.tokens."""
+    console.print(_runs(plan))
+    console.print(_domains(plan["domains"], budget))
+    for sentence in sentences(plan):
+        console.print(escape(f"plan: {sentence}"))
+    for messages in warned.values():
+        for message in messages[:MESSAGES]:
+            console.print(escape(f"plan: warning: {message}"))
+        if len(messages) > MESSAGES:
+            console.print(f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json")
+    console.print(escape(f"plan: the store is {store}"))
+
+
+def _runs(plan: Mapping[str, Any]) -> Table:
+    """Runs of one kind and cost are one row; one that is done, or the same as another, costs nothing."""
+    table = _table("run", "parameters", "tokens", "FLOPs", "memory", "time")
+    table.title = f"Runs, on {plan['place']}"
+    rows: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for name, run in plan["stages"].items():
+        kind = name if run["kind"] == "main" else run["kind"]
+        rows.setdefault((kind, run["state"], run["flops"]), []).append(run)
+    for (kind, state, flops), alike in rows.items():
+        run = alike[0]
+        time = {"done": "done", "same": f"is {run['same_as']}"}.get(state) or human(run["seconds"])
+        table.add_row(
+            f"{kind} × {len(alike)}" if len(alike) > 1 else kind,
+            short(run["parameters"]),
+            short(run["tokens"]),
+            f"{flops:.2g}" if flops else "",
+            size(run["memory"]["total"]),
+            f"each {time}" if len(alike) > 1 and run["seconds"] else time,
+        )
+    evaluation = plan["evaluation"]
+    flops = f"{evaluation['flops']:.2g}"
+    table.add_row(f"evaluate × {evaluation['models']}", "", "", flops, "", human(evaluation["seconds"]))
+    table.add_row("all", "", "", f"{plan['total_flops']:.2g}", "", human(plan["total_seconds"]), style="bold")
+    return table
+
+
+def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Table:
+    ways = next(iter(domains.values()))["final_epochs"]
+    table = _table("domain", "tokens", "weight by size", "proxy", *(f"if {way}" for way in ways))
+    final = f"the final run of {short(budget)} tokens" if budget else "the main run"
+    table.title = f"Domains, and epochs of each in the proxy and in {final}"
+    names = sorted(domains, key=lambda name: domains[name]["training_tokens"])
+    hidden = set(names[DOMAINS // 2 : -DOMAINS // 2]) if len(names) > DOMAINS else set()
+    for name, domain in domains.items():
+        if name in hidden:
+            continue
+        epochs = [domain["proxy_epochs"], *domain["final_epochs"].values()]
+        shown = ["–" if value is None else f"{value:.3g}" for value in epochs]
+        table.add_row(escape(name), short(domain["training_tokens"]), f"{domain['natural_weight']:.4f}", *shown)
+    if hidden:
+        table.caption = f"the smallest and the largest; {len(hidden)} more are in plan.json"
+    return table
+
+
+def sentences(plan: Mapping[str, Any]) -> list[str]:
+    """What the tables do not say."""
+    found = []
+    price, losses, absent = plan["accumulation"], plan["reference_losses"], plan["absent"]
+    if plan["not_measured"]:
+        found.append(f"time is not estimated: {'; '.join(plan['not_measured'])}")
+    elif plan["total_seconds"]:
+        found.append(
+            f"about {human(plan['total_seconds'])} on {plan['processes']} process{'es' * (plan['processes'] > 1)} of "
+            "this machine, estimated from a few micro-steps measured now; what processes exchange, the optimiser's own "
+            "work and saving come on top"
+        )
+    if price and price["micro_batches"] > 1:
+        cost = f", {human(price['seconds'])} of it" if price["seconds"] is not None else ""
+        found.append(
+            f"a step has {price['micro_batches']} micro-batches, with which proxy.accumulation=exact costs "
+            f"{price['exact_over_lagged']:.2f} times what lagged does{cost}"
+        )
+    elif price:
+        found.append("a step is one micro-batch, with which proxy.accumulation=exact costs nothing more than lagged")
+    if losses:
+        found.append(f"reference losses, if cached: {size(losses['bytes'])} of fp16")
+    if absent:
+        floor = absent["at_floor"]
+        at_floor = f", of {floor:.1%} where its weight is as small as smoothing allows" if floor is not None else ""
+        found.append(f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}")
+    return found
+
+
+def human(seconds: float | None) -> str:
+    """90 → 1.5 min."""
+    if seconds is None:
+        return "not known"
+    for unit, length, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < limit * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds / 86400:.3g} days"
+
+
+def size(count: float) -> str:
+    """1500000 → 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _table(first: str, *rest: str) -> Table:
+    return Table(Column(first), *(Column(name, justify="right") for name in rest))

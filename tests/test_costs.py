@@ -1,0 +1,187 @@
+"""Costs counted from shapes against what torch counts while the real thing runs."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from doremi_train import costs, model
+from doremi_train.config import conf_dir
+
+LENGTH, ROWS, VOCABULARY = 48, 4, 512
+CPU = torch.device("cpu")
+
+TINY = yaml.safe_load((conf_dir() / "model" / "tiny.yaml").read_text())["config"]
+LLAMA = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}
+MODELS = {"tiny": TINY, "llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2}
+
+
+def config(values: dict[str, Any]) -> dict[str, Any]:
+    return model.resolve(model.Options(config=dict(values)), VOCABULARY, 0, LENGTH)
+
+
+def built(values: dict[str, Any], checkpointing: bool = False) -> tuple[model.LanguageModel, torch.Tensor]:
+    language_model = model.build(config(values), 0, checkpointing).train()
+    language_model.inner.set_attn_implementation("eager")  # the counter passes over fused attention on a CPU
+    tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    return language_model, tokens
+
+
+def counted(compute: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
+# ── FLOPs ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forward_is_what_torch_counts(name: str) -> None:
+    language_model, tokens = built(MODELS[name])
+    with torch.no_grad():
+        found = counted(lambda: language_model(tokens))
+    expected = costs.forward(costs.shape(config(MODELS[name])), LENGTH) * ROWS * LENGTH
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_a_step_is_what_torch_counts(
+    name: str, fused: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fused:
+        monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
+    language_model, tokens = built(MODELS[name], checkpointing)
+    of = costs.shape(config(MODELS[name]))
+    found = counted(lambda: language_model(tokens).sum().backward())
+    expected = costs.forward(of, LENGTH) + costs.backward(of, ROWS, LENGTH, checkpointing)
+    expected *= ROWS * LENGTH
+    assert found == pytest.approx(expected, rel=0.01) or (checkpointing and 0.92 < found / expected < 1)
+    assert fused or checkpointing or expected == 3 * costs.forward(of, LENGTH) * ROWS * LENGTH
+
+
+def test_of_a_mixture_of_experts_those_count_that_a_token_passes() -> None:
+    values = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    one = {**values, "num_local_experts": 2}  # where both are used
+    few, many = (costs.shape(config(v)) for v in (one, values))
+    routers = 3 * 2 * 128  # two experts more to choose from, in every layer
+    assert many.matrices - few.matrices == routers
+    assert many.parameters > 1.5 * few.parameters
+
+
+# ── Memory ──────────────────────────────────────────────────────────────────────────
+
+
+def memory(strategy: str, processes: int, optimizer: str = "adamw") -> costs.Memory:
+    return costs.memory(
+        costs.shape(config(TINY)),
+        strategy=strategy,
+        processes=processes,
+        optimizer=optimizer,
+        rows=ROWS,
+        length=LENGTH,
+        precision="fp32",
+        checkpointing=False,
+        reference=7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parts"),  # of parameters, gradients and optimiser states in bytes a parameter, on four processes
+    [
+        ("single", (4, 4, 8)), ("ddp", (4, 4, 8)), ("fsdp2", (1, 1, 2)), ("zero1", (4, 4, 3)), ("zero2", (4, 1, 3)),
+        ("zero3", (1, 1, 3)),
+    ],
+)  # fmt: skip
+def test_states_are_divided_as_the_engine_divides_them(strategy: str, parts: tuple[int, int, int]) -> None:
+    count = costs.shape(config(TINY)).parameters
+    found = memory(strategy, 4)
+    assert found[:3] == pytest.approx([part * count for part in parts], abs=4) and found.reference == 28
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_optimiser_states_are_those_that_torch_keeps(name: Any) -> None:
+    from doremi_train import optim
+
+    language_model, tokens = built(TINY)
+    optimizer = optim.build(language_model, optim.Options(optimizer=name))
+    language_model(tokens).sum().backward()
+    optimizer.step()
+    kept = sum(v.numel() * 4 for state in optimizer.state.values() for v in state.values() if v.ndim)
+    assert memory("single", 1, name).optimizer == pytest.approx(kept, abs=4 * len(optimizer.state))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_activations_are_about_what_autograd_keeps(name: str, checkpointing: bool) -> None:
+    language_model = model.build(config(MODELS[name]), 0, checkpointing).train()
+    tokens = torch.arange(ROWS * (LENGTH + 1)).view(ROWS, -1) % VOCABULARY
+    own = {p.untyped_storage().data_ptr() for p in language_model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        language_model(tokens)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    of = costs.shape(config(MODELS[name]))
+    found += 4 * ROWS * LENGTH * VOCABULARY  # the gradient of the logits, beside the log-softmax that is kept
+    if checkpointing:  # and one layer at a time when it is computed again
+        found += ROWS * LENGTH * (12 * of.hidden + 4 * of.inner) * 4
+    estimate = costs.activations(of, ROWS, LENGTH, "fp32", checkpointing)
+    assert 1 / 1.5 < estimate / found < 1.5
+
+
+def test_logits_stop_growing_where_the_projection_is_fused() -> None:
+    of = costs.shape(config(TINY))
+    small, large = (of._replace(vocabulary=v) for v in (1 << 10, 1 << 17))
+    rows, length = 32, 1024
+    bare = costs.activations(of._replace(vocabulary=0), rows, length, "fp32", False)
+    assert costs.activations(small, rows, length, "fp32", False) - bare == 8 * rows * length << 10
+    assert costs.activations(large, rows, length, "fp32", False) - bare == 8 * model._CHUNK_LOGITS
+
+
+# ── Time ────────────────────────────────────────────────────────────────────────────
+
+
+def modules() -> int:
+    return sum(issubclass(type(each), torch.nn.Module) for each in gc.get_objects())
+
+
+def test_a_measured_micro_step_leaves_nothing_behind() -> None:
+    gc.collect()
+    before = torch.get_rng_state(), modules()
+    pace = costs.measure(config(TINY), ROWS, LENGTH, "fp32", False, CPU)
+    assert isinstance(pace, costs.Pace) and 0 < pace.look < pace.learn < 10
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert modules() == before[1]
+
+
+def test_on_a_cpu_fewer_rows_are_tried_and_what_is_too_large_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, tried = costs.shape(config(TINY)), []
+    really = costs._try
+
+    def record(config: dict[str, Any], rows: int, *more: Any) -> costs.Pace:
+        tried.append(rows)
+        return really(config, rows, *more)
+
+    monkeypatch.setattr(costs, "_try", record)
+    one = LENGTH * 3 * costs.forward(of, LENGTH)  # FLOPs of a sequence
+    monkeypatch.setattr(costs, "_CPU_FLOPS", 2.5 * one)
+    assert isinstance(costs.measure(config(TINY), 100, LENGTH, "fp32", False, CPU), costs.Pace) and tried == [2]
+    monkeypatch.setattr(costs, "_CPU_FLOPS", 0.5 * one)
+    reason = costs.measure(config(TINY), 100, LENGTH, "fp32", False, CPU)
+    assert isinstance(reason, str) and "too many to try on a CPU" in reason and tried == [2]
