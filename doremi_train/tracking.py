@@ -220,7 +220,7 @@ class _Wandb:
                 settings=wandb.Settings(
                     root_dir=str(tracking.folder),
                     console="off",
-                    finish_timeout=60,  # seconds; what is not sent then stays on disk for `wandb sync`
+                    finish_timeout=20,  # seconds; what is not sent then stays on disk for `wandb sync`
                     disable_git=True,  # an address of a repository, and the command line, may hold passwords
                     x_disable_meta=True,
                     x_transaction_log_flush_interval=1,  # seconds: what is lost when wandb's own process is killed
@@ -229,7 +229,7 @@ class _Wandb:
             # The axis is ours: after a kill some steps come again, and wandb's own count would drop them.
             self._run.define_metric("*", step_metric="step")
             self._closing = stack.pop_all()
-        where = self._run.url or f"offline, {Path(self._run.dir).parent}"
+        where = "disabled" if self._run.disabled else self._run.url or f"offline, {Path(self._run.dir).parent}"
         self.place = f"wandb: {where}"
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -277,13 +277,13 @@ def _contained(folder: Path) -> Iterator[None]:
 
     Its process must not outlive a run: a child job, perhaps on another machine, would try to talk to it.
     """
+    import wandb
+
     own = str(folder.resolve() / "wandb")
     given = {"WANDB_DATA_DIR": own, "WANDB_CACHE_DIR": own, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     before = {name: os.environ.get(name) for name in given}
     hooks = sys.exit, sys.excepthook
     os.environ |= given
-    import wandb
-
     try:
         yield
     finally:
