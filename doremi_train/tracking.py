@@ -111,6 +111,9 @@ class Tracking:
         return "/".join(filter(None, [self.options.name, label]))
 
 
+_ANY = (Exception, SystemExit)  # wandb leaves the interpreter where its own process ended badly
+
+
 class Tracked:
     """A tracker, or none. Its failure is said once and ends tracking, not the run."""
 
@@ -123,7 +126,7 @@ class Tracked:
             return
         try:
             self._tracker = _BACKENDS[self._tracking.options.backend](self._tracking, subject)
-        except Exception as error:
+        except _ANY as error:
             self._fail(error)
         else:
             console.print(f"{subject.name:<22} {self._tracker.place}", markup=False)
@@ -148,10 +151,10 @@ class Tracked:
         if self._tracker is not None:
             try:
                 act(self._tracker)
-            except Exception as error:
+            except _ANY as error:
                 self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         tracker, self._tracker, self._tracking.failed = self._tracker, None, True
         told = redact(f"{type(error).__name__}: {error}")
         console.print(
@@ -160,7 +163,7 @@ class Tracked:
             markup=False,
         )
         if tracker is not None:
-            with contextlib.suppress(Exception):  # it is broken, and that was said
+            with contextlib.suppress(*_ANY):  # it is broken, and that was said
                 tracker.close(1)
 
 
@@ -220,6 +223,7 @@ class _Wandb:
                 settings=wandb.Settings(
                     root_dir=str(tracking.folder),
                     console="off",
+                    reinit="create_new",  # no run of the whole interpreter, which would stay where closing fails
                     finish_timeout=20,  # seconds; what is not sent then stays on disk for `wandb sync`
                     disable_git=True,  # an address of a repository, and the command line, may hold passwords
                     x_disable_meta=True,
@@ -287,7 +291,7 @@ def _contained(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(Exception):  # its process may be gone
+        with contextlib.suppress(*_ANY):  # its process may be gone
             wandb.teardown()
         sys.exit, sys.excepthook = hooks
         for name, value in before.items():
