@@ -75,6 +75,9 @@ def _task(composed: Any) -> None:
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder, and all share one store
         plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
+        shown = plain["tracking"]
+        shown["path"] = shown["path"] or plain["run_dir"]
+        shown["name"] = "/".join(filter(None, [shown["name"], job.sweep.subdir]))
         plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
     try:
         _run(plain)

@@ -6,6 +6,7 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 import contextlib
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,6 +73,9 @@ class Position(NamedTuple):
     skipped: int = 0  # batches left out because a loss was not finite
 
 
+Watch = Callable[[Mapping[str, Any]], None]  # gets every line of the logs as it is written
+
+
 class Trainer:
     """A model being trained: `fit` is the loop, `step` is one optimiser step."""
 
@@ -90,6 +94,7 @@ class Trainer:
             if part is not None:
                 part.precision = training.precision
         self._saved = checkpoint.latest(task.run.folder / "checkpoints")
+        self.begins_at = self._saved["step"] if self._saved is not None else 0
         self.engine = engine.build(place, model, training, self._saved)
         self.engine.warm_up(
             torch.zeros(self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device)
@@ -99,12 +104,12 @@ class Trainer:
             console.print(f"{task.label:<22} {self.engine_used}")
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
-    def fit(self) -> Position:
+    def fit(self, watch: Watch = lambda line: None) -> Position:
         """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when told to stop."""
         task, training = self.task, self.task.training
         position = self._restore()
         tokens = training.batch_size * training.sequence_length  # of one step
-        with self._logs(position.step) as logs, self.batches, self._bar(position.step, tokens) as bar:
+        with self._logs(position.step, watch) as logs, self.batches, self._bar(position.step, tokens) as bar:
             while position.step < training.steps:
                 clock = time.perf_counter()
                 before = position.skipped
@@ -264,8 +269,8 @@ class Trainer:
     def _bar(self, step: int, tokens: int) -> Bar:
         return Bar(self.task.label, self.task.training.steps * tokens, step * tokens, show=self.world.first)
 
-    def _logs(self, step: int) -> "contextlib.AbstractContextManager[_Logs]":
-        return _Logs(self.task.run.folder if self.world.first else None, step)
+    def _logs(self, step: int, watch: Watch) -> "contextlib.AbstractContextManager[_Logs]":
+        return _Logs(self.task.run.folder if self.world.first else None, step, watch)
 
     def _save(self, position: Position) -> None:
         """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not there."""
@@ -316,8 +321,8 @@ class _Loss(NamedTuple):
 class _Logs:
     """The JSON lines of a run, on the first rank; nothing on the others."""
 
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self._folder, self._step = folder, step
+    def __init__(self, folder: Path | None, step: int, watch: Watch) -> None:
+        self._folder, self._step, self._watch = folder, step, watch
         self._files: dict[str, files.JsonLines] = {}
 
     def __enter__(self) -> "_Logs":
@@ -353,6 +358,7 @@ class _Logs:
         if name not in self._files:
             self._files[name] = files.JsonLines(self._folder / f"{name}.jsonl", self._step)
         self._files[name].write(line)
+        self._watch(line)
 
 
 def _refuse_accumulation(task: Task, model: LanguageModel, place: engine.Place) -> None:

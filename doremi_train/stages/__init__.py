@@ -15,7 +15,7 @@ import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, train
+from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics
@@ -83,6 +83,7 @@ class Config:
     mixture: MixtureOptions
     main: Main
     submit: Submit
+    tracking: tracking.Options
 
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
@@ -139,6 +140,11 @@ class Session:
     def mirror(self) -> Mirror | None:
         """The store's second home, if there is one."""
         return Mirror(self.config.remote) if self.config.remote else None
+
+    @functools.cached_property
+    def tracking(self) -> tracking.Tracking:
+        """Where this command's curves are shown."""
+        return tracking.Tracking(self.config.tracking, self.run_dir, self.plain)
 
     def say(self, text: str) -> None:
         if comm.world().first:
@@ -228,6 +234,7 @@ def open_session(plain: Mapping[str, Any]) -> Session:
         torch.set_num_threads(config.training.threads)
     place = engine.start(config.engine, config.training.precision, config.training.timeout)
     session = Session(config, plain, place)
+    comm.on_first(session.tracking.check)
     if not (config.stage == "report" and sweep(session.run_dir)):
         comm.on_first(lambda: _claim(session))
     return session
@@ -244,7 +251,7 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in ("engine", "submit")
+        if key not in free and key.partition(".")[0] not in ("engine", "submit", "tracking")
     }
 
 

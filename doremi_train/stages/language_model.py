@@ -70,32 +70,36 @@ def train(
             subsample=part,
         )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
-        finish(task, Trainer(task, built, session.place))
+        finish(session, task, Trainer(task, built, session.place))
     return run
 
 
-def finish(task: Task, trainer: Trainer) -> None:
+def finish(session: Session, task: Task, trainer: Trainer) -> None:
     """Train to the end, save the model, and write the result: the run is done."""
-    position = trainer.fit()
-    measured = trainer.evaluate()
-    tensors = trainer.engine.state()["model"]
-    comm.on_first(lambda: _write(task, trainer, position, measured, tensors))
+    with session.tracking.run(task.label, task.run.folder.name, trainer.begins_at) as tracked:
+        position = trainer.fit(tracked.line)
+        measured = trainer.evaluate()
+        tensors = trainer.engine.state()["model"]
+        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, measured, tensors)))
     trainer.engine.close()
 
 
 def _write(
     task: Task, trainer: Trainer, position: Position, measured: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
+) -> dict[str, float]:
+    """Returns the headline."""
     model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
     epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
-    result = {"steps": position.step, "skipped": position.skipped, "epochs": epochs, "evaluation": measured}
-    result["engine"] = trainer.engine_used
+    result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
+    result |= {"evaluation": measured, "engine": trainer.engine_used}
     if hasattr(task.objective, "result"):
         average = task.objective.result(position.state).tolist()
         result["weights"] = dict(zip(task.store.domains, average, strict=True))
     task.run.finish(result)
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")
+    learned = {f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()}
+    return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **learned}
 
 
 def main_steps(session: Session) -> int:

@@ -122,7 +122,7 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
         )
         shape = language_model.resolved_model(session, store)
         built = model.build(shape, _seed(session, index), config.training.activation_checkpointing)
-        language_model.finish(task, Trainer(task, built, session.place))
+        language_model.finish(session, task, Trainer(task, built, session.place))
     return run
 
 

@@ -45,6 +45,7 @@ def run(session: Session) -> Path:
         diagnose.run(session)
         folders = [session.run_dir]
     comm.on_first(lambda: _report(page, _read(folders)))
+    session.tracking.report(page)
     return page
 
 

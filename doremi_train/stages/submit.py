@@ -52,6 +52,7 @@ def submit(session: Session, children: Mapping[str, Mapping[str, Any]]) -> None:
 def configured(session: Session, folder: Path, **changes: Any) -> dict[str, Any]:
     """This session's configuration for a child with a run_dir of its own; a change is a key such as "proxy.seeds"."""
     places = {"run_dir": str(folder), "store": str(session.store.resolve()), "submit.cluster": "none"}
+    places |= session.tracking.of_part(folder.relative_to(session.run_dir).as_posix())
     plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in session.plain.items()}
     for key, value in (places | changes).items():
         group, _, name = key.rpartition(".")
