@@ -479,13 +479,17 @@ def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str)
         groups.setdefault(rest, []).append(setting)
     seeds = min(len(setting.results) for setting in settings)
     losses, weights = dict[str, Curve](), dict[str, Curve]()
+    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}  # by model and group: (S, N)
     for rest, group in groups.items():
         after = f" ({rest})" if rest else ""
         places = [place(setting) for setting in group]
         for name, label in labels.items():
-            values = np.array([setting.losses(name)[:seeds] for setting in group]).T  # (S, N)
-            color = _MODEL_COLORS.get(name) if len(groups) == 1 else None
-            losses[label + after] = Curve(places, values, color, dashed=name != "main")
+            values = np.array([setting.losses(name)[:seeds] for setting in group]).T
+            if any(np.array_equal(values, other) for other in found[name].values()):
+                continue  # what does not depend on the keys of the groups is drawn once
+            found[name][rest] = values
+            color = _MODEL_COLORS.get(name) if len(groups) == 1 or name != "main" else None
+            losses[label + (after if name == "main" else "")] = Curve(places, values, color, dashed=name != "main")
         for domain in list(settings[0].results[0].weights)[:_CHOSEN]:
             values = np.array([[run.weights[domain] for run in setting.results[:seeds]] for setting in group]).T
             weights[domain + after] = Curve(places, values)
