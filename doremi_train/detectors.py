@@ -24,8 +24,8 @@ EPOCHS = 4.0  # passes that are worth nearly as much as fresh text (Muennighoff 
 MISMATCH = 4.0  # ratio of passes between proxy and final run, where one of them repeats more than EPOCHS
 GAIN = 0.05  # part of the context-free loss: a small model soon saves more on any language
 FLAT = 0.02  # part of the loss that a domain which is still being learned loses over the second half of a run
-TRIVIAL = 0.1  # nats per token: nine of ten tokens are foreseen for certain
-OVERFIT = 0.1  # part of the validation loss that is missing on training text; unequal splits make a few hundredths
+TRIVIAL = 0.1  # nats per token: each is foreseen with 90 %
+OVERFIT = 0.1  # part of the validation loss that is missing on training text; an uneven split makes up to as much
 SAME = 0.1  # distance beyond that of two halves, as a part of it, up to which two domains are one language
 UNSURE = 0.3  # distance of two halves of one domain, beyond which the sample is too small to compare languages
 COPIED = 0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
@@ -122,7 +122,7 @@ def repeated(names: Sequence[str], proxy_epochs: ArrayLike) -> list[Finding]:
 def mismatched(names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: ArrayLike) -> list[Finding]:
     """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of the final run."""
     found = []
-    for (name, proxy), final in zip(_pairs(names, proxy_epochs), _floats(final_epochs), strict=True):
+    for (name, proxy), final in zip(_pairs(names, proxy_epochs), _floats(final_epochs).tolist(), strict=True):
         low, high = sorted((proxy, final))
         if high > EPOCHS and high > MISMATCH * low:
             message = (
@@ -160,7 +160,7 @@ def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike])
     last = np.array([curve[-1] for curve in models])[best, domain]
     middle = np.array([curve[(len(curve) - 1) // 2] for curve in models])[best, domain]
     gain, fall = 1 - last / bare, 1 - last / middle
-    if np.median(gain) < 2 * GAIN:  # so early that nothing is told apart
+    if np.median(gain) < GAIN:  # so early that nothing is told apart
         return []
     return [
         Finding(
@@ -192,8 +192,12 @@ def trivial(names: Sequence[str], losses: ArrayLike) -> list[Finding]:
     ]
 
 
-def overfit(names: Sequence[str], training: ArrayLike, validation: ArrayLike) -> list[Finding]:
-    """Domains that the reference knows by heart, from its losses (K,) on training and on validation text."""
+def overfit(
+    names: Sequence[str], training: ArrayLike, validation: ArrayLike, epochs: ArrayLike | None = None
+) -> list[Finding]:
+    """Domains that the reference knows by heart, from its losses (K,) on training and on validation text. One that it
+    passed over less than once, where its `epochs` (K,) are known, has but an uneven split."""
+    passes = np.full(len(names), np.inf) if epochs is None else _floats(epochs)
     return [
         Finding(
             "overfit",
@@ -201,10 +205,10 @@ def overfit(names: Sequence[str], training: ArrayLike, validation: ArrayLike) ->
             f"The reference has learned {name} by heart: {seen:.2f} nats per token on its training text, {unseen:.2f} "
             "on validation text. The proxy is held against losses that nobody reaches on new text; add text, or train "
             "the reference for fewer steps or on less of this domain.",
-            unseen - seen,
+            float(unseen - seen),
         )
-        for (name, seen), unseen in zip(_pairs(names, training), _floats(validation), strict=True)
-        if unseen - seen > max(OVERFIT * unseen, TRIVIAL)
+        for (name, seen), unseen, times in zip(_pairs(names, training), _floats(validation), passes, strict=True)
+        if unseen - seen > max(OVERFIT * unseen, TRIVIAL) and times > 1
     ]
 
 
@@ -216,10 +220,11 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
     """
     counts = _floats(halves)
     roots = np.sqrt(counts / np.maximum(counts.sum(axis=2, keepdims=True), 1))
-    overlap = np.einsum("aih,bjh->abij", roots, roots)  # Bhattacharyya coefficient of two halves
-    distance = 1 - overlap  # squared Hellinger distance, which sampling noise makes larger by the same in every term
-    within = distance[:, :, 0, 1].diagonal()  # (K,) between the halves of one domain
-    between = distance.mean(axis=(2, 3))
+    flat = roots.reshape(2 * len(names), -1)
+    # Squared Hellinger distance of two halves, which the noise of sampling makes larger by as much in every term.
+    distance = (1 - flat @ flat.T).reshape(len(names), 2, len(names), 2)
+    within = distance[:, 0, :, 1].diagonal()  # (K,) between the halves of one domain
+    between = distance.mean(axis=(1, 3))
     copied = np.zeros_like(between) if shared is None else _floats(shared)
     found = []
     for a in range(len(names)):

@@ -169,6 +169,8 @@ def test_overfit_is_training_far_below_validation() -> None:
     finding = one(detectors.overfit(NAMES, [3.4, 4.5, 1.5, 0.0], [3.5, 4.6, 3.5, 0.05]), "overfit", "c")
     assert finding.value == 2
     assert detectors.overfit(NAMES, [3.4, 4.7, 3.4, 0.01], [3.5, 4.6, 3.5, 0.03]) == []
+    uneven, passes = [3.4, 4.5, 1.5, 0.0], [1.5, 9, 0.2, 1]
+    assert detectors.overfit(NAMES, uneven, [3.5, 4.6, 3.5, 0.05], passes) == []
 
 
 @given(st.integers(2, 50), st.integers(1000, 20_000), st.integers(0, 2**32))

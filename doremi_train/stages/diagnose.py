@@ -15,7 +15,7 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.detectors import Finding
 from doremi_train.stages import Session, evaluate, language_model, mixture, once, prepare
 
-SAMPLE = 2**18  # training tokens of a domain that are looked at
+SAMPLE = 2**17  # training tokens of a domain that are looked at
 BUCKETS = 2**14  # of hashed bigrams
 SHINGLE = 24  # tokens that are hardly the same by chance
 KEPT = 8  # one of so many shingles is compared, chosen by its hash wherever it stands
@@ -82,7 +82,10 @@ def _of_the_models(
         findings += detectors.trivial(names, [curve[-1] for curve in curves])
     if "reference" in figures:
         seen, unseen = figures["reference"]["training_loss"], figures["reference"]["domains"]
-        findings += detectors.overfit(names, _row(names, seen), [unseen[name]["loss"] for name in names])
+        result = session.run_dir / "reference" / "result.json"  # not of an existing reference
+        epochs = _row(names, files.read_json(result)["epochs"]) if result.exists() else None
+        losses = [unseen[name]["loss"] for name in names]
+        findings += detectors.overfit(names, _row(names, seen), losses, epochs)
     return findings
 
 
