@@ -97,7 +97,7 @@ class Table:
         weakref.finalize(self, os.close, self._file)
         size = 2 * self.length * int(self._first[-1])
         if os.fstat(self._file).st_size == 0:
-            os.truncate(self._file, size)  # takes no room until rows are written
+            os.truncate(self.path, size)  # takes no room until rows are written
         elif os.fstat(self._file).st_size != size:
             raise self._damaged(f"{self.path} has {self.path.stat().st_size} bytes instead of {size}")
         mapped = mmap.mmap(self._file, size, prot=mmap.PROT_READ)

@@ -1,4 +1,4 @@
-"""The cache of the reference's losses: α as with the live reference, computed once, shared, and never wrong silently."""
+"""The cache of the reference's losses: α as with a live reference, computed once, shared, refused where it is wrong."""
 
 import errno
 import json
@@ -157,7 +157,8 @@ def test_rows_are_read_ahead_with_their_batch(data: TokenStore, table: Table) ->
         batch = batches.get(0, uniform, np.zeros(3, dtype=np.int64))
         assert [micro.reference.shape for micro in batch.micro] == [(3, LENGTH), (5, LENGTH)]
         computed = [cached.losses(micro) for micro in batch.micro]
-        for micro, expected in zip(batches._read(0, uniform.numpy(), np.zeros(3, dtype=np.int64)).micro, computed):
+        again = batches._read(0, uniform.numpy(), np.zeros(3, dtype=np.int64))
+        for micro, expected in zip(again.micro, computed, strict=True):
             assert torch.equal(micro.reference.float(), expected)
 
 
@@ -241,12 +242,12 @@ def test_a_sweep_computes_every_loss_once(fresh: list[str], tmp_path: Path) -> N
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'one'}")
     with without_reference():
         for change in ("proxy.step_size=0.1", "proxy.smoothing=0.01", "training.micro_batch_size=3"):
-            proxy(*fresh, CACHED, f"run_dir={tmp_path / change}", change, "training.log_every=3")
+            proxy(*fresh, CACHED, f"run_dir={tmp_path / change.replace('=', '-')}", change, "training.log_every=3")
     assert len(tables(tmp_path / "store")) == 1
 
 
 def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(fresh: list[str], tmp_path: Path) -> None:
-    overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.seeds=2", "training.steps=150"]
+    overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.seeds=2", "training.batch_size=384"]
     outcome = run_here(*overrides, "stage=reference")
     assert outcome.code == 0, outcome
     assert read(tmp_path / "run" / "reference" / "status.json")["state"] == "finished"
@@ -257,9 +258,9 @@ def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(fresh:
     store = TokenStore.open((tmp_path / "run" / "prepare").resolve())
     drawn = set()
     for seed in (0, 1_000_000):
-        sampler = Sampler(store.sequences("train", LENGTH), store.domains, 8, seed)
+        sampler = Sampler(store.sequences("train", LENGTH), store.domains, 384, seed)
         counts = np.zeros(3, dtype=np.int64)
-        for step in range(150):
+        for step in range(12):
             draw = sampler.draw(step, np.full(3, 1 / 3), counts)
             counts = draw.counts
             drawn |= set(zip(draw.domain.tolist(), draw.sequence.tolist(), strict=True))
@@ -267,6 +268,7 @@ def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(fresh:
     table = Table(tmp_path / "store", store, read(folder / "recipe.json"))
     rows = np.flatnonzero(losses.there(table.read(np.arange(len(table)))))
     assert set(zip(*(part.tolist() for part in table.sequences(rows)), strict=True)) == drawn
+    assert (counts > store.sequences("train", LENGTH)).tolist() == [True, False, False]
     assert f"{len(drawn)} sequences" in outcome.out and f"{len(drawn)} of them computed now" in outcome.out
 
 
@@ -366,17 +368,17 @@ def planned(*overrides: str) -> Any:
 
 
 def test_the_plan_counts_every_loss_that_is_missing_once(fresh: list[str], tmp_path: Path) -> None:
-    many = ["training.steps=150", "proxy.seeds=2", "evaluation.every=150"]
+    many = ["training.batch_size=128", "proxy.seeds=2"]
     overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", *many]
     live = planned(*fresh, f"run_dir={tmp_path / 'live'}", *many)
     new = planned(*overrides)
     assert not (tmp_path / "store" / "losses").exists()  # looking ahead changes nothing
-    F = (live["stages"]["proxy/round-1/seed-0"]["flops"] - live["stages"]["reference"]["flops"]) / (150 * 8 * LENGTH)
+    F = (live["stages"]["proxy/round-1/seed-0"]["flops"] - live["stages"]["reference"]["flops"]) / (12 * 128 * LENGTH)
     plain = new["stages"]["reference"]["flops"]
     seeds = [new["stages"][f"proxy/round-1/seed-{seed}"] for seed in (0, 1)]
     computed = [(seed["flops"] - plain) / (F * LENGTH) for seed in seeds]  # sequences
     sizes = [domain["training_sequences"] for domain in new["domains"].values()]
-    reads = [min(1, 400 / size) for size in sizes]
+    reads = [min(1, domain["proxy_epochs"]) for domain in new["domains"].values()]
     assert computed[0] == pytest.approx(sum(size * part for size, part in zip(sizes, reads, strict=True)))
     assert computed[1] == pytest.approx(sum(n * part * (1 - part) for n, part in zip(sizes, reads, strict=True)))
     assert new["reference_losses"]["missing"] == new["reference_losses"]["sequences"] == round(sum(computed))
@@ -391,8 +393,7 @@ def test_the_plan_counts_every_loss_that_is_missing_once(fresh: list[str], tmp_p
         stage = there["stages"][f"proxy/round-1/seed-{seed}"]
         assert stage["flops"] == pytest.approx(plain) and stage["memory"]["reference"] == 0
     assert there["accumulation"]["exact_over_lagged"] == 1
-    other = planned(*fresh, CACHED, f"run_dir={tmp_path / 'other'}", "training.steps=150", "evaluation.every=150",
-                    "proxy.step_size=0.1")  # fmt: skip
+    other = planned(*fresh, CACHED, f"run_dir={tmp_path / 'other'}", "training.batch_size=128", "proxy.step_size=0.1")
     assert other["reference_losses"]["missing"] == 0
 
 
