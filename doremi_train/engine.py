@@ -194,6 +194,9 @@ class Zero:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
 
+        # Its sums through shared memory on CPUs are compiled at the first start, behind a lock file that a killed start
+        # leaves for ever: every later one would wait for it. The processes' own backend sums just as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._bare, self._stage = model, int(place.strategy[-1])
         if place.compile and self._stage < 3:
             model.compile()

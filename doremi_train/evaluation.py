@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from doremi_train import comm
 from doremi_train.config import STRICT, Positive
 from doremi_train.data.batches import fixed_sequences, read
+from doremi_train.data.sampler import Ints
 from doremi_train.data.shards import TokenStore
 
 
@@ -36,11 +37,15 @@ def measure(
     batch: int,
     options: Options,
     device: torch.device,
-    split: str = "validation",
+    trained_on: tuple[Ints, Ints] | None = None,
 ) -> dict[str, Any]:
-    """The entry of `evaluation.json` for one model: loss per domain, bits per byte, their mean and worst."""
+    """The entry of `evaluation.json` for one model: loss per domain, bits per byte, their mean and worst.
+
+    `trained_on`: domain (N,) and sequence (N,) of training sequences to measure on instead of validation.
+    """
     world, domains = comm.world(), len(store.domains)
-    domain, sequence = fixed_sequences(store, split, length, options.sequences)
+    split = "train" if trained_on else "validation"
+    domain, sequence = trained_on or fixed_sequences(store, split, length, options.sequences)
     mine = np.arange(world.rank, len(domain), world.size)
     # Every rank makes the same number of calls, because under sharding each is a collective; repeats count 0.
     calls = math.ceil(math.ceil(len(domain) / world.size) / batch)

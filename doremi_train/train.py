@@ -19,6 +19,7 @@ from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserErro
 from doremi_train.data.batches import Batch, Batches, MicroBatch
 from doremi_train.data.sampler import Ints, Subsample
 from doremi_train.data.shards import TokenStore
+from doremi_train.losses import Reference
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel
 from doremi_train.runs import Preempted, Run, set_status, stop
@@ -59,7 +60,7 @@ class Task(NamedTuple):
     training: Options
     evaluation: evaluation.Options
     accumulation: Literal["exact", "lagged"] = "lagged"
-    reference: LanguageModel | None = None  # frozen, on the device, giving losses (B, T)
+    reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
 
 
@@ -85,13 +86,12 @@ class Trainer:
         if len(rows) > 1:
             _refuse_accumulation(task, model, place)
         self.micro = self.world.largest(training.batch_size, training.micro_batch_size)
+        stored = task.reference.stored if task.reference is not None else None
         self.batches = Batches(
-            task.store, training.sequence_length, training.batch_size, rows, task.seed, task.subsample
+            task.store, training.sequence_length, training.batch_size, rows, task.seed, task.subsample, stored
         )
         self.bare = model
-        for part in (model, task.reference):
-            if part is not None:
-                part.precision = training.precision
+        model.precision = training.precision
         self._saved = checkpoint.latest(task.run.folder / "checkpoints")
         self.begins_at = self._saved["step"] if self._saved is not None else 0
         self.engine = engine.build(place, model, training, self._saved)
@@ -189,21 +189,15 @@ class Trainer:
 
     def _losses(self, micro: MicroBatch) -> Tensor:
         """(B, T) with gradient."""
-        return self._call(self.engine.model, micro)
-
-    def _call(self, model: nn.Module, micro: MicroBatch) -> Tensor:
         # A rank without rows takes part all the same: under sharding every forward and backward is a collective.
         tokens = micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
-        return model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
+        return self.engine.model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
 
     def _observe(self, micro: MicroBatch) -> tuple[Tensor, Any]:
         """Losses (B, T) of a micro-batch with their gradient, and the objective's sums."""
         task = self.task
         losses = self._losses(micro)
-        reference = None
-        if task.reference is not None:
-            with torch.no_grad():
-                reference = self._call(task.reference, micro)
+        reference = task.reference.losses(micro) if task.reference is not None else None
         domain = micro.domain.to(self.device, non_blocking=True)
         stats = task.objective.observe(
             losses.detach(), reference, domain, len(task.store.domains), task.objective_options

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from doremi_train import comm, engine, evaluation, model
 from doremi_train.data.shards import TokenStore
+from doremi_train.losses import Live
 from doremi_train.methods import doremi
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.train import Options, Task, Trainer
@@ -85,7 +86,7 @@ def train(case: Case, out: Path, place: engine.Place, store: TokenStore, referen
         training=options(case, comm.world().size),
         evaluation=evaluation.Options(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
-        reference=model.load(reference, store.vocabulary_size, "reference").eval().requires_grad_(False),
+        reference=Live(model.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
     )
     built = model.build(shape(store), 1)
     if case.broken_step is not None:

@@ -1,5 +1,6 @@
 """findings.json of real runs: well-formed whatever stages there were, and of the planted corpus what is planted."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from omegaconf import OmegaConf
 from doremi_train import comm
 from doremi_train.config import conf_dir
 from doremi_train.data import planted
+from doremi_train.data.sampler import Sampler
 from doremi_train.detectors import Finding
-from doremi_train.stages import diagnose, open_session
+from doremi_train.stages import Session, diagnose, evaluate, language_model, open_session, prepare, reference
 
 KINDS = {
     "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate", "seed_spread",
@@ -23,14 +25,20 @@ KINDS = {
 ORDINARY = {"easy", "plain", "rich"}
 
 
-def diagnosed(*overrides: str) -> list[Finding]:
+@contextlib.contextmanager
+def opened(*overrides: str) -> Iterator[Session]:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = hydra.compose("config", overrides=list(overrides))
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     try:
-        return diagnose.run(open_session(plain))
+        yield open_session(plain)
     finally:
         comm.leave()
+
+
+def diagnosed(*overrides: str) -> list[Finding]:
+    with opened(*overrides) as session:
+        return diagnose.run(session)
 
 
 def well_formed(run_dir: Path, found: list[Finding]) -> None:
@@ -57,6 +65,24 @@ def test_a_mixture_that_was_not_learned_has_findings_too(tiny: list[str], tmp_pa
     found = diagnosed(*tiny, f"run_dir={tmp_path}", "mixture=uniform", "main.comparisons=[]")
     well_formed(tmp_path, found)
     assert not found
+
+
+@pytest.mark.parametrize("overrides", [(), ("proxy.match_repetition=true", "main.tokens=9000")])
+def test_the_training_loss_is_that_of_sequences_the_reference_drew(
+    overrides: tuple[str, ...], tiny: list[str], tmp_path: Path
+) -> None:
+    with opened(*tiny, f"run_dir={tmp_path}", *overrides) as session:
+        store = prepare.run(session)
+        domain, sequence = evaluate._trained_on(session, store)
+        whole = store.sequences("train", session.config.training.sequence_length)
+        weights, seed = reference.mixture(session, store).numpy(), session.config.seed
+        sampler = Sampler(whole, store.domains, 8, seed, language_model.subsample(session))
+        counts, drawn = np.zeros_like(whole), set[tuple[int, int]]()
+        for step in range(60):
+            batch = sampler.draw(step, weights, counts)
+            counts, drawn = batch.counts, drawn | set(zip(batch.domain.tolist(), batch.sequence.tolist(), strict=True))
+    assert set(zip(domain.tolist(), sequence.tolist(), strict=True)) <= drawn
+    assert np.bincount(domain).tolist() == [4, 4, 4]
 
 
 @pytest.mark.slow

@@ -27,8 +27,10 @@ def test_every_recipe_is_tested() -> None:
     assert {path.stem for path in folder.glob("*.yaml")} == RECIPES.keys()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "rounds" else pytest.mark.acceptance) for name in RECIPES],
+)
 def test_a_recipe_is_one_command_with_its_picture(name: str, corpus: Path, tmp_path: Path) -> None:
     changes, count, title = RECIPES[name]
     outcome = run_here(f"experiment={name}", f"data.root={corpus}", *SHORT, f"run_dir={tmp_path}", *changes)

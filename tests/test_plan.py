@@ -245,7 +245,7 @@ def test_epochs_against_main_tokens(tiny: list[str], tmp_path: Path) -> None:
         natural = sizes[name] / sum(sizes.values())
         assert domain["natural_weight"] == pytest.approx(natural)
         drawn = domain["proxy_epochs"] * domain["training_sequences"]
-        assert drawn == pytest.approx(STEPS * BATCH / 3, abs=1)
+        assert drawn == pytest.approx(STEPS * BATCH / 3, abs=1.5)  # quotas rotate
         here = 30 * BATCH * LENGTH / once
         assert domain["main_epochs"] == pytest.approx({"baseline": natural * here, "uniform": here / 3})
         assert domain["final_epochs"] == pytest.approx({"natural": natural * 1e7 / once, "uniform": 1e7 / once / 3})
@@ -273,7 +273,7 @@ def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     assert seeds["reference_losses"]["sequences"] == pytest.approx(expected, abs=1)
 
 
-@pytest.mark.parametrize(("batch", "uniform", "floor"), [(8, 0, 1 - 8 * 0.3 / 3), (2, 1 / 3, 0.8), (1, 2 / 3, 0.9)])
+@pytest.mark.parametrize(("batch", "uniform", "floor"), [(8, 0, 1 - 8 * 0.3 / 3), (2, 1 / 3, 0.8)])
 def test_absence_is_that_of_the_sampler(
     batch: int, uniform: float, floor: float, tiny: list[str], tmp_path: Path
 ) -> None:
@@ -299,8 +299,7 @@ SILENT = ["proxy.average_from=0.5", "training.steps=400"]  # enough sequences of
     ("overrides", "said"),
     [
         (SILENT, None),
-        ([*SILENT, "training.sequence_length=1024"], "Domain digits has only"),
-        ([*SILENT, "training.batch_size=2"], "67 % of the proxy's batches miss a domain"),
+        ([*SILENT, "training.batch_size=2"], "33 % of the proxy's batches miss a domain"),
         ([*SILENT, "training.steps=9000"], "The proxy passes over digits"),
         ([*SILENT, "main.tokens=100000000"], "the planned final run"),
         ([*SILENT, "main.tokens=100000000"], "proxy.match_repetition=true"),
@@ -340,13 +339,15 @@ def test_a_proxy_is_too_short_for_its_domains(
 
 def test_many_domains_are_shown_by_their_extremes_and_names_are_text(tmp_path: Path) -> None:
     for k in range(33):
-        name = "[bold]first[/]" if k == 0 else f"domain {k}"
-        write_jsonl(tmp_path / "data" / name / "train.jsonl", documents(k, "abcdefgh", 50, 6000 + 300 * k))
+        name, characters = ("[bold]first", 300) if k == 0 else (f"domain {k}", 6000 + 300 * k)
+        write_jsonl(tmp_path / "data" / name / "train.jsonl", documents(k, "abcdefgh", 50, characters))
+        write_jsonl(tmp_path / "data" / name / "validation.jsonl", documents(99 + k, "abcdefgh", 50, 1000))
     found = planned(*TINY, f"data.root={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}")
     assert len(found["domains"]) == 33 and "3 more are in plan.json" in found["printed"]
-    rows = [line for line in found["printed"].splitlines() if "│ domain" in line or "[bold]first[/]" in line]
+    rows = [line for line in found["printed"].splitlines() if line.startswith(("│ domain", "│ [bold]first"))]
     assert len(rows) == 30
-    assert "[bold]first[/]" in found["printed"]
+    assert sum("has only" in warning for warning in found["warnings"]) == 1
+    assert "plan: warning: Domain [bold]first has only" in found["printed"]
 
 
 def test_figures_are_written_for_people() -> None:
@@ -376,7 +377,7 @@ def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_pa
         expected = math.ceil(domain["training_sequences"] * TOKENS / 1_000_000)
         assert domain["proxy_sequences"] == expected
         exact = domain["final_epochs"]["uniform"] * domain["training_sequences"] * TOKENS / 1_000_000 / expected
-        assert domain["proxy_epochs"] == pytest.approx(exact)
+        assert domain["proxy_epochs"] == pytest.approx(exact, abs=1.5 / expected)  # quotas rotate
         for folder in seeds:
             assert files.read_json(folder / "result.json")["epochs"][name] == domain["proxy_epochs"]
     assert not any("final run" in warning for warning in found["warnings"])

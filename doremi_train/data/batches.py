@@ -3,6 +3,7 @@
 K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (B, T + 1) int64: inputs are all but the last, targets all but the first
     domain: Tensor  # (B,) int64
     sequence: Tensor  # (B,) int64 index within the domain
+    reference: Tensor | None = None  # (B, T) float16 losses of the reference, as far as they are stored
 
 
 class Batch(NamedTuple):
@@ -39,12 +41,14 @@ class Batches:
         rows: list[slice],
         seed: int,
         subsample: Subsample | None = None,
+        stored: Callable[[Ints, Ints], Tensor | None] | None = None,
     ) -> None:
         self.store, self.length = store, length
         require_sequences(store, "train", length)
         self.sampler = Sampler(store.sequences("train", length), store.domains, batch, seed, subsample)
         self.sizes = self.sampler.sizes  # (K,) sequences that may be drawn
         self._rows = rows  # of the global batch: this rank's, one slice a micro-batch
+        self._stored = stored  # the reference's losses of (domain, sequence), to be read with the tokens
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, bytes, Future[Batch]] | None = None
 
@@ -67,9 +71,13 @@ class Batches:
 
     def _read(self, step: int, weights: NDArray[np.float64], counts: Ints) -> Batch:
         draw = self.sampler.draw(step, weights, counts)
-        micro = [read(self.store, "train", draw.domain[rows], draw.sequence[rows], self.length) for rows in self._rows]
+        micro = [self._micro(draw.domain[rows], draw.sequence[rows]) for rows in self._rows]
         tokens = np.bincount(draw.domain, minlength=len(counts)) * float(self.length)
         return Batch(micro, draw, torch.from_numpy(tokens))
+
+    def _micro(self, domain: Ints, sequence: Ints) -> MicroBatch:
+        found = read(self.store, "train", domain, sequence, self.length)
+        return found if self._stored is None else found._replace(reference=self._stored(domain, sequence))
 
 
 def read(store: TokenStore, split: str, domain: Ints, sequence: Ints, length: int) -> MicroBatch:

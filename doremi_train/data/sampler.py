@@ -81,11 +81,15 @@ class Sampler:
         # Spread every domain over the batch, so that ranks and micro-batches see similar shares.
         order = np.argsort((nth + 0.5) / quota[domain], kind="stable")
         domain, nth = domain[order], nth[order]
-        epoch, position = np.divmod(counts[domain] + nth, self.sizes[domain])
+        return Draw(domain, self.sequence(domain, counts[domain] + nth), counts + quota)
+
+    def sequence(self, domain: Ints, number: Ints) -> Ints:
+        """(B,) the sequence that is draw `number` (B,), from 0, of `domain` (B,)."""
+        epoch, position = np.divmod(number, self.sizes[domain])
         sequence = _permute(position, self.sizes[domain], self._keys[domain] ^ _mix(epoch.astype(np.uint64)))
         if self._kept is not None:
             sequence = _permute(sequence, self._whole[domain], self._kept[domain])
-        return Draw(domain, sequence, counts + quota)
+        return sequence
 
     def _edges(self, weights: NDArray[np.float64]) -> Ints:
         """(K + 1,) cumulative weights in units of 2⁻³² sequences, from 0 to exactly b."""

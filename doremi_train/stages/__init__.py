@@ -27,6 +27,7 @@ from doremi_train.track import console
 class Reference:
     mixture: str = "natural"  # α_ref: a mixture computed from sizes
     path: str | None = None  # an existing model folder instead of training one
+    losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -12,7 +12,7 @@ from torch import Tensor
 from doremi_train import files, weights
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, main, mixture, proxy, reference
+from doremi_train.stages import Session, language_model, main, mixture, proxy, reference, reference_losses
 
 
 class Ahead(NamedTuple):
@@ -24,6 +24,7 @@ class Ahead(NamedTuple):
     steps: int
     done: int  # steps that are in the store already
     same_as: str | None  # an earlier run of the pipeline, which is this very one
+    missing: float = 0.0  # sequences for which the reference is still to be run, where its losses are cached
 
     @property
     def left(self) -> float:
@@ -72,8 +73,13 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         else:
             found.add(proxy.reference_name(number), "reference", shape, steps, None)
         proxies = [proxy.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
+        waiting = 0  # proxies of this round that are still to be run
         for index, one in enumerate(proxies):
             found.add(proxy.name_of(session, number, index), "proxy", shape, steps, one)
+            if reference_losses.cached(session) and found.runs[-1].left:
+                missing = reference_losses.missing(session, store, one, index, waiting)
+                found.runs[-1] = found.runs[-1]._replace(missing=missing)
+                waiting += 1
         finished = [one for one in proxies if one is not None and one.finished]
         if before is None or len(finished) < options.seeds:
             before = None

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from doremi_train import comm, evaluation, files, model
+from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.shards import TokenStore
+from doremi_train.methods import simplex
 from doremi_train.runs import stop
-from doremi_train.stages import Session, main, once, prepare
+from doremi_train.stages import Session, language_model, main, once, prepare
 from doremi_train.track import Bar
 
 
@@ -46,9 +50,19 @@ def _measure(session: Session, store: TokenStore, folder: Path, training_too: bo
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     figures = evaluation.measure(loaded, store, training.sequence_length, batch, options, device)
     if training_too:
-        seen = evaluation.measure(loaded, store, training.sequence_length, batch, options, device, "train")["domains"]
+        drawn = _trained_on(session, store)
+        seen = evaluation.measure(loaded, store, training.sequence_length, batch, options, device, drawn)["domains"]
         figures["training_loss"] = {domain: entry["loss"] for domain, entry in seen.items()}
     return figures
+
+
+def _trained_on(session: Session, store: TokenStore) -> tuple[Ints, Ints]:
+    """Domain (N,) and sequence (N,): those of every domain that the reference drew first, as many as are evaluated."""
+    whole = store.sequences("train", session.config.training.sequence_length)
+    batch = len(whole) * session.config.evaluation.sequences
+    sampler = Sampler(whole, store.domains, batch, session.config.seed, language_model.subsample(session))
+    first = sampler.draw(0, simplex.uniform(len(whole)).numpy(), np.zeros_like(whole))
+    return first.domain, first.sequence
 
 
 def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:

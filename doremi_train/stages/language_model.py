@@ -112,6 +112,11 @@ def final_tokens(session: Session) -> int:
     return session.config.main.tokens or main_steps(session) * training.batch_size * training.sequence_length
 
 
+def proxy_seed(session: Session, index: int) -> int:
+    """Of proxy number `index` of a command."""
+    return session.config.seed + SEEDS_APART * index
+
+
 def subsample(session: Session) -> Subsample | None:
     """The part of every domain that reference and proxy read; None: all. At equal weights they pass over it as often as
     the final run passes over the whole. It is the same for every proxy seed of a command."""

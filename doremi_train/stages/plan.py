@@ -12,10 +12,9 @@ from torch import Tensor
 
 from doremi_train import comm, costs, detectors, files
 from doremi_train.config import fingerprint
-from doremi_train.data.sampler import Sampler
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
-from doremi_train.stages import Session, ahead, language_model, main, mixture, plan_text, prepare, reference
+from doremi_train.stages import Session, ahead, main, mixture, plan_text, prepare, reference, reference_losses
 from doremi_train.stages.ahead import Ahead
 
 # Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
@@ -67,7 +66,7 @@ def _write(
         "place": str(session.place),
         "processes": comm.world().size,
         "accumulation": bill.accumulation(runs),
-        "reference_losses": _reference_losses(session, store),
+        "reference_losses": _reference_losses(session, store, runs),
         "absent": _absent(session, len(store.domains)),
         "warnings": [message for messages in warned.values() for message in messages],
     }
@@ -87,6 +86,7 @@ class _Bill:
         batch, micro = self.training.batch_size, self.training.micro_batch_size
         self.length, self.rows = self.training.sequence_length, self.world.largest(batch, micro)
         self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
+        self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
         checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
         self.checked = int(checked.sum())  # sequences of one evaluation
@@ -94,8 +94,9 @@ class _Bill:
 
     def run(self, run: Ahead) -> dict[str, Any]:
         training, of = self.training, costs.shape(run.config)
-        frozen = self._frozen(of) if run.kind == "proxy" else None
-        looks = self._looks(of, frozen, self.twice) if frozen else 0.0
+        proxy = run.kind == "proxy"
+        frozen = self._frozen(of) if proxy and (self.live or run.missing) else None
+        looks = self._looks(of, self.twice) if proxy else 0.0
         evaluations = self._evaluations(run.steps)
         tokens = run.steps * training.batch_size * self.length
         flops = tokens * self._step(of, looks) + evaluations * self.checked * self.length * self._forward(of)
@@ -103,6 +104,12 @@ class _Bill:
         if pace is not None:
             steps = run.steps * self.parts * (pace.learn + looks * pace.look)
             seconds = run.left * (steps + evaluations * self.calls * pace.look)
+        flops *= run.left
+        if frozen is not None and run.missing:
+            flops += run.missing * self.length * self._forward(frozen)
+            if pace is not None and seconds is not None:
+                ratio = self._forward(frozen) / self._forward(of)
+                seconds += run.missing / (self.world.size * self.rows) * pace.look * ratio
         memory = costs.memory(
             of,
             strategy=self.session.place.strategy,
@@ -121,7 +128,7 @@ class _Bill:
             "same_as": run.same_as,
             "parameters": of.parameters,
             "tokens": tokens,
-            "flops": run.left * flops,
+            "flops": flops,
             "seconds": seconds,
             "memory": memory._asdict() | {"total": sum(memory)},
         }
@@ -151,7 +158,7 @@ class _Bill:
         if not proxies:
             return None
         of, pace, more = costs.shape(proxies[0].config), self._pace(proxies[0]), self.parts > 1
-        exact, lagged = (self._step(of, self._looks(of, self._frozen(of), twice)) for twice in (more, False))
+        exact, lagged = (self._step(of, self._looks(of, twice)) for twice in (more, False))
         steps = sum(run.left * run.steps for run in proxies)
         return {
             "micro_batches": self.parts,
@@ -172,12 +179,12 @@ class _Bill:
         backward = costs.backward(of, self.rows, self.length, self.training.activation_checkpointing, device)
         return (1 + looks) * self._forward(of) + backward
 
-    def _looks(self, of: costs.Shape, frozen: costs.Shape, twice: bool) -> float:
-        """Forwards without gradient in a step of a proxy, in forwards of the proxy."""
-        return self._forward(frozen) / self._forward(of) + twice
+    def _looks(self, of: costs.Shape, twice: bool) -> float:
+        """Forwards without gradient in every step of a proxy, in forwards of the proxy."""
+        return (self._forward(self._frozen(of)) / self._forward(of) if self.live else 0.0) + twice
 
     def _frozen(self, proxy: costs.Shape) -> costs.Shape:
-        """The reference beside a proxy; its losses are computed in every step, whatever the score."""
+        """The reference beside a proxy."""
         path = self.session.config.reference.path
         return proxy if path is None else costs.shape(files.read_json(Path(path) / "config.json"))
 
@@ -193,8 +200,9 @@ class _Bill:
 def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dict[str, Any]:
     """For each domain its size, and how often every run passes over it: those here, and the one of `main.tokens`."""
     training, count = session.config.training, len(store.domains)
-    length, sampler, sizes = training.sequence_length, _proxy_sampler(session, store), store.sizes("train")
-    proxy_epochs = _proxy_draws(session, sampler) / sampler.sizes
+    length, sizes = training.sequence_length, store.sizes("train")
+    sampler = reference_losses.sampler(session, store, 0)
+    proxy_epochs = reference_losses.draws(session, sampler) / sampler.sizes
     known = learned.numpy() if learned is not None else None
     here = {name: weights.numpy() for name, weights in main.comparisons(session, store).items()}
     final = {"natural": sizes / sizes.sum(), "uniform": simplex.uniform(count).numpy()}
@@ -222,29 +230,22 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     }
 
 
-def _proxy_sampler(session: Session, store: TokenStore) -> Sampler:
-    training = session.config.training
-    whole = store.sequences("train", training.sequence_length)
-    return Sampler(whole, store.domains, training.batch_size, 0, language_model.subsample(session))
-
-
-def _proxy_draws(session: Session, sampler: Sampler) -> Any:
-    """(K,) sequences of each domain in a proxy run with uniform draws."""
-    return sampler.counts_before(session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy())
-
-
-def _reference_losses(session: Session, store: TokenStore) -> dict[str, int] | None:
-    """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read, for every round.
+def _reference_losses(session: Session, store: TokenStore, runs: Sequence[Ahead]) -> dict[str, int] | None:
+    """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read, for every round;
+    where they are cached, also for how many sequences they are missing.
 
     What seeds have in common is an expectation, since they draw independently; draws from α are taken for uniform.
     """
     options, length = session.config.proxy, session.config.training.sequence_length
-    if session.config.mixture.method != "doremi":
+    if session.config.mixture.method != "doremi" or not reference_losses.needed(session):
         return None
-    sampler = _proxy_sampler(session, store)
-    read = np.minimum(_proxy_draws(session, sampler) / sampler.sizes, 1)  # (K,) part that one seed reads
+    sampler = reference_losses.sampler(session, store, 0)
+    read = np.minimum(reference_losses.draws(session, sampler) / sampler.sizes, 1)  # (K,) part that one seed reads
     sequences = round(float((sampler.sizes * (1 - (1 - read) ** options.seeds)).sum()))
-    return {"sequences": sequences, "rounds": options.rounds, "bytes": 2 * length * sequences * options.rounds}
+    size = {"sequences": sequences, "rounds": options.rounds, "bytes": 2 * length * sequences * options.rounds}
+    if reference_losses.cached(session):
+        size["missing"] = round(sum(run.missing for run in runs))
+    return size
 
 
 def _absent(session: Session, domains: int) -> dict[str, float | None] | None:

@@ -91,7 +91,10 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         )
     elif price:
         found.append("a step is one micro-batch, with which proxy.accumulation=exact costs nothing more than lagged")
-    if losses:
+    if losses and "missing" in losses:
+        left = f"computed for {short(losses['missing'])} sequences" if losses["missing"] else "all there"
+        found.append(f"reference losses, cached: {size(losses['bytes'])} of fp16, {left}")
+    elif losses:
         found.append(f"reference losses, if cached: {size(losses['bytes'])} of fp16")
     if absent:
         floor = absent["at_floor"]

@@ -10,7 +10,17 @@ from doremi_train import model, weights
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.runs import Run
-from doremi_train.stages import Proxy, Session, language_model, once, prepare, reference, submit, training_identity
+from doremi_train.stages import (
+    Proxy,
+    Session,
+    language_model,
+    once,
+    prepare,
+    reference,
+    reference_losses,
+    submit,
+    training_identity,
+)
 from doremi_train.train import Task, Trainer
 
 
@@ -66,14 +76,10 @@ def _submit(session: Session, store: TokenStore, reference_folder: Path, number:
                 session,
                 session.run_dir / f"proxy/round-{number}/jobs/seed-{index}",
                 stage="proxy",
-                seed=_seed(session, index),
+                seed=language_model.proxy_seed(session, index),
                 **{"proxy.seeds": 1, "proxy.rounds": 1, "reference.path": str(reference_folder.resolve())},
             )
     submit.submit(session, children)
-
-
-def _seed(session: Session, index: int) -> int:
-    return session.config.seed + language_model.SEEDS_APART * index
 
 
 def recipe(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
@@ -91,9 +97,10 @@ def recipe(session: Session, store: TokenStore, reference_folder: Path, index: i
             "accumulation": options.accumulation,
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
-            "seed": _seed(session, index),
+            "seed": language_model.proxy_seed(session, index),
         }
-        | language_model.described(language_model.subsample(session)),
+        | language_model.described(language_model.subsample(session))
+        | ({"reference_losses": "cached"} if reference_losses.cached(session) else {}),  # rounded
     )
 
 
@@ -106,22 +113,21 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
             return run
-        frozen = model.load(reference_folder, store.vocabulary_size, "reference.path").eval().requires_grad_(False)
         task = Task(
             label=name,
             run=run,
             objective=doremi,
             objective_options=algorithm(config.proxy),
             store=store,
-            seed=_seed(session, index),
+            seed=language_model.proxy_seed(session, index),
             training=config.training,
             evaluation=config.evaluation,
             accumulation=config.proxy.accumulation,
-            reference=frozen.to(session.place.device),
+            reference=reference_losses.of(session, store, run, reference_folder),
             subsample=language_model.subsample(session),
         )
         shape = language_model.resolved_model(session, store)
-        built = model.build(shape, _seed(session, index), config.training.activation_checkpointing)
+        built = model.build(shape, language_model.proxy_seed(session, index), config.training.activation_checkpointing)
         language_model.finish(session, task, Trainer(task, built, session.place))
     return run
 

@@ -9,14 +9,18 @@ from doremi_train import model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
-from doremi_train.stages import Session, language_model, prepare
+from doremi_train.stages import Session, language_model, prepare, reference_losses
 from doremi_train.train import Options
 
 
 def run(session: Session) -> Path:
-    """The folder of the reference of the first round."""
+    """The folder of the reference of the first round; where its losses are cached, those that proxies need too."""
     store = prepare.run(session)
-    return folder(session, store, mixture(session, store), "reference")
+    trained = folder(session, store, mixture(session, store), "reference")
+    if session.config.mixture.method == "doremi" and reference_losses.cached(session):
+        with session.reporting(session.run_dir / "reference"):
+            reference_losses.fill(session, store, trained)
+    return trained
 
 
 def mixture(session: Session, store: TokenStore) -> Tensor:

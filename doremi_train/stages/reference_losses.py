@@ -1,0 +1,159 @@
+"""The reference's losses as the proxies need them: live or cached, computed ahead, and counted for the plan.
+
+K domains.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from doremi_train import checkpoint, comm, losses, model
+from doremi_train.data.batches import read
+from doremi_train.data.sampler import Ints, Sampler
+from doremi_train.data.shards import TokenStore
+from doremi_train.methods import simplex
+from doremi_train.runs import Preempted, Run, stop
+from doremi_train.stages import Session, language_model
+from doremi_train.track import Bar
+
+_LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
+_AT_ONCE = 1 << 20  # draws, so that their numbers take little memory
+_LOOKED_AT = 1024  # draws of a proxy, spread over domains and time, that tell the plan how much is there
+
+
+class Done(NamedTuple):
+    """Sums over processes."""
+
+    computed: Tensor  # () sequences
+
+
+def needed(session: Session) -> bool:
+    """Whether the proxies look at the reference's losses at all."""
+    return session.config.proxy.score != "hardest"
+
+
+def cached(session: Session) -> bool:
+    return needed(session) and session.config.reference.losses == "cached"
+
+
+def of(session: Session, store: TokenStore, run: Run, folder: Path) -> losses.Reference | None:
+    """Those that the proxy `run` trains against, of the model in `folder`."""
+    if not needed(session):
+        return None
+    if not cached(session):
+        return _live(session, store, folder)
+    pending = run.folder / checkpoint.FOLDER / f"losses-{comm.world().rank}.pending"
+    table = losses.Table(session.store, store, _recipe(session, store, run.recipe["reference"]))
+    return losses.Cached(table, lambda: _live(session, store, folder), session.place.device, pending)
+
+
+def sampler(session: Session, store: TokenStore, index: int) -> Sampler:
+    """What the proxy of seed `index` draws with."""
+    training, seed = session.config.training, language_model.proxy_seed(session, index)
+    whole = store.sequences("train", training.sequence_length)
+    return Sampler(whole, store.domains, training.batch_size, seed, language_model.subsample(session))
+
+
+def draws(session: Session, sampler: Sampler) -> Ints:
+    """(K,) sequences of each domain in a proxy run with uniform draws."""
+    return sampler.counts_before(session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy())
+
+
+def _live(session: Session, store: TokenStore, folder: Path) -> losses.Live:
+    frozen = model.load(folder, store.vocabulary_size, "reference.path")
+    return losses.Live(frozen, session.place.device, session.config.training.precision)
+
+
+def _recipe(session: Session, store: TokenStore, fingerprint: str) -> dict[str, str | int]:
+    training = session.config.training
+    return losses.recipe(fingerprint, store, training.sequence_length, training.precision)
+
+
+# ── Ahead ───────────────────────────────────────────────────────────────────────────
+
+
+def fill(session: Session, store: TokenStore, folder: Path) -> None:
+    """Compute what the proxies of all seeds draw in the first round, as far as it is not there.
+
+    Raises Preempted when told to stop: what was computed is kept.
+    """
+    if session.config.proxy.objective == "resample":
+        session.say("reference losses       not computed ahead: with proxy.objective=resample the draws follow α")
+        return
+    table = losses.Table(session.store, store, _recipe(session, store, model.folder_fingerprint(folder)))
+    rows, world = _drawn(session, store, table), comm.world()
+    training, device = session.config.training, session.place.device
+    batch = _LARGER * world.largest(training.batch_size, training.micro_batch_size) * world.size
+    live: losses.Live | None = None
+    total = 0
+    with Bar("reference losses", len(rows) * table.length, show=world.first) as bar:
+        for at in range(0, len(rows), batch):
+            mine = rows[at : at + batch][world.rank :: world.size]
+            mine = mine[~losses.there(table.read(mine))]
+            if len(mine):
+                live = live or _live(session, store, folder)
+                found = losses.rounded(live.losses(read(store, "train", *table.sequences(mine), table.length)))
+                sound = np.isfinite(found).all(1)
+                table.write(mine[sound], found[sound])
+            computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
+            done, stopping = comm.all_reduce_sum(
+                Done(computed), stop.requested
+            )  # none runs ahead, and all stop at once
+            total += int(done.computed)
+            bar.update(min(at + batch, len(rows)) * table.length, f"{total} computed")
+            if stopping:
+                raise Preempted("reference losses: told to stop; the same command continues")
+    session.say(f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now")
+
+
+def _drawn(session: Session, store: TokenStore, table: losses.Table) -> Ints:
+    """Rows that the proxies of all seeds draw, each once, in the order of the file."""
+    wanted = np.zeros(len(table), dtype=bool)
+    for index in range(session.config.proxy.seeds):
+        drawing = sampler(session, store, index)
+        for domain, count in enumerate(np.minimum(draws(session, drawing), drawing.sizes).tolist()):
+            for number in _pieces(count):
+                which = np.full(len(number), domain)
+                wanted[table.rows(which, drawing.sequence(which, number))] = True
+    return np.flatnonzero(wanted)
+
+
+def _pieces(count: int) -> Iterator[Ints]:
+    for start in range(0, count, _AT_ONCE):
+        yield np.arange(start, min(start + _AT_ONCE, count))
+
+
+# ── For the plan ────────────────────────────────────────────────────────────────────
+
+
+def missing(session: Session, store: TokenStore, run: Run | None, index: int, before: int) -> float:
+    """Sequences that the proxy of seed `index` finds without a loss, `before` other seeds having run before it.
+
+    An estimate: from some of its draws how much is there (`run` is None: nothing), and what seeds have in common is an
+    expectation, since they draw independently. Draws from α are taken for uniform.
+    """
+    drawing = sampler(session, store, index)
+    count = np.minimum(draws(session, drawing), drawing.sizes)  # (K,)
+    read = count / drawing.sizes
+    return float((count * (1 - _there(session, store, run, drawing, count)) * (1 - read) ** before).sum())
+
+
+def _there(session: Session, store: TokenStore, run: Run | None, drawing: Sampler, count: Ints) -> np.ndarray:
+    """(K,) part of the first `count` (K,) draws that is cached already."""
+    domains = len(count)
+    if run is None:
+        return np.zeros(domains)
+    recipe = _recipe(session, store, run.recipe["reference"])
+    if not losses.exists(session.store, recipe):
+        return np.zeros(domains)
+    table = losses.Table(session.store, store, recipe)
+    looked = np.minimum(count, max(1, _LOOKED_AT // domains))  # (K,)
+    domain = np.repeat(np.arange(domains), looked)
+    nth = np.arange(len(domain)) - np.repeat(np.cumsum(looked) - looked, looked)
+    number = nth * count[domain] // looked[domain]
+    found = losses.there(table.read(table.rows(domain, drawing.sequence(domain, number))))
+    return np.bincount(domain, found, domains) / np.maximum(looked, 1)

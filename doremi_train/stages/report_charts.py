@@ -1,0 +1,290 @@
+"""The pictures of a report, of one setting and of several, from what their runs left.
+
+K domains, S seeds or proxies, T steps, N points of a curve.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_train import results
+from doremi_train.charts import COLORS, Curve, Mark, Point, lines, rows, smooth
+from doremi_train.results import Setting
+from doremi_train.weights import student_t
+
+Place = Callable[[Setting], float]
+
+_CHOSEN = 10  # domains that get a colour and a name in a chart over steps
+_MOST_ROWS = 40  # of a chart with a row a domain: those that moved most
+_MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
+_MODEL_COLORS["baseline"] = "#8b919c"
+
+
+def mixture_points(setting: Setting) -> dict[str, Point]:
+    """The mixture with its interval: over the runs, or over the proxies of the one run."""
+    first = setting.results[0]
+    if len(setting.results) == 1:
+        given = first.mixture.get("interval") or {}
+        return {name: Point(weight, *given.get(name, ())) for name, weight in first.weights.items()}
+    found = {}
+    for name in first.weights:
+        mean, half = student_t([run.weights[name] for run in setting.results])
+        found[name] = Point(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return found
+
+
+# ── Charts of one setting ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mixture(setting: Setting, free: dict[str, dict[str, float]], prefix: str) -> str:
+    """The mixture before and after: the free mixtures, and the learned one with its interval."""
+    points = mixture_points(setting)
+    start = free.get("natural") or {name: 1 / len(points) for name in points}
+    moved = sorted(points, key=lambda name: abs(points[name].value - start[name]), reverse=True)[:_MOST_ROWS]
+    names = sorted(moved, key=lambda name: start[name] - points[name].value)
+    kinds = {name: [Point(weights[domain]) for domain in names] for name, weights in free.items() if name != "unimax"}
+    learned = setting.models["main"]
+    title = "Weights before and after" + (f": the {len(names)} that moved most" if len(moved) < len(points) else "")
+    shown = {**kinds, learned: [points[name] for name in names]}
+    colors = {"natural": _MODEL_COLORS["natural"], "uniform": _MODEL_COLORS["uniform"], learned: _MODEL_COLORS["main"]}
+    return rows(f"{prefix}{title}", "part of the tokens", names, shown, colors)
+
+
+def proxy(setting: Setting, prefix: str) -> list[str]:
+    """How the weights came about: α, its effective number of domains, and the excess loss, over the proxy's steps."""
+    traces = [trace for run in setting.results for trace in run.traces]
+    if not traces:
+        return []
+    steps = min(len(trace) for trace in traces)
+    names = list(traces[0][0]["weights"])
+    weights, excess = (_column(traces, key, names, steps) for key in ("weights", "excess_loss"))  # (S, T, K)
+    kept = np.unique(np.linspace(0, steps - 1, results.TRACE_POINTS).astype(np.int64))
+    x = kept + 1
+    mean = weights.mean(0)
+    order = np.argsort(-np.abs(mean[-1] - mean[0]) - np.abs(mean.mean(0) - mean[0]))
+    chosen = set(order[:_CHOSEN].tolist()) if len(names) > _CHOSEN else set(range(len(names)))
+
+    def by_domain(values: NDArray[np.float64]) -> dict[str, Curve]:
+        colors = iter(COLORS)
+        return {
+            name: Curve(x, values[:, kept, k], next(colors) if k in chosen else "grey") for k, name in enumerate(names)
+        }
+
+    band = f"mean of {len(traces)} proxies, band from lowest to highest" if len(traces) > 1 else "one proxy"
+    effective = np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(-1))  # (S, T)
+    charts = [
+        lines(f"{prefix}Domain weights α ({band})", "proxy step", "weight", by_domain(weights)),
+        lines(
+            f"{prefix}Effective number of domains, exp(H(α))",
+            "proxy step",
+            "domains",
+            {"α": Curve(x, effective[:, kept], COLORS[0])},
+            [Mark(f"all {len(names)}, uniform", y=float(len(names))), Mark("one", y=1.0)],
+        ),
+        lines(
+            f"{prefix}Excess loss over the reference (running mean)",
+            "proxy step",
+            "nats per token",
+            by_domain(smooth(excess, steps // 40)),
+        ),
+    ]
+    rounds = [run.rounds for run in setting.results if run.rounds]
+    if rounds:
+        count = min(len(found) for found in rounds)
+        charts.append(
+            lines(
+                f"{prefix}Weights after each round",
+                "round",
+                "weight",
+                {
+                    name: Curve(np.arange(1, count + 1), [[r[name] for r in found[:count]] for found in rounds])
+                    for k, name in enumerate(names)
+                    if k in chosen
+                },
+                settings=True,
+            )
+        )
+    return charts
+
+
+def _column(traces: Sequence[list[dict[str, Any]]], key: str, names: Sequence[str], steps: int) -> NDArray[np.float64]:
+    """(S, T, K); a skipped step has no excess, and counts as 0."""
+    rows_ = [[[line[key][name] or 0.0 for name in names] for line in trace[:steps]] for trace in traces]
+    return np.array(rows_, dtype=np.float64)
+
+
+def learning(setting: Setting, prefix: str) -> list[str]:
+    """Validation loss over steps of everything trained at the final size, and where the baseline's end is reached."""
+    curves = {}
+    for name in setting.candidates:
+        found = [run.curves.get(name, []) for run in setting.results]
+        points = min(len(curve) for curve in found)
+        if points:
+            x = np.array([line["step"] for line in found[0][:points]])
+            y = np.array([[line["mean_loss"] for line in curve[:points]] for curve in found])  # (S, N)
+            curves[name] = Curve(x, y, _MODEL_COLORS.get(name))
+    if not curves:
+        return []
+    band = f" (band: lowest to highest of {len(setting.results)} seeds)" if len(setting.results) > 1 else ""
+    labels, x_label, y_label = setting.candidates, "step of the final run", "nats per token"
+    named = {labels[name]: curve for name, curve in curves.items()}
+    title = f"{prefix}Learning curves: mean validation loss{band}"
+    charts = [lines(title, x_label, y_label, named, _goal_marks(setting))]
+    goal = _goal(setting)
+    if goal in curves and len(curves) > 1:
+        # Seed by seed, because the spread of the curves themselves hides how they differ.
+        ahead = {
+            labels[name]: Curve(curve.x, np.asarray(curves[goal].y) - np.asarray(curve.y), curve.color)
+            for name, curve in curves.items()
+            if name != goal and np.shape(curve.y) == np.shape(curves[goal].y)
+        }
+        title = f"{prefix}How far ahead of {labels[goal]}{band}"
+        charts.append(lines(title, x_label, y_label, ahead, [Mark(f"{labels[goal]}", y=0.0)]))
+    return charts
+
+
+def _goal(setting: Setting) -> str:
+    """The model that others are measured against, or nothing."""
+    return next((name for name in ("baseline", "natural", "uniform") if name in setting.candidates), "")
+
+
+def _goal_marks(setting: Setting) -> list[Mark]:
+    """The baseline's final loss, and the step at which the learned mixture reaches it."""
+    if "baseline" not in setting.candidates:
+        return []
+    label = setting.candidates["baseline"]
+    marks = [Mark(f"final loss of {label}", y=fmean(setting.losses("baseline")))]
+    reached = [run.figures["main"].get("steps_to_baseline") for run in setting.results]
+    known = [step for step in reached if step is not None]
+    if known:
+        never = f", {len(reached) - len(known)} of {len(reached)} runs never" if len(known) < len(reached) else ""
+        marks.append(Mark(f"reached at step {fmean(known):.0f}{never}", x=fmean(known)))
+    return marks
+
+
+def domain_losses(setting: Setting, prefix: str) -> list[str]:
+    """Per domain, how far each mixture is from the baseline, or from the reference where there is no baseline."""
+    labels = setting.candidates
+    goal = _goal(setting)
+    domains = list(setting.results[0].figures["main"]["domains"])
+    if not goal or not domains:
+        return []
+    points: dict[str, list[Point]] = {}
+    for name, label in labels.items():
+        if name == goal:
+            continue
+        points[label] = []
+        for domain in domains:
+            found = [
+                run.figures[name]["domains"][domain]["loss"] - run.figures[goal]["domains"][domain]["loss"]
+                for run in setting.results
+            ]
+            mean, half = student_t(found)
+            ends = (mean - half, mean + half) if len(found) > 1 else ()
+            points[label].append(Point(mean, *ends))
+    learned = points[labels["main"]]
+    order = sorted(range(len(domains)), key=lambda k: learned[k].value)
+    if len(order) > _MOST_ROWS:
+        order = order[: _MOST_ROWS // 2] + order[-_MOST_ROWS // 2 :]
+    return [
+        rows(
+            f"{prefix}Loss per domain against {labels[goal]}: left of the line is better",
+            "difference in nats per token",
+            [domains[k] for k in order],
+            {label: [found[k] for k in order] for label, found in points.items()},
+            {label: _MODEL_COLORS[name] for name, label in labels.items() if name in _MODEL_COLORS},
+            zero=True,
+        )
+    ]
+
+
+# ── Several settings ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare(settings: Sequence[Setting]) -> list[str]:
+    """Result and weights against what varies: along an axis where it is numbers, else a row for each setting."""
+    axis = _axis(settings)
+    return _setting_rows(settings) if axis is None else _setting_curves(settings, *axis)
+
+
+def _setting_rows(settings: Sequence[Setting]) -> list[str]:
+    labels = shared_models(settings)
+    colors = {label: _MODEL_COLORS[name] for name, label in labels.items() if name in _MODEL_COLORS}
+    losses = {label: [_interval(setting.losses(name)) for setting in settings] for name, label in labels.items()}
+    domains = _shared_domains(settings)
+    weights = {d: [_interval([run.weights[d] for run in setting.results]) for setting in settings] for d in domains}
+    names = [setting.label for setting in settings]
+    return [
+        rows("Mean validation loss of each setting", "nats per token", names, losses, colors),
+        rows("Weights of each setting", "weight", names, weights),
+    ]
+
+
+def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str) -> list[str]:
+    labels = shared_models(settings)
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        rest = ", ".join(f"{name}={value}" for name, value in setting.varying.items() if name != key)
+        groups.setdefault(rest, []).append(setting)
+    seeds = min(len(setting.results) for setting in settings)
+    losses, weights = dict[str, Curve](), dict[str, Curve]()
+    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}  # by model and group: (S, N)
+    for rest, group in groups.items():
+        after = f" ({rest})" if rest else ""
+        places = [place(setting) for setting in group]
+        for name, label in labels.items():
+            values = np.array([setting.losses(name)[:seeds] for setting in group]).T
+            if any(np.array_equal(values, other) for other in found[name].values()):
+                continue  # what does not depend on the keys of the groups is drawn once
+            found[name][rest] = values
+            color = _MODEL_COLORS.get(name) if len(groups) == 1 or name != "main" else None
+            losses[label + (after if name == "main" else "")] = Curve(places, values, color, dashed=name != "main")
+        for domain in _shared_domains(settings):
+            values = np.array([[run.weights[domain] for run in setting.results[:seeds]] for setting in group]).T
+            weights[domain + after] = Curve(places, values)
+    band = f" (band: lowest to highest of {seeds} seeds)" if seeds > 1 else ""
+    ticks = [place(setting) for setting in settings]
+    wide = min(ticks) > 0 and max(ticks) / min(ticks) > 5
+    return [
+        lines(f"Mean validation loss{band}", x, "nats per token", losses, settings=True, logarithmic=wide),
+        lines(f"Weights{band}", x, "weight", weights, settings=True, logarithmic=wide),
+    ]
+
+
+def shared_models(settings: Sequence[Setting]) -> dict[str, str]:
+    """The models that every setting has, and how they are called."""
+    known = {name: label for name, label in settings[0].models.items() if name != "reference"}
+    runs = [run for setting in settings for run in setting.results]
+    shared = [name for name in known if all(name in run.figures for run in runs)]
+    return {name: "proxy itself" if name == "proxy" else known[name] for name in shared}
+
+
+def _shared_domains(settings: Sequence[Setting]) -> list[str]:
+    """The domains that are drawn: those of the first setting that all have, since settings may differ in their data."""
+    runs = [run for setting in settings for run in setting.results]
+    return [name for name in runs[0].weights if all(name in run.weights for run in runs)][:_CHOSEN]
+
+
+def _axis(settings: Sequence[Setting]) -> tuple[str, Place, str] | None:
+    """What to draw along x: (key, place of a setting, name of the axis); None where nothing that varies is a number."""
+    if len({setting.size for setting in settings}) > 1:
+        return "proxy", lambda setting: setting.size, "parameters of the proxy, without embeddings"
+    if len({setting.main_size for setting in settings}) > 1:
+        return "main.model", lambda setting: setting.main_size, "parameters of the final model, without embeddings"
+    counts = {
+        key: len({setting.varying[key] for setting in settings})
+        for key in settings[0].varying
+        if all(isinstance(s.varying[key], int | float) and not isinstance(s.varying[key], bool) for s in settings)
+    }
+    if not counts:
+        return None
+    key = max(counts, key=lambda name: (counts[name], name == "proxy.step_size"))
+    return key, lambda setting: setting.varying[key], key
+
+
+def _interval(values: Sequence[float]) -> Point:
+    mean, half = student_t(values)
+    return Point(mean, mean - half, mean + half) if len(values) > 1 else Point(mean)
