@@ -18,8 +18,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer, models
+
+from doremi_train.data import shards, tokenizer
 
 Times = dict[str, list[float]]  # seconds of every side, one a round
 
@@ -69,6 +73,22 @@ def ratio(above: list[float], below: list[float]) -> Ratio:
         left_out += 1
         tail += math.comb(n, left_out) * 0.5**n
     return Ratio(statistics.median(paired), paired[left_out], paired[-1 - left_out])
+
+
+def token_store(folder: Path, domains: int, tokens: int, vocabulary: int) -> shards.TokenStore:
+    """A finished store of random tokens: as many in each domain for training, a hundredth for validation."""
+    words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
+    writer = shards.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens=1 << 20, members_per_shard=64)
+    random = np.random.default_rng(0)
+    for domain in range(domains):
+        for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
+            for start in range(0, size, 1 << 16):
+                piece = random.integers(1, vocabulary, min(1 << 16, size - start))
+                writer.append((split, f"domain-{domain:05d}"), piece, True, None)
+    writer.finish()
+    (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
+    shards.write_manifest(writer, words, 0, 0, 0, {})
+    return shards.TokenStore.open(folder)
 
 
 def hardware() -> str:
