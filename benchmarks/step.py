@@ -292,6 +292,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, help="default: the model's usual one here")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--length", type=int, help="tokens a sequence")
+    parser.add_argument("--compile", action="store_true", help="the trainer under torch.compile as well")
+    common_options(parser)
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="turns of every side")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -299,7 +304,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process, on a busy machine"
     )
-    parser.add_argument("--compile", action="store_true", help="the trainer under torch.compile as well")
 
 
 if __name__ == "__main__":
