@@ -4,9 +4,8 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,8 +105,14 @@ class Trainer:
 
     def fit(self, watch: Watch = lambda line: None) -> Position:
         """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when told to stop."""
-        task, training = self.task, self.task.training
         position = self._restore()
+        for after in self.steps(position, watch):
+            position = after
+        return position
+
+    def steps(self, position: Position, watch: Watch = lambda line: None) -> Iterator[Position]:
+        """The steps from `position` to the end, each with its logs; gives the position after every one."""
+        task, training = self.task, self.task.training
         tokens = training.batch_size * training.sequence_length  # of one step
         with self._logs(position.step, watch) as logs, self.batches, self._bar(position.step, tokens) as bar:
             while position.step < training.steps:
@@ -134,7 +139,7 @@ class Trainer:
                         f"{task.label}: told to stop; saved at step {position.step} of {training.steps}; "
                         "the same command continues it"
                     )
-        return position
+                yield position
 
     def step(self, position: Position) -> tuple[Position, Any, bool]:
         """One optimiser step: forward, one exchange of sums, the objective's update, weighted backward.
@@ -204,11 +209,12 @@ class Trainer:
     def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
         """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
 
+        α is kept and updated in float64 on the host.
+
         Returns state, sums, whether to stop, and whether the batch is sound. Raises TrainingFailed where it is not and
         may not be left out.
         """
         stats, stopping = comm.all_reduce_sum(stats, stop.requested)
-        stats = type(stats)(*(s.cpu() for s in stats))  # K floats: α is kept and updated in float64 on the host
         sound = self._check_finite(stats, number, batch)
         if sound:
             state = self.task.objective.update(state, stats, self.task.objective_options)
@@ -226,14 +232,17 @@ class Trainer:
     def _begin(self, number: int) -> None:
         # Dropout is a function of (seed, step, rank), so a resumed run needs no generator state.
         mixed = np.random.SeedSequence([self.task.seed, number, self.world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(mixed[0]) >> 1)
+        # Not torch.manual_seed: without a GPU it formats a traceback each time, and keeps it.
+        generators = torch.cuda if self.device.type == "cuda" else torch.default_generator
+        generators.manual_seed(int(mixed[0]) >> 1)
         self._step_loss = _Loss(*torch.zeros_like(torch.stack(self._loss)))
 
     def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
         """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
-        bad = [k for k in range(len(stats.tokens)) if not all(math.isfinite(field[k]) for field in stats)]
-        if not bad:
+        finite = torch.stack(tuple(stats)).isfinite().all(0)  # (K,)
+        if finite.all():
             return True
+        bad = torch.nonzero(~finite)[:, 0].tolist()
         names = [self.task.store.domains[k] for k in bad]
         drawn = {n: batch.draw.sequence[batch.draw.domain == k].tolist() for k, n in zip(bad, names, strict=True)}
         found = (

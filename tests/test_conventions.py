@@ -20,7 +20,7 @@ PACKAGE = ROOT / "doremi_train"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 RUNGS = {
-    0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors"),
+    0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors", "projection"),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
     2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
     3: ("train", "results"),

@@ -120,6 +120,7 @@ class _Bill:
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
             reference=frozen.parameters if frozen else 0,
+            device=self.session.place.device.type,
         )
         return {
             "kind": run.kind,
@@ -174,7 +175,8 @@ class _Bill:
 
     def _step(self, of: costs.Shape, looks: float) -> float:
         """FLOPs per token of a step with so many forwards more than a language model's."""
-        backward = costs.backward(of, self.rows, self.length, self.training.activation_checkpointing)
+        device = self.session.place.device.type
+        backward = costs.backward(of, self.rows, self.length, self.training.activation_checkpointing, device)
         return (1 + looks) * self._forward(of) + backward
 
     def _looks(self, of: costs.Shape, twice: bool) -> float:
