@@ -34,6 +34,7 @@ from doremi_train.config import UserError
 
 Unit = Literal["sequences", "documents"]
 WHOLE = 10**12  # parts that are shared out: 12 decimals
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError)  # a file of another form
 
 
 class Source(NamedTuple):
@@ -107,7 +108,7 @@ def read(to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], w
     """
     try:
         found = dict(FORMATS[to].read(text))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, yaml.YAMLError) as error:
+    except (*_MALFORMED, yaml.YAMLError) as error:
         raise UserError(f"{where}: not of the form of mixture.format={to} ({error})") from None
     names = {name: name for name in domains} | {path: name for name, path in paths.items()}
     result: dict[str, Any] = dict.fromkeys(domains, 0.0)
