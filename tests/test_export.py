@@ -278,6 +278,7 @@ REFUSED = [
     ([], ["export.to=None", "allowed: megatron, nemo, gpt_neox"]),
     (["export.to=pax"], ["export.to=pax", "unknown", "lingua, webdataset, doremi"]),
     (["mixture.format=pax"], ["mixture.format=pax", "levanter"]),
+    (["mixture.format=nemo", "export.to=lingua"], ["mixture.format=nemo", "mixture.path, which is missing"]),
     (["export.to=nemo"], ["export.paths", "no path for plain, rich", "export.to=nemo"]),
     (["export.to=nemo", "export.paths={plane: /d}"], ["export.paths", "unknown domain 'plane'", "plain"]),
     (["export.to=nemo", "export.paths={plain: 's3://me:hush@b/x'}"], ["export.paths.plain", "s3://***@b/x"]),

@@ -125,6 +125,8 @@ class Config:
             )
         if self.mixture.format is not None:
             _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
+            if self.mixture.path is None:
+                raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
         if self.export.to is not None or self.stage == "export":
             _one_of("export.to", str(self.export.to), list(exports.FORMATS))
 

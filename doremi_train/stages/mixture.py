@@ -29,15 +29,14 @@ def given(session: Session, store: TokenStore) -> weights.Mixture:
     """The mixture of a method that trains nothing."""
     options = session.config.mixture
     if options.weights is not None:
-        return weights.Mixture(
-            "file", weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
-        )
-    if options.format is not None:
-        return imported(session, store, Path(str(options.path)), options.format)
-    if options.method == "file":
-        return weights.load(Path(str(options.path)), store.domains, options.normalize)
-    found = language_model.heuristic(session, store, options.method, main_steps(session))
-    return weights.Mixture(options.method, dict(zip(store.domains, found.tolist(), strict=True)))
+        found = weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return weights.Mixture("file", found)
+    if options.path is not None and options.format is not None:
+        return imported(session, store, Path(options.path), options.format)
+    if options.path is not None:
+        return weights.load(Path(options.path), store.domains, options.normalize)
+    sized = language_model.heuristic(session, store, options.method, main_steps(session))
+    return weights.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
 
 
 def imported(session: Session, store: TokenStore, path: Path, form: str) -> weights.Mixture:
