@@ -20,7 +20,19 @@ PACKAGE = ROOT / "doremi_train"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 RUNGS = {
-    0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors", "projection"),
+    0: (
+        "",
+        "methods",
+        "config",
+        "world",
+        "files",
+        "launcher",
+        "remote",
+        "slurm",
+        "detectors",
+        "projection",
+        "exports",
+    ),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
     2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
     3: ("train", "results"),
@@ -123,11 +135,11 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
-    from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.stages import Config, Export, Main, MixtureOptions, Proxy, Reference, Submit
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
-    assert config.submit == Submit()
+    assert (config.export, config.submit) == (Export(), Submit())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     paper = train.Options()
