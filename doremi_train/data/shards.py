@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import mmap
 import os
 import tarfile
 import threading
@@ -341,7 +342,7 @@ class TokenStore:
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._streams = [(split, domain) for split in SPLITS for domain in self.domains]
         self._first_member = np.searchsorted(index["stream"], np.arange(len(self._streams) + 1))  # (2K + 1,)
-        self._starts: dict[int, np.ndarray] = {}
+        self._starts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._maps: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -384,9 +385,8 @@ class TokenStore:
 
     def sequences(self, split: str, length: int) -> np.ndarray:
         """(K,) how many sequences of `length` + 1 tokens each domain has."""
-        starts = self._sequence_starts(length)[self._first_member]  # (2K + 1,)
         first = SPLITS.index(split) * len(self.domains)
-        return np.diff(starts[first : first + len(self.domains) + 1])
+        return np.diff(self._sequence_starts(length)[1][first : first + len(self.domains) + 1])
 
     def gather(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
         """Tokens (B, length + 1) int64 of the sequences numbered `sequence` (B,) of the domains numbered `domain` (B,).
@@ -394,34 +394,40 @@ class TokenStore:
         Raises IndexError where there is no such sequence, UserError where a shard is missing or was changed.
         """
         domain, sequence = np.asarray(domain, np.int64), np.asarray(sequence, np.int64)
-        available = self.sequences(split, length)
-        if ((domain < 0) | (domain >= len(self.domains))).any() or (
-            (sequence < 0) | (sequence >= available[domain])
+        starts, edges = self._sequence_starts(length)
+        stream = SPLITS.index(split) * len(self.domains) + domain
+        if (domain.view(np.uint64) >= len(self.domains)).any() or (  # unsigned, a negative number is too large as well
+            sequence.view(np.uint64) >= (edges[stream + 1] - edges[stream]).view(np.uint64)
         ).any():
-            raise IndexError(
-                f"gather: no such domain or sequence; there are {available.tolist()} sequences of {length}"
-            )
-        starts = self._sequence_starts(length)
-        position = starts[self._first_member[SPLITS.index(split) * len(self.domains) + domain]] + sequence
+            available = self.sequences(split, length).tolist()
+            raise IndexError(f"gather: no such domain or sequence; there are {available} sequences of {length}")
+        position = edges[stream] + sequence
         member = np.searchsorted(starts, position, side="right") - 1
+        order = np.argsort(member, kind="stable")  # neighbours in one shard follow each other
+        position, member = position[order], member[order]
         row = self._index[member]
         start = row["offset"] // self._dtype.itemsize + (position - starts[member]) * length
         out = np.empty((len(member), length + 1), np.int64)
-        for b in np.argsort(member, kind="stable").tolist():  # neighbours in one shard follow each other
-            tokens = self._map(int(row["stream"][b]), int(row["shard"][b]))
-            out[b] = tokens[start[b] : start[b] + length + 1]
+        mapped = None
+        # The only loop over rows: whatever can be done for all of them at once is done above.
+        for b, *shard, first in zip(*(a.tolist() for a in (order, row["stream"], row["shard"], start)), strict=True):
+            if shard != mapped:
+                mapped, tokens = shard, self._map(*shard)
+            out[b] = tokens[first : first + length + 1]
         return out
 
     def _column(self, split: str, name: str) -> np.ndarray:
         return np.array([self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64)
 
-    def _sequence_starts(self, length: int) -> np.ndarray:
-        """(M + 1,) number of the first sequence of every member, counted through the whole index."""
+    def _sequence_starts(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the first sequence of every member (M + 1,), and of every stream (2K + 1,), counted through the
+        whole index."""
         if length < 1:
             raise ValueError(f"sequence length {length}: must be at least 1")
         if length not in self._starts:
             per_member = np.maximum(self._index["tokens"] - 1, 0) // length
-            self._starts[length] = np.concatenate([[0], np.cumsum(per_member)])
+            starts = np.concatenate([[0], np.cumsum(per_member)])
+            self._starts[length] = starts, starts[self._first_member]
         return self._starts[length]
 
     @cached_property
@@ -441,14 +447,18 @@ class TokenStore:
             if self._mirror is not None and not path.exists():
                 self._fetch(self._mirror, path, expected)
             try:
-                tokens = np.memmap(path, self._dtype, "r").view(np.ndarray)
+                file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 elsewhere = self._mirror is None and (self.path / CHECKSUMS).exists()
                 raise _damaged(path, "is missing" + " (it may be in `remote`)" * elsewhere) from None
-            except ValueError:  # an empty file cannot be mapped, nor one whose size is no multiple of a token
-                tokens = np.empty(0, self._dtype)
-            if tokens.nbytes != expected:
-                raise _damaged(path, f"has {path.stat().st_size} bytes where {expected} were written")
+            try:
+                size = os.fstat(file).st_size
+                if size != expected:
+                    raise _damaged(path, f"has {size} bytes where {expected} were written")
+                # Not np.memmap, which resolves the path each time: with many shards opening is most of the reading.
+                tokens = np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_READ), self._dtype)
+            finally:
+                os.close(file)
             self._maps[key] = tokens
             if len(self._maps) > OPEN_MAPS:
                 self._maps.popitem(last=False)
