@@ -80,10 +80,12 @@ def ratio(above: list[float], below: list[float]) -> Ratio:
     return Ratio(statistics.median(paired), paired[left_out], paired[-1 - left_out])
 
 
-def token_store(folder: Path, domains: int, tokens: int, vocabulary: int) -> shards.TokenStore:
+def token_store(
+    folder: Path, domains: int, tokens: int, vocabulary: int, member_tokens: int = 1 << 20, members_per_shard: int = 64
+) -> shards.TokenStore:
     """A finished store of random tokens: as many in each domain for training, a hundredth for validation."""
     words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
-    writer = shards.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens=1 << 20, members_per_shard=64)
+    writer = shards.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard)
     random = np.random.default_rng(0)
     for domain in range(domains):
         for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
