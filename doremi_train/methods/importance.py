@@ -5,7 +5,7 @@ show the law P that is wanted, and p̂' is a model of those:
   IMP   w = (p̂'(y|x) / q̂(y|x))^γ          with a model q̂ of the data: static, a column computed once;
   DIMP  w = (p̂'(y|x) / sg p_θ(y|x))^γ     with the model as it is now (sg: no gradient);
   L = (1/n) Σ w · ℓ_θ.
-RHO-1 (Lin et al. 2024, https://arxiv.org/abs/2404.07965): the mean loss of the top k % of a batch's tokens by ℓ_θ − ℓ_ref.
+RHO-1 (Lin et al. 2024, https://arxiv.org/abs/2404.07965): the mean loss of a batch's top k % of tokens by ℓ_θ − ℓ_ref.
 Focal loss (Lin et al. 2017, https://arxiv.org/abs/1708.02002): w = (1 − p_θ)^γ.
 
 All of them are a policy on one excess e, in nats (ℓ is −log p, ℓ_ref that of p̂'):
@@ -16,8 +16,8 @@ All of them are a policy on one excess e, in nats (ℓ is −log p, ℓ_ref that
   none   –                  1
 No gradient passes through a weight, but through focal's, as its paper has it.
 
-It is an objective (see `methods`), so sums make it the same on any number of ranks. RHO's global top k needs more than K
-sums: a histogram of e.
+It is an objective (see `methods`), so sums make it the same on any number of ranks. RHO's global top k needs more than
+K sums: a histogram of e.
 
 K domains, B sequences, T tokens a sequence (a label of a classifier is a sequence of one token).
 """
@@ -102,15 +102,15 @@ def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: i
     """Sums of a batch: losses (B, T), domain (B,) ids below K, reference (B, T): ℓ_ref, or of imp its `log_ratio`."""
     rho = options.policy == "rho"
     excess = _excess(losses.detach(), reference, options)
-    weights = torch.zeros_like(losses) if rho else _weights(excess, None, options)
-    rows = [column.detach().double().sum(1) for column in (losses, torch.ones_like(losses), weights, weights**2)]
-    sums = (row.new_zeros(domains).index_add_(0, domain, row) for row in rows)
+    weights = torch.zeros_like(excess) if rho else _weights(excess, None, options)
+    columns = torch.stack([losses.detach(), torch.ones_like(excess), weights, weights**2]).double().sum(2)  # (4, B)
+    loss, tokens, weight, square = columns.new_zeros(4, domains).index_add_(1, domain, columns)
     bins = BINS if rho else 0
     histogram = torch.zeros(domains, bins, dtype=torch.float64, device=losses.device)
     if rho:
         place = (domain[:, None] * bins + _bin(excess)).flatten()
         histogram.view(-1).index_add_(0, place, torch.ones_like(place, dtype=torch.float64))
-    return Stats(*sums, histogram)
+    return Stats(loss, tokens, weight, square, histogram)
 
 
 def update(state: State, stats: Stats, options: Options) -> State:

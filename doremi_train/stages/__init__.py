@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.methods import HEURISTICS, doremi, heuristics, importance
 from doremi_train.remote import Mirror
 from doremi_train.track import console
 
@@ -77,6 +77,7 @@ class Config:
     data: data_options.Options
     model: model.Options
     training: train.Options
+    weighting: importance.Weighting
     engine: launcher.Options
     evaluation: evaluation.Options
     reference: Reference
@@ -91,6 +92,12 @@ class Config:
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
         _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
+        if self.training.loss_weighting == "imp" and self.reference.path is None:
+            raise UserError(
+                "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
+                "data, and without reference.path both would be trained on this data; give reference.path=…, or take "
+                "dimp or rho"
+            )
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         if (self.mixture.method == "file") != (self.mixture.path is not None):
@@ -257,8 +264,9 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_identity(options: train.Options) -> dict[str, Any]:
-    """The part of the training options that decides a run's result."""
-    return {key: value for key, value in asdict(options).items() if key not in _FREE_TRAINING}
+    """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
+    what, is said by themselves."""
+    return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
 
 
 def _claim(session: Session) -> None:
