@@ -22,7 +22,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 RUNGS = {
     0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors", "projection"),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
-    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
+    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses", "classifier"),
     3: ("train", "results"),
     4: ("stages",),
     5: ("__main__",),
@@ -124,11 +124,11 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
     from doremi_train.methods import importance
-    from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.stages import Classify, Config, Main, MixtureOptions, Proxy, Reference, Submit
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
-    assert (config.submit, config.weighting) == (Submit(), importance.Weighting())
+    assert (config.submit, config.weighting, config.classify) == (Submit(), importance.Weighting(), Classify())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     paper = train.Options()

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
 from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
-from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
+from doremi_train.classifier import Options as ClassifierOptions
+from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics, importance
 from doremi_train.remote import Mirror
@@ -54,6 +55,26 @@ class Main:
     comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
 
 
+Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Classify(ClassifierOptions):
+    generated: str | None = None  # files of texts and labels: .jsonl, .parquet or .csv
+    real: str | None = None
+    test: str | None = None
+    validation: str | None = None  # null: a part of real
+    validation_fraction: Fraction = 0.2  # of the real examples of every label
+    text_key: str = "text"
+    label_key: str = "label"
+    methods: tuple[Method, ...] = get_args(Method)
+    seeds: Positive = 4
+    folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
+    temperature: bool = True  # scale the checkers to what they were not trained on
+    focal_power: NonNegativeFloat = 2.0  # γ of focal
+    columns: str | None = None  # folder of what the checkers say; null: that of the generated examples
+
+
 @dataclass(frozen=True, config=STRICT)
 class Submit:
     cluster: Literal["none", "local", "slurm"] = "none"  # where child runs go; none: one after another in this process
@@ -84,6 +105,7 @@ class Config:
     proxy: Proxy
     mixture: MixtureOptions
     main: Main
+    classify: Classify
     submit: Submit
     tracking: tracking.Options
 
