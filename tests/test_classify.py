@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,12 @@ def data(tmp_path: Path) -> list[str]:
     """Overrides that name 300 generated, 60 real and 200 test examples, each in another format."""
     folder = tmp_path / "data"
     folder.mkdir()
-    generated = jsonl(folder / "generated.jsonl", planted(1, 300, 0.4))
+    jsonl(folder / "generated.jsonl", planted(1, 300, 0.4))
     texts, labels = zip(*planted(2, 60, 0.0), strict=True)
     pq.write_table(pa.table({"text": texts, "label": labels}), folder / "real.parquet")
     with (folder / "test.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *planted(3, 200, 0.0)])
-    paths = {"generated": generated, "real": folder / "real.parquet", "test": folder / "test.csv"}
-    return [*SHORT, *(f"classify.{name}={path}" for name, path in paths.items())]
+    return [*SHORT, f"classify.root={folder}"]
 
 
 # ── The command ─────────────────────────────────────────────────────────────────────
@@ -124,17 +124,13 @@ def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list
 # ── Mistakes ────────────────────────────────────────────────────────────────────────
 
 
-def replaced(data: list[str], name: str, path: Path) -> list[str]:
-    return [*(one for one in data if not one.startswith(f"classify.{name}=")), f"classify.{name}={path}"]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("generated", '{"text": "a1", "label": "d"}\n', ["1 examples are labelled 'd'", "classify.generated"]),
-        ("test", '{"text": "a1", "label": "A"}\n', ["'A'", "classify.test", "a, b, c"]),
-        ("real", "", ["classify.real", "no example"]),
-        ("real", '{"text": "a1", "label": "a"}\n', ["classify.real", "'a'"]),
+        ("generated", '{"text": "a1", "label": "d"}\n', ["1 generated examples are labelled 'd'"]),
+        ("test", '{"text": "a1", "label": "A"}\n', ["'A'", "test examples", "a, b, c"]),
+        ("real", "", ["real.jsonl", "no example"]),
+        ("real", '{"text": "a1", "label": "a"}\n', ["real examples", "'a'"]),
         ("real", '{"text": "a1"}\n', ["classify.label_key", "row 1", "text"]),
         ("generated", '{"text": "a1", "label": null}\n', ["row 1", "label", "None"]),
         ("generated", '{"text": "a1", "label": 0.5}\n', ["row 1", "0.5"]),
@@ -146,9 +142,10 @@ def replaced(data: list[str], name: str, path: Path) -> list[str]:
 def test_a_mistake_in_the_data_is_named(
     name: str, content: str, said: list[str], data: list[str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "wrong.jsonl"
-    path.write_text(content)
-    outcome = run_here(*replaced(data, name, path), f"run_dir={tmp_path / 'run'}")
+    for path in (tmp_path / "data").glob(f"{name}.*"):
+        path.unlink()
+    (tmp_path / "data" / f"{name}.jsonl").write_text(content)
+    outcome = run_here(*data, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 2 and all(part in outcome.err for part in said), outcome
     assert "Traceback" not in outcome.err
 
@@ -156,9 +153,8 @@ def test_a_mistake_in_the_data_is_named(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("classify.real=null", "classify.real: missing"),
-        ("classify.test=/nowhere/test.csv", "classify.test"),
-        ("classify.test=/nowhere/test.xlsx", ".parquet, .csv"),
+        ("classify.root=null", "classify.root: missing"),
+        ("classify.root=/nowhere", "no file generated.* with one of the endings .jsonl"),
         ("classify.methods=[imp,magic]", "classify.methods"),
         ("classify.model=/nowhere", "classify.model='/nowhere'"),
         ("classify.folds=1000", "classify.folds=1000"),
@@ -169,6 +165,23 @@ def test_a_mistake_in_the_data_is_named(
 def test_a_mistake_in_the_configuration_is_named(change: str, said: str, data: list[str], tmp_path: Path) -> None:
     outcome = run_here(*data, change, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 2 and said in outcome.err and "Traceback" not in outcome.err, outcome
+
+
+def test_two_files_of_one_name_are_refused(data: list[str], tmp_path: Path) -> None:
+    jsonl(tmp_path / "data" / "real.jsonl", [("a1", "a")])
+    outcome = run_here(*data, f"run_dir={tmp_path / 'run'}")
+    assert outcome.code == 2 and "real.jsonl and real.parquet" in outcome.err, outcome
+
+
+@pytest.mark.slow
+def test_the_recipe_for_the_paper_s_data_is_one_command(data: list[str], tmp_path: Path) -> None:
+    for name in ("financial", "irony", "mrpc"):
+        shutil.copytree(tmp_path / "data", tmp_path / name)
+    roots = ",".join(str(tmp_path / name) for name in ("financial", "irony", "mrpc"))
+    few = ["classify.model=ngrams", "classify.epochs=1", "classify.seeds=1", "classify.methods=[dimp]"]
+    outcome = run_here("experiment=importance", *few, f"classify.root={roots}", f"run_dir={tmp_path / 'run'}")
+    assert outcome.code == 0, outcome.err
+    assert len(list((tmp_path / "run").glob("*/classify.json"))) == 3
 
 
 def test_columns_of_something_else_are_refused(data: list[str], tmp_path: Path) -> None:
@@ -281,8 +294,7 @@ def test_wrong_labels_planted_in_real_text(tmp_path: Path) -> None:
     moved = [(text, sections[(sections.index(label) + (generator.random() < 0.45)) % 6]) for text, label in clean]
     for name, pairs in {"real": real, "generated": moved, "test": test}.items():
         jsonl(tmp_path / f"{name}.jsonl", pairs)
-    files = [f"classify.{name}={tmp_path / f'{name}.jsonl'}" for name in ("real", "generated", "test")]
-    outcome = run_here(*files, "stage=classify", "training.threads=1", f"run_dir={tmp_path / 'run'}")
+    outcome = run_here(f"classify.root={tmp_path}", "stage=classify", f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome.err
     print(outcome.out)
     accuracy = {name: one["accuracy"]["mean"] for name, one in read(tmp_path / "run" / "classify.json").items()}

@@ -1,4 +1,4 @@
-"""Texts with labels, from one file of `.jsonl` (also `.zst`, `.gz`), `.parquet` or `.csv`: small enough for memory.
+"""Texts with labels, from files of `.jsonl` (also `.zst`, `.gz`), `.parquet` or `.csv`: small enough for memory.
 
 N examples.
 """
@@ -37,23 +37,31 @@ class Examples:
         return fingerprint([self.texts, self.labels])
 
 
-def read(path: str, key: str, text_key: str, label_key: str) -> Examples:
-    """The examples of the file given as `key`. A label is text or a whole number, which counts as its digits.
+def find(root: str, name: str) -> str | None:
+    """The one file NAME.* in the folder or URL `root`. Raises UserError where there are several."""
+    with reaching(root, "classify.root"):
+        fs, inside = filesystem(root, "classify.root")
+        found = [ending for ending in ENDINGS if fs.isfile(f"{inside.rstrip('/')}/{name}{ending}")]
+    if len(found) > 1:
+        raise UserError(f"classify.root={root}: {' and '.join(name + ending for ending in found)} are there; keep one")
+    return f"{root.rstrip('/')}/{name}{found[0]}" if found else None
+
+
+def read(path: str, text_key: str, label_key: str) -> Examples:
+    """The examples of a file. A label is text or a whole number, which counts as its digits.
 
     Raises UserError naming file and row for whatever is not such an example, and for a file without any.
     """
-    if not path.endswith(ENDINGS):
-        raise UserError(f"{key}={path!r}: must end in {', '.join(ENDINGS)}")
-    with reaching(path, key):
-        fs, inside = filesystem(path, key)
+    with reaching(path, "classify.root"):
+        fs, inside = filesystem(path, "classify.root")
         content = fs.cat_file(inside)
     try:
         rows = _parquet(content) if path.endswith(".parquet") else _csv(content) if path.endswith(".csv") else None
         rows = _jsonl(content, path) if rows is None else rows
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{key}={path!r}: cannot be read as {path.rpartition('.')[2]} ({one_line(error)})") from None
+        raise UserError(f"{path}: cannot be read as {path.rpartition('.')[2]} ({one_line(error)}); mend it") from None
     if not rows:
-        raise UserError(f"{key}={path!r}: has no example; give at least one with {text_key} and {label_key}")
+        raise UserError(f"{path}: has no example; give at least one with {text_key} and {label_key}")
     pairs = [_example(row, number, path, text_key, label_key) for number, row in enumerate(rows, 1)]
     return Examples([text for text, _ in pairs], [label for _, label in pairs])
 
@@ -98,16 +106,18 @@ def _jsonl(content: bytes, path: str) -> list[Any]:
 
 
 def classes(real: Examples, others: dict[str, Examples]) -> list[str]:
-    """The labels, sorted: those of the real examples. Raises UserError where another file has one that they lack."""
+    """The labels, sorted: those of the real examples. Raises UserError where other examples have one that they lack."""
     known = sorted(set(real.labels))
     if len(known) < 2:
-        raise UserError(f"classify.real: all its labels are {known[0]!r}; a classifier needs examples of two at least")
-    for key, examples in others.items():
+        raise UserError(
+            f"the real examples: all their labels are {known[0]!r}; a classifier needs examples of two at least"
+        )
+    for name, examples in others.items():
         for label in sorted(set(examples.labels) - set(known)):
             raise UserError(
-                f"{key}: {examples.labels.count(label)} examples are labelled {label!r}, which no example of "
-                f"classify.real is, so nothing could judge them; real labels are {', '.join(known[:20])}; add real "
-                "examples of it, or leave these out"
+                f"{examples.labels.count(label)} {name} examples are labelled {label!r}, which no real example is, so "
+                f"nothing could judge them; real labels are {', '.join(known[:20])}; add real examples of it, or leave "
+                "these out"
             )
     return known
 

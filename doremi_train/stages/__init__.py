@@ -60,11 +60,10 @@ Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp
 
 @dataclass(frozen=True, config=STRICT)
 class Classify(ClassifierOptions):
-    generated: str | None = None  # files of texts and labels: .jsonl, .parquet or .csv
-    real: str | None = None
-    test: str | None = None
-    validation: str | None = None  # null: a part of real
-    validation_fraction: Fraction = 0.2  # of the real examples of every label
+    root: str | None = (
+        None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
+    )
+    validation_fraction: Fraction = 0.2  # of the real examples of every label, where there is no validation file
     text_key: str = "text"
     label_key: str = "label"
     methods: tuple[Method, ...] = get_args(Method)
@@ -72,7 +71,7 @@ class Classify(ClassifierOptions):
     folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
     temperature: bool = True  # scale the checkers to what they were not trained on
     focal_power: NonNegativeFloat = 2.0  # γ of focal
-    columns: str | None = None  # folder of what the checkers say; null: that of the generated examples
+    columns: str | None = None  # folder of what the checkers say; null: classify.root
 
 
 @dataclass(frozen=True, config=STRICT)

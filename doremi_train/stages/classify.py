@@ -82,14 +82,17 @@ def run(session: Session) -> dict[str, Any]:
 
 def _read(session: Session) -> Data:
     options = session.config.classify
+    if options.root is None:
+        raise UserError("classify.root: missing; give a folder with generated.*, real.* and test.* as classify.root=…")
     examples = {}
     for name in ("generated", "real", "test", "validation"):
-        path = getattr(options, name)
+        path = labelled.find(options.root, name)
         if path is not None:
-            examples[name] = labelled.read(path, f"classify.{name}", options.text_key, options.label_key)
+            examples[name] = labelled.read(path, options.text_key, options.label_key)
         elif name != "validation":
-            raise UserError(f"classify.{name}: missing; give a file of texts and labels as classify.{name}=…")
-    known = labelled.classes(examples["real"], {f"classify.{name}": one for name, one in examples.items()})
+            allowed = ", ".join(labelled.ENDINGS)
+            raise UserError(f"classify.root={options.root}: has no file {name}.* with one of the endings {allowed}")
+    known = labelled.classes(examples["real"], examples)
     if options.folds > len(examples["generated"]):
         raise UserError(
             f"classify.folds={options.folds}: more than the {len(examples['generated'])} generated examples"
@@ -115,7 +118,7 @@ def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
     if not len(held):
         raise UserError(
             f"classify.validation_fraction={session.config.classify.validation_fraction}: of {len(real.label)} real "
-            "examples none is left to choose the epoch by; raise it, or give classify.validation"
+            "examples none is left to choose the epoch by; raise it, or give a file validation.*"
         )
     return real.take(kept), real.take(held)
 
@@ -125,12 +128,11 @@ def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
 
 def _columns(session: Session, data: Data, seed: int) -> Path:
     """Where what the checkers of a seed say of the generated examples is kept, beside those."""
-    generated, options = session.config.classify.generated, session.config.classify
-    address = fingerprint(_said_by(session, data, seed))
-    folder = Path(options.columns) if options.columns else Path(str(generated)).parent
-    if "://" in str(folder):
-        raise UserError(f"classify.columns: the columns cannot be written beside {generated}; give a local folder")
-    return folder / f"{Path(str(generated)).name.split('.')[0]}.importance-{address}.parquet"
+    options = session.config.classify
+    folder = options.columns or str(options.root)
+    if "://" in folder:
+        raise UserError(f"classify.columns: {folder} is not on this machine; give a local folder")
+    return Path(folder) / f"generated.importance-{fingerprint(_said_by(session, data, seed))}.parquet"
 
 
 def _said_by(session: Session, data: Data, seed: int) -> dict[str, Any]:
