@@ -20,7 +20,19 @@ PACKAGE = ROOT / "doremi_train"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 RUNGS = {
-    0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors", "projection"),
+    0: (
+        "",
+        "methods",
+        "config",
+        "world",
+        "files",
+        "launcher",
+        "remote",
+        "slurm",
+        "detectors",
+        "projection",
+        "exports",
+    ),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
     2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses", "classifier"),
     3: ("train", "results"),
@@ -124,11 +136,12 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
     from doremi_train.methods import importance
-    from doremi_train.stages import Classify, Config, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
-    assert (config.submit, config.weighting, config.classify) == (Submit(), importance.Weighting(), Classify())
+    assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
+    assert (config.export, config.submit) == (Export(), Submit())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     paper = train.Options()

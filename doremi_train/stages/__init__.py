@@ -15,7 +15,20 @@ import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
+from doremi_train import (
+    checkpoint,
+    comm,
+    engine,
+    evaluation,
+    exports,
+    files,
+    launcher,
+    model,
+    runs,
+    slurm,
+    tracking,
+    train,
+)
 from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
@@ -44,7 +57,9 @@ class Proxy(doremi.Options):
 class MixtureOptions(heuristics.Options):
     method: str = "doremi"
     path: str | None = None  # of method `file`
-    normalize: bool = False  # accept a file whose weights do not sum to 1
+    format: str | None = None  # of that file, where it is a trainer's
+    weights: dict[str, float] | None = None  # of method `file`, instead of one
+    normalize: bool = False  # accept weights that do not sum to 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -72,6 +87,14 @@ class Classify(ClassifierOptions):
     temperature: bool = True  # scale the checkers to what they were not trained on
     focal_power: NonNegativeFloat = 2.0  # γ of focal
     columns: str | None = None  # folder of what the checkers say; null: classify.root
+
+
+@dataclass(frozen=True, config=STRICT)
+class Export:
+    to: str | None = None  # a trainer: a key of exports.FORMATS
+    path: str | None = None  # of the file; null: in run_dir/export
+    paths: dict[str, str] | None = None  # where the trainer finds each domain
+    unit: exports.Unit | None = None  # of its draws; null: see exports
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -105,6 +128,7 @@ class Config:
     mixture: MixtureOptions
     main: Main
     classify: Classify
+    export: Export
     submit: Submit
     tracking: tracking.Options
 
@@ -121,11 +145,18 @@ class Config:
             )
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
-        if (self.mixture.method == "file") != (self.mixture.path is not None):
+        given = [self.mixture.path, self.mixture.weights]
+        if len(given) - given.count(None) != (self.mixture.method == "file"):
             raise UserError(
-                f"mixture.path={self.mixture.path}: goes with mixture=file, and only with it; "
-                "write mixture=file mixture.path=weights.json"
+                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
+                "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
             )
+        if self.mixture.format is not None:
+            _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
+            if self.mixture.path is None:
+                raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
+        if self.export.to is not None or self.stage == "export":
+            _one_of("export.to", str(self.export.to), list(exports.FORMATS))
 
     @property
     def comparisons(self) -> tuple[str, ...]:
@@ -280,7 +311,7 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in ("engine", "submit", "tracking")
+        if key not in free and key.partition(".")[0] not in ("engine", "export", "submit", "tracking")
     }
 
 

@@ -303,8 +303,8 @@ def too_short(steps: int, batch: int, domains: int, step_size: float, average_fr
     if share > START_UP_SHARE and step_size > SMALL_STEP:
         found.append(
             f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain is learned first, and "
-            f"they are {share:.0%} of its average; take training.steps={round(START_UP / START_UP_SHARE)} or more, "
-            f"leave the start out by proxy.average_from, or take proxy.step_size={SMALL_STEP}."
+            f"they are {share:.0%} of its average; take mixture=doremi_steady (step size {SMALL_STEP}, uniform "
+            f"reference), or training.steps={round(START_UP / START_UP_SHARE)} or more."
         )
     seen = steps * batch / domains
     if seen < SEQUENCES:
