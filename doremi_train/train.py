@@ -37,6 +37,7 @@ class Options(optim.Options):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
+    loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
     timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
     threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
@@ -154,27 +155,27 @@ class Trainer:
         if task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
             with torch.no_grad():
-                stats = _add(self._observe(micro)[1] for micro in batch.micro)
-            state, stats, stopping, sound = self._learn(state, stats, batch, number)
-            for micro in batch.micro if sound else ():
+                _, references, observed = zip(*(self._observe(micro) for micro in batch.micro), strict=True)
+            state, stats, stopping, sound = self._learn(state, _add(observed), batch, number)
+            for micro, reference in zip(batch.micro, references, strict=True) if sound else ():
                 with self.engine.accumulating(last=micro is last):
-                    self._backward(self._losses(micro), micro, state, stats.tokens)
+                    self._backward(self._losses(micro), reference, micro, state, stats.tokens)
         else:
             # With one micro-batch these are the weights of this very batch too: nothing is computed twice. With more,
             # they are those of the step before, or never move: every token count is known from the draw.
             parts = []
             for micro in early:
                 with self.engine.accumulating(last=False):
-                    losses, stats = self._observe(micro)
-                    self._backward(losses, micro, state, batch.tokens)
+                    losses, reference, stats = self._observe(micro)
+                    self._backward(losses, reference, micro, state, batch.tokens)
                     parts.append(stats)
             with self.engine.accumulating(last=True):
-                losses, stats = self._observe(last)
+                losses, reference, stats = self._observe(last)
                 before = state
                 state, stats, stopping, sound = self._learn(state, _add([*parts, stats]), batch, number)
                 if sound:
                     weighing = before if task.accumulation == "lagged" else state
-                    self._backward(losses, last, weighing, batch.tokens)
+                    self._backward(losses, reference, last, weighing, batch.tokens)
         if sound:
             self.engine.step(optim.learning_rate(number, task.training.steps, task.training))
         else:
@@ -193,8 +194,8 @@ class Trainer:
         tokens = micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
         return self.engine.model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
 
-    def _observe(self, micro: MicroBatch) -> tuple[Tensor, Any]:
-        """Losses (B, T) of a micro-batch with their gradient, and the objective's sums."""
+    def _observe(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Any]:
+        """Losses (B, T) of a micro-batch with their gradient, the reference's, and the objective's sums."""
         task = self.task
         losses = self._losses(micro)
         reference = task.reference.losses(micro) if task.reference is not None else None
@@ -204,7 +205,7 @@ class Trainer:
         )
         self._step_loss.total.add_(losses.detach().double().sum())
         self._step_loss.tokens.add_(losses.numel())
-        return losses, stats
+        return losses, reference, stats
 
     def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
         """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
@@ -222,10 +223,13 @@ class Trainer:
                 part.add_(step)
         return state, stats, stopping, sound
 
-    def _backward(self, losses: Tensor, micro: MicroBatch, state: Any, tokens: Tensor) -> None:
+    def _backward(
+        self, losses: Tensor, reference: Tensor | None, micro: MicroBatch, state: Any, tokens: Tensor
+    ) -> None:
         """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator: weights are already
         divided by global counts, and the number of ranks undoes the average that engines take over them."""
-        weights = self.task.objective.weigh(state, micro.domain, tokens, self.task.objective_options)
+        task = self.task
+        weights = task.objective.weigh(state, micro.domain, tokens, task.objective_options, losses, reference)
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
         self.engine.backward(total * self.world.size)
 
@@ -239,7 +243,7 @@ class Trainer:
 
     def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
         """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
-        finite = torch.stack(tuple(stats)).isfinite().all(0)  # (K,)
+        finite = torch.cat([field.view(len(field), -1) for field in stats], dim=1).isfinite().all(1)  # (K,)
         if finite.all():
             return True
         bad = torch.nonzero(~finite)[:, 0].tolist()
@@ -346,7 +350,8 @@ class _Logs:
         columns = task.objective.record(position.state, stats)
         if columns:
             named = {
-                key: dict(zip(task.store.domains, column.tolist(), strict=True)) for key, column in columns.items()
+                key: dict(zip(task.store.domains, column.tolist(), strict=True)) if column.dim() else column.item()
+                for key, column in columns.items()
             }
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
             self._write("domain_weights", {"step": position.step, **named, **mark})
@@ -368,8 +373,10 @@ def _refuse_accumulation(task: Task, model: LanguageModel, place: engine.Place) 
     """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
     if task.accumulation == "exact" and has_dropout(model):
         raise UserError(
-            "proxy.accumulation=exact: with several micro-batches it runs every forward twice, which must agree, "
-            "so the model may not have dropout; set its dropout to 0, or use proxy.accumulation=lagged"
+            f"{task.label}: its weights are those of the whole batch, so with several micro-batches "
+            "(proxy.accumulation=exact, or training.loss_weighting) every forward runs twice, which must agree: the "
+            "model may not have dropout; set its dropout to 0, raise training.micro_batch_size so that one is enough, "
+            "or use proxy.accumulation=lagged or weighting.normalize=false"
         )
     if task.accumulation == "lagged" and task.training.on_nonfinite == "skip" and place.strategy.startswith("zero"):
         raise UserError(

@@ -34,7 +34,7 @@ RUNGS = {
         "exports",
     ),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
-    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
+    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses", "classifier"),
     3: ("train", "results"),
     4: ("stages",),
     5: ("__main__",),
@@ -135,10 +135,12 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
-    from doremi_train.stages import Config, Export, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.methods import importance
+    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
+    assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit) == (Export(), Submit())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
@@ -29,9 +29,10 @@ from doremi_train import (
     tracking,
     train,
 )
-from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
+from doremi_train.classifier import Options as ClassifierOptions
+from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.methods import HEURISTICS, doremi, heuristics, importance
 from doremi_train.remote import Mirror
 from doremi_train.track import console
 
@@ -69,6 +70,25 @@ class Main:
     comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
 
 
+Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Classify(ClassifierOptions):
+    root: str | None = (
+        None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
+    )
+    validation_fraction: Fraction = 0.2  # of the real examples of every label, where there is no validation file
+    text_key: str = "text"
+    label_key: str = "label"
+    methods: tuple[Method, ...] = get_args(Method)
+    seeds: Positive = 4
+    folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
+    temperature: bool = True  # scale the checkers to what they were not trained on
+    focal_power: NonNegativeFloat = 2.0  # γ of focal
+    columns: str | None = None  # folder of what the checkers say; null: classify.root
+
+
 @dataclass(frozen=True, config=STRICT)
 class Export:
     to: str | None = None  # a trainer: a key of exports.FORMATS
@@ -100,12 +120,14 @@ class Config:
     data: data_options.Options
     model: model.Options
     training: train.Options
+    weighting: importance.Weighting
     engine: launcher.Options
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
     mixture: MixtureOptions
     main: Main
+    classify: Classify
     export: Export
     submit: Submit
     tracking: tracking.Options
@@ -115,6 +137,12 @@ class Config:
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
         _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
+        if self.training.loss_weighting == "imp" and self.reference.path is None:
+            raise UserError(
+                "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
+                "data, and without reference.path both would be trained on this data; give reference.path=…, or take "
+                "dimp or rho"
+            )
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         given = [self.mixture.path, self.mixture.weights]
@@ -288,8 +316,9 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_identity(options: train.Options) -> dict[str, Any]:
-    """The part of the training options that decides a run's result."""
-    return {key: value for key, value in asdict(options).items() if key not in _FREE_TRAINING}
+    """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
+    what, is said by themselves."""
+    return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
 
 
 def _claim(session: Session) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, mixture, once, prepare, reference
+from doremi_train.stages import Session, language_model, mixture, once, prepare, reference, weighting
 from doremi_train.train import Options
 
 
@@ -17,8 +17,9 @@ def run(session: Session) -> dict[str, Run]:
     learned = mixture.run(session)
     mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
     shape = language_model.resolved_model(session, store, session.config.main.model)
+    weighed = weighting.of(session, store)
     return {
-        name: language_model.train(session, store, name, shape, weights, training(session))
+        name: language_model.train(session, store, name, shape, weights, training(session), weighting=weighed)
         for name, weights in mixtures.items()
     }
 
