@@ -18,8 +18,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer, models
+
+from doremi_train.data import shards, tokenizer
 
 Times = dict[str, list[float]]  # seconds of every side, one a round
 
@@ -42,7 +46,12 @@ class Result(NamedTuple):
     figures: dict[str, Any]
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Times:
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
     """Seconds that each side takes in each round. Every round begins with another side.
 
     A side that returns a float has measured its own seconds.
@@ -52,9 +61,9 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: i
     for round_ in range(-warm_up, rounds):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            clock = time.perf_counter()
+            began = clock()
             own = sides[name]()
-            seconds = own if isinstance(own, float) else time.perf_counter() - clock
+            seconds = own if isinstance(own, float) else clock() - began
             if round_ >= 0:
                 times[name].append(seconds)
     return times
@@ -69,6 +78,22 @@ def ratio(above: list[float], below: list[float]) -> Ratio:
         left_out += 1
         tail += math.comb(n, left_out) * 0.5**n
     return Ratio(statistics.median(paired), paired[left_out], paired[-1 - left_out])
+
+
+def token_store(folder: Path, domains: int, tokens: int, vocabulary: int) -> shards.TokenStore:
+    """A finished store of random tokens: as many in each domain for training, a hundredth for validation."""
+    words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
+    writer = shards.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens=1 << 20, members_per_shard=64)
+    random = np.random.default_rng(0)
+    for domain in range(domains):
+        for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
+            for start in range(0, size, 1 << 16):
+                piece = random.integers(1, vocabulary, min(1 << 16, size - start))
+                writer.append((split, f"domain-{domain:05d}"), piece, True, None)
+    writer.finish()
+    (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
+    shards.write_manifest(writer, words, 0, 0, 0, {})
+    return shards.TokenStore.open(folder)
 
 
 def hardware() -> str:
@@ -117,7 +142,7 @@ def main(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     options(parser)
     given = parser.parse_args()
-    clock = time.perf_counter()
+    began = time.perf_counter()
     found = measure(given)
     table(
         name,
@@ -133,7 +158,7 @@ def main(
             "commit": commit(),
             "torch": importlib.metadata.version("torch"),
             "quick": given.quick,
-            "seconds": time.perf_counter() - clock,
+            "seconds": time.perf_counter() - began,
             "ratios": {key: found_.median for key, found_ in found.ratios.items()},
             "intervals": {key: [found_.low, found_.high] for key, found_ in found.ratios.items()},
             "figures": found.figures,

@@ -78,7 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
             if of_hidden is not None:
                 of_hidden[chunk] = z @ head[0]
             if of_weight is not None and of_weight.dtype == z.dtype:
-                of_weight.addmm_(z.T, cast[chunk])
+                torch.addmm(of_weight, z.T, cast[chunk], out=of_weight)
             elif of_weight is not None:
                 of_weight += z.T @ cast[chunk]
         return of_hidden, of_weight, of_bias, None, None, None
