@@ -124,27 +124,26 @@ def forward_difference(
     return (above - below) / (2 * epsilon)
 
 
-def curvature(model: nn.Module, loss: Callable[[], Tensor], direction: Direction, size: float = 1e-3) -> float:
-    """⟨G, H G⟩ of a scalar loss, from its slope along G at θ ± ε G: two forwards and backwards."""
-    epsilon = relative_step(model, direction, size)
+def curvature(model: nn.Module, gradient: Callable[[], Direction], along: Direction, size: float = 1e-3) -> float:
+    """⟨G, H G⟩ for G = `along`, from the slopes ⟨gradient(), G⟩ at θ ± ε G with |ε G| = size · |θ|."""
+    epsilon = relative_step(model, along, size)
 
     def slope() -> Tensor:
         with torch.enable_grad():
-            gradient = _gradient(model, loss())
-        return torch.stack(
-            [(gradient[name].double() * along.double()).sum() for name, along in direction.items()]
-        ).sum()
+            found = gradient()
+        return torch.stack([(found[name].double() * part).sum() for name, part in along.items()]).sum()
 
-    above, below = (_moved(model, direction, step, slope) for step in (epsilon, -epsilon))
+    above, below = (_moved(model, along, step, slope) for step in (epsilon, -epsilon))
     return float(above - below) / (2 * epsilon)
 
 
 def relative_step(model: nn.Module, direction: Direction, size: float) -> float:
     """ε such that |ε G| = size · |θ|, over the parameters that G has."""
     parameters = dict(model.named_parameters())
-    square = {name: (float(parameters[name].detach().double().square().sum()), float(along.double().square().sum()))
-              for name, along in direction.items()}  # fmt: skip
-    length, along = (sum(part[i] for part in square.values()) ** 0.5 for i in range(2))
+    length, along = (
+        sum(float(part.detach().double().square().sum()) for part in parts) ** 0.5
+        for parts in ([parameters[name] for name in direction], direction.values())
+    )
     if along == 0:
         raise ValueError("the direction is 0")
     return size * length / along

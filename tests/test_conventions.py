@@ -22,7 +22,10 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 RUNGS = {
     0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors", "projection"),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
-    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
+    2: (
+        *("batch_selection", "checkpoint", "weights", "runs", "evaluation", "engine"),
+        *("charts", "costs", "tracking", "losses"),
+    ),
     3: ("train", "results"),
     4: ("stages",),
     5: ("__main__",),

@@ -303,7 +303,7 @@ def sketch(examples: Examples, size: int) -> Tensor:
     The same projection for every call, device and process: it depends on a parameter's name and shape alone.
     """
     parts = []
-    for name, uses in examples.items():
+    for name, uses in sorted(examples.items()):
         sides = _sides(name, uses[0].shape, size, _device(uses[0]), _dtype(uses[0]))
         found = [use.sketched(*sides).flatten(1) for use in uses]
         parts.append(sum(found[1:], found[0]).to(sides[0].dtype))
@@ -313,7 +313,7 @@ def sketch(examples: Examples, size: int) -> Tensor:
 def sketch_of(direction: Direction, size: int) -> Tensor:
     """(R,) the sketch of one vector, to be multiplied with `sketch` of examples that have the same parameters."""
     parts = []
-    for name, whole in direction.items():
+    for name, whole in sorted(direction.items()):
         left, right = _sides(name, tuple(whole.shape), size, whole.device, whole.dtype)
         parts.append((left.T @ whole if right is None else left.T @ whole @ right).flatten())
     return torch.cat(parts)

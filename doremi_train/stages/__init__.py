@@ -16,6 +16,7 @@ import yaml
 from pydantic.dataclasses import dataclass
 
 from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
+from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
 from doremi_train.methods import HEURISTICS, doremi, heuristics
@@ -83,6 +84,7 @@ class Config:
     proxy: Proxy
     mixture: MixtureOptions
     main: Main
+    batch_selection: BatchSelection
     submit: Submit
     tracking: tracking.Options
 

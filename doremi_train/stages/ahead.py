@@ -52,7 +52,10 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     shape = language_model.resolved_model(session, store, session.config.main.model)
     for name, known in {"main": learned, **main.comparisons(session, store)}.items():
         training = main.training(session)
-        run = None if known is None else language_model.recipe(session, store, shape, known, training)
+        run = None
+        if known is not None:
+            picking = main.selection(session, store, name)
+            run = language_model.recipe(session, store, shape, known, training, selection=picking)
         found.add(name, "main", shape, training.steps, run)
     return found.runs, learned
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, model
+from doremi_train import batch_selection, checkpoint, comm, model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
@@ -26,6 +26,7 @@ def recipe(
     weights: Tensor,
     training: Options,
     part: Subsample | None = None,
+    selection: batch_selection.Setting | None = None,
 ) -> Run:
     """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same folder."""
     return Run(
@@ -39,7 +40,8 @@ def recipe(
             "evaluation": session.plain["evaluation"],
             "seed": session.config.seed,
         }
-        | described(part),
+        | described(part)
+        | batch_selection.described(selection),
     )
 
 
@@ -51,9 +53,10 @@ def train(
     weights: Tensor,
     training: Options,
     part: Subsample | None = None,
+    selection: batch_selection.Setting | None = None,
 ) -> Run:
     """Train it, unless it is in the store already; link it as `run_dir/name`."""
-    run = recipe(session, store, config, weights, training, part)
+    run = recipe(session, store, config, weights, training, part, selection)
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -68,6 +71,7 @@ def train(
             training=training,
             evaluation=session.config.evaluation,
             subsample=part,
+            selection=selection,
         )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
         finish(session, task, Trainer(task, built, session.place))
