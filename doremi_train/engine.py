@@ -133,6 +133,7 @@ class Native:
                 self.model = nn.parallel.DistributedDataParallel(
                     model, forward_sync_buffers=False, gradient_as_bucket_view=True
                 )
+        self._parameters = list(model.parameters())
         self.optimizer = optim.build(model, training)
         for name, tensor in model.named_parameters():
             if name in moments:  # scalars are torch's count of steps: fused AdamW keeps it beside the parameter
@@ -164,7 +165,7 @@ class Native:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self._training.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._bare.parameters(), self._training.gradient_clip)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._training.gradient_clip)
         self.optimizer.step()
         self.discard()
 

@@ -277,7 +277,9 @@ class Trainer:
     def _begin(self, number: int) -> None:
         # Dropout is a function of (seed, step, rank), so a resumed run needs no generator state.
         mixed = np.random.SeedSequence([self.task.seed, number, self.world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(mixed[0]) >> 1)
+        # Not torch.manual_seed: without a GPU it formats a traceback each time, and keeps it.
+        generators = torch.cuda if self.device.type == "cuda" else torch.default_generator
+        generators.manual_seed(int(mixed[0]) >> 1)
         self._step_loss = _Loss(*torch.zeros_like(torch.stack(self._loss)))
         self._chosen = None
 

@@ -25,6 +25,7 @@ _BITS = 32  # fixed point of the quotas: weights are resolved to 2⁻³² / b
 _ONE = 1 << _BITS
 _GOLDEN = 0x9E3779B1  # golden ratio · 2³², odd
 _ROUND = [(2 * turn + 1) * 0xD1B54A32D192ED03 % (1 << 64) for turn in range(4)]
+_AHEAD = 2048  # draws whose sequences are computed together: for a few most of the time would be Python's
 _MAX_STEP = 1 << 30  # beyond it floor_sum would leave 63 bits
 
 
@@ -64,6 +65,8 @@ class Sampler:
         if subsample is not None:
             self.sizes = subsample.sizes(self._whole)
             self._kept = np.array([_key(subsample.seed, f"subsample\0{name}") for name in names], dtype=np.uint64)
+        none = np.zeros(len(names) + 1, dtype=np.int64)
+        self._ahead = none[1:], none, none[:0]  # see `_upcoming`
 
     def counts_before(self, step: int, weights: NDArray[np.float64]) -> Ints:
         """(K,) sequences of each domain in steps 0 … step − 1, for weights that never changed."""
@@ -81,7 +84,10 @@ class Sampler:
         # Spread every domain over the batch, so that ranks and micro-batches see similar shares.
         order = np.argsort((nth + 0.5) / quota[domain], kind="stable")
         domain, nth = domain[order], nth[order]
-        return Draw(domain, self.sequence(domain, counts[domain] + nth), counts + quota)
+        sequence = self._upcoming(
+            domain, counts[domain] + nth, counts, quota + np.ceil(_AHEAD * weights).astype(np.int64)
+        )
+        return Draw(domain, sequence, counts + quota)
 
     def sequence(self, domain: Ints, number: Ints) -> Ints:
         """(B,) the sequence that is draw `number` (B,), from 0, of `domain` (B,)."""
@@ -90,6 +96,18 @@ class Sampler:
         if self._kept is not None:
             sequence = _permute(sequence, self._whole[domain], self._kept[domain])
         return sequence
+
+    def _upcoming(self, domain: Ints, number: Ints, counts: Ints, ahead: Ints) -> Ints:
+        """(B,) as `sequence`. Where one is not known yet, computes those of the next `ahead` (K,) draws as well."""
+        first, edges, known = self._ahead  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
+        at = edges[domain] + number - first[domain]
+        if ((at < edges[domain]) | (at >= edges[domain + 1])).any():
+            first, edges = counts, np.concatenate([[0], np.cumsum(ahead)])
+            which = np.repeat(np.arange(len(ahead)), ahead)
+            known = self.sequence(which, (first - edges[:-1])[which] + np.arange(len(which)))
+            self._ahead = first, edges, known
+            at = edges[domain] + number - first[domain]
+        return known[at]
 
     def _edges(self, weights: NDArray[np.float64]) -> Ints:
         """(K + 1,) cumulative weights in units of 2⁻³² sequences, from 0 to exactly b."""
