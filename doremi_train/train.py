@@ -4,6 +4,7 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, optim
+from doremi_train import batch_selection, checkpoint, comm, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
-from doremi_train.data.batches import Batch, Batches, MicroBatch
-from doremi_train.data.sampler import Ints, Subsample
+from doremi_train.data.batches import Batch, Batches, MicroBatch, some
+from doremi_train.data.sampler import Draw, Ints, Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
@@ -63,6 +64,7 @@ class Task(NamedTuple):
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
+    selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
 
 
 class Position(NamedTuple):
@@ -83,13 +85,14 @@ class Trainer:
     def __init__(self, task: Task, model: LanguageModel, place: engine.Place) -> None:
         self.task, self.device, self.world = task, place.device, comm.world()
         training = task.training
-        rows = self.world.rows(training.batch_size, training.micro_batch_size)
-        if len(rows) > 1:
+        drawn = task.selection.candidates if task.selection is not None else training.batch_size
+        self._rows = self.world.rows(drawn, training.micro_batch_size)
+        if len(self.world.rows(training.batch_size, training.micro_batch_size)) > 1:
             _refuse_accumulation(task, model, place)
-        self.micro = self.world.largest(training.batch_size, training.micro_batch_size)
+        self.micro = self.world.largest(drawn, training.micro_batch_size)
         stored = task.reference.stored if task.reference is not None else None
         self.batches = Batches(
-            task.store, training.sequence_length, training.batch_size, rows, task.seed, task.subsample, stored
+            task.store, training.sequence_length, drawn, self._rows, task.seed, task.subsample, stored
         )
         self.bare = model
         model.precision = training.precision
@@ -100,8 +103,12 @@ class Trainer:
             torch.zeros(self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device)
         )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
+        self.selector = self._selector(place) if task.selection is not None else None
+        if self.selector is not None:
+            self.engine_used += f"; {self.selector}"
         if self.world.first:
             console.print(f"{task.label:<22} {self.engine_used}")
+        self._chosen: batch_selection.Chosen | None = None
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
     def fit(self, watch: Watch = lambda line: None) -> Position:
@@ -121,6 +128,8 @@ class Trainer:
                 before = position.skipped
                 position, stats, stopping = self.step(position)
                 logs.trace(task, position, stats, skipped=position.skipped > before)
+                if self._chosen is not None:
+                    logs.selection(task.store.domains, position.step, self._candidates, self._chosen)
                 if position.step % training.log_every == 0 or position.step == training.steps:
                     loss = self._mean_loss()
                     bar.update(position.step * tokens, f"loss {loss:.3f}")
@@ -151,6 +160,8 @@ class Trainer:
         number, state = position.step + 1, position.state
         batch = self.batches.get(position.step, task.objective.sampling(state, options), position.counts)
         self._begin(number)
+        if self.selector is not None:
+            batch = self._select(self.selector, batch, number)
         *early, last = batch.micro
         if task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
@@ -182,14 +193,48 @@ class Trainer:
             self.engine.discard()
         return Position(number, state, batch.draw.counts, position.skipped + (not sound)), stats, stopping
 
+    def _selector(self, place: engine.Place) -> batch_selection.Selector:
+        """Raises UserError where candidates cannot be scored exactly as asked."""
+        task, training = self.task, self.task.training
+        assert task.selection is not None
+        batch_selection.check(task.selection, training.batch_size, len(self._rows), place.strategy, place.compile)
+        # Several micro-batches, and layers that are computed again, are there to save the memory that factors take.
+        one_pass = len(self._rows) == 1 and not training.activation_checkpointing
+        return batch_selection.Selector(
+            task.selection,
+            training.batch_size,
+            self.bare,
+            getattr(self.engine, "optimizer", None),
+            self.device,
+            one_pass,
+            self.micro,
+        )
+
     def evaluate(self) -> dict[str, Any]:
         task = self.task
         return evaluation.measure(
             self.engine.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.device
         )
 
+    def _select(self, selector: batch_selection.Selector, batch: Batch, number: int) -> Batch:
+        """The picks of a batch of candidates. In one pass their losses are there already, and their gradient comes from
+        the stored factors; else they are an ordinary batch."""
+        training = self.task.training
+        rate = optim.learning_rate(number, training.steps, training)
+        try:
+            chosen = selector.choose(batch, self._rows, number, rate, self.task.seed)
+        except ArithmeticError as error:
+            raise TrainingFailed(f"{self.task.label}: step {number}: {error}") from None
+        self._candidates, self._chosen = batch.draw, chosen
+        if chosen.local is not None:
+            return self.batches.among(batch, chosen.picked.numpy(), chosen.local.numpy())
+        rows = self.world.rows(training.batch_size, training.micro_batch_size)
+        return self.batches.of(some(batch.draw, chosen.picked.numpy()), rows)
+
     def _losses(self, micro: MicroBatch) -> Tensor:
         """(B, T) with gradient."""
+        if self._chosen is not None and self._chosen.losses is not None:
+            return self._chosen.losses
         # A rank without rows takes part all the same: under sharding every forward and backward is a collective.
         tokens = micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
         return self.engine.model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
@@ -240,6 +285,7 @@ class Trainer:
         generators = torch.cuda if self.device.type == "cuda" else torch.default_generator
         generators.manual_seed(int(mixed[0]) >> 1)
         self._step_loss = _Loss(*torch.zeros_like(torch.stack(self._loss)))
+        self._chosen = None
 
     def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
         """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
@@ -293,6 +339,8 @@ class Trainer:
             "loss": [float(part) for part in self._loss],
             **self.engine.state(),
         }
+        if self.selector is not None:
+            content["selection"] = self.selector.saved()
         comm.on_first(lambda: self._write(content))
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -315,6 +363,8 @@ class Trainer:
             )
         if saved is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
+        if self.selector is not None:
+            self.selector.restore(saved["selection"])
         for part, value in zip(self._loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
         return Position(step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"])
@@ -355,6 +405,25 @@ class _Logs:
             }
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
             self._write("domain_weights", {"step": position.step, **named, **mark})
+
+    def selection(self, domains: tuple[str, ...], step: int, candidates: Draw, chosen: batch_selection.Chosen) -> None:
+        def count(drawn: Draw) -> dict[str, int]:
+            return dict(zip(domains, np.bincount(drawn.domain, minlength=len(domains)).tolist(), strict=True))
+
+        def one(at: int) -> dict[str, Any]:
+            domain, sequence = domains[int(candidates.domain[at])], int(candidates.sequence[at])
+            return {"domain": domain, "sequence": sequence, "score": float(chosen.scores[at])}
+
+        order = chosen.scores.nan_to_num(nan=-math.inf).argsort(stable=True)
+        line = {
+            "step": step,
+            "candidates": count(candidates),
+            "picked": count(some(candidates, chosen.picked.numpy())),
+            "penalty_to_score": chosen.ratio,
+            "highest": one(int(order[-1])),
+            "lowest": one(int(order[0])),
+        }
+        self._write("batch_selection", line)
 
     def sync(self) -> None:
         for file in self._files.values():

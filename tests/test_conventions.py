@@ -20,26 +20,15 @@ PACKAGE = ROOT / "doremi_train"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 RUNGS = {
-    0: (
-        "",
-        "methods",
-        "config",
-        "world",
-        "files",
-        "launcher",
-        "remote",
-        "slurm",
-        "detectors",
-        "projection",
-        "exports",
-    ),
-    1: ("comm", "data", "model", "optim", "gradients", "track"),
-    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses", "classifier"),
-    3: ("train", "results"),
-    4: ("stages",),
-    5: ("__main__",),
+    0: "methods config world files launcher remote slurm detectors projection exports",
+    1: "comm data model optim gradients track",
+    2: "checkpoint weights runs evaluation engine charts costs tracking losses classifier batch_selection",
+    3: "train results",
+    4: "stages",
+    5: "__main__",
 }
-RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts}  # "" is the package itself: its version
+RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts.split()}
+RUNG[""] = 0  # the package itself: its version
 
 
 def part_of(module: str) -> str:

@@ -29,6 +29,7 @@ from doremi_train import (
     tracking,
     train,
 )
+from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
@@ -127,6 +128,7 @@ class Config:
     proxy: Proxy
     mixture: MixtureOptions
     main: Main
+    batch_selection: BatchSelection
     classify: Classify
     export: Export
     submit: Submit

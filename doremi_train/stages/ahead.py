@@ -56,7 +56,8 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         ready = weighed is not None or training.loss_weighting == "none"
         run = None
         if known is not None and ready:
-            run = language_model.recipe(session, store, shape, known, training, weighting=weighed)
+            picking = main.selection(session, store, name)
+            run = language_model.recipe(session, store, shape, known, training, weighting=weighed, selection=picking)
         found.add(name, "main", shape, training.steps, run)
     return found.runs, learned
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, losses, model
+from doremi_train import batch_selection, checkpoint, comm, losses, model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
@@ -37,6 +37,7 @@ def recipe(
     training: Options,
     part: Subsample | None = None,
     weighting: Weighting | None = None,
+    selection: batch_selection.Setting | None = None,
 ) -> Run:
     """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same folder."""
     return Run(
@@ -51,7 +52,8 @@ def recipe(
             "seed": session.config.seed,
         }
         | described(part)
-        | (weighting.recipe if weighting else {}),
+        | (weighting.recipe if weighting else {})
+        | batch_selection.described(selection),
     )
 
 
@@ -64,9 +66,10 @@ def train(
     training: Options,
     part: Subsample | None = None,
     weighting: Weighting | None = None,
+    selection: batch_selection.Setting | None = None,
 ) -> Run:
     """Train it, unless it is in the store already; link it as `run_dir/name`."""
-    run = recipe(session, store, config, weights, training, part, weighting)
+    run = recipe(session, store, config, weights, training, part, weighting, selection)
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -81,6 +84,7 @@ def train(
             training=training,
             evaluation=session.config.evaluation,
             subsample=part,
+            selection=selection,
         )
         if weighting is not None:
             options = replace(weighting.options, weights=tuple(weights.tolist()))
