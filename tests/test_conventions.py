@@ -22,7 +22,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 RUNGS = {
     0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors"),
     1: ("comm", "data", "model", "optim", "gradients", "track"),
-    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
+    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses", "selection"),
     3: ("train", "results"),
     4: ("stages",),
     5: ("__main__",),
@@ -57,7 +57,7 @@ def test_a_module_imports_from_lower_rungs_only(name: str) -> None:
     own = part_of("doremi_train." + name.removesuffix(".py").replace("/", ".")).removeprefix("__init__")
     assert own in RUNG, f"{name} has no rung: add it to the ladder here and in the design"
     for other in ours(PACKAGE / name):
-        within = other == own and own in ("methods", "data", "stages")
+        within = other == own and own in ("methods", "data", "selection", "stages")
         assert within or other in ("config", "files") or RUNG[other] < RUNG[own], (
             f"{name} imports {other or 'the package'}"
         )
@@ -123,6 +123,7 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
+    from doremi_train.selection import options as selection
     from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit
 
     config = load(Config, compose())
@@ -130,6 +131,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert config.submit == Submit()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
+    assert config.selection == selection.Options()
     paper = train.Options()
     for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
         assert getattr(config.training, name) == getattr(paper, name), name

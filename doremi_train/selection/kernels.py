@@ -96,7 +96,11 @@ def known(hashes: NDArray[np.uint64], first: NDArray[np.int64]) -> Known:
     """All runs of SHINGLE tokens of documents."""
     room = np.empty(len(hashes) + 1, np.uint64)
     found = [room[: shingles(hashes, start, end, room)].copy() for start, end in itertools.pairwise(first)]
-    runs = np.unique(np.concatenate([*found, np.empty(0, np.uint64)]))
+    return sieved(np.unique(np.concatenate([*found, np.empty(0, np.uint64)])))
+
+
+def sieved(runs: NDArray[np.uint64]) -> Known:
+    """Runs (S,), sorted, ready to be found."""
     bits = max(len(runs) * 16, 2).bit_length()  # one mark in sixteen is set, or fewer
     sieve = np.zeros(2**bits, np.bool_)
     sieve[(runs * SCATTER) >> np.uint64(64 - bits)] = True
@@ -112,7 +116,7 @@ def overlap(hashes: NDArray[np.uint64], bounds: NDArray[np.int64], known: Known)
 
 
 @njit(cache=True, nogil=True)
-def mix(value):  # type: ignore[no-untyped-def]
+def mix(value):
     """`methods.ngram.mixed` of one number."""
     value += np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -121,7 +125,7 @@ def mix(value):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def words(text, offsets, kind, lower, hashes, ends, first):  # type: ignore[no-untyped-def]
+def words(text, offsets, kind, lower, hashes, ends, first):
     """Split a batch into words: text (b,) uint8, document d from offsets[d] to offsets[d + 1]. Fills `Tokens`, whose
     arrays have room for as many tokens as bytes; returns how many there are."""
     n = 0
@@ -161,13 +165,13 @@ def words(text, offsets, kind, lower, hashes, ends, first):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True)
-def bucket(mixed, buckets):  # type: ignore[no-untyped-def]
+def bucket(mixed, buckets):
     """Of a mixed hash: its upper half as a fraction of all buckets."""
     return np.int64(((mixed >> np.uint64(32)) * buckets) >> np.uint64(32))
 
 
 @njit(cache=True, nogil=True)
-def count(hashes, bounds, counts):  # type: ignore[no-untyped-def]
+def count(hashes, bounds, counts):
     """Add the 1- and 2-grams of each part, tokens bounds[p] to bounds[p + 1], to counts (m,)."""
     buckets = np.uint64(len(counts))
     for p in range(len(bounds) - 1):
@@ -181,7 +185,7 @@ def count(hashes, bounds, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def score(hashes, bounds, table, sums):  # type: ignore[no-untyped-def]
+def score(hashes, bounds, table, sums):
     """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C)."""
     buckets = np.uint64(len(table))
     columns = table.shape[1]
@@ -196,7 +200,7 @@ def score(hashes, bounds, table, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def identify(hashes, bounds, ids):  # type: ignore[no-untyped-def]
+def identify(hashes, bounds, ids):
     """Ids (P,): a hash of the tokens of each part, so the same for the same words wherever they stand."""
     for p in range(len(bounds) - 1):
         value = START
@@ -207,7 +211,7 @@ def identify(hashes, bounds, ids):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def shingles(hashes, start, end, out):  # type: ignore[no-untyped-def]
+def shingles(hashes, start, end, out):
     """Hashes of all runs of SHINGLE tokens from `start` to `end`; returns how many. A polynomial that rolls along."""
     leaving = np.uint64(1)
     for _ in range(SHINGLE):
@@ -222,7 +226,7 @@ def shingles(hashes, start, end, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def copied(hashes, bounds, known, sieve, shift, shared):  # type: ignore[no-untyped-def]
+def copied(hashes, bounds, known, sieve, shift, shared):
     """For each part how many of its runs of SHINGLE tokens are known: adds to shared (P,)."""
     runs = np.empty(len(hashes) + 1, np.uint64)
     for p in range(len(bounds) - 1):
