@@ -123,6 +123,7 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
+    from doremi_train.methods import vocabulary
     from doremi_train.selection import options as selection
     from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit
 
@@ -131,7 +132,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert config.submit == Submit()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
-    assert config.selection == selection.Options()
+    assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())
     paper = train.Options()
     for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
         assert getattr(config.training, name) == getattr(paper, name), name

@@ -69,7 +69,7 @@ def test_words_of_a_batch_are_those_of_its_documents() -> None:
         assert found == [naive_hash(word) for word in naive_words(text)], text
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
 def test_words_of_any_text(texts: list[str]) -> None:
     texts = ["".join(c for c in text if not 0xD800 <= ord(c) < 0xE000 and known(c)) for text in texts]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -152,6 +152,7 @@ def test_order_of_keys_is_the_order_of_numbers(values: list[float]) -> None:
         assert (x < y, x == y) == (i < j, i == j)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_cut_is_the_descending_order_up_to_the_budget(data: st.DataObject) -> None:
     """For any documents, groups, costs and parts, also with equal keys, against a sort."""

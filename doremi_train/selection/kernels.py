@@ -234,3 +234,78 @@ def copied(hashes, bounds, known, sieve, shift, shared):
             if sieve[(runs[i] * SCATTER) >> shift]:
                 place = np.searchsorted(known, runs[i])
                 shared[p] += place < len(known) and known[place] == runs[i]
+
+
+class Trie(NamedTuple):
+    """The tokens of a vocabulary as paths of bytes: a hash table of edges with open addresses."""
+
+    edges: NDArray[np.int64]  # (E,) node · 256 + byte, −1 where there is none
+    nodes: NDArray[np.int64]  # (E,) where the edge leads; the root is 0
+    tokens: NDArray[np.int64]  # (nodes,) the token that ends here, or −1
+
+
+def trie(tokens: Sequence[bytes]) -> Trie:
+    """Of a vocabulary that holds every single byte; the number of a token is its place."""
+    text, offsets = joined(tokens)
+    size = 1 << (4 * len(text)).bit_length()
+    edges, nodes = np.full(size, -1, np.int64), np.zeros(size, np.int64)
+    ends = np.full(len(text) + 1, -1, np.int64)
+    return Trie(edges, nodes, ends[: grow(text, offsets, edges, nodes, ends)])
+
+
+@njit(cache=True, nogil=True)
+def place(edges, edge):
+    """Where an edge is in the table, or would be."""
+    at = np.int64(mix(np.uint64(edge)) & np.uint64(len(edges) - 1))
+    while edges[at] != -1 and edges[at] != edge:
+        at = (at + 1) & (len(edges) - 1)
+    return at
+
+
+@njit(cache=True, nogil=True)
+def grow(text, offsets, edges, nodes, ends):
+    """Fill a trie; returns how many nodes it has."""
+    used = 1
+    for token in range(len(offsets) - 1):
+        node = 0
+        for i in range(offsets[token], offsets[token + 1]):
+            at = place(edges, node * 256 + np.int64(text[i]))
+            if edges[at] == -1:
+                edges[at] = node * 256 + np.int64(text[i])
+                nodes[at] = used
+                used += 1
+            node = nodes[at]
+        ends[node] = token
+    return used
+
+
+@njit(cache=True, nogil=True)
+def longest(text, start, end, edges, nodes, ends, ids, first):
+    """Tokens of the parts of a text, from start[p] to end[p]: always the longest that matches. Fills ids, with room for
+    as many as bytes, and first (P + 1,); returns how many there are."""
+    n = 0
+    for p in range(len(start)):
+        first[p] = n
+        i = start[p]
+        while i < end[p]:
+            node, after = 0, i
+            for j in range(i, end[p]):
+                at = place(edges, node * 256 + np.int64(text[j]))
+                if edges[at] == -1:
+                    break
+                node = nodes[at]
+                if ends[node] >= 0:
+                    ids[n], after = ends[node], j + 1
+            n += 1
+            i = after
+    first[len(start)] = n
+    return n
+
+
+def segment(
+    text: NDArray[np.uint8], start: NDArray[np.int64], end: NDArray[np.int64], tokens: Trie
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (n,) of the tokens of P parts, and the first token of each (P + 1,)."""
+    ids, first = np.empty(int((end - start).sum()), np.int64), np.empty(len(start) + 1, np.int64)
+    n = longest(text, start, end, *tokens, ids, first)
+    return ids[:n], first

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from doremi_train.config import UserError
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.methods import ngram
-from doremi_train.selection import kernels
+from doremi_train.selection import granular, kernels
 from doremi_train.selection.options import Options
 from doremi_train.selection.parts import Batch, Document, batch
 
@@ -121,6 +121,17 @@ class TokenGrams(NGrams):
         return np.diff(self.features(batch)[1])
 
 
+class GranularGrams(NGrams):
+    """N-grams of tokens of every grain, hashed with the vocabulary's fingerprint."""
+
+    def features(self, batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        super().features(batch)  # refuses tokens
+        assert batch.text is not None
+        salt, tokens = _opened(str(self.options.vocabulary))
+        ids, first = kernels.segment(batch.text, batch.start, batch.end, tokens)
+        return ngram.mixed(ids.astype(np.uint64) ^ salt), first
+
+
 class ExactGrams(NGrams):
     """What the package `data-selection` computes: log w is a sum over a whole document, and short ones are left out."""
 
@@ -148,7 +159,7 @@ METHODS: dict[str, Callable[[Options], Scorer]] = {
     "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),
     "random": Random,
 }
-FEATURES: dict[str, type[NGrams]] = {"words": NGrams, "tokens": TokenGrams}
+FEATURES: dict[str, type[NGrams]] = {"words": NGrams, "tokens": TokenGrams, "granular": GranularGrams}
 
 
 def whole(documents: list[bytes]) -> Batch:
@@ -173,3 +184,9 @@ def token_ids(name: str, batch: Batch) -> list[NDArray[np.uint32]]:
 @lru_cache(2)
 def _tokenizer(name: str) -> tokenizers.Tokenizer:
     return tokenizers.load(name)
+
+
+@lru_cache(2)
+def _opened(path: str) -> tuple[np.uint64, kernels.Trie]:
+    tokens, print_ = granular.load(path)
+    return np.uint64(int(print_, 16)), kernels.trie(tokens)

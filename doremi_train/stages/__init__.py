@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.methods import HEURISTICS, doremi, heuristics, vocabulary
 from doremi_train.remote import Mirror
 from doremi_train.selection import options as selection_options
 from doremi_train.track import console
@@ -85,6 +85,7 @@ class Config:
     mixture: MixtureOptions
     main: Main
     selection: selection_options.Options
+    vocabulary: vocabulary.Options
     submit: Submit
     tracking: tracking.Options
 

@@ -71,7 +71,7 @@ def _trained(session: Session) -> str:
     return options.train
 
 
-def _targets(session: Session) -> dict[str, list[Source]]:
+def targets(session: Session) -> dict[str, list[Source]]:
     """The files of every target."""
     given = session.config.selection.targets
     if not given:
@@ -88,12 +88,12 @@ def _files(session: Session, patterns: tuple[str, ...], key: str) -> list[Source
     if not patterns:
         return []
     try:
-        return resolve(_text(session, patterns))
+        return resolve(text_options(session, patterns))
     except UserError as error:
         raise UserError(str(error).replace("data.domains.text.train", key)) from None
 
 
-def _text(session: Session, patterns: tuple[str, ...] = ()) -> data_options.Options:
+def text_options(session: Session, patterns: tuple[str, ...] = ()) -> data_options.Options:
     """Options that read targets and benchmarks as the data is read."""
     return replace(
         session.config.data, embedded=None, root=None, files=None, domain_key=None, selection=None,
@@ -106,11 +106,11 @@ def _recipe(session: Session) -> dict[str, Any]:
     options = session.config.selection
     raw = session.config.data
     given = {key: value for key, value in asdict(options).items() if key not in ("targets", "benchmarks")}
-    text = _text(session)
+    text = text_options(session)
     scores = {key: value for key, value in given.items() if key not in _CHOICE} | {
         "recipe": SCORES,
         "data": signature(raw, resolve(raw)) | {"validation_fraction": raw.validation_fraction},
-        "targets": {name: signature(text, sources) for name, sources in _targets(session).items()},
+        "targets": {name: signature(text, sources) for name, sources in targets(session).items()},
         "benchmarks": signature(text, _files(session, options.benchmarks, "selection.benchmarks")),
         "tokenizer": options.tokenizer and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
     }
@@ -122,9 +122,9 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
     """Score the corpus, unless that was done; then choose for every target. The content of `result.json`."""
     from doremi_train.selection import choose, engines, parts, scorers  # numba is an extra
 
-    text = _text(session)
-    targets = {name: parts.texts(found, text, f"selection.targets.{name}") for name, found in _targets(session).items()}
-    columns = {**targets, **{f"{name}/half": scorers.halves(documents)[0] for name, documents in targets.items()}}
+    text = text_options(session)
+    served = {name: parts.texts(found, text, f"selection.targets.{name}") for name, found in targets(session).items()}
+    columns = {**served, **{f"{name}/half": scorers.halves(documents)[0] for name, documents in served.items()}}
     with engines.Processes(session.config.selection.workers) as pool:
         work, sums = _score(session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool)
         sources = [task.source for task in work]
@@ -132,7 +132,7 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
         found = choose.totals(scores, list(columns))
         data = fingerprint(signature(session.config.data, sources))
         chosen = {}
-        for name, documents in targets.items():
+        for name, documents in served.items():
             metadata = {"selection": fingerprint([recipe, name]), "data": data}
             chosen[name] = _choose(session, folder / name, name, work, scores, found, pool, metadata)
             words = chosen[name].pop("words")
@@ -168,7 +168,7 @@ def _score(session: Session, home: Path, columns: Mapping[str, list[bytes]], poo
             benchmarks = _files(session, options.benchmarks, "selection.benchmarks")
             forbidden = {"targets": [text for documents in columns.values() for text in documents]}
             if benchmarks:
-                forbidden["benchmarks"] = parts.texts(benchmarks, _text(session), "selection.benchmarks")
+                forbidden["benchmarks"] = parts.texts(benchmarks, text_options(session), "selection.benchmarks")
             tasks.write_arrays(home / "model.npz", tasks.fit(options, columns, sums, forbidden))
         _everywhere(pool, "select: scoring", tasks.score, [task for task in work if not task.scores.exists()])
     return work, sums
