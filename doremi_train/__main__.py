@@ -20,7 +20,10 @@ from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, conf_dir, fingerprint, redact
 
-STAGES = ("pipeline", "plan", "prepare", "reference", "proxy", "main", "evaluate", "export", "report", "classify")
+STAGES = (
+    *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "main", "evaluate", "report"),
+    *("export", "classify"),
+)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -33,8 +33,9 @@ from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics, importance
+from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, vocabulary
 from doremi_train.remote import Mirror
+from doremi_train.selection import options as selection_options
 from doremi_train.track import console
 
 
@@ -128,6 +129,8 @@ class Config:
     proxy: Proxy
     mixture: MixtureOptions
     main: Main
+    selection: selection_options.Options
+    vocabulary: vocabulary.Options
     batch_selection: BatchSelection
     classify: Classify
     export: Export
@@ -137,6 +140,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
+        _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
         _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
         if self.training.loss_weighting == "imp" and self.reference.path is None:
@@ -174,7 +178,7 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
-_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe")
+_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.workers")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
     "timeout",
