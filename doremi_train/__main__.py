@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, conf_dir, fingerprint, redact
 
-STAGES = ("pipeline", "plan", "prepare", "reference", "proxy", "main", "evaluate", "report")
+STAGES = ("pipeline", "plan", "prepare", "reference", "proxy", "swarm", "main", "evaluate", "report")
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

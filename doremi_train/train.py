@@ -63,6 +63,7 @@ class Task(NamedTuple):
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
+    bar: Bar | None = None  # that this run moves on; None: one of its own
 
 
 class Position(NamedTuple):
@@ -100,7 +101,7 @@ class Trainer:
             torch.zeros(self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device)
         )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
-        if self.world.first:
+        if self.world.first and task.bar is None:
             console.print(f"{task.label:<22} {self.engine_used}")
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
@@ -261,7 +262,8 @@ class Trainer:
         return self.task.evaluation.every or max(1, self.task.training.steps // 20)
 
     def _bar(self, step: int, tokens: int) -> Bar:
-        return Bar(self.task.label, self.task.training.steps * tokens, step * tokens, show=self.world.first)
+        whole = self.task.training.steps * tokens
+        return self.task.bar or Bar(self.task.label, whole, step * tokens, show=self.world.first)
 
     def _logs(self, step: int, watch: Watch) -> "contextlib.AbstractContextManager[_Logs]":
         return _Logs(self.task.run.folder if self.world.first else None, step, watch)

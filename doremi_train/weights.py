@@ -25,9 +25,9 @@ class Mixture:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
-        """(K,) float64 in the order of `domains`, sum exactly what float64 gives for 1."""
-        values = torch.tensor([self.weights[name] for name in domains], dtype=torch.float64)
-        return values / values.sum()
+        """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that already, the bits stay: a
+        mixture that was written and read is the same run."""
+        return torch.tensor(_normal([self.weights[name] for name in domains]), dtype=torch.float64)
 
 
 def save(path: Path, mixture: Mixture) -> None:
@@ -62,7 +62,13 @@ def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture
         raise UserError(
             f"mixture.path={path}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true"
         )
-    return Mixture(method=str(content.get("method", "file")), weights={k: values[k] / total for k in domains})
+    normal = _normal([values[name] for name in domains])
+    return Mixture(method=str(content.get("method", "file")), weights=dict(zip(domains, normal, strict=True)))
+
+
+def _normal(values: Sequence[float]) -> list[float]:
+    total = math.fsum(values)
+    return [value if abs(total - 1) < 1e-12 else value / total for value in values]
 
 
 def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -123,11 +123,11 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
-    from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit, Swarm
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
-    assert config.submit == Submit()
+    assert (config.submit, config.swarm) == (Submit(), Swarm())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     paper = train.Options()

@@ -18,14 +18,14 @@ from pydantic.dataclasses import dataclass
 from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.methods import HEURISTICS, doremi, heuristics, swarm
 from doremi_train.remote import Mirror
 from doremi_train.track import console
 
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes
+    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture.path
     path: str | None = None  # an existing model folder instead of training one
     losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
 
@@ -37,6 +37,15 @@ class Proxy(doremi.Options):
     round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
     seeds: Positive = 1
     match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Swarm(swarm.Options):
+    prior: str = "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
+    rounds: Positive = 1  # of draws; from the second on where the fit expects low losses
+    candidates: Positive = 2  # proposals that are trained, each next one nearer to the prior
+    reuse: bool = True  # fit also the runs in the store that differ in their mixture only
+    frozen: str | None = None  # a weights.json, whose domains keep their proportions among themselves
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -81,6 +90,7 @@ class Config:
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
+    swarm: Swarm
     mixture: MixtureOptions
     main: Main
     submit: Submit
@@ -89,8 +99,9 @@ class Config:
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
-        _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
-        _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
+        _one_of("mixture", self.mixture.method, ["doremi", "swarm", "file", *HEURISTICS])
+        _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
+        _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         if (self.mixture.method == "file") != (self.mixture.path is not None):
@@ -98,6 +109,12 @@ class Config:
                 f"mixture.path={self.mixture.path}: goes with mixture=file, and only with it; "
                 "write mixture=file mixture.path=weights.json"
             )
+        if self.reference.mixture == "file" and self.mixture.path is None:
+            raise UserError(
+                "reference.mixture=file: is that of mixture.path; write mixture=file mixture.path=weights.json"
+            )
+        if self.stage == "swarm" and self.mixture.method != "swarm":
+            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
 
     @property
     def comparisons(self) -> tuple[str, ...]:

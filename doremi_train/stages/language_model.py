@@ -14,6 +14,7 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
+from doremi_train.track import Bar
 from doremi_train.train import Options, Position, Task, Trainer
 
 SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
@@ -51,12 +52,15 @@ def train(
     weights: Tensor,
     training: Options,
     part: Subsample | None = None,
+    bar: Bar | None = None,
 ) -> Run:
-    """Train it, unless it is in the store already; link it as `run_dir/name`."""
+    """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs, for whom it is moved
+    on in silence."""
     run = recipe(session, store, config, weights, training, part)
     with session.computing(run, name) as todo:
-        if not todo:
+        if not todo and bar is None:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
+        if not todo:
             return run
         task = Task(
             label=name,
@@ -68,6 +72,7 @@ def train(
             training=training,
             evaluation=session.config.evaluation,
             subsample=part,
+            bar=bar,
         )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
         finish(session, task, Trainer(task, built, session.place))
