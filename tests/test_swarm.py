@@ -1,4 +1,4 @@
-"""Swarm regression: planted surfaces whose optimum is known, caps to 1e-12, what is refused; and the stage on real runs."""
+"""Swarm regression: planted surfaces of known optimum, caps to 1e-12, what is refused; and the stage on real runs."""
 
 import json
 from pathlib import Path
@@ -136,9 +136,10 @@ def test_a_run_that_went_wrong_does_not_bend_the_others() -> None:
 
 
 @pytest.mark.parametrize("name", ["gaussian_process", "lightgbm"])
-def test_other_regressors_rank_mixtures_and_propose_within_caps(name: str) -> None:
+def test_other_regressors_rank_mixtures_and_propose_within_caps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lightgbm":
         pytest.importorskip("lightgbm")
+    monkeypatch.setattr(swarm, "SIMULATED", 5000)
     true, prior, box, points, losses = planted(4, 8, NOISE, 0)
     fit = swarm.REGRESSORS[name](points, losses)
     test = swarm.design(prior, box, 200, np.random.default_rng(9))
@@ -187,7 +188,7 @@ def test_a_further_round_draws_where_losses_are_low() -> None:
 
 
 def test_out_of_fold_a_run_is_predicted_by_the_others_only() -> None:
-    _, _, _, points, losses = planted(3, 4, NOISE, 0)
+    _, _, _, points, losses = planted(2, 3, NOISE, 0)
     before = swarm.out_of_fold(points, losses, "log_linear", random())
     changed = losses.copy()
     changed[5] += 0.3
@@ -201,18 +202,19 @@ def test_diagnostics_by_hand() -> None:
     assert swarm.diagnose(np.ones(3), np.arange(3.0)).spearman == 0
 
 
-def test_the_interval_covers_new_runs() -> None:
+def test_the_interval_covers_new_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm, "FOLDS", 5)
     held = []
-    for seed in range(10):
-        true, prior, box, points, losses = planted(3, 6, NOISE, seed)
+    for seed in range(5):
+        true, prior, box, points, losses = planted(2, 4, NOISE, seed)
         errors = losses.mean(1) - swarm.out_of_fold(points, losses, "log_linear", random()).mean(1)
-        fit, noise = swarm.log_linear(points, losses), np.random.default_rng(seed).standard_normal(3) * NOISE
+        fit, noise = swarm.log_linear(points, losses), np.random.default_rng(seed).standard_normal(2) * NOISE
         point = swarm.solve(fit, prior, box, 0.05, random())
         predicted = float(fit.predict(point[None]).mean())
         low, high = swarm.interval(predicted, swarm.distance(points, point), errors)
         held.append(low <= float(true.predict(point[None]).mean() + noise.mean()) <= high)
         assert high - low < 0.2
-    assert sum(held) >= 8
+    assert sum(held) >= 4
 
 
 def test_what_cannot_rank_or_goes_where_no_run_is_is_refused() -> None:
@@ -254,3 +256,148 @@ def test_frozen_domains_keep_their_proportions_and_every_cap() -> None:
 def test_options_are_strict() -> None:
     with pytest.raises(ValueError, match="regressor"):
         Options(regressor="magic")  # type: ignore[arg-type]
+
+
+# ── The stage ───────────────────────────────────────────────────────────────────────
+
+SWARM = ("mixture=swarm", "swarm.runs=4", "swarm.candidates=1", "training.steps=6", "main.comparisons=[]", "seed=81")
+
+
+def made(store: Path) -> dict[str, float]:
+    """When every finished run of the store ended."""
+    return {path.parent.name: path.stat().st_mtime for path in store.glob("runs/*/result.json")}
+
+
+@pytest.fixture(scope="module")
+def swarmed(tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole job. Its final model is of the proxies' size and length: the very run that confirmed the mixture."""
+    run_dir = tmp_path_factory.mktemp("swarm") / "run"
+    outcome = run_here(*tiny, *SWARM, f"run_dir={run_dir}")
+    assert outcome.code == 0, outcome
+    assert "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3  # prepare, swarm, evaluate
+    return run_dir
+
+
+@pytest.mark.slow
+def test_a_swarm_is_run_fitted_and_confirmed(swarmed: Path) -> None:
+    runs, fit, mixture = (
+        lines(swarmed / "swarm/runs.jsonl"),
+        read(swarmed / "swarm/fit.json"),
+        read(swarmed / "weights.json"),
+    )
+    names = [f"swarm/round-1/{name}" for name in ("natural", "uniform", "run-0", "run-1", "run-2", "run-3")]
+    assert [run["run"] for run in runs] == names
+    for run in runs:  # what is fitted is what the run, an ordinary one, measured
+        result = read(swarmed / run["run"] / "result.json")["evaluation"]
+        assert run["losses"] == {name: entry["loss"] for name, entry in result["domains"].items()}
+        assert run["loss"] == pytest.approx(result["mean_loss"])
+    assert [line["name"] for line in fit["confirmed"]] == ["proposal-1", "natural", "uniform", "unimax"]
+    best = min((line for line in fit["confirmed"] if not line["refused"]), key=lambda line: line["realised"])
+    assert fit["chosen"] == best["name"] and mixture["weights"] == best["weights"] and mixture["method"] == "swarm"
+    assert mixture["provenance"]["runs"] == 6 and -1 <= mixture["provenance"]["spearman"] <= 1
+    assert (swarmed / "main").resolve() == (swarmed / "swarm/confirm" / best["name"]).resolve()
+
+
+@pytest.mark.slow
+def test_the_plan_counts_the_runs_of_a_swarm(swarmed: Path) -> None:
+    before = read(swarmed / "plan.json")  # written before anything ran
+    new = [name for name, run in before["stages"].items() if run["kind"] == "swarm" and run["state"] == "new"]
+    assert new == [run["run"] for run in lines(swarmed / "swarm/runs.jsonl")] + ["swarm/confirm/proposal-1"]
+    assert len({before["stages"][name]["flops"] for name in [*new, "main"]}) == 1
+    assert before["stages"]["swarm/confirm/natural"]["same_as"] == "swarm/round-1/natural"
+    assert before["total_flops"] > len(new) * before["stages"]["main"]["flops"] > 0
+
+
+@pytest.mark.slow
+def test_the_report_shows_fitted_against_realised(swarmed: Path) -> None:
+    page = (swarmed / "report.html").read_text()
+    assert "The proposal" in page and "regret at 1" in page and "refused, because" in page
+    for run in lines(swarmed / "swarm/runs.jsonl"):
+        cells = f"<td>{run['loss']:.4f}</td><td>{run['fitted']:.4f}</td><td>{run['out_of_fold']:.4f}</td>"
+        assert f"<td>{run['run'].removeprefix('swarm/')}</td>{cells}" in page
+
+
+@pytest.mark.slow
+def test_nothing_of_a_swarm_is_done_twice(swarmed: Path, tiny: list[str], store: Path, tmp_path: Path) -> None:
+    before = made(store)
+    assert run_here(*tiny, *SWARM, f"run_dir={swarmed}", "stage=swarm").code == 0
+    other = run_here(*tiny, *SWARM, f"run_dir={tmp_path / 'same'}", "stage=swarm")
+    assert other.code == 0 and "is in the store already" in other.out
+    assert made(store) == before
+    assert (tmp_path / "same/weights.json").read_bytes() == (swarmed / "weights.json").read_bytes()
+    # Another fit of the same runs: all that is new is its proposal, and what it drew itself.
+    fresh = (*SWARM, "swarm.runs=1", "swarm.kl=0.2", f"run_dir={tmp_path / 'other'}", "stage=swarm")
+    outcome = run_here(*tiny, *fresh)
+    assert outcome.code == 0 and "runs in the store are used too" in outcome.out, outcome
+    known = {tuple(run["weights"].values()) for run in lines(swarmed / "swarm/runs.jsonl")}
+    assert known <= {tuple(run["weights"].values()) for run in lines(tmp_path / "other/swarm/runs.jsonl")}
+    assert len(made(store)) - len(before) <= 3  # a drawn run, a proposal, and the swarm itself
+
+
+def test_a_swarm_that_cannot_be_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    cases: list[tuple[list[str], str]] = [
+        (["stage=swarm"], "write mixture=swarm too"),
+        (["mixture=swarm", "stage=plan", "main.tokens=1000000000000"], "mixture.max_epochs=4"),
+        (["mixture=swarm", "stage=plan", f"swarm.frozen={tmp_path}/none.json"], "swarm.frozen="),
+        (["reference.mixture=file"], "reference.mixture=file"),
+    ]
+    for number, (overrides, named) in enumerate(cases):
+        outcome = run_here(*tiny, f"run_dir={tmp_path}/{number}", *overrides)
+        assert outcome.code == 2 and named in outcome.err, outcome
+
+
+@pytest.mark.acceptance
+def test_a_killed_swarm_goes_on_to_the_same_bits(
+    swarmed: Path, fresh: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    overrides = [*fresh, *SWARM, f"run_dir={tmp_path / 'run'}", "stage=swarm"]
+    for after in ("round-1/run-1", "confirm/proposal-1"):
+        process = start(*overrides)
+        with reaped(process):
+            wait_for((tmp_path / "run/swarm" / after).exists, process)
+            process.kill()
+    done = made(tmp_path / "store")
+    assert len(done) >= 6
+    outcome = doremi(*overrides)
+    assert outcome.code == 0, outcome
+    assert made(tmp_path / "store").items() >= done.items()
+    for name in ("fit.json", "runs.jsonl"):
+        assert (tmp_path / "run/swarm" / name).read_bytes() == (swarmed / "swarm" / name).read_bytes()
+
+
+@pytest.mark.acceptance
+def test_a_told_swarm_stops_and_says_so(fresh: list[str], tmp_path: Path) -> None:
+    process = start(*fresh, *SWARM, "training.steps=400", f"run_dir={tmp_path / 'run'}", "stage=swarm")
+    with reaped(process):
+        wait_for((tmp_path / "run/swarm/round-1/natural/metrics.jsonl").exists, process)
+        process.terminate()
+        outcome = ended(process)
+    assert outcome.code == 75, outcome
+    assert read(tmp_path / "run/swarm/status.json")["state"] == "preempted"
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_swarm_of_jobs_is_that_of_one_process(
+    processes: int, swarmed: Path, fresh: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    """`processes`: of the parent, which must submit once; its children are processes of their own."""
+    overrides = [*fresh, *SWARM, f"run_dir={tmp_path / 'run'}", "stage=swarm", "submit.cluster=local"]
+    outcome = doremi(*overrides, processes=processes)
+    assert outcome.code == 0, outcome
+    assert outcome.out.count("is job") == 7
+    assert (tmp_path / "run/weights.json").read_bytes() == (swarmed / "weights.json").read_bytes()
+
+
+@pytest.mark.acceptance
+def test_rounds_frozen_domains_and_matched_repetition(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"weights": {"plain": 0.2, "rich": 0.6, "gone": 0.2}}')
+    overrides = (*SWARM, "swarm.rounds=2", f"swarm.frozen={tmp_path / 'old.json'}", "proxy.match_repetition=true")
+    run_dir = tmp_path / "run"
+    outcome = run_here(*tiny, *overrides, "main.tokens=60000", f"run_dir={run_dir}", "stage=swarm")
+    assert outcome.code == 0, outcome
+    runs = lines(run_dir / "swarm/runs.jsonl")
+    assert {run["run"].split("/")[1] for run in runs} == {"round-1", "round-2"}
+    for mixed in [run["weights"] for run in runs]:
+        assert mixed["rich"] == pytest.approx(3 * mixed["plain"], rel=1e-6)
+    assert "subsample" in read(run_dir / "swarm/round-2/run-0/recipe.json")

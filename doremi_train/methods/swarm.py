@@ -200,17 +200,20 @@ def log_linear(points: Floats, losses: Floats) -> LogLinear:
 
 
 def _log_linear(points: Floats, losses: Floats) -> Floats:
-    """(N, K), (N,) → c and t (K,) in one. Residuals are in units of the losses' spread; beyond a tenth of it they count
-    as their size and not its square, since a run that went wrong must not bend the others."""
-    lowest, spread = losses.min(), max(losses.std(), 1e-9)
+    """(N, K), (N,) → c and t (K,) in one. Residuals are in units of the losses' spread; those beyond a tenth of it
+    hardly count (Cauchy), since a run that went wrong must not bend the others."""
+    lowest, spread = losses.min(), max(1.4826 * stats.median_abs_deviation(losses), 1e-9)
     domains = points.shape[1]
     ridge = 1e-3 * (np.eye(domains) - 1 / domains)  # holds t of a domain that no run shows at the others' mean
 
+    def above(x: Floats) -> Floats:
+        return np.exp(np.minimum(points @ x[1:], 50))  # a trial step may go far
+
     def residuals(x: Floats) -> Floats:
-        return np.concatenate([(x[0] + np.exp(points @ x[1:]) - losses) / spread, ridge @ x[1:]])
+        return np.concatenate([(x[0] + above(x) - losses) / spread, ridge @ x[1:]])
 
     def jacobian(x: Floats) -> Floats:
-        slopes = np.exp(points @ x[1:])[:, None] * points / spread
+        slopes = above(x)[:, None] * points / spread
         return np.block([[np.full((len(points), 1), 1 / spread), slopes], [np.zeros((domains, 1)), ridge]])
 
     tried = []
@@ -222,7 +225,7 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
         lower[0], upper[0] = 0, lowest  # a loss is never below 0
         tried.append(
             optimize.least_squares(
-                residuals, [floor, *start], jacobian, (lower, upper), loss="soft_l1", f_scale=0.1, max_nfev=200
+                residuals, [floor, *start], jacobian, (lower, upper), loss="cauchy", f_scale=0.1, max_nfev=200
             )
         )
     return min(tried, key=lambda result: result.cost).x

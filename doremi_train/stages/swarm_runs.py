@@ -4,12 +4,12 @@ They are the ordinary runs of a reference, content-addressed in the store: whoev
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from doremi_train import files, weights
+from doremi_train.config import fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, reference, submit
@@ -72,11 +72,12 @@ def losses(run: Run, store: TokenStore) -> list[float]:
     return [domains[name]["loss"] for name in store.domains]
 
 
-def finished_like(session: Session, store: TokenStore, one: Run) -> list[dict[str, Any]]:
-    """The recipes of the finished runs in the store that differ from `one` in their mixture only."""
-    found, wanted = [], {**one.recipe, "mixture": None}
-    for path in sorted(Path(session.store).glob("runs/language_model-*/recipe.json")):
-        known = files.read_json(path)
-        if (path.parent / "result.json").exists() and {**known, "mixture": None} == wanted:
-            found.append(known)
-    return found
+def finished_like(session: Session, one: Run) -> list[dict[str, float]]:
+    """The mixtures of the finished runs in the store that differ from `one` in their mixture only."""
+
+    def rest(recipe: Mapping[str, Any]) -> str:
+        return fingerprint({**recipe, "mixture": None})
+
+    folders = sorted(session.store.glob("runs/language_model-*"))
+    recipes = [files.read_json(folder / "recipe.json") for folder in folders if (folder / "result.json").exists()]
+    return [recipe["mixture"] for recipe in recipes if rest(recipe) == rest(one.recipe)]

@@ -152,7 +152,7 @@ def _found(session: Session, store: TokenStore, problem: Problem, folder: Path) 
     if not path.exists():
         one = swarm_runs.recipe(session, store, torch.from_numpy(problem.space.expand(problem.prior)))
         reuse = session.config.swarm.reuse
-        known = [recipe["mixture"] for recipe in swarm_runs.finished_like(session, store, one)] if reuse else []
+        known = swarm_runs.finished_like(session, one) if reuse else []
         files.write_json(path, [mixed for mixed in known if problem.space.holds(_row(problem, mixed))])
     found = []
     for mixed in files.read_json(path):
