@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from doremi_train.config import UserError, conf_dir, fingerprint, redact
 
 STAGES = (
-    *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "main", "evaluate", "report"),
-    *("export", "classify"),
+    *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "swarm", "main", "evaluate"),
+    *("report", "export", "classify"),
 )
 
 

@@ -30,6 +30,7 @@ class Result(NamedTuple):
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
+    swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
 
     @property
     def weights(self) -> dict[str, float]:
@@ -98,6 +99,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]
     plan = folder / "plan.json"
     findings = folder / "findings.json"
+    fit = folder / "swarm" / "fit.json"
     return Result(
         folder=folder,
         config=config,
@@ -108,6 +110,9 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         rounds=rounds if len(rounds) > 1 else [],
         findings=files.read_json(findings) if findings.exists() else [],
         warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
+        swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}
+        if fit.exists()
+        else {},
     )
 
 
@@ -150,6 +155,7 @@ def _size(run: Result, stage: str) -> int:
     places = [
         run.folder / stage / "model",
         *run.folder.glob(f"{stage}/round-*/seed-*/model"),
+        run.folder / "swarm" / "confirm" / "natural" / "model",
         run.folder / "reference" / "model",
         run.folder / "main" / "model",
     ]

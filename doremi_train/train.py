@@ -65,6 +65,7 @@ class Task(NamedTuple):
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
     selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
+    bar: Bar | None = None  # that this run moves on; None: one of its own
 
 
 class Position(NamedTuple):
@@ -106,7 +107,7 @@ class Trainer:
         self.selector = self._selector(place) if task.selection is not None else None
         if self.selector is not None:
             self.engine_used += f"; {self.selector}"
-        if self.world.first:
+        if self.world.first and task.bar is None:
             console.print(f"{task.label:<22} {self.engine_used}")
         self._chosen: batch_selection.Chosen | None = None
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
@@ -320,7 +321,8 @@ class Trainer:
         return self.task.evaluation.every or max(1, self.task.training.steps // 20)
 
     def _bar(self, step: int, tokens: int) -> Bar:
-        return Bar(self.task.label, self.task.training.steps * tokens, step * tokens, show=self.world.first)
+        whole = self.task.training.steps * tokens
+        return self.task.bar or Bar(self.task.label, whole, step * tokens, show=self.world.first)
 
     def _logs(self, step: int, watch: Watch) -> "contextlib.AbstractContextManager[_Logs]":
         return _Logs(self.task.run.folder if self.world.first else None, step, watch)

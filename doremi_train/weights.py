@@ -25,9 +25,9 @@ class Mixture:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
-        """(K,) float64 in the order of `domains`, sum exactly what float64 gives for 1."""
-        values = torch.tensor([self.weights[name] for name in domains], dtype=torch.float64)
-        return values / values.sum()
+        """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that already, the bits stay: a
+        mixture that was written and read is the same run."""
+        return torch.tensor(_normal([self.weights[name] for name in domains]), dtype=torch.float64)
 
 
 def save(path: Path, mixture: Mixture) -> None:
@@ -68,7 +68,12 @@ def checked(values: Mapping[str, Any], domains: Sequence[str], where: str, norma
     total = math.fsum(values.values())
     if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
         raise UserError(f"{where}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true")
-    return {name: values[name] / total for name in domains}
+    return dict(zip(domains, _normal([values[name] for name in domains]), strict=True))
+
+
+def _normal(values: Sequence[float]) -> list[float]:
+    total = math.fsum(values)
+    return [value if abs(total - 1) < 1e-12 else value / total for value in values]
 
 
 def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -126,12 +126,12 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train.data import options as data
     from doremi_train.methods import importance, vocabulary
     from doremi_train.selection import options as selection
-    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit, Swarm
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
-    assert (config.export, config.submit) == (Export(), Submit())
+    assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())

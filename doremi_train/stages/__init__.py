@@ -33,7 +33,7 @@ from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, vocabulary
+from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, swarm, vocabulary
 from doremi_train.remote import Mirror
 from doremi_train.selection import options as selection_options
 from doremi_train.track import console
@@ -41,7 +41,7 @@ from doremi_train.track import console
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes
+    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture.path
     path: str | None = None  # an existing model folder instead of training one
     losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
 
@@ -53,6 +53,15 @@ class Proxy(doremi.Options):
     round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
     seeds: Positive = 1
     match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Swarm(swarm.Options):
+    prior: str = "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
+    rounds: Positive = 1  # of draws; from the second on where the fit expects low losses
+    candidates: Positive = 2  # proposals that are trained, each next one nearer to the prior
+    reuse: bool = True  # fit also the runs in the store that differ in their mixture only
+    frozen: str | None = None  # a weights.json, whose domains keep their proportions among themselves
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -127,6 +136,7 @@ class Config:
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
+    swarm: Swarm
     mixture: MixtureOptions
     main: Main
     selection: selection_options.Options
@@ -141,8 +151,9 @@ class Config:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
         _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
-        _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
-        _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
+        _one_of("mixture", self.mixture.method, ["doremi", "swarm", "file", *HEURISTICS])
+        _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
+        _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
         if self.training.loss_weighting == "imp" and self.reference.path is None:
             raise UserError(
                 "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
@@ -163,6 +174,13 @@ class Config:
                 raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
         if self.export.to is not None or self.stage == "export":
             _one_of("export.to", str(self.export.to), list(exports.FORMATS))
+        if self.reference.mixture == "file" and (self.mixture.path is None or self.mixture.format is not None):
+            raise UserError(
+                "reference.mixture=file: is that of mixture.path, a weights.json; "
+                "write mixture=file mixture.path=weights.json"
+            )
+        if self.stage == "swarm" and self.mixture.method != "swarm":
+            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
 
     @property
     def comparisons(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy, importance
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
+from doremi_train.track import Bar
 from doremi_train.train import Options, Position, Task, Trainer
 
 SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
@@ -67,12 +68,15 @@ def train(
     part: Subsample | None = None,
     weighting: Weighting | None = None,
     selection: batch_selection.Setting | None = None,
+    bar: Bar | None = None,
 ) -> Run:
-    """Train it, unless it is in the store already; link it as `run_dir/name`."""
+    """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs, for whom it is moved
+    on in silence."""
     run = recipe(session, store, config, weights, training, part, weighting, selection)
     with session.computing(run, name) as todo:
-        if not todo:
+        if not todo and bar is None:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
+        if not todo:
             return run
         task = Task(
             label=name,
@@ -85,6 +89,7 @@ def train(
             evaluation=session.config.evaluation,
             subsample=part,
             selection=selection,
+            bar=bar,
         )
         if weighting is not None:
             options = replace(weighting.options, weights=tuple(weights.tolist()))

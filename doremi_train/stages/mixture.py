@@ -8,7 +8,7 @@ import numpy as np
 from doremi_train import __version__, comm, exports, weights
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
-from doremi_train.stages import Session, language_model, once, prepare, proxy
+from doremi_train.stages import Session, language_model, once, prepare, proxy, swarm_search
 from doremi_train.stages.language_model import final_tokens, main_steps
 
 
@@ -22,6 +22,8 @@ def run(session: Session) -> weights.Mixture:
 
 
 def _compute(session: Session, store: TokenStore) -> weights.Mixture:
+    if session.config.mixture.method == "swarm":
+        return swarm_search.run(session)
     return proxy.run(session) if session.config.mixture.method == "doremi" else given(session, store)
 
 

@@ -24,6 +24,7 @@ from doremi_train.stages import Session, diagnose, evaluate, identity, report_ch
 from doremi_train.track import console
 
 _MOST_SAMPLES = 60  # domains of which text is shown
+_MOST_RUNS, _MOST_WEIGHTS = 60, 12  # of a swarm, in its table
 _SAMPLE_WINDOW, _SAMPLE_TOKENS, _SAMPLE_CHARACTERS = 2000, 160, 320
 
 
@@ -110,6 +111,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "free": list(free),
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
+        "swarm": _swarm(first),
         "models": list(setting.models.values()),
         "losses": _loss_rows(setting),
         "table": _model_rows(setting),
@@ -169,6 +171,41 @@ def _warnings(setting: Setting) -> list[str]:
                 said.setdefault((warning,), []).append(warning)
     total = len(setting.results)
     return [messages[0] + (f" (in {len(messages)} of {total} runs)" if total > 1 else "") for messages in said.values()]
+
+
+def _swarm(run: Result) -> dict[str, Any]:
+    """What a swarm proposed, what came of it, and its runs, best first; empty where there was none."""
+    if not run.swarm:
+        return {}
+    tried = [
+        [
+            line["name"],
+            f"{line['predicted']:.4f} ({line['interval'][0]:.4f} to {line['interval'][1]:.4f})"
+            if "interval" in line
+            else "",
+            f"{line['realised']:.4f}",
+            "; ".join(line["refused"]),
+        ]
+        for line in run.swarm["confirmed"]
+    ]
+    runs = sorted(run.swarm["runs"], key=lambda line: line["loss"])
+    shown = runs if len(runs) <= _MOST_RUNS else runs[: _MOST_RUNS // 2] + runs[-_MOST_RUNS // 2 :]
+    keys = ("loss", "fitted", "out_of_fold", "distance")
+    return {
+        "verdict": run.swarm["verdict"],
+        "diagnostics": {name.replace("_", " "): f"{value:.4f}" for name, value in run.swarm["diagnostics"].items()},
+        "tried": tried,
+        "columns": ["run", *keys, *(f"weight of {name}" for name in run.weights)][: 1 + len(keys) + _MOST_WEIGHTS],
+        "runs": [
+            [
+                line["run"].removeprefix("swarm/"),
+                *(f"{line[key]:.4f}" for key in keys),
+                *(f"{weight:.3f}" for weight in list(line["weights"].values())[:_MOST_WEIGHTS]),
+            ]
+            for line in shown
+        ],
+        "hidden": len(runs) - len(shown),
+    }
 
 
 def _domain_rows(setting: Setting, free: dict[str, dict[str, float]], store: TokenStore | None) -> list[dict[str, Any]]:
