@@ -10,7 +10,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler talks
@@ -48,7 +48,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             times = _times(*shape, given)
             found = common.ratio(times["fused"], times["plain"])
             ratios["fused_over_plain_{}x{}x{}".format(*shape)] = found
-            taken = "fused" if model.fuses(shape[0], shape[2], _device(given).type) else "plain"
+            taken = "fused" if model.fuses(shape[0], shape[2], shape[1], _device(given).type) else "plain"
             rows.append((*shape, *(1e3 * statistics.median(times[side]) for side in ("fused", "plain")), found, taken))
     common.table(
         "projection, loss and backward",
@@ -69,27 +69,15 @@ def _peaks(vocabulary: int, given: argparse.Namespace) -> dict[str, int]:
     """Bytes of a step beyond what stays, and beyond the gradient of the embedding."""
     size = argparse.Namespace(**vars(given) | {"vocabulary": vocabulary})
     found = {}
-    for side, at_once in (("fused", None), ("plain", 1 << 62)):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), _logits(at_once):
-            of = step.setting(given.model, size, Path(folder))
+    for side in ("fused", "plain"):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            of = step.setting(given.model, size, Path(folder))._replace(fused=side == "fused")
             with contextlib.closing(step.plain(of)) as steps:
                 for _ in range(2):  # with the optimiser's states, and the next batch read
                     next(steps)
                 peak = _peak(steps, of.place.device)
         found[side] = peak - 4 * vocabulary * of.config["hidden_size"]
     return found
-
-
-@contextlib.contextmanager
-def _logits(at_once: int | None) -> Iterator[None]:
-    """As many logits may exist as this says; None: as many as usual."""
-    names = ("_LOGITS_ON_CPU", "_LOGITS_ELSEWHERE")
-    usual = [getattr(model, name) for name in names]
-    for name, value in zip(names, usual, strict=True):
-        setattr(model, name, at_once or value)
-    yield
-    for name, value in zip(names, usual, strict=True):
-        setattr(model, name, value)
 
 
 def _peak(steps: step.Steps, device: torch.device) -> int:

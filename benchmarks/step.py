@@ -50,6 +50,7 @@ class Setting(NamedTuple):
     store: TokenStore
     place: engine.Place
     folder: Path
+    fused: bool = True  # projection and loss, where the trainer would
 
     def tokens(self) -> NDArray[np.unsignedinteger]:
         """(N,) of the first domain, as they stand in a shard."""
@@ -76,7 +77,10 @@ def ours(of: Setting, label: str, objective: Objective, options: Any, reference:
         accumulation="exact",
         reference=reference,
     )
-    trainer = Trainer(task, model.build(of.config, 0), of.place)
+    built = model.build(of.config, 0)
+    if not of.fused:
+        built.projection = None
+    trainer = Trainer(task, built, of.place)
     start = Position(0, objective.init(DOMAINS, STEPS, options), np.zeros(DOMAINS, dtype=np.int64))
     yield from trainer.steps(start)
 
