@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -78,6 +79,12 @@ def ratio(above: list[float], below: list[float]) -> Ratio:
         left_out += 1
         tail += math.comb(n, left_out) * 0.5**n
     return Ratio(statistics.median(paired), paired[left_out], paired[-1 - left_out])
+
+
+def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a process that has done nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def token_store(

@@ -95,9 +95,7 @@ class Sampler:
             sequence = _permute(sequence, self._whole[domain], self._kept[domain])
         return sequence
 
-    def _upcoming(
-        self, domain: Ints, number: Ints, counts: Ints, quota: Ints, weights: NDArray[np.float64]
-    ) -> Ints:
+    def _upcoming(self, domain: Ints, number: Ints, counts: Ints, quota: Ints, weights: NDArray[np.float64]) -> Ints:
         """(B,) as `sequence`. Where one is not known yet, computes those of the next _AHEAD draws as well."""
         first, edges, known = self._ahead  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
         at = (edges[:-1] - first)[domain] + number
