@@ -153,11 +153,12 @@ def main(
     given = parser.parse_args()
     began = time.perf_counter()
     found = measure(given)
-    table(
-        name,
-        ("ratio", "median", "95 % interval"),
-        [(k, r.median, f"{r.low:.3g} … {r.high:.3g}") for k, r in found.ratios.items()],
-    )
+    if found.ratios:
+        table(
+            name,
+            ("ratio", "median", "95 % interval"),
+            [(k, r.median, f"{r.low:.3g} … {r.high:.3g}") for k, r in found.ratios.items()],
+        )
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         content = {
