@@ -136,7 +136,10 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) 
         shown.add_column(column, justify="right" if n else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(shown)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(shown)
 
 
 def main(

@@ -50,6 +50,7 @@ class Setting(NamedTuple):
     store: TokenStore
     place: engine.Place
     folder: Path
+    fused: bool = True  # projection and loss, where the trainer would
 
     def tokens(self) -> NDArray[np.unsignedinteger]:
         """(N,) of the first domain, as they stand in a shard."""
@@ -76,7 +77,10 @@ def ours(of: Setting, label: str, objective: Objective, options: Any, reference:
         accumulation="exact",
         reference=reference,
     )
-    trainer = Trainer(task, model.build(of.config, 0), of.place)
+    built = model.build(of.config, 0)
+    if not of.fused:
+        built.projection = None
+    trainer = Trainer(task, built, of.place)
     start = Position(0, objective.init(DOMAINS, STEPS, options), np.zeros(DOMAINS, dtype=np.int64))
     yield from trainer.steps(start)
 
@@ -292,6 +296,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, help="default: the model's usual one here")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--length", type=int, help="tokens a sequence")
+    parser.add_argument("--compile", action="store_true", help="the trainer under torch.compile as well")
+    common_options(parser)
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="turns of every side")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -299,7 +308,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process, on a busy machine"
     )
-    parser.add_argument("--compile", action="store_true", help="the trainer under torch.compile as well")
 
 
 if __name__ == "__main__":

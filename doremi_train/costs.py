@@ -79,7 +79,7 @@ def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str
     """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
     that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
     layers = 2 * of.matrices + 4 * length * of.attention
-    again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary, device)
+    again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary, of.hidden, device)
     return 2 * forward(of, length) + again
 
 

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from doremi_train.config import STRICT, UserError, conf_dir
 from doremi_train.projection import Projection
 
-# Logits that may exist at once: where there are more, the projection is fused with the loss, in chunks of so many. On a
-# CPU both directions are then faster too, for they stay near the cache: 0.66 to 0.77 of the plain time for 8192 entries
-# and d = 64 or 256; with 4 M logits or fewer the plain route is as fast or faster (1.0 to 1.4, d = 256). One thread,
-# 2026-11-21. On a GPU matrices must be large; that number is not measured.
+# Where the projection is fused with the loss. Logits that may exist at once: where there are more it is, in chunks of
+# so many. And a hidden size up to which it always is on a CPU, for computing the logits again then takes less time than
+# moving them through memory. Seen there on one thread, 2026-11-21, fused over plain: of a training step 0.87 for tiny
+# (d = 64), 0.98 for mini (128), 1.02 for small (256) with 1024 entries; of the projection alone with 8 M logits or more
+# 0.65 to 0.75 for d = 64, 0.9 to 1.1 for 256. On a GPU matrices must be large; that number is not measured.
 _LOGITS_ON_CPU, _LOGITS_ELSEWHERE = 1 << 22, 1 << 26
+_NARROW_ON_CPU = 128
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -124,17 +126,18 @@ class LanguageModel(nn.Module):
 
     def _losses(self, tokens: Tensor) -> Tensor:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        vocabulary = self.inner.config.vocab_size
-        if self.projection is None or not fuses(targets.numel(), vocabulary, tokens.device.type):
+        vocabulary, device, project = self.inner.config.vocab_size, tokens.device.type, self.projection
+        if project is None or not fuses(targets.numel(), vocabulary, project.hidden_size, device):
             return _cross_entropy(self.inner(input_ids=inputs).logits, targets)
         hidden = self.inner.base_model(input_ids=inputs).last_hidden_state  # (B, T, d)
-        at_once = logits_at_once(targets.numel(), vocabulary, tokens.device.type)
-        return self.projection(hidden.flatten(0, 1), targets.flatten(), at_once).view(targets.shape).float()
+        at_once = logits_at_once(targets.numel(), vocabulary, device)
+        return project(hidden.flatten(0, 1), targets.flatten(), at_once).view(targets.shape).float()
 
 
-def fuses(tokens: int, vocabulary: int, device: str) -> bool:
-    """Whether the logits of so many tokens are too many to exist at once; on a `device` of this type, cpu or cuda."""
-    return logits_at_once(tokens, vocabulary, device) < tokens * vocabulary
+def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:
+    """Whether the loss of so many tokens is computed without their logits; on a `device` of this type, cpu or cuda."""
+    narrow = device == "cpu" and hidden_size <= _NARROW_ON_CPU
+    return narrow or logits_at_once(tokens, vocabulary, device) < tokens * vocabulary
 
 
 def logits_at_once(tokens: int, vocabulary: int, device: str) -> int:

@@ -27,7 +27,7 @@ class Projection(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = head.weight, head.bias
+        self.weight, self.bias, self.hidden_size = head.weight, head.bias, head.in_features
 
     def forward(self, hidden: Tensor, targets: Tensor, logits: int) -> Tensor:
         """`logits` is how many may exist at once."""

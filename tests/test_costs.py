@@ -59,8 +59,7 @@ def test_a_forward_is_what_torch_counts(name: str) -> None:
 def test_a_step_is_what_torch_counts(
     name: str, fused: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fused:
-        monkeypatch.setattr(model, "_LOGITS_ON_CPU", 1000)
+    monkeypatch.setattr(model, *(("_LOGITS_ON_CPU", 1000) if fused else ("_NARROW_ON_CPU", 0)))
     language_model, tokens = built(MODELS[name], checkpointing)
     of = costs.shape(config(MODELS[name]))
     found = counted(lambda: language_model(tokens).sum().backward())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, Command, documents, run_here, write_jsonl
 
-from doremi_train import costs, files, runs
+from doremi_train import costs, files, model, runs
 from doremi_train.stages import plan, plan_text
 
 DOMAINS = ["digits", "plain", "rich"]
@@ -23,6 +24,14 @@ def planned(*overrides: str) -> dict[str, Any]:
     assert outcome.code == 0, outcome
     run_dir = next(Path(o.removeprefix("run_dir=")) for o in overrides if o.startswith("run_dir="))
     return files.read_json(run_dir / "plan.json") | {"printed": outcome.out}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_logits() -> Iterator[None]:
+    """A step of a language model is 3 F only where the projection is not computed again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_NARROW_ON_CPU", 0)
+        yield
 
 
 @pytest.fixture(scope="module")

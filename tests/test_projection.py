@@ -3,6 +3,8 @@
 N tokens, d hidden size, V vocabulary.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from doremi_train import model, optim
 from doremi_train.projection import Projection
 
 N, D, V = 7, 5, 11
@@ -114,6 +117,38 @@ def test_no_more_logits_exist_than_were_asked_for() -> None:
     with Largest() as largest:
         F.cross_entropy(of.head(of.hidden), of.targets, reduction="none").sum().backward()
     assert largest.elements == 1000 * 200  # the measure sees them where they are
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator has given out at a time meanwhile, beyond those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    found = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
+def test_peak_memory_of_a_step_does_not_depend_on_the_vocabulary(fused: bool) -> None:
+    """Without the embedding's own gradient. The same measure sees how it grows where logits are plain."""
+    peaks = []
+    for vocabulary in (1 << 13, 1 << 17):
+        options = model.Options(**model.preset("nano", "model"))
+        language_model = model.build(model.resolve(options, vocabulary, 0, 128), 0)
+        if not fused:
+            language_model.projection = None
+        optimizer = optim.build(language_model, optim.Options())
+        tokens = torch.randint(vocabulary, (8, 129), generator=torch.Generator().manual_seed(0))
+
+        def step(of: nn.Module = language_model, by: torch.optim.Optimizer = optimizer, on: Tensor = tokens) -> None:
+            of(on).mean().backward()
+            by.step()
+            by.zero_grad()
+
+        step()  # with the optimiser's states
+        peaks.append(peak(step) - 4 * vocabulary * language_model.inner.config.hidden_size)
+    assert peaks[1] / peaks[0] == pytest.approx(1 if fused else 16, rel=0.1)
 
 
 def test_it_compiles_to_the_same_numbers() -> None:
