@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -80,6 +81,12 @@ def ratio(above: list[float], below: list[float]) -> Ratio:
     return Ratio(statistics.median(paired), paired[left_out], paired[-1 - left_out])
 
 
+def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a process that has done nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def token_store(
     folder: Path, domains: int, tokens: int, vocabulary: int, member_tokens: int = 1 << 20, members_per_shard: int = 64
 ) -> shards.TokenStore:
@@ -149,11 +156,12 @@ def main(
     given = parser.parse_args()
     began = time.perf_counter()
     found = measure(given)
-    table(
-        name,
-        ("ratio", "median", "95 % interval"),
-        [(k, r.median, f"{r.low:.3g} … {r.high:.3g}") for k, r in found.ratios.items()],
-    )
+    if found.ratios:
+        table(
+            name,
+            ("ratio", "median", "95 % interval"),
+            [(k, r.median, f"{r.low:.3g} … {r.high:.3g}") for k, r in found.ratios.items()],
+        )
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         content = {

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -172,12 +171,6 @@ def wide_store(folder: Path, domains: int, shards: int, linked: bool = True) -> 
     return path
 
 
-def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a process that has done nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def opening(path: Path) -> dict[str, float]:
     """Seconds to open a store and take a batch, and more batches from all over it."""
     began = time.perf_counter()
@@ -267,14 +260,16 @@ def measure(given: argparse.Namespace) -> common.Result:
             print("the other libraries are not measured: --peers names the interpreter of an environment that has them")
         times = common.alternate(sides, rounds, warm_up=1)
         sizes = (1 << 23, 1 << 25) if given.quick else (1 << 23, 1 << 25, 1 << 27)
-        sized = {n: common.token_store(folder / f"{n}", DOMAINS, n // DOMAINS, VOCABULARY).path for n in sizes}
+        sized = [(n, common.token_store(folder / f"{n}", DOMAINS, n // DOMAINS, VOCABULARY).path) for n in sizes]
         figures: dict[str, Any] = {
             "million_tokens_per_second": {
                 side: each * BATCH * LENGTH / statistics.median(found) / 1e6 for side, found in times.items()
             },
             "seek": {"ms": 1e3 * min(seek(store) for _ in range(5))},
-            "start_up": fresh(opening, wide_store(folder, 1000, 10 if given.quick else 100)),
-            "memory_mb": {f"{size >> 20}M tokens": fresh(anonymous_memory, path) for size, path in sized.items()},
+            "start_up": common.fresh(opening, wide_store(folder, 1000, 10 if given.quick else 100)),
+            "memory_mb": {
+                f"{size >> 20}M tokens": common.fresh(anonymous_memory, path) for size, path in sized.items()
+            },
             "proportions": proportions(store, 1000 if given.quick else 20_000),
             "waiting": waiting(store, 30 if given.quick else 300),
         }

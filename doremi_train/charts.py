@@ -59,8 +59,10 @@ def lines(
     marks: Sequence[Mark] = (),
     settings: bool = False,
     logarithmic: bool = False,
+    powers: bool = False,
 ) -> str:
-    """Curves over steps; `settings`: x is a few values that were tried, each with a point, and a tick of its own."""
+    """Curves over steps; `settings`: x is a few values that were tried, each with a point, and a tick of its own;
+    `logarithmic`: so is the scale of x; `powers`: that of y too, so that a power of x is a line."""
     with _figure(4.0) as (axes, markup):
         colors = itertools.cycle(COLORS)
         for name, curve in curves.items():
@@ -90,6 +92,8 @@ def lines(
             axes.minorticks_off()
         for mark in marks:
             _mark(axes, mark)
+        if powers:
+            axes.set_yscale("log")
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.margins(x=0.03 if settings else 0)
         axes.grid(axis="y")

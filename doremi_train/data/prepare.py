@@ -1,6 +1,6 @@
 """Text to token shards: one ordered stream, tokenised on all cores, the same bytes whoever computes it.
 
-    sources → reader thread (split, cut, batch) → tokenise a batch on all cores → append to streams → shards
+    sources → reader thread (split, cut, batch) → tokenise two batches on all cores → append to streams → shards
 
 The result stands in a folder named by the content address of the request, so a changed source or tokeniser is never
 silently reused, and a killed preparation continues where the shards end.
@@ -9,7 +9,9 @@ silently reused, and a killed preparation continues where the shards end.
 import hashlib
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +37,13 @@ RECIPE = 1  # raise when the same request would give other tokens
 PIECE = 2**18  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
 BATCH_BYTES = 2**22  # UTF-8 bytes tokenised together
 BATCH_PIECES = 2**14
+TOKENISED_TOGETHER = 2  # batches: while one's tokens become arrays, on one core, the other keeps all cores busy
 READ_AHEAD = 4  # how many times the tokeniser's sample is read in search of domains, where the files do not name them
 
 Progress = Callable[[str, int, int | None], None]  # description, bytes of the sources done, all bytes or None
 Request = dict[str, Any]
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def silent(description: str, done: int, total: int | None) -> None:
@@ -191,9 +195,12 @@ def _fill(target: Path, options: Options, sources: list[Source], wanted: Request
     writer = ShardWriter(target, token_dtype(size), options.member_tokens, options.members_per_shard)
     router, bad = Router(options, sources), BadLines(options)
     meter = Meter(sources, "tokenising", progress)
-    with closing(_in_background(_batches(_work(router, bad, writer, meter)))) as batches:
-        for batch in batches:
-            for work, tokens in zip(batch, _tokenise(tokenizer, batch, size), strict=True):
+    with (
+        closing(_in_background(_batches(_work(router, bad, writer, meter)))) as batches,
+        ThreadPoolExecutor(TOKENISED_TOGETHER) as pool,
+    ):
+        for batch, tokenised in _on(pool, lambda batch: list(_tokenise(tokenizer, batch, size)), batches):
+            for work, tokens in zip(batch, tokenised, strict=True):
                 writer.append(work.stream, _ended(tokens, end, work.last), work.last, work.text_bytes)
             meter.show(batch[-1].done)
     writer.finish()
@@ -494,6 +501,18 @@ def _in_background(items: Iterable[T], ahead: int = 2) -> Generator[T, None, Non
     finally:
         stopped.set()
         thread.join()
+
+
+def _on(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """(item, function(item)) in order, with TOKENISED_TOGETHER of them in work."""
+    working: deque[tuple[T, Future[R]]] = deque()
+    for item in items:
+        working.append((item, pool.submit(function, item)))
+        if len(working) == TOKENISED_TOGETHER:
+            first, result = working.popleft()
+            yield first, result.result()
+    for first, result in working:
+        yield first, result.result()
 
 
 def _tokenise(tokenizer: Tokenizer, batch: list[Work], vocabulary_size: int) -> Iterator[np.ndarray]:

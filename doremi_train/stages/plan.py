@@ -206,7 +206,7 @@ class _Bill:
 def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dict[str, Any]:
     """For each domain its size, and how often every run passes over it: those here, and the one of `main.tokens`."""
     training, count = session.config.training, len(store.domains)
-    length, sizes = training.sequence_length, store.sizes("train")
+    length, sizes, validation = training.sequence_length, store.sizes("train"), store.sizes("validation")
     sampler = reference_losses.sampler(session, store, 0)
     proxy_epochs = reference_losses.draws(session, sampler) / sampler.sizes
     known = learned.numpy() if learned is not None else None
@@ -221,7 +221,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     return {
         name: {
             "training_tokens": int(sizes[k]),
-            "validation_tokens": int(store.sizes("validation")[k]),
+            "validation_tokens": int(validation[k]),
             "training_sequences": int(once[k] // length),
             "natural_weight": float(final["natural"][k]),
             "reference_weight": float(reference_weights[k]),

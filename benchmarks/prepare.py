@@ -1,0 +1,125 @@
+"""How fast text becomes token shards: `stage=prepare` over what the tokenizers library reaches by itself on the same
+cores and the same documents, already read and in memory; and what memory that takes as the text grows.
+
+Every side runs in a process of its own. The text is that of `--root`, or else the demonstration's, repeated until it is
+large enough.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import common
+from doremi_train.data import prepare, sources, tokenizer
+from doremi_train.data.options import Options
+
+VOCABULARY = 8192
+SAMPLE = 4_000_000  # characters the tokeniser learns from
+TOGETHER = 1 << 22  # bytes of text the library gets at a time
+
+
+def ours(options: Options, folder: Path) -> tuple[float, float]:
+    """Seconds, and the peak of this process's memory in MB."""
+    began = time.perf_counter()
+    prepare.prepare(options, folder)
+    seconds = time.perf_counter() - began
+    return seconds, int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
+
+
+def alone(options: Options, method: str) -> float:
+    """Seconds that a method of the library takes for all documents."""
+    batches: list[list[str]] = [[]]
+    size = 0
+    for text in texts(options):
+        batches[-1].append(text)
+        size += len(text.encode())
+        if size > TOGETHER:
+            batches.append([])
+            size = 0
+    encode = getattr(tokenizer.load(options.tokenizer), method)
+    began = time.perf_counter()
+    for batch in batches:
+        encode(batch, add_special_tokens=False)
+    return time.perf_counter() - began
+
+
+def texts(options: Options) -> Iterator[str]:
+    for source in sources.resolve(options):
+        for piece in sources.read(source, options, sources.BadLines(options)):
+            yield piece.text or ""
+
+
+def corpus(root: Path | None, size: int, folder: Path) -> Options:
+    """Files of about `size` bytes of text: as much of every domain as it takes, under more names where it has less."""
+    given = Options(root=str(root)) if root is not None else Options()
+    found = sources.resolve(given)
+    share, written = size // len({source.domain for source in found}), 0
+    for source in found:
+        path = folder / str(source.domain) / f"{source.split or 'train'}-00000.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            for piece in sources.read(source, given, sources.BadLines(given)):
+                written += file.write(json.dumps({"text": piece.text}, ensure_ascii=False).encode() + b"\n")
+                if file.tell() > share:
+                    break
+    for turn in range(1, round(size / written)):
+        for path in folder.glob("*/train-00000.jsonl"):
+            shutil.copyfile(path, path.with_name(f"train-{turn:05d}.jsonl"))
+    file = folder / "tokenizer.json"
+    whole = Options(root=str(folder), tokenizer=str(file))
+    parts = [text for n, text in enumerate(texts(whole)) if n % max(written // SAMPLE, 1) == 0]
+    file.write_text(tokenizer.serialise(tokenizer.learn(parts, VOCABULARY)))
+    return whole
+
+
+def measure(given: argparse.Namespace) -> common.Result:
+    megabytes = given.megabytes or (8 if given.quick else 300)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        options = corpus(given.root, int(megabytes * 1e6), folder / "large")
+        size = sum(len(text.encode()) for text in texts(options))
+        quarter = corpus(given.root, int(megabytes * 1e6 / 4), folder / "small")
+        peaks: list[float] = []
+
+        def whole() -> float:
+            seconds, peak = common.fresh(ours, options, folder / f"store-{len(peaks)}")
+            peaks.append(peak)
+            shutil.rmtree(folder / f"store-{len(peaks) - 1}")
+            return float(seconds)
+
+        sides = {
+            "prepare": whole,
+            "encode_batch": lambda: float(common.fresh(alone, options, "encode_batch")),
+            "encode_batch_fast": lambda: float(common.fresh(alone, options, "encode_batch_fast")),
+        }
+        times = common.alternate(sides, given.rounds or (2 if given.quick else 5), warm_up=0)
+        smaller = common.fresh(ours, quarter, folder / "quarter")[1]
+    figures = {
+        "text_mb": size / 1e6,
+        "mb_per_second": {side: size / 1e6 / statistics.median(found) for side, found in times.items()},
+        "peak_memory_mb": {"all of the text": statistics.median(peaks), "a quarter of it": smaller},
+    }
+    for key in ("mb_per_second", "peak_memory_mb"):
+        common.table(f"{size / 1e6:.0f} MB of text", ("", key), list(figures[key].items()))
+    return common.Result(
+        {
+            "of_tokenizers_alone": common.ratio(times["encode_batch"], times["prepare"]),
+            "of_tokenizers_fast_alone": common.ratio(times["encode_batch_fast"], times["prepare"]),
+        },
+        figures,
+    )
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", type=Path, help="text: a folder of domains, as data.root")
+    parser.add_argument("--megabytes", type=float, help="of text; default: 300")
+    parser.add_argument("--rounds", type=int, help="turns of every side")
+
+
+if __name__ == "__main__":
+    common.main("prepare", __doc__, measure, options)
