@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Command, Outcome, run_here
+from conftest import Command, run_here
 from running import lines, read
 
 from doremi_train import classifier
@@ -94,7 +94,7 @@ def test_two_processes_give_the_bits_of_one(data: list[str], doremi: Command, tm
     few = [*data, "classify.seeds=2", "classify.methods=[generated,dimp]"]
     assert run_here(*few, f"run_dir={tmp_path / 'one'}", f"classify.columns={tmp_path / 'a'}").code == 0
     together = [f"run_dir={tmp_path / 'two'}", f"classify.columns={tmp_path / 'b'}"]
-    outcome: Outcome = doremi(*few, *together, processes=2)
+    outcome = doremi(*few, *together, processes=2)
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "one" / "classify.json").read_bytes() == (tmp_path / "two" / "classify.json").read_bytes()
 
@@ -159,6 +159,7 @@ def test_a_mistake_in_the_data_is_named(
         ("classify.model=/nowhere", "classify.model='/nowhere'"),
         ("classify.folds=1000", "classify.folds=1000"),
         ("classify.validation_fraction=0.0", "classify.validation_fraction=0.0"),
+        ("classify.columns=/proc/columns", "classify.columns=/proc/columns"),
         ("classify.text_key=body", "classify.text_key='body'"),
     ],
 )
