@@ -11,7 +11,7 @@ divides by the length and by a temperature, and takes a floor of the size of a c
 the target happens not to have decide. Mixing p̂ with q̂, as a held-out half of the target likes best, is an option.
 
 The corpus may be larger than any memory: documents are met in parts, and everything global is a sum over parts
-(`count`, `mass`, `digits`), so that it does not matter how they were divided, nor who looked at them.
+(counts, `mass`, `digits`), so that it does not matter how they were divided, nor who looked at them.
 
 N documents, m buckets, G groups with a budget of their own, C columns of scores.
 """
