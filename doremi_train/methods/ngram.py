@@ -5,12 +5,13 @@
 3. log w(x) = Σ_j z_j(x) · (log p̂_j − log q̂_j);
 4. k documents without replacement, with probability ∝ w: the largest k of log w + Gumbel noise.
 
-*Exact mode* computes what the package `data-selection` does: `exact_buckets`, and `log_ratio` without mixing. There
-log w is a sum over the document, whose spread of hundreds of nats drowns the noise: it is top-k in disguise. The
-default divides by the length and by a temperature, and smooths p̂ by q̂ as a held-out half of the target likes best.
+*Exact mode* computes what the package `data-selection` does: `exact_buckets`, and `log_ratio` as it stands. There log w
+is a sum over the document, whose spread of hundreds of nats drowns the noise: it is top-k in disguise. The default
+divides by the length and by a temperature, and takes a floor of the size of a count: far below one, a few n-grams that
+the target happens not to have decide. Mixing p̂ with q̂, as a held-out half of the target likes best, is an option.
 
 The corpus may be larger than any memory: documents are met in parts, and everything global is a sum over parts
-(`count`, `mass`, `digits`), so that it does not matter how they were divided, nor who looked at them.
+(counts, `mass`, `digits`), so that it does not matter how they were divided, nor who looked at them.
 
 N documents, m buckets, G groups with a budget of their own, C columns of scores.
 """
@@ -28,7 +29,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
-FLOOR = 1e-8  # added to every frequency, as the package does
+FLOOR = 1e-8  # added to every frequency in exact mode
 DIGIT = 8  # bits of a key that one look at all documents settles
 
 # ── Features of exact mode ───────────────────────────────────────────────────────────────────────────────────────────
@@ -57,11 +58,11 @@ def exact_bucket(gram: str, buckets: int) -> int:
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def log_ratio(target: NDArray, raw: NDArray, mixing: float = 0.0) -> Floats:
-    """(m,) log p̂ − log q̂ in nats from counts (m,); p̂ is mixed with q̂: (1 − mixing) · p̂ + mixing · q̂."""
+def log_ratio(target: NDArray, raw: NDArray, mixing: float = 0.0, floor: float = FLOOR) -> Floats:
+    """(m,) log p̂ − log q̂ in nats from counts (m,). Both are raised by `floor`; p̂ is (1 − mixing) · p̂ + mixing · q̂."""
     q = raw / raw.sum()
     p = (1 - mixing) * (target / target.sum()) + mixing * q
-    return np.log(p + FLOOR) - np.log(q + FLOOR)
+    return np.log(p + floor) - np.log(q + floor)
 
 
 def held_out_mixing(halves: tuple[NDArray, NDArray], raw: NDArray) -> float:

@@ -64,10 +64,10 @@ def totals(scores: Scores, names: list[str]) -> Totals:
             found.refused[name] += int((refused == code).sum())
         kept = table.filter(pa.array(refused == ELIGIBLE))
         for domain, rows in _by_domain(table).items():
-            totals = found.domains.setdefault(domain, [0, 0])
+            there = found.domains.setdefault(domain, [0, 0])
             rows = rows[refused[rows] == ELIGIBLE]
-            totals[0] += len(rows)
-            totals[1] += int(table["tokens"].to_numpy()[rows].sum())
+            there[0] += len(rows)
+            there[1] += int(table["tokens"].to_numpy()[rows].sum())
         for name in names:
             s = kept[name].to_numpy()
             found.moments[name] += (len(s), s.sum(), (s**2).sum())

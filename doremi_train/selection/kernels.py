@@ -309,3 +309,33 @@ def segment(
     ids, first = np.empty(int((end - start).sum()), np.int64), np.empty(len(start) + 1, np.int64)
     n = longest(text, start, end, *tokens, ids, first)
     return ids[:n], first
+
+
+@njit(cache=True, nogil=True)
+def frequencies(hashes, bounds, seen, documents):
+    """Add to documents (m,) in how many parts each bucket of a token comes; seen (m,) int64 is room, all zero."""
+    buckets = np.uint64(len(documents))
+    for p in range(len(bounds) - 1):
+        for i in range(bounds[p], bounds[p + 1]):
+            at = bucket(mix(hashes[i]), buckets)
+            documents[at] += seen[at] != p + 1
+            seen[at] = p + 1
+
+
+@njit(cache=True, nogil=True)
+def bm25(hashes, bounds, weights, saturation, length, mean, seen, sums):
+    """Add to sums (P, C) the weights (m, C) of a part's tokens, each times f (k + 1) / (f + k (1 − b + b n / mean)) for
+    its frequency f among the part's n tokens: k is `saturation`, b is `length`. seen (m,) int64 is room, all zero."""
+    buckets = np.uint64(len(weights))
+    for p in range(len(bounds) - 1):
+        n = bounds[p + 1] - bounds[p]
+        for i in range(bounds[p], bounds[p + 1]):
+            seen[bucket(mix(hashes[i]), buckets)] += 1
+        norm = saturation * (1 - length + length * n / mean)
+        for i in range(bounds[p], bounds[p + 1]):
+            at = bucket(mix(hashes[i]), buckets)
+            f = seen[at]
+            if f:
+                seen[at] = 0
+                for c in range(weights.shape[1]):
+                    sums[p, c] += weights[at, c] * f * (saturation + 1) / (f + norm)

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError
 
-METHODS = ("ngram", "random")  # implemented in `scorers`, which needs the extra `select`
+METHODS = ("ngram", "random", "bm25", "embedding")  # made in `selection.methods`, which needs the extra `select`
 
 Share = Annotated[float, Gt(0), Le(1)]
 
@@ -27,13 +27,14 @@ class Options:
     chunk: Positive | None = 1024  # tokens: longer documents are cut into equal parts; null: never
     min_tokens: Positive = 1  # shorter parts are not eligible
     benchmarks: tuple[str, ...] = ()  # files: who shares 13 tokens in a row with them is refused
-    overlap: Share = 0.5  # part of the 13-grams: who shares as many with a target is a copy of it, and refused
+    overlap: Share | None = 0.5  # part of the 13-grams: who shares as many with a target is refused; null: nobody
     features: Literal["words", "tokens", "granular"] = "words"  # of n-grams
     tokenizer: str | None = None  # of features=tokens: a tokenizer.json or a local transformers folder
     vocabulary: str | None = None  # of features=granular: what stage=vocabulary wrote
+    encoder: str | None = None  # of method=embedding: a local transformers folder
     exact: bool = False  # the published package's weights: sums over whole documents of at least 100 words
-    buckets: Positive = 10_000  # of hashed n-grams
-    mixing: Fraction | None = None  # λ of Jelinek-Mercer smoothing; null: by held-out likelihood
+    buckets: Positive | None = None  # m, of hashed n-grams; null: 32 768 (exact: the paper's 10 000)
+    mixing: Fraction | Literal["held_out"] = 0.0  # λ of Jelinek-Mercer smoothing, or by held-out likelihood
     write: Literal["none", "jsonl.zst", "parquet", "webdataset"] = "none"  # the chosen text, beside the sidecar
     workers: Positive | None = None  # processes; null: one a core
 
@@ -48,8 +49,18 @@ class Options:
                     f"selection.{key}={given}: goes with selection.features={features}, and only with it; "
                     f"selection.features={self.features} here"
                 )
+        if (self.method == "embedding") != (self.encoder is not None):
+            raise UserError(
+                f"selection.encoder={self.encoder}: goes with selection=embedding, and only with it; give a local "
+                "transformers folder of a sentence encoder"
+            )
         if self.exact and (self.features != "words" or self.mixing):
             raise UserError("selection.exact=true: is words without smoothing; remove selection.features and .mixing")
+
+    @property
+    def m(self) -> int:
+        """Buckets. More than the paper's, for fewer n-grams that share one; the table still fits a core's cache."""
+        return self.buckets or (10_000 if self.exact else 32_768)
 
     @property
     def budget(self) -> tuple[str, int | float | dict[str, int] | dict[str, float]]:

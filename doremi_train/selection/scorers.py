@@ -4,7 +4,7 @@ A method observes the raw corpus once, as sums over parts; is fitted to these su
 every part. It is made anew in every process from arrays alone. B documents, P parts, m buckets, C columns (targets).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Protocol
 
@@ -20,6 +20,9 @@ from doremi_train.selection.parts import Batch, Document, batch
 
 Arrays = dict[str, NDArray]
 Targets = Mapping[str, list[bytes]]  # documents of every column
+
+
+UNSEEN = 0.1  # of a count, for n-grams that a target has not: between 0.01 and 1 hidden documents are found best
 
 
 class Scorer(Protocol):
@@ -68,7 +71,7 @@ class NGrams(Random):
     """Importance resampling by hashed 1- and 2-grams (`methods.ngram`), log ratio per gram."""
 
     def sums(self) -> Arrays:
-        return {"counts": np.zeros(self.options.buckets, np.int64)}
+        return {"counts": np.zeros(self.options.m, np.int64)}
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
         kernels.count(*self.features(batch), sums["counts"])
@@ -78,12 +81,12 @@ class NGrams(Random):
         if not raw.any():
             raise UserError("selection: the raw corpus holds no training text; give files that hold text")
         for documents in targets.values():
-            mixing = self.options.mixing
-            if mixing is None:
+            target, mixing = self.count(documents), self.options.mixing
+            if mixing == "held_out":
                 first, second = halves(documents)
                 mixing = ngram.held_out_mixing((self.count(first), self.count(second)), raw)
-            ratios.append(ngram.log_ratio(self.count(documents), raw, mixing))
-        return {"table": np.ascontiguousarray(np.stack(ratios, 1))}  # (m, C)
+            ratios.append(ngram.log_ratio(target, raw, mixing, UNSEEN / max(int(target.sum()), 1)))
+        return {"table": np.stack(ratios, 1).astype(np.float32)}  # (m, C)
 
     def count(self, documents: list[bytes]) -> NDArray[np.int64]:
         """(m,) of a target."""
@@ -137,7 +140,7 @@ class ExactGrams(NGrams):
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
         for buckets in self._buckets(batch):
-            sums["counts"] += np.bincount(buckets, minlength=self.options.buckets)
+            sums["counts"] += np.bincount(buckets, minlength=self.options.m)
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         ratios = [ngram.log_ratio(self.count(documents), sums["counts"]) for documents in targets.values()]
@@ -152,14 +155,7 @@ class ExactGrams(NGrams):
     def _buckets(self, batch: Batch) -> list[NDArray[np.int64]]:
         self.features(batch)  # refuses tokens
         texts = (batch.part(p).decode() for p in range(len(batch.start)))
-        return [ngram.exact_buckets(text, self.options.buckets) for text in texts]
-
-
-METHODS: dict[str, Callable[[Options], Scorer]] = {
-    "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),
-    "random": Random,
-}
-FEATURES: dict[str, type[NGrams]] = {"words": NGrams, "tokens": TokenGrams, "granular": GranularGrams}
+        return [ngram.exact_buckets(text, self.options.m) for text in texts]
 
 
 def whole(documents: list[bytes]) -> Batch:

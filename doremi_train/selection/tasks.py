@@ -19,9 +19,10 @@ from doremi_train.data.sources import BadLines, Source
 from doremi_train.files import replacing, write_bytes
 from doremi_train.methods import ngram
 from doremi_train.selection import kernels
+from doremi_train.selection.methods import METHODS
 from doremi_train.selection.options import Options
 from doremi_train.selection.parts import Batch, batches
-from doremi_train.selection.scorers import METHODS, Arrays, Scorer, Targets, token_ids, whole
+from doremi_train.selection.scorers import Arrays, Scorer, Targets, token_ids, whole
 
 ROWS = 2**16  # of a row group
 ELIGIBLE, SHORT, COPY, BENCHMARK = range(4)
@@ -122,7 +123,8 @@ def _refused(batch: Batch, tokens: NDArray[np.int64], task: Task) -> NDArray[np.
     runs = np.maximum(np.diff(batch.bounds) - kernels.SHINGLE + 1, 1)
     least = max(options.min_tokens, 100 if options.exact else 1)
     refused = np.where(tokens < least, SHORT, ELIGIBLE)
-    refused[targets >= options.overlap * runs] = COPY
+    if options.overlap is not None:
+        refused[targets >= options.overlap * runs] = COPY
     refused[benchmarks > 0] = BENCHMARK
     return refused.astype(np.int8)
 

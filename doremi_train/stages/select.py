@@ -103,6 +103,8 @@ def text_options(session: Session, patterns: tuple[str, ...] = ()) -> data_optio
 
 def _recipe(session: Session) -> dict[str, Any]:
     """Everything that decides the choice; under "scores" what decides the scores."""
+    from doremi_train.selection import granular
+
     options = session.config.selection
     raw = session.config.data
     given = {key: value for key, value in asdict(options).items() if key not in ("targets", "benchmarks")}
@@ -113,6 +115,12 @@ def _recipe(session: Session) -> dict[str, Any]:
         "targets": {name: signature(text, sources) for name, sources in targets(session).items()},
         "benchmarks": signature(text, _files(session, options.benchmarks, "selection.benchmarks")),
         "tokenizer": options.tokenizer and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
+        "vocabulary": options.vocabulary and granular.load(options.vocabulary)[1],
+        "encoder": options.encoder
+        and [
+            [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted(Path(options.encoder).glob("*"))
+        ],
     }
     choice = {key: given[key] for key in _CHOICE if key not in ("train", "workers")}
     return {"scores": scores, "choice": choice, "seed": session.config.seed}
