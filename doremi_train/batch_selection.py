@@ -185,7 +185,11 @@ class Selector:
                 continue
             shape = (len(tokens), tokens.shape[1] - 1)
             losses, examples = gradients.capture(
-                self._model, functools.partial(self._model, tokens), shape, self.options.verify
+                self._model,
+                functools.partial(self._model, tokens),
+                shape,
+                self.options.verify,
+                self.options.sketch if self.options.route == "sketch" else None,
             )
             with torch.no_grad():
                 if self.options.route == "exact":
@@ -213,10 +217,8 @@ class Selector:
     def _look_ahead(self, step: int) -> None:
         """The gradient of the validation loss, and λ along it, when they are due."""
         measuring = self.options.method == "greats" and self.options.curvature == "calibrated"
-        done = step - 1
-        # At step 1 AdamW has seen nothing, and the scale of its steps is known when the target is next computed.
-        due = measuring and (done % self.options.curvature_every == 0 or done == self.options.validation_every)
-        if done % self.options.validation_every and not due:
+        due = measuring and (step - 1) % self.options.curvature_every == 0
+        if (step - 1) % self.options.validation_every and not due:
             return
         training = self._model.training
         self._model.eval()
@@ -245,18 +247,17 @@ class Selector:
         return total
 
     def _preconditioned(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What AdamW would make of it: divided by √v̂ + ε. Before its first step, and for others, the gradient."""
-        if not self.options.preconditioned:
+        """What AdamW would make of it: divided by √v̂ + ε, with v after a step against this gradient, so that what was
+        never trained (√v = 0) does not outweigh all else. For other optimisers the gradient itself."""
+        if not self.options.preconditioned or not isinstance(self._optimizer, torch.optim.AdamW):
             return gradient
         named, found = dict(self._model.named_parameters()), {}
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         for name, part in gradient.items():
-            state = self._optimizer.state.get(named[name], {})
-            if "exp_avg_sq" not in state:
-                found[name] = part
-                continue
-            group = groups[id(named[name])]
-            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            state, group = self._optimizer.state.get(named[name], {}), groups[id(named[name])]
+            keep = group["betas"][1]
+            squares = keep * state.get("exp_avg_sq", torch.zeros_like(part)) + (1 - keep) * part.square()
+            corrected = squares / (1 - keep ** (float(state.get("step", 0.0)) + 1))
             found[name] = part / (corrected.sqrt() + group["eps"])
         return found
 
@@ -274,15 +275,17 @@ class Selector:
         (mine,) = rows
         local = picked[(picked >= mine.start) & (picked < mine.stop)] - mine.start
         anchor = torch.zeros((), device=self._device, requires_grad=True)
-        own: Tensor = _FromFactors.apply(losses[local.to(losses.device)], anchor, self._writer(examples, local))
+        write = self._writer(examples, len(losses), local)
+        own: Tensor = _FromFactors.apply(losses[local.to(losses.device)], anchor, write)
         return Chosen(picked, scores.cpu(), picks.ratio, local, own)
 
-    def _writer(self, examples: Examples, local: Tensor) -> Callable[[Tensor], None]:
+    def _writer(self, examples: Examples, count: int, local: Tensor) -> Callable[[Tensor], None]:
         named = dict(self._model.named_parameters())
 
         def write(weights: Tensor) -> None:
             """Σ weights_i g_i into .grad, averaged over processes as engines do; weights (…,) of the local picks."""
-            for name, gradient in factored.weighted(factored.at(examples, local.to(weights.device)), weights).items():
+            of_all = weights.new_zeros(count).index_copy_(0, local.to(weights.device), weights)
+            for name, gradient in factored.weighted(examples, of_all).items():
                 named[name].grad = gradient.to(named[name].dtype)
             comm.average([p.grad for p in named.values() if p.grad is not None])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from doremi_train.methods import factored
 from doremi_train.methods.factored import Direction, Examples, Factor, Lookup, Outer, Softmax, SoftmaxBias, Sum
-from doremi_train.projection import Projection
+from doremi_train.projection import Also, Projection
 
 
 class Captured(NamedTuple):
@@ -31,44 +31,66 @@ class _Use(NamedTuple):
     inputs: tuple[Tensor, ...]
     output: Tensor
     dtype: torch.dtype  # in which matrices are multiplied there
+    also: Also | None = None
 
 
 class NotFactored(ValueError):
     """A trainable parameter whose per-example gradient no rule here gives."""
 
 
-def capture(model: nn.Module, forward: Callable[[], Tensor], shape: tuple[int, int], verify: bool = False) -> Captured:
+def capture(
+    model: nn.Module,
+    forward: Callable[[], Tensor],
+    shape: tuple[int, int],
+    verify: bool = False,
+    sketch: int | None = None,
+) -> Captured:
     """Run `forward`, whose losses' sum is differentiated, and factor each example's part of that gradient.
 
     `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming the parameters that
     are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers. `verify` also computes the gradient by
-    autograd, and raises ArithmeticError where sums over the examples differ from it.
+    autograd, and raises ArithmeticError where sums over the examples differ from it. Where a `sketch` of this size will
+    be asked for, a fused head prepares it in its backward, while the gradient of the logits is there.
     """
     require_factored(model)
     uses: list[_Use] = []
+    frozen: list[nn.Parameter] = []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if isinstance(module, Projection) and not verify:  # which, unlike torch's own, computes what is not asked for
+            frozen.extend(p for p in module.parameters() if p.requires_grad)
+            module.requires_grad_(False)
+            if sketch is not None:
+                weight = module.weight
+                dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+                left, _ = factored.signs(names[id(weight)], tuple(weight.shape), sketch, weight.device, dtype)
+                module.also = Also(left, left.new_empty(len(inputs[0]), left.shape[1]))
         # Positions are often looked up once for the whole batch; their gradient would be its sum.
         if isinstance(module, nn.Embedding) and len(inputs[0]) == 1 < shape[0]:
             return (inputs[0].expand(shape[0], -1),)
         return None
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        also = None
+        if isinstance(module, Projection):
+            also, module.also = module.also, None
+        while frozen:
+            frozen.pop().requires_grad_(True)
         if output.requires_grad:
             kind = output.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
-            uses.append(_Use(module, inputs, output, autocast))
+            uses.append(_Use(module, inputs, output, autocast, also))
 
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         for module in model.modules():
             if _rule(module) is not None and _trained(module):
-                hooks.callback(module.register_forward_pre_hook(widen).remove)
-                hooks.callback(module.register_forward_hook(keep).remove)
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
         losses = forward()
     total = losses.sum()
     expected = _gradient(model, total) if verify else None
     gradients = torch.autograd.grad(total, [use.output for use in uses])
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, tuple[Factor, ...]] = {}
     with torch.no_grad():
         for use, gradient in zip(uses, gradients, strict=True):
@@ -201,11 +223,15 @@ def _norm(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
     else:  # transformers' own are in float32, whatever the model is in
         epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
         x = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
-    # A norm of every attention head has one more dimension, which is summed as tokens are.
     if module.weight is not None:
-        yield module.weight, Sum((gradient * x).reshape(*shape, -1, x.shape[-1]).sum(2))
+        yield module.weight, Sum(_by_position(gradient * x, shape))
     if getattr(module, "bias", None) is not None:
-        yield module.bias, Sum(gradient.reshape(*shape, -1, x.shape[-1]).sum(2))
+        yield module.bias, Sum(_by_position(gradient, shape))
+
+
+def _by_position(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(n, T, d), the heads of a token added up."""
+    return tensor if tensor.shape[:-1] == shape else tensor.reshape(*shape, -1, tensor.shape[-1]).sum(2)
 
 
 def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
@@ -217,7 +243,8 @@ def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
         right = right + bias[targets]
     normalizers = use.output.detach() + right  # the loss is log Σ exp(logits) − the target's logit
     seen = [field.reshape(*shape, *field.shape[1:]) for field in (hidden, targets, normalizers, gradient)]
-    factor = Softmax(seen[0], seen[1], seen[2], seen[3], weight, bias)
+    known = None if use.also is None else use.also.product.to(use.dtype).view(*shape, -1)
+    factor = Softmax(seen[0], seen[1], seen[2], seen[3], weight, bias, known)
     yield module.weight, factor
     if bias is not None:
         yield module.bias, SoftmaxBias(factor)

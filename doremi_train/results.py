@@ -28,6 +28,7 @@ class Result(NamedTuple):
     curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
     traces: list[list[dict[str, Any]]]  # domain_weights.jsonl of each proxy of the last round
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
+    picks: list[dict[str, Any]]  # batch_selection.jsonl of the final model; empty where it took every sequence
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
     swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
@@ -108,6 +109,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         curves={name: list(files.read_lines(folder / name / "evaluations.jsonl")) for name in figures},
         traces=[trace for trace in traces if trace],
         rounds=rounds if len(rounds) > 1 else [],
+        picks=list(files.read_lines(folder / "main" / "batch_selection.jsonl")),
         findings=files.read_json(findings) if findings.exists() else [],
         warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
         swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}

@@ -197,6 +197,14 @@ def test_every_policy_trains(policy: str, tiny: list[str], command: Command, tmp
         assert line["highest"]["score"] >= line["lowest"]["score"]
 
 
+def test_the_report_shows_what_was_picked(one_pass: Path, tiny: list[str], command: Command) -> None:
+    more = ["batch_selection=greats", "stage=report", f"run_dir={one_pass}"]
+    assert command(*tiny, *SELECTING, *more).code == 0
+    page = (one_pass / "report.html").read_text()
+    assert "Which candidates were trained on" in page and "highest score, " in page and "lowest score, " in page
+    assert "Part of a domain" in page and "Second term of GREATS over the first" in page
+
+
 def test_the_target_is_disjoint_from_what_is_evaluated(tiny: list[str], command: Command, tmp_path: Path) -> None:
     outcome = command(
         *tiny, *SELECTING, "batch_selection=topk", "evaluation.sequences=1000", f"run_dir={tmp_path / 'run'}"

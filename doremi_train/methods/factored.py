@@ -14,6 +14,7 @@ n examples, T tokens of each, p outputs and d inputs of a layer, J directions, r
 where factors are bf16, float64 where they are.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
@@ -83,7 +84,7 @@ class Outer(NamedTuple):
         return (self.left @ left.to(self.left.dtype)).mT @ (self.right @ right.to(self.right.dtype))
 
     def at(self, examples: Tensor) -> "Outer":
-        return Outer(self.left[examples], self.right[examples])
+        return Outer(self.left.index_select(0, examples), self.right.index_select(0, examples))
 
     def regrouped(self, index: Tensor, present: Tensor) -> "Outer":
         return Outer(_regroup(self.left, index, present), _regroup(self.right, index))
@@ -99,6 +100,7 @@ class Softmax(NamedTuple):
     gradient: Tensor  # (n, T) of the token's loss
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
+    known: Tensor | None = None  # (n, T, r) its product with the left side of a sketch, where a backward left it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,12 +127,14 @@ class Softmax(NamedTuple):
         return torch.cat([Outer(self.left(r), self.hidden).weighted(weights) for r in self._blocks()])
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
-        of_left = sum((self.left(r) @ left[r].to(self.hidden.dtype) for r in self._blocks()), torch.tensor(0.0))
+        of_left = self.known
+        if of_left is None or of_left.shape[-1] != left.shape[1]:
+            of_left = sum((self.left(r) @ left[r].to(self.hidden.dtype) for r in self._blocks()), torch.tensor(0.0))
         assert right is not None
         return of_left.mT @ (self.hidden @ right.to(self.hidden.dtype))
 
     def at(self, examples: Tensor) -> "Softmax":
-        hidden, targets, normalizers, gradient = (field[examples] for field in self[:4])
+        hidden, targets, normalizers, gradient = (field.index_select(0, examples) for field in self[:4])
         return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
 
     def regrouped(self, index: Tensor, present: Tensor) -> "Softmax":
@@ -229,7 +233,8 @@ class Sum(NamedTuple):
         return _dot(self.values, direction)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return weights.to(_wide(self.values)) @ self.rows(slice(0, None))
+        by_token = weights.to(_wide(self.values)).repeat_interleave(self.values.shape[1])
+        return by_token @ self.values.flatten(0, 1).to(by_token.dtype)
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         return self.rows(slice(0, None)).to(left.dtype) @ left
@@ -287,14 +292,15 @@ def norm2(examples: Examples) -> Tensor:
 
 
 def weighted(examples: Examples, weights: Tensor) -> dict[str, Tensor]:
-    """Σ_i weights_i g_i by parameter name, for weights (n,); examples of weight 0 cost nothing."""
+    """Σ_i weights_i g_i by parameter name, for weights (n,); examples of weight 0 cost next to nothing."""
     kept = weights.nonzero()[:, 0]
-    if len(kept) < len(weights):
-        examples, weights = at(examples, kept), weights[kept]
-    return {
-        name: sum((use.weighted(weights) for use in uses[1:]), uses[0].weighted(weights))
-        for name, uses in examples.items()
-    }
+    some = weights[kept]
+
+    def part(use: Factor) -> Tensor:
+        # A sum is read once, and copied where some of it is left out: as it is, it costs less.
+        return use.weighted(weights) if isinstance(use, Sum) else use.at(kept).weighted(some)
+
+    return {name: sum((part(use) for use in uses[1:]), part(uses[0])) for name, uses in examples.items()}
 
 
 def sketch(examples: Examples, size: int) -> Tensor:
@@ -304,7 +310,7 @@ def sketch(examples: Examples, size: int) -> Tensor:
     """
     parts = []
     for name, uses in sorted(examples.items()):
-        sides = _sides(name, uses[0].shape, size, _device(uses[0]), _dtype(uses[0]))
+        sides = signs(name, uses[0].shape, size, _device(uses[0]), _dtype(uses[0]))
         found = [use.sketched(*sides).flatten(1) for use in uses]
         parts.append(sum(found[1:], found[0]).to(sides[0].dtype))
     return torch.cat(parts, 1)
@@ -314,9 +320,19 @@ def sketch_of(direction: Direction, size: int) -> Tensor:
     """(R,) the sketch of one vector, to be multiplied with `sketch` of examples that have the same parameters."""
     parts = []
     for name, whole in sorted(direction.items()):
-        left, right = _sides(name, tuple(whole.shape), size, whole.device, whole.dtype)
+        left, right = signs(name, tuple(whole.shape), size, whole.device, whole.dtype)
         parts.append((left.T @ whole if right is None else left.T @ whole @ right).flatten())
     return torch.cat(parts)
+
+
+def signs(
+    name: str, shape: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The sides (p, r) and (d, r) of a parameter's sketch: random signs, or the identity where that is no longer. Of a
+    vector (p, r²)."""
+    width = size if len(shape) == 2 else size * size
+    sides = [_signs(f"{name} {side}", length, width, device, dtype) for side, length in enumerate(shape)]
+    return sides[0], sides[1] if len(sides) == 2 else None
 
 
 def at(examples: Examples, index: Tensor) -> dict[str, tuple[Factor, ...]]:
@@ -389,27 +405,13 @@ def _short(use: Outer) -> bool:
     return n * T * (p + d) < p * d and (n * T) ** 2 <= _NUMBERS
 
 
-def _sides(
-    name: str, shape: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Random signs, (p, r) and (d, r); the identity where that is no longer. Of a vector (p, r²)."""
-    signs = [
-        _signs(f"{name} {side}", length, size if len(shape) == 2 else size * size).to(device, dtype)
-        for side, length in enumerate(shape)
-    ]
-    return signs[0], signs[1] if len(signs) == 2 else None
-
-
-_known: dict[tuple[str, int, int], Tensor] = {}
-
-
-def _signs(name: str, length: int, size: int) -> Tensor:
-    key = (name, length, size)
-    if key not in _known:
-        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-        drawn = torch.randint(2, (length, size), generator=torch.Generator().manual_seed(seed))
-        _known[key] = (2.0 * drawn - 1.0) / size**0.5 if length > size else torch.eye(length)
-    return _known[key]
+@functools.lru_cache(maxsize=4096)
+def _signs(name: str, length: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if length <= size:
+        return torch.eye(length, device=device, dtype=dtype)
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    drawn = torch.randint(2, (length, size), generator=torch.Generator().manual_seed(seed))
+    return ((2.0 * drawn - 1.0) / size**0.5).to(device, dtype)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

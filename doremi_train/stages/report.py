@@ -100,6 +100,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
     charts = {
         "mixture": [report_charts.mixture(setting, free, prefix)],
         "proxy": report_charts.proxy(setting, prefix),
+        "picks": report_charts.picks(setting, prefix),
         "gain": [*report_charts.learning(setting, prefix), *report_charts.domain_losses(setting, prefix)],
     }
     return {
@@ -112,9 +113,11 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
         "swarm": _swarm(first),
+        "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
         "losses": _loss_rows(setting),
         "table": _model_rows(setting),
+        "extremes": _extremes(first, store) if store else [],
         "samples": _samples(store) if store and number == 0 else [],
         "provenance": first.mixture.get("provenance", {}) | {"runs": len(setting.results)},
     }
@@ -280,6 +283,21 @@ def _samples(store: TokenStore) -> list[dict[str, Any]]:
             text = tokenizer.decode(tokens[start : start + _SAMPLE_TOKENS].tolist())
             texts.append(text.replace("\ufffd", "").strip()[:_SAMPLE_CHARACTERS])
         found.append({"name": name, "texts": texts})
+    return found
+
+
+def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
+    """The candidates of the last quarter of the steps that scored highest and lowest, with their text."""
+    tokenizer, length, found = store.tokenizer(), run.config["training.sequence_length"], []
+    for name, best in (("highest", max), ("lowest", min)):
+        lines = [line[name] for line in run.picks[-max(1, len(run.picks) // 4) :]]
+        if not lines:
+            continue
+        one = best(lines, key=lambda line: line["score"])
+        where = np.array([store.domains.index(one["domain"])]), np.array([one["sequence"]])
+        text = tokenizer.decode(store.gather("train", *where, length)[0][:_SAMPLE_TOKENS].tolist())
+        texts = [text.replace("\ufffd", "").strip()[:_SAMPLE_CHARACTERS]]
+        found.append({"name": f"{name} score, {one['domain']}", "texts": texts})
     return found
 
 
