@@ -5,7 +5,6 @@ training on the same candidates, of which half are picked; and beside gradients 
 import argparse
 import contextlib
 import io
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,7 +125,7 @@ def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Rat
 
 
 def _peak(name: str, side: str, given: argparse.Namespace) -> float:
-    """Peak memory in MB of a process that takes a few steps of one side, above one that has only imported torch."""
+    """Peak memory in MB of a process that takes a few steps of one side, above what it has before them."""
     command = [sys.executable, "-m", "benchmarks.greats", "--model", name, "--peak", side, "--device", given.device]
     sizes = [f"--{key}={value}" for key in ("vocabulary", "batch", "length") if (value := getattr(given, key))]
     done = subprocess.run(
@@ -140,14 +139,21 @@ def _peak_here(side: str, given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         of = step.setting(given.model[0], given, Path(folder))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after the store was written
+        before = _resident()
         with contextlib.closing(SIDES[side](of)) as steps:
             for _ in range(3):
                 next(steps)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+        peak = _resident() - before
         if of.place.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 1e6
     print(peak)
+
+
+def _resident() -> float:
+    """Peak resident memory of this process in MB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return float(line.split()[1]) / 1e3
 
 
 def options(parser: argparse.ArgumentParser) -> None:
