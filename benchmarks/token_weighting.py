@@ -106,10 +106,10 @@ def sequences(out: Path, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tens
         marked = np.zeros(len(document["text"]) + 1, dtype=bool)
         for start, end in document["spans"]:
             marked[start:end] = True
-        for start in range(0, len(encoded.ids) - LENGTH, LENGTH):
-            window = slice(start, start + LENGTH + 1)
-            tokens.append(encoded.ids[window])
-            noise.append([bool(marked[a:b].any()) for a, b in encoded.offsets[window]][1:])
+        ids, offsets = encoded.ids, encoded.offsets  # each is made anew when it is asked for
+        for start in range(0, len(ids) - LENGTH, LENGTH):
+            tokens.append(ids[start : start + LENGTH + 1])
+            noise.append([bool(marked[a:b].any()) for a, b in offsets[start + 1 : start + LENGTH + 1]])
     chosen = generator.sample(range(len(tokens)), SEQUENCES)
     return torch.tensor([tokens[i] for i in chosen]), torch.tensor([noise[i] for i in chosen])
 
