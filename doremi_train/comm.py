@@ -8,7 +8,7 @@ import datetime
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,17 +85,30 @@ def backend() -> str:
 
 
 def all_reduce_sum(sums: Sums, flag: bool = False) -> tuple[Sums, bool]:
-    """Add a NamedTuple of float64 tensors over ranks, and ask whether any rank raised `flag`: one exchange.
+    """Add a NamedTuple of float64 tensors over ranks, and ask whether any rank raised `flag`: one exchange, and one
+    copy to the host, where the result is.
 
     Every rank gets the same bits, because the backend reduces once and distributes the result.
     """
-    if not _many():
-        return sums, flag
     fields: tuple[Tensor, ...] = tuple(sums)
+    if not _many() and fields[0].device.type == "cpu":
+        return sums, flag
     flat = torch.cat([*(field.double().flatten() for field in fields), fields[0].new_tensor([flag]).double()])
-    dist.all_reduce(flat)
+    if _many():
+        dist.all_reduce(flat)
+    flat = flat.cpu()
     parts = flat[:-1].split([field.numel() for field in fields])
     return type(sums)(*(p.view_as(f) for p, f in zip(parts, fields, strict=True))), bool(flat[-1] > 0)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their mean over ranks, in place: what DDP does to gradients."""
+    if not _many():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(dist.get_world_size())
+    dist.all_reduce(flat)
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def barrier() -> None:

@@ -75,11 +75,11 @@ def forward(of: Shape, length: int) -> int:
     return 2 * (of.matrices + of.head) + 4 * length * of.attention
 
 
-def backward(of: Shape, rows: int, length: int, checkpointing: bool) -> int:
+def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str = "cpu") -> int:
     """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
     that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
     layers = 2 * of.matrices + 4 * length * of.attention
-    again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary)
+    again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary, device)
     return 2 * forward(of, length) + again
 
 
@@ -107,6 +107,7 @@ def memory(
     precision: str,
     checkpointing: bool,
     reference: int = 0,
+    device: str = "cpu",
 ) -> Memory:
     """Of a run in micro-batches of `rows` sequences, with a frozen reference of so many parameters.
 
@@ -120,17 +121,17 @@ def memory(
     parameters, gradients, kept = (
         -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
     )
-    activated = activations(of, rows, length, precision, checkpointing)
+    activated = activations(of, rows, length, precision, checkpointing, device)
     return Memory(parameters, gradients, kept, 4 * reference, activated)
 
 
-def activations(of: Shape, rows: int, length: int, precision: str, checkpointing: bool) -> int:
+def activations(of: Shape, rows: int, length: int, precision: str, checkpointing: bool, device: str = "cpu") -> int:
     """Bytes kept for the backward of a micro-batch, about: 12 d + 4 f numbers a token and layer (seen in GPT-NeoX,
     GPT-2, Llama and Qwen), a layer's input alone where it is computed again; and logits with their log-softmax."""
     tokens = rows * length
     layer = tokens * (12 * of.hidden + 4 * of.inner) * (3 if precision == "bf16" else 4)
     layers = 4 * tokens * of.hidden * of.layers + layer if checkpointing else layer * of.layers
-    return layers + 8 * model.logits_at_once(tokens, of.vocabulary)
+    return layers + 8 * model.logits_at_once(tokens, of.vocabulary, device)
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────
@@ -152,14 +153,14 @@ def measure(
     rows are tried where all would take too long. The random state stays as it was, and no memory is held.
     """
     of = shape(config)
-    cost = length * (forward(of, length) + backward(of, rows, length, checkpointing))  # of one sequence
+    cost = length * (forward(of, length) + backward(of, rows, length, checkpointing, device.type))  # of one sequence
     tried = rows
     if device.type == "cpu":
         tried = min(rows, int(_CPU_FLOPS / cost))
         if tried == 0:
             return f"one sequence is {cost:.1e} FLOPs, too many to try on a CPU"
     else:
-        needed = 8 * of.parameters + activations(of, rows, length, precision, checkpointing)
+        needed = 8 * of.parameters + activations(of, rows, length, precision, checkpointing, device.type)
         free = torch.cuda.mem_get_info(device)[0]
         if needed > free:
             return f"the whole model needs about {needed / 1e9:.0f} GB and {free / 1e9:.0f} are free"

@@ -133,11 +133,13 @@ class Native:
                 self.model = nn.parallel.DistributedDataParallel(
                     model, forward_sync_buffers=False, gradient_as_bucket_view=True
                 )
+        self._parameters = list(model.parameters())
         self.optimizer = optim.build(model, training)
         for name, tensor in model.named_parameters():
-            if name in moments:  # scalars are torch's count of steps, which it keeps on the host
+            if name in moments:  # scalars are torch's count of steps: fused AdamW keeps it beside the parameter
+                home = tensor.device if training.optimizer == "adamw" else "cpu"
                 self.optimizer.state[tensor] = {
-                    key: comm.share(value, tensor) if value.ndim else value.clone()
+                    key: comm.share(value, tensor) if value.ndim else value.to(home, copy=True)
                     for key, value in moments[name].items()
                 }
         self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
@@ -163,7 +165,7 @@ class Native:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self._training.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._bare.parameters(), self._training.gradient_clip)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._training.gradient_clip)
         self.optimizer.step()
         self.discard()
 
@@ -261,7 +263,7 @@ class Zero:
         step = next(iter(moments.values()))["step"]
         for flat in self._flat():  # the states that torch would make at the first step
             zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            self._optimizer.optimizer.state[flat] = zeros | {"step": step.clone()}
+            self._optimizer.optimizer.state[flat] = zeros | {"step": step.to(flat.device, copy=True)}
         self._link()
         for name, tensor in self._bare.named_parameters():
             for key in _MOMENTS:

@@ -61,7 +61,7 @@ def measure(
         sums.tokens.index_add_(0, micro.domain[: len(rows)], torch.full_like(losses, length))
     model.train(training)
     total = comm.all_reduce_sum(Sums(*(s.to(device) for s in sums)))[0]
-    return summary(store, total.loss.cpu(), total.tokens.cpu())
+    return summary(store, total.loss, total.tokens)
 
 
 def summary(store: TokenStore, loss: Tensor, tokens: Tensor) -> dict[str, Any]:

@@ -49,21 +49,26 @@ def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture
             values = content[key]
     if not isinstance(values, Mapping):
         raise UserError(f'mixture.path={path}: must hold {{"weights": {{domain: weight}}}}')
+    return Mixture(str(content.get("method", "file")), checked(values, domains, f"mixture.path={path}", normalize))
+
+
+def checked(values: Mapping[str, Any], domains: Sequence[str], where: str, normalize: bool = False) -> dict[str, float]:
+    """Weights in the order of `domains` that sum to 1.
+
+    Raises UserError, starting with `where`, as `load` does.
+    """
     for name, weight in values.items():
         if name not in domains:
-            raise UserError(f"mixture.path={path}: unknown domain {name!r}; the data has {', '.join(domains)}")
+            raise UserError(f"{where}: unknown domain {name!r}; the data has {', '.join(domains)}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise UserError(f"mixture.path={path}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0")
+            raise UserError(f"{where}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0")
     missing = [name for name in domains if name not in values]
     if missing:
-        raise UserError(f"mixture.path={path}: no weight for {', '.join(missing)}; write 0 to leave a domain out")
+        raise UserError(f"{where}: no weight for {', '.join(missing)}; write 0 to leave a domain out")
     total = math.fsum(values.values())
     if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
-        raise UserError(
-            f"mixture.path={path}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true"
-        )
-    normal = _normal([values[name] for name in domains])
-    return Mixture(method=str(content.get("method", "file")), weights=dict(zip(domains, normal, strict=True)))
+        raise UserError(f"{where}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true")
+    return dict(zip(domains, _normal([values[name] for name in domains]), strict=True))
 
 
 def _normal(values: Sequence[float]) -> list[float]:

@@ -42,6 +42,7 @@ class Case(NamedTuple):
     parts: int = 1  # micro-batches of every rank
     accumulation: str = "exact"
     precision: str = "fp32"
+    logits: int | None = None  # that may exist at once: the projection is fused with the loss
     stopped: int | None = None  # told to stop in this step, and continued
     broken_step: int | None = None  # one sequence of this step, counted from 0, has a loss that is not a number
 
@@ -50,6 +51,7 @@ CASES = {
     **{f"{how}-{parts}": Case(parts=parts, accumulation=how) for how in ("exact", "lagged") for parts in (1, 2, 4)},
     "uneven": Case(batch=13, parts=2),  # 7 and 6 rows for two ranks; some ranks of four have none in a micro-batch
     "bf16": Case(precision="bf16"),
+    "fused": Case(parts=2, logits=20 * 300),
     "broken": Case(broken_step=4),
     "resumed": Case(stopped=5),
 }
@@ -159,7 +161,9 @@ def main() -> None:
     place = engine.start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
     store = TokenStore.open(data)
     for name, case in CASES.items():
-        with counted() as exchanges:
+        with pytest.MonkeyPatch.context() as patch, counted() as exchanges:
+            if case.logits is not None:
+                patch.setattr(model, "_LOGITS_ON_CPU", case.logits)
             train(case, out / name, place, store, reference)
         if comm.world().first:
             (out / name / "exchanges.json").write_text(json.dumps(exchanges))

@@ -60,7 +60,7 @@ def test_a_step_is_what_torch_counts(
     name: str, fused: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fused:
-        monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
+        monkeypatch.setattr(model, "_LOGITS_ON_CPU", 1000)
     language_model, tokens = built(MODELS[name], checkpointing)
     of = costs.shape(config(MODELS[name]))
     found = counted(lambda: language_model(tokens).sum().backward())
@@ -148,10 +148,10 @@ def test_activations_are_about_what_autograd_keeps(name: str, checkpointing: boo
 def test_logits_stop_growing_where_the_projection_is_fused() -> None:
     of = costs.shape(config(TINY))
     small, large = (of._replace(vocabulary=v) for v in (1 << 10, 1 << 17))
-    rows, length = 32, 1024
+    rows, length = 4, 1024
     bare = costs.activations(of._replace(vocabulary=0), rows, length, "fp32", False)
     assert costs.activations(small, rows, length, "fp32", False) - bare == 8 * rows * length << 10
-    assert costs.activations(large, rows, length, "fp32", False) - bare == 8 * model._CHUNK_LOGITS
+    assert costs.activations(large, rows, length, "fp32", False) - bare == 8 * model._LOGITS_ON_CPU
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,11 @@ def build(config: dict[str, Any] = TINY, vocabulary: int = 300, **options: Any) 
     return model.build(model.resolve(Options(config=config), vocabulary, 0, 16), 0, **options)
 
 
+def fuse(monkeypatch: pytest.MonkeyPatch, logits: int = 900) -> None:
+    """From now on no more than so many logits exist at once."""
+    monkeypatch.setattr(model, "_LOGITS_ON_CPU", logits)
+
+
 def oracle(language_model: LanguageModel, tokens: Tensor) -> Tensor:
     """(B, T) by log_softmax over logits in float64."""
     logits = language_model.inner(input_ids=tokens[:, :-1]).logits.double()
@@ -43,15 +48,14 @@ def gradients(language_model: LanguageModel, losses: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7 * 300, 1 << 24])  # logits: one token, seven tokens, everything at once
+@pytest.mark.parametrize("chunk", [1, 7 * 300, 29 * 300])  # logits: one token, seven tokens, all but the last
 def test_fused_loss_equals_the_naive_one_in_value_and_gradient(
     chunk: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
-    monkeypatch.setattr(model, "_CHUNK_LOGITS", chunk)
+    fuse(monkeypatch, chunk)
     language_model = build(activation_checkpointing=checkpointing).double().train()
     losses, expected = language_model(TOKENS), oracle(language_model, TOKENS)
-    assert language_model._fusable and losses.shape == (3, 10) and losses.dtype == torch.float32
+    assert language_model.projection is not None and losses.shape == (3, 10) and losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), expected, rtol=0, atol=1e-6)
     for found, right in zip(gradients(language_model, losses), gradients(language_model, expected), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
@@ -63,7 +67,7 @@ def test_fused_and_plain_losses_are_the_same_under_autocast_and_not_rounded_to_b
     language_model = build()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         plain = language_model(TOKENS)
-        monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
+        fuse(monkeypatch)
         fused = language_model(TOKENS)
     torch.testing.assert_close(plain, fused, rtol=0, atol=1e-6)
     assert plain.dtype == torch.float32 and not torch.equal(plain, plain.bfloat16().float())
@@ -102,10 +106,9 @@ def test_a_loss_does_not_see_the_future_or_the_other_sequences() -> None:
 def test_a_head_that_caps_or_scales_its_logits_is_never_fused(
     config: dict[str, Any], plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "_PLAIN_LOGITS", 0)
-    monkeypatch.setattr(model, "_CHUNK_LOGITS", 900)
+    fuse(monkeypatch)
     language_model = build(config).eval()
-    assert language_model._fusable == plain
+    assert (language_model.projection is not None) == plain
     with torch.no_grad():
         losses = language_model(TOKENS).double()
         torch.testing.assert_close(losses, oracle(language_model, TOKENS), rtol=0, atol=1e-5)

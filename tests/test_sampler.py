@@ -189,6 +189,19 @@ def test_changing_weights_with_carried_counts_still_pass_over_each_domain_in_ord
             assert sorted(sequences[start : start + size]) == list(range(size))
 
 
+def test_what_was_computed_ahead_is_what_would_be_drawn_now() -> None:
+    """Whatever was asked before: other weights, an earlier step, a later one."""
+    random, source = np.random.default_rng(0), sampler([13, 4000, 7, 900], 9)
+    counts = np.zeros(4, dtype=np.int64)
+    for step in range(400):
+        draw = source.draw(step, random.dirichlet([0.3] * 4) if step % 3 else np.full(4, 0.25), counts)
+        number = counts[draw.domain].copy()
+        for k in range(4):
+            number[draw.domain == k] += np.arange((draw.domain == k).sum())
+        assert np.array_equal(draw.sequence, source.sequence(draw.domain, number)), step
+        counts = draw.counts if step % 50 else random.integers(0, 10**6, 4)
+
+
 def test_a_batch_spreads_every_domain_over_its_parts() -> None:
     draw = run(sampler([100] * 4, 32), np.array([0.25] * 4), 1)[0]
     for part in np.split(draw.domain, 4):

@@ -21,6 +21,7 @@ class Options:
     """Exactly one source is read: `root`, else `domains`, else `files` split by `domain_key`, else `embedded`."""
 
     embedded: Literal["installed", "planted"] | None = "installed"
+    home: str | None = None  # folder or URL of a public corpus, for its ready configuration (conf/data)
     root: str | None = None  # each sub-folder is a domain with train* and optionally validation* files
     domains: dict[str, Split] | None = None
     files: tuple[str, ...] | None = None  # one stream; the domain of a record is its `domain_key`

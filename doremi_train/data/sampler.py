@@ -25,6 +25,7 @@ _BITS = 32  # fixed point of the quotas: weights are resolved to 2⁻³² / b
 _ONE = 1 << _BITS
 _GOLDEN = 0x9E3779B1  # golden ratio · 2³², odd
 _ROUND = [(2 * turn + 1) * 0xD1B54A32D192ED03 % (1 << 64) for turn in range(4)]
+_AHEAD = 2048  # draws whose sequences are computed together: for a few most of the time would be Python's
 _MAX_STEP = 1 << 30  # beyond it floor_sum would leave 63 bits
 
 
@@ -64,6 +65,8 @@ class Sampler:
         if subsample is not None:
             self.sizes = subsample.sizes(self._whole)
             self._kept = np.array([_key(subsample.seed, f"subsample\0{name}") for name in names], dtype=np.uint64)
+        none = np.zeros(len(names) + 1, dtype=np.int64)
+        self._ahead = none[1:], none, none[:0]  # see `_upcoming`
 
     def counts_before(self, step: int, weights: NDArray[np.float64]) -> Ints:
         """(K,) sequences of each domain in steps 0 … step − 1, for weights that never changed."""
@@ -75,13 +78,14 @@ class Sampler:
     def draw(self, step: int, weights: NDArray[np.float64], counts: Ints) -> Draw:
         """The batch of step `step` (from 0), given the (K,) counts drawn before it."""
         offset = step * _GOLDEN % _ONE
-        quota = np.diff((self._edges(weights) + offset) >> _BITS)
-        domain = np.repeat(np.arange(len(quota)), quota)
-        nth = np.arange(self.batch) - np.repeat(np.cumsum(quota) - quota, quota)
+        before = (self._edges(weights) + offset) >> _BITS  # (K + 1,)
+        quota = before[1:] - before[:-1]
+        domain = np.arange(len(quota)).repeat(quota)
+        nth = np.arange(self.batch) - before[domain]
         # Spread every domain over the batch, so that ranks and micro-batches see similar shares.
-        order = np.argsort((nth + 0.5) / quota[domain], kind="stable")
+        order = ((nth + 0.5) / quota[domain]).argsort(kind="stable")
         domain, nth = domain[order], nth[order]
-        return Draw(domain, self.sequence(domain, counts[domain] + nth), counts + quota)
+        return Draw(domain, self._upcoming(domain, counts[domain] + nth, counts, quota, weights), counts + quota)
 
     def sequence(self, domain: Ints, number: Ints) -> Ints:
         """(B,) the sequence that is draw `number` (B,), from 0, of `domain` (B,)."""
@@ -91,10 +95,23 @@ class Sampler:
             sequence = _permute(sequence, self._whole[domain], self._kept[domain])
         return sequence
 
+    def _upcoming(self, domain: Ints, number: Ints, counts: Ints, quota: Ints, weights: NDArray[np.float64]) -> Ints:
+        """(B,) as `sequence`. Where one is not known yet, computes those of the next _AHEAD draws as well."""
+        first, edges, known = self._ahead  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
+        at = (edges[:-1] - first)[domain] + number
+        if ((at < edges[domain]) | (at >= edges[domain + 1])).any():
+            ahead = quota + np.ceil(_AHEAD * weights).astype(np.int64)  # (K,)
+            first, edges = counts, np.concatenate([[0], np.cumsum(ahead)])
+            which = np.repeat(np.arange(len(ahead)), ahead)
+            known = self.sequence(which, (first - edges[:-1])[which] + np.arange(len(which)))
+            self._ahead = first, edges, known
+            at = (edges[:-1] - first)[domain] + number
+        return known[at]
+
     def _edges(self, weights: NDArray[np.float64]) -> Ints:
         """(K + 1,) cumulative weights in units of 2⁻³² sequences, from 0 to exactly b."""
         cumulative = np.concatenate([[0.0], np.cumsum(weights)])
-        if not (np.isfinite(cumulative).all() and (np.diff(cumulative) >= 0).all() and abs(cumulative[-1] - 1) < 1e-6):
+        if not (weights.min() >= 0 and abs(cumulative[-1] - 1) < 1e-6):  # a NaN is neither
             raise ValueError(f"not a mixture: {np.asarray(weights).tolist()}")
         return np.rint(cumulative / cumulative[-1] * (self.batch * _ONE)).astype(np.int64)
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import mmap
 import os
 import tarfile
 import threading
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -324,6 +325,14 @@ def _describe(writer: ShardWriter, stream: Stream) -> dict[str, Any]:
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Windows(NamedTuple):
+    """The sequences of one length, numbered through the whole index."""
+
+    members: np.ndarray  # (M + 1,) number of the first sequence of every member
+    streams: np.ndarray  # (2K + 1,) and of every stream
+    origin: np.ndarray  # (M,) sequence n of a member begins at token origin + n · length of its shard
+
+
 class TokenStore:
     """Random access to the sequences of a finished store.
 
@@ -341,8 +350,11 @@ class TokenStore:
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._streams = [(split, domain) for split in SPLITS for domain in self.domains]
         self._first_member = np.searchsorted(index["stream"], np.arange(len(self._streams) + 1))  # (2K + 1,)
-        self._starts: dict[int, np.ndarray] = {}
-        self._maps: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        begins = (np.diff(index["stream"], prepend=-1) != 0) | (np.diff(index["shard"], prepend=-1) != 0)
+        self._shards = index[begins]  # the first member of each shard
+        self._shard = np.cumsum(begins) - 1  # (M,) number of the member's shard among those
+        self._windows: dict[int, _Windows] = {}
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -384,9 +396,8 @@ class TokenStore:
 
     def sequences(self, split: str, length: int) -> np.ndarray:
         """(K,) how many sequences of `length` + 1 tokens each domain has."""
-        starts = self._sequence_starts(length)[self._first_member]  # (2K + 1,)
         first = SPLITS.index(split) * len(self.domains)
-        return np.diff(starts[first : first + len(self.domains) + 1])
+        return np.diff(self._sequences_of(length).streams[first : first + len(self.domains) + 1])
 
     def gather(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
         """Tokens (B, length + 1) int64 of the sequences numbered `sequence` (B,) of the domains numbered `domain` (B,).
@@ -394,62 +405,70 @@ class TokenStore:
         Raises IndexError where there is no such sequence, UserError where a shard is missing or was changed.
         """
         domain, sequence = np.asarray(domain, np.int64), np.asarray(sequence, np.int64)
-        available = self.sequences(split, length)
-        if ((domain < 0) | (domain >= len(self.domains))).any() or (
-            (sequence < 0) | (sequence >= available[domain])
+        windows = self._sequences_of(length)
+        stream = SPLITS.index(split) * len(self.domains) + domain
+        if (domain.view(np.uint64) >= len(self.domains)).any() or (  # unsigned, a negative number is too large as well
+            sequence.view(np.uint64) >= (windows.streams[stream + 1] - windows.streams[stream]).view(np.uint64)
         ).any():
-            raise IndexError(
-                f"gather: no such domain or sequence; there are {available.tolist()} sequences of {length}"
-            )
-        starts = self._sequence_starts(length)
-        position = starts[self._first_member[SPLITS.index(split) * len(self.domains) + domain]] + sequence
-        member = np.searchsorted(starts, position, side="right") - 1
-        row = self._index[member]
-        start = row["offset"] // self._dtype.itemsize + (position - starts[member]) * length
+            available = self.sequences(split, length).tolist()
+            raise IndexError(f"gather: no such domain or sequence; there are {available} sequences of {length}")
+        position = windows.streams[stream] + sequence
+        order = position.argsort()  # neighbours in one shard follow each other
+        position = position[order]
+        member = windows.members.searchsorted(position, side="right") - 1
+        start = windows.origin[member] + position * length
         out = np.empty((len(member), length + 1), np.int64)
-        for b in np.argsort(member, kind="stable").tolist():  # neighbours in one shard follow each other
-            tokens = self._map(int(row["stream"][b]), int(row["shard"][b]))
-            out[b] = tokens[start[b] : start[b] + length + 1]
+        mapped = None
+        # The only loop over rows: whatever can be done for all of them at once is done above.
+        for row, shard, first in zip(order.tolist(), self._shard[member].tolist(), start.tolist(), strict=True):
+            if shard != mapped:
+                mapped, tokens = shard, self._map(shard)
+            out[row] = tokens[first : first + length + 1]
         return out
 
     def _column(self, split: str, name: str) -> np.ndarray:
         return np.array([self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64)
 
-    def _sequence_starts(self, length: int) -> np.ndarray:
-        """(M + 1,) number of the first sequence of every member, counted through the whole index."""
+    def _sequences_of(self, length: int) -> "_Windows":
         if length < 1:
             raise ValueError(f"sequence length {length}: must be at least 1")
-        if length not in self._starts:
+        if length not in self._windows:
             per_member = np.maximum(self._index["tokens"] - 1, 0) // length
-            self._starts[length] = np.concatenate([[0], np.cumsum(per_member)])
-        return self._starts[length]
+            members = np.concatenate([[0], np.cumsum(per_member)])
+            origin = self._index["offset"] // self._dtype.itemsize - members[:-1] * length
+            self._windows[length] = _Windows(members, members[self._first_member], origin)
+        return self._windows[length]
 
     @cached_property
     def _shard_bytes(self) -> list[list[int]]:
         return [self.manifest["domains"][domain][split]["shard_bytes"] for split, domain in self._streams]
 
-    def _map(self, stream: int, shard: int) -> np.ndarray:
-        """The whole tar as an array of tokens; the least recently used maps are closed."""
-        key = (stream, shard)
+    def _map(self, number: int) -> np.ndarray:
+        """A whole tar as an array of tokens; the least recently used maps are closed."""
         with self._lock:
-            if key in self._maps:
-                self._maps.move_to_end(key)
-                return self._maps[key]
+            if number in self._maps:
+                self._maps.move_to_end(number)
+                return self._maps[number]
+            stream, shard = self._shards[number][["stream", "shard"]].item()
             split, domain = self._streams[stream]
             path = self.path / self.manifest["domains"][domain][split]["folder"] / f"{shard:05d}.tar"
             expected = self._shard_bytes[stream][shard]
             if self._mirror is not None and not path.exists():
                 self._fetch(self._mirror, path, expected)
             try:
-                tokens = np.memmap(path, self._dtype, "r").view(np.ndarray)
+                file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 elsewhere = self._mirror is None and (self.path / CHECKSUMS).exists()
                 raise _damaged(path, "is missing" + " (it may be in `remote`)" * elsewhere) from None
-            except ValueError:  # an empty file cannot be mapped, nor one whose size is no multiple of a token
-                tokens = np.empty(0, self._dtype)
-            if tokens.nbytes != expected:
-                raise _damaged(path, f"has {path.stat().st_size} bytes where {expected} were written")
-            self._maps[key] = tokens
+            try:
+                size = os.fstat(file).st_size
+                if size != expected:
+                    raise _damaged(path, f"has {size} bytes where {expected} were written")
+                # Not np.memmap, which resolves the path each time: with many shards opening is most of the reading.
+                tokens = np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_READ), self._dtype)
+            finally:
+                os.close(file)
+            self._maps[number] = tokens
             if len(self._maps) > OPEN_MAPS:
                 self._maps.popitem(last=False)
             return tokens

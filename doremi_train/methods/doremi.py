@@ -79,7 +79,8 @@ def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: i
     # Rows first, then domains: the sum of a sequence does not depend on the batch it came in.
     rows = score.detach().double().sum(1)
     excess = rows.new_zeros(domains).index_add_(0, domain, rows)
-    tokens = torch.bincount(domain, minlength=domains).double() * losses.shape[1]
+    # Counted by adding: torch.bincount would make the host wait for the device.
+    tokens = torch.zeros_like(excess).index_add_(0, domain, torch.full_like(rows, losses.shape[1]))
     return Stats(excess, tokens)
 
 
@@ -105,7 +106,14 @@ def update(state: State, stats: Stats, options: Options) -> State:
     )
 
 
-def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
+def weigh(
+    state: State,
+    domain: Tensor,
+    tokens: Tensor,
+    options: Options,
+    losses: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
     """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ is the objective over the global batch.
 
     `tokens` (K,) counts the loss-carrying tokens of the global batch; a domain without any has no term.

@@ -146,18 +146,18 @@ def space(frozen: Floats) -> Space:
 # ── Design ──────────────────────────────────────────────────────────────────────────
 
 
-def design(prior: Floats, within: Box, count: int, random: np.random.Generator) -> Floats:
+def design(prior: Floats, within: Box, count: int, generator: np.random.Generator) -> Floats:
     """(N, K) mixtures from sparse to even, within the box."""
     strengths = np.geomspace(*STRENGTHS, count) if count > 1 else np.ones(1)
-    drawn = random.standard_gamma(strengths[:, None] * np.sqrt(prior)) + 1e-300 * prior  # never all 0
+    drawn = generator.standard_gamma(strengths[:, None] * np.sqrt(prior)) + 1e-300 * prior  # never all 0
     # A trace of the prior, so that what a cap takes from the only domain has somewhere to go.
     return project((1 - 1e-6) * drawn / drawn.sum(1, keepdims=True) + 1e-6 * prior, within)
 
 
-def explore(fit: "Fit", prior: Floats, within: Box, kl: float, count: int, random: np.random.Generator) -> Floats:
+def explore(fit: "Fit", prior: Floats, within: Box, kl: float, count: int, generator: np.random.Generator) -> Floats:
     """(N, K) of a further round: from the simulated mixtures that the fit takes for the best."""
-    best = _best_simulated(fit, prior, within, kl, max(BEST, count), random)
-    return best[random.permutation(len(best))[:count]]
+    best = _best_simulated(fit, prior, within, kl, max(BEST, count), generator)
+    return best[generator.permutation(len(best))[:count]]
 
 
 # ── Fits ────────────────────────────────────────────────────────────────────────────
@@ -286,11 +286,11 @@ REGRESSORS: dict[str, Callable[[Floats, Floats], Fit]] = {
 # ── Optimum ─────────────────────────────────────────────────────────────────────────
 
 
-def solve(fit: Fit, prior: Floats, within: Box, kl: float, random: np.random.Generator) -> Floats:
+def solve(fit: Fit, prior: Floats, within: Box, kl: float, generator: np.random.Generator) -> Floats:
     """(K,) the mixture of least mean loss + λ KL(p‖prior) within the box."""
     if isinstance(fit, LogLinear):
         return _convex(fit, prior, within, kl)
-    return _best_simulated(fit, prior, within, kl, BEST, random).mean(0)
+    return _best_simulated(fit, prior, within, kl, BEST, generator).mean(0)
 
 
 def _convex(fit: LogLinear, prior: Floats, within: Box, kl: float) -> Floats:
@@ -312,9 +312,11 @@ def _convex(fit: LogLinear, prior: Floats, within: Box, kl: float) -> Floats:
     return point
 
 
-def _best_simulated(fit: Fit, prior: Floats, within: Box, kl: float, count: int, random: np.random.Generator) -> Floats:
+def _best_simulated(
+    fit: Fit, prior: Floats, within: Box, kl: float, count: int, generator: np.random.Generator
+) -> Floats:
     """(count, K) of simulated mixtures, best first."""
-    simulated = design(prior, within, SIMULATED, random)
+    simulated = design(prior, within, SIMULATED, generator)
     score = fit.predict(simulated).mean(1) + kl * divergence(simulated, prior)
     return simulated[np.argsort(score, kind="stable")[:count]]
 
@@ -322,10 +324,10 @@ def _best_simulated(fit: Fit, prior: Floats, within: Box, kl: float, count: int,
 # ── Trust ───────────────────────────────────────────────────────────────────────────
 
 
-def out_of_fold(points: Floats, losses: Floats, regressor: str, random: np.random.Generator) -> Floats:
+def out_of_fold(points: Floats, losses: Floats, regressor: str, generator: np.random.Generator) -> Floats:
     """(N, M) what fits to the other runs predict for each."""
     predicted = np.empty_like(losses)
-    for fold in np.array_split(random.permutation(len(points)), min(FOLDS, len(points))):
+    for fold in np.array_split(generator.permutation(len(points)), min(FOLDS, len(points))):
         others = np.setdiff1d(np.arange(len(points)), fold)
         predicted[fold] = REGRESSORS[regressor](points[others], losses[others]).predict(points[fold])
     return predicted

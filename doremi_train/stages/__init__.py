@@ -9,23 +9,38 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
-from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
+from doremi_train import (
+    checkpoint,
+    comm,
+    engine,
+    evaluation,
+    exports,
+    files,
+    launcher,
+    model,
+    runs,
+    slurm,
+    tracking,
+    train,
+)
+from doremi_train.batch_selection import Options as BatchSelection
+from doremi_train.classifier import Options as ClassifierOptions
+from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics, swarm
+from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, swarm
 from doremi_train.remote import Mirror
 from doremi_train.track import console
 
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture.path
+    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
     path: str | None = None  # an existing model folder instead of training one
     losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
 
@@ -52,7 +67,9 @@ class Swarm(swarm.Options):
 class MixtureOptions(heuristics.Options):
     method: str = "doremi"
     path: str | None = None  # of method `file`
-    normalize: bool = False  # accept a file whose weights do not sum to 1
+    format: str | None = None  # of that file, where it is a trainer's
+    weights: dict[str, float] | None = None  # of method `file`, instead of one
+    normalize: bool = False  # accept weights that do not sum to 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -61,6 +78,33 @@ class Main:
     steps: Positive | None = None  # null: training.steps
     tokens: Positive | None = None  # of the final run this mixture is for; null: what main.steps makes
     comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
+
+
+Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Classify(ClassifierOptions):
+    root: str | None = (
+        None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
+    )
+    validation_fraction: Fraction = 0.2  # of the real examples of every label, where there is no validation file
+    text_key: str = "text"
+    label_key: str = "label"
+    methods: tuple[Method, ...] = get_args(Method)
+    seeds: Positive = 4
+    folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
+    temperature: bool = True  # scale the checkers to what they were not trained on
+    focal_power: NonNegativeFloat = 2.0  # γ of focal
+    columns: str | None = None  # folder of what the checkers say; null: classify.root
+
+
+@dataclass(frozen=True, config=STRICT)
+class Export:
+    to: str | None = None  # a trainer: a key of exports.FORMATS
+    path: str | None = None  # of the file; null: in run_dir/export
+    paths: dict[str, str] | None = None  # where the trainer finds each domain
+    unit: exports.Unit | None = None  # of its draws; null: see exports
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,6 +130,7 @@ class Config:
     data: data_options.Options
     model: model.Options
     training: train.Options
+    weighting: importance.Weighting
     engine: launcher.Options
     evaluation: evaluation.Options
     reference: Reference
@@ -93,6 +138,9 @@ class Config:
     swarm: Swarm
     mixture: MixtureOptions
     main: Main
+    batch_selection: BatchSelection
+    classify: Classify
+    export: Export
     submit: Submit
     tracking: tracking.Options
 
@@ -102,19 +150,33 @@ class Config:
         _one_of("mixture", self.mixture.method, ["doremi", "swarm", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
         _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
+        if self.training.loss_weighting == "imp" and self.reference.path is None:
+            raise UserError(
+                "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
+                "data, and without reference.path both would be trained on this data; give reference.path=…, or take "
+                "dimp or rho"
+            )
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
-        if (self.mixture.method == "file") != (self.mixture.path is not None):
+        given = [self.mixture.path, self.mixture.weights]
+        if len(given) - given.count(None) != (self.mixture.method == "file"):
             raise UserError(
-                f"mixture.path={self.mixture.path}: goes with mixture=file, and only with it; "
-                "write mixture=file mixture.path=weights.json"
+                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
+                "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
             )
-        if self.reference.mixture == "file" and self.mixture.path is None:
+        if self.reference.mixture == "file" and self.mixture.method != "file":
             raise UserError(
-                "reference.mixture=file: is that of mixture.path; write mixture=file mixture.path=weights.json"
+                f"reference.mixture=file: is that of mixture=file, not {self.mixture.method}; write mixture=file "
+                "mixture.path=weights.json"
             )
         if self.stage == "swarm" and self.mixture.method != "swarm":
             raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
+        if self.mixture.format is not None:
+            _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
+            if self.mixture.path is None:
+                raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
+        if self.export.to is not None or self.stage == "export":
+            _one_of("export.to", str(self.export.to), list(exports.FORMATS))
 
     @property
     def comparisons(self) -> tuple[str, ...]:
@@ -269,13 +331,14 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in ("engine", "submit", "tracking")
+        if key not in free and key.partition(".")[0] not in ("engine", "export", "submit", "tracking")
     }
 
 
 def training_identity(options: train.Options) -> dict[str, Any]:
-    """The part of the training options that decides a run's result."""
-    return {key: value for key, value in asdict(options).items() if key not in _FREE_TRAINING}
+    """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
+    what, is said by themselves."""
+    return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
 
 
 def _claim(session: Session) -> None:

@@ -22,6 +22,7 @@ from doremi_train.stages import (
     reference_losses,
     swarm_runs,
     swarm_search,
+    weighting,
 )
 
 
@@ -61,12 +62,33 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         learned = _swarm(session, store, found)
     else:
         learned = mixture.given(session, store).tensor(store.domains)
+    weighed = _weighting(session, store, found)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     for name, known in {"main": learned, **main.comparisons(session, store)}.items():
         training = main.training(session)
-        run = None if known is None else language_model.recipe(session, store, shape, known, training)
+        ready = weighed is not None or training.loss_weighting == "none"
+        run = None
+        if known is not None and ready:
+            picking = main.selection(session, store, name)
+            run = language_model.recipe(session, store, shape, known, training, weighting=weighed, selection=picking)
         found.add(name, "main", shape, training.steps, run)
     return found.runs, learned
+
+
+def _weighting(session: Session, store: TokenStore, found: "_Found") -> language_model.Weighting | None:
+    """How the main runs weigh their tokens, where that is known by now; the models it needs are runs too."""
+    policy, given = session.config.training.loss_weighting, session.config.reference.path
+    if policy == "none":
+        return None
+    ingredients = reference.ingredients(session, store, reference.mixture(session, store))
+    run = language_model.recipe(session, store, *ingredients)
+    name = "reference" if given is None else weighting.DATA_MODEL if policy == "imp" else None
+    if name is not None and name not in [one.name for one in found.runs]:
+        found.add(name, "reference", ingredients[0], session.config.training.steps, run)
+    if name is not None and not run.finished:
+        return None
+    folders = [Path(given)] if given is not None else []
+    return weighting.against(session, store, folders + [run.folder / "model"] * (name is not None))
 
 
 def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:

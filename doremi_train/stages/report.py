@@ -76,8 +76,8 @@ def overall(settings: Sequence[Setting]) -> str:
     )
 
 
-def write_page(path: Path, **content: Any) -> None:
-    """Render the template; every value is escaped, only our own charts are markup."""
+def write_page(path: Path, template: str = "report.html.jinja", **content: Any) -> None:
+    """Render a template; every value is escaped, only our own charts are markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -85,7 +85,7 @@ def write_page(path: Path, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    files.write_bytes(path, environment.get_template("report.html.jinja").render(**content).encode())
+    files.write_bytes(path, environment.get_template(template).render(**content).encode())
 
 
 # ── One setting ──────────────────────────────────────────────────────────────────────────────────────────────────────

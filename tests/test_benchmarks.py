@@ -1,0 +1,65 @@
+"""The benchmarks run, and write what they promise. How fast things are is not a test's to say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, environment
+
+from benchmarks import common
+
+
+def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The JSON of one benchmark."""
+    file = folder / f"{name}.json"
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(file), *options],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert {"benchmark", "hardware", "date", "commit", "torch", "ratios", "intervals", "figures"} <= found.keys()
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in found["ratios"].values()), found["ratios"]
+    for key, (low, high) in found["intervals"].items():
+        assert low <= found["ratios"][key] <= high and key in done.stdout, key
+    return found
+
+
+@pytest.mark.acceptance
+def test_step(tmp_path: Path) -> None:
+    size = ("--model", "nano", "--vocabulary", "64", "--batch", "4", "--length", "16", "--rounds", "2")
+    found = run("step", tmp_path, *size, "--device", "cpu")
+    sides = {"live_over_plain", "cached_over_plain", "plain_over_handwritten", "plain_over_hf_trainer"}
+    assert sides | {f"nano.{side}" for side in sides} == found["ratios"].keys()
+    assert found["figures"]["nano"]["tokens_per_step"] == 64
+    assert found["figures"]["nano"]["floor_of_live"] == pytest.approx(4 / 3)
+
+
+@pytest.mark.acceptance
+def test_memory(tmp_path: Path) -> None:
+    found = run("memory", tmp_path, "--model", "nano", "--rounds", "1", "--device", "cpu")
+    assert found["ratios"]["peak_128k_over_8k_vocabulary"] == pytest.approx(1, abs=0.1)  # counted, so a test may say it
+    assert found["ratios"]["peak_128k_over_8k_vocabulary_plain"] > 10
+
+
+# The frame
+
+
+def test_the_interval_of_a_median_is_that_of_its_order_statistics() -> None:
+    """Binomial: of 20 pairs the 6th and the 15th enclose it with 95.9 %, the 7th and the 14th with 88.5 %."""
+    found = common.ratio([float(n) for n in range(1, 21)], [1.0] * 20)
+    assert found == (10.5, 6, 15)
+    assert common.ratio([3.0, 1.0, 2.0], [1.0] * 3) == (2, 1, 3)
+
+
+def test_sides_alternate_and_none_is_always_first() -> None:
+    order: list[str] = []
+    sides = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = common.alternate(sides, rounds=3, warm_up=1)
+    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert common.alternate({"own": lambda: 0.25}, rounds=2)["own"] == [0.25, 0.25]
