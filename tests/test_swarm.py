@@ -377,13 +377,11 @@ def test_a_told_swarm_stops_and_says_so(fresh: list[str], tmp_path: Path) -> Non
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("processes", [1, 2])
 def test_a_swarm_of_jobs_is_that_of_one_process(
-    processes: int, swarmed: Path, fresh: list[str], doremi: Command, tmp_path: Path
+    swarmed: Path, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    """`processes`: of the parent, which must submit once; its children are processes of their own."""
     overrides = [*fresh, *SWARM, f"run_dir={tmp_path / 'run'}", "stage=swarm", "submit.cluster=local"]
-    outcome = doremi(*overrides, processes=processes)
+    outcome = doremi(*overrides, "submit.parallel=2", timeout=560)
     assert outcome.code == 0, outcome
     assert outcome.out.count("is job") == 7
     assert (tmp_path / "run/weights.json").read_bytes() == (swarmed / "weights.json").read_bytes()

@@ -41,7 +41,7 @@ from doremi_train.track import console
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture.path
+    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
     path: str | None = None  # an existing model folder instead of training one
     losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
 
@@ -168,19 +168,19 @@ class Config:
                 f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
                 "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
             )
+        if self.reference.mixture == "file" and self.mixture.method != "file":
+            raise UserError(
+                f"reference.mixture=file: is that of mixture=file, not {self.mixture.method}; write mixture=file "
+                "mixture.path=weights.json"
+            )
+        if self.stage == "swarm" and self.mixture.method != "swarm":
+            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
         if self.mixture.format is not None:
             _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
             if self.mixture.path is None:
                 raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
         if self.export.to is not None or self.stage == "export":
             _one_of("export.to", str(self.export.to), list(exports.FORMATS))
-        if self.reference.mixture == "file" and (self.mixture.path is None or self.mixture.format is not None):
-            raise UserError(
-                "reference.mixture=file: is that of mixture.path, a weights.json; "
-                "write mixture=file mixture.path=weights.json"
-            )
-        if self.stage == "swarm" and self.mixture.method != "swarm":
-            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
 
     @property
     def comparisons(self) -> tuple[str, ...]:

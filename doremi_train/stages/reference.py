@@ -25,10 +25,12 @@ def run(session: Session) -> Path:
 
 def mixture(session: Session, store: TokenStore) -> Tensor:
     """α_ref (K,) of the first round."""
+    options = session.config.mixture
+    if session.config.reference.mixture == "file" and options.weights is not None:
+        found = weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return weights.Mixture("file", found).tensor(store.domains)
     if session.config.reference.mixture == "file":
-        return weights.load(
-            Path(str(session.config.mixture.path)), store.domains, session.config.mixture.normalize
-        ).tensor(store.domains)
+        return weights.load(Path(str(options.path)), store.domains, options.normalize).tensor(store.domains)
     return language_model.heuristic(session, store, session.config.reference.mixture, session.config.training.steps)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from doremi_train import files, weights
+from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
@@ -40,21 +40,20 @@ def train(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], w
 
 
 def _submit(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar) -> None:
-    """The runs that are not finished as jobs side by side: each the reference stage on a file of its mixture."""
+    """The runs that are not finished as jobs side by side: each the reference stage on a given mixture."""
     found = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
     waiting = {run.folder: name for name, run in found.items() if not run.finished}  # of equal runs one
     children = {}
     for name in waiting.values():
-        folder = session.run_dir / "jobs" / name
-        path = folder / "mixture.json"
-        weights.save(path, weights.Mixture("swarm", dict(zip(store.domains, mixtures[name].tolist(), strict=True))))
-        given = {"reference.mixture": "file", "mixture.method": "file", "mixture.path": str(path.resolve())}
-        children[name] = submit.configured(session, folder, stage="reference", **given)
+        mixed = dict(zip(store.domains, mixtures[name].tolist(), strict=True))
+        given = {"reference.mixture": "file", "mixture.method": "file", "mixture.weights": mixed}
+        children[name] = submit.configured(session, session.run_dir / "jobs" / name, stage="reference", **given)
     before, step = whole.done, tokens(session) // session.config.training.steps
 
     def watch() -> None:
         done = sum(_steps(run) * step for run in map(found.__getitem__, waiting.values()))
-        whole.update(before + done, f"{len(waiting)} jobs")
+        if done:
+            whole.update(before + done, f"{len(waiting)} jobs")
 
     submit.submit(session, children, watch)
     whole.update(before)  # those that are finished now are counted with the others
