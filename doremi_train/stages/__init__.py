@@ -168,10 +168,10 @@ class Config:
                 f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
                 "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
             )
-        if self.reference.mixture == "file" and self.mixture.method != "file":
+        if self.reference.mixture == "file" and (self.mixture.method != "file" or self.mixture.format is not None):
             raise UserError(
-                f"reference.mixture=file: is that of mixture=file, not {self.mixture.method}; write mixture=file "
-                "mixture.path=weights.json"
+                "reference.mixture=file: is the weights.json or the weights of mixture=file; write mixture=file "
+                "mixture.path=weights.json, without mixture.format"
             )
         if self.stage == "swarm" and self.mixture.method != "swarm":
             raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
