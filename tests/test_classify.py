@@ -288,8 +288,8 @@ def passages() -> list[Pair]:
 def test_wrong_labels_planted_in_real_text(tmp_path: Path) -> None:
     """Six sections; 300 clean examples, and 6000 of which 45 % have the next section's label.
 
-    The order is the paper's, but for DIMP and the checker's quality alone, which come out equal here (70.5 ± 1.5 and
-    70.8 ± 0.8 over four seeds): both rest where the label of q · p̂' is largest.
+    The order is the expected one, but for DIMP and the checker's quality alone, which seeds do not tell apart here
+    (70.5 ± 1.5 and 70.8 ± 0.8 over four); why is not known.
     """
     sections = ["pentateuch", "history", "poetry", "prophets", "gospels_acts", "epistles_revelation"]
     generator = random.Random(0)
