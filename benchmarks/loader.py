@@ -267,9 +267,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             },
             "seek": {"ms": 1e3 * min(seek(store) for _ in range(5))},
             "start_up": common.fresh(opening, wide_store(folder, 1000, 10 if given.quick else 100)),
-            "memory_mb": {
-                f"{size >> 20}M tokens": common.fresh(anonymous_memory, path) for size, path in sized.items()
-            },
+            "memory_mb": {f"{size >> 20}M tokens": common.fresh(anonymous_memory, path) for size, path in sized},
             "proportions": proportions(store, 1000 if given.quick else 20_000),
             "waiting": waiting(store, 30 if given.quick else 300),
         }

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks import common
 from doremi_train.data import prepare, sources, tokenizer
@@ -70,10 +71,10 @@ def corpus(root: Path | None, size: int, folder: Path) -> Options:
     for turn in range(1, round(size / written)):
         for path in folder.glob("*/train-00000.jsonl"):
             shutil.copyfile(path, path.with_name(f"train-{turn:05d}.jsonl"))
-    file = folder / "tokenizer.json"
-    whole = Options(root=str(folder), tokenizer=str(file))
+    learned = folder / "tokenizer.json"
+    whole = Options(root=str(folder), tokenizer=str(learned))
     parts = [text for n, text in enumerate(texts(whole)) if n % max(written // SAMPLE, 1) == 0]
-    file.write_text(tokenizer.serialise(tokenizer.learn(parts, VOCABULARY)))
+    learned.write_text(tokenizer.serialise(tokenizer.learn(parts, VOCABULARY)))
     return whole
 
 
@@ -99,7 +100,7 @@ def measure(given: argparse.Namespace) -> common.Result:
         }
         times = common.alternate(sides, given.rounds or (2 if given.quick else 5), warm_up=0)
         smaller = common.fresh(ours, quarter, folder / "quarter")[1]
-    figures = {
+    figures: dict[str, Any] = {
         "text_mb": size / 1e6,
         "mb_per_second": {side: size / 1e6 / statistics.median(found) for side, found in times.items()},
         "peak_memory_mb": {"all of the text": statistics.median(peaks), "a quarter of it": smaller},
