@@ -177,8 +177,8 @@ def main() -> None:
                 del running[name, 0]
     answers.write(json.dumps({"peers": [name for name in PEERS if name not in missing], "missing": missing}) + "\n")
     for line in sys.stdin:
-        name, worker_count, count = line.split()
-        loader = running[name, int(worker_count)]
+        asked, processes, count = line.split()
+        loader = running[asked, int(processes)]
         began = time.perf_counter()
         for _ in range(int(count)):
             next(loader)
