@@ -156,6 +156,7 @@ def hf_trainer(of: Setting) -> Steps:
         bf16=of.training.precision == "bf16",
         use_cpu=of.place.device.type == "cpu",
         logging_steps=of.training.log_every,
+        dataloader_drop_last=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
