@@ -1,15 +1,23 @@
-"""All benchmarks at a reduced size, one after another, each in a process of its own: `python -m benchmarks`."""
+"""All benchmarks at a reduced size, one after another, each in a process of its own: `python -m benchmarks`.
+
+Studies train models for many minutes to see what a method is worth; they are started by their names.
+"""
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+STUDIES = ("policies", "token_weighting")
+_OTHERS = ("__init__", "__main__", "common", *STUDIES)
+
 
 def main() -> None:
     here = Path(__file__).parent
-    names = sorted(path.stem for path in here.glob("*.py") if path.stem not in ("__init__", "__main__", "common"))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=f"{__doc__} They are {', '.join(names)}.")
+    names = sorted(path.stem for path in here.glob("*.py") if path.stem not in _OTHERS)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=f"{__doc__} Benchmarks: {', '.join(names)}."
+    )
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write NAME.json of each there")
     folder = parser.parse_args().json
     codes = []

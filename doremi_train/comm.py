@@ -8,7 +8,7 @@ import datetime
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -99,6 +99,16 @@ def all_reduce_sum(sums: Sums, flag: bool = False) -> tuple[Sums, bool]:
     flat = flat.cpu()
     parts = flat[:-1].split([field.numel() for field in fields])
     return type(sums)(*(p.view_as(f) for p, f in zip(parts, fields, strict=True))), bool(flat[-1] > 0)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their mean over ranks, in place: what DDP does to gradients."""
+    if not _many():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(dist.get_world_size())
+    dist.all_reduce(flat)
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def barrier() -> None:

@@ -55,7 +55,7 @@ def one_hot(names: Sequence[str], weights: ArrayLike, traces: Sequence[ArrayLike
     if len(names) < 2:
         return []
     top, number = int(average.argmax()), effective_number(average)
-    remedy = "take a smaller proxy.step_size (0.1), a longer proxy run, or leave its start out by proxy.average_from"
+    remedy = "take mixture=doremi_steady (step size 0.1, uniform reference), or a longer proxy run"
     if average[top] > DOMINANT or number < min(FEW, len(names) / 2):
         message = (
             f"The mixture is almost only {names[top]}: weight {average[top]:.2f}, and the effective number of domains "

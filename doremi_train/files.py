@@ -1,9 +1,10 @@
 """Files that are never half-written: write aside, fsync, rename."""
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,13 +13,23 @@ import orjson
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` atomically: a reader or a crash sees the old content or the new one, nothing between."""
+    with replacing(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a file to write aside, which then replaces `path` atomically, as in `write_bytes`. Where writing it
+    fails, nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -30,6 +30,7 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.data.batches import MicroBatch
 from doremi_train.data.sampler import Ints
 from doremi_train.data.shards import TokenStore
+from doremi_train.methods import importance
 from doremi_train.model import LanguageModel
 
 Halves = NDArray[np.float16]
@@ -64,6 +65,19 @@ class Live:
         if not len(micro.tokens):  # of an uneven batch
             return torch.zeros(0, micro.tokens.shape[1] - 1, device=self._device)
         return self._model(micro.tokens.to(self._device, non_blocking=True))
+
+
+class LogRatio:
+    """How much less likely the reference finds a token than a model of the data does: ℓ_ref − ℓ_q, for IMP."""
+
+    def __init__(self, reference: Reference, data: Reference) -> None:
+        self._reference, self._data = reference, data
+
+    def stored(self, domain: Ints, sequence: Ints) -> Tensor | None:
+        return None  # each reads its own when it is asked for losses
+
+    def losses(self, micro: MicroBatch) -> Tensor:
+        return importance.log_ratio(self._reference.losses(micro), self._data.losses(micro))
 
 
 # ── In the store ────────────────────────────────────────────────────────────────────

@@ -10,12 +10,19 @@ on a GPU, so none is used.
 N tokens, d hidden size, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+class Also(NamedTuple):
+    """What a backward multiplies the gradient of the logits with beside the head, while it is there."""
+
+    right: Tensor  # (V, r)
+    product: Tensor  # (N, r) to be filled
 
 
 class Projection(nn.Module):
@@ -28,22 +35,30 @@ class Projection(nn.Module):
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias, self.hidden_size = head.weight, head.bias, head.in_features
+        self.also: Also | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor, logits: int) -> Tensor:
         """`logits` is how many may exist at once."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         rows = max(1, logits // self.weight.shape[0])
-        losses: Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, targets, rows, dtype)
+        losses: Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, targets, rows, dtype, self.also)
         return losses
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        also: Also | None,
     ) -> Tensor:
-        ctx.rows, ctx.dtype = rows, dtype
+        ctx.rows, ctx.dtype, ctx.also = rows, dtype, also
         cast, head = hidden.to(dtype), _to(dtype, weight, bias)
         wide = torch.promote_types(dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -77,11 +92,13 @@ class _CrossEntropy(torch.autograd.Function):
             z = z.to(ctx.dtype)
             if of_hidden is not None:
                 of_hidden[chunk] = z @ head[0]
+            if ctx.also is not None:
+                ctx.also.product[chunk] = z @ ctx.also.right.to(z.dtype)
             if of_weight is not None and of_weight.dtype == z.dtype:
                 torch.addmm(of_weight, z.T, cast[chunk], out=of_weight)
             elif of_weight is not None:
                 of_weight += z.T @ cast[chunk]
-        return of_hidden, of_weight, of_bias, None, None, None
+        return of_hidden, of_weight, of_bias, None, None, None, None
 
 
 def _to(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

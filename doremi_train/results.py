@@ -28,8 +28,10 @@ class Result(NamedTuple):
     curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
     traces: list[list[dict[str, Any]]]  # domain_weights.jsonl of each proxy of the last round
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
+    picks: list[dict[str, Any]]  # batch_selection.jsonl of the final model; empty where it took every sequence
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
+    swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
 
     @property
     def weights(self) -> dict[str, float]:
@@ -98,6 +100,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]
     plan = folder / "plan.json"
     findings = folder / "findings.json"
+    fit = folder / "swarm" / "fit.json"
     return Result(
         folder=folder,
         config=config,
@@ -106,8 +109,12 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         curves={name: list(files.read_lines(folder / name / "evaluations.jsonl")) for name in figures},
         traces=[trace for trace in traces if trace],
         rounds=rounds if len(rounds) > 1 else [],
+        picks=list(files.read_lines(folder / "main" / "batch_selection.jsonl")),
         findings=files.read_json(findings) if findings.exists() else [],
         warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
+        swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}
+        if fit.exists()
+        else {},
     )
 
 
@@ -150,6 +157,7 @@ def _size(run: Result, stage: str) -> int:
     places = [
         run.folder / stage / "model",
         *run.folder.glob(f"{stage}/round-*/seed-*/model"),
+        run.folder / "swarm" / "confirm" / "natural" / "model",
         run.folder / "reference" / "model",
         run.folder / "main" / "model",
     ]

@@ -65,6 +65,17 @@ class Bar:
         print(f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}", file=sys.stdout, flush=True)
 
 
+class Part(Bar):
+    """A run's share of a bar over many runs: it moves that one on, and shows nothing itself."""
+
+    def __init__(self, whole: Bar, label: str) -> None:
+        super().__init__(label, whole.total, show=False)
+        self.whole, self.before = whole, whole.done
+
+    def update(self, done: int, note: str = "") -> None:
+        self.whole.update(self.before + done, f"{self.label}  {note}")
+
+
 def short(value: float) -> str:
     """1234567 → 1.23M."""
     for unit in ("", "k", "M"):

@@ -4,6 +4,7 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, optim
+from doremi_train import batch_selection, checkpoint, comm, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
-from doremi_train.data.batches import Batch, Batches, MicroBatch
-from doremi_train.data.sampler import Ints, Subsample
+from doremi_train.data.batches import Batch, Batches, MicroBatch, some
+from doremi_train.data.sampler import Draw, Ints, Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
@@ -37,6 +38,7 @@ class Options(optim.Options):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
+    loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
     timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
     threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
@@ -62,6 +64,8 @@ class Task(NamedTuple):
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
+    selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
+    bar: Bar | None = None  # that this run moves on; None: one of its own
 
 
 class Position(NamedTuple):
@@ -82,13 +86,14 @@ class Trainer:
     def __init__(self, task: Task, model: LanguageModel, place: engine.Place) -> None:
         self.task, self.device, self.world = task, place.device, comm.world()
         training = task.training
-        rows = self.world.rows(training.batch_size, training.micro_batch_size)
-        if len(rows) > 1:
+        drawn = task.selection.candidates if task.selection is not None else training.batch_size
+        self._rows = self.world.rows(drawn, training.micro_batch_size)
+        if len(self.world.rows(training.batch_size, training.micro_batch_size)) > 1:
             _refuse_accumulation(task, model, place)
-        self.micro = self.world.largest(training.batch_size, training.micro_batch_size)
+        self.micro = self.world.largest(drawn, training.micro_batch_size)
         stored = task.reference.stored if task.reference is not None else None
         self.batches = Batches(
-            task.store, training.sequence_length, training.batch_size, rows, task.seed, task.subsample, stored
+            task.store, training.sequence_length, drawn, self._rows, task.seed, task.subsample, stored
         )
         self.bare = model
         model.precision = training.precision
@@ -99,8 +104,12 @@ class Trainer:
             torch.zeros(self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device)
         )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
-        if self.world.first:
+        self.selector = self._selector(place) if task.selection is not None else None
+        if self.selector is not None:
+            self.engine_used += f"; {self.selector}"
+        if self.world.first and task.bar is None:
             console.print(f"{task.label:<22} {self.engine_used}")
+        self._chosen: batch_selection.Chosen | None = None
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
     def fit(self, watch: Watch = lambda line: None) -> Position:
@@ -120,6 +129,8 @@ class Trainer:
                 before = position.skipped
                 position, stats, stopping = self.step(position)
                 logs.trace(task, position, stats, skipped=position.skipped > before)
+                if self._chosen is not None:
+                    logs.selection(task.store.domains, position.step, self._candidates, self._chosen)
                 if position.step % training.log_every == 0 or position.step == training.steps:
                     loss = self._mean_loss()
                     bar.update(position.step * tokens, f"loss {loss:.3f}")
@@ -150,36 +161,55 @@ class Trainer:
         number, state = position.step + 1, position.state
         batch = self.batches.get(position.step, task.objective.sampling(state, options), position.counts)
         self._begin(number)
+        if self.selector is not None:
+            batch = self._select(self.selector, batch, number)
         *early, last = batch.micro
         if task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
             with torch.no_grad():
-                stats = _add(self._observe(micro)[1] for micro in batch.micro)
-            state, stats, stopping, sound = self._learn(state, stats, batch, number)
-            for micro in batch.micro if sound else ():
+                _, references, observed = zip(*(self._observe(micro) for micro in batch.micro), strict=True)
+            state, stats, stopping, sound = self._learn(state, _add(observed), batch, number)
+            for micro, reference in zip(batch.micro, references, strict=True) if sound else ():
                 with self.engine.accumulating(last=micro is last):
-                    self._backward(self._losses(micro), micro, state, stats.tokens)
+                    self._backward(self._losses(micro), reference, micro, state, stats.tokens)
         else:
             # With one micro-batch these are the weights of this very batch too: nothing is computed twice. With more,
             # they are those of the step before, or never move: every token count is known from the draw.
             parts = []
             for micro in early:
                 with self.engine.accumulating(last=False):
-                    losses, stats = self._observe(micro)
-                    self._backward(losses, micro, state, batch.tokens)
+                    losses, reference, stats = self._observe(micro)
+                    self._backward(losses, reference, micro, state, batch.tokens)
                     parts.append(stats)
             with self.engine.accumulating(last=True):
-                losses, stats = self._observe(last)
+                losses, reference, stats = self._observe(last)
                 before = state
                 state, stats, stopping, sound = self._learn(state, _add([*parts, stats]), batch, number)
                 if sound:
                     weighing = before if task.accumulation == "lagged" else state
-                    self._backward(losses, last, weighing, batch.tokens)
+                    self._backward(losses, reference, last, weighing, batch.tokens)
         if sound:
             self.engine.step(optim.learning_rate(number, task.training.steps, task.training))
         else:
             self.engine.discard()
         return Position(number, state, batch.draw.counts, position.skipped + (not sound)), stats, stopping
+
+    def _selector(self, place: engine.Place) -> batch_selection.Selector:
+        """Raises UserError where candidates cannot be scored exactly as asked."""
+        task, training = self.task, self.task.training
+        assert task.selection is not None
+        batch_selection.check(task.selection, training.batch_size, len(self._rows), place.strategy, place.compile)
+        # Several micro-batches, and layers that are computed again, are there to save the memory that factors take.
+        one_pass = len(self._rows) == 1 and not training.activation_checkpointing
+        return batch_selection.Selector(
+            task.selection,
+            training.batch_size,
+            self.bare,
+            getattr(self.engine, "optimizer", None),
+            self.device,
+            one_pass,
+            self.micro,
+        )
 
     def evaluate(self) -> dict[str, Any]:
         task = self.task
@@ -187,14 +217,31 @@ class Trainer:
             self.engine.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.device
         )
 
+    def _select(self, selector: batch_selection.Selector, batch: Batch, number: int) -> Batch:
+        """The picks of a batch of candidates. In one pass their losses are there already, and their gradient comes from
+        the stored factors; else they are an ordinary batch."""
+        training = self.task.training
+        rate = optim.learning_rate(number, training.steps, training)
+        try:
+            chosen = selector.choose(batch, self._rows, number, rate, self.task.seed)
+        except ArithmeticError as error:
+            raise TrainingFailed(f"{self.task.label}: step {number}: {error}") from None
+        self._candidates, self._chosen = batch.draw, chosen
+        if chosen.local is not None:
+            return self.batches.among(batch, chosen.picked.numpy(), chosen.local.numpy())
+        rows = self.world.rows(training.batch_size, training.micro_batch_size)
+        return self.batches.of(some(batch.draw, chosen.picked.numpy()), rows)
+
     def _losses(self, micro: MicroBatch) -> Tensor:
         """(B, T) with gradient."""
+        if self._chosen is not None and self._chosen.losses is not None:
+            return self._chosen.losses
         # A rank without rows takes part all the same: under sharding every forward and backward is a collective.
         tokens = micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
         return self.engine.model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
 
-    def _observe(self, micro: MicroBatch) -> tuple[Tensor, Any]:
-        """Losses (B, T) of a micro-batch with their gradient, and the objective's sums."""
+    def _observe(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Any]:
+        """Losses (B, T) of a micro-batch with their gradient, the reference's, and the objective's sums."""
         task = self.task
         losses = self._losses(micro)
         reference = task.reference.losses(micro) if task.reference is not None else None
@@ -204,7 +251,7 @@ class Trainer:
         )
         self._step_loss.total.add_(losses.detach().double().sum())
         self._step_loss.tokens.add_(losses.numel())
-        return losses, stats
+        return losses, reference, stats
 
     def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
         """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
@@ -222,10 +269,13 @@ class Trainer:
                 part.add_(step)
         return state, stats, stopping, sound
 
-    def _backward(self, losses: Tensor, micro: MicroBatch, state: Any, tokens: Tensor) -> None:
+    def _backward(
+        self, losses: Tensor, reference: Tensor | None, micro: MicroBatch, state: Any, tokens: Tensor
+    ) -> None:
         """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator: weights are already
         divided by global counts, and the number of ranks undoes the average that engines take over them."""
-        weights = self.task.objective.weigh(state, micro.domain, tokens, self.task.objective_options)
+        task = self.task
+        weights = task.objective.weigh(state, micro.domain, tokens, task.objective_options, losses, reference)
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
         self.engine.backward(total * self.world.size)
 
@@ -236,10 +286,11 @@ class Trainer:
         generators = torch.cuda if self.device.type == "cuda" else torch.default_generator
         generators.manual_seed(int(mixed[0]) >> 1)
         self._step_loss = _Loss(*torch.zeros_like(torch.stack(self._loss)))
+        self._chosen = None
 
     def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
         """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
-        finite = torch.stack(tuple(stats)).isfinite().all(0)  # (K,)
+        finite = torch.cat([field.view(len(field), -1) for field in stats], dim=1).isfinite().all(1)  # (K,)
         if finite.all():
             return True
         bad = torch.nonzero(~finite)[:, 0].tolist()
@@ -270,7 +321,8 @@ class Trainer:
         return self.task.evaluation.every or max(1, self.task.training.steps // 20)
 
     def _bar(self, step: int, tokens: int) -> Bar:
-        return Bar(self.task.label, self.task.training.steps * tokens, step * tokens, show=self.world.first)
+        whole = self.task.training.steps * tokens
+        return self.task.bar or Bar(self.task.label, whole, step * tokens, show=self.world.first)
 
     def _logs(self, step: int, watch: Watch) -> "contextlib.AbstractContextManager[_Logs]":
         return _Logs(self.task.run.folder if self.world.first else None, step, watch)
@@ -289,6 +341,8 @@ class Trainer:
             "loss": [float(part) for part in self._loss],
             **self.engine.state(),
         }
+        if self.selector is not None:
+            content["selection"] = self.selector.saved()
         comm.on_first(lambda: self._write(content))
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -311,6 +365,8 @@ class Trainer:
             )
         if saved is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
+        if self.selector is not None:
+            self.selector.restore(saved["selection"])
         for part, value in zip(self._loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
         return Position(step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"])
@@ -346,10 +402,30 @@ class _Logs:
         columns = task.objective.record(position.state, stats)
         if columns:
             named = {
-                key: dict(zip(task.store.domains, column.tolist(), strict=True)) for key, column in columns.items()
+                key: dict(zip(task.store.domains, column.tolist(), strict=True)) if column.dim() else column.item()
+                for key, column in columns.items()
             }
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
             self._write("domain_weights", {"step": position.step, **named, **mark})
+
+    def selection(self, domains: tuple[str, ...], step: int, candidates: Draw, chosen: batch_selection.Chosen) -> None:
+        def count(drawn: Draw) -> dict[str, int]:
+            return dict(zip(domains, np.bincount(drawn.domain, minlength=len(domains)).tolist(), strict=True))
+
+        def one(at: int) -> dict[str, Any]:
+            domain, sequence = domains[int(candidates.domain[at])], int(candidates.sequence[at])
+            return {"domain": domain, "sequence": sequence, "score": float(chosen.scores[at])}
+
+        order = chosen.scores.nan_to_num(nan=-math.inf).argsort(stable=True)
+        line = {
+            "step": step,
+            "candidates": count(candidates),
+            "picked": count(some(candidates, chosen.picked.numpy())),
+            "penalty_to_score": chosen.ratio,
+            "highest": one(int(order[-1])),
+            "lowest": one(int(order[0])),
+        }
+        self._write("batch_selection", line)
 
     def sync(self) -> None:
         for file in self._files.values():
@@ -368,8 +444,10 @@ def _refuse_accumulation(task: Task, model: LanguageModel, place: engine.Place) 
     """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
     if task.accumulation == "exact" and has_dropout(model):
         raise UserError(
-            "proxy.accumulation=exact: with several micro-batches it runs every forward twice, which must agree, "
-            "so the model may not have dropout; set its dropout to 0, or use proxy.accumulation=lagged"
+            f"{task.label}: its weights are those of the whole batch, so with several micro-batches "
+            "(proxy.accumulation=exact, or training.loss_weighting) every forward runs twice, which must agree: the "
+            "model may not have dropout; set its dropout to 0, raise training.micro_batch_size so that one is enough, "
+            "or use proxy.accumulation=lagged or weighting.normalize=false"
         )
     if task.accumulation == "lagged" and task.training.on_nonfinite == "skip" and place.strategy.startswith("zero"):
         raise UserError(

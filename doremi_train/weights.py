@@ -25,9 +25,9 @@ class Mixture:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
-        """(K,) float64 in the order of `domains`, sum exactly what float64 gives for 1."""
-        values = torch.tensor([self.weights[name] for name in domains], dtype=torch.float64)
-        return values / values.sum()
+        """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that already, the bits stay: a
+        mixture that was written and read is the same run."""
+        return torch.tensor(_normal([self.weights[name] for name in domains]), dtype=torch.float64)
 
 
 def save(path: Path, mixture: Mixture) -> None:
@@ -49,20 +49,31 @@ def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture
             values = content[key]
     if not isinstance(values, Mapping):
         raise UserError(f'mixture.path={path}: must hold {{"weights": {{domain: weight}}}}')
+    return Mixture(str(content.get("method", "file")), checked(values, domains, f"mixture.path={path}", normalize))
+
+
+def checked(values: Mapping[str, Any], domains: Sequence[str], where: str, normalize: bool = False) -> dict[str, float]:
+    """Weights in the order of `domains` that sum to 1.
+
+    Raises UserError, starting with `where`, as `load` does.
+    """
     for name, weight in values.items():
         if name not in domains:
-            raise UserError(f"mixture.path={path}: unknown domain {name!r}; the data has {', '.join(domains)}")
+            raise UserError(f"{where}: unknown domain {name!r}; the data has {', '.join(domains)}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise UserError(f"mixture.path={path}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0")
+            raise UserError(f"{where}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0")
     missing = [name for name in domains if name not in values]
     if missing:
-        raise UserError(f"mixture.path={path}: no weight for {', '.join(missing)}; write 0 to leave a domain out")
+        raise UserError(f"{where}: no weight for {', '.join(missing)}; write 0 to leave a domain out")
     total = math.fsum(values.values())
     if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
-        raise UserError(
-            f"mixture.path={path}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true"
-        )
-    return Mixture(method=str(content.get("method", "file")), weights={k: values[k] / total for k in domains})
+        raise UserError(f"{where}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true")
+    return dict(zip(domains, _normal([values[name] for name in domains]), strict=True))
+
+
+def _normal(values: Sequence[float]) -> list[float]:
+    total = math.fsum(values)
+    return [value if abs(total - 1) < 1e-12 else value / total for value in values]
 
 
 def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

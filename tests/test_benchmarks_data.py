@@ -94,7 +94,7 @@ def test_loader(tmp_path: Path) -> None:
 def test_prepare(tmp_path: Path) -> None:
     found = run("prepare", tmp_path, "--megabytes", "2", "--rounds", "1")
     assert found["ratios"].keys() == {"of_tokenizers_alone", "of_tokenizers_fast_alone"}
-    assert found["figures"]["text_mb"] == pytest.approx(2, rel=0.3)
+    assert 1 < found["figures"]["text_mb"] < 5  # whole documents of whatever this machine has
 
 
 @pytest.mark.acceptance

@@ -20,14 +20,15 @@ PACKAGE = ROOT / "doremi_train"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 RUNGS = {
-    0: ("", "methods", "config", "world", "files", "launcher", "remote", "slurm", "detectors", "projection"),
-    1: ("comm", "data", "model", "optim", "gradients", "track"),
-    2: ("checkpoint", "weights", "runs", "evaluation", "engine", "charts", "costs", "tracking", "losses"),
-    3: ("train", "results"),
-    4: ("stages",),
-    5: ("__main__",),
+    0: "methods config world files launcher remote slurm detectors projection exports",
+    1: "comm data model optim gradients track",
+    2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection",
+    3: "train results",
+    4: "stages",
+    5: "__main__",
 }
-RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts}  # "" is the package itself: its version
+RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts.split()}
+RUNG[""] = 0  # the package itself: its version
 
 
 def part_of(module: str) -> str:
@@ -57,7 +58,7 @@ def test_a_module_imports_from_lower_rungs_only(name: str) -> None:
     own = part_of("doremi_train." + name.removesuffix(".py").replace("/", ".")).removeprefix("__init__")
     assert own in RUNG, f"{name} has no rung: add it to the ladder here and in the design"
     for other in ours(PACKAGE / name):
-        within = other == own and own in ("methods", "data", "stages")
+        within = other == own and own in ("methods", "data", "selection", "stages")
         assert within or other in ("config", "files") or RUNG[other] < RUNG[own], (
             f"{name} imports {other or 'the package'}"
         )
@@ -104,7 +105,10 @@ OPTIONS = sorted(
     for path in conf_dir().rglob("*.yaml")
     if path.parent != conf_dir() and "hydra" not in path.parts
 )
-NEEDS = {"mixture=file": ("mixture.path=weights.json",)}  # options that mean nothing alone
+NEEDS = {
+    "mixture=file": ("mixture.path=weights.json",),
+    "selection=embedding": ("selection.encoder=FOLDER",),
+}  # options that mean nothing alone
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -123,13 +127,17 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
-    from doremi_train.stages import Config, Main, MixtureOptions, Proxy, Reference, Submit
+    from doremi_train.methods import importance, vocabulary
+    from doremi_train.selection import options as selection
+    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit, Swarm
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
-    assert config.submit == Submit()
+    assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
+    assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
+    assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())
     paper = train.Options()
     for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
         assert getattr(config.training, name) == getattr(paper, name), name

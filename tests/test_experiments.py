@@ -24,7 +24,7 @@ RECIPES = {
 
 def test_every_recipe_is_tested() -> None:
     folder = Path(__file__).parents[1] / "conf" / "experiment"
-    assert {path.stem for path in folder.glob("*.yaml")} == RECIPES.keys()
+    assert {path.stem for path in folder.glob("*.yaml")} - {"importance"} == RECIPES.keys()  # that one: test_classify
 
 
 @pytest.mark.parametrize(

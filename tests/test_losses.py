@@ -441,12 +441,12 @@ def test_seeds_as_jobs_read_one_cache(fresh: list[str], doremi: Command, tmp_pat
 
 KILLED = """
 import os, signal, sys
-really, written = os.pwrite, 0
+really, written, limit = os.pwrite, 0, int(sys.argv[1])
 
 def pwrite(*arguments):
     global written
     written += 1
-    if written > int(sys.argv[1]):
+    if written > limit:
         os.kill(os.getpid(), signal.SIGKILL)
     return really(*arguments)
 
@@ -457,7 +457,7 @@ __main__.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.parametrize("rows", [3, 80, 301])  # before the first checkpoint; between two steps; within a step
 def test_killed_among_the_rows_of_a_step_it_continues_to_the_same_bits(
     rows: int, prepared: list[str], tmp_path: Path

@@ -70,14 +70,31 @@ class Batches:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, step: int, weights: NDArray[np.float64], counts: Ints) -> Batch:
-        draw = self.sampler.draw(step, weights, counts)
-        micro = [self._micro(draw.domain[rows], draw.sequence[rows]) for rows in self._rows]
-        tokens = np.bincount(draw.domain, minlength=len(counts)) * float(self.length)
-        return Batch(micro, draw, torch.from_numpy(tokens))
+        return self.of(self.sampler.draw(step, weights, counts), self._rows)
+
+    def of(self, draw: Draw, rows: list[slice]) -> Batch:
+        """The batch of a draw, cut into these rows of it."""
+        micro = [self._micro(draw.domain[part], draw.sequence[part]) for part in rows]
+        return Batch(micro, draw, self._tokens(draw))
+
+    def among(self, batch: Batch, picks: Ints, local: Ints) -> Batch:
+        """Of a batch in one micro-batch the sequences `picks` of the draw, which are `local` of the micro-batch."""
+        (micro,) = batch.micro
+        kept = MicroBatch(*(None if field is None else field[local] for field in micro))  # type: ignore[arg-type]
+        draw = some(batch.draw, picks)
+        return Batch([kept], draw, self._tokens(draw))
+
+    def _tokens(self, draw: Draw) -> Tensor:
+        return torch.from_numpy(np.bincount(draw.domain, minlength=len(draw.counts)) * float(self.length))
 
     def _micro(self, domain: Ints, sequence: Ints) -> MicroBatch:
         found = read(self.store, "train", domain, sequence, self.length)
         return found if self._stored is None else found._replace(reference=self._stored(domain, sequence))
+
+
+def some(draw: Draw, index: Ints) -> Draw:
+    """These sequences of a draw."""
+    return Draw(draw.domain[index], draw.sequence[index], draw.counts)
 
 
 def read(store: TokenStore, split: str, domain: Ints, sequence: Ints, length: int) -> MicroBatch:

@@ -21,6 +21,7 @@ class Options:
     """Exactly one source is read: `root`, else `domains`, else `files` split by `domain_key`, else `embedded`."""
 
     embedded: Literal["installed", "planted"] | None = "installed"
+    home: str | None = None  # folder or URL of a public corpus, for its ready configuration (conf/data)
     root: str | None = None  # each sub-folder is a domain with train* and optionally validation* files
     domains: dict[str, Split] | None = None
     files: tuple[str, ...] | None = None  # one stream; the domain of a record is its `domain_key`
@@ -32,6 +33,7 @@ class Options:
     )
     tokenizer_sample: Positive = 10_000_000  # characters a learned tokeniser sees, shared evenly by the domains
     end_of_document: str | None = None  # token that ends a document; found by itself in the usual tokenisers
+    selection: str | None = None  # a sidecar of stage=select: only what it chose is training data
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.03  # of documents, where no validation files are given
     max_bad_lines: Count = 0  # broken JSON lines skipped and counted before the run stops
     allow_pipe: bool = False  # `pipe:` URLs run a shell command: only for data lists you wrote yourself

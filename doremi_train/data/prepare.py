@@ -26,6 +26,8 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError, fingerprint, flatten
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.options import Options
+from doremi_train.data.selected import Selected, identity
+from doremi_train.data.selected import domains as chosen_domains
 from doremi_train.data.shards import CHECKSUMS, ShardWriter, Stream, shards_of, token_dtype, write_manifest
 from doremi_train.data.sources import BadLines, Piece, Source, read, resolve, signature
 from doremi_train.files import read_json, try_lock, write_bytes, write_json
@@ -85,7 +87,7 @@ def prepare(options: Options, folder: Path, progress: Progress = silent, mirror:
     target = folder / address(wanted)
     if not (target / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{target.name}.lock", progress):
+        with locked(folder / f"{target.name}.lock", progress):
             found = (target / "manifest.json").exists()  # where the process we waited for has made it
             if not found and not (mirror and fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
@@ -141,7 +143,9 @@ def _request(options: Options, sources: list[Source]) -> Request:
         tokenizer: Request = {"vocabulary_size": options.vocabulary_size, "tokenizer_sample": options.tokenizer_sample}
     else:
         tokenizer = {"fingerprint": tokenizers.fingerprint(tokenizers.load(options.tokenizer))}
+    selection = {"selection": identity(options, sources)} if options.selection is not None else {}
     return {
+        **selection,
         "recipe": RECIPE,
         "sources": signature(options, sources),
         "tokenizer": {**tokenizer, "end_of_document": options.end_of_document},
@@ -161,7 +165,7 @@ def _some(names: list[str], most: int = 10) -> str:
 
 
 @contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
+def locked(path: Path, progress: Progress) -> Iterator[None]:
     """Only one process prepares an address; the others wait, and may be told to stop."""
     with path.open("w") as file:
         while not try_lock(file):
@@ -200,12 +204,13 @@ def _fill(target: Path, options: Options, sources: list[Source], wanted: Request
                 writer.append(work.stream, _ended(tokens, end, work.last), work.last, work.text_bytes)
             meter.show(batch[-1].done)
     writer.finish()
+    chosen = chosen_domains(options)
     now = request(options)
     if now != wanted:
         shutil.rmtree(target)  # nobody will ask for this address again
         raise UserError(f"data: changed while it was read ({explain_change(wanted, now)}); run again")
     try:
-        _check(writer, sources)
+        _check(writer, [source for source in sources if chosen is None or source.domain in (None, *chosen)])
     except UserError:
         shutil.rmtree(target)  # the remedies lead to other addresses
         raise
@@ -323,29 +328,39 @@ class Router:
 
     def __init__(self, options: Options, sources: list[Source]) -> None:
         self.options = options
+        self.sources = sources
         rank = {"validation": 0, None: 1, "train": 2}
         self.order = sorted(sources, key=lambda source: rank[source.split])  # stable: else as resolved
         self.dropped = 0
         self._validation = HashSet()
         self._mixed = any(source.split == "train" for source in sources)
-        self._threshold = options.validation_fraction * 2.0**64
+        self._threshold = _threshold(options)
+        self._domains = chosen_domains(options)
 
     def pieces(self, source: Source, bad: BadLines) -> Iterator[tuple[str, Piece]]:
         """(split, piece) of the source, without what is dropped."""
         split: str | None = None
         first = True
+        selected = Selected(self.options, self.sources, source) if self._select(source) else None
         for piece in read(source, self.options, bad):
+            kept = [piece] if selected is None else selected.parts(piece)
+            if self._domains is not None and piece.domain not in self._domains:
+                continue
             if first:
                 split = self._split(piece)
                 self.dropped += split is None
             first = piece.last
-            if split is not None:
+            if split == "train":
+                yield from ((split, part) for part in kept)
+            elif split is not None:
                 yield split, piece
+
+    def _select(self, source: Source) -> bool:
+        return self.options.selection is not None and source.split != "validation"
 
     def _split(self, piece: Piece) -> str | None:
         """Split of the document that begins with this piece; None: dropped."""
-        content = piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, "<i8").tobytes()
-        key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        key = _key(piece)
         if piece.split == "validation":
             self._validation.add(key)
             return "validation"
@@ -357,6 +372,20 @@ class Router:
                 self._validation.add(key)
             return "validation"
         return "train"
+
+
+def held_out(piece: Piece, options: Options) -> bool:
+    """Whether the document that begins with this piece is for validation, by its source or by its hash."""
+    return piece.split == "validation" or (piece.split is None and _key(piece) < _threshold(options))
+
+
+def _key(piece: Piece) -> int:
+    content = piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _threshold(options: Options) -> float:
+    return options.validation_fraction * 2.0**64
 
 
 class HashSet:

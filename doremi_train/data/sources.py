@@ -125,19 +125,23 @@ def signature(options: Options, sources: list[Source]) -> dict[str, Any]:
 
     Files of data.root are named relative to it, so that the folder may move.
     """
-    files: dict[str, Any] = {}
+    files = {
+        name: {"domain": source.domain, "split": source.split, "size": source.size, "version": source.version}
+        for name, source in zip(names(options, sources), sources, strict=True)
+    }
+    return {"reader": READER, "text_key": options.text_key, "domain_key": options.domain_key, "files": files}
+
+
+def names(options: Options, sources: list[Source]) -> list[str]:
+    """A name for every source: its URL, or its path in data.root, so that the folder may move."""
+    found: dict[str, None] = {}
     for source in sources:
         name = redact(source.url)  # a password that changed is not another file
         name = "/".join(name.split("/")[-2:]) if options.root is not None else name
-        while name in files:  # addresses that differ only in what is not shown
+        while name in found:  # addresses that differ only in what is not shown
             name += " (again)"
-        files[name] = {
-            "domain": source.domain,
-            "split": source.split,
-            "size": source.size,
-            "version": source.version,
-        }
-    return {"reader": READER, "text_key": options.text_key, "domain_key": options.domain_key, "files": files}
+        found[name] = None
+    return list(found)
 
 
 # Which files

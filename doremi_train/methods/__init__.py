@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from doremi_train.methods import cross_entropy, doremi, heuristics
+from doremi_train.methods import cross_entropy, doremi, heuristics, importance
 
 
 class Objective(Protocol):
@@ -28,22 +28,33 @@ class Objective(Protocol):
         """State (a NamedTuple of tensors) before step 1."""
 
     def observe(self, losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Any) -> Any:
-        """Stats (a NamedTuple of (K,) sums, `tokens` among them) of losses (B, T), reference (B, T), domain (B,)."""
+        """Stats (a NamedTuple of sums with K entries each, `tokens` among them) of losses (B, T), reference (B, T),
+        domain (B,)."""
 
     def update(self, state: Any, stats: Any, options: Any) -> Any:
         """The next state from the sums of the global batch; the same on every rank."""
 
-    def weigh(self, state: Any, domain: Tensor, tokens: Tensor, options: Any) -> Tensor:
-        """(B, 1) or (B, T) token weights, already divided by the global counts `tokens` (K,)."""
+    def weigh(
+        self,
+        state: Any,
+        domain: Tensor,
+        tokens: Tensor,
+        options: Any,
+        losses: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """(B, 1) or (B, T) token weights, already divided by the global counts `tokens` (K,). `losses` and `reference`
+        (B, T) are for those that weigh token by token."""
 
     def sampling(self, state: Any, options: Any) -> Tensor:
         """(K,) mixture of the next batch."""
 
     def record(self, state: Any, stats: Any) -> dict[str, Tensor]:
-        """Columns (K,) worth a line of `domain_weights.jsonl` after every step; empty where nothing moves."""
+        """Columns (K,) and numbers () worth a line of `domain_weights.jsonl` after every step; empty where nothing
+        moves."""
 
 
-OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "doremi": doremi}
+OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "doremi": doremi, "importance": importance}
 
 # (sizes (K,), budget in tokens, options) → weights (K,)
 HEURISTICS: dict[str, Callable[[Tensor, float, heuristics.Options], Tensor]] = {

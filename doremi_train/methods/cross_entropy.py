@@ -46,7 +46,14 @@ def update(state: State, stats: Stats, options: Options) -> State:
     return state
 
 
-def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
+def weigh(
+    state: State,
+    domain: Tensor,
+    tokens: Tensor,
+    options: Options,
+    losses: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
     return (1 / tokens.sum()).expand(len(domain), 1)
 
 

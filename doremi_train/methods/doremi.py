@@ -106,7 +106,14 @@ def update(state: State, stats: Stats, options: Options) -> State:
     )
 
 
-def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
+def weigh(
+    state: State,
+    domain: Tensor,
+    tokens: Tensor,
+    options: Options,
+    losses: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
     """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ is the objective over the global batch.
 
     `tokens` (K,) counts the loss-carrying tokens of the global batch; a domain without any has no term.

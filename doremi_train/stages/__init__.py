@@ -9,23 +9,39 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
 from pydantic.dataclasses import dataclass
 
-from doremi_train import checkpoint, comm, engine, evaluation, files, launcher, model, runs, slurm, tracking, train
-from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, UserError, flatten, load, redact
+from doremi_train import (
+    checkpoint,
+    comm,
+    engine,
+    evaluation,
+    exports,
+    files,
+    launcher,
+    model,
+    runs,
+    slurm,
+    tracking,
+    train,
+)
+from doremi_train.batch_selection import Options as BatchSelection
+from doremi_train.classifier import Options as ClassifierOptions
+from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics
+from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, swarm, vocabulary
 from doremi_train.remote import Mirror
+from doremi_train.selection import options as selection_options
 from doremi_train.track import console
 
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes
+    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
     path: str | None = None  # an existing model folder instead of training one
     losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
 
@@ -40,10 +56,21 @@ class Proxy(doremi.Options):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Swarm(swarm.Options):
+    prior: str = "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
+    rounds: Positive = 1  # of draws; from the second on where the fit expects low losses
+    candidates: Positive = 2  # proposals that are trained, each next one nearer to the prior
+    reuse: bool = True  # fit also the runs in the store that differ in their mixture only
+    frozen: str | None = None  # a weights.json, whose domains keep their proportions among themselves
+
+
+@dataclass(frozen=True, config=STRICT)
 class MixtureOptions(heuristics.Options):
     method: str = "doremi"
     path: str | None = None  # of method `file`
-    normalize: bool = False  # accept a file whose weights do not sum to 1
+    format: str | None = None  # of that file, where it is a trainer's
+    weights: dict[str, float] | None = None  # of method `file`, instead of one
+    normalize: bool = False  # accept weights that do not sum to 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,6 +79,33 @@ class Main:
     steps: Positive | None = None  # null: training.steps
     tokens: Positive | None = None  # of the final run this mixture is for; null: what main.steps makes
     comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
+
+
+Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Classify(ClassifierOptions):
+    root: str | None = (
+        None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
+    )
+    validation_fraction: Fraction = 0.2  # of the real examples of every label, where there is no validation file
+    text_key: str = "text"
+    label_key: str = "label"
+    methods: tuple[Method, ...] = get_args(Method)
+    seeds: Positive = 4
+    folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
+    temperature: bool = True  # scale the checkers to what they were not trained on
+    focal_power: NonNegativeFloat = 2.0  # γ of focal
+    columns: str | None = None  # folder of what the checkers say; null: classify.root
+
+
+@dataclass(frozen=True, config=STRICT)
+class Export:
+    to: str | None = None  # a trainer: a key of exports.FORMATS
+    path: str | None = None  # of the file; null: in run_dir/export
+    paths: dict[str, str] | None = None  # where the trainer finds each domain
+    unit: exports.Unit | None = None  # of its draws; null: see exports
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,27 +131,56 @@ class Config:
     data: data_options.Options
     model: model.Options
     training: train.Options
+    weighting: importance.Weighting
     engine: launcher.Options
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
+    swarm: Swarm
     mixture: MixtureOptions
     main: Main
+    selection: selection_options.Options
+    vocabulary: vocabulary.Options
+    batch_selection: BatchSelection
+    classify: Classify
+    export: Export
     submit: Submit
     tracking: tracking.Options
 
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
-        _one_of("mixture", self.mixture.method, ["doremi", "file", *HEURISTICS])
-        _one_of("reference.mixture", self.reference.mixture, list(HEURISTICS))
+        _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
+        _one_of("mixture", self.mixture.method, ["doremi", "swarm", "file", *HEURISTICS])
+        _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
+        _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
+        if self.training.loss_weighting == "imp" and self.reference.path is None:
+            raise UserError(
+                "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
+                "data, and without reference.path both would be trained on this data; give reference.path=…, or take "
+                "dimp or rho"
+            )
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
-        if (self.mixture.method == "file") != (self.mixture.path is not None):
+        given = [self.mixture.path, self.mixture.weights]
+        if len(given) - given.count(None) != (self.mixture.method == "file"):
             raise UserError(
-                f"mixture.path={self.mixture.path}: goes with mixture=file, and only with it; "
-                "write mixture=file mixture.path=weights.json"
+                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
+                "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
             )
+        if self.reference.mixture == "file" and (self.mixture.method != "file" or self.mixture.format is not None):
+            raise UserError(
+                "reference.mixture=file: is the weights.json or the weights of mixture=file; write mixture=file "
+                "mixture.path=weights.json, without mixture.format"
+            )
+        if self.stage == "swarm" and self.mixture.method != "swarm":
+            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
+        if self.mixture.format is not None:
+            _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
+            if self.mixture.path is None:
+                raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
+        if self.export.to is not None or self.stage == "export":
+            _one_of("export.to", str(self.export.to), list(exports.FORMATS))
 
     @property
     def comparisons(self) -> tuple[str, ...]:
@@ -113,7 +196,7 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
-_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe")
+_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.workers")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
     "timeout",
@@ -252,13 +335,14 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in ("engine", "submit", "tracking")
+        if key not in free and key.partition(".")[0] not in ("engine", "export", "submit", "tracking")
     }
 
 
 def training_identity(options: train.Options) -> dict[str, Any]:
-    """The part of the training options that decides a run's result."""
-    return {key: value for key, value in asdict(options).items() if key not in _FREE_TRAINING}
+    """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
+    what, is said by themselves."""
+    return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
 
 
 def _claim(session: Session) -> None:

@@ -12,14 +12,25 @@ from torch import Tensor
 from doremi_train import files, weights
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, main, mixture, proxy, reference, reference_losses
+from doremi_train.stages import (
+    Session,
+    language_model,
+    main,
+    mixture,
+    proxy,
+    reference,
+    reference_losses,
+    swarm_runs,
+    swarm_search,
+    weighting,
+)
 
 
 class Ahead(NamedTuple):
     """One run of the pipeline."""
 
     name: str  # its folder under run_dir
-    kind: str  # reference, proxy or main
+    kind: str  # reference, proxy, swarm or main
     config: dict[str, Any]  # of its model
     steps: int
     done: int  # steps that are in the store already
@@ -47,14 +58,37 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     found = _Found(session)
     if session.config.mixture.method == "doremi":
         learned = _search(session, store, found)
+    elif session.config.mixture.method == "swarm":
+        learned = _swarm(session, store, found)
     else:
         learned = mixture.given(session, store).tensor(store.domains)
+    weighed = _weighting(session, store, found)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     for name, known in {"main": learned, **main.comparisons(session, store)}.items():
         training = main.training(session)
-        run = None if known is None else language_model.recipe(session, store, shape, known, training)
+        ready = weighed is not None or training.loss_weighting == "none"
+        run = None
+        if known is not None and ready:
+            picking = main.selection(session, store, name)
+            run = language_model.recipe(session, store, shape, known, training, weighting=weighed, selection=picking)
         found.add(name, "main", shape, training.steps, run)
     return found.runs, learned
+
+
+def _weighting(session: Session, store: TokenStore, found: "_Found") -> language_model.Weighting | None:
+    """How the main runs weigh their tokens, where that is known by now; the models it needs are runs too."""
+    policy, given = session.config.training.loss_weighting, session.config.reference.path
+    if policy == "none":
+        return None
+    ingredients = reference.ingredients(session, store, reference.mixture(session, store))
+    run = language_model.recipe(session, store, *ingredients)
+    name = "reference" if given is None else weighting.DATA_MODEL if policy == "imp" else None
+    if name is not None and name not in [one.name for one in found.runs]:
+        found.add(name, "reference", ingredients[0], session.config.training.steps, run)
+    if name is not None and not run.finished:
+        return None
+    folders = [Path(given)] if given is not None else []
+    return weighting.against(session, store, folders + [run.folder / "model"] * (name is not None))
 
 
 def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
@@ -89,6 +123,19 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         if moved < options.round_tolerance:
             break
     return before
+
+
+def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+    """The runs of a swarm: those that depend on a fit are not known before it."""
+    problem, search = swarm_search.state(session, store)
+    shape, steps = language_model.resolved_model(session, store), session.config.training.steps
+    for name, mixed in swarm_search.planned(session, problem).items():
+        if mixed is not None or not search.finished:
+            run = None if mixed is None else swarm_runs.recipe(session, store, mixed)
+            found.add(name, "swarm", shape, steps, run)
+    if not search.finished:
+        return None
+    return weights.Mixture("swarm", search.result()["weights"]).tensor(store.domains)
 
 
 @dataclass

@@ -1,22 +1,33 @@
 """A language model trained on a fixed mixture: reference, baseline, uniform and main are all this run."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, model
+from doremi_train import batch_selection, checkpoint, comm, losses, model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
-from doremi_train.methods import HEURISTICS, cross_entropy
+from doremi_train.methods import HEURISTICS, cross_entropy, importance
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
+from doremi_train.track import Bar
 from doremi_train.train import Options, Position, Task, Trainer
 
 SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
+
+
+class Weighting(NamedTuple):
+    """How a run weighs its tokens (see `stages.weighting`)."""
+
+    options: importance.Options  # but for the mixture, which is the run's
+    recipe: dict[str, Any]  # what it adds to that of the run
+    reference: Callable[[Run], losses.Reference]
 
 
 def recipe(
@@ -26,6 +37,8 @@ def recipe(
     weights: Tensor,
     training: Options,
     part: Subsample | None = None,
+    weighting: Weighting | None = None,
+    selection: batch_selection.Setting | None = None,
 ) -> Run:
     """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same folder."""
     return Run(
@@ -39,7 +52,9 @@ def recipe(
             "evaluation": session.plain["evaluation"],
             "seed": session.config.seed,
         }
-        | described(part),
+        | described(part)
+        | (weighting.recipe if weighting else {})
+        | batch_selection.described(selection),
     )
 
 
@@ -51,12 +66,17 @@ def train(
     weights: Tensor,
     training: Options,
     part: Subsample | None = None,
+    weighting: Weighting | None = None,
+    selection: batch_selection.Setting | None = None,
+    bar: Bar | None = None,
 ) -> Run:
-    """Train it, unless it is in the store already; link it as `run_dir/name`."""
-    run = recipe(session, store, config, weights, training, part)
+    """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs, for whom it is moved
+    on in silence."""
+    run = recipe(session, store, config, weights, training, part, weighting, selection)
     with session.computing(run, name) as todo:
-        if not todo:
+        if not todo and bar is None:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
+        if not todo:
             return run
         task = Task(
             label=name,
@@ -68,7 +88,17 @@ def train(
             training=training,
             evaluation=session.config.evaluation,
             subsample=part,
+            selection=selection,
+            bar=bar,
         )
+        if weighting is not None:
+            options = replace(weighting.options, weights=tuple(weights.tolist()))
+            task = task._replace(
+                objective=importance,
+                objective_options=options,
+                accumulation="exact" if options.of_the_batch else "lagged",
+                reference=weighting.reference(run),
+            )
         built = model.build(config, session.config.seed, training.activation_checkpointing)
         finish(session, task, Trainer(task, built, session.place))
     return run

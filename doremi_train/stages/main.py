@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from doremi_train.batch_selection import Setting
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, mixture, once, prepare, reference
+from doremi_train.stages import Session, language_model, mixture, once, prepare, reference, targets, weighting
 from doremi_train.train import Options
 
 
@@ -17,8 +18,18 @@ def run(session: Session) -> dict[str, Run]:
     learned = mixture.run(session)
     mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
     shape = language_model.resolved_model(session, store, session.config.main.model)
+    weighed = weighting.of(session, store)
     return {
-        name: language_model.train(session, store, name, shape, weights, training(session))
+        name: language_model.train(
+            session,
+            store,
+            name,
+            shape,
+            weights,
+            training(session),
+            weighting=weighed,
+            selection=selection(session, store, name),
+        )
         for name, weights in mixtures.items()
     }
 
@@ -26,6 +37,11 @@ def run(session: Session) -> dict[str, Run]:
 def training(session: Session) -> Options:
     """The training options of the main runs."""
     return replace(session.config.training, steps=mixture.main_steps(session))
+
+
+def selection(session: Session, store: TokenStore, name: str) -> Setting | None:
+    """How the candidates of every step are picked: of the main model alone, so that a comparison shows its gain."""
+    return targets.setting(session, store) if name == "main" else None
 
 
 def comparisons(session: Session, store: TokenStore) -> dict[str, Tensor]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from doremi_train import __version__, comm, weights
-from doremi_train.config import fingerprint
+from doremi_train import __version__, comm, exports, weights
+from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
-from doremi_train.stages import Session, language_model, once, prepare, proxy
+from doremi_train.stages import Session, language_model, once, prepare, proxy, swarm_search
 from doremi_train.stages.language_model import final_tokens, main_steps
 
 
@@ -22,16 +22,43 @@ def run(session: Session) -> weights.Mixture:
 
 
 def _compute(session: Session, store: TokenStore) -> weights.Mixture:
+    if session.config.mixture.method == "swarm":
+        return swarm_search.run(session)
     return proxy.run(session) if session.config.mixture.method == "doremi" else given(session, store)
 
 
 def given(session: Session, store: TokenStore) -> weights.Mixture:
     """The mixture of a method that trains nothing."""
     options = session.config.mixture
-    if options.method == "file":
-        return weights.load(Path(str(options.path)), store.domains, options.normalize)
-    found = language_model.heuristic(session, store, options.method, main_steps(session))
-    return weights.Mixture(options.method, dict(zip(store.domains, found.tolist(), strict=True)))
+    if options.weights is not None:
+        found = weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return weights.Mixture("file", found)
+    if options.path is not None and options.format is not None:
+        return imported(session, store, Path(options.path), options.format)
+    if options.path is not None:
+        return weights.load(Path(options.path), store.domains, options.normalize)
+    sized = language_model.heuristic(session, store, options.method, main_steps(session))
+    return weights.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
+
+
+def imported(session: Session, store: TokenStore, path: Path, form: str) -> weights.Mixture:
+    """The mixture of a file that was written for a trainer."""
+    where = f"mixture.path={path}"
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    drawn = exports.read(form, text, store.domains, session.config.export.paths or {}, where)
+    drawn = weights.checked(drawn, store.domains, where, normalize=True)
+    return weights.Mixture("file", exports.weights(drawn, tokens_per_document(session, store, form)))
+
+
+def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:
+    """The mean of each domain; None where the trainer draws sequences, whose weights need none."""
+    if (session.config.export.unit or exports.FORMATS[form].draws) == "sequences":
+        return None
+    means = store.sizes("train") / store.documents("train")
+    return dict(zip(store.domains, means.tolist(), strict=True))
 
 
 def complete(session: Session, store: TokenStore, mixture: weights.Mixture) -> weights.Mixture:

@@ -88,15 +88,16 @@ class _Bill:
         self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
+        self.models = 2 if self.training.loss_weighting == "imp" else 1  # frozen ones beside a main run
         checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
         self.checked = int(checked.sum())  # sequences of one evaluation
         self.calls = -(-self.checked // (self.world.size * self.rows))  # forwards of a process for it
 
     def run(self, run: Ahead) -> dict[str, Any]:
         training, of = self.training, costs.shape(run.config)
-        proxy = run.kind == "proxy"
-        frozen = self._frozen(of) if proxy and (self.live or run.missing) else None
-        looks = self._looks(of, self.twice) if proxy else 0.0
+        proxy, weighed = run.kind == "proxy", run.kind == "main" and training.loss_weighting != "none"
+        frozen = self._frozen(of) if weighed or (proxy and (self.live or run.missing)) else None
+        looks = self._looks(of, self.twice) if proxy else self._weighing(of) if weighed else 0.0
         evaluations = self._evaluations(run.steps)
         tokens = run.steps * training.batch_size * self.length
         flops = tokens * self._step(of, looks) + evaluations * self.checked * self.length * self._forward(of)
@@ -119,7 +120,7 @@ class _Bill:
             length=self.length,
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
-            reference=frozen.parameters if frozen else 0,
+            reference=frozen.parameters * (self.models if weighed else 1) if frozen else 0,
             device=self.session.place.device.type,
         )
         return {
@@ -182,6 +183,11 @@ class _Bill:
     def _looks(self, of: costs.Shape, twice: bool) -> float:
         """Forwards without gradient in every step of a proxy, in forwards of the proxy."""
         return (self._forward(self._frozen(of)) / self._forward(of) if self.live else 0.0) + twice
+
+    def _weighing(self, of: costs.Shape) -> float:
+        """The same of a main run that weighs its tokens, as if no loss of the reference were cached."""
+        whole = self.session.config.weighting.normalize or self.training.loss_weighting == "rho"
+        return self.models * self._forward(self._frozen(of)) / self._forward(of) + (whole and self.parts > 1)
 
     def _frozen(self, proxy: costs.Shape) -> costs.Shape:
         """The reference beside a proxy."""
@@ -297,8 +303,8 @@ def too_short(steps: int, batch: int, domains: int, step_size: float, average_fr
     if share > START_UP_SHARE and step_size > SMALL_STEP:
         found.append(
             f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain is learned first, and "
-            f"they are {share:.0%} of its average; take training.steps={round(START_UP / START_UP_SHARE)} or more, "
-            f"leave the start out by proxy.average_from, or take proxy.step_size={SMALL_STEP}."
+            f"they are {share:.0%} of its average; take mixture=doremi_steady (step size {SMALL_STEP}, uniform "
+            f"reference), or training.steps={round(START_UP / START_UP_SHARE)} or more."
         )
     seen = steps * batch / domains
     if seen < SEQUENCES:

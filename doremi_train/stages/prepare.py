@@ -6,9 +6,10 @@ from doremi_train import comm, files
 from doremi_train.config import UserError
 from doremi_train.data import prepare
 from doremi_train.data.batches import require_sequences
+from doremi_train.data.options import Options
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import set_status, stop
-from doremi_train.stages import Session, once
+from doremi_train.stages import Session, once, select
 from doremi_train.track import Bar
 
 
@@ -18,7 +19,8 @@ def run(session: Session) -> TokenStore:
 
     Raises UserError where a source or the tokeniser changed since this run_dir was started, or a domain is too small.
     """
-    folder = comm.on_first(lambda: _prepare(session))
+    options = select.data(session)
+    folder = comm.on_first(lambda: _prepare(session, options))
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:
         prepare.fetch(folder, mirror)  # also where this process is on another machine than the first one
@@ -28,12 +30,12 @@ def run(session: Session) -> TokenStore:
     return store
 
 
-def _prepare(session: Session) -> Path:
+def _prepare(session: Session, options: Options) -> Path:
     link = session.run_dir / "prepare"
     mirror = session.mirror.at("data") if session.mirror else None
     if session.mirror:
         session.mirror.prove()
-    request = prepare.request(session.config.data)
+    request = prepare.request(options)
     if link.exists():
         before = files.read_json(link / "manifest.json")["request"]
         if prepare.address(before) != prepare.address(request):
@@ -48,7 +50,7 @@ def _prepare(session: Session) -> Path:
             bar.total = total or done + 1
             bar.update(done, description)
 
-        folder = prepare.prepare(session.config.data, session.store / "data", progress, mirror)
+        folder = prepare.prepare(options, session.store / "data", progress, mirror)
     set_status(folder, "finished")
     files.link(link, folder)
     return folder

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from doremi_train import model
+from doremi_train import model, weights
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
@@ -25,14 +25,20 @@ def run(session: Session) -> Path:
 
 def mixture(session: Session, store: TokenStore) -> Tensor:
     """α_ref (K,) of the first round."""
+    options = session.config.mixture
+    if session.config.reference.mixture == "file" and options.weights is not None:
+        found = weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return weights.Mixture("file", found).tensor(store.domains)
+    if session.config.reference.mixture == "file":
+        return weights.load(Path(str(options.path)), store.domains, options.normalize).tensor(store.domains)
     return language_model.heuristic(session, store, session.config.reference.mixture, session.config.training.steps)
 
 
-def folder(session: Session, store: TokenStore, weights: Tensor, name: str) -> Path:
-    """The model folder of the reference trained on `weights` (K,), or of `reference.path`."""
+def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Path:
+    """The model folder of the reference trained on the mixture `mixed` (K,), or of `reference.path`."""
     given = session.config.reference.path
     if given is None:
-        return language_model.train(session, store, name, *ingredients(session, store, weights)).folder / "model"
+        return language_model.train(session, store, name, *ingredients(session, store, mixed)).folder / "model"
     if session.config.proxy.rounds > 1:
         raise UserError(
             f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a reference of its own"
@@ -42,8 +48,8 @@ def folder(session: Session, store: TokenStore, weights: Tensor, name: str) -> P
 
 
 def ingredients(
-    session: Session, store: TokenStore, weights: Tensor
+    session: Session, store: TokenStore, mixed: Tensor
 ) -> tuple[dict[str, Any], Tensor, Options, Subsample | None]:
-    """What the reference on `weights` (K,) is trained from: model, mixture, training options and part of the data."""
+    """What the reference on `mixed` (K,) is trained from: model, mixture, training options and part of the data."""
     shape = language_model.resolved_model(session, store)
-    return shape, weights, session.config.training, language_model.subsample(session)
+    return shape, mixed, session.config.training, language_model.subsample(session)

@@ -42,12 +42,15 @@ def cached(session: Session) -> bool:
 
 def of(session: Session, store: TokenStore, run: Run, folder: Path) -> losses.Reference | None:
     """Those that the proxy `run` trains against, of the model in `folder`."""
-    if not needed(session):
-        return None
-    if not cached(session):
+    return frozen(session, store, run, folder, run.recipe["reference"]) if needed(session) else None
+
+
+def frozen(session: Session, store: TokenStore, run: Run, folder: Path, fingerprint: str) -> losses.Reference:
+    """Those of any model `folder` with this fingerprint, for `run`."""
+    if session.config.reference.losses == "live":
         return _live(session, store, folder)
-    pending = run.folder / checkpoint.FOLDER / f"losses-{comm.world().rank}.pending"
-    table = losses.Table(session.store, store, _recipe(session, store, run.recipe["reference"]))
+    pending = run.folder / checkpoint.FOLDER / f"losses-{fingerprint}-{comm.world().rank}.pending"
+    table = losses.Table(session.store, store, _recipe(session, store, fingerprint))
     return losses.Cached(table, lambda: _live(session, store, folder), session.place.device, pending)
 
 

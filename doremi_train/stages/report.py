@@ -24,6 +24,7 @@ from doremi_train.stages import Session, diagnose, evaluate, identity, report_ch
 from doremi_train.track import console
 
 _MOST_SAMPLES = 60  # domains of which text is shown
+_MOST_RUNS, _MOST_WEIGHTS = 60, 12  # of a swarm, in its table
 _SAMPLE_WINDOW, _SAMPLE_TOKENS, _SAMPLE_CHARACTERS = 2000, 160, 320
 
 
@@ -75,8 +76,8 @@ def overall(settings: Sequence[Setting]) -> str:
     )
 
 
-def write_page(path: Path, **content: Any) -> None:
-    """Render the template; every value is escaped, only our own charts are markup."""
+def write_page(path: Path, template: str = "report.html.jinja", **content: Any) -> None:
+    """Render a template; every value is escaped, only our own charts are markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,7 +85,7 @@ def write_page(path: Path, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    files.write_bytes(path, environment.get_template("report.html.jinja").render(**content).encode())
+    files.write_bytes(path, environment.get_template(template).render(**content).encode())
 
 
 # ── One setting ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -99,6 +100,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
     charts = {
         "mixture": [report_charts.mixture(setting, free, prefix)],
         "proxy": report_charts.proxy(setting, prefix),
+        "picks": report_charts.picks(setting, prefix),
         "gain": [*report_charts.learning(setting, prefix), *report_charts.domain_losses(setting, prefix)],
     }
     return {
@@ -110,9 +112,12 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "free": list(free),
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
+        "swarm": _swarm(first),
+        "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
         "losses": _loss_rows(setting),
         "table": _model_rows(setting),
+        "extremes": _extremes(first, store) if store else [],
         "samples": _samples(store) if store and number == 0 else [],
         "provenance": first.mixture.get("provenance", {}) | {"runs": len(setting.results)},
     }
@@ -169,6 +174,41 @@ def _warnings(setting: Setting) -> list[str]:
                 said.setdefault((warning,), []).append(warning)
     total = len(setting.results)
     return [messages[0] + (f" (in {len(messages)} of {total} runs)" if total > 1 else "") for messages in said.values()]
+
+
+def _swarm(run: Result) -> dict[str, Any]:
+    """What a swarm proposed, what came of it, and its runs, best first; empty where there was none."""
+    if not run.swarm:
+        return {}
+    tried = [
+        [
+            line["name"],
+            f"{line['predicted']:.4f} ({line['interval'][0]:.4f} to {line['interval'][1]:.4f})"
+            if "interval" in line
+            else "",
+            f"{line['realised']:.4f}",
+            "; ".join(line["refused"]),
+        ]
+        for line in run.swarm["confirmed"]
+    ]
+    runs = sorted(run.swarm["runs"], key=lambda line: line["loss"])
+    shown = runs if len(runs) <= _MOST_RUNS else runs[: _MOST_RUNS // 2] + runs[-_MOST_RUNS // 2 :]
+    keys = ("loss", "fitted", "out_of_fold", "distance")
+    return {
+        "verdict": run.swarm["verdict"],
+        "diagnostics": {name.replace("_", " "): f"{value:.4f}" for name, value in run.swarm["diagnostics"].items()},
+        "tried": tried,
+        "columns": ["run", *keys, *(f"weight of {name}" for name in run.weights)][: 1 + len(keys) + _MOST_WEIGHTS],
+        "runs": [
+            [
+                line["run"].removeprefix("swarm/"),
+                *(f"{line[key]:.4f}" for key in keys),
+                *(f"{weight:.3f}" for weight in list(line["weights"].values())[:_MOST_WEIGHTS]),
+            ]
+            for line in shown
+        ],
+        "hidden": len(runs) - len(shown),
+    }
 
 
 def _domain_rows(setting: Setting, free: dict[str, dict[str, float]], store: TokenStore | None) -> list[dict[str, Any]]:
@@ -243,6 +283,21 @@ def _samples(store: TokenStore) -> list[dict[str, Any]]:
             text = tokenizer.decode(tokens[start : start + _SAMPLE_TOKENS].tolist())
             texts.append(text.replace("\ufffd", "").strip()[:_SAMPLE_CHARACTERS])
         found.append({"name": name, "texts": texts})
+    return found
+
+
+def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
+    """The candidates of the last quarter of the steps that scored highest and lowest, with their text."""
+    tokenizer, length, found = store.tokenizer(), run.config["training.sequence_length"], []
+    for name, best in (("highest", max), ("lowest", min)):
+        lines = [line[name] for line in run.picks[-max(1, len(run.picks) // 4) :]]
+        if not lines:
+            continue
+        one = best(lines, key=lambda line: line["score"])
+        where = np.array([store.domains.index(one["domain"])]), np.array([one["sequence"]])
+        text = tokenizer.decode(store.gather("train", *where, length)[0][:_SAMPLE_TOKENS].tolist())
+        texts = [text.replace("\ufffd", "").strip()[:_SAMPLE_CHARACTERS]]
+        found.append({"name": f"{name} score, {one['domain']}", "texts": texts})
     return found
 
 

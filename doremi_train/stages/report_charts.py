@@ -53,6 +53,35 @@ def mixture(setting: Setting, free: dict[str, dict[str, float]], prefix: str) ->
     return rows(f"{prefix}{title}", "part of the tokens", names, shown, colors)
 
 
+def picks(setting: Setting, prefix: str) -> list[str]:
+    """Which domains were picked of every batch's candidates over the steps, and penalties over scores."""
+    traces = [run.picks for run in setting.results if run.picks]
+    if not traces:
+        return []
+    steps = min(len(trace) for trace in traces)
+    names = list(traces[0][0]["picked"])
+    picked, drawn = (
+        smooth(_column(traces, key, names, steps), max(1, steps // 20)) for key in ("picked", "candidates")
+    )  # (S, T, K)
+    kept = np.unique(np.linspace(0, steps - 1, results.TRACE_POINTS).astype(np.int64))
+    part = picked[:, kept] / np.maximum(drawn[:, kept], 1e-9)
+    ratio = np.array([[line["penalty_to_score"] for line in trace[:steps]] for trace in traces])
+    return [
+        lines(
+            f"{prefix}Part of a domain's candidates that was picked (running mean)",
+            "step",
+            "part",
+            {name: Curve(kept + 1, part[..., k]) for k, name in enumerate(names)},
+        ),
+        lines(
+            f"{prefix}Second term of GREATS over the first",
+            "step",
+            "penalty / score",
+            {"": Curve(kept + 1, ratio[:, kept])},
+        ),
+    ]
+
+
 def proxy(setting: Setting, prefix: str) -> list[str]:
     """How the weights came about: α, its effective number of domains, and the excess loss, over the proxy's steps."""
     traces = [trace for run in setting.results for trace in run.traces]

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,16 @@ class Child:
         return DelayedSubmission(self)
 
 
-def submit(session: Session, children: Mapping[str, Mapping[str, Any]]) -> None:
+def submit(
+    session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None] = lambda: None
+) -> None:
     """Run composed configurations, named for messages, `submit.parallel` at a time; return when all ended well.
+    `watch` is called now and then meanwhile.
 
     Raises Preempted when told to stop, after the children saved, and the error of the first child that failed, after
     the others saved. Called on every rank; rank 0 submits.
     """
-    comm.on_first(lambda: _submit(session, children))
+    comm.on_first(lambda: _submit(session, children, watch))
 
 
 def configured(session: Session, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def configured(session: Session, folder: Path, **changes: Any) -> dict[str, Any]
     return plain
 
 
-def _submit(session: Session, children: Mapping[str, Mapping[str, Any]]) -> None:
+def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None]) -> None:
     options = session.config.submit
     waiting, running = dict(children), dict[str, tuple[Any, int]]()  # running: a job, and its slot
     slots = list(range(options.parallel))
@@ -84,6 +87,7 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]]) -> None
             told = time.monotonic()
             for job, _ in running.values():
                 _stop(job)
+        watch()
         time.sleep(0.2)
     if failure:
         raise failure

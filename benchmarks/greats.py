@@ -1,0 +1,172 @@
+"""What picking the examples of every step costs: GREATS with sketches and exact, in one pass and in two, over ordinary
+training on the same candidates, of which half are picked; and beside gradients that are computed one example at a time.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import common, step
+from benchmarks.step import DOMAINS, STEPS, Setting, Steps
+from doremi_train import batch_selection, evaluation, model, optim
+from doremi_train.batch_selection import Options
+from doremi_train.data.batches import read
+from doremi_train.methods import cross_entropy, greats
+from doremi_train.runs import Run
+from doremi_train.train import Position, Task, Trainer
+
+
+def training(of: Setting, label: str, selection: Options | None, parts: int = 1) -> Steps:
+    """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it takes two passes."""
+    count = of.training.batch_size
+    target = read(of.store, "train", np.zeros(16, np.int64), np.arange(16), of.training.sequence_length).tokens
+    task = Task(
+        label=label,
+        run=Run(of.folder / label, "greats", {}),
+        objective=cross_entropy,
+        objective_options=cross_entropy.Options(weights=(1 / DOMAINS,) * DOMAINS),
+        store=of.store,
+        seed=0,
+        training=replace(
+            of.training, batch_size=count // 2 if selection else count, micro_batch_size=-(-count // parts)
+        ),
+        evaluation=evaluation.Options(every=STEPS),
+        selection=batch_selection.Setting(selection, count, target) if selection else None,
+    )
+    trainer = Trainer(task, model.build(of.config, 0), of.place)
+    state = cross_entropy.init(DOMAINS, STEPS, task.objective_options)
+    yield from trainer.steps(Position(0, state, np.zeros(DOMAINS, dtype=np.int64)))
+
+
+def naive(of: Setting) -> Steps:
+    """A backward for every example, all their gradients in memory, and the picks once more."""
+    device, count, length = of.place.device, of.training.batch_size, of.training.sequence_length
+    lm = model.build(of.config, 0).to(device)
+    lm.precision = of.training.precision
+    parameters = list(lm.parameters())
+    optimizer = optim.build(lm, of.training)
+
+    def gradient(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in torch.autograd.grad(lm(tokens).mean(), parameters)])
+
+    at = 0
+    while True:
+        domain, sequence = np.zeros(count, np.int64), (at + np.arange(count)) % 512
+        tokens = read(of.store, "train", domain, sequence, length).tokens.to(device)
+        rows = torch.stack([gradient(tokens[i : i + 1]) for i in range(count)])
+        picks = greats.pick(rows @ gradient(tokens[:2]), rows @ rows.T, count // 2, 1e-3, 1.0, 0.95).picked
+        del rows
+        lm(tokens[picks]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        at += count
+        yield None
+
+
+SIDES: dict[str, Callable[[Setting], Steps]] = {
+    "regular": lambda of: training(of, "regular", None),
+    "sketch": lambda of: training(of, "sketch", Options(method="greats")),
+    "exact": lambda of: training(of, "exact", Options(method="greats", route="exact")),
+    "two_passes": lambda of: training(of, "two_passes", Options(method="greats"), parts=2),
+    "naive": naive,
+}
+
+
+def measure(given: argparse.Namespace) -> common.Result:
+    """The ratios of every model; those of the last one also under their bare names."""
+    torch.set_num_threads(given.threads)
+    ratios: dict[str, common.Ratio] = {}
+    figures: dict[str, Any] = {"threads": given.threads, "clock": given.clock}
+    for name in given.model:
+        found, figures[name] = of_model(name, given)
+        ratios |= {f"{name}.{key}": value for key, value in found.items()}
+    return common.Result(found | ratios, figures)
+
+
+def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Ratio], dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # what the trainers say
+        of = step.setting(name, given, folder)
+        device = of.place.device
+        sides = [side for side in SIDES if side in given.sides]
+        turns = {}
+        for side in sides:
+            steps = stack.enter_context(contextlib.closing(SIDES[side](of)))
+            # Ten steps of a run have one gradient of the validation loss.
+            turns[side] = step._turn(device, steps, 10 if side != "naive" else 1)
+        clock = time.process_time if given.clock == "cpu" else time.perf_counter
+        times = common.alternate(turns, given.rounds or (3 if given.quick else 10), warm_up=1, clock=clock)
+    seconds = {side: statistics.median(found) / (10 if side != "naive" else 1) for side, found in times.items()}
+    memory = {side: _peak(name, side, given) for side in sides}
+    common.table(
+        f"{name}: {of.training.batch_size} candidates of {of.training.sequence_length} tokens",
+        ("side", "ms a step", "over regular", "peak MB"),
+        [(side, 1e3 * seconds[side], seconds[side] / seconds["regular"], memory[side]) for side in sides],
+    )
+    per_step = {side: [t / (10 if side != "naive" else 1) for t in found] for side, found in times.items()}
+    found = {
+        f"{side}_over_regular": common.ratio(per_step[side], per_step["regular"]) for side in sides if side != "regular"
+    }
+    return found, {"seconds_per_step": seconds, "peak_megabytes": memory}
+
+
+def _peak(name: str, side: str, given: argparse.Namespace) -> float:
+    """Peak memory in MB of a process that takes a few steps of one side, above what it has before them."""
+    command = [sys.executable, "-m", "benchmarks.greats", "--model", name, "--peak", side, "--device", given.device]
+    sizes = [f"--{key}={value}" for key in ("vocabulary", "batch", "length") if (value := getattr(given, key))]
+    done = subprocess.run(
+        [*command, *sizes, f"--precision={given.precision}", f"--threads={given.threads}"],
+        check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+def _peak_here(side: str, given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        of = step.setting(given.model[0], given, Path(folder))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after the store was written
+        before = _resident()
+        with contextlib.closing(SIDES[side](of)) as steps:
+            for _ in range(3):
+                next(steps)
+        peak = _resident() - before
+        if of.place.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 1e6
+    print(peak)
+
+
+def _resident() -> float:
+    """Peak resident memory of this process in MB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return float(line.split()[1]) / 1e3
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    step.options(parser)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="regular is always one")
+    parser.add_argument("--peak", choices=list(SIDES), help="print the peak memory of one side alone, in MB")
+
+
+if __name__ == "__main__":
+    if "--peak" in sys.argv:
+        parser = argparse.ArgumentParser()
+        options(parser)
+        parsed = parser.parse_args()
+        _peak_here(parsed.peak, parsed)
+    else:
+        common.main("greats", __doc__, measure, options)

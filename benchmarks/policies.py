@@ -1,0 +1,249 @@
+"""Which policy picks well: a pool of real text with 30 % noise (shuffled characters) and 30 % exact duplicates, one
+domain as the target, and its loss against steps, FLOPs and seconds for every policy, over several seeds.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from doremi_train import batch_selection, costs, engine, evaluation, launcher, model
+from doremi_train.batch_selection import Options
+from doremi_train.data import options as data_options
+from doremi_train.data import shards, sources, tokenizer
+from doremi_train.data.batches import fixed_sequences, read
+from doremi_train.methods import cross_entropy
+from doremi_train.runs import Run
+from doremi_train.train import Options as Training
+from doremi_train.train import Position, Task, Trainer
+
+LENGTH, PICKS, CANDIDATES = 64, 8, 16
+COPIES = 16  # distinct sequences among the duplicates
+TARGET_SEQUENCES = 16
+POLICIES = {
+    "all": None,  # every candidate is trained on: twice the data a step
+    "random": Options(method="random"),
+    "max_loss": Options(method="max_loss"),
+    "grad_norm": Options(method="grad_norm"),
+    "topk": Options(method="topk"),
+    "greats_published": Options(
+        method="greats", curvature="identity", cosine_cap=None, preconditioned=False, validation_every=1
+    ),
+    "greats": Options(method="greats"),
+}
+
+
+class Trained(NamedTuple):
+    """One run of one policy."""
+
+    steps: list[int]  # of the evaluations
+    losses: list[float]  # of the target then, nats per token
+    clean: float  # part of the picks that is not noise
+    distinct: float  # part of a step's picks that differ, on average
+    ratio: float  # penalties over scores
+    seconds: float  # of processor, a step
+
+
+def pool(root: Path, characters: int, folder: Path) -> shards.TokenStore:
+    """Clean domains, `noise`, and `copies`: a few sequences over and over, so that many of them meet in a batch."""
+    where = data_options.Options(embedded=None, root=str(root))
+    texts: dict[str, dict[str, list[str]]] = {}
+    for source in sources.resolve(where):
+        assert source.domain is not None and source.split is not None
+        held = texts.setdefault(source.domain, {}).setdefault(source.split, [])
+        left = characters if source.split == "train" else characters // 10
+        for piece in sources.read(source, where, sources.BadLines(where)):
+            held.append(piece.text or "")
+            left -= len(held[-1])
+            if left < 0:
+                break
+    words = tokenizer.learn((text for splits in texts.values() for text in splits["train"][:20]), 1024)
+    shuffle = random.Random(0)
+    noise: dict[str, list[str]] = {"train": [], "validation": []}
+    for splits in texts.values():
+        for split, found in splits.items():
+            noise[split] += ["".join(shuffle.sample(text, len(text))) for text in found[::3]]
+    writer = shards.ShardWriter(folder, np.uint16, member_tokens=1 << 20, members_per_shard=16)
+    for domain, splits in [*texts.items(), ("noise", noise)]:
+        for split, found in splits.items():
+            for ids in tokenizer.encode(words, found):
+                writer.append((split, domain), np.append(ids, 0), True, None)
+    whole = np.concatenate([tokenizer.encode(words, [s["train"][-1]])[0][: 4 * LENGTH] for s in texts.values()])
+    block = np.resize(whole, COPIES * LENGTH)
+    for split in ("train", "validation"):
+        writer.append((split, "copies"), np.tile(block, 200), True, None)
+    writer.finish()
+    (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
+    shards.write_manifest(writer, words, 0, 0, 0, {})
+    return shards.TokenStore.open(folder)
+
+
+def mixture(store: shards.TokenStore) -> tuple[float, ...]:
+    clean = len(store.domains) - 2
+    return tuple(0.3 if name in ("noise", "copies") else 0.4 / clean for name in store.domains)
+
+
+def trained(store: shards.TokenStore, target: str, policy: str, seed: int, steps: int, folder: Path) -> Trained:
+    options = POLICIES[policy]
+    shape = model.resolve(
+        model.Options(**model.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+    )
+    every = evaluation.Options(sequences=16, every=max(1, steps // 6))
+    k = store.domains.index(target)
+    evaluated = fixed_sequences(store, "validation", LENGTH, every.sequences)
+    taken = set(evaluated[1][evaluated[0] == k].tolist())
+    free = np.array([s for s in range(int(store.sequences("validation", LENGTH)[k])) if s not in taken])
+    chosen = free[np.arange(TARGET_SEQUENCES) * len(free) // TARGET_SEQUENCES]
+    looked_at = read(store, "validation", np.full(len(chosen), k), chosen, LENGTH).tokens
+    task = Task(
+        label=policy,
+        run=Run(folder / f"{policy}-{seed}", "policies", {}),
+        objective=cross_entropy,
+        objective_options=cross_entropy.Options(weights=mixture(store)),
+        store=store,
+        seed=seed,
+        training=Training(
+            steps=steps,
+            batch_size=PICKS if options else CANDIDATES,
+            sequence_length=LENGTH,
+            learning_rate=2e-3,
+            end_learning_rate=2e-4,
+            checkpoint_every=10 * steps,
+        ),
+        evaluation=every,
+        selection=batch_selection.Setting(options, CANDIDATES, looked_at) if options else None,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(task, model.build(shape, seed), engine.start(launcher.Options(device="cpu"), "fp32", 60))
+        clean, distinct, seconds = [], [], []
+        clock = time.process_time()
+        start = cross_entropy.init(len(store.domains), steps, task.objective_options)
+        for _ in trainer.steps(Position(0, start, np.zeros(len(store.domains), dtype=np.int64))):
+            seconds.append(time.process_time() - clock)
+            picked = list(_picked(trainer, store))
+            clean.append(statistics.fmean(name != "noise" for name, _ in picked) if picked else 0.7)
+            distinct.append(len(set(picked)) / len(picked) if picked else 1.0)
+            clock = time.process_time()
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        path = task.run.folder / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    evaluations = lines("evaluations")
+    return Trained(
+        [line["step"] for line in evaluations],
+        [line["domains"][target] for line in evaluations],
+        statistics.fmean(clean),
+        statistics.fmean(distinct),
+        statistics.fmean([abs(line["penalty_to_score"]) for line in lines("batch_selection")] or [0.0]),
+        statistics.median(seconds),  # a step with an evaluation is none of them
+    )
+
+
+def _picked(trainer: Trainer, store: shards.TokenStore) -> Iterator[tuple[str, int]]:
+    if trainer._chosen is None:
+        return
+    for at in trainer._chosen.picked.tolist():
+        name, sequence = store.domains[trainer._candidates.domain[at]], int(trainer._candidates.sequence[at])
+        yield name, sequence % COPIES if name == "copies" else sequence
+
+
+def flops(policy: str, shape: costs.Shape) -> float:
+    """Of a step: a forward is 1 a sequence, a backward 2, one for activations alone 1."""
+    options, one = POLICIES[policy], costs.forward(shape, LENGTH) * LENGTH
+    if options is None:
+        return 3.0 * CANDIDATES * one
+    scored = {"random": 0, "max_loss": 1}.get(options.method, 2) * CANDIDATES
+    looked = 3 * TARGET_SEQUENCES / options.validation_every if options.method in ("greats", "topk") else 0
+    return float(scored + looked + PICKS * (3 if options.method in ("random", "max_loss") else 1)) * one
+
+
+def measure(given: argparse.Namespace) -> common.Result:
+    torch.set_num_threads(1)
+    seeds, steps = range(2 if given.quick else given.seeds), 20 if given.quick else given.steps
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = pool(given.root, 100_000 if given.quick else 600_000, folder / "data")
+        runs: dict[str, list[Trained]] = {policy: [] for policy in POLICIES}
+        for seed in seeds:
+            for policy in POLICIES:
+                runs[policy].append(trained(store, given.target, policy, seed, steps, folder))
+                print(seed, policy, runs[policy][-1].losses[-1], flush=True)
+        shape = costs.shape(model.resolve(model.Options(**model.preset("tiny", "model")), 1024, 0, LENGTH))
+    base = [run.losses[-1] for run in runs["random"]]
+    figures: dict[str, Any] = {
+        policy: {
+            "losses": [run.losses for run in of],
+            "steps": of[0].steps,
+            "clean": statistics.fmean(run.clean for run in of),
+            "distinct": statistics.fmean(run.distinct for run in of),
+            "penalty_to_score": statistics.fmean(run.ratio for run in of),
+            "seconds_per_step": statistics.median(run.seconds for run in of),
+            "flops_per_step": flops(policy, shape),
+        }
+        for policy, of in runs.items()
+    }
+    common.table(
+        f"loss of {given.target} after {steps} steps, {len(seeds)} seeds",
+        ("policy", "mean", "lowest", "highest", "clean", "distinct", "penalty/score", "ms a step"),
+        [
+            (
+                policy, statistics.fmean(ends), min(ends), max(ends), f["clean"], f["distinct"],
+                f["penalty_to_score"], 1e3 * f["seconds_per_step"],
+            )
+            for policy, f in figures.items()
+            for ends in [[losses[-1] for losses in f["losses"]]]
+        ],
+    )  # fmt: skip
+    if given.picture:
+        picture(given.picture, given.target, figures)
+    return common.Result(
+        {f"{policy}_over_random": common.ratio([r.losses[-1] for r in of], base) for policy, of in runs.items()},
+        figures,
+    )
+
+
+def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
+    """The target's loss against steps, FLOPs and seconds, as SVG: the mean over seeds, and their range."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
+    for policy, found in figures.items():
+        steps, losses = np.array(found["steps"]), np.array(found["losses"])
+        for axis, unit in zip(axes, (1.0, found["flops_per_step"], found["seconds_per_step"]), strict=True):
+            (line,) = axis.plot(steps * unit, losses.mean(0), label=policy)
+            axis.fill_between(steps * unit, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15)
+    for axis, title in zip(axes, ("steps", "FLOPs", "seconds of one core"), strict=True):
+        axis.set_xlabel(title)
+    axes[0].set_ylabel(f"loss of {target}, nats per token")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", type=Path, required=True, help="a folder of domains with train* and validation* files"
+    )
+    parser.add_argument("--target", default="python", help="the domain whose loss counts")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--picture", type=Path, help="write the curves there, as SVG")
+
+
+if __name__ == "__main__":
+    common.main("policies", __doc__, measure, options)

@@ -1,0 +1,309 @@
+"""Which candidates a step trains on: GREATS, and the policies that it has to beat.
+
+A step draws N candidates, and k = training.batch_size of them are trained on. Where one forward holds all candidates
+of a process, the step is one pass: a forward, a backward for activations alone, the pick, and the picks' gradient from
+the stored factors. Otherwise (several micro-batches, activation checkpointing) the candidates are scored a micro-batch
+at a time, and the picks are a second, ordinary pass. Policies that need no gradient always take this way.
+
+What processes exchange is a row of numbers a candidate; everyone then picks the same.
+
+N candidates, n of them on this process, k picks, T tokens a sequence, M validation sequences, R numbers of a sketch.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from doremi_train import comm, gradients
+from doremi_train.config import STRICT, Positive, UserError, fingerprint
+from doremi_train.data.batches import Batch
+from doremi_train.methods import factored, greats
+from doremi_train.methods.factored import Examples
+
+GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options(greats.Options):
+    method: Literal["none", "greats", "topk", "max_loss", "grad_norm", "random"] = "none"
+    candidates: Positive | None = None  # N of a step; null: twice training.batch_size
+    route: Literal["sketch", "exact"] = "sketch"  # of inner products
+    sketch: Positive = 16  # numbers a side: a matrix becomes 16 × 16
+    preconditioned: bool = True  # score the step that AdamW would take, not the gradient's
+    validation: tuple[str, ...] | None = None  # files of the target; null: drawn from the validation split
+    domains: tuple[str, ...] | None = None  # it is drawn from these; null: all
+    validation_sequences: Positive = 16  # M
+    validation_every: Positive = 10  # steps between gradients of the validation loss
+    curvature_every: Positive = 100  # steps between measurements of λ
+    verify: bool = False  # check the identities of per-example gradients at every step; slow
+
+
+class Setting(NamedTuple):
+    """What a run selects by."""
+
+    options: Options
+    candidates: int  # N
+    validation: Tensor  # (M, T + 1) tokens that scores look at
+
+
+def described(setting: Setting | None) -> dict[str, Any]:
+    """What a selection adds to the recipe of a run; nothing where there is none."""
+    if setting is None:
+        return {}
+    free = ("validation", "verify")  # where the target is, not what
+    options = {key: value for key, value in asdict(setting.options).items() if key not in free}
+    shown = {"candidates": setting.candidates, "validation": fingerprint(setting.validation.tolist())}
+    return {"batch_selection": options | shown}
+
+
+def check(setting: Setting, count: int, parts: int, strategy: str, compiled: bool) -> None:
+    """Raise UserError where `count` picks cannot be made as the options say, under this engine and in so many
+    micro-batches of a process."""
+    options = setting.options
+    if setting.candidates <= count:
+        raise UserError(
+            f"batch_selection.candidates={setting.candidates}: must be more than training.batch_size={count}, "
+            "the number of picks"
+        )
+    if options.method == "random":
+        return
+    if strategy not in ("single", "ddp") or compiled:
+        raise UserError(
+            f"batch_selection={options.method}: scores candidates layer by layer on whole, uncompiled models; "
+            "use engine=ddp without engine.compile"
+        )
+    if options.method == "greats" and options.route == "exact" and (parts > 1 or comm.world().size > 1):
+        raise UserError(
+            "batch_selection.route=exact: needs all candidates in one micro-batch of one process; "
+            "use batch_selection.route=sketch, or raise training.micro_batch_size"
+        )
+
+
+class State(NamedTuple):
+    """What a continued run needs: tensors that were computed at an earlier step."""
+
+    target: dict[str, Tensor]  # the validation gradient, preconditioned; sketched as {"": (R,)}
+    curvature: float  # λ
+
+
+class Chosen(NamedTuple):
+    picked: Tensor  # (k,) into the candidates, ascending
+    scores: Tensor  # (N,) that the policy looked at
+    ratio: float  # penalties over scores
+    local: Tensor | None = None  # (…,) of the picks those on this process, into its candidates
+    losses: Tensor | None = None  # (…, T) of these, whose backward writes the gradient; None: a second pass is needed
+
+
+class Scores(NamedTuple):
+    """A row a candidate, to be added over processes that each fill in their own."""
+
+    value: Tensor  # (N,) loss, |g|² or ⟨g, g_val⟩
+    sketch: Tensor  # (N, R)
+
+
+class Selector:
+    """The policy at work beside a model and its optimiser on this process. `state` belongs into checkpoints."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        count: int,
+        model: nn.Module,
+        optimizer: Any,
+        device: torch.device,
+        one_pass: bool,
+        micro: int,
+    ) -> None:
+        self.options, self.candidates, self.count = setting.options, setting.candidates, count
+        self.one_pass = one_pass and setting.options.method in GRADIENT
+        self.state = State({}, 1.0)
+        self._validation = setting.validation.to(device)
+        self._model, self._optimizer, self._device, self._micro = model, optimizer, device, micro
+
+    def __str__(self) -> str:
+        passes = "one pass" if self.one_pass else "two passes: the picks are run again"
+        return f"{self.options.method} picks {self.count} of {self.candidates}, {passes}"
+
+    def choose(self, batch: Batch, rows: list[slice], step: int, rate: float, seed: int) -> Chosen:
+        """Pick from `batch`, of which this process has `rows`, for step number `step` (from 1) of learning rate `rate`.
+
+        The same on every process. Raises ArithmeticError where fewer than k candidates have a finite score.
+        """
+        options = self.options
+        if options.method == "random":
+            generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+            scores = torch.from_numpy(generator.permutation(self.candidates).astype(np.float64))
+            return self._chosen(greats.top(scores, self.count), scores, rows, None, None)
+        if options.method in ("greats", "topk"):
+            self._look_ahead(step)
+        found, losses, examples, gram = self._score(batch, rows)
+        if options.method == "greats":
+            length = batch.micro[0].tokens.shape[1] - 1
+            gram = gram / length**2 if gram is not None else found.sketch @ found.sketch.T / length**2
+            own = options.curvature == "identity"
+            picks = greats.pick(
+                found.value / length,
+                gram,
+                self.count,
+                rate if own else rate / self.count,  # the paper's step counts η for every pick
+                1.0 if own else max(0.0, self.state.curvature),
+                options.cosine_cap,
+            )
+        else:
+            picks = greats.top(found.value, self.count)
+        return self._chosen(picks, found.value, rows, losses, examples)
+
+    def saved(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        target = {name: value.cpu() for name, value in self.state.target.items()}
+        return {"target": target, "curvature": self.state.curvature}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        target = {name: value.to(self._device) for name, value in saved["target"].items()}
+        self.state = State(target, saved["curvature"])
+
+    # ── Scores ──────────────────────────────────────────────────────────────────────
+
+    def _score(self, batch: Batch, rows: list[slice]) -> tuple[Scores, Tensor | None, Examples | None, Tensor | None]:
+        """Scores of all candidates; and in one pass losses (n, T), factors and, by the exact route, gram (N, N)."""
+        values = torch.zeros(self.candidates, dtype=torch.float64, device=self._device)
+        found: list[tuple[slice, Tensor]] = []
+        losses = examples = gram = None
+        for micro, where in zip(batch.micro, rows, strict=True):
+            if not len(micro.tokens):
+                continue
+            tokens = micro.tokens.to(self._device, non_blocking=True)
+            if self.options.method == "max_loss":
+                with torch.no_grad():
+                    values[where] = self._model(tokens).double().mean(1)
+                continue
+            shape = (len(tokens), tokens.shape[1] - 1)
+            losses, examples = gradients.capture(
+                self._model,
+                functools.partial(self._model, tokens),
+                shape,
+                self.options.verify,
+                self.options.sketch if self.options.route == "sketch" else None,
+            )
+            with torch.no_grad():
+                if self.options.route == "exact":
+                    value, gram = self._exactly(examples)
+                else:
+                    sketch = factored.sketch(examples, self.options.sketch)
+                    found.append((where, sketch))
+                    norm = self.options.method == "grad_norm"
+                    value = sketch.square().sum(1) if norm else sketch @ self.state.target[""].to(sketch.dtype)
+                values[where] = value.double()
+        exchanged = self.options.method == "greats" and self.options.route == "sketch"
+        sketches = values.new_zeros(self.candidates, len(self.state.target[""]) if exchanged else 0)
+        for where, sketch in found if exchanged else ():
+            sketches[where] = sketch.double()
+        return comm.all_reduce_sum(Scores(values, sketches))[0], losses, examples, gram
+
+    def _exactly(self, examples: Examples) -> tuple[Tensor, Tensor | None]:
+        if self.options.method == "grad_norm":
+            return factored.norm2(examples), None
+        if self.options.method == "topk":
+            return factored.dot(examples, self.state.target)[:, 0], None
+        found = factored.products(examples, (self.state.target,))
+        return found.dots[:, 0], found.gram
+
+    def _look_ahead(self, step: int) -> None:
+        """The gradient of the validation loss, and λ along it, when they are due."""
+        measuring = self.options.method == "greats" and self.options.curvature == "calibrated"
+        due = measuring and (step - 1) % self.options.curvature_every == 0
+        if (step - 1) % self.options.validation_every and not due:
+            return
+        training = self._model.training
+        self._model.eval()
+        gradient = self._gradient()
+        target = self._preconditioned(gradient)
+        curvature = self.state.curvature
+        if due:
+            square = sum(float(g.double().square().sum()) for g in gradient.values())
+            curvature = gradients.curvature(self._model, self._gradient, target) / square
+        self._model.train(training)
+        if self.options.route == "sketch":
+            target = {"": factored.sketch_of(target, self.options.sketch)}
+        self.state = State(target, curvature)
+
+    def _gradient(self) -> dict[str, Tensor]:
+        """Of the mean validation loss. Every process computes all of it: then all have the same bits."""
+        named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        total = {name: torch.zeros_like(p) for name, p in named.items()}
+        for tokens in self._validation.split(self._micro):
+            losses = self._model(tokens)
+            loss = losses.sum() / (len(self._validation) * losses.shape[1])
+            parts = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            for name, part in zip(named, parts, strict=True):
+                if part is not None:
+                    total[name] += part
+        return total
+
+    def _preconditioned(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What AdamW would make of it: divided by √v̂ + ε, with v after a step against this gradient, so that what was
+        never trained (√v = 0) does not outweigh all else. For other optimisers the gradient itself."""
+        if not self.options.preconditioned or not isinstance(self._optimizer, torch.optim.AdamW):
+            return gradient
+        named, found = dict(self._model.named_parameters()), {}
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        for name, part in gradient.items():
+            state, group = self._optimizer.state.get(named[name], {}), groups[id(named[name])]
+            keep = group["betas"][1]
+            squares = keep * state.get("exp_avg_sq", torch.zeros_like(part)) + (1 - keep) * part.square()
+            corrected = squares / (1 - keep ** (float(state.get("step", 0.0)) + 1))
+            found[name] = part / (corrected.sqrt() + group["eps"])
+        return found
+
+    # ── Picks ───────────────────────────────────────────────────────────────────────
+
+    def _chosen(
+        self, picks: greats.Picks, scores: Tensor, rows: list[slice], losses: Tensor | None, examples: Examples | None
+    ) -> Chosen:
+        if len(picks.picked) < self.count:
+            raise ArithmeticError(f"only {len(picks.picked)} of {self.candidates} candidates have a finite score")
+        picked = picks.picked.sort().values
+        if not self.one_pass:
+            return Chosen(picked, scores.cpu(), picks.ratio, None, None)
+        assert losses is not None and examples is not None
+        (mine,) = rows
+        local = picked[(picked >= mine.start) & (picked < mine.stop)] - mine.start
+        anchor = torch.zeros((), device=self._device, requires_grad=True)
+        write = self._writer(examples, len(losses), local)
+        own: Tensor = _FromFactors.apply(losses[local.to(losses.device)], anchor, write)
+        return Chosen(picked, scores.cpu(), picks.ratio, local, own)
+
+    def _writer(self, examples: Examples, count: int, local: Tensor) -> Callable[[Tensor], None]:
+        named = dict(self._model.named_parameters())
+
+        def write(weights: Tensor) -> None:
+            """Σ weights_i g_i into .grad, averaged over processes as engines do; weights (…,) of the local picks."""
+            of_all = weights.new_zeros(count).index_copy_(0, local.to(weights.device), weights)
+            for name, gradient in factored.weighted(examples, of_all).items():
+                named[name].grad = gradient.to(named[name].dtype)
+            comm.average([p.grad for p in named.values() if p.grad is not None])
+
+        return write
+
+
+class _FromFactors(torch.autograd.Function):
+    """Losses (n, T) whose backward is `write(weights of the rows)`, instead of one through the model."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, anchor: Tensor, write: Callable[[Tensor], None]) -> Tensor:
+        ctx.write = write
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        (gradient,) = gradients
+        if not torch.equal(gradient, gradient[:, :1].expand_as(gradient)):
+            raise ValueError("one pass gives one weight to all tokens of a sequence; this objective weighs each token")
+        ctx.write(gradient[:, 0])
+        return None, None, None

@@ -1,0 +1,82 @@
+"""What a selection chose, by its sidecar: a row for every part of a document, where it stands and whether it is in.
+
+The columns that count: `shard` (the name of a source), `row` (of the document in it), `start`, `end` (bytes of its
+UTF-8, or tokens) and `selected`. The metadata may hold `data`, a fingerprint of the files, `selection`, one of the
+choice, and `domains`, those that were chosen from. Any tool may write one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from doremi_train.config import UserError, fingerprint
+from doremi_train.data.options import Options
+from doremi_train.data.sources import Piece, Source, names, signature
+
+COLUMNS = ("shard", "row", "start", "end", "selected")
+
+
+def identity(options: Options, sources: list[Source]) -> Any:
+    """A JSON value that changes with the selection. Raises UserError where it is none, or one of other files."""
+    path = Path(str(options.selection))
+    try:
+        schema, metadata = pq.read_schema(path), _metadata(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"data.selection={path}: not a sidecar that can be read ({error}); give one of stage=select"
+        ) from None
+    missing = [name for name in COLUMNS if name not in schema.names]
+    if missing:
+        raise UserError(f"data.selection={path}: has no column {', '.join(missing)}; give a sidecar of stage=select")
+    if metadata.get("data") not in (None, fingerprint(signature(options, sources))):
+        raise UserError(f"data.selection={path}: was made for other files than those of data; select again")
+    return [metadata.get("selection"), path.stat().st_size]
+
+
+def domains(options: Options) -> frozenset[str] | None:
+    """The domains that something was chosen from: the others are left out. None where the sidecar does not say."""
+    if options.selection is None:
+        return None
+    listed = _metadata(Path(options.selection)).get("domains")
+    return frozenset(json.loads(listed)) if listed is not None else None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (pq.read_metadata(path).metadata or {}).items()}
+
+
+class Selected:
+    """The chosen parts of one source, to be taken out of its pieces in their order."""
+
+    def __init__(self, options: Options, sources: list[Source], source: Source) -> None:
+        shard = names(options, sources)[sources.index(source)]
+        mine = [("shard", "==", shard), ("selected", "==", True)]
+        table = pq.read_table(str(options.selection), columns=["row", "start", "end"], filters=mine)
+        row, start, end = (table[name].to_numpy() for name in ("row", "start", "end"))
+        order = np.lexsort((start, row))
+        self._row, self._start, self._end = row[order], start[order], end[order]
+        self._document, self._base, self._begins = -1, 0, True
+
+    def parts(self, piece: Piece) -> list[Piece]:
+        """The chosen parts of the next piece. One that goes on in the piece after it does not end here."""
+        if self._begins:
+            self._document, self._base = self._document + 1, 0
+        self._begins = piece.last
+        first, last = np.searchsorted(self._row, [self._document, self._document + 1])
+        content: Any = None
+        found, size = [], 0
+        if first < last or not piece.last:
+            content = piece.text.encode() if piece.text is not None else piece.tokens
+            size = len(content)
+        for start, end in zip(self._start[first:last] - self._base, self._end[first:last] - self._base, strict=True):
+            part = content[max(start, 0) : max(end, 0)]
+            if len(part):
+                text = part.decode() if piece.text is not None else None
+                tokens = None if piece.text is not None else part
+                found.append(Piece(piece.domain, piece.split, text, tokens, end <= size))
+        self._base += size
+        return found

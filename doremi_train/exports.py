@@ -1,0 +1,326 @@
+"""Weights in the form of the trainers that people already use, and back: text out, text in.
+
+A weight is a part of the tokens. A trainer that draws sequences of one length takes it as it is; one that draws
+documents needs p_k ∝ w_k / (mean tokens per document of k). Which one draws what is read off its source:
+
+| target | draws | because |
+|---|---|---|
+| Megatron-LM, NeMo | sequences | BlendedDataset indexes samples of GPTDataset, which are of sequence_length |
+| GPT-NeoX | sequences | BlendableDataset, the same; unless weight_by_num_documents, which overrides the weights |
+| nanotron | sequences | Nanoset counts samples of sequence_length tokens |
+| MosaicML Streaming | sequences | a sample of the MDS, which llm-foundry writes with --concat_tokens |
+| datasets | documents | interleave_datasets draws rows |
+| OLMo-core | sequences | target_ratio · requested_tokens tokens of each source |
+| torchtitan | sequences | DatasetMix draws elements of its children, here packed ones |
+| LitData, LitGPT | sequences | TokensLoader gives blocks of tokens |
+| Levanter | sequences | MixtureDataset draws from token sequence datasets, in blocks of mixture_block_size |
+| lingua | documents | choose_source draws lines; they are packed afterwards |
+| webdataset | documents | RandomMix draws samples, a text each |
+| DoReMi | sequences | draws examples, which its preprocessing makes of one length |
+
+Zeros are left out: several of them reject one, or wait forever for it.
+"""
+
+import ast
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from doremi_train.config import UserError
+
+Unit = Literal["sequences", "documents"]
+WHOLE = 10**12  # parts that are shared out: 12 decimals
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError)  # a file of another form
+
+
+class Source(NamedTuple):
+    """One domain for a trainer."""
+
+    domain: str
+    path: str  # where the trainer finds it; for some its name there
+    weight: float  # of the trainer's draws, as a decimal; all sum to 1
+    epochs: float  # passes over it in the final run
+
+
+class Format(NamedTuple):
+    """What one trainer reads."""
+
+    draws: Unit
+    ending: str  # of the file
+    write: Callable[[Sequence[Source]], str]
+    read: Callable[[str], Mapping[str, Any]]  # {path or domain: weight}
+    paths: bool = True  # False: sources go by name, so export.paths is not needed
+
+
+def shares(weights: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
+    """Parts of a trainer's draws, without domains that get none, from parts of the tokens.
+
+    Decimals of 12 digits that sum to exactly 1, by largest remainder. `tokens_per_document` is the mean of each
+    domain; None where sequences are drawn.
+    """
+    exact = {
+        name: Fraction(weight) / (Fraction(tokens_per_document[name]) if tokens_per_document else 1)
+        for name, weight in weights.items()
+    }
+    parts = {name: value * WHOLE / sum(exact.values()) for name, value in exact.items()}
+    counts = {name: math.floor(part) for name, part in parts.items()}
+    missing = WHOLE - sum(counts.values())
+    for name in sorted(parts, key=lambda name: counts[name] - parts[name])[:missing]:
+        counts[name] += 1
+    return {name: count / WHOLE for name, count in counts.items() if count}
+
+
+def weights(drawn: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
+    """Parts of the tokens from parts of a trainer's draws: the inverse of `shares`."""
+    tokens = {name: part * (tokens_per_document[name] if tokens_per_document else 1) for name, part in drawn.items()}
+    return {name: value / math.fsum(tokens.values()) for name, value in tokens.items()}
+
+
+def write(to: str, drawn: Mapping[str, float], paths: Mapping[str, str], epochs: Mapping[str, float]) -> str:
+    """The text for the trainer `to`. Raises UserError naming the domains without a path, or a path that cannot be."""
+    form = FORMATS[to]
+    missing = [name for name in drawn if name not in paths]
+    if missing and form.paths:
+        raise UserError(
+            f"export.paths: no path for {', '.join(missing)}; export.to={to} needs one of each domain, "
+            f"as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
+        )
+    sources = [Source(name, paths.get(name, name), weight, epochs.get(name, 0.0)) for name, weight in drawn.items()]
+    for source in sources:
+        same = [other.domain for other in sources if other.path == source.path]
+        if len(same) > 1:
+            raise UserError(f"export.paths: {' and '.join(same)} both have {source.path!r}; give each its own")
+        if to == "megatron" and source.path.split() != [source.path]:
+            raise UserError(
+                f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use another path"
+            )
+    return form.write(sources)
+
+
+def read(to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The weights {domain: weight} of a text for the trainer `to`, in its unit and unchecked; a domain not in it has 0.
+
+    Raises UserError that starts with `where` for a text of another form, or a source that is no domain.
+    """
+    try:
+        found = dict(FORMATS[to].read(text))
+    except (*_MALFORMED, yaml.YAMLError) as error:
+        raise UserError(f"{where}: not of the form of mixture.format={to} ({error})") from None
+    names = {name: name for name in domains} | {path: name for name, path in paths.items()}
+    result: dict[str, Any] = dict.fromkeys(domains, 0.0)
+    for source, weight in found.items():
+        if names.get(source) not in result:
+            raise UserError(
+                f"{where}: {source!r} is neither a domain nor in export.paths; the data has {', '.join(domains)}; "
+                "give export.paths={DOMAIN: PATH}"
+            )
+        result[names[source]] = weight
+    return result
+
+
+# Forms
+
+
+def _pairs(flat: Sequence[Any]) -> dict[str, float]:
+    """[weight, path, weight, path, …]"""
+    return _once((str(path), float(weight)) for weight, path in zip(flat[::2], flat[1::2], strict=True))
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, weight in pairs:
+        if path in found:
+            raise ValueError(f"{path} is there twice")
+        found[path] = weight
+    return found
+
+
+def _only(stages: Sequence[Any]) -> Any:
+    if len(stages) != 1:
+        raise ValueError(f"it has {len(stages)} stages, and a mixture is one; keep the one that is meant")
+    return stages[0]
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _by_path(sources: Sequence[Source]) -> dict[str, float]:
+    return {source.path: source.weight for source in sources}
+
+
+def _columns(sources: Sequence[Source]) -> tuple[list[str], list[float]]:
+    return [source.path for source in sources], [source.weight for source in sources]
+
+
+def _megatron(sources: Sequence[Source]) -> str:
+    """For --data-args-path FILE, or --data-path $(cat FILE)."""
+    return "".join(f"{source.weight} {source.path}\n" for source in sources)
+
+
+def _read_megatron(text: str) -> dict[str, float]:
+    """Also the JSON of --per-split-data-args-path."""
+    if not text.lstrip().startswith("{"):
+        return _pairs(text.split())
+    train = json.loads(text)["train"]
+    return _pairs(train.split() if isinstance(train, str) else train)
+
+
+def _nemo(sources: Sequence[Source]) -> str:
+    return json.dumps([part for source in sources for part in (str(source.weight), source.path)], indent=1) + "\n"
+
+
+def _gpt_neox(sources: Sequence[Source]) -> str:
+    paths, numbers = _columns(sources)
+    return _yaml({"train-data-paths": paths, "train-data-weights": numbers})
+
+
+def _read_gpt_neox(text: str) -> dict[str, Any]:
+    content = {key.replace("_", "-"): value for key, value in yaml.safe_load(text).items()}
+    return _once(zip(content["train-data-paths"], content["train-data-weights"], strict=True))
+
+
+def _nanotron(sources: Sequence[Source]) -> str:
+    paths, numbers = _columns(sources)
+    data = {"dataset": {"dataset_folder": paths, "dataset_weights": numbers}}
+    return _yaml({"data_stages": [{"name": "mixture", "start_training_step": 1, "data": data}]})
+
+
+def _read_nanotron(text: str) -> dict[str, Any]:
+    dataset = _only(yaml.safe_load(text)["data_stages"])["data"]["dataset"]
+    return _once(zip(dataset["dataset_folder"], dataset["dataset_weights"], strict=True))
+
+
+def _mosaicml_streaming(sources: Sequence[Source]) -> str:
+    """For llm-foundry's dataset, or Stream(**fields) for each."""
+    return _yaml({"streams": {s.domain: {"remote": s.path, "proportion": s.weight} for s in sources}})
+
+
+def _read_mosaicml_streaming(text: str) -> dict[str, Any]:
+    return {name: stream["proportion"] for name, stream in yaml.safe_load(text)["streams"].items()}
+
+
+def _olmo_core(sources: Sequence[Source]) -> str:
+    """A SourceMixtureList. It refuses a source that would be repeated more often than it may."""
+    return _yaml(
+        {
+            "sources": [
+                {
+                    "source_name": source.domain,
+                    "target_ratio": source.weight,
+                    "paths": [source.path],
+                    "max_repetition_ratio": float(max(1, math.ceil(source.epochs))),
+                }
+                for source in sources
+            ]
+        }
+    )
+
+
+def _read_olmo_core(text: str) -> dict[str, Any]:
+    return _once((source["source_name"], source["target_ratio"]) for source in yaml.safe_load(text)["sources"])
+
+
+def _levanter(sources: Sequence[Source]) -> str:
+    return _yaml({"data": {"train_weights": _by_path(sources)}})
+
+
+def _read_levanter(text: str) -> dict[str, Any]:
+    content = yaml.safe_load(text)
+    found = content.get("data", content)["train_weights"]
+    return dict(found) if isinstance(found, Mapping) else dict(_only(found)[1])
+
+
+def _lingua(sources: Sequence[Source]) -> str:
+    return _yaml({"data": {"sources": _by_path(sources)}})
+
+
+def _read_lingua(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text)["data"]["sources"])
+
+
+def _doremi(sources: Sequence[Source]) -> str:
+    found = _by_path(sources)
+    return json.dumps({"train_domain_weights": found, "eval_domain_weights": found}, indent=1) + "\n"
+
+
+def _read_doremi(text: str) -> dict[str, Any]:
+    return dict(json.loads(text)["train_domain_weights"])
+
+
+def _module(imports: str, body: str) -> Callable[[Sequence[Source]], str]:
+    """A Python module with the weights as SOURCES, and a function that makes of them what the trainer takes."""
+
+    def write(sources: Sequence[Source]) -> str:
+        lines = "".join(f"    {path!r}: {weight},\n" for path, weight in _by_path(sources).items())
+        return f"{imports}\n\nSOURCES = {{\n{lines}}}\n\n\n{body}"
+
+    return write
+
+
+def _read_module(text: str) -> dict[str, Any]:
+    """Without running it."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SOURCES":
+            return dict(ast.literal_eval(node.value))
+    raise ValueError("no SOURCES = {…}")
+
+
+_datasets = _module(
+    "from datasets import interleave_datasets, load_dataset",
+    '''def mixture(seed=0, open_source=lambda path: load_dataset(path, split="train", streaming=True)):
+    """One dataset; a draw is a row of one source, so rows must be documents."""
+    return interleave_datasets(
+        [open_source(path) for path in SOURCES],
+        probabilities=list(SOURCES.values()),
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
+''',
+)
+_torchtitan = _module(
+    "from torchtitan.components.data import WeightedDataset",
+    '''def mixture(open_source):
+    """The `datasets` of a dataset mix. `open_source(path)` is the config of a packed dataset: a draw is a row of it."""
+    return tuple(WeightedDataset(dataset=open_source(path), weight=weight) for path, weight in SOURCES.items())
+''',
+)
+_litdata = _module(
+    "from litdata import CombinedStreamingDataset, StreamingDataset, TokensLoader",
+    '''def mixture(block_size, seed=0):
+    """One dataset; a draw is a block of tokens of one source."""
+    datasets = [
+        StreamingDataset(path, item_loader=TokensLoader(block_size=block_size), shuffle=True, drop_last=True, seed=seed)
+        for path in SOURCES
+    ]
+    return CombinedStreamingDataset(datasets, seed=seed, weights=tuple(SOURCES.values()), iterate_over_all=False)
+''',
+)
+_webdataset = _module(
+    "import webdataset",
+    '''def mixture(open_source=lambda path: webdataset.WebDataset(path, shardshuffle=False)):
+    """One dataset; a draw is a sample of one source, so samples must be documents."""
+    return webdataset.RandomMix([open_source(path) for path in SOURCES], probs=list(SOURCES.values()), longest=True)
+''',
+)
+
+
+FORMATS: dict[str, Format] = {
+    "megatron": Format("sequences", "txt", _megatron, _read_megatron),
+    "nemo": Format("sequences", "json", _nemo, lambda text: _pairs(yaml.safe_load(text))),
+    "gpt_neox": Format("sequences", "yml", _gpt_neox, _read_gpt_neox),
+    "nanotron": Format("sequences", "yaml", _nanotron, _read_nanotron),
+    "mosaicml_streaming": Format("sequences", "yaml", _mosaicml_streaming, _read_mosaicml_streaming),
+    "datasets": Format("documents", "py", _datasets, _read_module),
+    "olmo_core": Format("sequences", "yaml", _olmo_core, _read_olmo_core),
+    "torchtitan": Format("sequences", "py", _torchtitan, _read_module),
+    "litdata": Format("sequences", "py", _litdata, _read_module),
+    "levanter": Format("sequences", "yaml", _levanter, _read_levanter, paths=False),
+    "lingua": Format("documents", "yaml", _lingua, _read_lingua, paths=False),
+    "webdataset": Format("documents", "py", _webdataset, _read_module),
+    "doremi": Format("sequences", "json", _doremi, _read_doremi, paths=False),
+}

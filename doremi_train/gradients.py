@@ -1,0 +1,301 @@
+"""Capture of what per-example gradients are made of, and two routes that need no capture.
+
+One forward with hooks, and one backward for activations alone: no gradient of a parameter is computed. What it gives is
+`methods.factored.Examples`; LoRA's scale, dropout and masks are in it because autograd put them there.
+
+n examples, T tokens of each.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doremi_train.methods import factored
+from doremi_train.methods.factored import Direction, Examples, Factor, Lookup, Outer, Softmax, SoftmaxBias, Sum
+from doremi_train.projection import Also, Projection
+
+
+class Captured(NamedTuple):
+    losses: Tensor  # what the forward gave, without a graph
+    examples: Examples
+
+
+class _Use(NamedTuple):
+    """One call of a layer."""
+
+    module: Any
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    dtype: torch.dtype  # in which matrices are multiplied there
+    also: Also | None = None
+
+
+class NotFactored(ValueError):
+    """A trainable parameter whose per-example gradient no rule here gives."""
+
+
+def capture(
+    model: nn.Module,
+    forward: Callable[[], Tensor],
+    shape: tuple[int, int],
+    verify: bool = False,
+    sketch: int | None = None,
+) -> Captured:
+    """Run `forward`, whose losses' sum is differentiated, and factor each example's part of that gradient.
+
+    `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming the parameters that
+    are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers. `verify` also computes the gradient by
+    autograd, and raises ArithmeticError where sums over the examples differ from it. Where a `sketch` of this size will
+    be asked for, a fused head prepares it in its backward, while the gradient of the logits is there.
+    """
+    require_factored(model)
+    uses: list[_Use] = []
+    frozen: list[nn.Parameter] = []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if isinstance(module, Projection) and not verify:  # which, unlike torch's own, computes what is not asked for
+            frozen.extend(p for p in module.parameters() if p.requires_grad)
+            module.requires_grad_(False)
+            if sketch is not None:
+                weight = module.weight
+                dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+                left, _ = factored.signs(names[id(weight)], tuple(weight.shape), sketch, weight.device, dtype)
+                module.also = Also(left, left.new_empty(len(inputs[0]), left.shape[1]))
+        # Positions are often looked up once for the whole batch; their gradient would be its sum.
+        if isinstance(module, nn.Embedding) and len(inputs[0]) == 1 < shape[0]:
+            return (inputs[0].expand(shape[0], -1),)
+        return None
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        also = None
+        if isinstance(module, Projection):
+            also, module.also = module.also, None
+        while frozen:
+            frozen.pop().requires_grad_(True)
+        if output.requires_grad:
+            kind = output.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
+            uses.append(_Use(module, inputs, output, autocast, also))
+
+    with contextlib.ExitStack() as hooks, torch.enable_grad():
+        for module in model.modules():
+            if _rule(module) is not None and _trained(module):
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+        losses = forward()
+    total = losses.sum()
+    expected = _gradient(model, total) if verify else None
+    gradients = torch.autograd.grad(total, [use.output for use in uses])
+    found: dict[str, tuple[Factor, ...]] = {}
+    with torch.no_grad():
+        for use, gradient in zip(uses, gradients, strict=True):
+            rule = _rule(use.module)
+            assert rule is not None
+            for parameter, factor in rule(use, gradient, shape):
+                if parameter.requires_grad:
+                    name = names[id(parameter)]
+                    found[name] = (*found.get(name, ()), factor)
+        if expected is not None:
+            _verify(found, expected, shape[0], min((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize))
+    return Captured(losses.detach(), found)
+
+
+def require_factored(model: nn.Module) -> None:
+    """Raise NotFactored where the gradient of a trainable parameter cannot be captured."""
+    covered = {id(p) for module in model.modules() if _rule(module) for p in module.parameters(recurse=False)}
+    odd = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
+    if odd:
+        raise NotFactored(
+            f"{', '.join(odd[:5])}: not of a Linear, Conv1D, Embedding, LayerNorm or RMSNorm layer, so the gradient of "
+            "one example cannot be told from the batch's"
+        )
+
+
+# ── Without a capture, for any architecture ─────────────────────────────────────────
+
+
+def forward_derivative(
+    model: nn.Module, losses: Callable[[Callable[..., Any]], Tensor], direction: Direction
+) -> Tensor:
+    """⟨g_i, G⟩ by forward-mode differentiation, exact, at the cost of about three forwards.
+
+    `losses(call)` is to compute the losses (n, …) with `call(…)` in the place of `model(…)`.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters() if name in direction}
+
+    def at(values: dict[str, Tensor]) -> Tensor:
+        return losses(lambda *inputs, **named: torch.func.functional_call(model, values, inputs, named))
+
+    # The fused kernels of attention have no forward derivative.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.func.jvp(at, (parameters,), (dict(direction),))[1]
+
+
+@torch.no_grad()
+def forward_difference(
+    model: nn.Module, losses: Callable[[], Tensor], direction: Direction, size: float = 1e-3
+) -> Tensor:
+    """⟨g_i, G⟩ about, by two forwards at θ ± ε G with |ε G| = size · |θ|: for scoring only."""
+    epsilon = relative_step(model, direction, size)
+    above, below = (_moved(model, direction, step, losses) for step in (epsilon, -epsilon))
+    return (above - below) / (2 * epsilon)
+
+
+def curvature(model: nn.Module, gradient: Callable[[], Direction], along: Direction, size: float = 1e-3) -> float:
+    """⟨G, H G⟩ for G = `along`, from the slopes ⟨gradient(), G⟩ at θ ± ε G with |ε G| = size · |θ|."""
+    epsilon = relative_step(model, along, size)
+
+    def slope() -> Tensor:
+        with torch.enable_grad():
+            found = gradient()
+        return torch.stack([(found[name].double() * part).sum() for name, part in along.items()]).sum()
+
+    above, below = (_moved(model, along, step, slope) for step in (epsilon, -epsilon))
+    return float(above - below) / (2 * epsilon)
+
+
+def relative_step(model: nn.Module, direction: Direction, size: float) -> float:
+    """ε such that |ε G| = size · |θ|, over the parameters that G has."""
+    parameters = dict(model.named_parameters())
+    length, along = (
+        sum(float(part.detach().double().square().sum()) for part in parts) ** 0.5
+        for parts in ([parameters[name] for name in direction], direction.values())
+    )
+    if along == 0:
+        raise ValueError("the direction is 0")
+    return size * length / along
+
+
+def _moved(model: nn.Module, direction: Direction, step: float, function: Callable[[], Tensor]) -> Tensor:
+    """function() at θ + step · G; θ is put back bit for bit."""
+    parameters = dict(model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in direction}
+    with torch.no_grad():
+        try:
+            for name, along in direction.items():
+                parameters[name].add_(along, alpha=step)
+            return function()
+        finally:
+            for name, value in kept.items():
+                parameters[name].copy_(value)
+
+
+def _gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Of a scalar, by autograd; the graph stays."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+
+
+# ── Rules ───────────────────────────────────────────────────────────────────────────
+
+Found = Iterator[tuple[nn.Parameter, Factor]]
+Rule = Callable[[_Use, Tensor, tuple[int, int]], Found]  # of a call, the gradient of its output, and (n, T)
+
+
+def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+    left = _by_token(gradient, shape)
+    right = _by_token(use.inputs[0].detach(), shape).to(left.dtype)  # as autocast multiplied them
+    # transformers' Conv1D, GPT-2's linear layer, keeps its matrix the other way round.
+    yield use.module.weight, Outer(left, right) if type(use.module) is nn.Linear else Outer(right, left)
+    if use.module.bias is not None:
+        yield use.module.bias, Sum(left)
+
+
+def _embedding(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+    ids = use.inputs[0]
+    if use.module.padding_idx is not None:  # whose row torch never trains
+        gradient = gradient * (ids != use.module.padding_idx)[..., None]
+    yield use.module.weight, Lookup(ids, gradient, len(use.module.weight))
+
+
+def _norm(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+    module, x = use.module, use.inputs[0].detach()
+    if isinstance(module, nn.LayerNorm):
+        x = F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), module.normalized_shape, eps=module.eps)
+    elif isinstance(module, nn.RMSNorm):
+        x = F.rms_norm(x, module.normalized_shape, eps=module.eps)
+    else:  # transformers' own are in float32, whatever the model is in
+        epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        x = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    if module.weight is not None:
+        yield module.weight, Sum(_by_position(gradient * x, shape))
+    if getattr(module, "bias", None) is not None:
+        yield module.bias, Sum(_by_position(gradient, shape))
+
+
+def _by_position(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(n, T, d), the heads of a token added up."""
+    return tensor if tensor.shape[:-1] == shape else tensor.reshape(*shape, -1, tensor.shape[-1]).sum(2)
+
+
+def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+    hidden, targets, *_ = use.inputs
+    hidden, module = hidden.detach().to(use.dtype), use.module
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    right = (hidden * weight[targets].to(hidden.dtype)).to(gradient.dtype).sum(1)
+    if bias is not None:
+        right = right + bias[targets]
+    normalizers = use.output.detach() + right  # the loss is log Σ exp(logits) − the target's logit
+    seen = [field.reshape(*shape, *field.shape[1:]) for field in (hidden, targets, normalizers, gradient)]
+    known = None if use.also is None else use.also.product.to(use.dtype).view(*shape, -1)
+    factor = Softmax(seen[0], seen[1], seen[2], seen[3], weight, bias, known)
+    yield module.weight, factor
+    if bias is not None:
+        yield module.bias, SoftmaxBias(factor)
+
+
+def _rule(module: nn.Module) -> Rule | None:
+    kind = type(module)  # and no subclass: what it does otherwise is not known
+    if kind in (nn.LayerNorm, nn.RMSNorm) or (kind.__name__.endswith("RMSNorm") and _is_rms_norm(module)):
+        return _norm
+    if kind is nn.Linear or kind.__name__ == "Conv1D":
+        return _linear
+    return {nn.Embedding: _embedding, Projection: _projection}.get(kind)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_parameters()]
+    return names == ["weight"] and (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _by_token(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(n, T, …)"""
+    if tensor.shape[:-1].numel() != shape[0] * shape[1]:
+        raise NotFactored(
+            f"a layer saw {tuple(tensor.shape)} where {shape[0]} examples of {shape[1]} tokens were expected, so its "
+            "tokens cannot be told apart (experts, or convolutions, do this)"
+        )
+    return tensor.reshape(*shape, tensor.shape[-1])
+
+
+def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype) -> None:
+    """Identities that hold whatever the model is: Σ g_i is the gradient G, Σ ⟨g_i, G⟩ = |G|², and 1ᵀK1 = |Σ g_i|²."""
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
+    summed = factored.weighted(examples, torch.ones(n, device=next(iter(expected.values())).device))
+    square = sum(float(gradient.double().square().sum()) for gradient in expected.values())
+    if square == 0:
+        return
+    errors = {
+        f"Σ g_i of {name}": _distance(summed.get(name), gradient) / square**0.5 for name, gradient in expected.items()
+    }
+    known = {name: gradient for name, gradient in expected.items() if name in examples}
+    found = factored.products(examples, (known,))
+    errors["Σ ⟨g_i, G⟩"] = abs(float(found.dots.double().sum()) / square - 1)
+    errors["1ᵀK1"] = abs(float(found.gram.double().sum()) / square - 1)
+    for what, error in errors.items():
+        if not error <= tolerance:
+            raise ArithmeticError(f"per-example gradients: {what} is off by {error:.1e}, more than {tolerance:.0e}")
+
+
+def _distance(found: Tensor | None, expected: Tensor) -> float:
+    return float((expected.double() - (0 if found is None else found.double())).square().sum()) ** 0.5

@@ -1,0 +1,164 @@
+"""A second look at the text, once the choice is made: its words, examples, and the chosen text itself as shards."""
+
+import contextlib
+import io
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from doremi_train.config import UserError
+from doremi_train.data.shards import domain_folder
+from doremi_train.data.sources import BadLines
+from doremi_train.files import read_json, replacing, write_json
+from doremi_train.methods import ngram
+from doremi_train.selection import kernels
+from doremi_train.selection.choose import Sampler
+from doremi_train.selection.tasks import BUCKETS, ELIGIBLE, Task
+
+EXAMPLES = 3
+SHOWN = 300  # bytes of an example
+
+
+@dataclass(frozen=True)
+class Look:
+    """One source and one target's choice."""
+
+    task: Task
+    folder: Path  # of the choice
+    shard: str
+    half: Sampler  # the choice by half the target: the other half judges it
+    half_cut: ngram.Cut
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "looks" / f"{self.task.number:05d}.json"
+
+
+def look(at: Look) -> None:
+    """Count the words of what half the target chose, take examples, and write the chosen text."""
+    if at.path.exists():
+        return
+    counts = np.zeros(BUCKETS, np.int64)
+    examples: dict[str, list[tuple[int, str]]] = {"chosen": [], "refused": []}
+    rows, position = _rows(at), 0
+    with contextlib.ExitStack() as stack:
+        write = _writer(at, stack)
+        for batch in at.task.batches(BadLines(at.task.data)):
+            here = {name: column[position : position + len(batch.start)] for name, column in rows.items()}
+            position += len(batch.start)
+            for p in np.flatnonzero(here["half"]):
+                kernels.count(batch.tokens.hashes, batch.bounds[p : p + 2], counts)
+            if batch.text is None:
+                continue
+            for name, mask in (("chosen", here["selected"]), ("refused", ~here["selected"] & here["eligible"])):
+                for p in np.flatnonzero(mask)[np.argsort(here["draw"][mask])[:EXAMPLES]]:
+                    text = batch.part(p)[:SHOWN].decode(errors="ignore")
+                    examples[name].append((int(here["draw"][p]), text))
+                examples[name] = sorted(examples[name])[:EXAMPLES]
+            for p in np.flatnonzero(here["selected"]):
+                write(batch.documents[batch.document[p]].domain, int(here["id"][p]), batch.part(p).decode())
+    write_json(at.path, {"words": counts.tolist(), "examples": examples})
+
+
+def _rows(at: Look) -> dict[str, np.ndarray]:
+    """What is known of every part of this source, in order."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("selected", "half", "eligible", "id", "draw")}
+    with pq.ParquetFile(at.task.scores, read_dictionary=["domain"]) as scores:
+        for group in range(scores.num_row_groups):
+            table = scores.read_row_group(group)
+            order, groups, _ = at.half.sortable(table)
+            found["half"].append(order > at.half_cut.prefix[groups])
+            found["eligible"].append(table["refused"].to_numpy() == ELIGIBLE)
+            found["id"].append(table["id"].to_numpy())
+            found["draw"].append(ngram.mixed(table["id"].to_numpy()))  # as good as random, and the same everywhere
+    chosen = pq.read_table(at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)])
+    found["selected"].append(chosen["selected"].to_numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+# ── The chosen text as shards, a folder for each domain: a data.root ─────────────────────────────────────────────────
+
+Write = Callable[[str, int, str], None]  # domain, id, text
+
+
+def _writer(at: Look, stack: contextlib.ExitStack) -> Write:
+    form = at.task.options.write
+    if form == "none":
+        return lambda domain, number, text: None
+    files: dict[str, Any] = {}
+
+    def write(domain: str, number: int, text: str) -> None:
+        if domain not in files:
+            ending = "tar" if form == "webdataset" else form
+            path = at.folder / "shards" / domain_folder(domain) / f"train-{at.task.number:05d}.{ending}"
+            files[domain] = stack.enter_context(FORMATS[form](stack.enter_context(replacing(path))))
+        files[domain](f"{number:016x}", text)
+
+    return write
+
+
+@contextlib.contextmanager
+def _jsonl(path: Path) -> Any:
+    with path.open("wb") as raw, zstandard.ZstdCompressor(9).stream_writer(raw) as stream:
+        yield lambda number, text: stream.write(orjson.dumps({"id": number, "text": text}) + b"\n")
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Any:
+    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+    waiting: list[dict[str, str]] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def write(number: str, text: str) -> None:
+            waiting.append({"id": number, "text": text})
+            if len(waiting) == 1000:
+                writer.write_table(pa.Table.from_pylist(waiting, schema))
+                waiting.clear()
+
+        yield write
+        writer.write_table(pa.Table.from_pylist(waiting, schema))
+
+
+@contextlib.contextmanager
+def _webdataset(path: Path) -> Any:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        written = 0
+
+        def write(number: str, text: str) -> None:
+            nonlocal written
+            member = tarfile.TarInfo(f"{written:08d}-{number}.txt")
+            written += 1
+            content = text.encode()
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+        yield write
+
+
+FORMATS: dict[str, Callable[[Path], Any]] = {"jsonl.zst": _jsonl, "parquet": _parquet, "webdataset": _webdataset}
+
+
+def together(looks: list[Look]) -> dict[str, Any]:
+    """The looks at all sources as one."""
+    words = np.zeros(BUCKETS, np.int64)
+    examples: dict[str, list[list[Any]]] = {"chosen": [], "refused": []}
+    for at in looks:
+        found = read_json(at.path)
+        words += np.array(found["words"])
+        for name, texts in examples.items():
+            examples[name] = sorted(texts + found["examples"][name])[:EXAMPLES]
+    return {"words": words, "examples": {name: [text for _, text in texts] for name, texts in examples.items()}}
+
+
+def require_text(task: Task) -> None:
+    """Raises UserError where text is to be written and there is none."""
+    if task.options.write != "none" and task.source.url.endswith(".bin"):
+        raise UserError(f"selection.write={task.options.write}: {task.source.url} holds tokens, not text; write none")

@@ -1,0 +1,341 @@
+"""Inner loops over bytes, compiled by numba at their first call and kept on disk (extra `select`).
+
+A batch is the UTF-8 of its documents, one after the other. A token is a 64-bit hash. Tests hold every loop against the
+same thing written naively.
+"""
+
+import itertools
+import sys
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_train.config import UserError
+
+try:
+    from numba import njit
+except ImportError:
+    raise UserError("selection: needs numba; pip install 'doremi-train[select]'") from None
+
+SPACE, WORD, OTHER, ALONE = 0, 1, 2, 3  # classes of characters
+SHINGLE = 13  # tokens that are no coincidence: who shares them has copied
+START = np.uint64(0xCBF29CE484222325)
+PRIME = np.uint64(0x100000001B3)
+BASE = np.uint64(0x9FB21C651E98DF25)
+SCATTER = np.uint64(0xD6E8FEB86659FD93)
+
+
+class Tokens(NamedTuple):
+    """Of a batch of B documents, n tokens in all."""
+
+    hashes: NDArray[np.uint64]  # (n,)
+    ends: NDArray[np.int64]  # (n,) first byte after the token, in the batch
+    first: NDArray[np.int64]  # (B + 1,) number of each document's first token
+
+
+class Known(NamedTuple):
+    """Runs of SHINGLE tokens to be found again."""
+
+    runs: NDArray[np.uint64]  # (S,) their hashes, sorted
+    sieve: NDArray[np.bool_]  # (2^k,) by leading bits: what is not marked here is certainly none of them
+    shift: np.uint64  # 64 − k
+
+
+class Alphabet(NamedTuple):
+    """What a character is, by its code point."""
+
+    kind: NDArray[np.uint8]  # (0x110000,)
+    lower: NDArray[np.uint32]  # (0x110000,)
+
+
+@lru_cache(1)
+def alphabet() -> Alphabet:
+    """Word characters are those of Python's `\\w` and the marks written over and under them. A character of a script
+    written without spaces is a word of its own. Lower case is by character: where it would be several, the first."""
+    kind = np.full(sys.maxunicode + 1, OTHER, np.uint8)
+    lower = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    for code in (*range(0x34000), *range(0xE0000, 0xE1000)):  # beyond and between, nothing is a letter or a mark
+        character = chr(code)
+        if character.isspace():
+            kind[code] = SPACE
+        elif character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M":
+            kind[code] = WORD
+        if character != character.lower():
+            lower[code] = ord(character.lower()[0])
+    for low, high in UNSPACED:
+        kind[low:high] = np.where(kind[low:high] == WORD, ALONE, kind[low:high])
+    return Alphabet(kind, lower)
+
+
+UNSPACED = (  # Thai and Lao, Tibetan, Burmese, Khmer, kana, Han
+    (0x0E00, 0x1000), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100), (0x3400, 0x4DC0),
+    (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000),
+)  # fmt: skip
+
+
+def joined(texts: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The UTF-8 (b,) of B texts as one batch, and where each begins and the last ends (B + 1,)."""
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return np.frombuffer(b"".join(texts), np.uint8), offsets
+
+
+def split(text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Tokens:
+    """The words of a batch."""
+    hashes, ends = np.empty(len(text), np.uint64), np.empty(len(text), np.int64)
+    first = np.empty(len(offsets), np.int64)
+    n = words(text, offsets, *alphabet(), hashes, ends, first)
+    return Tokens(hashes[:n], ends[:n], first)
+
+
+def known(hashes: NDArray[np.uint64], first: NDArray[np.int64]) -> Known:
+    """All runs of SHINGLE tokens of documents."""
+    room = np.empty(len(hashes) + 1, np.uint64)
+    found = [room[: shingles(hashes, start, end, room)].copy() for start, end in itertools.pairwise(first)]
+    return sieved(np.unique(np.concatenate([*found, np.empty(0, np.uint64)])))
+
+
+def sieved(runs: NDArray[np.uint64]) -> Known:
+    """Runs (S,), sorted, ready to be found."""
+    bits = max(len(runs) * 16, 2).bit_length()  # one mark in sixteen is set, or fewer
+    sieve = np.zeros(2**bits, np.bool_)
+    sieve[(runs * SCATTER) >> np.uint64(64 - bits)] = True
+    return Known(runs, sieve, np.uint64(64 - bits))
+
+
+def overlap(hashes: NDArray[np.uint64], bounds: NDArray[np.int64], known: Known) -> NDArray[np.int64]:
+    """(P,) how many runs of SHINGLE tokens of each part, tokens bounds[p] to bounds[p + 1], are known."""
+    shared = np.zeros(len(bounds) - 1, np.int64)
+    if len(known.runs):
+        copied(hashes, bounds, *known, shared)
+    return shared
+
+
+@njit(cache=True, nogil=True)
+def mix(value):
+    """`methods.ngram.mixed` of one number."""
+    value += np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def words(text, offsets, kind, lower, hashes, ends, first):
+    """Split a batch into words: text (b,) uint8, document d from offsets[d] to offsets[d + 1]. Fills `Tokens`, whose
+    arrays have room for as many tokens as bytes; returns how many there are."""
+    n = 0
+    for d in range(len(offsets) - 1):
+        first[d] = n
+        before = SPACE
+        value = START
+        i, end = offsets[d], offsets[d + 1]
+        while i < end:
+            byte = text[i]
+            if byte < 0x80:
+                code, size = np.uint32(byte), 1
+            elif byte < 0xE0:
+                code, size = np.uint32((byte & 0x1F) << 6 | (text[i + 1] & 0x3F)), 2
+            elif byte < 0xF0:
+                code, size = np.uint32((byte & 0x0F) << 12 | (text[i + 1] & 0x3F) << 6 | (text[i + 2] & 0x3F)), 3
+            else:
+                code = np.uint32(
+                    (byte & 0x07) << 18 | (text[i + 1] & 0x3F) << 12 | (text[i + 2] & 0x3F) << 6 | (text[i + 3] & 0x3F)
+                )
+                size = 4
+            now = kind[code]
+            begins = now != before or now == ALONE
+            hashes[n], ends[n] = (
+                value,
+                i,
+            )  # of the word before, should it end here: no branch, for none could be foretold
+            n += begins & (before != SPACE)
+            value = ((START if begins else value) ^ np.uint64(lower[code])) * PRIME
+            before = now
+            i += size
+        if before != SPACE:
+            hashes[n], ends[n] = value, end
+            n += 1
+    first[len(offsets) - 1] = n
+    return n
+
+
+@njit(cache=True, nogil=True)
+def bucket(mixed, buckets):
+    """Of a mixed hash: its upper half as a fraction of all buckets."""
+    return np.int64(((mixed >> np.uint64(32)) * buckets) >> np.uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def count(hashes, bounds, counts):
+    """Add the 1- and 2-grams of each part, tokens bounds[p] to bounds[p + 1], to counts (m,)."""
+    buckets = np.uint64(len(counts))
+    for p in range(len(bounds) - 1):
+        before = np.uint64(0)
+        for i in range(bounds[p], bounds[p + 1]):
+            mixed = mix(hashes[i])
+            counts[bucket(mixed, buckets)] += 1
+            if i > bounds[p]:
+                counts[bucket(mix(before + hashes[i]), buckets)] += 1
+            before = mixed
+
+
+@njit(cache=True, nogil=True)
+def score(hashes, bounds, table, sums):
+    """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C)."""
+    buckets = np.uint64(len(table))
+    columns = table.shape[1]
+    for p in range(len(bounds) - 1):
+        before = np.uint64(0)
+        for i in range(bounds[p], bounds[p + 1]):
+            mixed = mix(hashes[i])
+            one, two = bucket(mixed, buckets), bucket(mix(before + hashes[i]), buckets)
+            before = mixed
+            for c in range(columns):
+                sums[p, c] += table[one, c] + (table[two, c] if i > bounds[p] else 0.0)
+
+
+@njit(cache=True, nogil=True)
+def identify(hashes, bounds, ids):
+    """Ids (P,): a hash of the tokens of each part, so the same for the same words wherever they stand."""
+    for p in range(len(bounds) - 1):
+        value = START
+        for i in range(bounds[p], bounds[p + 1]):
+            value = (value ^ hashes[i]) * PRIME
+            value ^= value >> np.uint64(29)
+        ids[p] = mix(value)
+
+
+@njit(cache=True, nogil=True)
+def shingles(hashes, start, end, out):
+    """Hashes of all runs of SHINGLE tokens from `start` to `end`; returns how many. A polynomial that rolls along."""
+    leaving = np.uint64(1)
+    for _ in range(SHINGLE):
+        leaving *= BASE
+    value = np.uint64(0)
+    for i in range(start, end):
+        value = value * BASE + hashes[i]
+        if i >= start + SHINGLE:
+            value -= hashes[i - SHINGLE] * leaving
+        out[max(i - start - SHINGLE + 1, 0)] = value
+    return max(end - start - SHINGLE + 1, 0)
+
+
+@njit(cache=True, nogil=True)
+def copied(hashes, bounds, known, sieve, shift, shared):
+    """For each part how many of its runs of SHINGLE tokens are known: adds to shared (P,)."""
+    runs = np.empty(len(hashes) + 1, np.uint64)
+    for p in range(len(bounds) - 1):
+        for i in range(shingles(hashes, bounds[p], bounds[p + 1], runs)):
+            if sieve[(runs[i] * SCATTER) >> shift]:
+                place = np.searchsorted(known, runs[i])
+                shared[p] += place < len(known) and known[place] == runs[i]
+
+
+class Trie(NamedTuple):
+    """The tokens of a vocabulary as paths of bytes: a hash table of edges with open addresses."""
+
+    edges: NDArray[np.int64]  # (E,) node · 256 + byte, −1 where there is none
+    nodes: NDArray[np.int64]  # (E,) where the edge leads; the root is 0
+    tokens: NDArray[np.int64]  # (nodes,) the token that ends here, or −1
+
+
+def trie(tokens: Sequence[bytes]) -> Trie:
+    """Of a vocabulary that holds every single byte; the number of a token is its place."""
+    text, offsets = joined(tokens)
+    size = 1 << (4 * len(text)).bit_length()
+    edges, nodes = np.full(size, -1, np.int64), np.zeros(size, np.int64)
+    ends = np.full(len(text) + 1, -1, np.int64)
+    return Trie(edges, nodes, ends[: grow(text, offsets, edges, nodes, ends)])
+
+
+@njit(cache=True, nogil=True)
+def place(edges, edge):
+    """Where an edge is in the table, or would be."""
+    at = np.int64(mix(np.uint64(edge)) & np.uint64(len(edges) - 1))
+    while edges[at] != -1 and edges[at] != edge:
+        at = (at + 1) & (len(edges) - 1)
+    return at
+
+
+@njit(cache=True, nogil=True)
+def grow(text, offsets, edges, nodes, ends):
+    """Fill a trie; returns how many nodes it has."""
+    used = 1
+    for token in range(len(offsets) - 1):
+        node = 0
+        for i in range(offsets[token], offsets[token + 1]):
+            at = place(edges, node * 256 + np.int64(text[i]))
+            if edges[at] == -1:
+                edges[at] = node * 256 + np.int64(text[i])
+                nodes[at] = used
+                used += 1
+            node = nodes[at]
+        ends[node] = token
+    return used
+
+
+@njit(cache=True, nogil=True)
+def longest(text, start, end, edges, nodes, ends, ids, first):
+    """Tokens of the parts of a text, from start[p] to end[p]: always the longest that matches. Fills ids, with room for
+    as many as bytes, and first (P + 1,); returns how many there are."""
+    n = 0
+    for p in range(len(start)):
+        first[p] = n
+        i = start[p]
+        while i < end[p]:
+            node, after = 0, i
+            for j in range(i, end[p]):
+                at = place(edges, node * 256 + np.int64(text[j]))
+                if edges[at] == -1:
+                    break
+                node = nodes[at]
+                if ends[node] >= 0:
+                    ids[n], after = ends[node], j + 1
+            n += 1
+            i = after
+    first[len(start)] = n
+    return n
+
+
+def segment(
+    text: NDArray[np.uint8], start: NDArray[np.int64], end: NDArray[np.int64], tokens: Trie
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (n,) of the tokens of P parts, and the first token of each (P + 1,)."""
+    ids, first = np.empty(int((end - start).sum()), np.int64), np.empty(len(start) + 1, np.int64)
+    n = longest(text, start, end, *tokens, ids, first)
+    return ids[:n], first
+
+
+@njit(cache=True, nogil=True)
+def frequencies(hashes, bounds, seen, documents):
+    """Add to documents (m,) in how many parts each bucket of a token comes; seen (m,) int64 is room, all zero."""
+    buckets = np.uint64(len(documents))
+    for p in range(len(bounds) - 1):
+        for i in range(bounds[p], bounds[p + 1]):
+            at = bucket(mix(hashes[i]), buckets)
+            documents[at] += seen[at] != p + 1
+            seen[at] = p + 1
+
+
+@njit(cache=True, nogil=True)
+def bm25(hashes, bounds, weights, saturation, length, mean, seen, sums):
+    """Add to sums (P, C) the weights (m, C) of a part's tokens, each times f (k + 1) / (f + k (1 − b + b n / mean)) for
+    its frequency f among the part's n tokens: k is `saturation`, b is `length`. seen (m,) int64 is room, all zero."""
+    buckets = np.uint64(len(weights))
+    for p in range(len(bounds) - 1):
+        n = bounds[p + 1] - bounds[p]
+        for i in range(bounds[p], bounds[p + 1]):
+            seen[bucket(mix(hashes[i]), buckets)] += 1
+        norm = saturation * (1 - length + length * n / mean)
+        for i in range(bounds[p], bounds[p + 1]):
+            at = bucket(mix(hashes[i]), buckets)
+            f = seen[at]
+            if f:
+                seen[at] = 0
+                for c in range(weights.shape[1]):
+                    sums[p, c] += weights[at, c] * f * (saturation + 1) / (f + norm)

@@ -1,0 +1,16 @@
+"""The methods of selection, by name."""
+
+from collections.abc import Callable
+
+from doremi_train.selection.baselines import BM25, Embedding
+from doremi_train.selection.options import Options
+from doremi_train.selection.scorers import ExactGrams, GranularGrams, NGrams, Random, Scorer, TokenGrams
+
+FEATURES: dict[str, type[NGrams]] = {"words": NGrams, "tokens": TokenGrams, "granular": GranularGrams}
+
+METHODS: dict[str, Callable[[Options], Scorer]] = {
+    "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),
+    "random": Random,
+    "bm25": BM25,
+    "embedding": Embedding,
+}

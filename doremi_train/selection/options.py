@@ -1,0 +1,71 @@
+"""Options of document selection: conf/selection."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Le
+from pydantic.dataclasses import dataclass
+
+from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError
+
+METHODS = ("ngram", "random", "bm25", "embedding")  # made in `selection.methods`, which needs the extra `select`
+
+Share = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """One budget is given, as a number or as {domain: number}; none: a tenth of the tokens."""
+
+    method: str = "none"  # one of METHODS; none: all documents are training data
+    targets: dict[str, tuple[str, ...]] | None = None  # {name: [path, glob or URL]}: text that the choice is to serve
+    train: str | None = None  # whose selection this run trains on; null: that of the only target
+    documents: Positive | dict[str, Count] | None = None  # budget; parts of long documents count as documents
+    tokens: Positive | dict[str, Count] | None = None  # budget
+    fraction: Share | dict[str, Share] | None = None  # budget, of the tokens
+    within: Literal["corpus", "domain"] = "corpus"  # a number is the budget of the corpus, or of each domain
+    temperature: NonNegativeFloat = 0.1  # of log w, in standard deviations of the score (exact: in nats); 0: top-k
+    chunk: Positive | None = 1024  # tokens: longer documents are cut into equal parts; null: never
+    min_tokens: Positive = 1  # shorter parts are not eligible
+    benchmarks: tuple[str, ...] = ()  # files: who shares 13 tokens in a row with them is refused
+    overlap: Share | None = 0.5  # part of the 13-grams: who shares as many with a target is refused; null: nobody
+    features: Literal["words", "tokens", "granular"] = "words"  # of n-grams
+    tokenizer: str | None = None  # of features=tokens: a tokenizer.json or a local transformers folder
+    vocabulary: str | None = None  # of features=granular: what stage=vocabulary wrote
+    encoder: str | None = None  # of method=embedding: a local transformers folder
+    exact: bool = False  # the published package's weights: sums over whole documents of at least 100 words
+    buckets: Positive | None = None  # m, of hashed n-grams; null: 32 768 (exact: the paper's 10 000)
+    mixing: Fraction | Literal["held_out"] = 0.0  # λ of Jelinek-Mercer smoothing, or by held-out likelihood
+    write: Literal["none", "jsonl.zst", "parquet", "webdataset"] = "none"  # the chosen text, beside the sidecar
+    workers: Positive | None = None  # processes; null: one a core
+
+    def __post_init__(self) -> None:
+        budgets = [name for name in ("documents", "tokens", "fraction") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise UserError(f"selection.{' and selection.'.join(budgets)}: only one is the budget; remove the others")
+        needs = {"tokens": ("tokenizer", self.tokenizer), "granular": ("vocabulary", self.vocabulary)}
+        for features, (key, given) in needs.items():
+            if (self.features == features) != (given is not None):
+                raise UserError(
+                    f"selection.{key}={given}: goes with selection.features={features}, and only with it; "
+                    f"selection.features={self.features} here"
+                )
+        if (self.method == "embedding") != (self.encoder is not None):
+            raise UserError(
+                f"selection.encoder={self.encoder}: goes with selection=embedding, and only with it; give a local "
+                "transformers folder of a sentence encoder"
+            )
+        if self.exact and (self.features != "words" or self.mixing):
+            raise UserError("selection.exact=true: is words without smoothing; remove selection.features and .mixing")
+
+    @property
+    def m(self) -> int:
+        """Buckets. More than the paper's, for fewer n-grams that share one; the table still fits a core's cache."""
+        return self.buckets or (10_000 if self.exact else 32_768)
+
+    @property
+    def budget(self) -> tuple[str, int | float | dict[str, int] | dict[str, float]]:
+        """(documents, tokens or fraction; how many)."""
+        for name in ("documents", "tokens", "fraction"):
+            if (given := getattr(self, name)) is not None:
+                return name, given
+        return "fraction", 0.1

@@ -1,0 +1,124 @@
+"""Raw documents in batches, cut into the parts that are chosen or refused.
+
+B documents of a batch, n tokens, P parts.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_train.config import UserError
+from doremi_train.data import options as data_options
+from doremi_train.data.prepare import held_out
+from doremi_train.data.sources import BadLines, Piece, Source, read
+from doremi_train.methods import ngram
+from doremi_train.selection import kernels
+
+BATCH = 2**18  # bytes of text together: its tokens stay in the cache
+
+
+class Document(NamedTuple):
+    """A training document, or a piece of a giant one."""
+
+    row: int  # its number among the documents of its source, those for validation counted too
+    base: int  # bytes (or tokens) of the document before this piece
+    domain: str
+    content: bytes | NDArray[np.int64]  # UTF-8, or tokens
+
+
+class Batch(NamedTuple):
+    documents: list[Document]
+    text: NDArray[np.uint8] | None  # (b,) None: tokens are given
+    tokens: kernels.Tokens
+    bounds: NDArray[np.int64]  # (P + 1,) first token of each part
+    document: NDArray[np.int64]  # (P,) its number in this batch
+    start: NDArray[np.int64]  # (P,) first byte (or token) in the batch
+    end: NDArray[np.int64]  # (P,)
+
+    def part(self, number: int | np.integer) -> bytes:
+        """UTF-8 of a part."""
+        assert self.text is not None
+        return self.text[self.start[number] : self.end[number]].tobytes()
+
+
+def batches(source: Source, data: data_options.Options, bad: BadLines, chunk: int | None) -> Iterator[Batch]:
+    """The training documents of one source, cut into parts of at most `chunk` tokens; None: not cut."""
+    waiting: list[Document] = []
+    size = 0
+    for document in documents(source, data, bad, whole=chunk is None):
+        if waiting and (size >= BATCH or type(waiting[0].content) is not type(document.content)):
+            yield batch(waiting, chunk)
+            waiting, size = [], 0
+        waiting.append(document)
+        size += len(document.content)
+    if waiting:
+        yield batch(waiting, chunk)
+
+
+def documents(source: Source, data: data_options.Options, bad: BadLines, whole: bool) -> Iterator[Document]:
+    """What of a source is for training; a giant document in pieces, or `whole`."""
+    row, base, kept = -1, 0, False
+    parts: list[bytes] = []
+    begins = True
+    for piece in read(source, data, bad):
+        if begins:
+            row, base, kept = row + 1, 0, not held_out(piece, data)
+        begins = piece.last
+        if not kept:
+            continue
+        content = piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, np.int64)
+        if whole and isinstance(content, bytes):
+            parts.append(content)
+            if piece.last:
+                yield Document(row, 0, piece.domain, b"".join(parts))
+                parts = []
+        else:
+            yield Document(row, base, piece.domain, content)
+        base += len(content)
+
+
+def batch(documents: list[Document], chunk: int | None) -> Batch:
+    """Split documents into words (or take their tokens), and cut them into parts."""
+    text, offsets = None, np.cumsum([0, *(len(document.content) for document in documents)])
+    if isinstance(documents[0].content, bytes):
+        text, offsets = kernels.joined([document.content for document in documents])  # type: ignore[misc]
+        tokens = kernels.split(text, offsets)
+    else:
+        ids = np.concatenate([document.content for document in documents])
+        tokens = kernels.Tokens(ngram.mixed(ids.astype(np.uint64)), np.arange(1, len(ids) + 1), offsets)
+    n = np.diff(tokens.first)  # (B,)
+    parts = np.maximum(-(-n // chunk), 1) if chunk else np.ones_like(n)
+    document = np.repeat(np.arange(len(documents)), parts)
+    part = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
+    first = tokens.first[document] + n[document] * part // parts[document]
+    start = offsets[document].copy()
+    inner = part > 0
+    start[inner] = tokens.ends[first[inner] - 1]
+    end = np.append(start[1:], offsets[-1])
+    last = part == parts[document] - 1
+    end[last] = offsets[document[last] + 1]
+    return Batch(documents, text, tokens, np.append(first, tokens.first[-1]), document, start, end)
+
+
+def texts(sources: Iterable[Source], data: data_options.Options, key: str) -> list[bytes]:
+    """All documents of target or benchmark files, which fit the memory. Raises UserError where there is none."""
+    found: list[bytes] = []
+    for source in sources:
+        pieces: list[str] = []
+        for piece in read(source, data, BadLines(data)):
+            pieces.append(_text(piece, source, key))
+            if piece.last:
+                found.append("".join(pieces).encode())
+                pieces = []
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise UserError(f"{key}: no document in its files; give files that hold text")
+    return found
+
+
+def _text(piece: Piece, source: Source, key: str) -> str:
+    if piece.text is None:
+        raise UserError(f"{key}: {source.url} holds tokens, not text; give text")
+    return piece.text

@@ -1,0 +1,51 @@
+"""The mixture in the form that the trainer of the final run reads, with a side file that says where it comes from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from doremi_train import comm, exports, files
+from doremi_train.config import UserError, redact
+from doremi_train.stages import Session, mixture, prepare
+
+
+def run(session: Session) -> Path:
+    """Write the file and `FILE.provenance.json`.
+
+    Raises UserError where export.paths lacks a domain, has one that is not in the data, or holds a password.
+    """
+    options = session.config.export
+    to, paths = str(options.to), options.paths or {}
+    store = prepare.run(session)
+    unknown = [name for name in paths if name not in store.domains]
+    if unknown:
+        raise UserError(f"export.paths: unknown domain {unknown[0]!r}; the data has {', '.join(store.domains)}")
+    for name, place in paths.items():
+        if redact(place) != place:
+            raise UserError(f"export.paths.{name}={place}: holds a password; leave it out, and give it to the trainer")
+    chosen = mixture.run(session)
+    means = mixture.tokens_per_document(session, store, to)
+    drawn = exports.shares(chosen.weights, means)
+    text = exports.write(to, drawn, paths, chosen.epochs)
+    path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{exports.FORMATS[to].ending}")
+    left_out = [name for name in store.domains if name not in drawn]
+    beside = {
+        "to": to,
+        "draws": "documents" if means else "sequences",
+        "tokens_per_document": means,
+        "weights": chosen.weights,
+        "left_out": left_out,
+        "epochs": chosen.epochs,
+        "provenance": chosen.provenance,
+    }
+    comm.on_first(lambda: _write(path, text, beside))
+    unit = "documents, so weights are divided by mean tokens per document" if means else "sequences"
+    session.say(f"export: {path}, for a trainer that draws {unit}")
+    if left_out:
+        session.say(f"export: left out, as their weight is zero: {', '.join(left_out)}")
+    return path
+
+
+def _write(path: Path, text: str, beside: Mapping[str, Any]) -> None:
+    files.write_bytes(path, text.encode())
+    files.write_json(path.with_name(f"{path.name}.provenance.json"), beside)

@@ -1,0 +1,82 @@
+"""Small runs on many mixtures: in this process one after another, as local processes, or as Slurm jobs.
+
+They are the ordinary runs of a reference, content-addressed in the store: whoever needs one of them finds it there.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from doremi_train import files
+from doremi_train.config import fingerprint
+from doremi_train.data.shards import TokenStore
+from doremi_train.runs import Run
+from doremi_train.stages import Session, language_model, reference, submit
+from doremi_train.track import Bar, Part
+
+
+def recipe(session: Session, store: TokenStore, mixed: Tensor) -> Run:
+    """The run on the mixture `mixed` (K,), wherever and whenever it is trained."""
+    return language_model.recipe(session, store, *reference.ingredients(session, store, mixed))
+
+
+def tokens(session: Session) -> int:
+    """Of one run."""
+    training = session.config.training
+    return training.steps * training.batch_size * training.sequence_length
+
+
+def train(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar) -> dict[str, Run]:
+    """A run on each mixture (K,), linked by its name under run_dir; `whole` counts the tokens of all of them."""
+    if session.config.submit.cluster != "none":
+        _submit(session, store, mixtures, whole)
+    found = {}
+    for name, mixed in mixtures.items():
+        part, ingredients = Part(whole, name), reference.ingredients(session, store, mixed)
+        found[name] = language_model.train(session, store, name, *ingredients, bar=part)
+        part.update(tokens(session))
+    return found
+
+
+def _submit(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar) -> None:
+    """The runs that are not finished as jobs side by side: each the reference stage on a given mixture."""
+    found = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
+    waiting = {run.folder: name for name, run in found.items() if not run.finished}  # of equal runs one
+    children = {}
+    for name in waiting.values():
+        mixed = dict(zip(store.domains, mixtures[name].tolist(), strict=True))
+        given = {"reference.mixture": "file", "mixture.method": "file", "mixture.weights": mixed}
+        children[name] = submit.configured(session, session.run_dir / "jobs" / name, stage="reference", **given)
+    before, step = whole.done, tokens(session) // session.config.training.steps
+
+    def watch() -> None:
+        done = sum(_steps(run) * step for run in map(found.__getitem__, waiting.values()))
+        if done:
+            whole.update(before + done, f"{len(waiting)} jobs")
+
+    submit.submit(session, children, watch)
+    whole.update(before)  # those that are finished now are counted with the others
+
+
+def _steps(run: Run) -> int:
+    """Done by a run that another process trains, as far as it says."""
+    path = run.folder / "status.json"
+    return (files.read_json(path)["step"] or 0) if path.exists() else 0
+
+
+def losses(run: Run, store: TokenStore) -> list[float]:
+    """(K,) validation loss of a finished run per domain, nats per token."""
+    domains = run.result()["evaluation"]["domains"]
+    return [domains[name]["loss"] for name in store.domains]
+
+
+def finished_like(session: Session, one: Run) -> list[dict[str, float]]:
+    """The mixtures of the finished runs in the store that differ from `one` in their mixture only."""
+
+    def rest(recipe: Mapping[str, Any]) -> str:
+        return fingerprint({**recipe, "mixture": None})
+
+    folders = sorted(session.store.glob("runs/language_model-*"))
+    recipes = [files.read_json(folder / "recipe.json") for folder in folders if (folder / "result.json").exists()]
+    return [recipe["mixture"] for recipe in recipes if rest(recipe) == rest(one.recipe)]
