@@ -6,7 +6,6 @@ Memory is the peak of what numpy and Python allocate; `benchmarks.memory` has th
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 import tracemalloc
@@ -146,7 +145,7 @@ AXES = {
 
 
 def seconds(part: Callable[[], object], enough: float) -> float:
-    """Of one call: the median of several turns, each long enough for the clock."""
+    """Of one call: the least of several turns, each long enough for the clock, since others only ever add to it."""
     calls, took = 1, 0.0
     while True:
         began = time.process_time()
@@ -162,7 +161,7 @@ def seconds(part: Callable[[], object], enough: float) -> float:
         for _ in range(calls):
             part()
         turns.append(time.process_time() - began)
-    return statistics.median(turns) / calls
+    return min(turns) / calls
 
 
 def peak(part: Callable[[], object]) -> int:

@@ -238,10 +238,10 @@ def waiting(store: TokenStore, steps: int) -> dict[str, float]:
 
 def measure(given: argparse.Namespace) -> common.Result:
     torch.set_num_threads(1)
-    rounds, each = (5, 20) if given.quick else (21, 20)
+    rounds, each = (5, 20) if given.quick else (11, 20)  # so many batches are less than an epoch
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        store = common.token_store(folder / "store", DOMAINS, 1 << 21 if given.quick else 1 << 22, VOCABULARY)
+        store = common.token_store(folder / "store", DOMAINS, 1 << 21, VOCABULARY)
         ahead = stack.enter_context(contextlib.closing(read_ahead(store)))
         sides: dict[str, Callable[[], object]] = {
             "in_process": turn(in_process(store), each),
@@ -259,7 +259,7 @@ def measure(given: argparse.Namespace) -> common.Result:
         else:
             print("the other libraries are not measured: --peers names the interpreter of an environment that has them")
         times = common.alternate(sides, rounds, warm_up=1)
-        sizes = (1 << 23, 1 << 25) if given.quick else (1 << 23, 1 << 25, 1 << 27)
+        sizes = 1 << 22, 1 << 25
         sized = [(n, common.token_store(folder / f"{n}", DOMAINS, n // DOMAINS, VOCABULARY).path) for n in sizes]
         figures: dict[str, Any] = {
             "million_tokens_per_second": {

@@ -11,9 +11,10 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import common
 from doremi_train.data import prepare, sources, tokenizer
@@ -24,16 +25,26 @@ SAMPLE = 4_000_000  # characters the tokeniser learns from
 TOGETHER = 1 << 22  # bytes of text the library gets at a time
 
 
-def ours(options: Options, folder: Path) -> tuple[float, float]:
-    """Seconds, and the peak of this process's memory in MB."""
-    began = time.perf_counter()
-    prepare.prepare(options, folder)
-    seconds = time.perf_counter() - began
-    return seconds, int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
+class Took(NamedTuple):
+    seconds: float
+    cpu: float  # seconds, of all cores together: what others on the machine leave alone
+    peak: float  # of this process's memory, MB
 
 
-def alone(options: Options, method: str) -> float:
-    """Seconds that a method of the library takes for all documents."""
+def took(work: Callable[[], object]) -> Took:
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    status = Path("/proc/self/status").read_text()
+    return Took(seconds, cpu, int(status.partition("VmHWM:")[2].split()[0]) / 1000)
+
+
+def ours(options: Options, folder: Path) -> Took:
+    return took(lambda: prepare.prepare(options, folder))
+
+
+def alone(options: Options, method: str) -> Took:
+    """A method of the library on all documents, which are in memory before."""
     batches: list[list[str]] = [[]]
     size = 0
     for text in texts(options):
@@ -43,10 +54,12 @@ def alone(options: Options, method: str) -> float:
             batches.append([])
             size = 0
     encode = getattr(tokenizer.load(options.tokenizer), method)
-    began = time.perf_counter()
-    for batch in batches:
-        encode(batch, add_special_tokens=False)
-    return time.perf_counter() - began
+
+    def whole() -> None:
+        for batch in batches:
+            encode(batch, add_special_tokens=False)
+
+    return took(whole)
 
 
 def texts(options: Options) -> Iterator[str]:
@@ -85,27 +98,27 @@ def measure(given: argparse.Namespace) -> common.Result:
         options = corpus(given.root, int(megabytes * 1e6), folder / "large")
         size = sum(len(text.encode()) for text in texts(options))
         quarter = corpus(given.root, int(megabytes * 1e6 / 4), folder / "small")
-        peaks: list[float] = []
+        found: dict[str, list[Took]] = {"prepare": [], "encode_batch": [], "encode_batch_fast": []}
 
-        def whole() -> float:
-            seconds, peak = common.fresh(ours, options, folder / f"store-{len(peaks)}")
-            peaks.append(peak)
-            shutil.rmtree(folder / f"store-{len(peaks) - 1}")
-            return float(seconds)
+        def turn(side: str) -> float:
+            if side == "prepare":
+                found[side].append(common.fresh(ours, options, folder / "store"))
+                shutil.rmtree(folder / "store")
+            else:
+                found[side].append(common.fresh(alone, options, side))
+            return found[side][-1].seconds
 
-        sides = {
-            "prepare": whole,
-            "encode_batch": lambda: float(common.fresh(alone, options, "encode_batch")),
-            "encode_batch_fast": lambda: float(common.fresh(alone, options, "encode_batch_fast")),
-        }
+        sides = {side: partial(turn, side) for side in found}
         times = common.alternate(sides, given.rounds or (2 if given.quick else 5), warm_up=0)
-        smaller = common.fresh(ours, quarter, folder / "quarter")[1]
+        smaller = common.fresh(ours, quarter, folder / "store").peak
+    medians = {side: Took(*map(statistics.median, zip(*turns, strict=True))) for side, turns in found.items()}
     figures: dict[str, Any] = {
         "text_mb": size / 1e6,
-        "mb_per_second": {side: size / 1e6 / statistics.median(found) for side, found in times.items()},
-        "peak_memory_mb": {"all of the text": statistics.median(peaks), "a quarter of it": smaller},
+        "mb_per_second": {side: size / 1e6 / middle.seconds for side, middle in medians.items()},
+        "cpu_seconds": {side: middle.cpu for side, middle in medians.items()},
+        "peak_memory_mb": {"all of the text": medians["prepare"].peak, "a quarter of it": smaller},
     }
-    for key in ("mb_per_second", "peak_memory_mb"):
+    for key in ("mb_per_second", "cpu_seconds", "peak_memory_mb"):
         common.table(f"{size / 1e6:.0f} MB of text", ("", key), list(figures[key].items()))
     return common.Result(
         {
