@@ -104,7 +104,7 @@ def _scored(batch: Batch, scorer: Scorer, model: Arrays, names: list[str], task:
     ids = np.empty(len(batch.start), np.uint64)
     kernels.identify(batch.tokens.hashes, batch.bounds, ids)
     origin = batch.start[np.searchsorted(batch.document, np.arange(len(batch.documents)))]  # (B,) of each document
-    origin = (origin - [document.base for document in batch.documents])[batch.document]
+    origin = (origin - np.array([document.base for document in batch.documents]))[batch.document]
     row = np.array([document.row for document in batch.documents])[batch.document]
     domain = pa.DictionaryArray.from_arrays(batch.document, [document.domain for document in batch.documents])
     columns = [row, batch.start - origin, batch.end - origin, domain.cast(pa.string()), ids, tokens]
