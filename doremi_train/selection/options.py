@@ -36,7 +36,8 @@ class Options:
     buckets: Positive | None = None  # m, of hashed n-grams; null: 32 768 (exact: the paper's 10 000)
     mixing: Fraction | Literal["held_out"] = 0.0  # λ of Jelinek-Mercer smoothing, or by held-out likelihood
     write: Literal["none", "jsonl.zst", "parquet", "webdataset"] = "none"  # the chosen text, beside the sidecar
-    workers: Positive | None = None  # processes; null: one a core
+    engine: Literal["processes", "ray", "slurm"] = "processes"  # where it is computed; slurm: an array, as submit says
+    workers: Positive | None = None  # at once; null: one a core, what the Ray cluster has, submit.parallel
 
     def __post_init__(self) -> None:
         budgets = [name for name in ("documents", "tokens", "fraction") if getattr(self, name) is not None]

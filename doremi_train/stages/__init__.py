@@ -196,7 +196,10 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
-_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.workers")
+_FREE = (
+    "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
+    "selection.workers",
+)  # fmt: skip
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
     "timeout",
