@@ -1,7 +1,7 @@
 """Cross-entropy of every token, fused with the output projection, so that the logits of all tokens never exist at once.
 
-Both directions go over the logits a tile at a time, some tokens by some entries of the vocabulary: the forward keeps the
-log-sum-exp of every token, the backward computes the tile again and turns it into its gradient in place. Tiles are
+Both directions go over the logits a tile at a time, some tokens by some entries of the vocabulary: the forward keeps
+the log-sum-exp of every token, the backward computes the tile again and turns it into its gradient in place. Tiles are
 square where they can be, for then the head and the hidden states pass through memory least often. The gradient is not
 fixed in the forward, because DoReMi weighs the losses by what they turn out to be; this rules out torch's own chunked
 `linear_cross_entropy`, which computes gradients in the forward. Of the kernel libraries, Liger's gave wrong gradients

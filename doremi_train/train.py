@@ -15,7 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import batch_selection, checkpoint, comm, engine, evaluation, files, optim
+from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
@@ -64,6 +64,7 @@ class Task(NamedTuple):
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
     selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
+    target: domain_gradients.Target | None = None  # of an objective that looks at every domain's gradient; None: losses
     bar: Bar | None = None  # that this run moves on; None: one of its own
 
 
@@ -104,6 +105,11 @@ class Trainer:
         )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
         self.selector = self._selector(place) if task.selection is not None else None
+        self.domain_gradients: domain_gradients.DomainGradients | None = None
+        if task.target is not None:
+            domain_gradients.check(model, place.strategy, place.compile)
+            domains = len(task.store.domains)
+            self.domain_gradients = domain_gradients.DomainGradients(model, domains, task.target, self.device)
         if self.selector is not None:
             self.engine_used += f"; {self.selector}"
         if self.world.first and task.bar is None:
@@ -163,7 +169,9 @@ class Trainer:
         if self.selector is not None:
             batch = self._select(self.selector, batch, number)
         *early, last = batch.micro
-        if task.accumulation == "exact" and early:
+        if self.domain_gradients is not None:
+            state, stats, stopping, sound = self._by_domain(self.domain_gradients, state, batch, number)
+        elif task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
             with torch.no_grad():
                 _, references, observed = zip(*(self._observe(micro) for micro in batch.micro), strict=True)
@@ -192,6 +200,21 @@ class Trainer:
         else:
             self.engine.discard()
         return Position(number, state, batch.draw.counts, position.skipped + (not sound)), stats, stopping
+
+    def _by_domain(
+        self, gradients: domain_gradients.DomainGradients, state: Any, batch: Batch, number: int
+    ) -> tuple[Any, Any, bool, bool]:
+        """As `_learn`, of an objective that looks at every domain's gradient; the step's own is made from these."""
+        gradients.begin()
+        sums = _add([self._sums(micro, gradients.add(micro), None) for micro in batch.micro])
+        alignment, square = gradients.align(batch.tokens, number - 1)
+        if self.world.first:  # the same on all processes, so that one of them adds it to the sums
+            sums = sums._replace(alignment=alignment.to(self.device), square=square.to(self.device))
+        state, stats, stopping, sound = self._learn(state, sums, batch, number)
+        if sound:
+            domains = torch.arange(len(batch.tokens))
+            gradients.write(self.task.objective.weigh(state, domains, batch.tokens, self.task.objective_options)[:, 0])
+        return state, stats, stopping, sound
 
     def _selector(self, place: engine.Place) -> batch_selection.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
@@ -244,13 +267,16 @@ class Trainer:
         task = self.task
         losses = self._losses(micro)
         reference = task.reference.losses(micro) if task.reference is not None else None
-        domain = micro.domain.to(self.device, non_blocking=True)
-        stats = task.objective.observe(
-            losses.detach(), reference, domain, len(task.store.domains), task.objective_options
-        )
+        return losses, reference, self._sums(micro, losses, reference)
+
+    def _sums(self, micro: MicroBatch, losses: Tensor, reference: Tensor | None) -> Any:
+        """The objective's, of losses (B, T) and the reference's."""
+        task, domain = self.task, micro.domain.to(self.device, non_blocking=True)
         self._step_loss.total.add_(losses.detach().double().sum())
         self._step_loss.tokens.add_(int(micro.carrying.sum()))
-        return losses, reference, stats
+        return task.objective.observe(
+            losses.detach(), reference, domain, len(task.store.domains), task.objective_options
+        )
 
     def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
         """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.

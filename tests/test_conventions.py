@@ -22,7 +22,8 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 RUNGS = {
     0: "methods config world files launcher remote slurm detectors projection exports",
     1: "comm data model optim gradients track lora",
-    2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection",
+    2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection "
+    "domain_gradients",
     3: "train results",
     4: "stages",
     5: "__main__",
@@ -132,6 +133,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train.stages import (
         Classify,
         Config,
+        Doge,
         Export,
         Finetune,
         Main,
@@ -140,6 +142,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Reference,
         Submit,
         Swarm,
+        Target,
     )
 
     config = load(Config, compose())
@@ -147,6 +150,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
     assert config.finetune == Finetune()
+    assert (config.doge, config.target) == (Doge(), Target())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())

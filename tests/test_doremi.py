@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from doremi_train.config import UserError, load
-from doremi_train.methods import OBJECTIVES, cross_entropy, doremi, importance, simplex
+from doremi_train.methods import OBJECTIVES, cross_entropy, doge, doremi, importance, simplex
 from doremi_train.methods.doremi import Options, State, Stats
 from doremi_train.world import World
 
@@ -389,6 +389,7 @@ def test_no_gradient_flows_through_the_excess_or_the_reference() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [("cross_entropy", cross_entropy.Options(weights=(0.5, 0.25, 0.25)))]
+    + [("doge", doge.Options())]
     + [("doremi", Options(objective=o, score=s)) for o in ("weight", "resample") for s in ("excess", "hardest")]
     + [("importance", importance.Options(policy=p, weights=(1.0, 0.0, 0.0))) for p in ("none", "imp", "dimp", "rho")],
 )

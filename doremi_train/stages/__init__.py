@@ -34,7 +34,7 @@ from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
 from doremi_train.lora import Options as LoraOptions
-from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, swarm, vocabulary
+from doremi_train.methods import HEURISTICS, doge, doremi, heuristics, importance, swarm, vocabulary
 from doremi_train.remote import Mirror
 from doremi_train.selection import options as selection_options
 from doremi_train.track import console
@@ -54,6 +54,18 @@ class Proxy(doremi.Options):
     round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
     seeds: Positive = 1
     match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Doge(doge.Options):
+    target_batch: Positive = 8  # sequences of the target that a step looks at, where target.* names one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Target:
+    files: tuple[str, ...] | None = None  # paths, globs or URLs
+    domains: tuple[str, ...] | None = None  # or the validation text of these, apart from what is evaluated
+    sequences: Positive = 64
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -143,6 +155,8 @@ class Config:
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
+    doge: Doge
+    target: Target
     swarm: Swarm
     mixture: MixtureOptions
     main: Main
@@ -159,7 +173,7 @@ class Config:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
         _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
-        _one_of("mixture", self.mixture.method, ["doremi", "swarm", "file", *HEURISTICS])
+        _one_of("mixture", self.mixture.method, ["doremi", "doge", "swarm", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
         _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
         if self.training.loss_weighting == "imp" and self.reference.path is None:

@@ -14,12 +14,14 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import (
     Session,
+    doge_runs,
     language_model,
     main,
     mixture,
     proxy,
     reference,
     reference_losses,
+    seeds,
     swarm_runs,
     swarm_search,
     weighting,
@@ -30,7 +32,7 @@ class Ahead(NamedTuple):
     """One run of the pipeline."""
 
     name: str  # its folder under run_dir
-    kind: str  # reference, proxy, swarm or main
+    kind: str  # reference, proxy, doge, swarm or main
     config: dict[str, Any]  # of its model
     steps: int
     done: int  # steps that are in the store already
@@ -58,6 +60,8 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     found = _Found(session)
     if session.config.mixture.method == "doremi":
         learned = _search(session, store, found)
+    elif session.config.mixture.method == "doge":
+        learned = _doge(session, store, found)
     elif session.config.mixture.method == "swarm":
         learned = _swarm(session, store, found)
     else:
@@ -109,7 +113,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         proxies = [proxy.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
         waiting = 0  # proxies of this round that are still to be run
         for index, one in enumerate(proxies):
-            found.add(proxy.name_of(session, number, index), "proxy", shape, steps, one)
+            found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
             if reference_losses.cached(session) and found.runs[-1].left:
                 missing = reference_losses.missing(session, store, one, index, waiting)
                 found.runs[-1] = found.runs[-1]._replace(missing=missing)
@@ -118,11 +122,21 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         if before is None or len(finished) < options.seeds:
             before = None
             continue
-        mean, _ = weights.summarize([proxy.average(one, store) for one in finished])
+        mean, _ = weights.summarize([seeds.average(one, store) for one in finished])
         moved, before = float((mean - before).abs().max()), mean
         if moved < options.round_tolerance:
             break
     return before
+
+
+def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+    """Its seeds; their mean average (K,) if all are finished."""
+    recipes, shape = doge_runs.recipes(session, store), language_model.resolved_model(session, store)
+    for index, run in enumerate(recipes):
+        found.add(seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run)
+    if not all(run.finished for run in recipes):
+        return None
+    return weights.summarize([seeds.average(run, store) for run in recipes])[0]
 
 
 def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:

@@ -24,7 +24,9 @@ def run(session: Session) -> weights.Mixture:
 def _compute(session: Session, store: TokenStore) -> weights.Mixture:
     if session.config.mixture.method == "swarm":
         return swarm_search.run(session)
-    return proxy.run(session) if session.config.mixture.method == "doremi" else given(session, store)
+    if session.config.mixture.method in ("doremi", "doge"):
+        return proxy.run(session)
+    return given(session, store)
 
 
 def given(session: Session, store: TokenStore) -> weights.Mixture:

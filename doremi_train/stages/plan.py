@@ -88,6 +88,7 @@ class _Bill:
         self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
+        self.domains = len(store.domains)
         self.models = 2 if self.training.loss_weighting == "imp" else 1  # frozen ones beside a main run
         checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
         self.checked = int(checked.sum())  # sequences of one evaluation
@@ -100,6 +101,12 @@ class _Bill:
         looks = self._looks(of, self.twice) if proxy else self._weighing(of) if weighed else 0.0
         evaluations = self._evaluations(run.steps)
         tokens = run.steps * training.batch_size * self.length
+        held = frozen.parameters * (self.models if weighed else 1) if frozen else 0
+        if run.kind == "doge":
+            target = self.session.config.target
+            aimed = target.files is not None or target.domains is not None
+            tokens += run.steps * self.session.config.doge.target_batch * self.length * aimed
+            held = of.parameters * self.domains  # a gradient of each
         flops = tokens * self._step(of, looks) + evaluations * self.checked * self.length * self._forward(of)
         pace, seconds = self._pace(run), None if run.left else 0.0
         if pace is not None:
@@ -120,7 +127,7 @@ class _Bill:
             length=self.length,
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
-            reference=frozen.parameters * (self.models if weighed else 1) if frozen else 0,
+            reference=held,
             device=self.session.place.device.type,
         )
         return {
@@ -217,7 +224,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     once = store.sequences("train", length) * length  # (K,) tokens of one pass
     tokens = mixture.main_steps(session) * training.batch_size * length
     reference_weights = reference.mixture(session, store)
-    doremi = session.config.mixture.method == "doremi"
+    proxies = session.config.mixture.method in ("doremi", "doge")
     return {
         name: {
             "training_tokens": int(sizes[k]),
@@ -225,8 +232,8 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
             "training_sequences": int(once[k] // length),
             "natural_weight": float(final["natural"][k]),
             "reference_weight": float(reference_weights[k]),
-            "proxy_sequences": int(sampler.sizes[k]) if doremi else None,  # that it may read
-            "proxy_epochs": float(proxy_epochs[k]) if doremi else None,
+            "proxy_sequences": int(sampler.sizes[k]) if proxies else None,  # that it may read
+            "proxy_epochs": float(proxy_epochs[k]) if proxies else None,
             "main_epochs": {way: float(weights[k] * tokens / once[k]) for way, weights in here.items()},
             "final_epochs": {
                 way: float(weights[k] * mixture.final_tokens(session) / once[k]) for way, weights in final.items()

@@ -19,6 +19,10 @@ Place = Callable[[Setting], float]
 
 _CHOSEN = 10  # domains that get a colour and a name in a chart over steps
 _MOST_ROWS = 40  # of a chart with a row a domain: those that moved most
+_MOVES = {  # what weights follow, by its name in a trace: title and unit
+    "excess_loss": ("Excess loss over the reference", "nats per token"),
+    "alignment": ("Alignment of a domain's gradient with its target's", "⟨g, target⟩"),
+}
 _MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
 _MODEL_COLORS["baseline"] = "#8b919c"
 
@@ -83,13 +87,14 @@ def picks(setting: Setting, prefix: str) -> list[str]:
 
 
 def proxy(setting: Setting, prefix: str) -> list[str]:
-    """How the weights came about: α, its effective number of domains, and the excess loss, over the proxy's steps."""
+    """How the weights came about: α, its effective number of domains, and what moved it, over the proxy's steps."""
     traces = [trace for run in setting.results for trace in run.traces]
     if not traces:
         return []
     steps = min(len(trace) for trace in traces)
     names = list(traces[0][0]["weights"])
-    weights, excess = (_column(traces, key, names, steps) for key in ("weights", "excess_loss"))  # (S, T, K)
+    key = next(key for key in _MOVES if key in traces[0][0])
+    weights, moved = (_column(traces, name, names, steps) for name in ("weights", key))  # (S, T, K)
     kept = np.unique(np.linspace(0, steps - 1, results.TRACE_POINTS).astype(np.int64))
     x = kept + 1
     mean = weights.mean(0)
@@ -114,10 +119,10 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
             [Mark(f"all {len(names)}, uniform", y=float(len(names))), Mark("one", y=1.0)],
         ),
         lines(
-            f"{prefix}Excess loss over the reference (running mean)",
+            f"{prefix}{_MOVES[key][0]} (running mean)",
             "proxy step",
-            "nats per token",
-            by_domain(smooth(excess, steps // 40)),
+            _MOVES[key][1],
+            by_domain(smooth(moved, steps // 40)),
         ),
     ]
     rounds = [run.rounds for run in setting.results if run.rounds]
