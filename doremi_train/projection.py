@@ -10,7 +10,8 @@ on a GPU, so none is used.
 N tokens, d hidden size, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Also(NamedTuple):
-    """What a backward multiplies the gradient of the logits with beside the head, while it is there."""
+@dataclass
+class Also:
+    """What a backward leaves of the gradient of the logits: all of it, where it exists at one time, else its product
+    with `right`."""
 
-    right: Tensor  # (V, r)
-    product: Tensor  # (N, r) to be filled
+    right: Tensor | None = None  # (V, r)
+    product: Tensor | None = None  # (N, r)
+    gradient: Tensor | None = None  # (N, V)
 
 
 class Projection(nn.Module):
@@ -92,7 +96,11 @@ class _CrossEntropy(torch.autograd.Function):
             z = z.to(ctx.dtype)
             if of_hidden is not None:
                 of_hidden[chunk] = z @ head[0]
-            if ctx.also is not None:
+            if ctx.also is not None and len(z) == len(hidden):
+                ctx.also.gradient = z
+            elif ctx.also is not None and ctx.also.right is not None:
+                if ctx.also.product is None:
+                    ctx.also.product = z.new_empty(len(hidden), ctx.also.right.shape[1])
                 ctx.also.product[chunk] = z @ ctx.also.right.to(z.dtype)
             if of_weight is not None and of_weight.dtype == z.dtype:
                 torch.addmm(of_weight, z.T, cast[chunk], out=of_weight)
