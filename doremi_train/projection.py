@@ -13,7 +13,8 @@ N tokens, d hidden size, V vocabulary.
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Also(NamedTuple):
-    """What a backward multiplies the gradient of the logits with beside the head, while it is there."""
+@dataclass
+class Also:
+    """What a backward leaves of the gradient of the logits: all of it, where it exists at one time, else its product
+    with `right`."""
 
-    right: Tensor  # (V, r)
-    product: Tensor  # (N, r) to be filled
+    right: Tensor | None = None  # (V, r)
+    product: Tensor | None = None  # (N, r)
+    gradient: Tensor | None = None  # (N, V)
 
 
 class Projection(nn.Module):
@@ -85,9 +89,9 @@ class _CrossEntropy(torch.autograd.Function):
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
-        if ctx.also is not None:
-            ctx.also.product.zero_()
-            also = ctx.also.right.to(dtype)
+        also = None if ctx.also is None or ctx.also.right is None else ctx.also.right.to(dtype)
+        if also is not None and len(ctx.tiles) > 1:
+            ctx.also.product = also.new_zeros(len(hidden), also.shape[1])
         for rows, columns in ctx.tiles:
             # ∂/∂logits = (softmax − 1 at the target) · gradient of the token's loss
             z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(gradient.dtype)
@@ -99,7 +103,9 @@ class _CrossEntropy(torch.autograd.Function):
             z = z.to(dtype)
             if of_hidden is not None:
                 _add_product(of_hidden[rows], z, head[columns])
-            if ctx.also is not None:
+            if ctx.also is not None and len(ctx.tiles) == 1:
+                ctx.also.gradient = z
+            elif also is not None:
                 _add_product(ctx.also.product[rows], z, also[columns])
             if of_weight is not None:
                 _add_product(of_weight[columns], z.T, cast[rows])

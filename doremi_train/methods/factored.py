@@ -91,8 +91,9 @@ class Outer(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient, made
-    again where it is needed, some rows at a time: the logits of all tokens never exist."""
+    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient: whole
+    where it is small, else made again where it is needed, some rows at a time, so that the logits of all tokens never
+    exist."""
 
     hidden: Tensor  # (n, T, d)
     targets: Tensor  # (n, T)
@@ -101,6 +102,7 @@ class Softmax(NamedTuple):
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
     known: Tensor | None = None  # (n, T, r) its product with the left side of a sketch, where a backward left it
+    whole: Tensor | None = None  # (n, T, V) itself, where a backward left it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,6 +110,8 @@ class Softmax(NamedTuple):
 
     def left(self, rows: slice) -> Tensor:
         """(n, T, rows)"""
+        if self.whole is not None:
+            return self.whole[..., rows]
         logits = self.hidden @ self.weight[rows].T.to(self.hidden.dtype)
         if self.bias is not None:
             logits = logits + self.bias[rows].to(logits.dtype)
@@ -135,7 +139,8 @@ class Softmax(NamedTuple):
 
     def at(self, examples: Tensor) -> "Softmax":
         hidden, targets, normalizers, gradient = (field.index_select(0, examples) for field in self[:4])
-        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
+        whole = None if self.whole is None else self.whole.index_select(0, examples)
+        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias, whole=whole)
 
     def regrouped(self, index: Tensor, present: Tensor) -> "Softmax":
         hidden, targets, normalizers = (_regroup(field, index) for field in self[:3])
@@ -143,7 +148,8 @@ class Softmax(NamedTuple):
         return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
 
     def _blocks(self) -> Iterator[slice]:
-        return blocks(len(self.weight), self.targets.numel())
+        width = self.targets.numel() if self.whole is None else 0
+        return blocks(len(self.weight), width)
 
 
 class SoftmaxBias(NamedTuple):
