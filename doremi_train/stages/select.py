@@ -34,6 +34,10 @@ def run(session: Session) -> Path:
     """
     if session.config.selection.method == "none":
         raise UserError("selection=none: nothing to select; give selection=ngram selection.targets={NAME: [FILES]}")
+    if session.config.selection.method == "less":
+        from doremi_train.stages import less
+
+        return less.run(session)
     recipe = comm.on_first(lambda: _recipe(session))
     choice = Run(session.store, "selection", recipe)
     with session.computing(choice, "select") as todo:
@@ -49,16 +53,21 @@ def data(session: Session) -> data_options.Options:
     options = session.config.data
     if session.config.selection.method == "none":
         return options
+    if session.config.selection.method == "less":
+        raise UserError(
+            f"selection=less: chooses examples for stage=finetune, and stage={session.config.stage} reads text; take "
+            "another selection"
+        )
     if options.selection is not None:
         raise UserError(
             f"data.selection={options.selection}: this run selects by itself (selection.method="
             f"{session.config.selection.method}); remove one of them"
         )
-    target = _trained(session)  # wrong before the work, and not after it
+    target = trained(session)  # wrong before the work, and not after it
     return replace(options, selection=str(run(session) / target / "sidecar.parquet"))
 
 
-def _trained(session: Session) -> str:
+def trained(session: Session) -> str:
     """Name of the target whose selection is trained on."""
     options = session.config.selection
     known = list(options.targets or {})
