@@ -21,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 RUNGS = {
     0: "methods config world files launcher remote slurm detectors projection exports",
-    1: "comm data model optim gradients track",
+    1: "comm data model optim gradients track lora",
     2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection",
     3: "train results",
     4: "stages",
@@ -129,12 +129,24 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train.data import options as data
     from doremi_train.methods import importance, vocabulary
     from doremi_train.selection import options as selection
-    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit, Swarm
+    from doremi_train.stages import (
+        Classify,
+        Config,
+        Export,
+        Finetune,
+        Main,
+        MixtureOptions,
+        Proxy,
+        Reference,
+        Submit,
+        Swarm,
+    )
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
+    assert config.finetune == Finetune()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())

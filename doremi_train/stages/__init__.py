@@ -33,6 +33,7 @@ from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
 from doremi_train.data import options as data_options
+from doremi_train.lora import Options as LoraOptions
 from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, swarm, vocabulary
 from doremi_train.remote import Mirror
 from doremi_train.selection import options as selection_options
@@ -101,6 +102,12 @@ class Classify(ClassifierOptions):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Finetune:
+    model: str | None = None  # local transformers folder with its tokeniser, or a model folder of an earlier run
+    lora: LoraOptions = LoraOptions()
+
+
+@dataclass(frozen=True, config=STRICT)
 class Export:
     to: str | None = None  # a trainer: a key of exports.FORMATS
     path: str | None = None  # of the file; null: in run_dir/export
@@ -143,6 +150,7 @@ class Config:
     vocabulary: vocabulary.Options
     batch_selection: BatchSelection
     classify: Classify
+    finetune: Finetune
     export: Export
     submit: Submit
     tracking: tracking.Options
