@@ -1,11 +1,12 @@
 """Five tasks that only what they ask for tells apart: prompts of random letters, each answered by its own cipher.
 
-A task replaces every letter by another one, by a permutation of the alphabet that no other task agrees with on any letter.
-Prompts and answers of all tasks have the same letters, equally often and in no order, and only letters that stand far
-apart belong together, so that words and pairs of words say nothing. A part of the answers is random: noise.
+A task replaces every letter by another one, by a permutation of the alphabet that no other task agrees with on any
+letter. Prompts and answers of all tasks have the same letters, equally often and in no order, and only letters that
+stand far apart belong together, so that words and pairs of words say nothing. A part of the answers is random: noise.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,52 @@ def untrained(folder: Path, width: int = 64, layers: int = 2) -> Path:
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+TRAINING = (
+    "data.embedded=null", "finetune.lora.rank=null", "training.threads=1", "training.sequence_length=12",
+    "evaluation.sequences=64",
+)  # fmt: skip
+
+
+def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int = 400) -> Path:
+    """A model folder after training on other examples of all tasks, without noise. `command` runs doremi-train."""
+    write(folder / "train.jsonl", records(3, 2000, 0.0))
+    write(folder / "held.jsonl", records(2, 20, 0.0))
+    outcome = command(
+        *("stage=finetune", f"run_dir={folder}/run", f"finetune.model={untrained(folder / 'untrained', width)}"),
+        *(*TRAINING, "training.batch_size=64", f"training.steps={steps}", "training.learning_rate=0.003"),
+        f"data.domains={{all: {{train: [{folder}/train.jsonl], validation: [{folder}/held.jsonl]}}}}",
+    )
+    assert outcome.code == 0, outcome
+    return folder / "run/finetune/model"
+
+
+def selecting(folder: Path, base: Path, count: int = 200) -> list[str]:
+    """Overrides that select from a pool with `count` examples of each task, a fifth of them noise, for every task."""
+    write(folder / "pool.jsonl", records(1, count, 0.2))
+    write(folder / "held.jsonl", records(2, 20, 0.0))
+    for task in TASKS:
+        write(folder / f"target/{task}.jsonl", records(4, 32, 0.0, (task,)))
+        write(folder / f"test/{task}.jsonl", records(5, 64, 0.0, (task,)))
+    return [
+        *("selection=less", f"finetune.model={base}", *TRAINING, "training.batch_size=16"),
+        *("training.schedule=constant", "training.learning_rate=0.001"),
+        f"data.domains={{pool: {{train: [{folder}/pool.jsonl], validation: [{folder}/held.jsonl]}}}}",
+        "selection.targets={" + ", ".join(f"{task}: [{folder}/target/{task}.jsonl]" for task in TASKS) + "}",
+    ]
+
+
+def recovered(command: Callable[..., Any], folder: Path, base: Path, *more: str) -> dict[str, dict[str, float]]:
+    """{task: {method: part of its choice that is of that task and clean}}."""
+    outcome = command("stage=select", f"run_dir={folder}/run", *selecting(folder, base), *more)
+    assert outcome.code == 0, outcome
+    return {task: precision(folder / "run/select" / task, task) for task in TASKS}
+
+
+def precision(choices: Path, task: str) -> dict[str, float]:
+    found = {}
+    for path in sorted(choices.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.stem] = sum(line["task"] == task and line["clean"] for line in lines) / len(lines)
+    return found

@@ -43,7 +43,7 @@ def by_words(method: str, pool: Sequence[bytes], targets: Mapping[str, list[byte
 
 
 def resampled(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """(N,) keys whose largest are a draw without replacement, likelier for high scores: log weights and Gumbel noise."""
+    """(N,) keys whose largest are a draw without replacement, likelier for high scores: these and Gumbel noise."""
     noise = np.random.Generator(np.random.Philox(key=[seed, 0])).gumbel(size=len(scores))
     return scores + _TEMPERATURE * max(float(scores.std()), 1e-12) * noise
 
@@ -65,8 +65,8 @@ def representations(inner: Any, examples: Sequence[Coded], tokens: int, device: 
 
 
 def round_robin(cosines: NDArray[np.floating], count: int) -> list[int]:
-    """Up to `count` examples of cosines (N, V): each of the target's examples in turn takes the one most like it that is
-    not taken yet."""
+    """Up to `count` examples of cosines (N, V): each of the target's examples in turn takes the one most like it that
+    is not taken yet."""
     orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in cosines.T]
     taken: dict[int, None] = {}
     while len(taken) < min(count, len(cosines)):

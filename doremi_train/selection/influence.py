@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doremi_train import gradients
+from doremi_train.data.instructions import padded
 from doremi_train.methods import factored, less
 from doremi_train.methods.factored import Direction, Examples
 from doremi_train.methods.less import Moments, Options
@@ -55,14 +56,6 @@ def batches(examples: Sequence[Coded], tokens: int, device: torch.device) -> Ite
             waiting = []
         if number is not None:
             waiting.append(number)
-
-
-def padded(rows: Sequence[Coded]) -> NDArray[np.int64]:
-    """(n, length of the longest), −1 at the ends: id 0, without loss; no token before sees it."""
-    out = np.full((len(rows), max(map(len, rows))), -1, np.int64)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
 
 
 def losses(model: nn.Module, batch: Tensor) -> Tensor:

@@ -6,9 +6,9 @@
     choice       the examples of the highest influence, beside those of the baselines
     fine-tuning  stage=finetune with the same keys trains on a choice
 
-Each is done once in a store, whoever asks; any number of processes and commands on one store score the pool together. The
-pool is the training split of data.*, read as stage=finetune reads it. With `selection.scorer_model` another model warms
-up and scores; a choice is lines of files, so any model may be trained on it.
+Each is done once in a store, whoever asks; any number of processes and commands on one store score the pool together.
+The pool is the training split of data.*, read as stage=finetune reads it. With `selection.scorer_model` another model
+warms up and scores; a choice is lines of files, so any model may be trained on it.
 
 N examples of the pool, S subtasks of all targets together.
 """
@@ -34,8 +34,7 @@ from doremi_train import checkpoint, comm, files, model, optim
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data import instructions
 from doremi_train.data.instructions import Encoder, Instructions
-from doremi_train.data.options import Split
-from doremi_train.data.sampler import Sampler, Subsample
+from doremi_train.data.sampler import Subsample
 from doremi_train.data.sources import BadLines, Source, records, resolve
 from doremi_train.methods import cross_entropy, less
 from doremi_train.methods.less import Moments
@@ -43,7 +42,7 @@ from doremi_train.runs import Run
 from doremi_train.selection import examples, influence
 from doremi_train.selection.features import Rows, cosines
 from doremi_train.selection.influence import Checkpoint, Coded
-from doremi_train.stages import Session, finetune, language_model, select, training_identity
+from doremi_train.stages import Session, finetune, language_model, less_report, select, training_identity
 from doremi_train.track import Bar
 from doremi_train.train import Task, Trainer
 
@@ -79,26 +78,8 @@ def run(session: Session) -> Path:
             comm.on_first(lambda: choice.finish(_choose(scorer, choice.folder, pool, served, scores)))
     if session.config.stage == "select":
         session.say(_summary(choice.result(), choice.folder))
-        comm.on_first(lambda: _report(session, choice))
+        comm.on_first(lambda: less_report.write(session.run_dir / "report.html", choice.result()))
     return choice.folder
-
-
-def chosen(session: Session) -> Session:
-    """The same with a choice as its data, for stage=finetune; with selection=none as it is."""
-    options = session.config.selection
-    if options.method == "none":
-        return session
-    if options.method != "less":
-        raise UserError(
-            f"selection={options.method}: chooses documents, and stage=finetune reads examples; take selection=less "
-            f"selection.less.train_on={options.method}"
-        )
-    name = select.trained(session)
-    path = select.run(session) / name / f"{options.less.train_on}.jsonl"
-    assert options.targets is not None
-    split = Split((str(path),), options.less.test or options.targets[name])
-    data = replace(session.config.data, embedded=None, root=None, files=None, domain_key=None, domains={name: split})
-    return replace(session, config=replace(session.config, data=data))
 
 
 def _scorer(session: Session) -> Session:
@@ -106,9 +87,7 @@ def _scorer(session: Session) -> Session:
     options, tuned = session.config.selection, session.config.finetune
     folder = options.scorer_model or tuned.model
     if folder is None:
-        raise UserError(
-            "finetune.model: missing; give the local transformers folder that is to be fine-tuned, or selection.scorer_model"
-        )
+        raise UserError("finetune.model: missing; give the local transformers folder that is to be fine-tuned")
     if session.config.training.optimizer != "adamw":
         raise UserError(
             f"training.optimizer={session.config.training.optimizer}: selection=less follows AdamW's steps; take adamw"
@@ -129,7 +108,7 @@ def _pool(session: Session, data: Instructions) -> Pool:
 
 
 def _served(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Coded, bytes]]]:
-    """The examples of every subtask, and their text. Raises UserError for a target without an example that can be used."""
+    """The examples of every subtask, and their text. Raises UserError for a target that has none to be used."""
     length = session.config.training.sequence_length
     served: dict[Subtask, list[tuple[Coded, bytes]]] = {}
     for name, sources in select.targets(session).items():

@@ -67,6 +67,24 @@ def data(session: Session) -> data_options.Options:
     return replace(options, selection=str(run(session) / target / "sidecar.parquet"))
 
 
+def examples(session: Session) -> Session:
+    """The same with a choice as its data, for stage=finetune; with selection=none as it is."""
+    options = session.config.selection
+    if options.method == "none":
+        return session
+    if options.method != "less":
+        raise UserError(
+            f"selection={options.method}: chooses documents, and stage=finetune reads examples; take selection=less "
+            f"selection.less.train_on={options.method}"
+        )
+    target = trained(session)
+    assert options.targets is not None
+    chosen = run(session) / target / f"{options.less.train_on}.jsonl"
+    split = data_options.Split((str(chosen),), options.less.test or options.targets[target])
+    where = replace(session.config.data, embedded=None, root=None, files=None, domain_key=None, domains={target: split})
+    return replace(session, config=replace(session.config, data=where))
+
+
 def trained(session: Session) -> str:
     """Name of the target whose selection is trained on."""
     options = session.config.selection
