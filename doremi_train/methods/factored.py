@@ -363,6 +363,14 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
     return {name: tuple(use.regrouped(index, present) for use in uses) for name, uses in examples.items()}
 
 
+def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
+    p, *d = uses[0].shape
+    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
+        found = [use.rows(rows) for use in uses]
+        yield rows, sum(found[1:], found[0])
+
+
 def blocks(rows: int, width: int) -> Iterator[slice]:
     """0 … rows in pieces of so few that `width` numbers for each of them stay within bounds."""
     step = max(1, _NUMBERS // max(1, width))
@@ -396,13 +404,10 @@ def _pairs_by_row(uses: tuple[Factor, ...], directions: list[Tensor]) -> tuple[T
 
 
 def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
-    """The gradients (n, rows, d) of one parameter, a block of rows after the other."""
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0 left out."""
     if len(uses) == 1 and isinstance(uses[0], Lookup):
         uses = (uses[0].compact(),)
-    p, *d = uses[0].shape
-    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
-        found = [use.rows(rows) for use in uses]
-        yield sum(found[1:], found[0])
+    return (part for _, part in materialised(uses))
 
 
 def _short(use: Outer) -> bool:

@@ -172,7 +172,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
-        _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
+        _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
         _one_of("mixture", self.mixture.method, ["doremi", "doge", "swarm", "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
         _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
@@ -220,7 +220,7 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 # What may change between two commands on one run_dir: it says how to compute, not what.
 _FREE = (
     "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
-    "selection.workers",
+    "selection.workers", "selection.less.batch_tokens",
 )  # fmt: skip
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",

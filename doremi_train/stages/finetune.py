@@ -26,7 +26,7 @@ from doremi_train.data.batches import read
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, language_model, once, targets, training_identity
+from doremi_train.stages import Session, language_model, once, select, targets, training_identity
 from doremi_train.train import Task, Trainer
 
 
@@ -37,6 +37,7 @@ class Built(NamedTuple):
 
 @once
 def run(session: Session) -> Run:
+    session = select.examples(session)
     encoder = Encoder(_folder(session), "finetune.model")
     data = prepared(session, encoder)
     selection = targets.chosen(session, data, lambda: _given(session, data, encoder))
