@@ -8,7 +8,13 @@ from pydantic.dataclasses import dataclass
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError
 from doremi_train.methods import less
 
-METHODS = ("ngram", "random", "bm25", "embedding")  # made in `selection.methods`, which needs the extra `select`
+METHODS = (
+    "ngram",
+    "random",
+    "bm25",
+    "classifier",
+    "embedding",
+)  # made in `selection.methods`, which needs the extra `select`
 
 Share = Annotated[float, Gt(0), Le(1)]
 Baseline = Literal["random", "bm25", "ngram", "rds", "rds_plus"]

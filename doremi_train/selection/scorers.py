@@ -23,6 +23,7 @@ Targets = Mapping[str, list[bytes]]  # documents of every column
 
 
 UNSEEN = 0.1  # of a count, for n-grams that a target has not: between 0.01 and 1 hidden documents are found best
+NO_TEXT = "selection: the raw corpus holds no training text; give files that hold text"
 
 
 class Scorer(Protocol):
@@ -33,6 +34,9 @@ class Scorer(Protocol):
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
         """Add what the method has to know of the raw corpus."""
+
+    def together(self, first: Arrays, second: Arrays) -> Arrays:
+        """The sums over the union of two parts of the corpus."""
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         """The model, from the targets and the sums over the corpus."""
@@ -55,6 +59,9 @@ class Random:
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
         return None
+
+    def together(self, first: Arrays, second: Arrays) -> Arrays:
+        return {name: first[name] + second[name] for name in first}
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         return {"columns": np.zeros(len(targets))}
@@ -79,7 +86,7 @@ class NGrams(Random):
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         raw, ratios = sums["counts"], []
         if not raw.any():
-            raise UserError("selection: the raw corpus holds no training text; give files that hold text")
+            raise UserError(NO_TEXT)
         for documents in targets.values():
             target, mixing = self.count(documents), self.options.mixing
             if mixing == "held_out":

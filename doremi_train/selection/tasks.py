@@ -145,10 +145,11 @@ def _runs(documents: list[bytes], tokenizer: str | None) -> Arrays:
 
 def summed(tasks: list[Task]) -> Arrays:
     """The sums over all sources."""
-    total: Arrays = {}
-    for task in tasks:
-        for name, values in read_arrays(task.counts).items():
-            total[name] = total[name] + values if name in total else values
+    total, scorer = read_arrays(tasks[0].counts), tasks[0].scorer
+    for task in tasks[1:]:
+        more = read_arrays(task.counts)
+        both = {name: total[name] + more[name] for name in ("words", "bad_lines")}
+        total = scorer.together(*({name: side[name] for name in scorer.sums()} for side in (total, more))) | both
     return total
 
 
