@@ -28,9 +28,10 @@ from doremi_train.runs import Run
 from doremi_train.train import Options as Training
 from doremi_train.train import Position, Task, Trainer
 
-LENGTH, PICKS, CANDIDATES = 64, 8, 16
+LENGTH, PICKS, CANDIDATES, VOCABULARY = 64, 16, 32, 512
 COPIES = 16  # distinct sequences among the duplicates
-TARGET_SEQUENCES = 16
+TARGET_SEQUENCES = 32
+RATE = 1e-2  # of seeds that are not reported
 POLICIES = {
     "all": None,  # every candidate is trained on: twice the data a step
     "random": Options(method="random"),
@@ -68,7 +69,7 @@ def pool(root: Path, characters: int, folder: Path) -> shards.TokenStore:
             left -= len(held[-1])
             if left < 0:
                 break
-    words = tokenizer.learn((text for splits in texts.values() for text in splits["train"][:20]), 1024)
+    words = tokenizer.learn((text for splits in texts.values() for text in splits["train"][:20]), VOCABULARY)
     shuffle = random.Random(0)
     noise: dict[str, list[str]] = {"train": [], "validation": []}
     for splits in texts.values():
@@ -117,8 +118,8 @@ def trained(store: shards.TokenStore, target: str, policy: str, seed: int, steps
             steps=steps,
             batch_size=PICKS if options else CANDIDATES,
             sequence_length=LENGTH,
-            learning_rate=2e-3,
-            end_learning_rate=2e-4,
+            learning_rate=RATE,
+            end_learning_rate=RATE / 10,
             checkpoint_every=10 * steps,
         ),
         evaluation=every,
@@ -180,7 +181,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             for policy in POLICIES:
                 runs[policy].append(trained(store, given.target, policy, seed, steps, folder))
                 print(seed, policy, runs[policy][-1].losses[-1], flush=True)
-        shape = costs.shape(model.resolve(model.Options(**model.preset("tiny", "model")), 1024, 0, LENGTH))
+        shape = costs.shape(model.resolve(model.Options(**model.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
     base = [run.losses[-1] for run in runs["random"]]
     figures: dict[str, Any] = {
         policy: {

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from doremi_train import comm, costs, detectors, files
+from doremi_train.batch_selection import Effort, effort
 from doremi_train.config import fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
@@ -90,6 +91,7 @@ class _Bill:
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
         self.domains = len(store.domains)
         self.models = 2 if self.training.loss_weighting == "imp" else 1  # frozen ones beside a main run
+        self.candidates = session.config.batch_selection.candidates or 2 * batch  # of a step that picks
         checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
         self.checked = int(checked.sum())  # sequences of one evaluation
         self.calls = -(-self.checked // (self.world.size * self.rows))  # forwards of a process for it
@@ -107,10 +109,13 @@ class _Bill:
             aimed = target.files is not None or target.domains is not None
             tokens += run.steps * self.session.config.doge.target_batch * self.length * aimed
             held = of.parameters * self.domains  # a gradient of each
-        flops = tokens * self._step(of, looks) + evaluations * self.checked * self.length * self._forward(of)
+        needed = self._effort(run)
+        forwards = needed.look + looks  # alone
+        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(of)  # per token that is trained on
+        flops = tokens * step + evaluations * self.checked * self.length * self._forward(of)
         pace, seconds = self._pace(run), None if run.left else 0.0
         if pace is not None:
-            steps = run.steps * self.parts * (pace.learn + looks * pace.look)
+            steps = run.steps * self.parts * (needed.learn * pace.learn + forwards * pace.look)
             seconds = run.left * (steps + evaluations * self.calls * pace.look)
         flops *= run.left
         if frozen is not None and run.missing:
@@ -123,7 +128,7 @@ class _Bill:
             strategy=self.session.place.strategy,
             processes=self.world.size,
             optimizer=training.optimizer,
-            rows=self.rows,
+            rows=self.world.largest(self.candidates, training.micro_batch_size) if self._selects(run) else self.rows,
             length=self.length,
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
@@ -136,10 +141,22 @@ class _Bill:
             "same_as": run.same_as,
             "parameters": of.parameters,
             "tokens": tokens,
+            "candidates": run.steps * self.candidates * self.length if self._selects(run) else tokens,  # tokens too
             "flops": flops,
             "seconds": seconds,
             "memory": memory._asdict() | {"total": sum(memory)},
         }
+
+    def _selects(self, run: Ahead) -> bool:
+        return run.name == "main" and self.session.config.batch_selection.method != "none"
+
+    def _effort(self, run: Ahead) -> Effort:
+        options, training = self.session.config.batch_selection, self.training
+        if not self._selects(run):
+            return Effort(1.0, 0.0)
+        together = len(self.world.rows(self.candidates, training.micro_batch_size)) == 1
+        one_pass = together and not training.activation_checkpointing
+        return effort(options, self.candidates, training.batch_size, options.validation_sequences, one_pass)
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
         """The last stage: every model once more, and the reference on training text too; in every command."""
