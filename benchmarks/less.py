@@ -60,7 +60,7 @@ def of_rank(rank: int, given: argparse.Namespace) -> tuple[dict[str, common.Rati
             "pool": lambda: direct(of, 1),
             "8_targets": lambda: direct(of, 8),
             "32_targets": lambda: direct(of, 32),
-            "2_checkpoints": lambda: (direct(of, 1), direct(of, 1)),
+            "2_checkpoints": lambda: direct(of._replace(pool=of.pool * 2), 1),
         },
         3,
     )

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint
-from doremi_train.runs import stop
 
 Kind = Literal["int8", "float16", "float64"]
 
@@ -48,27 +47,27 @@ class Rows:
         """The rows of a shard."""
         return slice(number * self.per_shard, min(self.count, (number + 1) * self.per_shard))
 
-    def fill(self, compute: Callable[[slice], NDArray[np.floating]], first: int, done: Callable[[int], None]) -> None:
+    def fill(self, compute: Callable[[slice], NDArray[np.floating]], first: int, look: Callable[[int], None]) -> None:
         """Compute whatever shards are not there, beginning with number `first` so that several processes meet late; and
-        wait for those that others are at. `done` is told how many rows are there."""
-        while missing := [n for n in range(self.shards) if not self._path(n).exists()]:
+        wait for those that others are at. `look` is told how many rows are there, often; what it raises ends this."""
+        while missing := [number for number in range(self.shards) if not self._path(number).exists()]:
             took = False
             for number in sorted(missing, key=lambda n: (n - first) % self.shards):
                 with self._path(number).with_suffix(".lock").open("a") as lock:
                     if not files.try_lock(lock) or self._path(number).exists():
                         continue
-                    took = True
-                    rows = self.shard(number)
-                    found = stored(compute(rows), self.kind)
+                    found = stored(compute(self.shard(number)), self.kind)
                     with files.replacing(self._path(number)) as aside, aside.open("wb") as file:
                         np.save(file, found, allow_pickle=False)
-                done(
-                    sum(self.shard(n).stop - self.shard(n).start for n in range(self.shards) if self._path(n).exists())
-                )
-                stop.check("select")
+                took = True
+                look(self._there())
             if not took:
-                stop.check("select")
                 time.sleep(0.1)
+                look(self._there())
+
+    def _there(self) -> int:
+        there = [self.shard(number) for number in range(self.shards) if self._path(number).exists()]
+        return sum(rows.stop - rows.start for rows in there)
 
     def read(self, number: int) -> NDArray[Any]:
         """The rows of a shard, mapped. Raises UserError for one that is torn."""

@@ -94,13 +94,13 @@ def target(model: nn.Module, found: Iterable[Tensor], options: Options) -> dict[
 @torch.no_grad()
 def cosines(at: Checkpoint, batch: Tensor, targets: Sequence[Direction], options: Options) -> Tensor:
     """(n, S) float64 of the directions of a batch and what `target` gave: exact."""
-    dots, squares = 0.0, 0.0
+    dots, squares = [], []
     for name, start, part in _directions(at, batch, options):
         end = start + part.shape[1]
         against = torch.stack([direction[name].flatten()[start:end].to(part.dtype) for direction in targets], 1)
-        dots = dots + (part @ against).double()
-        squares = squares + part.square().sum(1).double()
-    return dots / torch.as_tensor(squares).sqrt()[:, None]
+        dots.append((part @ against).double())
+        squares.append(part.square().sum(1).double())
+    return torch.stack(dots).sum(0) / torch.stack(squares).sum(0).sqrt()[:, None]
 
 
 @torch.no_grad()

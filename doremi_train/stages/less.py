@@ -13,6 +13,7 @@ warms up and scores; a choice is lines of files, so any model may be trained on 
 N examples of the pool, S subtasks of all targets together.
 """
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from doremi_train.data.sampler import Subsample
 from doremi_train.data.sources import BadLines, Source, records, resolve
 from doremi_train.methods import cross_entropy, less
 from doremi_train.methods.less import Moments
-from doremi_train.runs import Run
+from doremi_train.runs import Run, stop
 from doremi_train.selection import examples, influence
 from doremi_train.selection.features import Rows, cosines
 from doremi_train.selection.influence import Checkpoint, Coded
@@ -224,29 +225,25 @@ def _influences(session: Session, warm: Run, pool: Pool, served: Mapping[Subtask
     else:
         recipe |= {"targets": _printed(served)}
     home, epochs = session.store / "selection" / f"less-{fingerprint(recipe)}", len(result["learning_rates"])
-    found = []
-    with Bar("select: scoring", epochs * len(pool.tokens), unit="examples") as bar:
+    count, world, found = len(pool.tokens), comm.world(), []
+    with Bar("select: scoring", epochs * count, unit="examples", show=world.first) as bar:
         for epoch in range(1, epochs + 1):
             scored = _Scored(session, warm, epoch, pool, served)
-            told = recipe | {"epoch": epoch}
+            work, width = (scored.features, options.dimension) if kind else (scored.cosines, len(served))
             folder = home / f"epoch-{epoch}"
-            if kind is None:
-                rows = Rows(folder, told, len(pool.tokens), len(served), "float64", _SHARD)
-                work = scored.cosines
-            else:
-                rows = Rows(folder, told, len(pool.tokens), options.dimension, kind, _SHARD)
-                work = scored.features
-            world = comm.world()
-            before = (epoch - 1) * len(pool.tokens)
-            rows.fill(work, world.rank * rows.shards // world.size, lambda done: bar.update(before + done))  # noqa: B023
-            shards = [rows.read(number) for number in range(rows.shards)]
-            if kind is not None and served:
-                shards = [cosines(shard, scored.target_features) for shard in shards]
+            rows = Rows(folder, recipe | {"epoch": epoch}, count, width, kind or "float64", _SHARD)
+            rows.fill(work, world.rank * rows.shards // world.size, partial(_look, bar, (epoch - 1) * count))
             if served:
-                found.append(np.concatenate(shards))
+                shards = (rows.read(number) for number in range(rows.shards))
+                found += [np.concatenate([cosines(s, scored.target_features) if kind else s for s in shards])]
     if not found:
-        return np.zeros((len(pool.tokens), 0))
+        return np.zeros((count, 0))
     return less.influence(torch.from_numpy(np.stack(found)), torch.tensor(result["learning_rates"])).numpy()
+
+
+def _look(bar: Bar, before: int, done: int) -> None:
+    stop.check("select")
+    bar.update(before + done)
 
 
 class _Scored:
@@ -267,7 +264,7 @@ class _Scored:
         size, seed = self._options.dimension, self._options.projection_seed
         return self._each(rows, lambda batch: influence.features(at, batch, size, seed, self._options))
 
-    @property
+    @functools.cached_property
     def target_features(self) -> NDArray[np.floating]:
         """(S, k) of length 1 or less, as `influence.target` gives them; their projection keeps lengths on average."""
         _, targets = self._opened()
