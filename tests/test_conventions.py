@@ -128,15 +128,17 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
-    from doremi_train.methods import importance, vocabulary
+    from doremi_train.methods import importance, mixmin, vocabulary
     from doremi_train.selection import options as selection
     from doremi_train.stages import (
         Classify,
+        Compare,
         Config,
         Doge,
         Export,
         Main,
         MixtureOptions,
+        Online,
         Proxy,
         Reference,
         Submit,
@@ -148,7 +150,8 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
-    assert (config.doge, config.target) == (Doge(), Target())
+    assert (config.mixmin, config.compare) == (mixmin.Options(), Compare())
+    assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())

@@ -112,6 +112,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "free": list(free),
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
+        "how": _HOW.get(first.mixture["method"], _HOW["doremi"]),
         "swarm": _swarm(first),
         "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
@@ -121,6 +122,17 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "samples": _samples(store) if store and number == 0 else [],
         "provenance": first.mixture.get("provenance", {}) | {"runs": len(setting.results)},
     }
+
+
+_HOW = {
+    "doremi": "The proxy raises the weight of a domain where its loss is above the reference's (the excess loss, "
+    "clipped at 0 per token): there is more to learn. The mixture is the average of α over the steps.",
+    "doge": "The proxy raises the weight of a domain whose gradient points where that of the target does, or without "
+    "a target those of the other domains. The mixture is the average of α over the steps.",
+    "ado": "The main run draws what it still learns from, by laws that are fitted to its losses.",
+    "odm": "The main run draws what has high loss, and a part of everything, as a bandit does.",
+    "dro": "The main run draws what is furthest above its target loss.",
+}
 
 
 def _free_mixtures(run: Result, store: TokenStore | None) -> dict[str, dict[str, float]]:

@@ -1,15 +1,16 @@
-"""Child runs side by side, each the command itself on a configuration of its own: as processes here, or on Slurm.
+"""Child runs side by side, each the command itself on a configuration of its own: processes here, or a Slurm array.
 
 What a child computes is found by its content address afterwards, so a child that was done before is not sent again, and
 the parent needs nothing from a child but that it ended well.
 """
 
+import contextlib
 import importlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,16 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
     slots = list(range(options.parallel))
     failure: Exception | None = None
     looked = told = 0.0
+    if options.cluster == "slurm" and waiting:
+        for name, job in _array(options, waiting).items():
+            running[name] = job, 0
+            session.say(f"{name:<22} is job {job.job_id} (slurm)")
+        waiting = {}
     while running or (waiting and not failure):
         while waiting and slots and not failure:
             name = next(iter(waiting))
             running[name] = _start(options, waiting.pop(name), slots[-1]), slots.pop()
-            session.say(f"{name:<22} is job {running[name][0].job_id} ({options.cluster})")
+            session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
         look = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
         looked = time.monotonic() if look else looked
         for name, (job, slot) in list(running.items()):
@@ -94,43 +100,62 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
 
 
 def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
-    """Submit one child. Raises UserError where there is no Slurm, or it refuses."""
+    """One child as a process here."""
     import submitit
 
     folder = Path(plain["run_dir"])
     logs = folder.with_name(f"{folder.name}.log")
     for old in logs.glob("*_result.pkl"):  # a process number comes again
         old.unlink()
-    executor: Any
-    keep = {name: os.environ[name] for name in os.environ if name == "SLURM_CONF"}
-    agent = [name for name in os.environ if name.startswith("TORCHELASTIC_")]
-    with submitit.helpers.clean_env(extra_names=agent):  # a child is no rank of its parent, and no step of its job
-        os.environ.update(keep)
-        if options.cluster == "local":
-            executor = submitit.LocalExecutor(logs)
-            gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
-            executor.update_parameters(
-                timeout_min=_MINUTES_OF_A_YEAR,
-                tasks_per_node=options.tasks_per_node,
-                gpus_per_node=len(gpus),
-                visible_gpus=gpus,
-            )
-            return executor.submit(Child(plain))
+    gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
+    with _environment():
+        executor = submitit.LocalExecutor(logs)
+        executor.update_parameters(
+            timeout_min=_MINUTES_OF_A_YEAR,
+            tasks_per_node=options.tasks_per_node,
+            gpus_per_node=len(gpus),
+            visible_gpus=gpus,
+        )
+        return executor.submit(Child(plain))
+
+
+def _array(options: Submit, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All children as one array of Slurm, `submit.parallel` of them at once. Raises UserError where there is no Slurm,
+    or it refuses."""
+    import submitit
+
+    first = Path(next(iter(children.values()))["run_dir"])
+    given = {name: getattr(options, name) for name in ("gpus_per_node", "cpus_per_task", "partition")}
+    with _environment():
         try:
-            executor = submitit.SlurmExecutor(logs, max_num_timeout=1000)
-            given = {name: getattr(options, name) for name in ("gpus_per_node", "cpus_per_task", "partition")}
+            executor = submitit.SlurmExecutor(first.with_name("array.log"), max_num_timeout=1000)
             executor.update_parameters(
                 job_name="doremi-train",
                 time=options.timeout_minutes,
                 nodes=options.nodes,
                 ntasks_per_node=options.tasks_per_node,
+                array_parallelism=options.parallel,
                 signal_delay_s=min(120, options.timeout_minutes * 30),
                 additional_parameters=dict(options.extra or {}),
                 **{name: value for name, value in given.items() if value},
             )
-            return executor.submit(Child(plain))
+            with executor.batch():
+                jobs = {name: executor.submit(Child(plain)) for name, plain in children.items()}
         except (RuntimeError, OSError) as error:
-            raise UserError(f"submit.cluster=slurm: the job could not be submitted: {error}") from None
+            raise UserError(f"submit.cluster=slurm: the jobs could not be submitted: {error}") from None
+    return jobs
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """A child is no rank of its parent, and no step of its job."""
+    import submitit
+
+    keep = {name: os.environ[name] for name in os.environ if name == "SLURM_CONF"}
+    agent = [name for name in os.environ if name.startswith("TORCHELASTIC_")]
+    with submitit.helpers.clean_env(extra_names=agent):
+        os.environ.update(keep)
+        yield
 
 
 def _ended(job: Any, look: bool) -> bool:
