@@ -22,7 +22,7 @@ from doremi_train.config import UserError, conf_dir, fingerprint, redact
 
 STAGES = (
     *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "swarm", "main", "evaluate"),
-    *("report", "export", "classify", "compare"),
+    *("report", "export", "classify", "finetune", "compare"),
 )
 
 

@@ -144,7 +144,7 @@ class Selector:
             self._look_ahead(step)
         found, losses, examples, gram = self._score(batch, rows)
         if options.method == "greats":
-            length = batch.micro[0].tokens.shape[1] - 1
+            length = float(batch.tokens.sum()) / self.candidates  # tokens of a candidate, on average
             gram = gram / length**2 if gram is not None else found.sketch @ found.sketch.T / length**2
             own = options.curvature == "identity"
             picks = greats.pick(
@@ -181,7 +181,7 @@ class Selector:
             tokens = micro.tokens.to(self._device, non_blocking=True)
             if self.options.method == "max_loss":
                 with torch.no_grad():
-                    values[where] = self._model(tokens).double().mean(1)
+                    values[where] = self._model(tokens).double().sum(1) / micro.carrying.to(self._device)
                 continue
             shape = (len(tokens), tokens.shape[1] - 1)
             losses, examples = gradients.capture(
@@ -237,9 +237,9 @@ class Selector:
         """Of the mean validation loss. Every process computes all of it: then all have the same bits."""
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         total = {name: torch.zeros_like(p) for name, p in named.items()}
+        carrying = (self._validation[:, 1:] >= 0).sum()
         for tokens in self._validation.split(self._micro):
-            losses = self._model(tokens)
-            loss = losses.sum() / (len(self._validation) * losses.shape[1])
+            loss = self._model(tokens).sum() / carrying
             parts = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             for name, part in zip(named, parts, strict=True):
                 if part is not None:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
-from doremi_train.data.batches import Batch, Batches, MicroBatch, some
+from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
-from doremi_train.data.shards import TokenStore
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel
@@ -57,7 +56,7 @@ class Task(NamedTuple):
     run: Run
     objective: Objective
     objective_options: Any
-    store: TokenStore
+    store: Store
     seed: int
     training: Options
     evaluation: evaluation.Options
@@ -274,7 +273,7 @@ class Trainer:
         """The objective's, of losses (B, T) and the reference's."""
         task, domain = self.task, micro.domain.to(self.device, non_blocking=True)
         self._step_loss.total.add_(losses.detach().double().sum())
-        self._step_loss.tokens.add_(losses.numel())
+        self._step_loss.tokens.add_(int(micro.carrying.sum()))
         return task.objective.observe(
             losses.detach(), reference, domain, len(task.store.domains), task.objective_options
         )
@@ -365,11 +364,17 @@ class Trainer:
             "counts": torch.from_numpy(position.counts),
             "skipped": position.skipped,
             "loss": [float(part) for part in self._loss],
-            **self.engine.state(),
+            **self._trained(),
         }
         if self.selector is not None:
             content["selection"] = self.selector.saved()
         comm.on_first(lambda: self._write(content))
+
+    def _trained(self) -> dict[str, Any]:
+        """The engine's state without frozen parameters, which a continued run begins with again."""
+        state = self.engine.state()
+        frozen = {name for name, p in self.bare.named_parameters() if not p.requires_grad}
+        return state | {"model": {name: tensor for name, tensor in state["model"].items() if name not in frozen}}
 
     def _write(self, content: dict[str, Any]) -> None:
         folder, step = self.task.run.folder, content["step"]

@@ -21,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 RUNGS = {
     0: "methods config world files launcher remote slurm detectors projection exports",
-    1: "comm data model optim gradients track",
+    1: "comm data model optim gradients track lora",
     2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection "
     "domain_gradients",
     3: "train results",
@@ -136,6 +136,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Config,
         Doge,
         Export,
+        Finetune,
         Main,
         MixtureOptions,
         Online,
@@ -152,6 +153,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
     assert (config.mixmin, config.compare) == (mixmin.Options(), Compare())
     assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
+    assert config.finetune == Finetune()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())

@@ -166,6 +166,7 @@ def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> N
         f"selection.vocabulary={folder / 'vocabulary.json'}", f"run_dir={tmp_path / 's'}", "selection.workers=1",
     )  # fmt: skip
     assert chosen.code == 0, chosen
+    assert "Utility of the vocabulary" in (tmp_path / "s" / "select" / "report.html").read_text()
     import pyarrow.parquet as pq
 
     texts = [json.loads(line)["text"] for line in (tmp_path / "raw/mixed/train.jsonl").open()]

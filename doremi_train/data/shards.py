@@ -439,6 +439,10 @@ class TokenStore:
             out[row] = tokens[first : first + length + 1]
         return out
 
+    def carrying(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
+        """(B,) tokens of the sequences that carry a loss: all."""
+        return np.full(len(sequence), length)
+
     def _column(self, split: str, name: str) -> np.ndarray:
         return np.array([self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64)
 

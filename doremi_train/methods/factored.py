@@ -91,8 +91,9 @@ class Outer(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient, made
-    again where it is needed, some rows at a time: the logits of all tokens never exist."""
+    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient: whole
+    where it is small, else made again where it is needed, some rows at a time, so that the logits of all tokens never
+    exist."""
 
     hidden: Tensor  # (n, T, d)
     targets: Tensor  # (n, T)
@@ -101,6 +102,7 @@ class Softmax(NamedTuple):
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
     known: Tensor | None = None  # (n, T, r) its product with the left side of a sketch, where a backward left it
+    whole: Tensor | None = None  # (n, T, V) itself, where a backward left it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,6 +110,8 @@ class Softmax(NamedTuple):
 
     def left(self, rows: slice) -> Tensor:
         """(n, T, rows)"""
+        if self.whole is not None:
+            return self.whole[..., rows]
         logits = self.hidden @ self.weight[rows].T.to(self.hidden.dtype)
         if self.bias is not None:
             logits = logits + self.bias[rows].to(logits.dtype)
@@ -135,7 +139,8 @@ class Softmax(NamedTuple):
 
     def at(self, examples: Tensor) -> "Softmax":
         hidden, targets, normalizers, gradient = (field.index_select(0, examples) for field in self[:4])
-        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
+        whole = None if self.whole is None else self.whole.index_select(0, examples)
+        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias, whole=whole)
 
     def regrouped(self, index: Tensor, present: Tensor) -> "Softmax":
         hidden, targets, normalizers = (_regroup(field, index) for field in self[:3])
@@ -143,7 +148,8 @@ class Softmax(NamedTuple):
         return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
 
     def _blocks(self) -> Iterator[slice]:
-        return blocks(len(self.weight), self.targets.numel())
+        width = self.targets.numel() if self.whole is None else 0
+        return blocks(len(self.weight), width)
 
 
 class SoftmaxBias(NamedTuple):
@@ -357,6 +363,14 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
     return {name: tuple(use.regrouped(index, present) for use in uses) for name, uses in examples.items()}
 
 
+def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
+    p, *d = uses[0].shape
+    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
+        found = [use.rows(rows) for use in uses]
+        yield rows, sum(found[1:], found[0])
+
+
 def blocks(rows: int, width: int) -> Iterator[slice]:
     """0 … rows in pieces of so few that `width` numbers for each of them stay within bounds."""
     step = max(1, _NUMBERS // max(1, width))
@@ -390,13 +404,10 @@ def _pairs_by_row(uses: tuple[Factor, ...], directions: list[Tensor]) -> tuple[T
 
 
 def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
-    """The gradients (n, rows, d) of one parameter, a block of rows after the other."""
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0 left out."""
     if len(uses) == 1 and isinstance(uses[0], Lookup):
         uses = (uses[0].compact(),)
-    p, *d = uses[0].shape
-    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
-        found = [use.rows(rows) for use in uses]
-        yield sum(found[1:], found[0])
+    return (part for _, part in materialised(uses))
 
 
 def _short(use: Outer) -> bool:

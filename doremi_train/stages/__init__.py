@@ -44,6 +44,7 @@ from doremi_train.config import (
     redact,
 )
 from doremi_train.data import options as data_options
+from doremi_train.lora import Options as LoraOptions
 from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
 from doremi_train.remote import Mirror
 from doremi_train.selection import options as selection_options
@@ -142,6 +143,12 @@ class Compare:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Finetune:
+    model: str | None = None  # local transformers folder with its tokeniser, or a model folder of an earlier run
+    lora: LoraOptions = LoraOptions()
+
+
+@dataclass(frozen=True, config=STRICT)
 class Export:
     to: str | None = None  # a trainer: a key of exports.FORMATS
     path: str | None = None  # of the file; null: in run_dir/export
@@ -189,6 +196,7 @@ class Config:
     batch_selection: BatchSelection
     classify: Classify
     compare: Compare
+    finetune: Finetune
     export: Export
     submit: Submit
     tracking: tracking.Options
@@ -196,7 +204,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
-        _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
+        _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
         learned = ["doremi", "doge", *ONLINE, "mixmin", "swarm", "search"]
         _one_of("mixture", self.mixture.method, [*learned, "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
@@ -248,7 +256,10 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
-_FREE = ("stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.workers")
+_FREE = (
+    "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
+    "selection.workers", "selection.less.batch_tokens",
+)  # fmt: skip
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
     "timeout",

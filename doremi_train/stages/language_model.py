@@ -1,6 +1,6 @@
 """A language model trained on a fixed mixture: reference, baseline, uniform and main are all this run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -105,24 +105,37 @@ def train(
     return run
 
 
-def finish(session: Session, task: Task, trainer: Trainer) -> None:
-    """Train to the end, save the model, and write the result: the run is done."""
+Save = Callable[[dict[str, Tensor]], None]  # of the model's whole tensors by name, into the run's folder
+
+
+def finish(
+    session: Session, task: Task, trainer: Trainer, save: Save | None = None, said: Mapping[str, Any] | None = None
+) -> None:
+    """Train to the end, save the model, and write the result: the run is done. `save`: otherwise than as a model of the
+    token store; `said`: what the result says more."""
     with session.tracking.run(task.label, task.run.folder.name, trainer.begins_at) as tracked:
         position = trainer.fit(tracked.line)
         measured = trainer.evaluate()
         tensors = trainer.engine.state()["model"]
-        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, measured, tensors)))
+        more = {"evaluation": measured, **(said or {})}
+        write = save or (lambda tensors: _save(task, trainer, tensors))
+        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, more, lambda: write(tensors))))
     trainer.engine.close()
 
 
+def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    assert isinstance(task.store, TokenStore)
+    model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+
+
 def _write(
-    task: Task, trainer: Trainer, position: Position, measured: dict[str, Any], tensors: dict[str, Tensor]
+    task: Task, trainer: Trainer, position: Position, more: dict[str, Any], save: Callable[[], None]
 ) -> dict[str, float]:
     """Returns the headline."""
-    model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+    save()
     epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
-    result |= {"evaluation": measured, "engine": trainer.engine_used}
+    result |= {"engine": trainer.engine_used, **more}
     if hasattr(task.objective, "result"):
         average = task.objective.result(position.state).tolist()
         result["weights"] = dict(zip(task.store.domains, average, strict=True))
@@ -130,6 +143,7 @@ def _write(
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")
     learned = {f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()}
+    measured = more["evaluation"]
     return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **learned}
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 import yaml
 from rich.table import Table
 
-from doremi_train import comm, files, results
+from doremi_train import comm, results
 from doremi_train.data.shards import TokenStore
 from doremi_train.detectors import effective_number
 from doremi_train.methods import HEURISTICS, heuristics
 from doremi_train.results import Result, Setting, spread
-from doremi_train.stages import Session, diagnose, evaluate, identity, report_charts, sweep
+from doremi_train.stages import Session, diagnose, evaluate, identity, report_charts, select_report, sweep
+from doremi_train.stages.page import write_page
 from doremi_train.track import console
 
 _MOST_SAMPLES = 60  # domains of which text is shown
@@ -56,12 +56,19 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         charts=report_charts.compare(settings) if len(settings) > 1 else [],
         summary=_summary(settings) if len(settings) > 1 else None,
         sections=[_section(setting, number) for number, setting in enumerate(settings)],
+        selection=_selection(settings[0].results[0]),
     )
     console.print(_settings_table(settings) if len(settings) > 1 else _domains_table(settings[0]))
     for finding in {warning: None for setting in settings for warning in _warnings(setting)}:
         console.print(f"[yellow]warning:[/yellow] {_plain(finding)}")
     console.print(_plain(verdict))
     console.print(f"report: {_plain(str(page))}")
+
+
+def _selection(run: Result) -> dict[str, Any]:
+    """What the run chose of its corpus; empty where it took everything, or a choice made elsewhere."""
+    folder = run.folder / "select"
+    return select_report.content(folder, run.config.get("selection.vocabulary")) if folder.exists() else {}
 
 
 def overall(settings: Sequence[Setting]) -> str:
@@ -74,18 +81,6 @@ def overall(settings: Sequence[Setting]) -> str:
         f"{runs} runs of {len(settings)} settings; the lowest mean loss is that of {best.label} "
         f"({spread(best.losses('main'))} nats per token). There: {results.verdict(best)}"
     )
-
-
-def write_page(path: Path, template: str = "report.html.jinja", **content: Any) -> None:
-    """Render a template; every value is escaped, only our own charts are markup."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    files.write_bytes(path, environment.get_template(template).render(**content).encode())
 
 
 # ── One setting ──────────────────────────────────────────────────────────────────────────────────────────────────────

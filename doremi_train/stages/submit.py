@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from doremi_train import comm, runs
 from doremi_train.config import UserError
 from doremi_train.runs import Preempted
+from doremi_train.selection.engines import LOSSES
 from doremi_train.stages import Session, Submit
 from doremi_train.train import TrainingFailed
 
@@ -39,6 +40,75 @@ class Child:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Tasks for one job of an array, one after the other. After a time limit it begins anew: done is not done again."""
+
+    work: Callable[[Any], object]
+    tasks: Sequence[Any]
+
+    def __call__(self) -> tuple[int, str]:
+        try:
+            for task in self.tasks:
+                self.work(task)
+        except UserError as error:
+            return error.exit_code, str(error)
+        return 0, ""
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Array:
+    """An engine of selection (`selection.engines`): shares of its tasks as arrays of Slurm jobs."""
+
+    options: Submit
+    logs: Path
+    jobs: int | None  # of an array; None: `submit.parallel`
+
+    def run(self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]) -> None:
+        """Raises the error of the first job that failed, and TrainingFailed where jobs are lost again and again."""
+        count, lost = min(self.jobs or self.options.parallel, len(tasks)), 0
+        left = [Share(work, tasks[first::count]) for first in range(count)]
+        while left:
+            before = len(left)
+            left = self._tried(left, len(tasks), look)
+            lost = lost + 1 if len(left) == before else 0
+            if lost > LOSSES:
+                raise TrainingFailed(f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}")
+
+    def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
+        """The shares of those jobs of an array that ended without a result, as when they are killed."""
+        with _clean_environment(), _slurm_refusals():
+            executor = _slurm(self.options, self.logs, nodes=1, tasks=1, gpus=0)
+            with executor.batch():
+                going = {number: (executor.submit(share), share) for number, share in enumerate(shares)}
+        lost: list[Share] = []
+        looked = 0.0
+        try:
+            while going:
+                queue = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
+                looked = time.monotonic() if queue else looked
+                for number, (job, share) in list(going.items()):
+                    if not _ended(job, queue):
+                        continue
+                    if not _has_result(job):
+                        lost.append(share)
+                    elif failure := _failure(f"selection, job {job.job_id}", job):
+                        raise failure
+                    del going[number]
+                undone = [*(share for _, share in going.values()), *lost]
+                look(total - sum(len(share.tasks) for share in undone))
+                time.sleep(0.2)
+        finally:  # what a killed job has finished stays
+            for job, _ in going.values():
+                subprocess.run(["scancel", "--quiet", job.job_id], capture_output=True, check=False)
+        return lost
 
 
 def submit(
@@ -108,7 +178,7 @@ def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
     for old in logs.glob("*_result.pkl"):  # a process number comes again
         old.unlink()
     gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
-    with _environment():
+    with _clean_environment():
         executor = submitit.LocalExecutor(logs)
         executor.update_parameters(
             timeout_min=_MINUTES_OF_A_YEAR,
@@ -120,34 +190,17 @@ def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
 
 
 def _array(options: Submit, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """All children as one array of Slurm, `submit.parallel` of them at once. Raises UserError where there is no Slurm,
-    or it refuses."""
-    import submitit
-
-    first = Path(next(iter(children.values()))["run_dir"])
-    given = {name: getattr(options, name) for name in ("gpus_per_node", "cpus_per_task", "partition")}
-    with _environment():
-        try:
-            executor = submitit.SlurmExecutor(first.with_name("array.log"), max_num_timeout=1000)
-            executor.update_parameters(
-                job_name="doremi-train",
-                time=options.timeout_minutes,
-                nodes=options.nodes,
-                ntasks_per_node=options.tasks_per_node,
-                array_parallelism=options.parallel,
-                signal_delay_s=min(120, options.timeout_minutes * 30),
-                additional_parameters=dict(options.extra or {}),
-                **{name: value for name, value in given.items() if value},
-            )
-            with executor.batch():
-                jobs = {name: executor.submit(Child(plain)) for name, plain in children.items()}
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"submit.cluster=slurm: the jobs could not be submitted: {error}") from None
-    return jobs
+    """All children as one array of Slurm, `submit.parallel` of them at once."""
+    logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
+    with _clean_environment(), _slurm_refusals():
+        executor = _slurm(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
+        executor.update_parameters(array_parallelism=options.parallel)
+        with executor.batch():
+            return {name: executor.submit(Child(plain)) for name, plain in children.items()}
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def _clean_environment() -> Iterator[None]:
     """A child is no rank of its parent, and no step of its job."""
     import submitit
 
@@ -156,6 +209,35 @@ def _environment() -> Iterator[None]:
     with submitit.helpers.clean_env(extra_names=agent):
         os.environ.update(keep)
         yield
+
+
+def _slurm(options: Submit, logs: Path, nodes: int, tasks: int, gpus: int) -> Any:
+    """An executor of jobs of so many nodes, tasks and GPUs of each."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(logs, max_num_timeout=1000)
+    given = {"gpus_per_node": gpus, "cpus_per_task": options.cpus_per_task, "partition": options.partition}
+    executor.update_parameters(
+        job_name="doremi-train",
+        time=options.timeout_minutes,
+        nodes=nodes,
+        ntasks_per_node=tasks,
+        signal_delay_s=min(120, options.timeout_minutes * 30),
+        additional_parameters=dict(options.extra or {}),
+        **{name: value for name, value in given.items() if value},
+    )
+    return executor
+
+
+@contextlib.contextmanager
+def _slurm_refusals() -> Iterator[None]:
+    """Raises UserError where there is no Slurm, or it takes no job."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"submit: Slurm took no job: {error}; sbatch must be here, and allow submit.partition, .extra and the like"
+        ) from None
 
 
 def _ended(job: Any, look: bool) -> bool:
@@ -177,11 +259,7 @@ def _failure(name: str, job: Any) -> Exception | None:
     from submitit.core.utils import UncompletedJobError
 
     first = job.task(0)
-    for _ in range(50):  # a file of another machine may be seen a while later
-        if first.paths.result_pickle.exists():
-            break
-        time.sleep(0.2)
-    else:
+    if not _has_result(job):
         return TrainingFailed(f"{name}: job {job.job_id} ended without a result, as when it is killed{_log(first)}")
     try:
         code, message = first.result()
@@ -190,6 +268,15 @@ def _failure(name: str, job: Any) -> Exception | None:
     kinds = {0: None, Preempted.exit_code: Preempted, UserError.exit_code: UserError}
     kind = kinds.get(code, TrainingFailed)
     return kind(f"{name}: {message}{_log(first) if kind is TrainingFailed else ''}") if kind else None
+
+
+def _has_result(job: Any) -> bool:
+    """Whether a job that ended left a result; a file of another machine may be seen a while later."""
+    for _ in range(50):
+        if job.task(0).paths.result_pickle.exists():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _log(task: Any) -> str:

@@ -3,7 +3,7 @@
 Batch selection looks at it while the final model is trained, and some mixtures are made for it (keys `target.*`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,16 +13,15 @@ from torch import Tensor
 from doremi_train.batch_selection import Setting
 from doremi_train.config import UserError
 from doremi_train.data import options, sources, tokenizer
-from doremi_train.data.batches import fixed_sequences, read
+from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.shards import TokenStore
 from doremi_train.stages import Session
 
 
 class _Wanted(NamedTuple):
-    """Keys of the configuration, for messages, and what they hold."""
+    """So many sequences of these domains, and the keys of the configuration that say so, for messages."""
 
     files_key: str
-    files: tuple[str, ...] | None
     domains_key: str
     domains: Sequence[str]
     sequences_key: str
@@ -31,22 +30,28 @@ class _Wanted(NamedTuple):
 
 def setting(session: Session, store: TokenStore) -> Setting | None:
     """How a step's candidates are picked; None where all are trained on."""
+    files = session.config.batch_selection.validation
+    return chosen(session, store, lambda: _given(session, store, _of_selection(session, store), files or ()))
+
+
+def chosen(session: Session, store: Store, given: Callable[[], Tensor]) -> Setting | None:
+    """The same for any store, with `given` reading the files of batch_selection.validation."""
     asked, training = session.config.batch_selection, session.config.training
     if asked.method == "none":
         return None
     if asked.method not in ("greats", "topk"):
         validation = _nothing(session)
+    elif asked.validation is not None:
+        validation = given()
     else:
-        wanted = _Wanted(
-            "batch_selection.validation",
-            asked.validation,
-            "batch_selection.domains",
-            asked.domains or store.domains,
-            "batch_selection.validation_sequences",
-            asked.validation_sequences,
-        )
-        validation = _sequences(session, store, wanted)
+        validation = _drawn(session, store, _of_selection(session, store))
     return Setting(asked, asked.candidates or 2 * training.batch_size, validation)
+
+
+def _of_selection(session: Session, store: Store) -> _Wanted:
+    asked, name = session.config.batch_selection, "batch_selection"
+    domains, sequences = asked.domains or store.domains, asked.validation_sequences
+    return _Wanted(f"{name}.validation", f"{name}.domains", domains, f"{name}.validation_sequences", sequences)
 
 
 def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = ()) -> Tensor:
@@ -57,28 +62,25 @@ def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = 
     if asked.files is None and not names:
         return _nothing(session)
     keys = ("target.files", "target.domains", "target.sequences")
-    return _sequences(session, store, _Wanted(keys[0], asked.files, keys[1], names, keys[2], asked.sequences))
+    wanted = _Wanted(keys[0], keys[1], names, keys[2], asked.sequences)
+    return _drawn(session, store, wanted) if asked.files is None else _given(session, store, wanted, asked.files)
 
 
 def _nothing(session: Session) -> Tensor:
     return torch.zeros(0, session.config.training.sequence_length + 1, dtype=torch.int64)
 
 
-def _sequences(session: Session, store: TokenStore, wanted: _Wanted) -> Tensor:
-    return _drawn(session, store, wanted) if wanted.files is None else _given(session, store, wanted, wanted.files)
-
-
-def _drawn(session: Session, store: TokenStore, wanted: _Wanted) -> Tensor:
+def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
     """(M, T + 1) from the validation split, evenly over the domains and none that the reported evaluation looks at."""
     names, length = wanted.domains, session.config.training.sequence_length
     unknown = sorted(set(names) - set(store.domains))
     if unknown:
         raise UserError(f"{wanted.domains_key}: {', '.join(unknown)}: unknown; allowed: {', '.join(store.domains)}")
-    evaluated = set(zip(*(part.tolist() for part in _evaluated(session, store)), strict=True))
+    reported = set(zip(*(part.tolist() for part in evaluated(session, store)), strict=True))
     found = []
     for nth, name in enumerate(names):
         k = store.domains.index(name)
-        free = [s for s in range(int(store.sequences("validation", length)[k])) if (k, s) not in evaluated]
+        free = [s for s in range(int(store.sequences("validation", length)[k])) if (k, s) not in reported]
         count = (nth + 1) * wanted.sequences // len(names) - nth * wanted.sequences // len(names)
         if len(free) < count:
             raise UserError(
@@ -111,9 +113,9 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
             f"{length} need {needed}; give more text, or lower {wanted.sequences_key}"
         )
     target = np.array(tokens[:needed])
-    evaluated = read(store, "validation", *_evaluated(session, store), length).tokens.numpy()
+    reported = read(store, "validation", *evaluated(session, store), length).tokens.numpy()
     half = -(-length // 2)  # whatever shares a whole sequence, wherever it begins, shares one of its halves
-    known = {row[start : start + half].tobytes() for row in evaluated for start in (0, length - half)}
+    known = {row[start : start + half].tobytes() for row in reported for start in (0, length - half)}
     if any(target[start : start + half].tobytes() in known for start in range(needed - half)):
         raise UserError(
             f"{wanted.files_key}: shares text with the reported evaluation, towards which would then be "
@@ -131,6 +133,7 @@ def _documents(where: options.Options, store: TokenStore) -> Iterator[list[int]]
             yield found.tolist()
 
 
-def _evaluated(session: Session, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+def evaluated(session: Session, store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Domain and sequence of what the reported evaluation looks at."""
     length = session.config.training.sequence_length
     return fixed_sequences(store, "validation", length, session.config.evaluation.sequences)
