@@ -34,6 +34,7 @@ class Result(NamedTuple):
     picks: list[dict[str, Any]]  # batch_selection.jsonl of the final model; empty where it took every sequence
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
+    downstream: dict[str, Any]  # downstream.json; empty where there is none
     swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
 
     @property
@@ -106,6 +107,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     plan = folder / "plan.json"
     findings = folder / "findings.json"
     fit = folder / "swarm" / "fit.json"
+    tasks = folder / "downstream.json"
     return Result(
         folder=folder,
         config=config,
@@ -117,6 +119,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         picks=list(files.read_lines(folder / "main" / "batch_selection.jsonl")),
         findings=files.read_json(findings) if findings.exists() else [],
         warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
+        downstream=files.read_json(tasks) if tasks.exists() else {},
         swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}
         if fit.exists()
         else {},

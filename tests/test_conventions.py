@@ -23,7 +23,7 @@ RUNGS = {
     0: "methods config world files launcher remote slurm detectors projection exports",
     1: "comm data model optim gradients track lora",
     2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection "
-    "domain_gradients",
+    "domain_gradients downstream",
     3: "train results",
     4: "stages",
     5: "__main__",
@@ -135,6 +135,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Compare,
         Config,
         Doge,
+        Downstream,
         Export,
         Finetune,
         Main,
@@ -151,7 +152,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
-    assert (config.mixmin, config.compare) == (mixmin.Options(), Compare())
+    assert (config.mixmin, config.compare, config.downstream) == (mixmin.Options(), Compare(), Downstream())
     assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
     assert config.finetune == Finetune()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())

@@ -104,7 +104,7 @@ def _fit(state: State, options: Options) -> Law:
 def fit(n: Tensor, loss: Tensor, tokens: Tensor, now: float) -> Law:
     """Least squares of ε + β n^{−α} to the mean losses of pieces at n (N,): loss (N, K) is summed over tokens (N, K),
     which are their weights. Neither ε nor what is above it is below 0."""
-    x = (n / now) ** -EXPONENTS[:, None, None].squeeze(-1)  # (A, N)
+    x = (n / now) ** -EXPONENTS[:, None]  # (A, N)
     y = loss / tokens.clamp_min(1)
     total, of_y, of_yy = tokens.sum(0), (tokens * y).sum(0), (tokens * y * y).sum(0)  # (K,)
     of_x, of_xx, of_xy = x @ tokens, x**2 @ tokens, x @ (tokens * y)  # (A, K)

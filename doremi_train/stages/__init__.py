@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from doremi_train import (
     checkpoint,
     comm,
+    downstream,
     engine,
     evaluation,
     exports,
@@ -149,6 +150,13 @@ class Finetune:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Downstream:
+    tasks: tuple[str, ...] = ()  # of downstream.FORMS
+    files: dict[str, str] | None = None  # {task: folder with test.jsonl and train.jsonl}; cloze needs none
+    examples: Positive = 200  # of each, at most
+
+
+@dataclass(frozen=True, config=STRICT)
 class Export:
     to: str | None = None  # a trainer: a key of exports.FORMATS
     path: str | None = None  # of the file; null: in run_dir/export
@@ -197,6 +205,7 @@ class Config:
     classify: Classify
     compare: Compare
     finetune: Finetune
+    downstream: Downstream
     export: Export
     submit: Submit
     tracking: tracking.Options
@@ -235,6 +244,15 @@ class Config:
             _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
             if self.mixture.path is None:
                 raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
+        for name in self.downstream.tasks:
+            _one_of("downstream.tasks", name, list(downstream.FORMS))
+            if name != "cloze" and name not in (self.downstream.files or {}):
+                raise UserError(
+                    f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of yours; give it as "
+                    f"downstream.files={{{name}: FOLDER}}"
+                )
+        if self.downstream.tasks:
+            downstream.require()
         for name in self.compare.methods:
             _one_of("compare.methods", name, learned)
         for name in self.compare.baselines:
@@ -260,9 +278,10 @@ _FREE = (
     "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
     "selection.workers", "selection.less.batch_tokens",
 )  # fmt: skip
+_FREE_GROUPS = ("compare", "downstream", "engine", "export", "submit", "tracking")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
-    "timeout",
+    "timeout", "snapshots",
 )  # fmt: skip
 
 
@@ -407,7 +426,7 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in ("compare", "engine", "export", "submit", "tracking")
+        if key not in free and key.partition(".")[0] not in _FREE_GROUPS
     }
 
 

@@ -73,32 +73,30 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
     asked, found, failures = session.config.compare, [], []
     steps = language_model.main_steps(session)
     for method in asked.methods:
-        cost = _cost(session, Contender(method, {}, Cost(0, 0, 0)))
-        others = []
+        cost = _cost(session, method, {})
         longer = {"main.steps": steps + int(cost.proxies / (cost.main / steps))}
-        for name in asked.baselines:
-            others.append((name, longer))
-        count = int(cost.proxies / _cost(session, Contender("search", {"swarm.runs": 1}, Cost(0, 0, 0))).proxies)
+        tried = [(name, longer) for name in asked.baselines]
+        count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
         if asked.search and count:
-            others.append(("search", {"swarm.runs": count}))
-        contenders = []
-        for name, changes in others:
+            tried.append(("search", {"swarm.runs": count}))
+        others = []
+        for name, changes in tried:
             try:
-                other = Contender(name, changes, Cost(0, 0, 0))
-                contenders.append(other._replace(cost=_cost(session, other)))
-            except UserError as error:
+                others.append(Contender(name, changes, _cost(session, name, changes)))
+            except UserError as error:  # such as UniMax, where the longer run needs more text than it allows
                 failures.append(f"{name} beside {method}: {error}")
-        found.append(Question(Contender(method, {}, cost), contenders))
+        found.append(Question(Contender(method, {}, cost), others))
     return found, failures
 
 
-def _cost(session: Session, one: Contender) -> Cost:
-    """As if nothing were done yet. Runs that are the same one are counted once."""
-    child = _session(session, _configured(session, one, 0))
+def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
+    """As in a store where nothing is done yet, so that it is the same at any time. Runs that are one count once."""
+    nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
+    child = _session(session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere)
     store = TokenStore.open(session.run_dir / "prepare")
     bill, before, final, tokens = plan.Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
-        priced = bill.run(run._replace(done=0))
+        priced = bill.run(run)
         if run.kind == "main":
             final += priced["flops"]
         else:

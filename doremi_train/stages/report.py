@@ -96,6 +96,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "mixture": [report_charts.mixture(setting, free, prefix)],
         "proxy": report_charts.proxy(setting, prefix),
         "picks": report_charts.picks(setting, prefix),
+        "downstream": report_charts.downstream(setting, prefix),
         "gain": [*report_charts.learning(setting, prefix), *report_charts.domain_losses(setting, prefix)],
     }
     return {
@@ -111,6 +112,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "swarm": _swarm(first),
         "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
+        "tasks": _task_rows(setting),
         "losses": _loss_rows(setting),
         "table": _model_rows(setting),
         "extremes": _extremes(first, store) if store else [],
@@ -272,6 +274,18 @@ def _model_rows(setting: Setting) -> list[list[str]]:
         row.append("" if name == "main" else spread([other - main for other, main in pairs]))
         found.append(row)
     return found
+
+
+def _task_rows(setting: Setting) -> list[list[str]]:
+    """Final accuracy in per cent of every model on every task, with its standard error where there is one seed."""
+    found = []
+    for name, label in setting.candidates.items():
+        for task in setting.results[0].downstream.get(name, {}):
+            last = [run.downstream[name][task][-1] for run in setting.results if name in run.downstream]
+            accuracy = spread([100 * line["accuracy"] for line in last], 1)
+            error = f" (standard error {100 * last[0]['standard_error']:.1f})" if len(last) == 1 else ""
+            found.append([task, label, f"{accuracy}{error}", str(last[0]["examples"])])
+    return sorted(found)
 
 
 def _samples(store: TokenStore) -> list[dict[str, Any]]:

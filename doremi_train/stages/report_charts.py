@@ -109,7 +109,8 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
             name: Curve(x, values[:, kept, k], next(colors) if k in chosen else "grey") for k, name in enumerate(names)
         }
 
-    band = f"mean of {len(traces)} runs, band from lowest to highest" if len(traces) > 1 else "one run"
+    one, many = ("proxy", "proxies") if setting.results[0].mixture["method"] in ("doremi", "doge") else ("run", "runs")
+    band = f"mean of {len(traces)} {many}, band from lowest to highest" if len(traces) > 1 else f"one {one}"
     effective = np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(-1))  # (S, T)
     charts = [
         lines(f"{prefix}Domain weights α ({band})", "step", "weight", by_domain(weights)),
@@ -179,6 +180,25 @@ def learning(setting: Setting, prefix: str) -> list[str]:
         }
         title = f"{prefix}How far ahead of {labels[goal]}{band}"
         charts.append(lines(title, x_label, y_label, ahead, [Mark(f"{labels[goal]}", y=0.0)]))
+    return charts
+
+
+def downstream(setting: Setting, prefix: str) -> list[str]:
+    """Accuracy over steps, a picture a task, of everything trained at the final size."""
+    first = setting.results[0].downstream
+    charts = []
+    for task in next(iter(first.values()), {}):
+        curves = {}
+        for name, label in setting.candidates.items():
+            found = [run.downstream.get(name, {}).get(task, []) for run in setting.results]
+            points = min(len(curve) for curve in found)
+            if points:
+                x = np.array([line["step"] for line in found[0][:points]])
+                y = np.array([[100 * line["accuracy"] for line in curve[:points]] for curve in found])  # (S, N)
+                curves[label] = Curve(x, y, _MODEL_COLORS.get(name))
+        if curves:
+            axes = ("step of the final run", "exact match, %")
+            charts.append(lines(f"{prefix}Accuracy on {task}, one shot", *axes, curves, settings=True))
     return charts
 
 
