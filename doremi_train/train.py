@@ -21,7 +21,7 @@ from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
-from doremi_train.model import LanguageModel
+from doremi_train.model import LanguageModel, save
 from doremi_train.runs import Preempted, Run, set_status, stop
 from doremi_train.track import Bar, console
 
@@ -37,6 +37,7 @@ class Options(optim.Options):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
+    snapshots: Count = 0  # models kept on the way, evenly spread over the steps, for downstream.tasks
     loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
     timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
@@ -147,6 +148,8 @@ class Trainer:
                     )
                 if position.step % self._evaluate_every == 0 or position.step == training.steps:
                     logs.evaluation(position.step, self.evaluate())
+                if position.step in self._kept:
+                    self._keep(position.step)
                 if stopping or position.step % training.checkpoint_every == 0:
                     logs.sync()
                     self._save(position)
@@ -344,6 +347,17 @@ class Trainer:
     @property
     def _evaluate_every(self) -> int:
         return self.task.evaluation.every or max(1, self.task.training.steps // 20)
+
+    @property
+    def _kept(self) -> set[int]:
+        """Steps after which the model is kept."""
+        parts = self.task.training.snapshots + 1
+        return {self.task.training.steps * part // parts for part in range(1, parts)}
+
+    def _keep(self, step: int) -> None:
+        tensors, store = self.engine.state()["model"], self.task.store
+        folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
+        comm.on_first(lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document))
 
     def _bar(self, step: int, tokens: int) -> Bar:
         whole = self.task.training.steps * tokens

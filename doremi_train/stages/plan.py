@@ -52,7 +52,7 @@ def _write(
     learned: Tensor | None,
     paces: Mapping[str, costs.Pace | str],
 ) -> dict[str, Any]:
-    bill = _Bill(session, store, paces)
+    bill = Bill(session, store, paces)
     stages, evaluation = {run.name: bill.run(run) for run in runs}, bill.evaluation(runs)
     seconds = [part["seconds"] for part in (*stages.values(), evaluation)]
     domains = _domains(session, store, learned)
@@ -79,7 +79,7 @@ def _write(
 # ── Runs ────────────────────────────────────────────────────────────────────────────
 
 
-class _Bill:
+class Bill:
     """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be done."""
 
     def __init__(self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]) -> None:

@@ -101,6 +101,7 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             accumulation=config.proxy.accumulation,
             reference=reference_losses.of(session, store, run, reference_folder),
             subsample=language_model.subsample(session),
+            bar=session.part(name),
         )
         shape = language_model.resolved_model(session, store)
         built = model.build(shape, language_model.proxy_seed(session, index), config.training.activation_checkpointing)

@@ -21,6 +21,8 @@ _CHOSEN = 10  # domains that get a colour and a name in a chart over steps
 _MOST_ROWS = 40  # of a chart with a row a domain: those that moved most
 _MOVES = {  # what weights follow, by its name in a trace: title and unit
     "excess_loss": ("Excess loss over the reference", "nats per token"),
+    "learning_speed": ("What a step teaches of each domain, by the law of its losses", "nats per token"),
+    "reward": ("Reward of each domain", "nats per token"),
     "alignment": ("Alignment of a domain's gradient with its target's", "⟨g, target⟩"),
 }
 _MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
@@ -107,20 +109,21 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
             name: Curve(x, values[:, kept, k], next(colors) if k in chosen else "grey") for k, name in enumerate(names)
         }
 
-    band = f"mean of {len(traces)} proxies, band from lowest to highest" if len(traces) > 1 else "one proxy"
+    one, many = ("proxy", "proxies") if setting.results[0].mixture["method"] in ("doremi", "doge") else ("run", "runs")
+    band = f"mean of {len(traces)} {many}, band from lowest to highest" if len(traces) > 1 else f"one {one}"
     effective = np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(-1))  # (S, T)
     charts = [
-        lines(f"{prefix}Domain weights α ({band})", "proxy step", "weight", by_domain(weights)),
+        lines(f"{prefix}Domain weights α ({band})", "step", "weight", by_domain(weights)),
         lines(
             f"{prefix}Effective number of domains, exp(H(α))",
-            "proxy step",
+            "step",
             "domains",
             {"α": Curve(x, effective[:, kept], COLORS[0])},
             [Mark(f"all {len(names)}, uniform", y=float(len(names))), Mark("one", y=1.0)],
         ),
         lines(
             f"{prefix}{_MOVES[key][0]} (running mean)",
-            "proxy step",
+            "step",
             _MOVES[key][1],
             by_domain(smooth(moved, steps // 40)),
         ),
@@ -177,6 +180,25 @@ def learning(setting: Setting, prefix: str) -> list[str]:
         }
         title = f"{prefix}How far ahead of {labels[goal]}{band}"
         charts.append(lines(title, x_label, y_label, ahead, [Mark(f"{labels[goal]}", y=0.0)]))
+    return charts
+
+
+def downstream(setting: Setting, prefix: str) -> list[str]:
+    """Accuracy over steps, a picture a task, of everything trained at the final size."""
+    first = setting.results[0].downstream
+    charts = []
+    for task in next(iter(first.values()), {}):
+        curves = {}
+        for name, label in setting.candidates.items():
+            found = [run.downstream.get(name, {}).get(task, []) for run in setting.results]
+            points = min(len(curve) for curve in found)
+            if points:
+                x = np.array([line["step"] for line in found[0][:points]])
+                y = np.array([[100 * line["accuracy"] for line in curve[:points]] for curve in found])  # (S, N)
+                curves[label] = Curve(x, y, _MODEL_COLORS.get(name))
+        if curves:
+            axes = ("step of the final run", "exact match, %")
+            charts.append(lines(f"{prefix}Accuracy on {task}, one shot", *axes, curves, settings=True))
     return charts
 
 
