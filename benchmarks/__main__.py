@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-STUDIES = ("policies", "token_weighting")
+STUDIES = ("policies", "selection", "token_weighting")
 _OTHERS = ("__init__", "__main__", "common", *STUDIES)
 
 

@@ -177,9 +177,9 @@ def command(*overrides: str) -> tuple[float, float]:
     return used.ru_utime + used.ru_stime, 1024.0 * used.ru_maxrss
 
 
-def plain_session(folder: Path) -> Session:
+def plain_session(folder: Path, *overrides: str) -> Session:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra.compose("config", overrides=[f"run_dir={folder}"])
+        composed = hydra.compose("config", overrides=[f"run_dir={folder}", *overrides])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
     return Session(load(Config, plain), plain, engine.start(launcher.Options(device="cpu"), "fp32", timeout=60))
 
@@ -289,17 +289,21 @@ def shown(
 
 
 def picture(label: str, found: Mapping[str, Any]) -> str:
-    """Time over size on logarithmic scales, as a file of its own: with the colours that elsewhere a page gives."""
+    """Time over size on logarithmic scales, as a file of its own."""
     curves = {
         part: charts.Curve(values["sizes"], [[1e6 * value for value in values["seconds"]]])
         for part, values in found.items()
     }
-    drawn = charts.lines(f"Time with {label}", label, "µs", curves, settings=True, logarithmic=True, powers=True)
+    return drawn(charts.lines(f"Time with {label}", label, "µs", curves, settings=True, logarithmic=True, powers=True))
+
+
+def drawn(chart: str) -> str:
+    """A chart as a file of its own: with the colours that elsewhere a page gives."""
     style = (
         "<style>:root{--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}"
         "@media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--line:#3d444d}}</style>"
     )
-    head, _, rest = drawn.partition(">")
+    head, _, rest = chart.partition(">")
     return f"{head}>{style}{rest}"
 
 
