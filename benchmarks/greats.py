@@ -31,7 +31,8 @@ from doremi_train.train import Position, Task, Trainer
 def training(of: Setting, label: str, selection: Options | None, parts: int = 1) -> Steps:
     """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it takes two passes."""
     count = of.training.batch_size
-    target = read(of.store, "train", np.zeros(16, np.int64), np.arange(16), of.training.sequence_length).tokens
+    shown = np.arange(count // 2)  # as many validation sequences as picks
+    target = read(of.store, "train", np.zeros_like(shown), shown, of.training.sequence_length).tokens
     task = Task(
         label=label,
         run=Run(of.folder / label, "greats", {}),
