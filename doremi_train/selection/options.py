@@ -57,6 +57,7 @@ class Options:
     features: Literal["words", "tokens", "granular"] = "words"  # of n-grams
     tokenizer: str | None = None  # of features=tokens: a tokenizer.json or a local transformers folder
     vocabulary: str | None = None  # of features=granular: what stage=vocabulary wrote
+    granularity: Literal["longest", "every"] = "longest"  # of features=granular: beside the longest match, shorter ones
     encoder: str | None = None  # of method=embedding: a local transformers folder
     exact: bool = False  # the published package's weights: sums over whole documents of at least 100 words
     buckets: Positive | None = None  # m, of hashed n-grams; null: 32 768 (exact: the paper's 10 000)
