@@ -284,15 +284,19 @@ class _Scored:
         return self._known
 
     def _batches(self, found: Sequence[Coded]) -> list[Tensor]:
-        return [batch for _, batch in influence.batches(found, self._options.batch_tokens, self._session.place.device)]
+        return [batch for _, batch in influence.batches(found, _together(self._session), self._session.place.device)]
 
     def _each(self, rows: slice, work: Any) -> NDArray[np.floating]:
         some = self._pool.tokens[rows]
         found: list[Any] = [None] * len(some)
-        for numbers, batch in influence.batches(some, self._options.batch_tokens, self._session.place.device):
+        for numbers, batch in influence.batches(some, _together(self._session), self._session.place.device):
             for number, row in zip(numbers, work(batch).cpu().numpy(), strict=True):
                 found[number] = row
         return np.stack(found)
+
+
+def _together(session: Session) -> int:
+    return session.config.selection.less.batch_tokens or (512 if session.place.device.type == "cpu" else 8192)
 
 
 def _printed(served: Mapping[Subtask, Any]) -> list[Any]:
@@ -351,7 +355,7 @@ class _Orders:
 
     def __init__(self, session: Session, pool: Pool, texts: list[bytes], served: Mapping[Subtask, Any]) -> None:
         self._session, self._served, self._methods = session, served, session.config.selection.less.baselines
-        self._count, options = len(pool.tokens), session.config.selection.less
+        self._count = len(pool.tokens)
         by_target: dict[str, list[bytes]] = {}
         for (target, _), found in served.items():
             by_target.setdefault(target, []).extend(text for _, text in found)
@@ -365,7 +369,7 @@ class _Orders:
         if {"rds", "rds_plus"} & set(self._methods):
             inner = model.read(Path(str(session.config.finetune.model)), "finetune.model")
             every = [tokens for found in served.values() for tokens, _ in found]
-            look = partial(examples.representations, inner, tokens=options.batch_tokens, device=session.place.device)
+            look = partial(examples.representations, inner, tokens=_together(session), device=session.place.device)
             own, theirs = look(examples=pool.tokens), look(examples=every)
             self._seen = {name: (own[name], theirs[name]) for name in own}
 
