@@ -31,12 +31,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, files, model, optim
+from doremi_train import checkpoint, comm, files, gradients, model, optim
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data import instructions
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.data.sampler import Subsample
-from doremi_train.data.sources import BadLines, Source, records, resolve
+from doremi_train.data.sources import BadLines, Source, records, resolve, signature
 from doremi_train.methods import cross_entropy, less
 from doremi_train.methods.less import Moments
 from doremi_train.runs import Run, stop
@@ -197,6 +197,13 @@ def _checkpoint(session: Session, warm: Run, number: int) -> Checkpoint:
     saved = checkpoint.read(warm.folder / "epochs" / f"step-{number * warm.recipe['epoch']:09d}.pt")
     tuning = model.CompletionModel(finetune.build(session).inner)
     tuning.precision = session.config.training.precision
+    try:
+        gradients.require_factored(tuning)
+    except gradients.NotFactored as error:
+        raise UserError(
+            f"finetune.model={session.config.finetune.model}: {error}; train only layers that can be, as with "
+            "finetune.lora.targets=[q_proj, v_proj]"
+        ) from None
     parameters = dict(tuning.named_parameters())
     for name, tensor in saved["model"].items():
         if name in parameters:
@@ -313,9 +320,14 @@ def _recipe(session: Session, warm: Run, served: Mapping[Subtask, Any]) -> dict[
         key: value for key, value in asdict(options.less).items() if key not in ("train_on", "test", "batch_tokens")
     }
     return {
-        "scores": SCORES, "warmup": warm.address, "less": given, "budget": list(options.budget),
-        "targets": _printed(served), "seed": session.config.seed,
-    }  # fmt: skip
+        "scores": SCORES,
+        "warmup": warm.address,
+        "less": given,
+        "budget": list(options.budget),
+        "files": signature(session.config.data, resolve(session.config.data)),
+        "targets": _printed(served),
+        "seed": session.config.seed,
+    }
 
 
 def _choose(
