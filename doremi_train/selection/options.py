@@ -31,7 +31,7 @@ class Less(less.Options):
     )
     dimension: Positive = 8192  # k, of a projected feature
     projection_seed: Count = 0
-    batch_tokens: Positive = 8192  # scored together, padding among them
+    batch_tokens: Positive | None = None  # scored together, padding among them; null: 512 on a CPU, 8192 elsewhere
     baselines: tuple[Baseline, ...] = ("random", "bm25", "ngram", "rds", "rds_plus")  # that choose beside it
     train_on: Literal["less", "all"] | Baseline = "less"  # whose choice stage=finetune trains on; all: the whole pool
     test: tuple[str, ...] | None = None  # files that stage=finetune then evaluates on; null: the target's own
