@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doremi_train import files, model
+from doremi_train.methods import ONLINE
 from doremi_train.weights import student_t
 
 _ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
@@ -100,7 +101,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     figures = files.read_json(folder / "evaluation.json")
     numbers = sorted(folder.glob("proxy/round-*"), key=lambda path: int(path.name.partition("-")[2]))
     proxies = sorted(numbers[-1].glob("seed-*")) if numbers else [folder / "proxy"]
-    online = config.get("mixture.method") in ("ado", "odm", "dro")  # learned by the main run itself
+    online = config.get("mixture.method") in ONLINE  # learned by the main run itself
     learners = [folder / "main"] if online else proxies
     traces = [list(files.read_lines(learner / "domain_weights.jsonl")) for learner in learners]
     rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]

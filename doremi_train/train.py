@@ -19,6 +19,7 @@ from doremi_train import batch_selection, checkpoint, comm, domain_gradients, en
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
+from doremi_train.data.shards import TokenStore
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel, save
@@ -350,12 +351,13 @@ class Trainer:
 
     @property
     def _kept(self) -> set[int]:
-        """Steps after which the model is kept."""
-        parts = self.task.training.snapshots + 1
+        """Steps after which the model is kept: one of text, for only that is asked downstream.tasks."""
+        parts = self.task.training.snapshots + 1 if isinstance(self.task.store, TokenStore) else 1
         return {self.task.training.steps * part // parts for part in range(1, parts)}
 
     def _keep(self, step: int) -> None:
         tensors, store = self.engine.state()["model"], self.task.store
+        assert isinstance(store, TokenStore)
         folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
         comm.on_first(lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document))
 
