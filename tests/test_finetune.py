@@ -350,7 +350,7 @@ def test_two_passes_pick_the_same(selected: Path, tuning: list[str], command: Co
     same_picks(selected, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_processes_pick_the_same(selected: Path, tuning: list[str], doremi: Command, tmp_path: Path) -> None:
     outcome = doremi(*tuning, *SELECTING, processes=2)
     assert outcome.code == 0, outcome.err
