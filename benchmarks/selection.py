@@ -33,7 +33,7 @@ from doremi_train.weights import student_t
 LENGTH, BATCH, VOCABULARY = 64, 16, 1024
 SERVED = 10  # documents that stand for the target
 LITTLE = 0.2  # of the target's domain, in proportion to the others, is in the pool
-EVALUATIONS = 5  # of a run
+EVALUATIONS = 3  # of a run
 
 
 def texts(root: Path, domain: str, split: str, characters: float) -> Iterator[str]:
@@ -126,7 +126,7 @@ def trained(
     start = cross_entropy.init(1, steps, task.objective_options)
     for step, _ in enumerate(trainer.steps(Position(0, start, np.zeros(1, np.int64))), 1):
         if step % (steps // EVALUATIONS) == 0:
-            options = evaluation.Options(sequences=64)
+            options = evaluation.Options(sequences=32)
             domains = evaluation.measure(network, evaluated, LENGTH, 64, options, torch.device("cpu"))["domains"]
             others = statistics.fmean(figures["loss"] for name, figures in domains.items() if name != target)
             found.append((domains[target]["loss"], others))

@@ -287,6 +287,7 @@ def broken(path: Path) -> Path:
         (["data.root=BROKEN"], ["line", "broken JSON"]),
         (["data.root=TORN"], ["train.jsonl.zst", "truncated or corrupt"]),
         (["data.root=HOLLOW", "selection.within=domain"], ["no eligible document in domain hollow"]),
+        (["selection.granularity=every"], ["selection.features=granular"]),
         (["selection=none"], ["selection=ngram"]),
     ],
 )

@@ -8,13 +8,7 @@ from pydantic.dataclasses import dataclass
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError
 from doremi_train.methods import less
 
-METHODS = (
-    "ngram",
-    "random",
-    "bm25",
-    "classifier",
-    "embedding",
-)  # made in `selection.methods`, which needs the extra `select`
+METHODS = ("ngram", "random", "bm25", "classifier", "embedding")  # made in `selection.methods` (extra `select`)
 
 Share = Annotated[float, Gt(0), Le(1)]
 Baseline = Literal["random", "bm25", "ngram", "rds", "rds_plus"]
@@ -86,6 +80,8 @@ class Options:
                     f"selection.{key}={given}: goes with selection.features={features}, and only with it; "
                     f"selection.features={self.features} here"
                 )
+        if self.granularity == "every" and self.features != "granular":
+            raise UserError("selection.granularity=every: goes with selection.features=granular, and only with it")
         if (self.method == "embedding") != (self.encoder is not None):
             raise UserError(
                 f"selection.encoder={self.encoder}: goes with selection=embedding, and only with it; give a local "
