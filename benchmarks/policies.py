@@ -273,6 +273,7 @@ def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "policies"})
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
     for policy, found in figures.items():
         steps, losses = np.array(found["steps"]), np.array(found["losses"])
@@ -284,7 +285,8 @@ def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
     axes[0].set_ylabel(f"loss of {target}, nats per token")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def options(parser: argparse.ArgumentParser) -> None:

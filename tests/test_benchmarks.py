@@ -55,6 +55,15 @@ def test_less(tmp_path: Path) -> None:
     assert {"half_the_pool", "32_targets", "2_checkpoints"} <= found["figures"]["rank_8"]["over_pool"].keys()
 
 
+@pytest.mark.acceptance
+def test_greats(tmp_path: Path) -> None:
+    size = ("--model", "nano", "--vocabulary", "64", "--batch", "4", "--length", "16", "--rounds", "1")
+    found = run("greats", tmp_path, *size, "--device", "cpu", "--sides", "plain", "sketched", "exact")
+    sides = {"sketched_over_plain_on_candidates", "exact_over_plain_on_candidates"}
+    assert sides | {f"nano.{side}" for side in sides} == found["ratios"].keys()
+    assert all(megabytes > 0 for megabytes in found["figures"]["nano"]["peak_megabytes"].values())
+
+
 # The frame
 
 
