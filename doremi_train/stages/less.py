@@ -60,7 +60,8 @@ class Pool(NamedTuple):
 def run(session: Session) -> Path:
     """The folder of the choices."""
     scorer = _scorer(session)
-    encoder = Encoder(str(scorer.config.finetune.model), "selection.scorer_model")
+    key = "selection.scorer_model" if session.config.selection.scorer_model else "finetune.model"
+    encoder = Encoder(str(scorer.config.finetune.model), key)
     pool = _pool(session, finetune.prepared(scorer, encoder))
     served = _served(session, encoder) if session.config.selection.targets else {}
     warm = warmup.run(scorer, pool.data)
