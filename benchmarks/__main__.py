@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-STUDIES = ("less_study", "policies", "token_weighting")
+STUDIES = ("less_study", "policies", "selection", "token_weighting")
 _OTHERS = ("__init__", "__main__", "common", "planted_tasks", *STUDIES)
 
 

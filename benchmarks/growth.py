@@ -1,11 +1,18 @@
-"""How time grows with the number of domains, processes, sequences and entries of the vocabulary: what each part takes
-at every size, and the power p of size^p that fits its last sizes (0: constant, 1: in proportion).
+"""How time grows with the number of domains, processes, sequences, entries of the vocabulary and documents to select
+from: what each part takes at every size, and the power p of size^p that fits its last sizes (0: constant, 1: in
+proportion).
 
-All on one thread. Times are this process's own, so that others on the machine matter less. Processes are simulated.
-Memory is the peak of what numpy and Python allocate; `benchmarks.memory` has that of torch.
+All on one thread. Times are the processor's, so that others on the machine matter less. Processes are simulated.
+Memory is the peak of what numpy and Python allocate; of selections, which are commands of their own, all that the
+process held. `benchmarks.memory` has that of torch.
 """
 
 import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -129,9 +136,50 @@ def vocabulary(count: int, folder: Path) -> Parts:
     return {"loss and gradients": fused}
 
 
-def plain_session(folder: Path) -> Session:
+DOCUMENTS = (10**4, 10**5, 10**6, 10**7)
+WORDS = 8  # of a document: so short, as only their number counts here
+TOGETHER, FILE = 10**4, 10**5  # documents that come as parts of a long one; documents of a file
+
+
+def documents(sizes: tuple[int, ...], folder: Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and bytes of commands that select a tenth of so many documents, and that choose another tenth of them."""
+    times: dict[str, list[float]] = {"select": [], "choose again": []}
+    memory: dict[str, list[float]] = {"select": [], "choose again": []}
+    vocabulary, zipf = np.array([f"w{n}" for n in range(5000)]), 1 / np.arange(1, 5001)
+    for size in sizes:
+        home = folder / f"{size}"
+        for file in range(-(-size // FILE)):
+            random, path = np.random.default_rng(file), home / "raw" / "d" / f"train-{file:05d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as out:
+                for _ in range(min(size, FILE) // TOGETHER):
+                    words = vocabulary[random.choice(5000, TOGETHER * WORDS, p=zipf / zipf.sum())]
+                    out.write(json.dumps({"text": " ".join(words.tolist())}) + "\n")
+        (home / "target.jsonl").write_text(json.dumps({"text": " ".join(vocabulary[100:200])}) + "\n")
+        for seed, part in enumerate(times):
+            seconds_, peak_ = command(
+                "stage=select", "selection=ngram", f"selection.targets={{t: [{home / 'target.jsonl'}]}}",
+                f"data.root={home / 'raw'}", f"selection.chunk={WORDS}", f"selection.documents={size // 10}",
+                "selection.workers=1", f"seed={seed}", f"store={home / 'store'}", f"run_dir={home / part}",
+            )  # fmt: skip
+            times[part].append(seconds_)
+            memory[part].append(peak_)
+        shutil.rmtree(home)
+    return times, memory
+
+
+def command(*overrides: str) -> tuple[float, float]:
+    """Processor seconds and peak bytes of a command."""
+    started = subprocess.Popen([sys.executable, "-m", "doremi_train", *overrides], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(started.pid, 0)
+    if status:
+        sys.exit(f"doremi-train {' '.join(overrides)}: ended with {os.waitstatus_to_exitcode(status)}")
+    return used.ru_utime + used.ru_stime, 1024.0 * used.ru_maxrss
+
+
+def plain_session(folder: Path, *overrides: str) -> Session:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra.compose("config", overrides=[f"run_dir={folder}"])
+        composed = hydra.compose("config", overrides=[f"run_dir={folder}", *overrides])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
     return Session(load(Config, plain), plain, engine.start(launcher.Options(device="cpu"), "fp32", timeout=60))
 
@@ -183,6 +231,8 @@ def measure(given: argparse.Namespace) -> common.Result:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, axis in AXES.items():
+            if given.only not in (None, name):
+                continue
             sizes = axis.sizes[:: 2 if given.quick else 1]
             times: dict[str, list[float]] = {}
             memory: dict[str, list[float]] = {}
@@ -190,53 +240,76 @@ def measure(given: argparse.Namespace) -> common.Result:
                 for part, function in axis.parts(size, Path(folder)).items():
                     times.setdefault(part, []).append(seconds(function, 0.02 if given.quick else 0.2))
                     memory.setdefault(part, []).append(peak(function))
-            figures[name] = {
-                part: {
-                    "sizes": sizes,
-                    "seconds": times[part],
-                    "exponent": exponent(sizes, times[part]),
-                    "peak_bytes": memory[part],
-                    "exponent_of_memory": exponent(sizes, memory[part]),
-                }
-                for part in times
-            }
-            common.table(
-                f"{axis.label}: µs at every size and the power of size; KB at the largest, and their power",
-                ("part", *(f"{size:,}" for size in sizes), "power", "KB", "power"),
-                [
-                    (
-                        part,
-                        *(f"{1e6 * value:,.0f}" for value in found["seconds"]),
-                        f"{found['exponent']:.2f}",
-                        f"{found['peak_bytes'][-1] / 1e3:,.0f}",
-                        f"{found['exponent_of_memory']:.2f}",
-                    )
-                    for part, found in figures[name].items()
-                ],
+            figures[name] = shown(axis.label, name, sizes, times, memory, given.pictures)
+        if given.only in (None, "documents"):
+            sizes = DOCUMENTS[: 2 if given.quick else None]
+            figures["documents"] = shown(
+                "documents", "documents", sizes, *documents(sizes, Path(folder)), given.pictures
             )
-            if given.pictures:
-                given.pictures.mkdir(parents=True, exist_ok=True)
-                (given.pictures / f"growth-{name}.svg").write_text(picture(axis.label, figures[name]))
     return common.Result({}, figures)
 
 
+def shown(
+    label: str,
+    name: str,
+    sizes: tuple[int, ...],
+    times: Mapping[str, list[float]],
+    memory: Mapping[str, list[float]],
+    pictures: Path | None,
+) -> dict[str, Any]:
+    """The figures of an axis, as a table and a picture too."""
+    figures = {
+        part: {
+            "sizes": sizes,
+            "seconds": times[part],
+            "exponent": exponent(sizes, times[part]),
+            "peak_bytes": memory[part],
+            "exponent_of_memory": exponent(sizes, memory[part]),
+        }
+        for part in times
+    }
+    common.table(
+        f"{label}: µs at every size and the power of size; KB at the largest, and their power",
+        ("part", *(f"{size:,}" for size in sizes), "power", "KB", "power"),
+        [
+            (
+                part,
+                *(f"{1e6 * value:,.0f}" for value in times[part]),
+                f"{found['exponent']:.2f}",
+                f"{memory[part][-1] / 1e3:,.0f}",
+                f"{found['exponent_of_memory']:.2f}",
+            )
+            for part, found in figures.items()
+        ],
+    )
+    if pictures:
+        pictures.mkdir(parents=True, exist_ok=True)
+        (pictures / f"growth-{name}.svg").write_text(picture(label, figures))
+    return figures
+
+
 def picture(label: str, found: Mapping[str, Any]) -> str:
-    """Time over size on logarithmic scales, as a file of its own: with the colours that elsewhere a page gives."""
+    """Time over size on logarithmic scales, as a file of its own."""
     curves = {
         part: charts.Curve(values["sizes"], [[1e6 * value for value in values["seconds"]]])
         for part, values in found.items()
     }
-    drawn = charts.lines(f"Time with {label}", label, "µs", curves, settings=True, logarithmic=True, powers=True)
+    return drawn(charts.lines(f"Time with {label}", label, "µs", curves, settings=True, logarithmic=True, powers=True))
+
+
+def drawn(chart: str) -> str:
+    """A chart as a file of its own: with the colours that elsewhere a page gives."""
     style = (
         "<style>:root{--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}"
         "@media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--line:#3d444d}}</style>"
     )
-    head, _, rest = drawn.partition(">")
+    head, _, rest = chart.partition(">")
     return f"{head}>{style}{rest}"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw growth-NAME.svg there")
+    parser.add_argument("--only", choices=[*AXES, "documents"], help="one of them alone")
 
 
 if __name__ == "__main__":

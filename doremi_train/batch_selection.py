@@ -85,6 +85,32 @@ def check(setting: Setting, count: int, parts: int, strategy: str, compiled: boo
         )
 
 
+class Effort(NamedTuple):
+    """What a step costs, in ordinary ones on as many sequences as are picked."""
+
+    learn: float  # forwards with their backward
+    look: float  # forwards alone
+
+
+def effort(options: Options, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
+    """Of picking `count` of the candidates by `validation` sequences (0: it looks at none). A backward for activations
+    alone, and the weights' part of one, are half a backward each; exact inner products of all candidates are as much as
+    their weights' part, and sketches are not counted."""
+    share = candidates / count
+    if options.method == "random":
+        return Effort(1.0, 0.0)
+    if options.method == "max_loss":
+        return Effort(1.0, share)
+    half = 0.5 * share
+    exactly = half if options.route == "exact" else 0.0
+    learn, look = (half + exactly + 0.5, half - exactly - 0.5) if one_pass else (half + exactly + 1.0, half - exactly)
+    if options.method in ("greats", "topk"):
+        learn += validation / count / options.validation_every
+    if options.method == "greats" and options.curvature == "calibrated":
+        learn += 2 * validation / count / options.curvature_every
+    return Effort(learn, look)
+
+
 class State(NamedTuple):
     """What a continued run needs: tensors that were computed at an earlier step."""
 

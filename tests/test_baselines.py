@@ -10,6 +10,9 @@ import pytest
 from conftest import documents, run_here, write_jsonl
 
 pytest.importorskip("numba")
+from scipy import optimize
+
+from doremi_train.selection import baselines
 from doremi_train.selection.methods import METHODS
 from doremi_train.selection.options import Options
 from doremi_train.selection.scorers import whole
@@ -61,6 +64,36 @@ def test_bm25_finds_what_is_hidden(place: list[str], tmp_path: Path) -> None:
     done = run_here("selection=bm25", *place)
     assert done.code == 0, done
     assert found(tmp_path) >= 11
+
+
+def test_a_classifier_finds_what_is_hidden(place: list[str], tmp_path: Path) -> None:
+    done = run_here("selection=classifier", *place)
+    assert done.code == 0, done
+    assert found(tmp_path) >= 11
+
+
+def test_a_classifier_is_the_minimum_of_its_loss_whatever_the_division() -> None:
+    corpus = [text.encode() for text in documents(1, "abcdefgh", 60, 20_000)]
+    target = {"t": [text.encode() for text in documents(2, "cdefghij", 60, 3000)]}
+    scorer = METHODS["classifier"](Options(method="classifier", buckets=50))
+    sums = [scorer.sums() for _ in range(3)]
+    for some, part in zip(sums, (corpus, corpus[:20], corpus[20:]), strict=True):
+        scorer.observe(whole(part), some)
+    both = scorer.together(sums[2], sums[1])
+    assert all(np.array_equal(both[name], sums[0][name]) for name in both)
+    table = scorer.fit(target, sums[0])["table"].astype(np.float64)
+
+    def loss(table: np.ndarray) -> float:
+        """As the docstring says it; the penalty is that of the weights without their offset, the least there is."""
+        served, others = (scorer.score(whole(texts), {"table": table})[:, 0] for texts in (target["t"], corpus))
+        weights = optimize.minimize_scalar(lambda offset: ((table - offset) ** 2).sum()).fun
+        return float(
+            (np.logaddexp(0, -served).mean() + np.logaddexp(0, others).mean() + baselines.PENALTY * weights) / 2
+        )
+
+    assert loss(table) < 0.2 < loss(0 * table)
+    directions = np.random.default_rng(0).normal(size=(20, *table.shape))
+    assert all(loss(table + step * d) > loss(table) - 1e-5 for d in directions for step in (-1, -0.1, 0.1, 1))
 
 
 def test_chance_finds_little_and_the_seed_decides_what(place: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks of the data run, and what they claim beside times holds: what is counted, opened and mapped."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -100,9 +101,19 @@ def test_prepare(tmp_path: Path) -> None:
 @pytest.mark.acceptance
 def test_growth(tmp_path: Path) -> None:
     found = run("growth", tmp_path, "--pictures", str(tmp_path))["figures"]
-    assert found.keys() == growth.AXES.keys()
+    assert found.keys() == {*growth.AXES, "documents"}
     for name, parts in found.items():
         drawn = (tmp_path / f"growth-{name}.svg").read_text()
         assert drawn.startswith("<svg") and len(drawn) < 60_000 and all(part in drawn for part in parts)
     memory = {part: values["exponent_of_memory"] for part, values in found["domains"].items()}
     assert max(memory.values()) < 1.2, json.dumps(memory)
+
+
+@pytest.mark.acceptance
+def test_ngram(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    peer = os.environ.get("DATA_SELECTION_PYTHON")
+    beside = ("--peer", peer) if peer else ()
+    found = run("ngram", tmp_path, "--megabytes", "2", "--rounds", "2", *beside)
+    assert {"of_reading", *(["over_data_selection"] if beside else [])} == found["ratios"].keys()
+    assert {"kernel_mb_per_s_core", "end_to_end_mb_per_s_core"} <= found["figures"].keys()

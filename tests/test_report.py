@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY, run_here
+from conftest import TINY, documents, run_here, write_jsonl
 from PIL import Image
 from running import read
 
@@ -257,3 +257,30 @@ def test_a_domain_named_like_a_script_is_harmless(page: Path, browser: Browser, 
     shown = browser(tmp_path / "sweep" / "report.html", "dump-dom")
     assert "owned" in shown and "<title>doremi-train" in shown
     assert "<script" not in shown and "<img" not in shown
+
+
+@pytest.mark.slow
+def test_a_selection_shows_what_was_chosen_beside_what_was_not(browser: Browser, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    evil = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> '
+    for name, letters in ("plain", "hijklmno"), ("<b>mixed", "nopqrst"):
+        write_jsonl(
+            tmp_path / "raw" / name / "train.jsonl", [evil + text for text in documents(2, letters, 200, 10_000)]
+        )
+    target = write_jsonl(tmp_path / "target.jsonl", list(documents(3, "nopqrst", 200, 2000)))
+    outcome = run_here(
+        "stage=select", f"data.root={tmp_path / 'raw'}", "selection=ngram", f"run_dir={tmp_path / 'run'}",
+        f"selection.targets={{t: [{target}]}}", "selection.workers=1", "selection.overlap=null",
+    )  # fmt: skip
+    assert outcome.code == 0 and "report: " in outcome.out, outcome
+    run_of(tmp_path / "sweep" / "0", 16, 0)
+    shutil.copytree((tmp_path / "run" / "select").resolve(), tmp_path / "sweep" / "0" / "select")
+    assert run_here("stage=report", f"run_dir={tmp_path / 'sweep'}").code == 0
+    for page in (tmp_path / "run" / "select" / "report.html", tmp_path / "sweep" / "report.html"):
+        shown = browser(page, "dump-dom")
+        for part in ("effective sample size", "of plain top-k", "nats less KL", ": lengths", ": where the tokens"):
+            assert part in shown, part
+        assert shown.count('<div class="sample"><pre>') == 6, "three pairs"
+        assert "<title>doremi-train" in shown and "<script" not in shown and "<img" not in shown
+        assert "<b>mixed" not in shown and "&lt;b&gt;mixed" in shown
+    assert "Which documents were chosen" in shown

@@ -1,5 +1,6 @@
 """Selection of documents as a user meets it: what is chosen, written and refused, and what trains on it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import TINY, documents, run_here, start, write_jsonl
+from conftest import TINY, documents, environment, run_here, start, write_jsonl
 
 pytest.importorskip("numba")
 
@@ -285,6 +286,7 @@ def broken(path: Path) -> Path:
         (["selection.benchmarks=[EMPTY]"], ["selection.benchmarks: no document"]),
         (["data.root=BROKEN"], ["line", "broken JSON"]),
         (["data.root=TORN"], ["train.jsonl.zst", "truncated or corrupt"]),
+        (["data.root=HOLLOW", "selection.within=domain"], ["no eligible document in domain hollow"]),
         (["selection=none"], ["selection=ngram"]),
     ],
 )
@@ -294,7 +296,9 @@ def test_mistakes(overrides: list[str], said: list[str], raw: Path, target: Path
     (tmp_path / "torn" / "d").mkdir(parents=True)
     (tmp_path / "torn" / "d" / "train.jsonl.zst").write_bytes(torn)
     broken(write_jsonl(tmp_path / "broken" / "d" / "train.jsonl", documents(2, "hijk", 20, 2000)))
-    places = {"EMPTY": "empty.jsonl", "BROKEN": "broken", "TORN": "torn"}
+    write_jsonl(tmp_path / "hollow" / "d" / "train.jsonl", documents(2, "hijk", 20, 2000))
+    write_jsonl(tmp_path / "hollow" / "hollow" / "train.jsonl", [""])
+    places = {"EMPTY": "empty.jsonl", "BROKEN": "broken", "TORN": "torn", "HOLLOW": "hollow"}
     for word, name in places.items():
         overrides = [override.replace(word, str(tmp_path / name)) for override in overrides]
     outcome = run_here(*selecting(raw, target, tmp_path / "run", *overrides))
@@ -368,3 +372,59 @@ def test_killed_workers_and_a_killed_command_change_nothing(many: Path, target: 
     for name in ("killed", "stopped"):
         assert pq.read_table(tmp_path / name / "select/nopq/sidecar.parquet").equals(calm)
         assert result(tmp_path / name) == result(tmp_path / "calm")
+
+
+# ── Engines ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def ray_nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, which a command finds by RAY_ADDRESS; workers find this checkout."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+        try:
+            cluster.add_node(**node)
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def working(name: str) -> list[int]:
+    """Processes that Ray has at a task of this name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(f"ray::{name}".encode()):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.acceptance
+def test_a_ray_cluster_that_loses_workers_and_a_node_gives_the_same_bytes(
+    many: Path, target: Path, ray_nodes: Any, tmp_path: Path
+) -> None:
+    ran(*selecting(many, target, tmp_path / "calm"))
+    started = start(*selecting(many, target, tmp_path / "ray", "selection.engine=ray"))
+    killed = 0
+    while started.poll() is None and killed < 2:
+        for worker in working("count")[:1]:
+            os.kill(worker, signal.SIGKILL)
+            killed += 1
+            time.sleep(2)
+    assert killed == 2
+    while started.poll() is None and not working("score"):
+        time.sleep(0.01)
+    ray_nodes.remove_node(next(iter(ray_nodes.worker_nodes)), allow_graceful=False)
+    out, err = started.communicate(timeout=200)
+    assert started.returncode == 0, (out, err)
+    assert "Ray of 2 nodes" in out
+    calm, ray = (tmp_path / name / "select" for name in ("calm", "ray"))
+    for name in ("result.json", "nopq/sidecar.parquet", "nopq/weights.json"):
+        assert (calm / name).read_bytes() == (ray / name).read_bytes(), name

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_here
+from conftest import ROOT, documents, run_here, write_jsonl
 from running import checkpoints, lines, read, same_bits
 
 pytestmark = pytest.mark.acceptance
@@ -314,6 +314,20 @@ def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(fresh: list[str], tmp_path
         assert (child / "proxy").resolve() == (tmp_path / "two" / "proxy" / "round-1" / f"seed-{seed}").resolve()
 
 
+def test_a_swarm_is_an_array(tiny: list[str], fresh: list[str], tmp_path: Path) -> None:
+    swarm = ["mixture=swarm", "stage=swarm", "swarm.runs=1", "swarm.candidates=1", "training.steps=6"]
+    out = call(
+        sys.executable, "-m", "doremi_train", *fresh, *swarm, f"run_dir={tmp_path / 'run'}", "submit.cluster=slurm",
+        "submit.parallel=2", cwd=tmp_path,
+    )  # fmt: skip
+    jobs = [line.split(" is job ")[1].split()[0] for line in out.splitlines() if " is job " in line]
+    assert [job.partition("_")[2] for job in jobs[:3]] == ["0", "1", "2"]  # natural, uniform, run-0
+    assert len({job.partition("_")[0] for job in jobs[:3]}) == 1 and jobs[3] not in jobs[:3]
+    assert run_here(*tiny, *swarm, f"run_dir={tmp_path / 'one'}").code == 0
+    one, two = (tmp_path / name / "weights.json" for name in ("one", "run"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, fresh: list[str], tmp_path: Path) -> None:
     """The children inherit nothing of their parent's step, and have ranks of their own."""
     run_dir = tmp_path / "run"
@@ -345,3 +359,33 @@ def test_a_stopped_parent_takes_its_jobs_along(fresh: list[str], tmp_path: Path)
     assert parent.returncode == 75, (out, err)
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
     wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue", 30)
+
+
+def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    texts = list(documents(2, "hijklmno", 200, 100_000))
+    for number in range(12):
+        write_jsonl(tmp_path / "raw" / "d" / f"train-{number:02d}.jsonl", texts[number::12] * 20)
+    target = write_jsonl(tmp_path / "target.jsonl", list(documents(3, "nopqrst", 300, 3000)))
+    overrides = ["stage=select", f"data.root={tmp_path / 'raw'}", "selection=ngram",
+                 f"selection.targets={{t: [{target}]}}"]  # fmt: skip
+    assert run_here(*overrides, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "doremi_train", *overrides, "selection.engine=slurm", "selection.workers=3",
+         f"run_dir={tmp_path / 'array'}"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        counts = (tmp_path / "array" / "store").glob
+        wait_for(lambda: parent.poll() is not None or list(counts("selection/*/counts/*.npz")), "the first counts")
+        running = call("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i", cwd=tmp_path).split()
+        assert running and all("_" in job for job in running), "an array"
+        call("scancel", "--signal=KILL", running[-1], cwd=tmp_path)
+        out, err = parent.communicate(timeout=300)
+    finally:
+        parent.kill()
+    assert parent.returncode == 0, (out, err)
+    here, array = (tmp_path / name / "select" for name in ("here", "array"))
+    for name in ("result.json", "t/sidecar.parquet", "t/weights.json"):
+        assert (here / name).read_bytes() == (array / name).read_bytes(), name
+    assert len(list((tmp_path / "array" / "select.log").glob("*_result.pkl"))) >= 9, "three arrays of three jobs"

@@ -1,11 +1,13 @@
-"""Where tasks run: in a pool of processes. Tasks are idempotent, so a lost worker costs only the task it was at."""
+"""Where tasks run: in a pool of processes, or on a Ray cluster; `stages.submit` has the array of Slurm jobs. Tasks are
+idempotent, so a lost worker costs only the task it was at, and no engine changes what is written."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from doremi_train.config import UserError
 
@@ -13,6 +15,14 @@ T = TypeVar("T")
 LOSSES = 5  # workers that may be lost in a row without any task being finished
 
 Look = Callable[[int], None]  # at the number of finished tasks, often; what it raises ends the run
+
+
+class Engine(Protocol):
+    """Where tasks run."""
+
+    def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
+        """Do `work` for every task. Raises the error of the first that failed, and UserError where workers are lost
+        again and again."""
 
 
 class Processes:
@@ -29,8 +39,6 @@ class Processes:
         self._close()
 
     def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
-        """Do `work` for every task. Raises the error of the first that failed, and UserError where workers are lost
-        again and again."""
         if self.workers < 2 or len(tasks) < 2:
             for done, task in enumerate(tasks):
                 look(done)
@@ -67,3 +75,61 @@ class Processes:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+
+class Ray:
+    """Tasks of Ray Core on the cluster that RAY_ADDRESS names or that was started on this machine; where there is none,
+    on a Ray of this command's own. Every node reads the data and writes the store under the same paths."""
+
+    def __init__(self, workers: int | None) -> None:
+        self.workers = workers
+
+    def __enter__(self) -> "Ray":
+        try:
+            import ray
+        except ImportError:
+            raise UserError("selection.engine=ray: needs ray; pip install 'doremi-train[ray]'") from None
+        try:
+            ray.init(
+                log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False, configure_logging=False
+            )
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise UserError(
+                f"selection.engine=ray: no cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}); start one "
+                "with ray start --head"
+            ) from None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        ray.shutdown()  # its own tasks end with it, a cluster stays
+
+    @property
+    def nodes(self) -> int:
+        """Alive in the cluster."""
+        import ray
+
+        return sum(node["Alive"] for node in ray.nodes())
+
+    def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
+        import ray
+
+        remote = ray.remote(num_cpus=1, max_retries=LOSSES)(work)  # retried where a worker or a node is lost
+        waiting, done = list(tasks)[::-1], 0
+        running: list[Any] = []
+        while waiting or running:
+            while waiting and len(running) < (self.workers or len(tasks)):
+                running.append(remote.remote(waiting.pop()))
+            ready, running = ray.wait(running, timeout=0.5)
+            try:
+                ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"selection.engine=ray: a task was lost {LOSSES + 1} times, as when memory is short ({error}); the "
+                    "same command continues"
+                ) from None
+            done += len(ready)
+            look(done)

@@ -50,6 +50,7 @@ class Alphabet(NamedTuple):
 
     kind: NDArray[np.uint8]  # (0x110000,)
     lower: NDArray[np.uint32]  # (0x110000,)
+    ascii: NDArray[np.uint16]  # (128,) both: the kind in the upper byte
 
 
 @lru_cache(1)
@@ -68,7 +69,7 @@ def alphabet() -> Alphabet:
             lower[code] = ord(character.lower()[0])
     for low, high in UNSPACED:
         kind[low:high] = np.where(kind[low:high] == WORD, ALONE, kind[low:high])
-    return Alphabet(kind, lower)
+    return Alphabet(kind, lower, kind[:128].astype(np.uint16) << np.uint16(8) | lower[:128].astype(np.uint16))
 
 
 UNSPACED = (  # Thai and Lao, Tibetan, Burmese, Khmer, kana, Han
@@ -125,41 +126,44 @@ def mix(value):
 
 
 @njit(cache=True, nogil=True)
-def words(text, offsets, kind, lower, hashes, ends, first):
+def words(text, offsets, kind, lower, ascii, hashes, ends, first):
     """Split a batch into words: text (b,) uint8, document d from offsets[d] to offsets[d + 1]. Fills `Tokens`, whose
-    arrays have room for as many tokens as bytes; returns how many there are."""
-    n = 0
+    arrays have room for as many tokens as bytes; returns how many there are.
+
+    Places are unsigned, since a signed one may be negative and would be looked at for that.
+    """
+    n, one, two, three = np.uint64(0), np.uint64(1), np.uint64(2), np.uint64(3)
     for d in range(len(offsets) - 1):
         first[d] = n
-        before = SPACE
+        before = np.uint16(SPACE)
         value = START
-        i, end = offsets[d], offsets[d + 1]
+        i, end = np.uint64(offsets[d]), np.uint64(offsets[d + 1])
         while i < end:
             byte = text[i]
             if byte < 0x80:
-                code, size = np.uint32(byte), 1
-            elif byte < 0xE0:
-                code, size = np.uint32((byte & 0x1F) << 6 | (text[i + 1] & 0x3F)), 2
-            elif byte < 0xF0:
-                code, size = np.uint32((byte & 0x0F) << 12 | (text[i + 1] & 0x3F) << 6 | (text[i + 2] & 0x3F)), 3
+                both = ascii[np.uint64(byte)]
+                now, character, size = both >> np.uint16(8), np.uint64(both & np.uint16(0xFF)), one
             else:
-                code = np.uint32(
-                    (byte & 0x07) << 18 | (text[i + 1] & 0x3F) << 12 | (text[i + 2] & 0x3F) << 6 | (text[i + 3] & 0x3F)
-                )
-                size = 4
-            now = kind[code]
-            begins = now != before or now == ALONE
-            hashes[n], ends[n] = (
-                value,
-                i,
-            )  # of the word before, should it end here: no branch, for none could be foretold
-            n += begins & (before != SPACE)
-            value = ((START if begins else value) ^ np.uint64(lower[code])) * PRIME
+                if byte < 0xE0:
+                    code, size = np.uint32((byte & 0x1F) << 6 | (text[i + one] & 0x3F)), two
+                elif byte < 0xF0:
+                    code = np.uint32((byte & 0x0F) << 12 | (text[i + one] & 0x3F) << 6 | (text[i + two] & 0x3F))
+                    size = three
+                else:
+                    high = (byte & 0x07) << 18 | (text[i + one] & 0x3F) << 12
+                    code = np.uint32(high | (text[i + two] & 0x3F) << 6 | (text[i + three] & 0x3F))
+                    size = np.uint64(4)
+                now, character = np.uint16(kind[code]), np.uint64(lower[code])
+            begins = (now != before) | (now == ALONE)
+            # Of the word before, should it end here: no branch, for none could be foretold.
+            hashes[n], ends[n] = value, i
+            n += np.uint64(begins & (before != SPACE))
+            value = ((START if begins else value) ^ character) * PRIME
             before = now
             i += size
         if before != SPACE:
             hashes[n], ends[n] = value, end
-            n += 1
+            n += one
     first[len(offsets) - 1] = n
     return n
 
@@ -167,7 +171,7 @@ def words(text, offsets, kind, lower, hashes, ends, first):
 @njit(cache=True, nogil=True)
 def bucket(mixed, buckets):
     """Of a mixed hash: its upper half as a fraction of all buckets."""
-    return np.int64(((mixed >> np.uint64(32)) * buckets) >> np.uint64(32))
+    return ((mixed >> np.uint64(32)) * buckets) >> np.uint64(32)
 
 
 @njit(cache=True, nogil=True)
@@ -187,16 +191,23 @@ def count(hashes, bounds, counts):
 @njit(cache=True, nogil=True)
 def score(hashes, bounds, table, sums):
     """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C)."""
-    buckets = np.uint64(len(table))
-    columns = table.shape[1]
+    buckets, columns = np.uint64(len(table)), np.uint64(table.shape[1])
+    room = np.empty(columns)
     for p in range(len(bounds) - 1):
-        before = np.uint64(0)
-        for i in range(bounds[p], bounds[p + 1]):
-            mixed = mix(hashes[i])
-            one, two = bucket(mixed, buckets), bucket(mix(before + hashes[i]), buckets)
-            before = mixed
+        if bounds[p] == bounds[p + 1]:
+            continue
+        before = mix(hashes[bounds[p]])
+        one = bucket(before, buckets)
+        for c in range(columns):
+            room[c] = table[one, c]
+        for i in range(np.uint64(bounds[p] + 1), np.uint64(bounds[p + 1])):
+            two = bucket(mix(before + hashes[i]), buckets)
+            before = mix(hashes[i])
+            one = bucket(before, buckets)
             for c in range(columns):
-                sums[p, c] += table[one, c] + (table[two, c] if i > bounds[p] else 0.0)
+                room[c] += np.float64(table[one, c]) + table[two, c]
+        for c in range(columns):
+            sums[p, c] += room[c]
 
 
 @njit(cache=True, nogil=True)

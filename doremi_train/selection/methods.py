@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from doremi_train.selection.baselines import BM25, Embedding
+from doremi_train.selection.baselines import BM25, Classifier, Embedding
 from doremi_train.selection.options import Options
 from doremi_train.selection.scorers import ExactGrams, GranularGrams, NGrams, Random, Scorer, TokenGrams
 
@@ -12,5 +12,6 @@ METHODS: dict[str, Callable[[Options], Scorer]] = {
     "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),
     "random": Random,
     "bm25": BM25,
+    "classifier": Classifier,
     "embedding": Embedding,
 }

@@ -8,7 +8,13 @@ from pydantic.dataclasses import dataclass
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError
 from doremi_train.methods import less
 
-METHODS = ("ngram", "random", "bm25", "embedding")  # made in `selection.methods`, which needs the extra `select`
+METHODS = (
+    "ngram",
+    "random",
+    "bm25",
+    "classifier",
+    "embedding",
+)  # made in `selection.methods`, which needs the extra `select`
 
 Share = Annotated[float, Gt(0), Le(1)]
 Baseline = Literal["random", "bm25", "ngram", "rds", "rds_plus"]
@@ -52,12 +58,14 @@ class Options:
     features: Literal["words", "tokens", "granular"] = "words"  # of n-grams
     tokenizer: str | None = None  # of features=tokens: a tokenizer.json or a local transformers folder
     vocabulary: str | None = None  # of features=granular: what stage=vocabulary wrote
+    granularity: Literal["longest", "every"] = "longest"  # of features=granular: beside the longest match, shorter ones
     encoder: str | None = None  # of method=embedding: a local transformers folder
     exact: bool = False  # the published package's weights: sums over whole documents of at least 100 words
     buckets: Positive | None = None  # m, of hashed n-grams; null: 32 768 (exact: the paper's 10 000)
     mixing: Fraction | Literal["held_out"] = 0.0  # λ of Jelinek-Mercer smoothing, or by held-out likelihood
     write: Literal["none", "jsonl.zst", "parquet", "webdataset"] = "none"  # the chosen text, beside the sidecar
-    workers: Positive | None = None  # processes; null: one a core
+    engine: Literal["processes", "ray", "slurm"] = "processes"  # where it is computed; slurm: an array, as submit says
+    workers: Positive | None = None  # at once; null: one a core, what the Ray cluster has, submit.parallel
     scorer_model: str | None = None  # of method=less: a local transformers folder; null: finetune.model
     less: Less = Less()
 

@@ -103,11 +103,11 @@ def _scored(batch: Batch, scorer: Scorer, model: Arrays, names: list[str], task:
     scores, tokens = scorer.score(batch, model), scorer.tokens(batch)
     ids = np.empty(len(batch.start), np.uint64)
     kernels.identify(batch.tokens.hashes, batch.bounds, ids)
-    base = np.array([document.base for document in batch.documents])[batch.document]
-    first = batch.start[np.searchsorted(batch.document, np.arange(len(batch.documents)))][batch.document]
+    origin = batch.start[np.searchsorted(batch.document, np.arange(len(batch.documents)))]  # (B,) of each document
+    origin = (origin - np.array([document.base for document in batch.documents]))[batch.document]
     row = np.array([document.row for document in batch.documents])[batch.document]
     domain = pa.DictionaryArray.from_arrays(batch.document, [document.domain for document in batch.documents])
-    columns = [row, batch.start - first + base, batch.end - first + base, domain.cast(pa.string()), ids, tokens]
+    columns = [row, batch.start - origin, batch.end - origin, domain.cast(pa.string()), ids, tokens]
     columns.append(_refused(batch, tokens, task))
     return pa.RecordBatch.from_arrays([pa.array(c) for c in (*columns, *scores.T)], schema=schema(names))
 
@@ -145,10 +145,11 @@ def _runs(documents: list[bytes], tokenizer: str | None) -> Arrays:
 
 def summed(tasks: list[Task]) -> Arrays:
     """The sums over all sources."""
-    total: Arrays = {}
-    for task in tasks:
-        for name, values in read_arrays(task.counts).items():
-            total[name] = total[name] + values if name in total else values
+    total, scorer = read_arrays(tasks[0].counts), tasks[0].scorer
+    for task in tasks[1:]:
+        more = read_arrays(task.counts)
+        both = {name: total[name] + more[name] for name in ("words", "bad_lines")}
+        total = scorer.together(*({name: side[name] for name in scorer.sums()} for side in (total, more))) | both
     return total
 
 

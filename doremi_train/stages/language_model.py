@@ -13,7 +13,7 @@ from doremi_train import batch_selection, checkpoint, comm, losses, model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
-from doremi_train.methods import HEURISTICS, cross_entropy, importance
+from doremi_train.methods import HEURISTICS, cross_entropy, importance, swarm
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
 from doremi_train.track import Bar
@@ -73,6 +73,7 @@ def train(
     """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs, for whom it is moved
     on in silence."""
     run = recipe(session, store, config, weights, training, part, weighting, selection)
+    bar = bar or session.part(name)
     with session.computing(run, name) as todo:
         if not todo and bar is None:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -182,6 +183,16 @@ def resolved_model(session: Session, store: TokenStore, name: str | None = None)
     length = session.config.training.sequence_length
     key = "model" if name is None else "main.model"
     return model.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
+
+
+def caps(session: Session, store: TokenStore, floor: float, key: str) -> swarm.Box:
+    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at least `floor` (of
+    this key). Raises UserError where that leaves none."""
+    sizes = np.asarray(store.sizes("train"), dtype=np.float64)
+    try:
+        return swarm.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
+    except ValueError as error:
+        raise UserError(f"mixture={session.config.mixture.method}: {error}") from None
 
 
 def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:

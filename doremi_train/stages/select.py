@@ -3,7 +3,8 @@
 Scores are kept in the store, named by what decides them: another budget, temperature or seed needs no scoring again.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from doremi_train.data.prepare import locked
 from doremi_train.data.sources import Source, names, resolve, signature
 from doremi_train.methods import ngram
 from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, once
+from doremi_train.selection import engines
+from doremi_train.stages import Session, once, select_report, submit
 from doremi_train.track import Bar, short
 
 SCORES = 1  # raise when the same request would give other scores
 # How it is computed, and what only the choice depends on: no part of the scores' address.
-_CHOICE = ("train", "documents", "tokens", "fraction", "within", "temperature", "write", "workers")
+_CHOICE = ("train", "documents", "tokens", "fraction", "within", "temperature", "write", "engine", "workers")
 
 
 @once
@@ -44,7 +46,9 @@ def run(session: Session) -> Path:
         if todo:
             comm.on_first(lambda: choice.finish(_select(session, choice.folder, recipe)))
     if session.config.stage == "select":
-        session.say(summary(choice.result(), choice.folder))
+        page = session.run_dir / "select" / "report.html"
+        comm.on_first(lambda: select_report.write(page, choice.folder, session.config.selection.vocabulary))
+        session.say(f"{summary(choice.result(), choice.folder)}\nreport: {page}")
     return choice.folder
 
 
@@ -149,22 +153,22 @@ def _recipe(session: Session) -> dict[str, Any]:
             for path in sorted(Path(options.encoder).glob("*"))
         ],
     }
-    choice = {key: given[key] for key in _CHOICE if key not in ("train", "workers")}
+    choice = {key: given[key] for key in _CHOICE if key not in ("train", "engine", "workers")}
     return {"scores": scores, "choice": choice, "seed": session.config.seed}
 
 
 def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Score the corpus, unless that was done; then choose for every target. The content of `result.json`."""
-    from doremi_train.selection import choose, engines, parts, scorers  # numba is an extra
+    from doremi_train.selection import choose, parts, scorers  # numba is an extra
 
     text = text_options(session)
     served = {name: parts.texts(found, text, f"selection.targets.{name}") for name, found in targets(session).items()}
     columns = {**served, **{f"{name}/half": scorers.halves(documents)[0] for name, documents in served.items()}}
-    with engines.Processes(session.config.selection.workers) as pool:
+    with _engine(session) as pool:
         work, sums = _score(session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool)
         sources = [task.source for task in work]
         scores = choose.Scores([task.scores for task in work], names(session.config.data, sources))
-        found = choose.totals(scores, list(columns))
+        found = choose.totals(scores, list(columns), {source.domain for source in sources if source.domain})
         data = fingerprint(signature(session.config.data, sources))
         chosen = {}
         for name, documents in served.items():
@@ -182,7 +186,24 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
     }
 
 
-def _score(session: Session, home: Path, columns: Mapping[str, list[bytes]], pool: Any) -> tuple[list[Any], Any]:
+@contextlib.contextmanager
+def _engine(session: Session) -> Iterator[engines.Engine]:
+    """Where the tasks run."""
+    options = session.config.selection
+    if options.engine == "slurm":
+        yield submit.Array(session.config.submit, session.run_dir / "select.log", options.workers)
+    elif options.engine == "ray":
+        with engines.Ray(options.workers) as ray:
+            session.say(f"Ray of {ray.nodes} node{'s' if ray.nodes > 1 else ''}")
+            yield ray
+    else:
+        with engines.Processes(options.workers) as pool:
+            yield pool
+
+
+def _score(
+    session: Session, home: Path, columns: Mapping[str, list[bytes]], pool: engines.Engine
+) -> tuple[list[Any], Any]:
     """(a task for every source, all of them done; the sums over the corpus)."""
     from doremi_train.selection import describe, parts, tasks
 
@@ -210,7 +231,7 @@ def _score(session: Session, home: Path, columns: Mapping[str, list[bytes]], poo
 
 
 def _choose(
-    session: Session, folder: Path, name: str, work: list[Any], scores: Any, found: Any, pool: Any,
+    session: Session, folder: Path, name: str, work: list[Any], scores: Any, found: Any, pool: engines.Engine,
     metadata: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """Write the sidecar, the mixture and the shards of one target; what is to be said about its choice."""
@@ -247,7 +268,7 @@ def _kl(documents: list[bytes], raw: Any, chosen: Any) -> dict[str, float]:
     return {"raw": far, "chosen": near, "reduction": far - near}
 
 
-def _everywhere(pool: Any, label: str, work: Callable[[Any], None], jobs: list[Any]) -> None:
+def _everywhere(pool: engines.Engine, label: str, work: Callable[[Any], None], jobs: list[Any]) -> None:
     with Bar(label, max(len(jobs), 1), unit="files") as bar:
 
         def look(done: int) -> None:

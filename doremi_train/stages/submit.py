@@ -1,15 +1,16 @@
-"""Child runs side by side, each the command itself on a configuration of its own: as processes here, or on Slurm.
+"""Child runs side by side, each the command itself on a configuration of its own: processes here, or a Slurm array.
 
 What a child computes is found by its content address afterwards, so a child that was done before is not sent again, and
 the parent needs nothing from a child but that it ended well.
 """
 
+import contextlib
 import importlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from doremi_train import comm, runs
 from doremi_train.config import UserError
 from doremi_train.runs import Preempted
+from doremi_train.selection.engines import LOSSES
 from doremi_train.stages import Session, Submit
 from doremi_train.train import TrainingFailed
 
@@ -38,6 +40,75 @@ class Child:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Tasks for one job of an array, one after the other. After a time limit it begins anew: done is not done again."""
+
+    work: Callable[[Any], object]
+    tasks: Sequence[Any]
+
+    def __call__(self) -> tuple[int, str]:
+        try:
+            for task in self.tasks:
+                self.work(task)
+        except UserError as error:
+            return error.exit_code, str(error)
+        return 0, ""
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Array:
+    """An engine of selection (`selection.engines`): shares of its tasks as arrays of Slurm jobs."""
+
+    options: Submit
+    logs: Path
+    jobs: int | None  # of an array; None: `submit.parallel`
+
+    def run(self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]) -> None:
+        """Raises the error of the first job that failed, and TrainingFailed where jobs are lost again and again."""
+        count, lost = min(self.jobs or self.options.parallel, len(tasks)), 0
+        left = [Share(work, tasks[first::count]) for first in range(count)]
+        while left:
+            before = len(left)
+            left = self._tried(left, len(tasks), look)
+            lost = lost + 1 if len(left) == before else 0
+            if lost > LOSSES:
+                raise TrainingFailed(f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}")
+
+    def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
+        """The shares of those jobs of an array that ended without a result, as when they are killed."""
+        with _clean_environment(), _slurm_refusals():
+            executor = _slurm(self.options, self.logs, nodes=1, tasks=1, gpus=0)
+            with executor.batch():
+                going = {number: (executor.submit(share), share) for number, share in enumerate(shares)}
+        lost: list[Share] = []
+        looked = 0.0
+        try:
+            while going:
+                queue = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
+                looked = time.monotonic() if queue else looked
+                for number, (job, share) in list(going.items()):
+                    if not _ended(job, queue):
+                        continue
+                    if not _has_result(job):
+                        lost.append(share)
+                    elif failure := _failure(f"selection, job {job.job_id}", job):
+                        raise failure
+                    del going[number]
+                undone = [*(share for _, share in going.values()), *lost]
+                look(total - sum(len(share.tasks) for share in undone))
+                time.sleep(0.2)
+        finally:  # what a killed job has finished stays
+            for job, _ in going.values():
+                subprocess.run(["scancel", "--quiet", job.job_id], capture_output=True, check=False)
+        return lost
 
 
 def submit(
@@ -69,11 +140,16 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
     slots = list(range(options.parallel))
     failure: Exception | None = None
     looked = told = 0.0
+    if options.cluster == "slurm" and waiting:
+        for name, job in _array(options, waiting).items():
+            running[name] = job, 0
+            session.say(f"{name:<22} is job {job.job_id} (slurm)")
+        waiting = {}
     while running or (waiting and not failure):
         while waiting and slots and not failure:
             name = next(iter(waiting))
             running[name] = _start(options, waiting.pop(name), slots[-1]), slots.pop()
-            session.say(f"{name:<22} is job {running[name][0].job_id} ({options.cluster})")
+            session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
         look = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
         looked = time.monotonic() if look else looked
         for name, (job, slot) in list(running.items()):
@@ -94,43 +170,74 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
 
 
 def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
-    """Submit one child. Raises UserError where there is no Slurm, or it refuses."""
+    """One child as a process here."""
     import submitit
 
     folder = Path(plain["run_dir"])
     logs = folder.with_name(f"{folder.name}.log")
     for old in logs.glob("*_result.pkl"):  # a process number comes again
         old.unlink()
-    executor: Any
+    gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
+    with _clean_environment():
+        executor = submitit.LocalExecutor(logs)
+        executor.update_parameters(
+            timeout_min=_MINUTES_OF_A_YEAR,
+            tasks_per_node=options.tasks_per_node,
+            gpus_per_node=len(gpus),
+            visible_gpus=gpus,
+        )
+        return executor.submit(Child(plain))
+
+
+def _array(options: Submit, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All children as one array of Slurm, `submit.parallel` of them at once."""
+    logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
+    with _clean_environment(), _slurm_refusals():
+        executor = _slurm(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
+        executor.update_parameters(array_parallelism=options.parallel)
+        with executor.batch():
+            return {name: executor.submit(Child(plain)) for name, plain in children.items()}
+
+
+@contextlib.contextmanager
+def _clean_environment() -> Iterator[None]:
+    """A child is no rank of its parent, and no step of its job."""
+    import submitit
+
     keep = {name: os.environ[name] for name in os.environ if name == "SLURM_CONF"}
     agent = [name for name in os.environ if name.startswith("TORCHELASTIC_")]
-    with submitit.helpers.clean_env(extra_names=agent):  # a child is no rank of its parent, and no step of its job
+    with submitit.helpers.clean_env(extra_names=agent):
         os.environ.update(keep)
-        if options.cluster == "local":
-            executor = submitit.LocalExecutor(logs)
-            gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
-            executor.update_parameters(
-                timeout_min=_MINUTES_OF_A_YEAR,
-                tasks_per_node=options.tasks_per_node,
-                gpus_per_node=len(gpus),
-                visible_gpus=gpus,
-            )
-            return executor.submit(Child(plain))
-        try:
-            executor = submitit.SlurmExecutor(logs, max_num_timeout=1000)
-            given = {name: getattr(options, name) for name in ("gpus_per_node", "cpus_per_task", "partition")}
-            executor.update_parameters(
-                job_name="doremi-train",
-                time=options.timeout_minutes,
-                nodes=options.nodes,
-                ntasks_per_node=options.tasks_per_node,
-                signal_delay_s=min(120, options.timeout_minutes * 30),
-                additional_parameters=dict(options.extra or {}),
-                **{name: value for name, value in given.items() if value},
-            )
-            return executor.submit(Child(plain))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"submit.cluster=slurm: the job could not be submitted: {error}") from None
+        yield
+
+
+def _slurm(options: Submit, logs: Path, nodes: int, tasks: int, gpus: int) -> Any:
+    """An executor of jobs of so many nodes, tasks and GPUs of each."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(logs, max_num_timeout=1000)
+    given = {"gpus_per_node": gpus, "cpus_per_task": options.cpus_per_task, "partition": options.partition}
+    executor.update_parameters(
+        job_name="doremi-train",
+        time=options.timeout_minutes,
+        nodes=nodes,
+        ntasks_per_node=tasks,
+        signal_delay_s=min(120, options.timeout_minutes * 30),
+        additional_parameters=dict(options.extra or {}),
+        **{name: value for name, value in given.items() if value},
+    )
+    return executor
+
+
+@contextlib.contextmanager
+def _slurm_refusals() -> Iterator[None]:
+    """Raises UserError where there is no Slurm, or it takes no job."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"submit: Slurm took no job: {error}; sbatch must be here, and allow submit.partition, .extra and the like"
+        ) from None
 
 
 def _ended(job: Any, look: bool) -> bool:
@@ -152,11 +259,7 @@ def _failure(name: str, job: Any) -> Exception | None:
     from submitit.core.utils import UncompletedJobError
 
     first = job.task(0)
-    for _ in range(50):  # a file of another machine may be seen a while later
-        if first.paths.result_pickle.exists():
-            break
-        time.sleep(0.2)
-    else:
+    if not _has_result(job):
         return TrainingFailed(f"{name}: job {job.job_id} ended without a result, as when it is killed{_log(first)}")
     try:
         code, message = first.result()
@@ -165,6 +268,15 @@ def _failure(name: str, job: Any) -> Exception | None:
     kinds = {0: None, Preempted.exit_code: Preempted, UserError.exit_code: UserError}
     kind = kinds.get(code, TrainingFailed)
     return kind(f"{name}: {message}{_log(first) if kind is TrainingFailed else ''}") if kind else None
+
+
+def _has_result(job: Any) -> bool:
+    """Whether a job that ended left a result; a file of another machine may be seen a while later."""
+    for _ in range(50):
+        if job.task(0).paths.result_pickle.exists():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _log(task: Any) -> str:

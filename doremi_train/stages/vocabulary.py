@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from doremi_train import charts, comm, files
+from doremi_train import comm, files
 from doremi_train.config import fingerprint
 from doremi_train.data.options import Options
 from doremi_train.data.sources import BadLines, Source, resolve, signature
 from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, once, select
+from doremi_train.stages import Session, once, select, select_report
 
 
 @once
@@ -62,13 +62,8 @@ def _make(session: Session, folder: Path) -> dict[str, Any]:
 
 
 def _picture(log: list[dict[str, Any]]) -> str:
-    tokens = [line["tokens"] for line in log]
-    curves = {
-        name: charts.Curve(tokens, [[line[key] for line in log]])
-        for name, key in (("mean length of the tokens", "utility_plain"), ("length as used", "utility_used"))
-    }
-    drawn = charts.lines("Utility of the vocabulary", "tokens", "H_v, nats per byte", curves, logarithmic=True)
-    return drawn.replace(">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1)
+    """The chart as a file of its own."""
+    return select_report.utility(log).replace(">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1)
 
 
 def _sample(sources: list[Source], data: Options, size: int) -> list[bytes]:

@@ -1,0 +1,175 @@
+"""How fast documents are scored: `selection=ngram` over the package data-selection on the same text, one core each; its
+kernel on text in memory; and the whole of it, from jsonl.zst to a file of scores, over reading these files alone.
+
+Seconds are the processor's, so that others on the machine matter less. The text is that of `--root`, or else the
+demonstration's, repeated until it is large enough.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from benchmarks import common
+from benchmarks.prepare import corpus, texts
+from doremi_train.data import sources
+from doremi_train.data.options import Options as Data
+from doremi_train.selection import kernels, parts, tasks
+from doremi_train.selection.options import Options
+from doremi_train.selection.scorers import halves
+
+TARGET = 20  # documents of the first domain
+
+
+def work(data: Data, folder: Path) -> list[tasks.Task]:
+    """A task for every file; what they write goes into the folder."""
+    found = enumerate(sources.resolve(data))
+    return [tasks.Task(folder, number, source, data, Options(method="ngram")) for number, source in found]
+
+
+def estimated(all_: list[tasks.Task], target: list[bytes]) -> None:
+    """Count the corpus and fit the weights, one column for the target and one for its half, as a selection does."""
+    for task in all_:
+        tasks.count(task)
+    columns = {"target": target, "target/half": halves(target)[0]}
+    model = tasks.fit(all_[0].options, columns, tasks.summed(all_), {"targets": target})
+    tasks.write_arrays(all_[0].folder / "model.npz", model)
+
+
+def scored(all_: list[tasks.Task]) -> None:
+    for task in all_:
+        tasks.score(task)
+
+
+class Peer:
+    """The package, in a process of its own that answers with seconds."""
+
+    def __init__(self, python: str, folder: Path) -> None:
+        script = Path(__file__).parent / "peers" / "ngram.py"
+        self._process = subprocess.Popen(
+            [python, str(script)], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=(folder / "peer.log").open("w"), text=True,
+        )  # fmt: skip
+
+    def turn(self) -> float:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def laid_out(given: Data, megabytes: float, folder: Path) -> list[str]:
+    """About so much of the text, as one jsonl.zst of a domain, in both splits."""
+    documents, size = [], 0
+    for text in texts(given):
+        documents.append(text)
+        size += len(text.encode())
+        if size > megabytes * 1e6:
+            break
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
+    (folder / "d").mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / "d" / f"{split}.jsonl.zst").write_bytes(zstandard.ZstdCompressor(3).compress(content))
+    return documents
+
+
+def in_memory(documents: list[str], table: NDArray) -> Callable[[], object]:
+    """Split into words and score, in the batches in which files are read."""
+    batches, waiting, size = [], list[bytes](), 0
+    for text in documents:
+        waiting.append(text.encode())
+        size += len(waiting[-1])
+        if size > parts.BATCH or text is documents[-1]:
+            batches.append(kernels.joined(waiting))
+            waiting, size = [], 0
+
+    def turn() -> None:
+        for text, offsets in batches:
+            tokens = kernels.split(text, offsets)
+            kernels.score(tokens.hashes, tokens.first, table, np.zeros((len(offsets) - 1, table.shape[1])))
+
+    return turn
+
+
+def measure(given: argparse.Namespace) -> common.Result:
+    megabytes = given.megabytes or (8 if given.quick else 60)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        corpus_ = corpus(given.root, int(megabytes * 1e6), folder / "corpus")
+        documents = laid_out(corpus_, megabytes, folder / "large")
+        few = laid_out(corpus_, 1 if given.quick else 4, folder / "small")
+        target = [text.encode() for text in few[:TARGET]]
+        large, small = (
+            work(Data(embedded=None, root=str(folder / name)), folder / name / "scores")[:1]
+            for name in ("large", "small")
+        )
+        estimated(large, target)
+
+        def whole(all_: list[tasks.Task], fit: bool) -> Callable[[], float]:
+            def turn() -> float:
+                for path in (all_[0].scores, *([all_[0].counts] if fit else [])):
+                    path.unlink(missing_ok=True)
+                tasks.load_model.cache_clear()
+                tasks.known.cache_clear()
+                began = time.process_time()
+                if fit:
+                    estimated(all_, target)
+                scored(all_)
+                return time.process_time() - began
+
+            return turn
+
+        def reading() -> None:
+            for _ in sources.read(large[0].source, large[0].data, sources.BadLines(large[0].data)):
+                pass
+
+        sides: dict[str, Callable[[], object]] = {
+            "kernel": in_memory(documents, tasks.load_model(large[0].folder)["table"]),
+            "end_to_end": whole(large, fit=False),
+            "with_fit": whole(large, fit=True),
+            "reading": reading,
+        }
+        if given.peer:
+            for path, lines in (("target.jsonl", few[:TARGET]), ("raw.jsonl", few)):
+                texts_ = "".join(json.dumps({"text": text}) + "\n" for text in lines)
+                (folder / "small" / path).write_text(texts_)
+            peer = stack.enter_context(contextlib.closing(Peer(given.peer, folder / "small")))
+            sides |= {"ours_on_less": whole(small, fit=True), "data_selection": peer.turn}
+        else:
+            print("data-selection is not measured: --peer names the interpreter of an environment that has it")
+        times = common.alternate(sides, given.rounds or (3 if given.quick else 9), clock=time.process_time)
+    size, less = (sum(len(text.encode()) for text in side) / 1e6 for side in (documents, few))
+    speed = {
+        f"{side}_mb_per_s_core": (less if side in ("ours_on_less", "data_selection") else size)
+        / statistics.median(took)
+        for side, took in times.items()
+    }
+    common.table(f"{size:.0f} MB of text, {less:.0f} beside the package", ("", "MB/s and core"), list(speed.items()))
+    ratios = {"of_reading": common.ratio(times["reading"], times["end_to_end"])}
+    if given.peer:
+        ratios["over_data_selection"] = common.ratio(times["data_selection"], times["ours_on_less"])
+    return common.Result(ratios, {"text_mb": size, **speed})
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", type=Path, help="text: a folder of domains, as data.root")
+    parser.add_argument("--megabytes", type=float, help="of text; default: 60")
+    parser.add_argument("--rounds", type=int, help="turns of every side")
+    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with data-selection 1.0.3")
+
+
+if __name__ == "__main__":
+    common.main("ngram", __doc__, measure, options)
