@@ -36,7 +36,7 @@ def measure(given: argparse.Namespace) -> common.Result:
         base = planted_tasks.pretrained(_coded, folder / "base", 64)
         found = {target: _target(target, folder, base, given) for target in given.targets}
     for target, methods in found.items():
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (
                 method,
                 statistics.mean(losses),

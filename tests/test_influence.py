@@ -18,6 +18,7 @@ from torch.func import functional_call, grad
 from doremi_train.config import UserError
 from doremi_train.methods import factored, less
 from doremi_train.methods.less import Options
+from doremi_train.selection import examples as baselines
 from doremi_train.selection import influence
 from doremi_train.selection.features import Rows, cosines, stored
 from doremi_train.selection.influence import Checkpoint, Coded
@@ -176,6 +177,37 @@ def test_batches_hold_each_example_once_and_stay_within_bounds() -> None:
     for numbers, batch in found:
         assert (batch[:, 1:] >= 0).sum(1).tolist() == [int((pool[n] >= 0).sum()) for n in numbers]
     assert len(all_of(pool, 1)) == 20
+
+
+# Baselines
+
+
+def test_representations_are_of_an_example_alone() -> None:
+    """The last token's, and the mean that weighs the n-th token n times; padding changes nothing."""
+    inner: Any = build(lora=False).inner
+    pool = examples(6)
+    found = baselines.representations(inner, pool, 1000, torch.device("cpu"))
+    for row, example in enumerate(pool):
+        ids = torch.from_numpy(np.where(example < 0, ~example, example)).long()[None]
+        with torch.no_grad():
+            hidden = inner.base_model(input_ids=ids).last_hidden_state[0].float()
+        weights = torch.arange(1.0, len(example) + 1)[:, None]
+        for name, expected in (("rds", hidden[-1]), ("rds_plus", (weights * hidden).sum(0))):
+            torch.testing.assert_close(found[name][row], expected / expected.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_examples_of_the_target_take_turns() -> None:
+    cosines = np.array([[0.9, 0.8], [0.8, 0.9], [0.7, 0.1], [0.1, 0.2]])
+    assert baselines.round_robin(cosines, 4) == [0, 1, 2, 3]
+    assert baselines.round_robin(cosines[::-1], 3) == [3, 2, 1]
+    assert baselines.round_robin(cosines, 9) == [0, 1, 2, 3]
+
+
+def test_resampling_favours_high_scores_and_follows_its_seed() -> None:
+    scores = np.linspace(0, 1, 1000)
+    picks = [np.argsort(-baselines.resampled(scores, seed))[:100] for seed in (0, 0, 1)]
+    assert np.array_equal(picks[0], picks[1]) and not np.array_equal(picks[0], picks[2])
+    assert 800 < picks[0].mean() < 950  # of the best hundred it would be 949.5
 
 
 # Rows on disk

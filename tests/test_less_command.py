@@ -180,6 +180,62 @@ def test_a_malformed_record_is_named(folder: Path, command: Command, tmp_path: P
     assert outcome.code == 2 and f"{where}.jsonl, line {count}" in outcome.err, outcome
 
 
+# Another trainer's warm-up
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "LoRA"])
+def elsewhere(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, Any]:
+    """A folder with what transformers' Trainer left after each of two epochs, and that trainer."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
+    if request.param:
+        peft = pytest.importorskip("peft")
+        options = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, options)
+    ids = np.random.default_rng(0).integers(1, 13, (8, 10)).tolist()
+    out = folder / f"elsewhere-{request.param}"
+    arguments = TrainingArguments(
+        str(out), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="epoch", logging_steps=1,
+        report_to="none", use_cpu=True, learning_rate=1e-3, disable_tqdm=True, weight_decay=0.1,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.train()
+    return out, trainer
+
+
+def test_checkpoints_of_transformers_trainer_are_read_by_name(
+    folder: Path, elsewhere: tuple[Path, Any], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from doremi_train.stages import warmup
+
+    out, trainer = elsewhere
+    seen: list[Any] = []
+    opened = warmup._opened
+    monkeypatch.setattr(warmup, "_opened", lambda *given: seen.append(opened(*given)) or seen[-1])
+    folders = f"selection.less.checkpoints=[{out}/checkpoint-2,{out}/checkpoint-4]"
+    store = f"{tmp_path}/store"
+    outcome = command(
+        *overrides(folder, store=store), folders, "selection.less.baselines=[]", f"run_dir={tmp_path}/run"
+    )
+    assert outcome.code == 0, outcome
+    moments, states = seen[-1].moments, trainer.optimizer.state
+    theirs = {
+        f"inner.{name.removeprefix('base_model.model.')}": states[p]
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad
+    }
+    assert moments.keys() == theirs.keys()
+    for name, state in theirs.items():
+        np.testing.assert_array_equal(moments[name].first, state["exp_avg"])
+        assert moments[name].step == 4
+    rates = warmup._given(None, [out / "checkpoint-2", out / "checkpoint-4"]).rates  # type: ignore[arg-type]
+    logged = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert rates == pytest.approx([np.mean(logged[:2]), np.mean(logged[2:])])
+    outcome = command(*overrides(folder, store=store), folders.replace("-2", "-3"), f"run_dir={tmp_path}/other")
+    assert outcome.code == 2 and "checkpoint-3" in outcome.err
+
+
 # Recovery
 
 

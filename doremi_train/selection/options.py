@@ -20,6 +20,7 @@ class Less(less.Options):
 
     warmup: Share = 0.05  # part of the pool that the scoring model is trained on first
     epochs: Positive = 4  # of it, each of which leaves a checkpoint
+    checkpoints: tuple[str, ...] | None = None  # folders that transformers' Trainer left, instead of a warm-up here
     features: Literal["int8", "float16"] | None = (
         None  # project and keep them; null: score the targets directly, exactly
     )

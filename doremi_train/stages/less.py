@@ -14,11 +14,9 @@ N examples of the pool, S subtasks of all targets together.
 """
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,21 +29,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, files, gradients, model, optim
+from doremi_train import comm, files, model
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data import instructions
 from doremi_train.data.instructions import Encoder, Instructions
-from doremi_train.data.sampler import Subsample
 from doremi_train.data.sources import BadLines, Source, records, resolve, signature
-from doremi_train.methods import cross_entropy, less
-from doremi_train.methods.less import Moments
+from doremi_train.methods import less
 from doremi_train.runs import Run, stop
 from doremi_train.selection import examples, influence
 from doremi_train.selection.features import Rows, cosines
 from doremi_train.selection.influence import Checkpoint, Coded
-from doremi_train.stages import Session, finetune, language_model, less_report, select, training_identity
+from doremi_train.stages import Session, finetune, less_report, select, warmup
+from doremi_train.stages.warmup import Warm
 from doremi_train.track import Bar
-from doremi_train.train import Task, Trainer
 
 SCORES = 1  # raise when the same request would give other scores
 _SHARD = 512  # examples scored by one process at a time
@@ -64,10 +60,11 @@ class Pool(NamedTuple):
 def run(session: Session) -> Path:
     """The folder of the choices."""
     scorer = _scorer(session)
-    encoder = Encoder(str(scorer.config.finetune.model), "selection.scorer_model")
+    key = "selection.scorer_model" if session.config.selection.scorer_model else "finetune.model"
+    encoder = Encoder(str(scorer.config.finetune.model), key)
     pool = _pool(session, finetune.prepared(scorer, encoder))
     served = _served(session, encoder) if session.config.selection.targets else {}
-    warm = _warm_up(scorer, pool.data)
+    warm = warmup.run(scorer, pool.data)
     choice = Run(session.store, "selection", _recipe(session, warm, served))
     if not choice.finished:
         scores = _influences(scorer, warm, pool, served)
@@ -132,97 +129,12 @@ def _records(session: Session, sources: Sequence[Source]) -> Any:
             yield f"{source.url}, line {line}", record
 
 
-# ── Warm-up ─────────────────────────────────────────────────────────────────────────
-
-
-def _warm_up(session: Session, data: Instructions) -> Run:
-    """Train on a random part of the pool, and keep what every epoch leaves."""
-    options, config = session.config.selection.less, session.config
-    part = Subsample(Fraction(options.warmup).limit_denominator(10**6), config.seed)
-    sizes = part.sizes(data.sequences("train", config.training.sequence_length))
-    batch = min(config.training.batch_size, int(sizes.sum()))
-    epoch = -(-int(sizes.sum()) // batch)
-    training = replace(
-        config.training, batch_size=batch, steps=epoch * options.epochs, checkpoint_every=epoch, keep_checkpoints=10**6
-    )
-    lora = config.finetune.lora
-    recipe = {
-        "data": data.fingerprint,
-        "model": model.folder_fingerprint(Path(str(config.finetune.model))),
-        "lora": None if lora.rank is None else asdict(lora),
-        "training": training_identity(training),
-        "part": [part.part.numerator, part.part.denominator],
-        "epoch": epoch,
-        "seed": config.seed,
-    }
-    warm = Run(session.store, "warmup", recipe)
-    with session.computing(warm, "warmup") as todo:
-        if todo:
-            task = Task(
-                label="warm-up",
-                run=warm,
-                objective=cross_entropy,
-                objective_options=cross_entropy.Options(weights=tuple((sizes / sizes.sum()).tolist())),
-                store=data,
-                seed=config.seed,
-                training=training,
-                evaluation=replace(config.evaluation, every=training.steps),
-                subsample=part,
-            )
-            tuning = model.CompletionModel(finetune.build(session).inner, training.activation_checkpointing)
-            rates = [
-                float(
-                    np.mean([optim.learning_rate(e * epoch + s, training.steps, training) for s in range(1, epoch + 1)])
-                )
-                for e in range(options.epochs)
-            ]
-            said = {"examples": int(sizes.sum()), "learning_rates": rates}
-            language_model.finish(session, task, Trainer(task, tuning, session.place), partial(_keep, warm), said)
-    return warm
-
-
-def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
-    """The checkpoints at the ends of epochs stay when the run is done."""
-    (warm.folder / "epochs").mkdir(exist_ok=True)
-    for path in (warm.folder / checkpoint.FOLDER).glob("step-*"):
-        if int(path.stem.removeprefix("step-")) % warm.recipe["epoch"] == 0:
-            (warm.folder / "epochs" / path.name).unlink(missing_ok=True)
-            os.link(path, warm.folder / "epochs" / path.name)
-    files.sync_folder(warm.folder / "epochs")
-
-
-def _checkpoint(session: Session, warm: Run, number: int) -> Checkpoint:
-    """What the warm-up was at the end of an epoch (from 1). Its optimiser's state is whole and by name, whatever engine
-    trained it."""
-    saved = checkpoint.read(warm.folder / "epochs" / f"step-{number * warm.recipe['epoch']:09d}.pt")
-    tuning = model.CompletionModel(finetune.build(session).inner)
-    tuning.precision = session.config.training.precision
-    try:
-        gradients.require_factored(tuning)
-    except gradients.NotFactored as error:
-        raise UserError(
-            f"finetune.model={session.config.finetune.model}: {error}; train only layers that can be, as with "
-            "finetune.lora.targets=[q_proj, v_proj]"
-        ) from None
-    parameters = dict(tuning.named_parameters())
-    for name, tensor in saved["model"].items():
-        if name in parameters:
-            parameters[name].data.copy_(tensor)
-    training, device = warm.recipe["training"], session.place.device
-    betas, epsilon = (training["adam_betas"][0], training["adam_betas"][1]), training["adam_epsilon"]
-    moments = {
-        name: Moments(state["exp_avg"].to(device), state["exp_avg_sq"].to(device), int(state["step"]), betas, epsilon)
-        for name, state in saved["optimizer"].items()
-    }
-    return Checkpoint(tuning.to(device).eval(), moments)
-
-
 # ── Scoring ─────────────────────────────────────────────────────────────────────────
 
 
-def _influences(session: Session, warm: Run, pool: Pool, served: Mapping[Subtask, Any]) -> NDArray[np.float64]:
+def _influences(session: Session, warm: Warm, pool: Pool, served: Mapping[Subtask, Any]) -> NDArray[np.float64]:
     """(N, S), computed by all processes together."""
-    options, result = session.config.selection.less, warm.result()
+    options = session.config.selection.less
     numbers = asdict(less.Options(options.epsilon, options.bias_correction, options.cosine))
     recipe = {"scores": SCORES, "warmup": warm.address, "direction": numbers}
     kind = options.features or (None if served else "int8")
@@ -231,7 +143,7 @@ def _influences(session: Session, warm: Run, pool: Pool, served: Mapping[Subtask
         recipe |= {"dimension": options.dimension, "seed": options.projection_seed}
     else:
         recipe |= {"targets": _printed(served)}
-    home, epochs = session.store / "selection" / f"less-{fingerprint(recipe)}", len(result["learning_rates"])
+    home, epochs = session.store / "selection" / f"less-{fingerprint(recipe)}", len(warm.rates)
     count, world, found = len(pool.tokens), comm.world(), []
     with Bar("select: scoring", epochs * count, unit="examples", show=world.first) as bar:
         for epoch in range(1, epochs + 1):
@@ -245,7 +157,7 @@ def _influences(session: Session, warm: Run, pool: Pool, served: Mapping[Subtask
                 found += [np.concatenate([cosines(s, scored.target_features) if kind else s for s in shards])]
     if not found:
         return np.zeros((count, 0))
-    return less.influence(torch.from_numpy(np.stack(found)), torch.tensor(result["learning_rates"])).numpy()
+    return less.influence(torch.from_numpy(np.stack(found)), torch.tensor(warm.rates)).numpy()
 
 
 def _look(bar: Bar, before: int, done: int) -> None:
@@ -256,47 +168,40 @@ def _look(bar: Bar, before: int, done: int) -> None:
 class _Scored:
     """What one checkpoint says; it is loaded when it is first asked."""
 
-    def __init__(self, session: Session, warm: Run, epoch: int, pool: Pool, served: Mapping[Subtask, Any]) -> None:
-        self._session, self._pool, self._served = session, pool, served
-        self._load = partial(_checkpoint, session, warm, epoch)
-        self._options = session.config.selection.less
-        self._known: tuple[Checkpoint, list[dict[str, Tensor]]] | None = None
+    def __init__(self, session: Session, warm: Warm, epoch: int, pool: Pool, served: Mapping[Subtask, Any]) -> None:
+        self._session, self._warm, self._epoch, self._pool, self._served = session, warm, epoch, pool, served
+        self._options, self._device = session.config.selection.less, session.place.device
 
     def cosines(self, rows: slice) -> NDArray[np.floating]:
-        at, targets = self._opened()
-        return self._each(rows, lambda batch: influence.cosines(at, batch, targets, self._options))
+        return self._each(rows, lambda batch: influence.cosines(self._at, batch, self._targets, self._options))
 
     def features(self, rows: slice) -> NDArray[np.floating]:
-        at, _ = self._opened()
         size, seed = self._options.dimension, self._options.projection_seed
-        return self._each(rows, lambda batch: influence.features(at, batch, size, seed, self._options))
+        return self._each(rows, lambda batch: influence.features(self._at, batch, size, seed, self._options))
 
     @functools.cached_property
     def target_features(self) -> NDArray[np.floating]:
-        """(S, k) of length 1 or less, as `influence.target` gives them; their projection keeps lengths on average."""
-        _, targets = self._opened()
+        """(S, k) of lengths that are right on average."""
         size, seed = self._options.dimension, self._options.projection_seed
-        return torch.stack([influence.feature(target, size, seed) for target in targets]).cpu().numpy()
+        return torch.stack([influence.feature(target, size, seed) for target in self._targets]).cpu().numpy()
 
-    def _opened(self) -> tuple[Checkpoint, list[dict[str, Tensor]]]:
-        if self._known is None:
-            at = self._load()
-            self._known = (
-                at,
-                [
-                    influence.target(at.model, self._batches([tokens for tokens, _ in subtask]), self._options)
-                    for subtask in self._served.values()
-                ],
-            )
-        return self._known
+    @functools.cached_property
+    def _at(self) -> Checkpoint:
+        return self._warm.load(self._epoch)
 
-    def _batches(self, found: Sequence[Coded]) -> list[Tensor]:
-        return [batch for _, batch in influence.batches(found, _together(self._session), self._session.place.device)]
+    @functools.cached_property
+    def _targets(self) -> list[dict[str, Tensor]]:
+        found = []
+        for subtask in self._served.values():
+            tokens = [tokens for tokens, _ in subtask]
+            together = influence.batches(tokens, _together(self._session), self._device)
+            found.append(influence.target(self._at.model, (batch for _, batch in together), self._options))
+        return found
 
     def _each(self, rows: slice, work: Any) -> NDArray[np.floating]:
         some = self._pool.tokens[rows]
         found: list[Any] = [None] * len(some)
-        for numbers, batch in influence.batches(some, _together(self._session), self._session.place.device):
+        for numbers, batch in influence.batches(some, _together(self._session), self._device):
             for number, row in zip(numbers, work(batch).cpu().numpy(), strict=True):
                 found[number] = row
         return np.stack(found)
@@ -313,7 +218,7 @@ def _printed(served: Mapping[Subtask, Any]) -> list[Any]:
 # ── Choice ──────────────────────────────────────────────────────────────────────────
 
 
-def _recipe(session: Session, warm: Run, served: Mapping[Subtask, Any]) -> dict[str, Any]:
+def _recipe(session: Session, warm: Warm, served: Mapping[Subtask, Any]) -> dict[str, Any]:
     """Everything that decides the choice."""
     options = session.config.selection
     given = {
