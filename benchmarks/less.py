@@ -162,7 +162,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--examples", type=int, help="of the pool")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a batch")
+    parser.add_argument("--tokens", type=int, default=512, help="of a batch; 8192 on a GPU")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

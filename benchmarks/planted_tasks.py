@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-LETTERS = "abcdefghijklmnop"
+LETTERS = "abcdefghijkl"
 TASKS = ("amber", "birch", "cedar", "drift", "ember")
-LENGTH = 4  # letters of a prompt
+LENGTH = 6  # letters of a prompt
 
 
 def records(seed: int, count: int, noise: float, tasks: tuple[str, ...] = TASKS) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def records(seed: int, count: int, noise: float, tasks: tuple[str, ...] = TASKS)
 def _ciphers() -> dict[str, Any]:
     """Shifts of one shuffled alphabet: permutations that differ on every letter."""
     shuffled = np.random.default_rng(0).permutation(len(LETTERS))
-    return {task: (shuffled + 3 * n + 1) % len(LETTERS) for n, task in enumerate(TASKS)}
+    return {task: (shuffled + 2 * n + 1) % len(LETTERS) for n, task in enumerate(TASKS)}
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -45,7 +45,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def untrained(folder: Path, width: int = 64, layers: int = 2) -> Path:
+def untrained(folder: Path, width: int = 64, layers: int = 1) -> Path:
     """A transformers folder with a tokeniser of the letters and a small model that has learned nothing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -68,7 +68,7 @@ TRAINING = (
 )  # fmt: skip
 
 
-def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int = 400) -> Path:
+def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int = 700) -> Path:
     """A model folder after training on other examples of all tasks, without noise. `command` runs doremi-train."""
     write(folder / "train.jsonl", records(3, 2000, 0.0))
     write(folder / "held.jsonl", records(2, 20, 0.0))
@@ -86,11 +86,11 @@ def selecting(folder: Path, base: Path, count: int = 200) -> list[str]:
     write(folder / "pool.jsonl", records(1, count, 0.2))
     write(folder / "held.jsonl", records(2, 20, 0.0))
     for task in TASKS:
-        write(folder / f"target/{task}.jsonl", records(4, 32, 0.0, (task,)))
+        write(folder / f"target/{task}.jsonl", records(4, 64, 0.0, (task,)))
         write(folder / f"test/{task}.jsonl", records(5, 64, 0.0, (task,)))
     return [
         *("selection=less", f"finetune.model={base}", *TRAINING, "training.batch_size=16"),
-        *("training.schedule=constant", "training.learning_rate=0.001"),
+        *("training.schedule=constant", "training.learning_rate=0.003"),
         f"data.domains={{pool: {{train: [{folder}/pool.jsonl], validation: [{folder}/held.jsonl]}}}}",
         "selection.targets={" + ", ".join(f"{task}: [{folder}/target/{task}.jsonl]" for task in TASKS) + "}",
     ]

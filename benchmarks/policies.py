@@ -224,7 +224,7 @@ def measure(given: argparse.Namespace) -> common.Result:
     seeds, steps = range(2 if given.quick else given.seeds), 20 if given.quick else given.steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = pool(given.root, 100_000 if given.quick else 600_000, folder / "data")
+        store = pool(given.root, 100_000 if given.quick else 400_000, folder / "data")
         target = given.target or next((name for name in store.domains if "python" in name), store.domains[0])
         start = warmed(store, target, 20 if given.quick else WARM_STEPS, folder)
         runs: dict[str, list[Trained]] = {policy: [] for policy in POLICIES}

@@ -91,7 +91,6 @@ def stores(at: dict[str, Path], folder: Path, encoder: str | None) -> tuple[dict
         "words": ["selection=ngram"],
         "tokens": ["selection=ngram", "selection.features=tokens", f"selection.tokenizer={tokenizer}"],
         "granular": ["selection=ngram", "selection.features=granular", f"selection.vocabulary={granular}"],
-        "exact": ["selection=ngram", "selection.exact=true", "selection.temperature=1.0"],
         "bm25": ["selection=bm25"],
         "classifier": ["selection=classifier"],
     } | ({"embedding": ["selection=embedding", f"selection.encoder={encoder}"]} if encoder else {})
@@ -176,9 +175,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--root", type=Path, required=True, help="a folder of domains with train* and validation* files"
     )
     parser.add_argument("--target", default="man_en", help="the domain to serve")
-    parser.add_argument("--characters", type=int, default=1_000_000, help="of each domain in the pool")
+    parser.add_argument("--characters", type=int, default=500_000, help="of each domain in the pool")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--encoder", help="a local sentence encoder, for selection=embedding")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write the target's curves there, as SVG")
 

@@ -90,6 +90,7 @@ def test_all_methods_in_one_command(data: list[str], tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in columns] == written
 
 
+@pytest.mark.acceptance
 def test_two_processes_give_the_bits_of_one(data: list[str], doremi: Command, tmp_path: Path) -> None:
     few = [*data, "classify.seeds=2", "classify.methods=[generated,dimp]"]
     assert run_here(*few, f"run_dir={tmp_path / 'one'}", f"classify.columns={tmp_path / 'a'}").code == 0

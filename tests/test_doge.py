@@ -163,7 +163,7 @@ def test_parts_of_a_batch_are_the_batch(alone: Path, fresh: list[str], command: 
     same_trace(alone, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_processes_give_the_weights_of_one(alone: Path, fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     outcome = doremi(*fresh, *DOGE, f"run_dir={tmp_path / 'run'}", processes=2)
     assert outcome.code == 0, outcome.err

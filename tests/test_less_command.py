@@ -27,7 +27,7 @@ TINY = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model, a pool of 100 examples with a few odd ones, and two targets, one with two subtasks."""
     folder = tmp_path_factory.mktemp("less")
-    planted_tasks.untrained(folder / "model", width=32, layers=1)
+    planted_tasks.untrained(folder / "model", width=32)
     pool = records(1, 20, 0.2)
     pool.insert(3, {"prompt": "a b", "completion": ""})  # no token that carries a loss
     pool.insert(5, dict(pool[4], task="copy"))

@@ -286,6 +286,7 @@ def broken(path: Path) -> Path:
         (["selection.benchmarks=[EMPTY]"], ["selection.benchmarks: no document"]),
         (["data.root=BROKEN"], ["line", "broken JSON"]),
         (["data.root=TORN"], ["train.jsonl.zst", "truncated or corrupt"]),
+        (["data.root=HOLLOW", "selection.within=domain"], ["no eligible document in domain hollow"]),
         (["selection=none"], ["selection=ngram"]),
     ],
 )
@@ -295,7 +296,9 @@ def test_mistakes(overrides: list[str], said: list[str], raw: Path, target: Path
     (tmp_path / "torn" / "d").mkdir(parents=True)
     (tmp_path / "torn" / "d" / "train.jsonl.zst").write_bytes(torn)
     broken(write_jsonl(tmp_path / "broken" / "d" / "train.jsonl", documents(2, "hijk", 20, 2000)))
-    places = {"EMPTY": "empty.jsonl", "BROKEN": "broken", "TORN": "torn"}
+    write_jsonl(tmp_path / "hollow" / "d" / "train.jsonl", documents(2, "hijk", 20, 2000))
+    write_jsonl(tmp_path / "hollow" / "hollow" / "train.jsonl", [""])
+    places = {"EMPTY": "empty.jsonl", "BROKEN": "broken", "TORN": "torn", "HOLLOW": "hollow"}
     for word, name in places.items():
         overrides = [override.replace(word, str(tmp_path / name)) for override in overrides]
     outcome = run_here(*selecting(raw, target, tmp_path / "run", *overrides))

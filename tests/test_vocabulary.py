@@ -174,6 +174,37 @@ def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> N
     assert len(rows) == 15 and sum(not set(texts[row["row"]]) - set("nopqrst ") for row in rows) >= 13
 
 
+def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path: Path) -> None:
+    from doremi_train.methods import ngram
+    from doremi_train.selection.methods import METHODS
+    from doremi_train.selection.options import Options
+    from doremi_train.selection.scorers import whole
+
+    tokens = [*vocabulary.BYTES, b"of", b" the", b"of the", b"of the end"]
+    print_ = granular.save(tmp_path / "v.json", tokens)
+    texts = [b"of the end of the day", b"", b"the"]
+    expected = [
+        [
+            [tokens.index(t) for t in naive_segment(text, [t for t in tokens if len(t.split()) <= most])]
+            for text in texts
+        ]
+        for most in (1, 2, 3)
+    ]
+    table = np.random.default_rng(0).normal(size=(997, 1))
+    given = {"features": "granular", "vocabulary": str(tmp_path / "v.json"), "buckets": 997}
+    for granularity, grains in (("every", expected), ("longest", expected[-1:])):
+        scorer: Any = METHODS["ngram"](Options("ngram", granularity=granularity, **given))
+        sums, grams = np.zeros((3, 1)), np.zeros(3)
+        for (hashes, first), parts in zip(scorer.grains(whole(texts)), grains, strict=True):
+            salted = np.array([i for part in parts for i in part], np.uint64) ^ np.uint64(int(print_, 16))
+            assert hashes.tolist() == ngram.mixed(salted).tolist()
+            assert np.diff(first).tolist() == [len(part) for part in parts]
+            kernels.score(hashes, first, table, sums)
+            grams += [max(2 * len(part) - 1, 0) for part in parts]
+        found = scorer.score(whole(texts), {"table": table})
+        np.testing.assert_allclose(found[:, 0], sums[:, 0] / np.maximum(grams, 1), rtol=0, atol=1e-12)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="not a vocabulary"):

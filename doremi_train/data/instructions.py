@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import UserError, fingerprint, redact
 from doremi_train.data.options import Options
 from doremi_train.data.prepare import locked, silent
 from doremi_train.data.shards import SPLITS
@@ -262,9 +262,9 @@ class _Collected:
         return self
 
     def _add(self, read: Read) -> None:
-        tokens = coded(read.example, self.length)
+        tokens, url = coded(read.example, self.length), redact(read.source.url)
         if (tokens < 0).all():
-            self.left_out.append(f"{read.source.url}, line {read.line}")
+            self.left_out.append(f"{url}, line {read.line}")
             return
         self.counts["cut"] += len(read.example.ids) > len(tokens)
         key = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
@@ -277,8 +277,8 @@ class _Collected:
         elif key in self._validation:
             self.counts["also_in_validation"] += 1
             return
-        if not self.files or self.files[-1] != read.source.url:
-            self.files.append(read.source.url)
+        if not self.files or self.files[-1] != url:
+            self.files.append(url)
         self.found.setdefault((split, read.domain), []).append((tokens, len(self.files) - 1, read.line))
 
     def _nothing(self, split: str, domain: str) -> str:

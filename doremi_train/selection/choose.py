@@ -5,7 +5,7 @@ N parts, G groups with a budget of their own (the whole corpus, or every domain)
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class Totals:
         return math.sqrt(variance) if variance > 1e-18 and not exact else 1.0
 
 
-def totals(scores: Scores, names: list[str]) -> Totals:
-    """One look at everything."""
-    found = Totals(moments={name: np.zeros(3) for name in names})
+def totals(scores: Scores, names: list[str], domains: Iterable[str]) -> Totals:
+    """One look at everything; `domains` that are known to be, also where nothing comes of them."""
+    found = Totals({domain: [0, 0] for domain in domains}, moments={name: np.zeros(3) for name in names})
     for _, table in scores.tables("domain", "tokens", "refused", *names):
         refused = table["refused"].to_numpy()
         for code, name in REFUSED.items():

@@ -31,7 +31,7 @@ class Less(less.Options):
     )
     dimension: Positive = 8192  # k, of a projected feature
     projection_seed: Count = 0
-    batch_tokens: Positive = 8192  # scored together, padding among them
+    batch_tokens: Positive | None = None  # scored together, padding among them; null: 512 on a CPU, 8192 elsewhere
     baselines: tuple[Baseline, ...] = ("random", "bm25", "ngram", "rds", "rds_plus")  # that choose beside it
     train_on: Literal["less", "all"] | Baseline = "less"  # whose choice stage=finetune trains on; all: the whole pool
     test: tuple[str, ...] | None = None  # files that stage=finetune then evaluates on; null: the target's own
@@ -57,6 +57,7 @@ class Options:
     features: Literal["words", "tokens", "granular"] = "words"  # of n-grams
     tokenizer: str | None = None  # of features=tokens: a tokenizer.json or a local transformers folder
     vocabulary: str | None = None  # of features=granular: what stage=vocabulary wrote
+    granularity: Literal["longest", "every"] = "longest"  # of features=granular: beside the longest match, shorter ones
     encoder: str | None = None  # of method=embedding: a local transformers folder
     exact: bool = False  # the published package's weights: sums over whole documents of at least 100 words
     buckets: Positive | None = None  # m, of hashed n-grams; null: 32 768 (exact: the paper's 10 000)

@@ -81,7 +81,8 @@ class NGrams(Random):
         return {"counts": np.zeros(self.options.m, np.int64)}
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
-        kernels.count(*self.features(batch), sums["counts"])
+        for hashes, bounds in self.grains(batch):
+            kernels.count(hashes, bounds, sums["counts"])
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         raw, ratios = sums["counts"], []
@@ -102,10 +103,16 @@ class NGrams(Random):
         return sums["counts"]
 
     def score(self, batch: Batch, model: Arrays) -> NDArray[np.float64]:
-        hashes, bounds = self.features(batch)
-        found = np.zeros((len(bounds) - 1, model["table"].shape[1]))
-        kernels.score(hashes, bounds, model["table"], found)
-        return found / np.maximum(2 * np.diff(bounds) - 1, 1)[:, None]
+        found = np.zeros((len(batch.start), model["table"].shape[1]))
+        grams = np.zeros(len(batch.start), np.int64)
+        for hashes, bounds in self.grains(batch):
+            kernels.score(hashes, bounds, model["table"], found)
+            grams += np.maximum(2 * np.diff(bounds) - 1, 0)
+        return found / np.maximum(grams, 1)[:, None]
+
+    def grains(self, batch: Batch) -> list[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
+        """The ways to write a batch as tokens, each as `features`: one, where nothing else is said."""
+        return [self.features(batch)]
 
     def features(self, batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Token hashes (n,) and the first token of each part (P + 1,)."""
@@ -135,11 +142,18 @@ class GranularGrams(NGrams):
     """N-grams of tokens of every grain, hashed with the vocabulary's fingerprint."""
 
     def features(self, batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        return self.grains(batch)[-1]
+
+    def grains(self, batch: Batch) -> list[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
+        """The longest match; where every granularity is asked for, after those of tokens of at most one word, two, …"""
         super().features(batch)  # refuses tokens
         assert batch.text is not None
-        salt, tokens = _opened(str(self.options.vocabulary))
-        ids, first = kernels.segment(batch.text, batch.start, batch.end, tokens)
-        return ngram.mixed(ids.astype(np.uint64) ^ salt), first
+        salt, tries = _opened(str(self.options.vocabulary))
+        found = []
+        for numbers, trie in tries if self.options.granularity == "every" else tries[-1:]:
+            ids, first = kernels.segment(batch.text, batch.start, batch.end, trie)
+            found.append((ngram.mixed(numbers[ids] ^ salt), first))
+        return found
 
 
 class ExactGrams(NGrams):
@@ -190,6 +204,11 @@ def _tokenizer(name: str) -> tokenizers.Tokenizer:
 
 
 @lru_cache(2)
-def _opened(path: str) -> tuple[np.uint64, kernels.Trie]:
+def _opened(path: str) -> tuple[np.uint64, list[tuple[NDArray[np.uint64], kernels.Trie]]]:
+    """(fingerprint, for each number of words that a token has at most: the tokens' numbers, and the tokens)."""
     tokens, print_ = granular.load(path)
-    return np.uint64(int(print_, 16)), kernels.trie(tokens)
+    words = np.array([max(len(token.split()), 1) for token in tokens])
+    parts = [np.flatnonzero(words <= most) for most in np.unique(words)]
+    return np.uint64(int(print_, 16)), [
+        (part.astype(np.uint64), kernels.trie([tokens[number] for number in part])) for part in parts
+    ]

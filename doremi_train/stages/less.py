@@ -31,12 +31,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, files, model, optim
+from doremi_train import checkpoint, comm, files, gradients, model, optim
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data import instructions
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.data.sampler import Subsample
-from doremi_train.data.sources import BadLines, Source, records, resolve
+from doremi_train.data.sources import BadLines, Source, records, resolve, signature
 from doremi_train.methods import cross_entropy, less
 from doremi_train.methods.less import Moments
 from doremi_train.runs import Run, stop
@@ -197,6 +197,13 @@ def _checkpoint(session: Session, warm: Run, number: int) -> Checkpoint:
     saved = checkpoint.read(warm.folder / "epochs" / f"step-{number * warm.recipe['epoch']:09d}.pt")
     tuning = model.CompletionModel(finetune.build(session).inner)
     tuning.precision = session.config.training.precision
+    try:
+        gradients.require_factored(tuning)
+    except gradients.NotFactored as error:
+        raise UserError(
+            f"finetune.model={session.config.finetune.model}: {error}; train only layers that can be, as with "
+            "finetune.lora.targets=[q_proj, v_proj]"
+        ) from None
     parameters = dict(tuning.named_parameters())
     for name, tensor in saved["model"].items():
         if name in parameters:
@@ -284,15 +291,19 @@ class _Scored:
         return self._known
 
     def _batches(self, found: Sequence[Coded]) -> list[Tensor]:
-        return [batch for _, batch in influence.batches(found, self._options.batch_tokens, self._session.place.device)]
+        return [batch for _, batch in influence.batches(found, _together(self._session), self._session.place.device)]
 
     def _each(self, rows: slice, work: Any) -> NDArray[np.floating]:
         some = self._pool.tokens[rows]
         found: list[Any] = [None] * len(some)
-        for numbers, batch in influence.batches(some, self._options.batch_tokens, self._session.place.device):
+        for numbers, batch in influence.batches(some, _together(self._session), self._session.place.device):
             for number, row in zip(numbers, work(batch).cpu().numpy(), strict=True):
                 found[number] = row
         return np.stack(found)
+
+
+def _together(session: Session) -> int:
+    return session.config.selection.less.batch_tokens or (512 if session.place.device.type == "cpu" else 8192)
 
 
 def _printed(served: Mapping[Subtask, Any]) -> list[Any]:
@@ -309,9 +320,14 @@ def _recipe(session: Session, warm: Run, served: Mapping[Subtask, Any]) -> dict[
         key: value for key, value in asdict(options.less).items() if key not in ("train_on", "test", "batch_tokens")
     }
     return {
-        "scores": SCORES, "warmup": warm.address, "less": given, "budget": list(options.budget),
-        "targets": _printed(served), "seed": session.config.seed,
-    }  # fmt: skip
+        "scores": SCORES,
+        "warmup": warm.address,
+        "less": given,
+        "budget": list(options.budget),
+        "files": signature(session.config.data, resolve(session.config.data)),
+        "targets": _printed(served),
+        "seed": session.config.seed,
+    }
 
 
 def _choose(
@@ -351,7 +367,7 @@ class _Orders:
 
     def __init__(self, session: Session, pool: Pool, texts: list[bytes], served: Mapping[Subtask, Any]) -> None:
         self._session, self._served, self._methods = session, served, session.config.selection.less.baselines
-        self._count, options = len(pool.tokens), session.config.selection.less
+        self._count = len(pool.tokens)
         by_target: dict[str, list[bytes]] = {}
         for (target, _), found in served.items():
             by_target.setdefault(target, []).extend(text for _, text in found)
@@ -365,7 +381,7 @@ class _Orders:
         if {"rds", "rds_plus"} & set(self._methods):
             inner = model.read(Path(str(session.config.finetune.model)), "finetune.model")
             every = [tokens for found in served.values() for tokens, _ in found]
-            look = partial(examples.representations, inner, tokens=options.batch_tokens, device=session.place.device)
+            look = partial(examples.representations, inner, tokens=_together(session), device=session.place.device)
             own, theirs = look(examples=pool.tokens), look(examples=every)
             self._seen = {name: (own[name], theirs[name]) for name in own}
 

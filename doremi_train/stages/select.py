@@ -168,7 +168,7 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
         work, sums = _score(session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool)
         sources = [task.source for task in work]
         scores = choose.Scores([task.scores for task in work], names(session.config.data, sources))
-        found = choose.totals(scores, list(columns))
+        found = choose.totals(scores, list(columns), {source.domain for source in sources if source.domain})
         data = fingerprint(signature(session.config.data, sources))
         chosen = {}
         for name, documents in served.items():
