@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-STUDIES = ("policies", "selection", "token_weighting")
-_OTHERS = ("__init__", "__main__", "common", *STUDIES)
+STUDIES = ("less_study", "policies", "selection", "token_weighting")
+_OTHERS = ("__init__", "__main__", "common", "planted_tasks", *STUDIES)
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ from doremi_train.train import Position, Task, Trainer
 def training(of: Setting, label: str, selection: Options | None, parts: int = 1) -> Steps:
     """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it takes two passes."""
     count = of.training.batch_size
-    target = read(of.store, "train", np.zeros(16, np.int64), np.arange(16), of.training.sequence_length).tokens
+    shown = np.arange(count // 2)  # as many validation sequences as picks
+    target = read(of.store, "train", np.zeros_like(shown), shown, of.training.sequence_length).tokens
     task = Task(
         label=label,
         run=Run(of.folder / label, "greats", {}),
@@ -77,8 +78,8 @@ def naive(of: Setting) -> Steps:
 
 
 SIDES: dict[str, Callable[[Setting], Steps]] = {
-    "regular": lambda of: training(of, "regular", None),
-    "sketch": lambda of: training(of, "sketch", Options(method="greats")),
+    "plain": lambda of: training(of, "plain", None),
+    "sketched": lambda of: training(of, "sketched", Options(method="greats")),
     "exact": lambda of: training(of, "exact", Options(method="greats", route="exact")),
     "two_passes": lambda of: training(of, "two_passes", Options(method="greats"), parts=2),
     "naive": naive,
@@ -114,12 +115,14 @@ def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Rat
     memory = {side: _peak(name, side, given) for side in sides}
     common.table(
         f"{name}: {of.training.batch_size} candidates of {of.training.sequence_length} tokens",
-        ("side", "ms a step", "over regular", "peak MB"),
-        [(side, 1e3 * seconds[side], seconds[side] / seconds["regular"], memory[side]) for side in sides],
+        ("side", "ms a step", "over plain", "peak MB"),
+        [(side, 1e3 * seconds[side], seconds[side] / seconds["plain"], memory[side]) for side in sides],
     )
     per_step = {side: [t / (10 if side != "naive" else 1) for t in found] for side, found in times.items()}
     found = {
-        f"{side}_over_regular": common.ratio(per_step[side], per_step["regular"]) for side in sides if side != "regular"
+        f"{side}_over_plain_on_candidates": common.ratio(per_step[side], per_step["plain"])
+        for side in sides
+        if side != "plain"
     }
     return found, {"seconds_per_step": seconds, "peak_megabytes": memory}
 
@@ -158,7 +161,7 @@ def _resident() -> float:
 
 def options(parser: argparse.ArgumentParser) -> None:
     step.options(parser)
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="regular is always one")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="plain is always one")
     parser.add_argument("--peak", choices=list(SIDES), help="print the peak memory of one side alone, in MB")
 
 

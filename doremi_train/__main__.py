@@ -22,7 +22,7 @@ from doremi_train.config import UserError, conf_dir, fingerprint, redact
 
 STAGES = (
     *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "swarm", "main", "evaluate"),
-    *("report", "export", "classify"),
+    *("report", "export", "classify", "finetune", "compare"),
 )
 
 
@@ -129,7 +129,7 @@ def _run(plain: dict[str, Any]) -> None:
         session = stages.open_session(plain)
         stage = importlib.import_module(f"doremi_train.stages.{plain['stage']}")
         # The folders of the other stages are runs, which have locks and a status of their own.
-        several = plain["stage"] in ("pipeline", "plan", "evaluate", "export", "report", "classify")
+        several = plain["stage"] in ("pipeline", "plan", "evaluate", "export", "report", "classify", "compare")
         with session.alone(plain["stage"]) if several else contextlib.nullcontext():
             stage.run(session)
     except runs.Preempted:

@@ -85,6 +85,32 @@ def check(setting: Setting, count: int, parts: int, strategy: str, compiled: boo
         )
 
 
+class Effort(NamedTuple):
+    """What a step costs, in ordinary ones on as many sequences as are picked."""
+
+    learn: float  # forwards with their backward
+    look: float  # forwards alone
+
+
+def effort(options: Options, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
+    """Of picking `count` of the candidates by `validation` sequences (0: it looks at none). A backward for activations
+    alone, and the weights' part of one, are half a backward each; exact inner products of all candidates are as much as
+    their weights' part, and sketches are not counted."""
+    share = candidates / count
+    if options.method == "random":
+        return Effort(1.0, 0.0)
+    if options.method == "max_loss":
+        return Effort(1.0, share)
+    half = 0.5 * share
+    exactly = half if options.route == "exact" else 0.0
+    learn, look = (half + exactly + 0.5, half - exactly - 0.5) if one_pass else (half + exactly + 1.0, half - exactly)
+    if options.method in ("greats", "topk"):
+        learn += validation / count / options.validation_every
+    if options.method == "greats" and options.curvature == "calibrated":
+        learn += 2 * validation / count / options.curvature_every
+    return Effort(learn, look)
+
+
 class State(NamedTuple):
     """What a continued run needs: tensors that were computed at an earlier step."""
 
@@ -144,7 +170,7 @@ class Selector:
             self._look_ahead(step)
         found, losses, examples, gram = self._score(batch, rows)
         if options.method == "greats":
-            length = batch.micro[0].tokens.shape[1] - 1
+            length = float(batch.tokens.sum()) / self.candidates  # tokens of a candidate, on average
             gram = gram / length**2 if gram is not None else found.sketch @ found.sketch.T / length**2
             own = options.curvature == "identity"
             picks = greats.pick(
@@ -181,7 +207,7 @@ class Selector:
             tokens = micro.tokens.to(self._device, non_blocking=True)
             if self.options.method == "max_loss":
                 with torch.no_grad():
-                    values[where] = self._model(tokens).double().mean(1)
+                    values[where] = self._model(tokens).double().sum(1) / micro.carrying.to(self._device)
                 continue
             shape = (len(tokens), tokens.shape[1] - 1)
             losses, examples = gradients.capture(
@@ -237,9 +263,9 @@ class Selector:
         """Of the mean validation loss. Every process computes all of it: then all have the same bits."""
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         total = {name: torch.zeros_like(p) for name, p in named.items()}
+        carrying = (self._validation[:, 1:] >= 0).sum()
         for tokens in self._validation.split(self._micro):
-            losses = self._model(tokens)
-            loss = losses.sum() / (len(self._validation) * losses.shape[1])
+            loss = self._model(tokens).sum() / carrying
             parts = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             for name, part in zip(named, parts, strict=True):
                 if part is not None:

@@ -46,11 +46,22 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
 def latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint whose checksum holds, or None. A torn or corrupt one is named and passed over.
 
-    Raises UserError for one that holds more than tensors and plain values: loading it could run code.
+    Raises UserError as `read` does.
     """
     path = _newest(folder)
-    if path is None:
-        return None
+    return None if path is None else _load(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One checkpoint. Raises UserError where its checksum does not hold, and for one that holds more than tensors and
+    plain values: loading it could run code."""
+    checksum = path.with_suffix(".sha256")
+    if not path.exists() or not checksum.exists() or checksum.read_bytes() != _digest(path).encode():
+        raise UserError(f"{path}: missing, torn or corrupt; delete {path.parent.parent}, and it is computed again")
+    return _load(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

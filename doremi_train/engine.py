@@ -105,9 +105,15 @@ def build(
             f"training.optimizer=adafactor: factors whole matrices, which {place.strategy} cuts; "
             "use adamw, or engine=ddp"
         )
+    if place.strategy.startswith("zero") and not all(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"engine={place.strategy}: divides what is trained, and here most of the model is frozen (LoRA); "
+            "use engine=ddp or fsdp2"
+        )
     if state is not None:  # before the model is in parts
         for name, tensor in _tensors(model):
-            tensor.data.copy_(state["model"][name])
+            if name in state["model"]:  # frozen parameters are as they were
+                tensor.data.copy_(state["model"][name])
     moments = state["optimizer"] if state is not None else {}
     if place.strategy.startswith("zero"):
         return Zero(place, model, training, moments)

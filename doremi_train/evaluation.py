@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from doremi_train import comm
 from doremi_train.config import STRICT, Positive
-from doremi_train.data.batches import fixed_sequences, read
+from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.sampler import Ints
-from doremi_train.data.shards import TokenStore
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,7 +31,7 @@ class Sums(NamedTuple):
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    store: TokenStore,
+    store: Store,
     length: int,
     batch: int,
     options: Options,
@@ -58,13 +57,13 @@ def measure(
         micro = read(store, split, domain[shown], sequence[shown], length)
         losses = model(micro.tokens.to(device)).double().sum(1).cpu()[: len(rows)]
         sums.loss.index_add_(0, micro.domain[: len(rows)], losses)
-        sums.tokens.index_add_(0, micro.domain[: len(rows)], torch.full_like(losses, length))
+        sums.tokens.index_add_(0, micro.domain[: len(rows)], micro.carrying[: len(rows)].double())
     model.train(training)
     total = comm.all_reduce_sum(Sums(*(s.to(device) for s in sums)))[0]
     return summary(store, total.loss, total.tokens)
 
 
-def summary(store: TokenStore, loss: Tensor, tokens: Tensor) -> dict[str, Any]:
+def summary(store: Store, loss: Tensor, tokens: Tensor) -> dict[str, Any]:
     """Sums (K,) of losses in nats and of tokens → per-domain and headline figures.
 
     Bits per byte use the mean bytes per token of the domain's whole validation split; null where the bytes are unknown.

@@ -49,8 +49,9 @@ def capture(
 
     `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming the parameters that
     are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers. `verify` also computes the gradient by
-    autograd, and raises ArithmeticError where sums over the examples differ from it. Where a `sketch` of this size will
-    be asked for, a fused head prepares it in its backward, while the gradient of the logits is there.
+    autograd, and raises ArithmeticError where sums over the examples differ from it. Where nothing but a `sketch` of
+    this size and weighted sums will be asked for, sums over tokens are taken at once, and a fused head prepares its
+    sketch in the backward, while the gradient of the logits is there.
     """
     require_factored(model)
     uses: list[_Use] = []
@@ -61,11 +62,13 @@ def capture(
         if isinstance(module, Projection) and not verify:  # which, unlike torch's own, computes what is not asked for
             frozen.extend(p for p in module.parameters() if p.requires_grad)
             module.requires_grad_(False)
+            module.also = Also()
             if sketch is not None:
                 weight = module.weight
                 dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-                left, _ = factored.signs(names[id(weight)], tuple(weight.shape), sketch, weight.device, dtype)
-                module.also = Also(left, left.new_empty(len(inputs[0]), left.shape[1]))
+                module.also.right, _ = factored.signs(
+                    names[id(weight)], tuple(weight.shape), sketch, weight.device, dtype
+                )
         # Positions are often looked up once for the whole batch; their gradient would be its sum.
         if isinstance(module, nn.Embedding) and len(inputs[0]) == 1 < shape[0]:
             return (inputs[0].expand(shape[0], -1),)
@@ -98,6 +101,8 @@ def capture(
             assert rule is not None
             for parameter, factor in rule(use, gradient, shape):
                 if parameter.requires_grad:
+                    if sketch is not None and not verify and isinstance(factor, Sum):
+                        factor = Sum(factor.rows(slice(0, None))[:, None])
                     name = names[id(parameter)]
                     found[name] = (*found.get(name, ()), factor)
         if expected is not None:
@@ -243,8 +248,9 @@ def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
         right = right + bias[targets]
     normalizers = use.output.detach() + right  # the loss is log Σ exp(logits) − the target's logit
     seen = [field.reshape(*shape, *field.shape[1:]) for field in (hidden, targets, normalizers, gradient)]
-    known = None if use.also is None else use.also.product.to(use.dtype).view(*shape, -1)
-    factor = Softmax(seen[0], seen[1], seen[2], seen[3], weight, bias, known)
+    also = (None if use.also is None else use.also.gradient, None if use.also is None else use.also.product)
+    whole, known = (None if part is None else part.to(use.dtype).view(*shape, -1) for part in also)
+    factor = Softmax(seen[0], seen[1], seen[2], seen[3], weight, bias, known, whole)
     yield module.weight, factor
     if bias is not None:
         yield module.bias, SoftmaxBias(factor)

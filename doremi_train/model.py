@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,14 @@ class LanguageModel(nn.Module):
         return project(hidden.flatten(0, 1), targets.flatten(), at_once).view(targets.shape).float()
 
 
+class CompletionModel(LanguageModel):
+    """The same where some tokens carry no loss: those are given as their complement ~id, and their loss is 0."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        carrying = tokens >= 0
+        return super().forward(torch.where(carrying, tokens, ~tokens)).masked_fill(~carrying[:, 1:], 0.0)
+
+
 def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:
     """Whether the loss of so many tokens is computed without their logits; on a `device` of this type, cpu or cuda."""
     narrow = device == "cpu" and hidden_size <= _NARROW_ON_CPU
@@ -177,7 +185,21 @@ def build(config: dict[str, Any], seed: int, activation_checkpointing: bool = Fa
 
 
 def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
-    """A saved model, from safetensors only. Raises UserError where it is missing, broken or of another vocabulary."""
+    """A saved model. Raises UserError where it is missing, broken or of another vocabulary."""
+    inner = read(folder, key)
+    if inner.config.vocab_size != vocabulary:
+        raise UserError(
+            f"{key}={folder}: its vocabulary has {inner.config.vocab_size} entries, the data's tokeniser {vocabulary}; "
+            "use the tokeniser it was trained with (data.tokenizer), or train a reference"
+        )
+    return LanguageModel(inner)
+
+
+def read(folder: Path, key: str) -> Any:
+    """The transformers model of a local folder, from safetensors only, in float32; no code in it is run.
+
+    Raises UserError where it is missing or broken.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -202,12 +224,7 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
     absent = sorted(loaded["missing_keys"])
     if absent:  # transformers would fill them with random numbers
         raise UserError(f"{key}={folder}: its files lack {', '.join(absent[:5])}; give a complete model folder")
-    if inner.config.vocab_size != vocabulary:
-        raise UserError(
-            f"{key}={folder}: its vocabulary has {inner.config.vocab_size} entries, the data's tokeniser {vocabulary}; "
-            "use the tokeniser it was trained with (data.tokenizer), or train a reference"
-        )
-    return LanguageModel(inner)
+    return inner
 
 
 def save(model: LanguageModel, tensors: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer, end: int) -> None:
@@ -219,14 +236,25 @@ def save(model: LanguageModel, tensors: Mapping[str, Tensor], folder: Path, toke
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    whole = {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
+    with naming_the_disk(folder):
+        model.inner.save_pretrained(folder, state_dict=of_inner(tensors))
+    token = tokenizer.id_to_token(end)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
+
+
+def of_inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a LanguageModel by their names in the transformers model."""
+    return {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def naming_the_disk(folder: Path) -> Iterator[None]:
+    """What safetensors says of a full disk, as the OSError that it is."""
     try:
-        model.inner.save_pretrained(folder, state_dict=whole)
+        yield
     except SafetensorError as error:
         cause = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(cause[1]), str(error), str(folder)) if cause else error) from None
-    token = tokenizer.id_to_token(end)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
 
 
 def folder_fingerprint(folder: Path) -> str:

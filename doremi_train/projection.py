@@ -1,16 +1,20 @@
 """Cross-entropy of every token, fused with the output projection, so that the logits of all tokens never exist at once.
 
-Both directions go over the tokens a chunk at a time: the forward keeps the log-sum-exp of every token, the backward
-computes the chunk's logits again and turns them into their gradient in place. The gradient is not fixed in the forward,
-because DoReMi weighs the losses by what they turn out to be; this rules out torch's own chunked `linear_cross_entropy`,
-which computes gradients in the forward. Of the kernel libraries, Liger's gave wrong gradients for weighted per-token
-losses until July 2026, and cut-cross-entropy leaves small gradients out unless told otherwise; neither was tried here
-on a GPU, so none is used.
+Both directions go over the logits a tile at a time, some tokens by some entries of the vocabulary: the forward keeps
+the log-sum-exp of every token, the backward computes the tile again and turns it into its gradient in place. Tiles are
+square where they can be, for then the head and the hidden states pass through memory least often. The gradient is not
+fixed in the forward, because DoReMi weighs the losses by what they turn out to be; this rules out torch's own chunked
+`linear_cross_entropy`, which computes gradients in the forward. Of the kernel libraries, Liger's gave wrong gradients
+for weighted per-token losses until July 2026, and cut-cross-entropy leaves small gradients out unless told otherwise;
+neither was tried here on a GPU, so none is used.
 
 N tokens, d hidden size, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Also(NamedTuple):
-    """What a backward multiplies the gradient of the logits with beside the head, while it is there."""
+@dataclass
+class Also:
+    """What a backward leaves of the gradient of the logits: all of it, where it exists at one time, else its product
+    with `right`."""
 
-    right: Tensor  # (V, r)
-    product: Tensor  # (N, r) to be filled
+    right: Tensor | None = None  # (V, r)
+    product: Tensor | None = None  # (N, r)
+    gradient: Tensor | None = None  # (N, V)
 
 
 class Projection(nn.Module):
@@ -41,8 +48,7 @@ class Projection(nn.Module):
         """`logits` is how many may exist at once."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        rows = max(1, logits // self.weight.shape[0])
-        losses: Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, targets, rows, dtype, self.also)
+        losses: Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, targets, logits, dtype, self.also)
         return losses
 
 
@@ -54,52 +60,77 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        rows: int,
+        logits: int,
         dtype: torch.dtype,
         also: Also | None,
     ) -> Tensor:
-        ctx.rows, ctx.dtype, ctx.also = rows, dtype, also
-        cast, head = hidden.to(dtype), _to(dtype, weight, bias)
+        ctx.tiles, ctx.dtype, ctx.also = _tiles(len(hidden), len(weight), logits), dtype, also
+        cast, head, bias_ = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        normalizers = torch.empty_like(losses)  # log Σ exp(logits), of every token
-        for n in range(0, len(hidden), rows):
-            chunk = slice(n, n + rows)
-            z = F.linear(cast[chunk], *head).to(wide)
-            top = z.amax(1, keepdim=True)
-            right = z.gather(1, targets[chunk, None])[:, 0]
-            normalizers[chunk] = z.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
-            losses[chunk] = normalizers[chunk] - right
+        right = torch.zeros(len(hidden), dtype=wide, device=hidden.device)  # logits of the targets
+        normalizers = torch.full_like(right, -math.inf)  # log Σ exp(logits), of every token
+        for rows, columns in ctx.tiles:
+            z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(wide)
+            place, inside = _place(targets[rows], columns)
+            right[rows] += torch.where(inside, z.gather(1, place)[:, 0], 0)
+            top = z.amax(1, keepdim=True).clamp_min(torch.finfo(wide).min)  # a tile may be −∞ throughout
+            part = z.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
+            normalizers[rows] = torch.logaddexp(normalizers[rows], part)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
-        return losses
+        return normalizers - right
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
-        cast, head = hidden.to(ctx.dtype), _to(ctx.dtype, weight, bias)
+        dtype = ctx.dtype
+        cast, head, bias_ = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
-        for n in range(0, len(hidden), ctx.rows):
-            chunk = slice(n, n + ctx.rows)
+        also = None if ctx.also is None or ctx.also.right is None else ctx.also.right.to(dtype)
+        if also is not None and len(ctx.tiles) > 1:
+            ctx.also.product = also.new_zeros(len(hidden), also.shape[1])
+        for rows, columns in ctx.tiles:
             # ∂/∂logits = (softmax − 1 at the target) · gradient of the token's loss
-            z = F.linear(cast[chunk], *head).to(gradient.dtype).sub_(normalizers[chunk, None]).exp_()
-            z.scatter_add_(1, targets[chunk, None], z.new_full((len(z), 1), -1.0)).mul_(gradient[chunk, None])
+            z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(gradient.dtype)
+            z.sub_(normalizers[rows, None]).exp_()
+            place, inside = _place(targets[rows], columns)
+            z.scatter_add_(1, place, -inside[:, None].to(z.dtype)).mul_(gradient[rows, None])
             if of_bias is not None:
-                of_bias += z.sum(0)
-            z = z.to(ctx.dtype)
+                of_bias[columns] += z.sum(0)
+            z = z.to(dtype)
             if of_hidden is not None:
-                of_hidden[chunk] = z @ head[0]
-            if ctx.also is not None:
-                ctx.also.product[chunk] = z @ ctx.also.right.to(z.dtype)
-            if of_weight is not None and of_weight.dtype == z.dtype:
-                torch.addmm(of_weight, z.T, cast[chunk], out=of_weight)
-            elif of_weight is not None:
-                of_weight += z.T @ cast[chunk]
+                _add_product(of_hidden[rows], z, head[columns])
+            if ctx.also is not None and len(ctx.tiles) == 1:
+                ctx.also.gradient = z
+            elif also is not None:
+                _add_product(ctx.also.product[rows], z, also[columns])
+            if of_weight is not None:
+                _add_product(of_weight[columns], z.T, cast[rows])
         return of_hidden, of_weight, of_bias, None, None, None, None
 
 
-def _to(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+def _tiles(tokens: int, vocabulary: int, logits: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the tiles of (N, V) that have at most so many logits."""
+    columns = min(vocabulary, max(math.isqrt(logits), logits // tokens))
+    return list(itertools.product(_slices(tokens, max(1, logits // columns)), _slices(vocabulary, columns)))
+
+
+def _slices(size: int, length: int) -> list[slice]:
+    return [slice(at, min(at + length, size)) for at in range(0, size, length)]
+
+
+def _place(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(n, 1) of each target among these columns, and (n,) whether it is one of them."""
+    place = targets - columns.start
+    nearest = place.clamp(0, columns.stop - columns.start - 1)
+    return nearest[:, None], place == nearest
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    if to.dtype == left.dtype:
+        torch.addmm(to, left, right, out=to)
+    else:
+        to += left @ right

@@ -10,11 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from doremi_train import files, model
+from doremi_train.methods import ONLINE
 from doremi_train.weights import student_t
 
 _ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
 _BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
+_RESAMPLES = 10_000
 TRACE_POINTS = 400  # of a curve over steps: more cannot be seen
 
 
@@ -26,11 +30,12 @@ class Result(NamedTuple):
     mixture: dict[str, Any]  # weights.json
     figures: dict[str, Any]  # evaluation.json
     curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
-    traces: list[list[dict[str, Any]]]  # domain_weights.jsonl of each proxy of the last round
+    traces: list[list[dict[str, Any]]]  # domain_weights.jsonl of each proxy of the last round, or of the main run
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
     picks: list[dict[str, Any]]  # batch_selection.jsonl of the final model; empty where it took every sequence
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
+    downstream: dict[str, Any]  # downstream.json; empty where there is none
     swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
 
     @property
@@ -96,11 +101,14 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     figures = files.read_json(folder / "evaluation.json")
     numbers = sorted(folder.glob("proxy/round-*"), key=lambda path: int(path.name.partition("-")[2]))
     proxies = sorted(numbers[-1].glob("seed-*")) if numbers else [folder / "proxy"]
-    traces = [list(files.read_lines(proxy / "domain_weights.jsonl")) for proxy in proxies]
+    online = config.get("mixture.method") in ONLINE  # learned by the main run itself
+    learners = [folder / "main"] if online else proxies
+    traces = [list(files.read_lines(learner / "domain_weights.jsonl")) for learner in learners]
     rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]
     plan = folder / "plan.json"
     findings = folder / "findings.json"
     fit = folder / "swarm" / "fit.json"
+    tasks = folder / "downstream.json"
     return Result(
         folder=folder,
         config=config,
@@ -112,6 +120,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         picks=list(files.read_lines(folder / "main" / "batch_selection.jsonl")),
         findings=files.read_json(findings) if findings.exists() else [],
         warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
+        downstream=files.read_json(tasks) if tasks.exists() else {},
         swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}
         if fit.exists()
         else {},
@@ -163,6 +172,37 @@ def _size(run: Result, stage: str) -> int:
     ]
     found = [place / "config.json" for place in places if (place / "config.json").exists()]
     return model.parameters(files.read_json(found[0]))[1] if found else 0
+
+
+class Paired(NamedTuple):
+    """How much higher another's losses are, seed by seed."""
+
+    mean: float  # nats per token
+    half: float | None  # half-width of the 95 % Student-t interval; None of one seed
+    low: float  # of the 95 % paired bootstrap interval
+    high: float
+
+
+def paired(others: Sequence[float], losses: Sequence[float]) -> Paired:
+    """Of losses with the same seeds. A bootstrap over so few seeds is too narrow, so `judged` asks both intervals."""
+    gains = np.array(others) - np.array(losses)
+    mean, half = student_t(gains.tolist())
+    drawn = np.random.default_rng(0).integers(len(gains), size=(_RESAMPLES, len(gains)))
+    low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
+    return Paired(mean, half if len(gains) > 1 else None, float(low), float(high))
+
+
+def judged(name: str, other: str, gain: Paired, seeds: int) -> str:
+    """One plain sentence."""
+    amount = f"{gain.mean:+.4f} nats per token"
+    if gain.half is None:
+        return f"{name} against {other}: {amount}; one seed, no interval, so this decides nothing."
+    apart = abs(gain.mean) > gain.half and (gain.low > 0 or gain.high < 0)
+    words = f"better than {other}" if gain.mean > 0 else f"worse than {other}"
+    return (
+        f"{name} is {words if apart else f'not distinguishable from {other}'} ({amount}, ± {gain.half:.4f} over "
+        f"{seeds} seeds; bootstrap {gain.low:+.4f} to {gain.high:+.4f})."
+    )
 
 
 def verdict(setting: Setting) -> str:

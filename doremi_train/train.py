@@ -15,14 +15,14 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import batch_selection, checkpoint, comm, engine, evaluation, files, optim
+from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
-from doremi_train.data.batches import Batch, Batches, MicroBatch, some
+from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
-from doremi_train.model import LanguageModel
+from doremi_train.model import LanguageModel, save
 from doremi_train.runs import Preempted, Run, set_status, stop
 from doremi_train.track import Bar, console
 
@@ -38,6 +38,7 @@ class Options(optim.Options):
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
+    snapshots: Count = 0  # models kept on the way, evenly spread over the steps, for downstream.tasks
     loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
     timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
@@ -57,7 +58,7 @@ class Task(NamedTuple):
     run: Run
     objective: Objective
     objective_options: Any
-    store: TokenStore
+    store: Store
     seed: int
     training: Options
     evaluation: evaluation.Options
@@ -65,6 +66,7 @@ class Task(NamedTuple):
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
     selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
+    target: domain_gradients.Target | None = None  # of an objective that looks at every domain's gradient; None: losses
     bar: Bar | None = None  # that this run moves on; None: one of its own
 
 
@@ -105,6 +107,11 @@ class Trainer:
         )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
         self.selector = self._selector(place) if task.selection is not None else None
+        self.domain_gradients: domain_gradients.DomainGradients | None = None
+        if task.target is not None:
+            domain_gradients.check(model, place.strategy, place.compile)
+            domains = len(task.store.domains)
+            self.domain_gradients = domain_gradients.DomainGradients(model, domains, task.target, self.device)
         if self.selector is not None:
             self.engine_used += f"; {self.selector}"
         if self.world.first and task.bar is None:
@@ -142,6 +149,8 @@ class Trainer:
                     )
                 if position.step % self._evaluate_every == 0 or position.step == training.steps:
                     logs.evaluation(position.step, self.evaluate())
+                if position.step in self._kept:
+                    self._keep(position.step)
                 if stopping or position.step % training.checkpoint_every == 0:
                     logs.sync()
                     self._save(position)
@@ -164,7 +173,9 @@ class Trainer:
         if self.selector is not None:
             batch = self._select(self.selector, batch, number)
         *early, last = batch.micro
-        if task.accumulation == "exact" and early:
+        if self.domain_gradients is not None:
+            state, stats, stopping, sound = self._by_domain(self.domain_gradients, state, batch, number)
+        elif task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
             with torch.no_grad():
                 _, references, observed = zip(*(self._observe(micro) for micro in batch.micro), strict=True)
@@ -193,6 +204,21 @@ class Trainer:
         else:
             self.engine.discard()
         return Position(number, state, batch.draw.counts, position.skipped + (not sound)), stats, stopping
+
+    def _by_domain(
+        self, gradients: domain_gradients.DomainGradients, state: Any, batch: Batch, number: int
+    ) -> tuple[Any, Any, bool, bool]:
+        """As `_learn`, of an objective that looks at every domain's gradient; the step's own is made from these."""
+        gradients.begin()
+        sums = _add([self._sums(micro, gradients.add(micro), None) for micro in batch.micro])
+        alignment, square = gradients.align(batch.tokens, number - 1)
+        if self.world.first:  # the same on all processes, so that one of them adds it to the sums
+            sums = sums._replace(alignment=alignment.to(self.device), square=square.to(self.device))
+        state, stats, stopping, sound = self._learn(state, sums, batch, number)
+        if sound:
+            domains = torch.arange(len(batch.tokens))
+            gradients.write(self.task.objective.weigh(state, domains, batch.tokens, self.task.objective_options)[:, 0])
+        return state, stats, stopping, sound
 
     def _selector(self, place: engine.Place) -> batch_selection.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
@@ -245,13 +271,16 @@ class Trainer:
         task = self.task
         losses = self._losses(micro)
         reference = task.reference.losses(micro) if task.reference is not None else None
-        domain = micro.domain.to(self.device, non_blocking=True)
-        stats = task.objective.observe(
+        return losses, reference, self._sums(micro, losses, reference)
+
+    def _sums(self, micro: MicroBatch, losses: Tensor, reference: Tensor | None) -> Any:
+        """The objective's, of losses (B, T) and the reference's."""
+        task, domain = self.task, micro.domain.to(self.device, non_blocking=True)
+        self._step_loss.total.add_(losses.detach().double().sum())
+        self._step_loss.tokens.add_(int(micro.carrying.sum()))
+        return task.objective.observe(
             losses.detach(), reference, domain, len(task.store.domains), task.objective_options
         )
-        self._step_loss.total.add_(losses.detach().double().sum())
-        self._step_loss.tokens.add_(losses.numel())
-        return losses, reference, stats
 
     def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
         """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
@@ -320,6 +349,18 @@ class Trainer:
     def _evaluate_every(self) -> int:
         return self.task.evaluation.every or max(1, self.task.training.steps // 20)
 
+    @property
+    def _kept(self) -> set[int]:
+        """Steps after which the model is kept: one of text, for only that is asked downstream.tasks."""
+        parts = self.task.training.snapshots + 1 if isinstance(self.task.store, TokenStore) else 1
+        return {self.task.training.steps * part // parts for part in range(1, parts)}
+
+    def _keep(self, step: int) -> None:
+        tensors, store = self.engine.state()["model"], self.task.store
+        assert isinstance(store, TokenStore)
+        folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
+        comm.on_first(lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document))
+
     def _bar(self, step: int, tokens: int) -> Bar:
         whole = self.task.training.steps * tokens
         return self.task.bar or Bar(self.task.label, whole, step * tokens, show=self.world.first)
@@ -339,11 +380,17 @@ class Trainer:
             "counts": torch.from_numpy(position.counts),
             "skipped": position.skipped,
             "loss": [float(part) for part in self._loss],
-            **self.engine.state(),
+            **self._trained(),
         }
         if self.selector is not None:
             content["selection"] = self.selector.saved()
         comm.on_first(lambda: self._write(content))
+
+    def _trained(self) -> dict[str, Any]:
+        """The engine's state without frozen parameters, which a continued run begins with again."""
+        state = self.engine.state()
+        frozen = {name for name, p in self.bare.named_parameters() if not p.requires_grad}
+        return state | {"model": {name: tensor for name, tensor in state["model"].items() if name not in frozen}}
 
     def _write(self, content: dict[str, Any]) -> None:
         folder, step = self.task.run.folder, content["step"]

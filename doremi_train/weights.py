@@ -23,6 +23,7 @@ class Mixture:
     interval: dict[str, tuple[float, float]] | None = None  # 95 %, Student-t over proxy seeds; None for one seed
     epochs: dict[str, float] = field(default_factory=dict)  # passes over each domain in the final run
     provenance: dict[str, Any] = field(default_factory=dict)
+    schedule: Sequence[tuple[int, dict[str, float]]] | None = None  # weights from each step on, where they changed
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
         """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that already, the bits stay: a
@@ -31,7 +32,10 @@ class Mixture:
 
 
 def save(path: Path, mixture: Mixture) -> None:
-    files.write_json(path, {"schema": 1, "unit": "token"} | asdict(mixture))
+    content = {"schema": 1, "unit": "token"} | asdict(mixture)
+    if mixture.schedule is None:
+        del content["schedule"]
+    files.write_json(path, content)
 
 
 def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture:

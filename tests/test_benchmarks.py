@@ -46,6 +46,24 @@ def test_memory(tmp_path: Path) -> None:
     assert found["ratios"]["peak_128k_over_8k_vocabulary_plain"] > 10
 
 
+@pytest.mark.acceptance
+def test_less(tmp_path: Path) -> None:
+    size = ("--width", "32", "--layers", "1", "--vocabulary", "64", "--ranks", "8", "--rounds", "2")
+    found = run("less", tmp_path, *size, "--device", "cpu")
+    sides = {"one_at_a_time_dense_over_ours", "one_at_a_time_dense_over_direct", "one_at_a_time_over_ours"}
+    assert sides | {f"rank_8.{side}" for side in sides} == found["ratios"].keys()
+    assert {"half_the_pool", "32_targets", "2_checkpoints"} <= found["figures"]["rank_8"]["over_pool"].keys()
+
+
+@pytest.mark.acceptance
+def test_greats(tmp_path: Path) -> None:
+    size = ("--model", "nano", "--vocabulary", "64", "--batch", "4", "--length", "16", "--rounds", "1")
+    found = run("greats", tmp_path, *size, "--device", "cpu", "--sides", "plain", "sketched", "exact")
+    sides = {"sketched_over_plain_on_candidates", "exact_over_plain_on_candidates"}
+    assert sides | {f"nano.{side}" for side in sides} == found["ratios"].keys()
+    assert all(megabytes > 0 for megabytes in found["figures"]["nano"]["peak_megabytes"].values())
+
+
 # The frame
 
 

@@ -105,6 +105,7 @@ def test_growth(tmp_path: Path) -> None:
     for name, parts in found.items():
         drawn = (tmp_path / f"growth-{name}.svg").read_text()
         assert drawn.startswith("<svg") and len(drawn) < 60_000 and all(part in drawn for part in parts)
+        assert "mathdefault" not in drawn  # numbers, not markup
     memory = {part: values["exponent_of_memory"] for part, values in found["domains"].items()}
     assert max(memory.values()) < 1.2, json.dumps(memory)
 

@@ -21,8 +21,9 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 RUNGS = {
     0: "methods config world files launcher remote slurm detectors projection exports",
-    1: "comm data model optim gradients track",
-    2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection",
+    1: "comm data model optim gradients track lora",
+    2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection "
+    "domain_gradients downstream",
     3: "train results",
     4: "stages",
     5: "__main__",
@@ -127,14 +128,33 @@ def test_every_yaml_says_what_it_is() -> None:
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train import evaluation, train
     from doremi_train.data import options as data
-    from doremi_train.methods import importance, vocabulary
+    from doremi_train.methods import importance, mixmin, vocabulary
     from doremi_train.selection import options as selection
-    from doremi_train.stages import Classify, Config, Export, Main, MixtureOptions, Proxy, Reference, Submit, Swarm
+    from doremi_train.stages import (
+        Classify,
+        Compare,
+        Config,
+        Doge,
+        Downstream,
+        Export,
+        Finetune,
+        Main,
+        MixtureOptions,
+        Online,
+        Proxy,
+        Reference,
+        Submit,
+        Swarm,
+        Target,
+    )
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
+    assert (config.mixmin, config.compare, config.downstream) == (mixmin.Options(), Compare(), Downstream())
+    assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
+    assert config.finetune == Finetune()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from doremi_train.config import UserError, load
-from doremi_train.methods import OBJECTIVES, cross_entropy, doremi, importance, simplex
+from doremi_train.methods import OBJECTIVES, cross_entropy, doge, doremi, dro, importance, online, simplex
 from doremi_train.methods.doremi import Options, State, Stats
 from doremi_train.world import World
 
@@ -385,10 +385,14 @@ def test_no_gradient_flows_through_the_excess_or_the_reference() -> None:
 
 # Every objective keeps one contract
 
+HALF: dict[str, Any] = {"prior": (0.5, 0.25, 0.25), "high": (0.9, 0.9, 0.9)}
+
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [("cross_entropy", cross_entropy.Options(weights=(0.5, 0.25, 0.25)))]
+    + [("doge", doge.Options()), ("dro", dro.Options(**HALF, target_losses=(1.0, 1.0, 1.0)))]
+    + [(name, online.Options(**HALF)) for name in ("ado", "odm")]
     + [("doremi", Options(objective=o, score=s)) for o in ("weight", "resample") for s in ("excess", "hardest")]
     + [("importance", importance.Options(policy=p, weights=(1.0, 0.0, 0.0))) for p in ("none", "imp", "dimp", "rho")],
 )

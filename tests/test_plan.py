@@ -85,6 +85,36 @@ def test_the_price_of_exact_accumulation(mode: str, forwards: int, tiny: list[st
     assert "costs 1.25 times what lagged does" in found["printed"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "learn", "look"),
+    [
+        # 24 candidates for 8 picks, 4 validation sequences. In ordinary steps on the picks: 3 forwards with a backward
+        # for activations, half of one; the picks' weights, the other half; and the validation gradient's share.
+        (["greats"], 3 / 2 + 1 / 2 + 4 / 8 / 10 + 2 * 4 / 8 / 100, 3 / 2 - 1 / 2),
+        (["greats", "batch_selection.route=exact"], 3 + 1 / 2 + 4 / 8 / 10 + 2 * 4 / 8 / 100, -1 / 2),
+        (["topk", "training.activation_checkpointing=true"], 3 / 2 + 1 + 4 / 8 / 10, 3 / 2),
+        (["max_loss"], 1, 3),
+        (["random"], 1, 0),
+    ],
+)
+def test_candidates_of_main_are_counted(
+    overrides: list[str], learn: float, look: float, tiny: list[str], tmp_path: Path
+) -> None:
+    found = planned(
+        *tiny, f"run_dir={tmp_path}", "seed=71", "mixture=uniform", "main.comparisons=[natural]",
+        "batch_selection.candidates=24", "batch_selection.validation_sequences=4", "evaluation.sequences=2",
+        f"batch_selection={overrides[0]}", *overrides[1:],
+    )  # fmt: skip
+    main, ordinary = found["stages"]["main"], found["stages"]["natural"]
+    layers, head = 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * LENGTH * 2 * 32, 2 * 32 * 300
+    F = layers + head
+    B = 2 * F + layers * ("training.activation_checkpointing=true" in overrides)
+    assert main["flops"] - ordinary["flops"] == pytest.approx(TOKENS * (learn * (F + B) + look * F - (F + B)), abs=1)
+    assert main["tokens"] == ordinary["tokens"] == ordinary["candidates"] == TOKENS
+    assert main["candidates"] == 3 * TOKENS and "of which it is trained on" in found["printed"]
+    assert main["memory"]["activations"] > 2 * ordinary["memory"]["activations"]
+
+
 def test_rounds_and_seeds_are_all_counted(tiny: list[str], tmp_path: Path) -> None:
     found = planned(*tiny, f"run_dir={tmp_path}", "seed=71", "proxy.rounds=3", "proxy.seeds=2")
     names = [name for name, stage in found["stages"].items() if stage["kind"] != "main"]
@@ -223,7 +253,9 @@ def test_looking_ahead_changes_no_bit(tiny: list[str], corpus: Path, store: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.acceptance) for name in ("fsdp2", "zero2"))]
+)
 def test_two_processes_plan_together(
     strategy: str, default: dict[str, Any], tiny: list[str], doremi: Command, tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def test_no_more_logits_exist_than_were_asked_for() -> None:
     of = case(False, torch.float32, (1000, 4, 200))
     with Largest() as largest:
         Projection(of.head)(of.hidden, of.targets, 30 * 200).sum().backward()
-    assert largest.elements == 30 * 200
+    assert 29 * 200 < largest.elements <= 30 * 200
     with Largest() as largest:
         F.cross_entropy(of.head(of.hidden), of.targets, reduction="none").sum().backward()
     assert largest.elements == 1000 * 200  # the measure sees them where they are

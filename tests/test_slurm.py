@@ -314,6 +314,20 @@ def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(fresh: list[str], tmp_path
         assert (child / "proxy").resolve() == (tmp_path / "two" / "proxy" / "round-1" / f"seed-{seed}").resolve()
 
 
+def test_a_swarm_is_an_array(tiny: list[str], fresh: list[str], tmp_path: Path) -> None:
+    swarm = ["mixture=swarm", "stage=swarm", "swarm.runs=1", "swarm.candidates=1", "training.steps=6"]
+    out = call(
+        sys.executable, "-m", "doremi_train", *fresh, *swarm, f"run_dir={tmp_path / 'run'}", "submit.cluster=slurm",
+        "submit.parallel=2", cwd=tmp_path,
+    )  # fmt: skip
+    jobs = [line.split(" is job ")[1].split()[0] for line in out.splitlines() if " is job " in line]
+    assert [job.partition("_")[2] for job in jobs[:3]] == ["0", "1", "2"]  # natural, uniform, run-0
+    assert len({job.partition("_")[0] for job in jobs[:3]}) == 1 and jobs[3] not in jobs[:3]
+    assert run_here(*tiny, *swarm, f"run_dir={tmp_path / 'one'}").code == 0
+    one, two = (tmp_path / name / "weights.json" for name in ("one", "run"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, fresh: list[str], tmp_path: Path) -> None:
     """The children inherit nothing of their parent's step, and have ranks of their own."""
     run_dir = tmp_path / "run"

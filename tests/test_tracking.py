@@ -329,7 +329,7 @@ def test_logged_in_without_a_network_the_training_goes_on(
 # ── Processes, children, sweeps ─────────────────────────────────────────────────────
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_two_processes_are_one_run(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     overrides = [*fresh, f"run_dir={tmp_path / 'run'}", "stage=reference", "tracking=wandb"]
     outcome = doremi(*overrides, processes=2)

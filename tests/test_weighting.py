@@ -84,8 +84,8 @@ def test_imp_against_itself_is_refused(tiny: list[str], tmp_path: Path) -> None:
     assert outcome.code == 2 and "reference.path" in outcome.err, outcome
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", [pytest.param("rho"), pytest.param("dimp", marks=pytest.mark.acceptance)])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("policy", ["rho", "dimp"])
 def test_two_processes_and_micro_batches_give_the_numbers_of_one(
     policy: str, fresh: list[str], reference: list[str], doremi: Command, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,40 @@ from torch import Tensor
 
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Draw, Ints, Sampler, Subsample
-from doremi_train.data.shards import TokenStore
+
+
+class Store(Protocol):
+    """What sequences come from: `shards.TokenStore`, or `instructions.Instructions`."""
+
+    domains: tuple[str, ...]
+    fingerprint: str
+
+    def sizes(self, split: str) -> Ints:
+        """(K,) tokens."""
+
+    def sequences(self, split: str, length: int) -> Ints:
+        """(K,) how many sequences each domain has."""
+
+    def gather(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
+        """(B, T + 1) tokens for T ≤ `length`; one that carries no loss is there as its complement ~id, negative."""
+
+    def carrying(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
+        """(B,) tokens that carry a loss."""
+
+    def bytes_per_token(self, split: str) -> NDArray[np.float64]:
+        """(K,) UTF-8 bytes of text per token; nan where unknown."""
 
 
 class MicroBatch(NamedTuple):
-    tokens: Tensor  # (B, T + 1) int64: inputs are all but the last, targets all but the first
+    tokens: Tensor  # (B, T + 1) int64: inputs are all but the last, targets all but the first; see Store.gather
     domain: Tensor  # (B,) int64
     sequence: Tensor  # (B,) int64 index within the domain
     reference: Tensor | None = None  # (B, T) float16 losses of the reference, as far as they are stored
+
+    @property
+    def carrying(self) -> Tensor:
+        """(B,) tokens that carry a loss."""
+        return (self.tokens[:, 1:] >= 0).sum(1)
 
 
 class Batch(NamedTuple):
@@ -35,7 +61,7 @@ class Batches:
 
     def __init__(
         self,
-        store: TokenStore,
+        store: Store,
         length: int,
         batch: int,
         rows: list[slice],
@@ -85,7 +111,8 @@ class Batches:
         return Batch([kept], draw, self._tokens(draw))
 
     def _tokens(self, draw: Draw) -> Tensor:
-        return torch.from_numpy(np.bincount(draw.domain, minlength=len(draw.counts)) * float(self.length))
+        carrying = self.store.carrying("train", draw.domain, draw.sequence, self.length)
+        return torch.from_numpy(np.bincount(draw.domain, carrying, len(draw.counts)))
 
     def _micro(self, domain: Ints, sequence: Ints) -> MicroBatch:
         found = read(self.store, "train", domain, sequence, self.length)
@@ -97,13 +124,13 @@ def some(draw: Draw, index: Ints) -> Draw:
     return Draw(draw.domain[index], draw.sequence[index], draw.counts)
 
 
-def read(store: TokenStore, split: str, domain: Ints, sequence: Ints, length: int) -> MicroBatch:
+def read(store: Store, split: str, domain: Ints, sequence: Ints, length: int) -> MicroBatch:
     """The named sequences as tensors."""
     tokens = store.gather(split, domain, sequence, length)
     return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(domain), torch.from_numpy(sequence))
 
 
-def require_sequences(store: TokenStore, split: str, length: int) -> None:
+def require_sequences(store: Store, split: str, length: int) -> None:
     """Raise UserError naming a domain whose split is shorter than one sequence of `length` + 1 tokens."""
     remedy = "add text" if split == "train" else "give validation files, raise data.validation_fraction"
     for name, size, tokens in zip(store.domains, store.sequences(split, length), store.sizes(split), strict=True):
@@ -114,7 +141,7 @@ def require_sequences(store: TokenStore, split: str, length: int) -> None:
             )
 
 
-def fixed_sequences(store: TokenStore, split: str, length: int, per_domain: int) -> tuple[Ints, Ints]:
+def fixed_sequences(store: Store, split: str, length: int, per_domain: int) -> tuple[Ints, Ints]:
     """(domain (N,), sequence (N,)): at most `per_domain` sequences a domain, evenly spread over the split.
 
     The choice depends on the data alone, never on a mixture or a seed. Raises UserError where a domain has none.

@@ -367,6 +367,19 @@ class TokenStore:
             raise _damaged(path / "index.npy", "is not the file that the manifest was written with")
         return cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False), mirror)
 
+    def alone(self, domain: str) -> "TokenStore":
+        """The same store as if this were its only domain: its fingerprint does not know of the others."""
+        described = self.manifest["domains"][domain]
+        content = {domain: {split: described[split]["sha256"] for split in SPLITS}}
+        manifest = self.manifest | {
+            "domains": {domain: described},
+            "fingerprint": content_address({"content": content, "tokenizer": self.manifest["tokenizer"]}),
+        }
+        numbers = [self._streams.index((split, domain)) for split in SPLITS]
+        index = self._index[np.isin(self._index["stream"], numbers)].copy()
+        index["stream"] = np.searchsorted(numbers, index["stream"])
+        return TokenStore(self.path, manifest, index, self._mirror)
+
     def tokenizer(self) -> Tokenizer:
         """The tokeniser of this store."""
         file = self.path / "tokenizer.json"
@@ -425,6 +438,10 @@ class TokenStore:
                 mapped, tokens = shard, self._map(shard)
             out[row] = tokens[first : first + length + 1]
         return out
+
+    def carrying(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
+        """(B,) tokens of the sequences that carry a loss: all."""
+        return np.full(len(sequence), length)
 
     def _column(self, split: str, name: str) -> np.ndarray:
         return np.array([self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64)

@@ -111,8 +111,27 @@ def read(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
 
     Raises UserError for a file that is truncated, corrupt, unreadable or not as the options say.
     """
-    try:
+    with _whole(source):
         yield from _reader(source.url)(source, options, bad)
+
+
+def records(source: Source, options: Options, bad: BadLines) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Domain, line (from 1) and JSON object of every line of a source of JSON lines.
+
+    Raises UserError as `read` does, and for a file of another kind.
+    """
+    if _reader(source.url) is not _read_jsonl:
+        allowed = " ".join(ending for ending, reader in READERS.items() if reader is _read_jsonl)
+        raise UserError(f"{source.url}: not a file of JSON lines, which are needed here; allowed are {allowed}")
+    with _whole(source):
+        for number, record in _objects(source, options, bad):
+            yield _domain(record, source, options, f"{source.url}, line {number}"), number, record
+
+
+@contextmanager
+def _whole(source: Source) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError, ImportError, UnicodeDecodeError, tarfile.TarError, pa.ArrowException) as error:
         raise UserError(
             f"{source.url}: truncated or corrupt, or it cannot be read ({one_line(error)}); "
@@ -383,11 +402,16 @@ def _command(url: str) -> Iterator[BinaryIO]:
 
 
 def _read_jsonl(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    for number, record in _objects(source, options, bad):
+        yield from _record(record, source, options, f"{source.url}, line {number}")
+
+
+def _objects(source: Source, options: Options, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open(source.url, options) as stream:
         for number, line in _lines(stream):
             record = _parse(line, source.url, number, bad)
             if record is not None:
-                yield from _record(record, source, options, f"{source.url}, line {number}")
+                yield number, record
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from doremi_train.methods import cross_entropy, doremi, heuristics, importance
+from doremi_train.methods import ado, cross_entropy, doge, doremi, dro, heuristics, importance, odm
 
 
 class Objective(Protocol):
@@ -54,7 +54,15 @@ class Objective(Protocol):
         moves."""
 
 
-OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "doremi": doremi, "importance": importance}
+# Mixtures that the main run adapts while it goes on.
+ONLINE: dict[str, Objective] = {"ado": ado, "odm": odm, "dro": dro}
+
+OBJECTIVES: dict[str, Objective] = ONLINE | {
+    "cross_entropy": cross_entropy,
+    "doremi": doremi,
+    "doge": doge,
+    "importance": importance,
+}
 
 # (sizes (K,), budget in tokens, options) → weights (K,)
 HEURISTICS: dict[str, Callable[[Tensor, float, heuristics.Options], Tensor]] = {

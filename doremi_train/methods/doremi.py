@@ -91,9 +91,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
     if options.clip == "domain" and options.score == "excess":
         excess = excess.clamp_min(0)
     excess = torch.where(present, excess, state.excess if options.holds else torch.zeros_like(excess))
-    # softmax in log space: exp(η λ) overflows float64 only beyond η λ = 709, softmax never does.
-    weights = torch.softmax(state.weights.log() + options.step_size * excess, dim=0)
-    weights = (1 - options.smoothing) * weights + options.smoothing / len(weights)
+    weights = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
     step = state.step + 1
     counts = step > state.average_after
     return State(

@@ -91,8 +91,9 @@ class Outer(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient, made
-    again where it is needed, some rows at a time: the logits of all tokens never exist."""
+    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient: whole
+    where it is small, else made again where it is needed, some rows at a time, so that the logits of all tokens never
+    exist."""
 
     hidden: Tensor  # (n, T, d)
     targets: Tensor  # (n, T)
@@ -101,6 +102,7 @@ class Softmax(NamedTuple):
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
     known: Tensor | None = None  # (n, T, r) its product with the left side of a sketch, where a backward left it
+    whole: Tensor | None = None  # (n, T, V) itself, where a backward left it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,10 +110,12 @@ class Softmax(NamedTuple):
 
     def left(self, rows: slice) -> Tensor:
         """(n, T, rows)"""
+        if self.whole is not None:
+            return self.whole[..., rows]
         logits = self.hidden @ self.weight[rows].T.to(self.hidden.dtype)
         if self.bias is not None:
             logits = logits + self.bias[rows].to(logits.dtype)
-        found = (logits.to(self.normalizers.dtype) - self.normalizers[..., None]).exp_()
+        found = logits.to(self.normalizers.dtype).sub_(self.normalizers[..., None]).exp_()
         inside = (self.targets >= rows.start) & (self.targets < rows.stop)
         index = (self.targets - rows.start).clamp(0, found.shape[-1] - 1)
         found.scatter_add_(-1, index[..., None], -inside[..., None].to(found.dtype))
@@ -124,7 +128,11 @@ class Softmax(NamedTuple):
         return sum((Outer(self.left(r), self.hidden).tokens(direction[r]) for r in self._blocks()), torch.tensor(0.0))
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return torch.cat([Outer(self.left(r), self.hidden).weighted(weights) for r in self._blocks()])
+        right = (self.hidden * weights[:, None, None].to(self.hidden.dtype)).flatten(0, 1)
+        found = right.new_empty(self.shape)
+        for rows in self._blocks():
+            torch.mm(self.left(rows).flatten(0, 1).T, right, out=found[rows])
+        return found
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         of_left = self.known
@@ -135,7 +143,8 @@ class Softmax(NamedTuple):
 
     def at(self, examples: Tensor) -> "Softmax":
         hidden, targets, normalizers, gradient = (field.index_select(0, examples) for field in self[:4])
-        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
+        whole = None if self.whole is None else self.whole.index_select(0, examples)
+        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias, whole=whole)
 
     def regrouped(self, index: Tensor, present: Tensor) -> "Softmax":
         hidden, targets, normalizers = (_regroup(field, index) for field in self[:3])
@@ -143,7 +152,8 @@ class Softmax(NamedTuple):
         return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
 
     def _blocks(self) -> Iterator[slice]:
-        return blocks(len(self.weight), self.targets.numel())
+        width = self.targets.numel() if self.whole is None else 0
+        return blocks(len(self.weight), width)
 
 
 class SoftmaxBias(NamedTuple):
@@ -198,8 +208,12 @@ class Lookup(NamedTuple):
         return _dot(self.values, direction[self.ids])
 
     def weighted(self, weights: Tensor) -> Tensor:
-        values = self.values.to(_wide(self.values)) * weights[:, None, None]
-        return values.new_zeros(self.shape).index_add_(0, self.ids.flatten(), values.flatten(0, 1))
+        return self.added(self.values.new_zeros(self.shape, dtype=_wide(self.values)), weights)
+
+    def added(self, total: Tensor, weights: Tensor) -> Tensor:
+        """`total` (V, d), in place, with Σ_i weights_i g_i added to it."""
+        values = self.values.to(total.dtype) * weights[:, None, None].to(total.dtype)
+        return total.index_add_(0, self.ids.flatten(), values.flatten(0, 1))
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         assert right is not None
@@ -300,7 +314,15 @@ def weighted(examples: Examples, weights: Tensor) -> dict[str, Tensor]:
         # A sum is read once, and copied where some of it is left out: as it is, it costs less.
         return use.weighted(weights) if isinstance(use, Sum) else use.at(kept).weighted(some)
 
-    return {name: sum((part(use) for use in uses[1:]), part(uses[0])) for name, uses in examples.items()}
+    def total(uses: tuple[Factor, ...]) -> Tensor:
+        # A tied embedding is added to what its head gave: another table of its size would be most of the memory.
+        first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))
+        found = part(first).to(_wide(_first(first)))
+        for use in rest:
+            found = use.at(kept).added(found, some) if isinstance(use, Lookup) else found + part(use)
+        return found
+
+    return {name: total(uses) for name, uses in examples.items()}
 
 
 def sketch(examples: Examples, size: int) -> Tensor:
@@ -357,6 +379,14 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
     return {name: tuple(use.regrouped(index, present) for use in uses) for name, uses in examples.items()}
 
 
+def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
+    p, *d = uses[0].shape
+    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
+        found = [use.rows(rows) for use in uses]
+        yield rows, sum(found[1:], found[0])
+
+
 def blocks(rows: int, width: int) -> Iterator[slice]:
     """0 … rows in pieces of so few that `width` numbers for each of them stay within bounds."""
     step = max(1, _NUMBERS // max(1, width))
@@ -390,13 +420,10 @@ def _pairs_by_row(uses: tuple[Factor, ...], directions: list[Tensor]) -> tuple[T
 
 
 def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
-    """The gradients (n, rows, d) of one parameter, a block of rows after the other."""
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0 left out."""
     if len(uses) == 1 and isinstance(uses[0], Lookup):
         uses = (uses[0].compact(),)
-    p, *d = uses[0].shape
-    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
-        found = [use.rows(rows) for use in uses]
-        yield sum(found[1:], found[0])
+    return (part for _, part in materialised(uses))
 
 
 def _short(use: Outer) -> bool:

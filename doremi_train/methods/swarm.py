@@ -50,11 +50,11 @@ class Box(NamedTuple):
     high: Floats  # (K,)
 
 
-def box(sizes: Floats, budget: float, max_epochs: float, floor: float) -> Box:
+def box(sizes: Floats, budget: float, max_epochs: float, floor: float, key: str = "swarm.floor") -> Box:
     """At most `max_epochs` passes over each of `sizes` (K,) tokens in a run of `budget` tokens, and at least `floor`
     where the cap leaves it.
 
-    Raises ValueError where no mixture is within.
+    Raises ValueError where no mixture is within; `key` is the floor's.
     """
     high = np.minimum(max_epochs * sizes / budget, 1.0)
     low = np.minimum(floor, high)
@@ -64,9 +64,7 @@ def box(sizes: Floats, budget: float, max_epochs: float, floor: float) -> Box:
             f"{sizes.sum():.3g} tokens; raise it, or train for fewer tokens"
         )
     if low.sum() > 1:
-        raise ValueError(
-            f"swarm.floor={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / domains"
-        )
+        raise ValueError(f"{key}={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / domains")
     return Box(low, high)
 
 

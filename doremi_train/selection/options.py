@@ -6,15 +6,36 @@ from annotated_types import Gt, Le
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError
+from doremi_train.methods import less
 
 METHODS = ("ngram", "random", "bm25", "classifier", "embedding")  # made in `selection.methods` (extra `select`)
 
 Share = Annotated[float, Gt(0), Le(1)]
+Baseline = Literal["random", "bm25", "ngram", "rds", "rds_plus"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Less(less.Options):
+    """Of method `less`, which chooses examples for stage=finetune."""
+
+    warmup: Share = 0.05  # part of the pool that the scoring model is trained on first
+    epochs: Positive = 4  # of it, each of which leaves a checkpoint
+    checkpoints: tuple[str, ...] | None = None  # folders that transformers' Trainer left, instead of a warm-up here
+    features: Literal["int8", "float16"] | None = (
+        None  # project and keep them; null: score the targets directly, exactly
+    )
+    dimension: Positive = 8192  # k, of a projected feature
+    projection_seed: Count = 0
+    batch_tokens: Positive | None = None  # scored together, padding among them; null: 512 on a CPU, 8192 elsewhere
+    baselines: tuple[Baseline, ...] = ("random", "bm25", "ngram", "rds", "rds_plus")  # that choose beside it
+    train_on: Literal["less", "all"] | Baseline = "less"  # whose choice stage=finetune trains on; all: the whole pool
+    test: tuple[str, ...] | None = None  # files that stage=finetune then evaluates on; null: the target's own
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    """One budget is given, as a number or as {domain: number}; none: a tenth of the tokens."""
+    """One budget is given, as a number or as {domain: number}; none: a tenth of the tokens, or with
+    less 5 % of the examples."""
 
     method: str = "none"  # one of METHODS; none: all documents are training data
     targets: dict[str, tuple[str, ...]] | None = None  # {name: [path, glob or URL]}: text that the choice is to serve
@@ -39,11 +60,20 @@ class Options:
     write: Literal["none", "jsonl.zst", "parquet", "webdataset"] = "none"  # the chosen text, beside the sidecar
     engine: Literal["processes", "ray", "slurm"] = "processes"  # where it is computed; slurm: an array, as submit says
     workers: Positive | None = None  # at once; null: one a core, what the Ray cluster has, submit.parallel
+    scorer_model: str | None = None  # of method=less: a local transformers folder; null: finetune.model
+    less: Less = Less()
 
     def __post_init__(self) -> None:
         budgets = [name for name in ("documents", "tokens", "fraction") if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise UserError(f"selection.{' and selection.'.join(budgets)}: only one is the budget; remove the others")
+        if self.method == "less" and not isinstance(self.budget[1], int | float):
+            raise UserError(f"selection.{self.budget[0]}: selection=less has one budget for all domains; give a number")
+        chooses = self.less.train_on in ("less", "all", *self.less.baselines)
+        if not chooses:
+            raise UserError(
+                f"selection.less.train_on={self.less.train_on}: is not in selection.less.baselines; add it there"
+            )
         needs = {"tokens": ("tokenizer", self.tokenizer), "granular": ("vocabulary", self.vocabulary)}
         for features, (key, given) in needs.items():
             if (self.features == features) != (given is not None):
@@ -72,4 +102,4 @@ class Options:
         for name in ("documents", "tokens", "fraction"):
             if (given := getattr(self, name)) is not None:
                 return name, given
-        return "fraction", 0.1
+        return "fraction", 0.05 if self.method == "less" else 0.1

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from doremi_train import (
     checkpoint,
     comm,
+    downstream,
     engine,
     evaluation,
     exports,
@@ -31,12 +32,24 @@ from doremi_train import (
 )
 from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classifier import Options as ClassifierOptions
-from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, UserError, flatten, load, redact
+from doremi_train.config import (
+    STRICT,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    UserError,
+    flatten,
+    load,
+    redact,
+)
 from doremi_train.data import options as data_options
-from doremi_train.methods import HEURISTICS, doremi, heuristics, importance, swarm, vocabulary
+from doremi_train.lora import Options as LoraOptions
+from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
 from doremi_train.remote import Mirror
 from doremi_train.selection import options as selection_options
-from doremi_train.track import console
+from doremi_train.track import Bar, Part, console
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,6 +66,28 @@ class Proxy(doremi.Options):
     round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
     seeds: Positive = 1
     match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Doge(doge.Options):
+    target_batch: Positive = 8  # sequences of the target that a step looks at, where target.* names one
+
+
+@dataclass(frozen=True, config=STRICT)
+class Online:
+    prior: str = "natural"  # a mixture computed from sizes: where the run begins
+    floor: Fraction = 0.01  # least weight of a domain, as far as mixture.max_epochs leaves it
+    warmup: Fraction = 0.05  # part of the run on the prior
+    every: Positive | None = None  # steps between fits of ado, and changes of dro; null: a 50th of the run
+    step_size: NonNegativeFloat = 1.0  # η of dro
+    target_losses: dict[str, PositiveFloat] | None = None  # of dro, nats per token; null: those of the reference
+
+
+@dataclass(frozen=True, config=STRICT)
+class Target:
+    files: tuple[str, ...] | None = None  # paths, globs or URLs
+    domains: tuple[str, ...] | None = None  # or the validation text of these, apart from what is evaluated
+    sequences: Positive = 64
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -101,6 +136,27 @@ class Classify(ClassifierOptions):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Compare:
+    methods: tuple[str, ...] = ("doremi", "swarm")
+    baselines: tuple[str, ...] = ("natural", "uniform", "unimax")  # trained longer, by what a method's small runs cost
+    search: bool = True  # random search with as many small runs too
+    seeds: Positive = 3  # end to end: each derives the weights anew
+
+
+@dataclass(frozen=True, config=STRICT)
+class Finetune:
+    model: str | None = None  # local transformers folder with its tokeniser, or a model folder of an earlier run
+    lora: LoraOptions = LoraOptions()
+
+
+@dataclass(frozen=True, config=STRICT)
+class Downstream:
+    tasks: tuple[str, ...] = ()  # of downstream.FORMS
+    files: dict[str, str] | None = None  # {task: folder with test.jsonl and train.jsonl}; cloze needs none
+    examples: Positive = 200  # of each, at most
+
+
+@dataclass(frozen=True, config=STRICT)
 class Export:
     to: str | None = None  # a trainer: a key of exports.FORMATS
     path: str | None = None  # of the file; null: in run_dir/export
@@ -136,6 +192,10 @@ class Config:
     evaluation: evaluation.Options
     reference: Reference
     proxy: Proxy
+    doge: Doge
+    online: Online
+    mixmin: mixmin.Options
+    target: Target
     swarm: Swarm
     mixture: MixtureOptions
     main: Main
@@ -143,6 +203,9 @@ class Config:
     vocabulary: vocabulary.Options
     batch_selection: BatchSelection
     classify: Classify
+    compare: Compare
+    finetune: Finetune
+    downstream: Downstream
     export: Export
     submit: Submit
     tracking: tracking.Options
@@ -150,10 +213,12 @@ class Config:
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
             raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
-        _one_of("selection", self.selection.method, ["none", *selection_options.METHODS])
-        _one_of("mixture", self.mixture.method, ["doremi", "swarm", "file", *HEURISTICS])
+        _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
+        learned = ["doremi", "doge", *ONLINE, "mixmin", "swarm", "search"]
+        _one_of("mixture", self.mixture.method, [*learned, "file", *HEURISTICS])
         _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
         _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
+        _one_of("online.prior", self.online.prior, list(HEURISTICS))
         if self.training.loss_weighting == "imp" and self.reference.path is None:
             raise UserError(
                 "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
@@ -179,6 +244,19 @@ class Config:
             _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
             if self.mixture.path is None:
                 raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
+        for name in self.downstream.tasks:
+            _one_of("downstream.tasks", name, list(downstream.FORMS))
+            if name != "cloze" and name not in (self.downstream.files or {}):
+                raise UserError(
+                    f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of yours; give it as "
+                    f"downstream.files={{{name}: FOLDER}}"
+                )
+        if self.downstream.tasks:
+            downstream.require()
+        for name in self.compare.methods:
+            _one_of("compare.methods", name, learned)
+        for name in self.compare.baselines:
+            _one_of("compare.baselines", name, list(HEURISTICS))
         if self.export.to is not None or self.stage == "export":
             _one_of("export.to", str(self.export.to), list(exports.FORMATS))
 
@@ -198,11 +276,12 @@ def _one_of(key: str, value: str, allowed: list[str]) -> None:
 # What may change between two commands on one run_dir: it says how to compute, not what.
 _FREE = (
     "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
-    "selection.workers",
+    "selection.workers", "selection.less.batch_tokens",
 )  # fmt: skip
+_FREE_GROUPS = ("compare", "downstream", "engine", "export", "submit", "tracking")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
-    "timeout",
+    "timeout", "snapshots",
 )  # fmt: skip
 
 
@@ -214,6 +293,7 @@ class Session:
     plain: Mapping[str, Any]
     place: engine.Place
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
+    bar: Bar | None = None  # over many commands, of which this is one
 
     @property
     def run_dir(self) -> Path:
@@ -232,6 +312,14 @@ class Session:
     def tracking(self) -> tracking.Tracking:
         """Where this command's curves are shown."""
         return tracking.Tracking(self.config.tracking, self.run_dir, self.plain)
+
+    def over(self, label: str, total: int) -> Bar:
+        """The progress of several runs, `total` tokens: a bar of their own, or a share of the one over all."""
+        return Part(self.bar, label) if self.bar is not None else Bar(label, total, show=comm.world().first)
+
+    def part(self, label: str) -> Bar | None:
+        """A run's share of the bar over all; None where it shows its own."""
+        return Part(self.bar, label) if self.bar is not None else None
 
     def say(self, text: str) -> None:
         if comm.world().first:
@@ -323,7 +411,7 @@ def open_session(plain: Mapping[str, Any]) -> Session:
     session = Session(config, plain, place)
     comm.on_first(session.tracking.check)
     if not (config.stage == "report" and sweep(session.run_dir)):
-        comm.on_first(lambda: _claim(session))
+        comm.on_first(lambda: claim(session))
     return session
 
 
@@ -338,7 +426,7 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in ("engine", "export", "submit", "tracking")
+        if key not in free and key.partition(".")[0] not in _FREE_GROUPS
     }
 
 
@@ -348,7 +436,7 @@ def training_identity(options: train.Options) -> dict[str, Any]:
     return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
 
 
-def _claim(session: Session) -> None:
+def claim(session: Session) -> None:
     """Write config.yaml, or refuse a run_dir that holds another configuration, naming the keys."""
     path = session.run_dir / "config.yaml"
     if path.exists():

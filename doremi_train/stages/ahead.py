@@ -14,12 +14,17 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import (
     Session,
+    adaptive,
+    doge_runs,
     language_model,
     main,
+    mixmin_runs,
     mixture,
     proxy,
     reference,
     reference_losses,
+    search_runs,
+    seeds,
     swarm_runs,
     swarm_search,
     weighting,
@@ -30,7 +35,7 @@ class Ahead(NamedTuple):
     """One run of the pipeline."""
 
     name: str  # its folder under run_dir
-    kind: str  # reference, proxy, swarm or main
+    kind: str  # reference, proxy, doge, expert, swarm or main
     config: dict[str, Any]  # of its model
     steps: int
     done: int  # steps that are in the store already
@@ -56,8 +61,18 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     What depends on a run that is not finished is taken for not begun, and every round for one that will be needed.
     """
     found = _Found(session)
-    if session.config.mixture.method == "doremi":
+    learned: Tensor | None
+    if adaptive.asked(session):
+        learned = None
+    elif session.config.mixture.method == "doremi":
         learned = _search(session, store, found)
+    elif session.config.mixture.method == "doge":
+        learned = _doge(session, store, found)
+    elif session.config.mixture.method == "mixmin":
+        learned = _mixmin(session, store, found)
+    elif session.config.mixture.method == "search":
+        _random(session, store, found)
+        learned = None
     elif session.config.mixture.method == "swarm":
         learned = _swarm(session, store, found)
     else:
@@ -68,11 +83,25 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         training = main.training(session)
         ready = weighed is not None or training.loss_weighting == "none"
         run = None
-        if known is not None and ready:
+        if name == "main" and adaptive.asked(session):
+            run = _adapted(session, store, found)
+        elif known is not None and ready:
             picking = main.selection(session, store, name)
             run = language_model.recipe(session, store, shape, known, training, weighting=weighed, selection=picking)
         found.add(name, "main", shape, training.steps, run)
     return found.runs, learned
+
+
+def _adapted(session: Session, store: TokenStore, found: "_Found") -> Run | None:
+    """The main run that adapts its mixture; a reference whose losses it needs is a run too."""
+    target = adaptive.known_target(session, store)
+    config = session.config
+    given = config.online.target_losses is not None or config.reference.path is not None
+    if config.mixture.method == "dro" and not given:
+        ingredients = reference.ingredients(session, store, reference.mixture(session, store))
+        run = language_model.recipe(session, store, *ingredients)
+        found.add("reference", "reference", ingredients[0], config.training.steps, run)
+    return None if target is None else adaptive.recipe(session, store, adaptive.options_of(session, store, target))
 
 
 def _weighting(session: Session, store: TokenStore, found: "_Found") -> language_model.Weighting | None:
@@ -109,7 +138,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         proxies = [proxy.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
         waiting = 0  # proxies of this round that are still to be run
         for index, one in enumerate(proxies):
-            found.add(proxy.name_of(session, number, index), "proxy", shape, steps, one)
+            found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
             if reference_losses.cached(session) and found.runs[-1].left:
                 missing = reference_losses.missing(session, store, one, index, waiting)
                 found.runs[-1] = found.runs[-1]._replace(missing=missing)
@@ -118,11 +147,39 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         if before is None or len(finished) < options.seeds:
             before = None
             continue
-        mean, _ = weights.summarize([proxy.average(one, store) for one in finished])
+        mean, _ = weights.summarize([seeds.average(one, store) for one in finished])
         moved, before = float((mean - before).abs().max()), mean
         if moved < options.round_tolerance:
             break
     return before
+
+
+def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+    """Its seeds; their mean average (K,) if all are finished."""
+    recipes, shape = doge_runs.recipes(session, store), language_model.resolved_model(session, store)
+    for index, run in enumerate(recipes):
+        found.add(seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run)
+    if not all(run.finished for run in recipes):
+        return None
+    return weights.summarize([seeds.average(run, store) for run in recipes])[0]
+
+
+def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+    """The expert of every domain; the mixture (K,) if it is solved."""
+    shape, steps = language_model.resolved_model(session, store), session.config.training.steps
+    for name, run in mixmin_runs.experts(session, store).items():
+        found.add(name, "expert", shape, steps, run)
+    search = mixmin_runs.state(session, store)
+    if not search.finished:
+        return None
+    return weights.Mixture("mixmin", search.result()["weights"]).tensor(store.domains)
+
+
+def _random(session: Session, store: TokenStore, found: "_Found") -> None:
+    """The runs of a random search, of which the best is not known before."""
+    shape, steps = language_model.resolved_model(session, store), session.config.training.steps
+    for name, mixed in search_runs.mixtures(session, store).items():
+        found.add(name, "swarm", shape, steps, swarm_runs.recipe(session, store, mixed))
 
 
 def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:

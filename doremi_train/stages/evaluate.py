@@ -11,7 +11,7 @@ from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.runs import stop
-from doremi_train.stages import Session, language_model, main, once, prepare
+from doremi_train.stages import Session, language_model, main, once, prepare, tasks
 from doremi_train.track import Bar
 
 
@@ -38,6 +38,7 @@ def run(session: Session) -> dict[str, Any]:
                 figures[name] = {key: figures[known][key] for key in ("domains", "mean_loss", "worst_loss")}
             bar.update(done + 1, name)
     compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
+    tasks.run(session, trained)
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 

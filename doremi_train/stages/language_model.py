@@ -1,6 +1,6 @@
 """A language model trained on a fixed mixture: reference, baseline, uniform and main are all this run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from doremi_train import batch_selection, checkpoint, comm, losses, model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
-from doremi_train.methods import HEURISTICS, cross_entropy, importance
+from doremi_train.methods import HEURISTICS, cross_entropy, importance, swarm
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session, training_identity
 from doremi_train.track import Bar
@@ -73,6 +73,7 @@ def train(
     """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs, for whom it is moved
     on in silence."""
     run = recipe(session, store, config, weights, training, part, weighting, selection)
+    bar = bar or session.part(name)
     with session.computing(run, name) as todo:
         if not todo and bar is None:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -104,24 +105,37 @@ def train(
     return run
 
 
-def finish(session: Session, task: Task, trainer: Trainer) -> None:
-    """Train to the end, save the model, and write the result: the run is done."""
+Save = Callable[[dict[str, Tensor]], None]  # of the model's whole tensors by name, into the run's folder
+
+
+def finish(
+    session: Session, task: Task, trainer: Trainer, save: Save | None = None, said: Mapping[str, Any] | None = None
+) -> None:
+    """Train to the end, save the model, and write the result: the run is done. `save`: otherwise than as a model of the
+    token store; `said`: what the result says more."""
     with session.tracking.run(task.label, task.run.folder.name, trainer.begins_at) as tracked:
         position = trainer.fit(tracked.line)
         measured = trainer.evaluate()
         tensors = trainer.engine.state()["model"]
-        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, measured, tensors)))
+        more = {"evaluation": measured, **(said or {})}
+        write = save or (lambda tensors: _save(task, trainer, tensors))
+        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, more, lambda: write(tensors))))
     trainer.engine.close()
 
 
+def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    assert isinstance(task.store, TokenStore)
+    model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+
+
 def _write(
-    task: Task, trainer: Trainer, position: Position, measured: dict[str, Any], tensors: dict[str, Tensor]
+    task: Task, trainer: Trainer, position: Position, more: dict[str, Any], save: Callable[[], None]
 ) -> dict[str, float]:
     """Returns the headline."""
-    model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+    save()
     epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
-    result |= {"evaluation": measured, "engine": trainer.engine_used}
+    result |= {"engine": trainer.engine_used, **more}
     if hasattr(task.objective, "result"):
         average = task.objective.result(position.state).tolist()
         result["weights"] = dict(zip(task.store.domains, average, strict=True))
@@ -129,6 +143,7 @@ def _write(
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")
     learned = {f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()}
+    measured = more["evaluation"]
     return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **learned}
 
 
@@ -168,6 +183,16 @@ def resolved_model(session: Session, store: TokenStore, name: str | None = None)
     length = session.config.training.sequence_length
     key = "model" if name is None else "main.model"
     return model.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
+
+
+def caps(session: Session, store: TokenStore, floor: float, key: str) -> swarm.Box:
+    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at least `floor` (of
+    this key). Raises UserError where that leaves none."""
+    sizes = np.asarray(store.sizes("train"), dtype=np.float64)
+    try:
+        return swarm.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
+    except ValueError as error:
+        raise UserError(f"mixture={session.config.mixture.method}: {error}") from None
 
 
 def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from doremi_train.batch_selection import Setting
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, mixture, once, prepare, reference, targets, weighting
+from doremi_train.stages import Session, adaptive, language_model, mixture, once, prepare, reference, targets, weighting
 from doremi_train.train import Options
 
 
@@ -19,7 +19,8 @@ def run(session: Session) -> dict[str, Run]:
     mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
     shape = language_model.resolved_model(session, store, session.config.main.model)
     weighed = weighting.of(session, store)
-    return {
+    adapted = {"main": adaptive.run(session)} if adaptive.asked(session) else {}
+    return adapted | {
         name: language_model.train(
             session,
             store,
@@ -31,6 +32,7 @@ def run(session: Session) -> dict[str, Run]:
             selection=selection(session, store, name),
         )
         for name, weights in mixtures.items()
+        if name not in adapted
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from doremi_train import comm, costs, detectors, files
+from doremi_train.batch_selection import Effort, effort
 from doremi_train.config import fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
@@ -51,7 +52,7 @@ def _write(
     learned: Tensor | None,
     paces: Mapping[str, costs.Pace | str],
 ) -> dict[str, Any]:
-    bill = _Bill(session, store, paces)
+    bill = Bill(session, store, paces)
     stages, evaluation = {run.name: bill.run(run) for run in runs}, bill.evaluation(runs)
     seconds = [part["seconds"] for part in (*stages.values(), evaluation)]
     domains = _domains(session, store, learned)
@@ -78,7 +79,7 @@ def _write(
 # ── Runs ────────────────────────────────────────────────────────────────────────────
 
 
-class _Bill:
+class Bill:
     """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be done."""
 
     def __init__(self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]) -> None:
@@ -88,7 +89,9 @@ class _Bill:
         self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
+        self.domains = len(store.domains)
         self.models = 2 if self.training.loss_weighting == "imp" else 1  # frozen ones beside a main run
+        self.candidates = session.config.batch_selection.candidates or 2 * batch  # of a step that picks
         checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
         self.checked = int(checked.sum())  # sequences of one evaluation
         self.calls = -(-self.checked // (self.world.size * self.rows))  # forwards of a process for it
@@ -100,10 +103,19 @@ class _Bill:
         looks = self._looks(of, self.twice) if proxy else self._weighing(of) if weighed else 0.0
         evaluations = self._evaluations(run.steps)
         tokens = run.steps * training.batch_size * self.length
-        flops = tokens * self._step(of, looks) + evaluations * self.checked * self.length * self._forward(of)
+        held = frozen.parameters * (self.models if weighed else 1) if frozen else 0
+        if run.kind == "doge":
+            target = self.session.config.target
+            aimed = target.files is not None or target.domains is not None
+            tokens += run.steps * self.session.config.doge.target_batch * self.length * aimed
+            held = of.parameters * self.domains  # a gradient of each
+        needed = self._effort(run)
+        forwards = needed.look + looks  # alone
+        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(of)  # per token that is trained on
+        flops = tokens * step + evaluations * self.checked * self.length * self._forward(of)
         pace, seconds = self._pace(run), None if run.left else 0.0
         if pace is not None:
-            steps = run.steps * self.parts * (pace.learn + looks * pace.look)
+            steps = run.steps * self.parts * (needed.learn * pace.learn + forwards * pace.look)
             seconds = run.left * (steps + evaluations * self.calls * pace.look)
         flops *= run.left
         if frozen is not None and run.missing:
@@ -116,11 +128,11 @@ class _Bill:
             strategy=self.session.place.strategy,
             processes=self.world.size,
             optimizer=training.optimizer,
-            rows=self.rows,
+            rows=self.world.largest(self.candidates, training.micro_batch_size) if self._selects(run) else self.rows,
             length=self.length,
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
-            reference=frozen.parameters * (self.models if weighed else 1) if frozen else 0,
+            reference=held,
             device=self.session.place.device.type,
         )
         return {
@@ -129,10 +141,22 @@ class _Bill:
             "same_as": run.same_as,
             "parameters": of.parameters,
             "tokens": tokens,
+            "candidates": run.steps * self.candidates * self.length if self._selects(run) else tokens,  # tokens too
             "flops": flops,
             "seconds": seconds,
             "memory": memory._asdict() | {"total": sum(memory)},
         }
+
+    def _selects(self, run: Ahead) -> bool:
+        return run.name == "main" and self.session.config.batch_selection.method != "none"
+
+    def _effort(self, run: Ahead) -> Effort:
+        options, training = self.session.config.batch_selection, self.training
+        if not self._selects(run):
+            return Effort(1.0, 0.0)
+        together = len(self.world.rows(self.candidates, training.micro_batch_size)) == 1
+        one_pass = together and not training.activation_checkpointing
+        return effort(options, self.candidates, training.batch_size, options.validation_sequences, one_pass)
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
         """The last stage: every model once more, and the reference on training text too; in every command."""
@@ -217,7 +241,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     once = store.sequences("train", length) * length  # (K,) tokens of one pass
     tokens = mixture.main_steps(session) * training.batch_size * length
     reference_weights = reference.mixture(session, store)
-    doremi = session.config.mixture.method == "doremi"
+    proxies = session.config.mixture.method in ("doremi", "doge")
     return {
         name: {
             "training_tokens": int(sizes[k]),
@@ -225,8 +249,8 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
             "training_sequences": int(once[k] // length),
             "natural_weight": float(final["natural"][k]),
             "reference_weight": float(reference_weights[k]),
-            "proxy_sequences": int(sampler.sizes[k]) if doremi else None,  # that it may read
-            "proxy_epochs": float(proxy_epochs[k]) if doremi else None,
+            "proxy_sequences": int(sampler.sizes[k]) if proxies else None,  # that it may read
+            "proxy_epochs": float(proxy_epochs[k]) if proxies else None,
             "main_epochs": {way: float(weights[k] * tokens / once[k]) for way, weights in here.items()},
             "final_epochs": {
                 way: float(weights[k] * mixture.final_tokens(session) / once[k]) for way, weights in final.items()

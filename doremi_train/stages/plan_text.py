@@ -91,6 +91,11 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         )
     elif price:
         found.append("a step is one micro-batch, with which proxy.accumulation=exact costs nothing more than lagged")
+    found += [
+        f"{name} looks at {short(run['candidates'])} tokens, of which it is trained on {short(run['tokens'])}"
+        for name, run in plan["stages"].items()
+        if run["candidates"] > run["tokens"]
+    ]
     if losses and "missing" in losses:
         left = f"computed for {short(losses['missing'])} sequences" if losses["missing"] else "all there"
         found.append(f"reference losses, cached: {size(losses['bytes'])} of fp16, {left}")

@@ -43,7 +43,7 @@ def _prepare(session: Session, options: Options) -> Path:
                 f"run_dir={session.run_dir}: its data changed since it was prepared:\n"
                 f"{prepare.explain_change(before, request)}\ntake another run_dir, or bring the old data back"
             )
-    with Bar("prepare", 1, unit="B") as bar:
+    with Bar("prepare", 1, unit="B", show=session.bar is None) as bar:
 
         def progress(description: str, done: int, total: int | None) -> None:
             stop.check("prepare")

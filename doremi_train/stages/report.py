@@ -96,6 +96,7 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "mixture": [report_charts.mixture(setting, free, prefix)],
         "proxy": report_charts.proxy(setting, prefix),
         "picks": report_charts.picks(setting, prefix),
+        "downstream": report_charts.downstream(setting, prefix),
         "gain": [*report_charts.learning(setting, prefix), *report_charts.domain_losses(setting, prefix)],
     }
     return {
@@ -107,15 +108,28 @@ def _section(setting: Setting, number: int) -> dict[str, Any]:
         "free": list(free),
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
+        "how": _HOW.get(first.mixture["method"], _HOW["doremi"]),
         "swarm": _swarm(first),
         "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
+        "tasks": _task_rows(setting),
         "losses": _loss_rows(setting),
         "table": _model_rows(setting),
         "extremes": _extremes(first, store) if store else [],
         "samples": _samples(store) if store and number == 0 else [],
         "provenance": first.mixture.get("provenance", {}) | {"runs": len(setting.results)},
     }
+
+
+_HOW = {
+    "doremi": "The proxy raises the weight of a domain where its loss is above the reference's (the excess loss, "
+    "clipped at 0 per token): there is more to learn. The mixture is the average of α over the steps.",
+    "doge": "The proxy raises the weight of a domain whose gradient points where that of the target does, or without "
+    "a target those of the other domains. The mixture is the average of α over the steps.",
+    "ado": "The main run draws what it still learns from, by laws that are fitted to its losses.",
+    "odm": "The main run draws what has high loss, and a part of everything, as a bandit does.",
+    "dro": "The main run draws what is furthest above its target loss.",
+}
 
 
 def _free_mixtures(run: Result, store: TokenStore | None) -> dict[str, dict[str, float]]:
@@ -260,6 +274,18 @@ def _model_rows(setting: Setting) -> list[list[str]]:
         row.append("" if name == "main" else spread([other - main for other, main in pairs]))
         found.append(row)
     return found
+
+
+def _task_rows(setting: Setting) -> list[list[str]]:
+    """Final accuracy in per cent of every model on every task, with its standard error where there is one seed."""
+    found = []
+    for name, label in setting.candidates.items():
+        for task in setting.results[0].downstream.get(name, {}):
+            last = [run.downstream[name][task][-1] for run in setting.results if name in run.downstream]
+            accuracy = spread([100 * line["accuracy"] for line in last], 1)
+            error = f" (standard error {100 * last[0]['standard_error']:.1f})" if len(last) == 1 else ""
+            found.append([task, label, f"{accuracy}{error}", str(last[0]["examples"])])
+    return sorted(found)
 
 
 def _samples(store: TokenStore) -> list[dict[str, Any]]:

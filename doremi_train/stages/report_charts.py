@@ -19,6 +19,12 @@ Place = Callable[[Setting], float]
 
 _CHOSEN = 10  # domains that get a colour and a name in a chart over steps
 _MOST_ROWS = 40  # of a chart with a row a domain: those that moved most
+_MOVES = {  # what weights follow, by its name in a trace: title and unit
+    "excess_loss": ("Excess loss over the reference", "nats per token"),
+    "learning_speed": ("What a step teaches of each domain, by the law of its losses", "nats per token"),
+    "reward": ("Reward of each domain", "nats per token"),
+    "alignment": ("Alignment of a domain's gradient with its target's", "⟨g, target⟩"),
+}
 _MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
 _MODEL_COLORS["baseline"] = "#8b919c"
 
@@ -83,13 +89,14 @@ def picks(setting: Setting, prefix: str) -> list[str]:
 
 
 def proxy(setting: Setting, prefix: str) -> list[str]:
-    """How the weights came about: α, its effective number of domains, and the excess loss, over the proxy's steps."""
+    """How the weights came about: α, its effective number of domains, and what moved it, over the proxy's steps."""
     traces = [trace for run in setting.results for trace in run.traces]
     if not traces:
         return []
     steps = min(len(trace) for trace in traces)
     names = list(traces[0][0]["weights"])
-    weights, excess = (_column(traces, key, names, steps) for key in ("weights", "excess_loss"))  # (S, T, K)
+    key = next(key for key in _MOVES if key in traces[0][0])
+    weights, moved = (_column(traces, name, names, steps) for name in ("weights", key))  # (S, T, K)
     kept = np.unique(np.linspace(0, steps - 1, results.TRACE_POINTS).astype(np.int64))
     x = kept + 1
     mean = weights.mean(0)
@@ -102,22 +109,23 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
             name: Curve(x, values[:, kept, k], next(colors) if k in chosen else "grey") for k, name in enumerate(names)
         }
 
-    band = f"mean of {len(traces)} proxies, band from lowest to highest" if len(traces) > 1 else "one proxy"
+    one, many = ("proxy", "proxies") if setting.results[0].mixture["method"] in ("doremi", "doge") else ("run", "runs")
+    band = f"mean of {len(traces)} {many}, band from lowest to highest" if len(traces) > 1 else f"one {one}"
     effective = np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(-1))  # (S, T)
     charts = [
-        lines(f"{prefix}Domain weights α ({band})", "proxy step", "weight", by_domain(weights)),
+        lines(f"{prefix}Domain weights α ({band})", "step", "weight", by_domain(weights)),
         lines(
             f"{prefix}Effective number of domains, exp(H(α))",
-            "proxy step",
+            "step",
             "domains",
             {"α": Curve(x, effective[:, kept], COLORS[0])},
             [Mark(f"all {len(names)}, uniform", y=float(len(names))), Mark("one", y=1.0)],
         ),
         lines(
-            f"{prefix}Excess loss over the reference (running mean)",
-            "proxy step",
-            "nats per token",
-            by_domain(smooth(excess, steps // 40)),
+            f"{prefix}{_MOVES[key][0]} (running mean)",
+            "step",
+            _MOVES[key][1],
+            by_domain(smooth(moved, steps // 40)),
         ),
     ]
     rounds = [run.rounds for run in setting.results if run.rounds]
@@ -172,6 +180,25 @@ def learning(setting: Setting, prefix: str) -> list[str]:
         }
         title = f"{prefix}How far ahead of {labels[goal]}{band}"
         charts.append(lines(title, x_label, y_label, ahead, [Mark(f"{labels[goal]}", y=0.0)]))
+    return charts
+
+
+def downstream(setting: Setting, prefix: str) -> list[str]:
+    """Accuracy over steps, a picture a task, of everything trained at the final size."""
+    first = setting.results[0].downstream
+    charts = []
+    for task in next(iter(first.values()), {}):
+        curves = {}
+        for name, label in setting.candidates.items():
+            found = [run.downstream.get(name, {}).get(task, []) for run in setting.results]
+            points = min(len(curve) for curve in found)
+            if points:
+                x = np.array([line["step"] for line in found[0][:points]])
+                y = np.array([[100 * line["accuracy"] for line in curve[:points]] for curve in found])  # (S, N)
+                curves[label] = Curve(x, y, _MODEL_COLORS.get(name))
+        if curves:
+            axes = ("step of the final run", "exact match, %")
+            charts.append(lines(f"{prefix}Accuracy on {task}, one shot", *axes, curves, settings=True))
     return charts
 
 

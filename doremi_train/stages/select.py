@@ -36,6 +36,10 @@ def run(session: Session) -> Path:
     """
     if session.config.selection.method == "none":
         raise UserError("selection=none: nothing to select; give selection=ngram selection.targets={NAME: [FILES]}")
+    if session.config.selection.method == "less":
+        from doremi_train.stages import less
+
+        return less.run(session)
     recipe = comm.on_first(lambda: _recipe(session))
     choice = Run(session.store, "selection", recipe)
     with session.computing(choice, "select") as todo:
@@ -53,16 +57,39 @@ def data(session: Session) -> data_options.Options:
     options = session.config.data
     if session.config.selection.method == "none":
         return options
+    if session.config.selection.method == "less":
+        raise UserError(
+            f"selection=less: chooses examples for stage=finetune, and stage={session.config.stage} reads text; take "
+            "another selection"
+        )
     if options.selection is not None:
         raise UserError(
             f"data.selection={options.selection}: this run selects by itself (selection.method="
             f"{session.config.selection.method}); remove one of them"
         )
-    target = _trained(session)  # wrong before the work, and not after it
+    target = trained(session)  # wrong before the work, and not after it
     return replace(options, selection=str(run(session) / target / "sidecar.parquet"))
 
 
-def _trained(session: Session) -> str:
+def examples(session: Session) -> Session:
+    """The same with a choice as its data, for stage=finetune; with selection=none as it is."""
+    options = session.config.selection
+    if options.method == "none":
+        return session
+    if options.method != "less":
+        raise UserError(
+            f"selection={options.method}: chooses documents, and stage=finetune reads examples; take selection=less "
+            f"selection.less.train_on={options.method}"
+        )
+    target = trained(session)
+    assert options.targets is not None
+    chosen = run(session) / target / f"{options.less.train_on}.jsonl"
+    split = data_options.Split((str(chosen),), options.less.test or options.targets[target])
+    where = replace(session.config.data, embedded=None, root=None, files=None, domain_key=None, domains={target: split})
+    return replace(session, config=replace(session.config, data=where))
+
+
+def trained(session: Session) -> str:
     """Name of the target whose selection is trained on."""
     options = session.config.selection
     known = list(options.targets or {})

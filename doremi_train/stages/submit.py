@@ -1,4 +1,4 @@
-"""Child runs side by side, each the command itself on a configuration of its own: as processes here, or on Slurm.
+"""Child runs side by side, each the command itself on a configuration of its own: processes here, or a Slurm array.
 
 What a child computes is found by its content address afterwards, so a child that was done before is not sent again, and
 the parent needs nothing from a child but that it ended well.
@@ -140,11 +140,16 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
     slots = list(range(options.parallel))
     failure: Exception | None = None
     looked = told = 0.0
+    if options.cluster == "slurm" and waiting:
+        for name, job in _array(options, waiting).items():
+            running[name] = job, 0
+            session.say(f"{name:<22} is job {job.job_id} (slurm)")
+        waiting = {}
     while running or (waiting and not failure):
         while waiting and slots and not failure:
             name = next(iter(waiting))
             running[name] = _start(options, waiting.pop(name), slots[-1]), slots.pop()
-            session.say(f"{name:<22} is job {running[name][0].job_id} ({options.cluster})")
+            session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
         look = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
         looked = time.monotonic() if look else looked
         for name, (job, slot) in list(running.items()):
@@ -165,28 +170,33 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
 
 
 def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
-    """Submit one child. Raises UserError where there is no Slurm, or it refuses."""
+    """One child as a process here."""
     import submitit
 
     folder = Path(plain["run_dir"])
     logs = folder.with_name(f"{folder.name}.log")
     for old in logs.glob("*_result.pkl"):  # a process number comes again
         old.unlink()
+    gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
     with _clean_environment():
-        if options.cluster == "local":
-            executor = submitit.LocalExecutor(logs)
-            gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
-            executor.update_parameters(
-                timeout_min=_MINUTES_OF_A_YEAR,
-                tasks_per_node=options.tasks_per_node,
-                gpus_per_node=len(gpus),
-                visible_gpus=gpus,
-            )
-            return executor.submit(Child(plain))
-        with _slurm_refusals():
-            return _slurm(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node).submit(
-                Child(plain)
-            )
+        executor = submitit.LocalExecutor(logs)
+        executor.update_parameters(
+            timeout_min=_MINUTES_OF_A_YEAR,
+            tasks_per_node=options.tasks_per_node,
+            gpus_per_node=len(gpus),
+            visible_gpus=gpus,
+        )
+        return executor.submit(Child(plain))
+
+
+def _array(options: Submit, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All children as one array of Slurm, `submit.parallel` of them at once."""
+    logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
+    with _clean_environment(), _slurm_refusals():
+        executor = _slurm(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
+        executor.update_parameters(array_parallelism=options.parallel)
+        with executor.batch():
+            return {name: executor.submit(Child(plain)) for name, plain in children.items()}
 
 
 @contextlib.contextmanager

@@ -83,12 +83,9 @@ def _problem(session: Session, store: TokenStore) -> Problem:
             "swarm.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or take log_linear or "
             "gaussian_process"
         )
-    sizes = np.asarray(store.sizes("train"), dtype=np.float64)
+    within = language_model.caps(session, store, options.floor, "swarm.floor")
+    space = swarm.space(_frozen(options.frozen, store.domains))
     try:
-        within = swarm.box(
-            sizes, language_model.final_tokens(session), session.config.mixture.max_epochs, options.floor
-        )
-        space = swarm.space(_frozen(options.frozen, store.domains))
         inside = space.box(within)
     except ValueError as error:
         raise UserError(f"mixture=swarm: {error}") from None
@@ -133,7 +130,7 @@ def _name(number: int, index: int) -> str:
 def _search(session: Session, store: TokenStore, problem: Problem, search: Run) -> None:
     rows = comm.on_first(lambda: _found(session, store, problem, search.folder))
     total = len(planned(session, problem)) * swarm_runs.tokens(session)
-    with Bar("swarm", total, show=comm.world().first) as bar:
+    with session.over("swarm", total) as bar:
         for number in range(1, session.config.swarm.rounds + 1):
             mixtures = comm.on_first(functools.partial(_draw, session, problem, rows, number))
             trained = _train(session, store, mixtures, bar)

@@ -1,6 +1,10 @@
-"""The validation set that batch selection looks at: given as files, or drawn apart from what is evaluated."""
+"""Text towards which something is chosen: given as files, or drawn apart from what is evaluated.
 
-from collections.abc import Iterator
+Batch selection looks at it while the final model is trained, and some mixtures are made for it (keys `target.*`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,76 +13,112 @@ from torch import Tensor
 from doremi_train.batch_selection import Setting
 from doremi_train.config import UserError
 from doremi_train.data import options, sources, tokenizer
-from doremi_train.data.batches import fixed_sequences, read
+from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.shards import TokenStore
 from doremi_train.stages import Session
 
 
+class _Wanted(NamedTuple):
+    """So many sequences of these domains, and the keys of the configuration that say so, for messages."""
+
+    files_key: str
+    domains_key: str
+    domains: Sequence[str]
+    sequences_key: str
+    sequences: int
+
+
 def setting(session: Session, store: TokenStore) -> Setting | None:
     """How a step's candidates are picked; None where all are trained on."""
+    files = session.config.batch_selection.validation
+    return chosen(session, store, lambda: _given(session, store, _of_selection(session, store), files or ()))
+
+
+def chosen(session: Session, store: Store, given: Callable[[], Tensor]) -> Setting | None:
+    """The same for any store, with `given` reading the files of batch_selection.validation."""
     asked, training = session.config.batch_selection, session.config.training
     if asked.method == "none":
         return None
     if asked.method not in ("greats", "topk"):
-        validation = torch.zeros(0, training.sequence_length + 1, dtype=torch.int64)
+        validation = _nothing(session)
     elif asked.validation is not None:
-        validation = _given(session, store)
+        validation = given()
     else:
-        validation = _drawn(session, store)
+        validation = _drawn(session, store, _of_selection(session, store))
     return Setting(asked, asked.candidates or 2 * training.batch_size, validation)
 
 
-def _drawn(session: Session, store: TokenStore) -> Tensor:
+def _of_selection(session: Session, store: Store) -> _Wanted:
+    asked, name = session.config.batch_selection, "batch_selection"
+    domains, sequences = asked.domains or store.domains, asked.validation_sequences
+    return _Wanted(f"{name}.validation", f"{name}.domains", domains, f"{name}.validation_sequences", sequences)
+
+
+def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = ()) -> Tensor:
+    """(M, T + 1) what target.files or target.domains say; without them some of the domains `otherwise`, and none (M is
+    0) where that is empty too."""
+    asked = session.config.target
+    names = asked.domains or otherwise
+    if asked.files is None and not names:
+        return _nothing(session)
+    keys = ("target.files", "target.domains", "target.sequences")
+    wanted = _Wanted(keys[0], keys[1], names, keys[2], asked.sequences)
+    return _drawn(session, store, wanted) if asked.files is None else _given(session, store, wanted, asked.files)
+
+
+def _nothing(session: Session) -> Tensor:
+    return torch.zeros(0, session.config.training.sequence_length + 1, dtype=torch.int64)
+
+
+def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
     """(M, T + 1) from the validation split, evenly over the domains and none that the reported evaluation looks at."""
-    asked, length = session.config.batch_selection, session.config.training.sequence_length
-    names = asked.domains or store.domains
+    names, length = wanted.domains, session.config.training.sequence_length
     unknown = sorted(set(names) - set(store.domains))
     if unknown:
-        raise UserError(f"batch_selection.domains: {', '.join(unknown)}: unknown; allowed: {', '.join(store.domains)}")
-    evaluated = set(zip(*(part.tolist() for part in _evaluated(session, store)), strict=True))
+        raise UserError(f"{wanted.domains_key}: {', '.join(unknown)}: unknown; allowed: {', '.join(store.domains)}")
+    reported = set(zip(*(part.tolist() for part in evaluated(session, store)), strict=True))
     found = []
     for nth, name in enumerate(names):
         k = store.domains.index(name)
-        free = [s for s in range(int(store.sequences("validation", length)[k])) if (k, s) not in evaluated]
-        wanted = (nth + 1) * asked.validation_sequences // len(names) - nth * asked.validation_sequences // len(names)
-        if len(free) < wanted:
+        free = [s for s in range(int(store.sequences("validation", length)[k])) if (k, s) not in reported]
+        count = (nth + 1) * wanted.sequences // len(names) - nth * wanted.sequences // len(names)
+        if len(free) < count:
             raise UserError(
-                f"batch_selection.validation_sequences={asked.validation_sequences}: {wanted} of domain {name!r}, but "
+                f"{wanted.sequences_key}={wanted.sequences}: {count} of domain {name!r}, but "
                 f"besides those that are evaluated its validation split has {len(free)}; lower evaluation.sequences, "
-                "raise data.validation_fraction, choose batch_selection.domains, or give batch_selection.validation"
+                f"raise data.validation_fraction, choose {wanted.domains_key}, or give {wanted.files_key}"
             )
-        found += [(k, free[i * len(free) // wanted]) for i in range(wanted)]
+        found += [(k, free[i * len(free) // count]) for i in range(count)]
     domain, sequence = np.array(found, dtype=np.int64).T
     return read(store, "validation", domain, sequence, length).tokens
 
 
-def _given(session: Session, store: TokenStore) -> Tensor:
+def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[str, ...]) -> Tensor:
     """(M, T + 1) from the start of the target's files, packed as training text is."""
-    asked, length = session.config.batch_selection, session.config.training.sequence_length
-    assert asked.validation is not None
+    length = session.config.training.sequence_length
     where = options.Options(
         embedded=None,
-        domains={"target": options.Split(train=asked.validation)},
+        domains={"target": options.Split(train=files)},
         text_key=session.config.data.text_key,
         allow_pipe=session.config.data.allow_pipe,
     )
-    tokens, wanted = [], asked.validation_sequences * length + 1
+    tokens, needed = [], wanted.sequences * length + 1
     for ids in _documents(where, store):
         tokens += [*ids, store.end_of_document]
-        if len(tokens) >= wanted:
+        if len(tokens) >= needed:
             break
-    if len(tokens) < wanted:
+    if len(tokens) < needed:
         raise UserError(
-            f"batch_selection.validation: {len(tokens)} tokens, but {asked.validation_sequences} sequences of "
-            f"{length} need {wanted}; give more text, or lower batch_selection.validation_sequences"
+            f"{wanted.files_key}: {len(tokens)} tokens, but {wanted.sequences} sequences of "
+            f"{length} need {needed}; give more text, or lower {wanted.sequences_key}"
         )
-    target = np.array(tokens[:wanted])
-    evaluated = read(store, "validation", *_evaluated(session, store), length).tokens.numpy()
+    target = np.array(tokens[:needed])
+    reported = read(store, "validation", *evaluated(session, store), length).tokens.numpy()
     half = -(-length // 2)  # whatever shares a whole sequence, wherever it begins, shares one of its halves
-    known = {row[start : start + half].tobytes() for row in evaluated for start in (0, length - half)}
-    if any(target[start : start + half].tobytes() in known for start in range(wanted - half)):
+    known = {row[start : start + half].tobytes() for row in reported for start in (0, length - half)}
+    if any(target[start : start + half].tobytes() in known for start in range(needed - half)):
         raise UserError(
-            "batch_selection.validation: shares text with the reported evaluation, towards which would then be "
+            f"{wanted.files_key}: shares text with the reported evaluation, towards which would then be "
             "trained; give text that is not in the data's validation split"
         )
     return torch.from_numpy(target).unfold(0, length + 1, length).clone()
@@ -93,6 +133,7 @@ def _documents(where: options.Options, store: TokenStore) -> Iterator[list[int]]
             yield found.tolist()
 
 
-def _evaluated(session: Session, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+def evaluated(session: Session, store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Domain and sequence of what the reported evaluation looks at."""
     length = session.config.training.sequence_length
     return fixed_sequences(store, "validation", length, session.config.evaluation.sequences)

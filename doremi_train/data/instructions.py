@@ -1,0 +1,387 @@
+"""Examples for supervised fine-tuning: what is asked, and the answer, which alone carries a loss. A line of JSON each:
+
+    {"prompt": "…", "completion": "…"}
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
+
+An example is pieces of text, each of which carries a loss or none. A piece is tokenised alone, as the question will be
+when there is no answer yet. A completion ends with the tokeniser's end token, which carries loss too. Messages are laid
+out by the tokeniser's chat template; where it has none, as `<|role|>`, a new line, the content and a new line, an
+answer ending with the end token. Written in a prompt, completion or content, special tokens are text; only a chat
+template, which mixes its own with the content, has all of them read.
+
+Each example is a sequence of its own, padded and not packed: what batch selection and influence pick is an example, no
+example sees another, and any model's attention will do. Batches are cut to their longest example.
+
+    <folder>/manifest.json    what is there, and what was left out
+             examples.npy     a row for each example, in the order of split, domain, file and line
+             tokens.npy       ids of all of them; one that carries no loss as its complement ~id, so negative
+
+K domains, B examples of a batch, n tokens of an example, T the most that are read.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.data.options import Options
+from doremi_train.data.prepare import locked, silent
+from doremi_train.data.shards import SPLITS
+from doremi_train.data.sources import BadLines, Source, records, resolve, signature
+from doremi_train.files import read_json, replacing, write_json
+from doremi_train.remote import one_line
+
+RECIPE = 1  # raise when the same request would give other tokens
+ROLES = ("system", "user", "assistant")  # where there is no chat template, which may know others
+_INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line")])
+_NAMED = 10  # places of examples left out that are kept for the report
+
+Ints = NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    ids: NDArray[np.int32]  # (n,)
+    carries: NDArray[np.bool_]  # (n,) tokens that carry a loss: those of answers, but never the first
+
+
+def coded(example: Example, length: int) -> NDArray[np.int32]:
+    """(n,) the first `length` + 1 tokens as they are stored."""
+    ids, carries = (part[: length + 1] for part in example)
+    return np.where(carries, ids, ~ids).astype(np.int32)
+
+
+def padded(rows: Sequence[NDArray[np.int32]]) -> Ints:
+    """(B, n) of the longest row; behind the others stands −1: id 0, without loss."""
+    out = np.full((len(rows), max(map(len, rows), default=2)), -1, np.int64)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out
+
+
+class Piece(NamedTuple):
+    text: str
+    carries: bool
+    ended: bool = False  # by the end token
+    special: bool = False  # special tokens in the text are read as such
+
+
+# ── One example ─────────────────────────────────────────────────────────────────────
+
+
+class Encoder:
+    """The tokeniser of a local transformers folder, and its chat template."""
+
+    def __init__(self, folder: str, key: str) -> None:
+        """Raises UserError where `folder`, given as `key`, has no tokeniser, or one without an end token."""
+        from transformers import AutoTokenizer
+
+        try:
+            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # it fails in many ways
+            raise UserError(
+                f"{key}={folder}: has no tokeniser that transformers loads ({one_line(error)[:300]}); give a model "
+                "folder with its tokenizer.json and tokenizer_config.json"
+            ) from None
+        if found.eos_token_id is None:
+            raise UserError(
+                f"{key}={folder}: its tokeniser has no eos_token, which ends an answer; "
+                "name one in its tokenizer_config.json"
+            )
+        self.tokenizer, self.end = found, int(found.eos_token_id)
+        self._begin = [found.bos_token_id] if found("").input_ids[:1] == [found.bos_token_id] else []
+
+    @property
+    def fingerprint(self) -> str:
+        """Content address of what decides the ids: changes with the vocabulary, its rules and the chat template."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        whole = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        return fingerprint([whole, self.tokenizer.chat_template, self._begin, self.end])
+
+    def encode(self, record: Mapping[str, Any], place: str) -> Example:
+        """Raises UserError naming `place` (file and line) for a record that is no such example."""
+        pieces = _pieces(record, place, self)
+        templated = pieces[0].special if pieces else False
+        ids: list[int] = [] if templated else list(self._begin)
+        carries = [False] * len(ids)
+        for piece in pieces:
+            found = self.tokenizer(
+                piece.text, add_special_tokens=False, split_special_tokens=not piece.special, verbose=False
+            )
+            added = [*found.input_ids, *[self.end] * piece.ended]
+            ids += added
+            carries += [piece.carries and piece.text != ""] * len(added)  # an empty answer is no answer
+        carries[:1] = [False] * len(carries[:1])  # nothing comes before it
+        return Example(np.array(ids, np.int32), np.array(carries, bool))
+
+    def rendered(self, messages: list[dict[str, str]], place: str, asking: bool) -> str:
+        """By the chat template; `asking` for the next answer."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
+        except Exception as error:  # of the template
+            raise UserError(
+                f"{place}: the tokeniser's chat template refuses these messages ({one_line(error)[:300]}); mend them"
+            ) from None
+
+
+def _pieces(record: Mapping[str, Any], place: str, encoder: Encoder) -> list[Piece]:
+    if ("messages" in record) == ("prompt" in record or "completion" in record):
+        raise UserError(
+            f"{place}: give either prompt and completion, or messages; the keys there: "
+            f"{', '.join(sorted(record)) or 'none'}"
+        )
+    if "messages" in record:
+        messages = _messages(record["messages"], place)
+        return _templated(messages, place, encoder) if encoder.tokenizer.chat_template else _plain(messages, place)
+    for key in ("prompt", "completion"):
+        if not isinstance(record.get(key), str):
+            raise UserError(f"{place}: {key} must be text, not {record.get(key)!r:.100}")
+    return [Piece(record["prompt"], False), Piece(record["completion"], True, ended=True)]
+
+
+def _messages(found: Any, place: str) -> list[dict[str, str]]:
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{place}: messages must be a list of role and content, not {found!r:.100}")
+    for nth, message in enumerate(found, 1):
+        given = message if isinstance(message, dict) else {}
+        for key in ("role", "content"):
+            if not isinstance(given.get(key), str):
+                raise UserError(f"{place}, message {nth}: needs role and content, both text; it is {message!r:.100}")
+    return found
+
+
+def _plain(messages: list[dict[str, str]], place: str) -> list[Piece]:
+    pieces, asked = [], ""
+    for nth, message in enumerate(messages, 1):
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise UserError(f"{place}, message {nth}: role={role!r}: unknown; allowed: {', '.join(ROLES)}")
+        if role == "assistant":
+            pieces += [Piece(f"{asked}<|assistant|>\n", False), Piece(content, True, ended=True)]
+            asked = "\n"
+        else:
+            asked += f"<|{role}|>\n{content}\n"
+    return pieces
+
+
+def _templated(messages: list[dict[str, str]], place: str, encoder: Encoder) -> list[Piece]:
+    """Up to the last answer."""
+    pieces, done = [], ""
+    for nth, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = encoder.rendered(messages[:nth], place, asking=True)
+        after = encoder.rendered(messages[: nth + 1], place, asking=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise UserError(
+                f"{place}, message {nth + 1}: the tokeniser's chat template lays it out otherwise once more messages "
+                "follow, so this answer cannot be told from the rest; give each answer as an example of its own"
+            )
+        answer = after[len(before) :] if message["content"] else ""
+        pieces += [Piece(before[len(done) :], False, special=True), Piece(answer, True, special=True)]
+        done = after
+    return pieces
+
+
+# ── All of them ─────────────────────────────────────────────────────────────────────
+
+
+class Read(NamedTuple):
+    """An example and where it comes from."""
+
+    domain: str
+    source: Source
+    line: int  # from 1
+    example: Example
+
+
+def examples(sources: list[Source], options: Options, encoder: Encoder, bad: BadLines) -> Iterator[Read]:
+    """Every example of the sources, in their order, whole.
+
+    Raises UserError naming file and line for one that is none.
+    """
+    for source in sources:
+        for domain, line, record in records(source, options, bad):
+            yield Read(domain, source, line, encoder.encode(record, f"{source.url}, line {line}"))
+
+
+def prepare(
+    options: Options, encoder: Encoder, length: int, folder: Path, check: Callable[[], None] = lambda: None
+) -> Path:
+    """`folder`/<address> with the examples of these files, cut to `length` + 1 tokens: made, or found there.
+
+    An example without a token that carries a loss is left out, and so is a training example that is also a validation
+    example. Without validation files data.validation_fraction of the examples is held out, by hash. Raises UserError
+    for what is not such examples, and for a domain without any to train or validate on.
+    """
+    sources = resolve(options)
+    request = {
+        "recipe": RECIPE,
+        "sources": signature(options, sources),
+        "tokenizer": encoder.fingerprint,
+        "sequence_length": length,
+        "validation_fraction": options.validation_fraction,
+    }
+    target = folder / f"instructions-{fingerprint(request)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f"{target.name}.lock", silent):
+        if not (target / "manifest.json").exists():
+            _write(target, _Collected(options, length).fill(sources, encoder, check), request)
+    bad = read_json(target / "manifest.json")["bad_lines"]
+    if bad > options.max_bad_lines:
+        raise UserError(f"data.max_bad_lines={options.max_bad_lines}: but {bad} lines are broken; mend the files")
+    return target
+
+
+class _Collected:
+    """Examples in memory, before they are written: about 4 bytes a token."""
+
+    def __init__(self, options: Options, length: int) -> None:
+        self.options, self.length = options, length
+        self.found: dict[tuple[str, str], list[tuple[NDArray[np.int32], int, int]]] = {}  # (tokens, file, line)
+        self.files: list[str] = []
+        self.bad = BadLines(options)
+        self.left_out: list[str] = []  # places
+        self.counts: Counter[str] = Counter()
+        self._validation: set[bytes] = set()
+
+    def fill(self, sources: list[Source], encoder: Encoder, check: Callable[[], None]) -> "_Collected":
+        # First what is for validation: what comes again in training is left out there.
+        ordered = sorted(sources, key=lambda source: source.split != "validation")
+        for read in examples(ordered, self.options, encoder, self.bad):
+            check()
+            self._add(read)
+        for domain in sorted({domain for _, domain in self.found} | {s.domain for s in sources if s.domain}):
+            for split in SPLITS:
+                if (split, domain) not in self.found:
+                    raise UserError(self._nothing(split, domain))
+        return self
+
+    def _add(self, read: Read) -> None:
+        tokens, url = coded(read.example, self.length), redact(read.source.url)
+        if (tokens < 0).all():
+            self.left_out.append(f"{url}, line {read.line}")
+            return
+        self.counts["cut"] += len(read.example.ids) > len(tokens)
+        key = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+        split = read.source.split
+        if split is None:
+            part = int.from_bytes(key[:8], "little") / 2.0**64
+            split = "validation" if part < self.options.validation_fraction else "train"
+        if split == "validation":
+            self._validation.add(key)
+        elif key in self._validation:
+            self.counts["also_in_validation"] += 1
+            return
+        if not self.files or self.files[-1] != url:
+            self.files.append(url)
+        self.found.setdefault((split, read.domain), []).append((tokens, len(self.files) - 1, read.line))
+
+    def _nothing(self, split: str, domain: str) -> str:
+        because = (
+            f"; {len(self.left_out)} have no token that carries a loss within training.sequence_length={self.length} "
+            f"(such as {self.left_out[0]})"
+            if self.left_out
+            else ""
+        )
+        remedy = (
+            "add some"
+            if split == "train"
+            else f"give validation files, or raise data.validation_fraction={self.options.validation_fraction}"
+        )
+        return f"domain {domain!r}: no {split} example{because}; {remedy}"
+
+
+def _write(target: Path, collected: _Collected, request: Mapping[str, Any]) -> None:
+    domains = sorted({domain for _, domain in collected.found})
+    streams = [collected.found[split, domain] for split in SPLITS for domain in domains]
+    index = np.zeros(sum(map(len, streams)), _INDEX)
+    rows = [(stream, *one) for stream, found in enumerate(streams) for one in found]
+    for name, column in zip(("stream", "file", "line"), (0, 2, 3), strict=True):
+        index[name] = [row[column] for row in rows]
+    index["end"] = np.cumsum([len(row[1]) for row in rows])
+    index["carrying"] = [int((row[1] >= 0).sum()) for row in rows]
+    tokens = np.concatenate([row[1] for row in rows])
+    target.mkdir(exist_ok=True)
+    for name, values in (("tokens", tokens), ("examples", index)):
+        with replacing(target / f"{name}.npy") as aside, aside.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+    content = hashlib.sha256(tokens.tobytes() + index["stream"].tobytes() + index["end"].tobytes()).hexdigest()
+    write_json(
+        target / "manifest.json",
+        {
+            "fingerprint": fingerprint({"content": content, "domains": domains, "tokenizer": request["tokenizer"]}),
+            "domains": domains,
+            "files": collected.files,
+            "sequence_length": collected.length,
+            "examples": {
+                domain: {split: len(collected.found[split, domain]) for split in SPLITS} for domain in domains
+            },
+            "cut": collected.counts["cut"],
+            "also_in_validation": collected.counts["also_in_validation"],
+            "without_loss": {"examples": len(collected.left_out), "first": collected.left_out[:_NAMED]},
+            "bad_lines": collected.bad.count,
+            "request": request,
+        },
+    )
+
+
+class Instructions:
+    """Random access to prepared examples; a `batches.Store`, whose sequences are examples."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        self.domains = tuple(self.manifest["domains"])
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        self._index = np.load(folder / "examples.npy", allow_pickle=False)
+        self._ends = np.concatenate([[0], self._index["end"]])
+        self._first = np.searchsorted(self._index["stream"], np.arange(len(SPLITS) * len(self.domains) + 1))
+
+    def sizes(self, split: str) -> Ints:
+        """(K,) tokens."""
+        return np.diff(self._ends[self._first])[self._streams(split)]
+
+    def sequences(self, split: str, length: int) -> Ints:
+        """(K,) examples."""
+        return np.diff(self._first)[self._streams(split)]
+
+    def gather(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
+        """(B, n) tokens, padded to the longest of them."""
+        self._require(length)
+        return padded([self._stored(row) for row in self._rows(split, domain, sequence).tolist()])
+
+    def carrying(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
+        """(B,) tokens that carry a loss."""
+        self._require(length)
+        return self._index["carrying"][self._rows(split, domain, sequence)]
+
+    def bytes_per_token(self, split: str) -> NDArray[np.float64]:
+        return np.full(len(self.domains), np.nan)  # of what carries a loss: not counted
+
+    def example(self, split: str, domain: int, sequence: int) -> Example:
+        tokens = self._stored(int(self._first[self._streams(split)][domain]) + sequence)
+        return Example(np.where(tokens < 0, ~tokens, tokens), tokens >= 0)
+
+    def place(self, split: str, domain: int, sequence: int) -> tuple[str, int]:
+        """File and line of an example."""
+        row = self._index[int(self._first[self._streams(split)][domain]) + sequence]
+        return self.manifest["files"][row["file"]], int(row["line"])
+
+    def _stored(self, row: int) -> NDArray[np.int32]:
+        return np.asarray(self._tokens[self._ends[row] : self._ends[row + 1]])
+
+    def _streams(self, split: str) -> slice:
+        first = SPLITS.index(split) * len(self.domains)
+        return slice(first, first + len(self.domains))
+
+    def _rows(self, split: str, domain: Ints, sequence: Ints) -> Ints:
+        return self._first[self._streams(split)][domain] + sequence
+
+    def _require(self, length: int) -> None:
+        if length != self.manifest["sequence_length"]:
+            raise ValueError(f"sequences of {length}: these were prepared for {self.manifest['sequence_length']}")

@@ -1,0 +1,45 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: small matrices beside frozen ones are trained."""
+
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from doremi_train.config import STRICT, Fraction, Positive, PositiveFloat, UserError
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    rank: Positive | None = 16  # r; null: no LoRA, all parameters are trained
+    alpha: PositiveFloat = 32.0  # what is added is scaled by alpha / rank
+    dropout: Fraction = 0.0
+    targets: tuple[str, ...] | None = None  # ends of module names; null: every linear layer but the head
+
+
+def add(inner: Any, options: Options, seed: int, key: str) -> Any:
+    """Put adapters into a transformers model, in place: it begins as it was. Returns peft's view of it, which saves and
+    merges them. The same for the same seed. Raises UserError where `options`, given as `key`, do not fit the model."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            f"{key}.rank={options.rank}: LoRA needs peft, which is not installed; pip install 'doremi-train[lora]', or "
+            f"train all parameters with {key}.rank=null"
+        ) from None
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=options.rank or 0,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft scales by any number
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets) if options.targets else "all-linear",
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in inner.modules()),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(inner, config)
+    except ValueError as error:
+        layers = (name for name, module in inner.named_modules() if getattr(module, "weight", None) is not None)
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise UserError(
+            f"{key}.targets={list(options.targets or ())}: {str(error)[:200]}; this model's layers end in {names}"
+        ) from None

@@ -1,0 +1,215 @@
+"""Which mixture, how sure, at what cost: every method against what the same FLOPs buy without it.
+
+For each method and seed a run that derives its weights anew and trains the final model; beside it the free mixtures,
+whose final run is longer by what the method's small runs cost, and random search with as many small runs. All are
+ordinary runs in the store. `compare/compare.json` has every figure, `compare.html` a table and a picture a question.
+"""
+
+import functools
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from doremi_train import comm, files, results
+from doremi_train.charts import Point, rows
+from doremi_train.config import UserError, load
+from doremi_train.data.shards import TokenStore
+from doremi_train.results import Paired, spread
+from doremi_train.runs import stop
+from doremi_train.stages import Config, Session, ahead, claim, language_model, main, plan, prepare, report
+from doremi_train.stages import submit as jobs
+from doremi_train.track import console
+
+
+class Cost(NamedTuple):
+    """Of one method and seed."""
+
+    proxies: float  # FLOPs of everything before the final run
+    main: float  # FLOPs of the final run
+    tokens: int  # of all of it
+
+
+class Contender(NamedTuple):
+    """What is trained, once for every seed."""
+
+    method: str
+    changes: dict[str, Any]  # to the configuration
+    cost: Cost
+
+    @property
+    def folder(self) -> str:
+        return "-".join([self.method, *(str(value) for value in self.changes.values())])
+
+
+class Question(NamedTuple):
+    """Does a method beat what the same FLOPs buy without it?"""
+
+    method: Contender
+    others: list[Contender]
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Train what is not trained yet, and compare. Raises UserError where a method cannot be."""
+    prepare.run(session)
+    questions, failures = comm.on_first(lambda: _questions(session))
+    found = {one.folder: one for question in questions for one in (question.method, *question.others)}
+    children = {
+        f"{name}/seed-{seed}": _configured(session, one, seed)
+        for name, one in found.items()
+        for seed in range(session.config.compare.seeds)
+    }
+    _train(session, children, {name: found[name.partition("/")[0]].cost.tokens for name in children})
+    content: dict[str, Any] = comm.on_first(lambda: _conclude(session, questions, failures))
+    return content
+
+
+# ── What is compared ────────────────────────────────────────────────────────────────
+
+
+def _questions(session: Session) -> tuple[list[Question], list[str]]:
+    """One a method; and what of it cannot be, in sentences."""
+    asked, found, failures = session.config.compare, [], []
+    steps = language_model.main_steps(session)
+    for method in asked.methods:
+        cost = _cost(session, method, {})
+        longer = {"main.steps": steps + int(cost.proxies / (cost.main / steps))}
+        tried = [(name, longer) for name in asked.baselines]
+        count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
+        if asked.search and count:
+            tried.append(("search", {"swarm.runs": count}))
+        others = []
+        for name, changes in tried:
+            try:
+                others.append(Contender(name, changes, _cost(session, name, changes)))
+            except UserError as error:  # such as UniMax, where the longer run needs more text than it allows
+                failures.append(f"{name} beside {method}: {error}")
+        found.append(Question(Contender(method, {}, cost), others))
+    return found, failures
+
+
+def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
+    """As in a store where nothing is done yet, so that it is the same at any time. Runs that are one count once."""
+    nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
+    child = _session(session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere)
+    store = TokenStore.open(session.run_dir / "prepare")
+    bill, before, final, tokens = plan.Bill(child, store, {}), 0.0, 0.0, 0
+    for run in ahead.runs(child, store)[0]:
+        priced = bill.run(run)
+        if run.kind == "main":
+            final += priced["flops"]
+        else:
+            before += priced["flops"]
+        tokens += 0 if run.same_as else priced["tokens"]
+    return Cost(before, final, tokens)
+
+
+def _configured(session: Session, one: Contender, seed: int) -> dict[str, Any]:
+    """The configuration of a contender's seed, a command of its own."""
+    folder = session.run_dir / "compare" / one.folder / f"seed-{seed}"
+    changes = {"mixture.method": one.method, "main.comparisons": [], "seed": session.config.seed + seed}
+    return jobs.configured(session, folder, stage="main", **changes, **one.changes)
+
+
+def _session(session: Session, plain: Mapping[str, Any], **more: Any) -> Session:
+    return Session(load(Config, plain), plain, session.place, **more)
+
+
+def _train(session: Session, children: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int]) -> None:
+    """Every child's main stage, one after another or as jobs; one bar over all."""
+    whole = session.over("compare", sum(tokens.values()))
+    apart = session.config.submit.cluster != "none"
+
+    def watch() -> None:
+        finished = [name for name in children if (session.run_dir / "compare" / name / "main/result.json").exists()]
+        whole.update(sum(tokens[name] for name in finished), f"{len(finished)} of {len(children)} done")
+
+    with whole:
+        if apart:
+            jobs.submit(session, children, watch)
+        for name, plain in children.items():
+            stop.check("compare")
+            before = whole.done
+            child = _session(session, plain, bar=None if apart else whole)
+            comm.on_first(functools.partial(claim, child))
+            main.run(child)
+            if not apart:
+                whole.update(before + tokens[name], name)
+
+
+# ── What came of it ─────────────────────────────────────────────────────────────────
+
+
+def _conclude(session: Session, questions: list[Question], failures: list[str]) -> dict[str, Any]:
+    seeds = session.config.compare.seeds
+    found = {one.folder: _outcome(session, one) for q in questions for one in (q.method, *q.others)}
+    lowest = [min(outcome["losses"][seed] for outcome in found.values()) for seed in range(seeds)]
+    for outcome in found.values():
+        outcome["regret"] = fmean(loss - best for loss, best in zip(outcome["losses"], lowest, strict=True))
+    answers = []
+    for question in questions:
+        method, names = question.method.folder, [other.folder for other in question.others]
+        gains = {name: results.paired(found[name]["losses"], found[method]["losses"]) for name in names}
+        said = [results.judged(method, name, gain, seeds) for name, gain in gains.items()]
+        against = {name: gain._asdict() for name, gain in gains.items()}
+        answers.append({"method": method, "against": against, "said": said})
+    content = {"seeds": seeds, "contenders": found, "questions": answers, "failures": failures}
+    files.write_json(session.run_dir / "compare" / "compare.json", content)
+    _show(session, content)
+    return content
+
+
+def _outcome(session: Session, one: Contender) -> dict[str, Any]:
+    """What the seeds of a contender reached; losses in nats per token."""
+    folders = [session.run_dir / "compare" / one.folder / f"seed-{n}" for n in range(session.config.compare.seeds)]
+    reached = [files.read_json(folder / "main/result.json")["evaluation"] for folder in folders]
+    mixtures = [files.read_json(folder / "weights.json") for folder in folders]
+    known = [mixture["provenance"] for mixture in mixtures if "proposal_realised" in mixture["provenance"]]
+    return {
+        "losses": [entry["mean_loss"] for entry in reached],
+        "worst": [entry["worst_loss"] for entry in reached],
+        "flops": one.cost.proxies + one.cost.main,
+        "proxy_flops": one.cost.proxies,
+        "optimism": [entry["proposal_realised"] - entry["proposal_predicted"] for entry in known],
+        "weights": [mixture["weights"] for mixture in mixtures],
+    }
+
+
+_COLUMNS = ("mixture", "mean loss", "worst domain", "FLOPs", "of them before the final run", "regret", "optimism",
+            "method's gain, Student-t", "paired bootstrap")  # fmt: skip
+
+
+def _show(session: Session, content: Mapping[str, Any]) -> None:
+    """One table and one picture a question, on a page and in the terminal."""
+    sections = []
+    for answer in content["questions"]:
+        method, gains = answer["method"], {name: Paired(**gain) for name, gain in answer["against"].items()}
+        title = f"What {method} gains over what the same FLOPs buy otherwise"
+        table = [_row(name, content["contenders"][name], gains.get(name)) for name in (method, *gains)]
+        ends = [() if gain.half is None else (gain.mean - gain.half, gain.mean + gain.half) for gain in gains.values()]
+        points = [Point(gain.mean, *end) for gain, end in zip(gains.values(), ends, strict=True)]
+        chart = rows(title, "nats per token", list(gains), {method: points}, zero=True) if gains else ""
+        sections.append({"title": title, "said": answer["said"], "columns": _COLUMNS, "rows": table, "chart": chart})
+        shown = Table(*_COLUMNS, title=title)
+        for row in table:
+            shown.add_row(*row)
+        console.print(shown)
+        for sentence in answer["said"]:
+            console.print(sentence)
+    for failure in content["failures"]:
+        console.print(f"not compared: {failure}", markup=False)
+    page, shared = session.run_dir / "compare.html", {"seeds": content["seeds"], "failures": content["failures"]}
+    report.write_page(page, "compare.html.jinja", title=str(session.run_dir), sections=sections, **shared)
+    console.print(f"compare: {page}", markup=False)
+
+
+def _row(name: str, outcome: Mapping[str, Any], gain: Paired | None) -> list[str]:
+    told = ["", ""]
+    if gain is not None:
+        told = [f"{gain.mean:+.4f}", ""]
+        if gain.half is not None:
+            told = [f"{gain.mean:+.4f} ± {gain.half:.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}"]
+    losses, worst, optimism = (spread(outcome[key]) for key in ("losses", "worst", "optimism"))
+    flops = [f"{outcome[key]:.3g}" for key in ("flops", "proxy_flops")]
+    return [name, losses, worst, *flops, f"{outcome['regret']:.4f}", optimism, *told]

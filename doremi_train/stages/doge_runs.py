@@ -1,0 +1,81 @@
+"""DoGE: one small run, or several seeds of it, whose weights follow how the gradients of domains agree."""
+
+from dataclasses import fields
+
+import torch
+
+from doremi_train import domain_gradients, model, weights
+from doremi_train.config import UserError, fingerprint
+from doremi_train.data.shards import TokenStore
+from doremi_train.methods import doge, swarm
+from doremi_train.runs import Run
+from doremi_train.stages import Session, language_model, once, prepare, seeds, targets, training_identity
+from doremi_train.train import Task, Trainer
+
+
+@once
+def run(session: Session) -> weights.Mixture:
+    """Train every seed, and take the mean of their averages, within mixture.max_epochs. Raises UserError where rounds
+    are asked for, or caps leave no mixture."""
+    store = prepare.run(session)
+    within = language_model.caps(session, store, 0.0, "")
+    found = recipes(session, store)
+    if seeds.apart(session):
+        seeds.submitted(session, found, 1)
+    trained = [_train(session, store, index, run) for index, run in enumerate(found)]
+    mean, interval = weights.summarize([seeds.average(one, store) for one in trained])
+    if not swarm.inside(mean.numpy(), within):
+        session.say("doge: a weight was above what mixture.max_epochs allows; what it had too much went to the others")
+        mean = torch.from_numpy(swarm.project(mean.numpy(), within))
+    return seeds.mixture(session, store, mean, interval)
+
+
+def recipes(session: Session, store: TokenStore) -> list[Run]:
+    """The run of every seed, wherever and whenever it is trained. Raises UserError where rounds are asked for."""
+    if session.config.proxy.rounds > 1:
+        raise UserError("proxy.rounds: mixture=doge has no reference that a further round could replace; leave it at 1")
+    return [_recipe(session, store, index) for index in range(session.config.proxy.seeds)]
+
+
+def _recipe(session: Session, store: TokenStore, index: int) -> Run:
+    towards = targets.of_mixtures(session, store)
+    return Run(
+        session.store,
+        "doge",
+        {
+            "data": store.fingerprint,
+            "model": language_model.resolved_model(session, store),
+            "options": {field.name: getattr(session.config.doge, field.name) for field in fields(session.config.doge)},
+            "target": fingerprint(towards.tolist()),
+            "training": training_identity(session.config.training),
+            "evaluation": session.plain["evaluation"],
+            "seed": language_model.proxy_seed(session, index),
+        }
+        | language_model.described(language_model.subsample(session)),
+    )
+
+
+def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
+    config, name, seed = session.config, seeds.name_of(session, 1, index), language_model.proxy_seed(session, index)
+    with session.computing(run, name) as todo:
+        if not todo:
+            session.say(f"{name:<22} is in the store already: {run.folder.name}")
+            return run
+        task = Task(
+            label=name,
+            run=run,
+            objective=doge,
+            objective_options=config.doge,
+            store=store,
+            seed=seed,
+            training=config.training,
+            evaluation=config.evaluation,
+            subsample=language_model.subsample(session),
+            target=domain_gradients.Target(targets.of_mixtures(session, store), config.doge.target_batch),
+            bar=session.part(name),
+        )
+        built = model.build(
+            language_model.resolved_model(session, store), seed, config.training.activation_checkpointing
+        )
+        language_model.finish(session, task, Trainer(task, built, session.place))
+    return run

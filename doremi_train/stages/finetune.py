@@ -1,0 +1,195 @@
+"""Supervised fine-tuning of a local model, whole or by LoRA, on prompts and completions or on messages.
+
+`finetune.model` is a transformers folder (safetensors) with its tokeniser, or a model folder that a run wrote. The
+examples are the lines of data.root, data.domains or data.files (see `data.instructions`); their mixture is that of
+their numbers, so each comes once an epoch. It is the one training loop: an example is a sequence, tokens that carry no
+loss are marked, and the loss is the mean over those of the global batch that do. So batches may be selected
+(`batch_selection=greats`), runs resume, and any number of processes gives the same.
+
+It writes `finetune/model`, complete and with the adapters merged, and with LoRA `finetune/adapter`, which peft loads on
+top of `finetune.model`.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from doremi_train import batch_selection, comm, evaluation, lora, model
+from doremi_train.config import UserError
+from doremi_train.data import instructions, options, sources
+from doremi_train.data.batches import read
+from doremi_train.data.instructions import Encoder, Instructions
+from doremi_train.methods import cross_entropy
+from doremi_train.runs import Run, stop
+from doremi_train.stages import Session, language_model, once, select, targets, training_identity
+from doremi_train.train import Task, Trainer
+
+
+class Built(NamedTuple):
+    inner: Any  # the transformers model, with adapters in it where there are any
+    adapters: Any  # peft's view of them
+
+
+@once
+def run(session: Session) -> Run:
+    session = select.examples(session)
+    encoder = Encoder(_folder(session), "finetune.model")
+    data = prepared(session, encoder)
+    selection = targets.chosen(session, data, lambda: _given(session, data, encoder))
+    tuned = recipe(session, data, selection)
+    with session.computing(tuned, "finetune") as todo:
+        if not todo:
+            session.say(f"finetune               is in the store already: {tuned.folder.name}")
+            return tuned
+        training, sizes = session.config.training, data.sequences("train", session.config.training.sequence_length)
+        task = Task(
+            label="finetune",
+            run=tuned,
+            objective=cross_entropy,
+            objective_options=cross_entropy.Options(weights=tuple((sizes / sizes.sum()).tolist())),
+            store=data,
+            seed=session.config.seed,
+            training=training,
+            evaluation=session.config.evaluation,
+            selection=selection,
+        )
+        inner = build(session).inner
+        _require_room(inner, encoder, training.sequence_length)
+        tuning = model.CompletionModel(inner, training.activation_checkpointing)
+        before = _measured(session, tuning, data)
+        save = partial(_save, session, tuned, encoder)
+        said = {"before": before, "data": {key: data.manifest[key] for key in _REPORTED}}
+        language_model.finish(session, task, Trainer(task, tuning, session.place), save, said)
+        after = tuned.result()["evaluation"]["mean_loss"]
+        session.say(f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats per token")
+    return tuned
+
+
+_REPORTED = ("examples", "cut", "also_in_validation", "without_loss", "bad_lines")
+
+
+def prepared(session: Session, encoder: Encoder) -> Instructions:
+    """The examples; tokenised on the first process, opened on all."""
+    length = session.config.training.sequence_length
+
+    def make() -> Path:
+        check = partial(stop.check, "finetune")
+        return instructions.prepare(session.config.data, encoder, length, session.store / "data", check)
+
+    data = Instructions(comm.on_first(make))
+    counts, empty = data.manifest["examples"], data.manifest["without_loss"]
+    total = {split: sum(count[split] for count in counts.values()) for split in ("train", "validation")}
+    such = f", such as {empty['first'][0]}" if empty["examples"] else ""
+    session.say(
+        f"examples               {total['train']} to train on, {total['validation']} held out, "
+        f"{data.manifest['cut']} of them cut to {length + 1} tokens; left out: "
+        f"{data.manifest['also_in_validation']} that are held out too, "
+        f"{empty['examples']} without a token that carries a loss{such}"
+    )
+    return data
+
+
+def recipe(session: Session, data: Instructions, selection: batch_selection.Setting | None) -> Run:
+    """The run: everything that decides the result."""
+    options = session.config.finetune.lora
+    return Run(
+        session.store,
+        "finetune",
+        {
+            "data": data.fingerprint,
+            "model": model.folder_fingerprint(Path(_folder(session))),
+            "lora": None if options.rank is None else asdict(options),
+            "training": training_identity(session.config.training),
+            "evaluation": session.plain["evaluation"],
+            "seed": session.config.seed,
+        }
+        | batch_selection.described(selection),
+    )
+
+
+def build(session: Session) -> Built:
+    """The model as it is before the first step."""
+    inner, options = model.read(Path(_folder(session)), "finetune.model"), session.config.finetune.lora
+    if options.rank is None:
+        return Built(inner, None)
+    return Built(inner, lora.add(inner, options, session.config.seed, "finetune.lora"))
+
+
+def _folder(session: Session) -> str:
+    folder = session.config.finetune.model
+    if folder is None:
+        raise UserError(
+            "finetune.model: missing; give a local transformers folder, or a model folder of an earlier run such as "
+            "runs/mine/main/model"
+        )
+    return folder
+
+
+def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
+    positions = getattr(inner.config, "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        raise UserError(f"training.sequence_length={length}: the model has only {positions} positions; shorten it")
+    tokens, entries = len(encoder.tokenizer), inner.config.vocab_size
+    if tokens > entries:
+        raise UserError(
+            f"finetune.model: its tokeniser has {tokens} tokens, its vocabulary only {entries} entries; "
+            "give the tokeniser it was trained with"
+        )
+
+
+def _measured(session: Session, tuning: model.CompletionModel, data: Instructions) -> dict[str, Any]:
+    """The held-out loss of the model before it is trained."""
+    training, device = session.config.training, session.place.device
+    tuning.precision = training.precision
+    batch = comm.world().largest(training.batch_size, training.micro_batch_size)
+    return evaluation.measure(
+        tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device
+    )
+
+
+def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
+    """Into a model as it was at the beginning, since the trained one may be in parts on many processes."""
+    inner, adapters = build(session)
+    inner.load_state_dict(model.of_inner(tensors), strict=False)  # tied tensors come under one of their names
+    folder = tuned.folder / "model"
+    with model.naming_the_disk(folder):
+        if adapters is not None:
+            adapters.save_pretrained(tuned.folder / "adapter")
+            inner = adapters.merge_and_unload()
+        inner.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+
+
+def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
+    """(M, n) the first examples of the files in batch_selection.validation."""
+    asked, length = session.config.batch_selection, session.config.training.sequence_length
+    assert asked.validation is not None
+    where = options.Options(
+        embedded=None,
+        domains={"target": options.Split(train=asked.validation)},
+        allow_pipe=session.config.data.allow_pipe,
+    )
+    found, wanted = [], asked.validation_sequences
+    for one in instructions.examples(sources.resolve(where), where, encoder, sources.BadLines(where)):
+        tokens = instructions.coded(one.example, length)
+        found += [tokens] if (tokens >= 0).any() else []
+        if len(found) == wanted:
+            break
+    if len(found) < wanted:
+        raise UserError(
+            f"batch_selection.validation: {len(found)} examples, but batch_selection.validation_sequences={wanted}; "
+            "give more, or lower it"
+        )
+    reported = read(data, "validation", *targets.evaluated(session, data), length).tokens.numpy()
+    known = {row[row != -1].tobytes() for row in reported}
+    if any(row.astype(np.int64)[row != -1].tobytes() in known for row in found):
+        raise UserError(
+            "batch_selection.validation: shares examples with the reported evaluation, towards which would then be "
+            "trained; give others"
+        )
+    return torch.from_numpy(instructions.padded(found))

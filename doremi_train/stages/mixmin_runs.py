@@ -1,0 +1,134 @@
+"""MixMin: a small model of every domain, and the mixture of them that a target needs.
+
+An expert is a run on its domain alone, addressed by that domain and the tokeniser: with a given tokeniser a new domain
+costs one run.
+
+K domains, M target sequences, T tokens a sequence.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from doremi_train import comm, model, weights
+from doremi_train.config import fingerprint
+from doremi_train.data.sampler import Subsample
+from doremi_train.data.shards import TokenStore, domain_folder
+from doremi_train.methods import mixmin, swarm
+from doremi_train.methods.swarm import Box, Floats
+from doremi_train.runs import Run, stop
+from doremi_train.stages import Session, language_model, once, prepare, targets
+from doremi_train.track import Part
+from doremi_train.train import Options
+
+
+class Losses(NamedTuple):
+    """Of one expert, to be added over processes that each fill in their own rows."""
+
+    rows: Tensor  # (M, T) nats
+
+
+@once
+def run(session: Session) -> weights.Mixture:
+    """Train every expert, look at the target with each, and solve."""
+    store = prepare.run(session)
+    search = state(session, store)
+    towards = targets.of_mixtures(session, store, store.domains)
+    with session.computing(search, "mixmin") as todo:
+        if todo:
+            experts = _train(session, store)
+            losses = np.stack([_look(session, store, one, towards) for one in experts])  # (K, N)
+            comm.on_first(lambda: _conclude(session, store, search, losses))
+        else:
+            session.say(f"{'mixmin':<22} is in the store already: {search.folder.name}")
+    found = comm.on_first(search.result)
+    return weights.Mixture("mixmin", found["weights"], provenance=found["provenance"])
+
+
+def experts(session: Session, store: TokenStore) -> dict[str, Run]:
+    """The run of every domain by its name under run_dir, wherever and whenever it is trained."""
+    return {
+        _name(domain): language_model.recipe(session, store.alone(domain), *_ingredients(session, store))
+        for domain in store.domains
+    }
+
+
+def state(session: Session, store: TokenStore) -> Run:
+    """The run that solves. Raises UserError where caps and floor leave no mixture, or the target is wrong."""
+    within = _box(session, store)
+    return Run(
+        session.store,
+        "mixmin",
+        {
+            "experts": {name: one.address for name, one in experts(session, store).items()},
+            "target": fingerprint(targets.of_mixtures(session, store, store.domains).tolist()),
+            "low": within.low.tolist(),
+            "high": within.high.tolist(),
+        },
+    )
+
+
+def _name(domain: str) -> str:
+    return f"mixmin/experts/{domain_folder(domain)}"
+
+
+def _ingredients(session: Session, store: TokenStore) -> tuple[dict[str, Any], Tensor, Options, Subsample | None]:
+    """What an expert is trained from: model, its one domain, training options and part of the data."""
+    shape = language_model.resolved_model(session, store)
+    one = torch.ones(1, dtype=torch.float64)
+    return shape, one, session.config.training, language_model.subsample(session)
+
+
+def _train(session: Session, store: TokenStore) -> list[Run]:
+    training = session.config.training
+    tokens = training.steps * training.batch_size * training.sequence_length
+    found = []
+    with session.over("mixmin", tokens * len(store.domains)) as bar:
+        for domain in store.domains:
+            part = Part(bar, domain)
+            ingredients = _ingredients(session, store)
+            found.append(language_model.train(session, store.alone(domain), _name(domain), *ingredients, bar=part))
+            part.update(tokens)
+    return found
+
+
+def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> Floats:
+    """(N,) losses of an expert on the target's tokens; every process computes some of the sequences."""
+    training, world, device = session.config.training, comm.world(), session.place.device
+    loaded = model.load(expert.folder / "model", store.vocabulary_size, "model").to(device).eval()
+    loaded.precision = training.precision
+    rows = torch.zeros(len(towards), towards.shape[1] - 1, dtype=torch.float64, device=device)
+    mine = torch.arange(world.rank, len(towards), world.size)
+    with torch.no_grad():
+        for some in mine.split(world.largest(training.batch_size, training.micro_batch_size)):
+            stop.check("mixmin")
+            rows[some] = loaded(towards[some].to(device)).double()
+    return comm.all_reduce_sum(Losses(rows))[0].rows.cpu().flatten().numpy()
+
+
+def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) -> None:
+    within = _box(session, store)
+    found = mixmin.solve(losses, within)
+    point = swarm.on_grid(found.weights, within)
+    even = np.full(len(point), 1 / len(point))
+    natural = language_model.heuristic(session, store, "natural", language_model.main_steps(session)).numpy()
+    provenance = {
+        "mixmin": search.folder.name,
+        "experts_loss": found.loss,
+        "experts_loss_natural": mixmin.mixed(losses, natural),
+        "experts_loss_uniform": mixmin.mixed(losses, even),
+        "expert_losses": dict(zip(store.domains, losses.mean(1).tolist(), strict=True)),
+    }
+    session.say(
+        f"mixmin: the mixed experts reach {found.loss:.4f} nats per token of the target, "
+        f"{provenance['experts_loss_natural']:.4f} with natural and {provenance['experts_loss_uniform']:.4f} with "
+        "uniform weights"
+    )
+    weighed = dict(zip(store.domains, point.tolist(), strict=True))
+    search.finish({"weights": weighed, "provenance": provenance})
+
+
+def _box(session: Session, store: TokenStore) -> Box:
+    return language_model.caps(session, store, session.config.mixmin.floor, "mixmin.floor")

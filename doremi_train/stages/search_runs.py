@@ -1,0 +1,40 @@
+"""Random search: small runs on mixtures drawn as a swarm draws them, and the best of them. What a fit has to beat."""
+
+import numpy as np
+import torch
+
+from doremi_train import comm, weights
+from doremi_train.data.shards import TokenStore
+from doremi_train.methods import swarm
+from doremi_train.stages import Session, once, prepare, swarm_runs, swarm_search
+
+_STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
+
+
+@once
+def run(session: Session) -> weights.Mixture:
+    """The mixture with the lowest mean validation loss."""
+    store = prepare.run(session)
+    drawn = mixtures(session, store)
+    with (
+        session.reporting(session.run_dir / "search"),
+        session.over("search", len(drawn) * swarm_runs.tokens(session)) as bar,
+    ):
+        trained = swarm_runs.train(session, store, drawn, bar)
+    reached = comm.on_first(
+        lambda: {name: float(np.mean(swarm_runs.losses(run, store))) for name, run in trained.items()}
+    )
+    best = min(reached, key=lambda name: reached[name])
+    named = dict(zip(store.domains, drawn[best].tolist(), strict=True))
+    return weights.Mixture("search", named, provenance={"runs": len(drawn), "chosen": best, "realised": reached[best]})
+
+
+def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:
+    """swarm.runs of them (K,), within the swarm's caps, by the names of their runs under run_dir."""
+    problem, _ = swarm_search.state(session, store)
+    random = np.random.default_rng([session.config.seed, _STREAM])
+    points = problem.space.expand(swarm.design(problem.prior, problem.inside, problem.draws, random))
+    return {
+        f"search/run-{index}": torch.from_numpy(swarm.on_grid(point, problem.within))
+        for index, point in enumerate(points)
+    }

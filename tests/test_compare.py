@@ -1,0 +1,106 @@
+"""Methods against what the same FLOPs buy without them: the figures by hand, and a whole comparison of tiny runs."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from running import lines, read
+
+from doremi_train import results
+from doremi_train.weights import student_t
+
+
+def test_paired_intervals_by_hand() -> None:
+    found = results.paired([1.3, 1.1, 1.2], [1.0, 1.0, 1.0])
+    assert (found.mean, found.half) == pytest.approx(student_t([0.3, 0.1, 0.2]))
+    assert found.low == pytest.approx(0.1, abs=0.035) and found.high == pytest.approx(0.3, abs=0.035)
+    shifted = results.paired([2.3, 3.1, 4.2], [2.0, 3.0, 4.0])  # what seeds have in common does not count
+    assert shifted == pytest.approx(found, abs=1e-12)
+    assert results.paired([1.5], [1.0]).half is None
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([1.31, 1.30, 1.29], "m is better than natural (+0.3000"),
+        ([0.71, 0.70, 0.69], "m is worse than natural (-0.3000"),
+        ([1.3, 0.9, 1.1], "m is not distinguishable from natural (+0.1000"),
+        ([1.3, 1.2, 1.1], "m is not distinguishable from natural"),  # the bootstrap alone would call it better
+    ],
+)
+def test_what_is_said_of_a_gain(others: list[float], said: str) -> None:
+    assert results.judged("m", "natural", results.paired(others, [1.0] * 3), 3).startswith(said)
+
+
+def test_one_seed_decides_nothing() -> None:
+    assert "decides nothing" in results.judged("m", "natural", results.paired([2.0], [1.0]), 1)
+
+
+COMPARE = (
+    "stage=compare", "training.steps=6", "evaluation.every=6", "seed=66", "compare.methods=[doge]",
+    "compare.baselines=[natural,uniform]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("compare") / "run"
+    outcome = command(*tiny, *COMPARE, f"run_dir={run_dir}")
+    assert outcome.code == 0, outcome
+    assert outcome.out.count("compare                done in") == 1  # one bar over all
+    assert outcome.out.count("done in") == 2, outcome.out  # and that of the preparation
+    return run_dir
+
+
+@pytest.mark.slow
+def test_every_seed_derives_its_weights_and_total_flops_are_equal(compared: Path) -> None:
+    content = read(compared / "compare/compare.json")
+    assert content["seeds"] == 3 and content["failures"] == []
+    names = ["doge", "natural-12", "uniform-12", "search-1"]  # a proxy of 6 steps is 6 steps of the final run, or a run
+    assert list(content["contenders"]) == names
+    flops = [content["contenders"][name]["flops"] for name in names]
+    assert max(flops) < 1.05 * min(flops)  # of so short runs evaluations are a part that can be seen
+    drawn = content["contenders"]["doge"]["weights"]
+    assert len({tuple(weights.values()) for weights in drawn}) == 3
+    for name in names:
+        folders = [compared / "compare" / name / f"seed-{seed}" for seed in range(3)]
+        reached = [read(folder / "main/result.json")["evaluation"]["mean_loss"] for folder in folders]
+        assert content["contenders"][name]["losses"] == reached
+        assert [read(folder / "main/recipe.json")["seed"] for folder in folders] == [66, 67, 68]
+        assert read(folders[0] / "main/result.json")["steps"] == (12 if name[-2:] == "12" else 6)
+    best = [min(content["contenders"][name]["losses"][seed] for name in names) for seed in range(3)]
+    gaps = [loss - low for loss, low in zip(content["contenders"]["doge"]["losses"], best, strict=True)]
+    assert content["contenders"]["doge"]["regret"] == pytest.approx(sum(gaps) / 3)
+    search = read(compared / "compare/search-1/seed-0/weights.json")
+    run = read(compared / "compare/search-1/seed-0/search/run-0/result.json")
+    assert search["provenance"]["realised"] == pytest.approx(run["evaluation"]["mean_loss"])
+
+
+@pytest.mark.slow
+def test_the_page_answers_with_a_table_and_a_picture(compared: Path) -> None:
+    content, page = read(compared / "compare/compare.json"), (compared / "compare.html").read_text()
+    (answer,) = content["questions"]
+    assert list(answer["against"]) == ["natural-12", "uniform-12", "search-1"]
+    assert len(answer["said"]) == 3 and page.count("<svg") == 1 and page.count("<table>") == 1
+    for sentence in answer["said"]:
+        assert sentence.replace("'", "&#39;") in page
+
+
+@pytest.mark.slow
+def test_nothing_is_trained_twice(
+    compared: Path, tiny: list[str], store: Path, command: Command, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime for path in store.glob("runs/*/result.json")}
+    outcome = command(*tiny, *COMPARE, "compare.seeds=1", f"run_dir={tmp_path / 'other'}")
+    assert outcome.code == 0 and "decides nothing" in outcome.out, outcome
+    assert {path: path.stat().st_mtime for path in store.glob("runs/*/result.json")} == before
+    assert not lines(compared / "compare/doge/seed-0/proxy/metrics.jsonl")[6:]
+
+
+def test_what_cannot_be_compared_is_named(tiny: list[str], command: Command, tmp_path: Path) -> None:
+    for overrides, said in (
+        (["compare.methods=[magic]"], "compare.methods=magic"),
+        (["compare.baselines=[doremi]"], "compare.baselines=doremi"),
+    ):
+        outcome = command(*tiny, "stage=compare", *overrides, f"run_dir={tmp_path / 'run'}")
+        assert outcome.code == 2 and said in outcome.err, outcome
