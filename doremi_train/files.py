@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -17,12 +18,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.write_bytes(content)
 
 
+def aside_of(path: Path) -> Path:
+    """The name aside under which this process, and no other of any machine on this file system, writes `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name of a file to write aside, which then replaces `path` atomically, as in `write_bytes`. Where writing it
     fails, nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = aside_of(path)
     try:
         yield aside
         with aside.open("rb") as file:
@@ -54,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 def link(path: Path, target: Path) -> None:
     """Make `path` a symbolic link to `target`, relative so that both can move together."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = aside_of(path)
     aside.unlink(missing_ok=True)
     aside.symlink_to(os.path.relpath(target.resolve(), path.parent.resolve()))
     aside.rename(path)

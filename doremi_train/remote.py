@@ -18,7 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from doremi_train.config import UserError, redact
-from doremi_train.files import sync_folder
+from doremi_train.files import aside_of, sync_folder
 
 # Protocols that only transfer bytes. Others may run code on this machine, as chained URLs (a::b) may.
 PROTOCOLS = (
@@ -355,7 +355,7 @@ class Mirror:
 
 def _write_aside(path: Path, source: Any, size: int | None, sha256: str | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = aside_of(path)
     try:
         with aside.open("w+b") as file:
             shutil.copyfileobj(source, file, CHUNK)
