@@ -244,6 +244,15 @@ def test_stopped_it_continues_to_the_same_bits(
         assert (tmp_path / "run" / file).read_bytes() == (run_dir / file).read_bytes(), file
 
 
+def test_rounding_does_not_choose_the_law_through_two_pieces() -> None:
+    n, tokens = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.full((2, 3), 64.0, dtype=torch.float64)
+    losses = tokens * torch.tensor([[6.0, 5.0, 4.0], [5.9, 5.0, 4.1]], dtype=torch.float64)
+    rounded = losses * (1 + 1e-7 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 0.0, 1.0]], dtype=torch.float64))
+    one, other = (ado.fit(n, found, tokens, 2.0) for found in (losses, rounded))
+    torch.testing.assert_close(one.exponent, other.exponent, rtol=0, atol=0)
+    torch.testing.assert_close(one.above, other.above, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.acceptance
 def test_two_processes_draw_what_one_draws(
     adapted: tuple[str, Path], fresh: list[str], doremi: Command, tmp_path: Path

@@ -27,6 +27,7 @@ PIECES = 100  # of a run, N
 RECENT, SMOOTH = 0.9, 0.9  # of h, and the part of ρ̄ in π
 EXPONENTS = torch.linspace(0.01, 0.8, 80, dtype=torch.float64)  # (A,)
 LEAST_EXPONENT = 0.05
+_SAME = 1e-10  # of the sum of squares: errors that are no nearer to each other than losses are rounded
 
 __all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
 
@@ -116,7 +117,8 @@ def fit(n: Tensor, loss: Tensor, tokens: Tensor, now: float) -> Law:
     error = (
         of_yy - 2 * floor * of_y - 2 * above * of_xy + floor**2 * total + 2 * floor * above * of_x + above**2 * of_xx
     )
-    best = error.argmin(0)  # (K,)
+    # Through two pieces goes a law of every α: the slowest that fits as well is taken, not what rounding puts first.
+    best = (error <= error.amin(0) + _SAME * of_yy).int().argmax(0)  # (K,)
     k = torch.arange(len(best))
     return Law(floor[best, k], above[best, k], EXPONENTS[best])
 
