@@ -172,7 +172,9 @@ def test_the_prior_is_drawn_from_until_the_warm_up_is_over() -> None:
         options = options_of(name, warmup=0.5, every=2)
         state = method.init(K, 20, options)
         for step in range(1, 20):
-            state = method.update(state, batch([5.0, 1.0, 3.0], [10.0, 10.0, 10.0]), options)
+            # They fall: where nothing is learned, ado keeps to the prior.
+            losses = [50 * step**-0.5, 10 * step**-0.1, 30 * step**-0.3]
+            state = method.update(state, batch(losses, [10.0, 10.0, 10.0]), options)
             moved = not torch.allclose(method.sampling(state, options), float64(options.prior), atol=1e-9)
             assert moved == (step >= 10), (name, step)
 
