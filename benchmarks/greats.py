@@ -91,7 +91,7 @@ def measure(given: argparse.Namespace) -> common.Result:
     torch.set_num_threads(given.threads)
     ratios: dict[str, common.Ratio] = {}
     figures: dict[str, Any] = {"threads": given.threads, "clock": given.clock}
-    for name in given.model:
+    for name in given.model[:1] if given.quick else given.model:
         found, figures[name] = of_model(name, given)
         ratios |= {f"{name}.{key}": value for key, value in found.items()}
     return common.Result(found | ratios, figures)
