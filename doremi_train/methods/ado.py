@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from doremi_train.methods import online
-from doremi_train.methods.online import Drawn, Options, Stats, observe
+from doremi_train.methods.online import Drawn, Options, Stats, observe, result, sampling, weigh
 
 PIECES = 100  # of a run, N
 RECENT, SMOOTH = 0.9, 0.9  # of h, and the part of ρ̄ in π
@@ -123,26 +123,6 @@ def fit(n: Tensor, loss: Tensor, tokens: Tensor, now: float) -> Law:
     return Law(floor[best, k], above[best, k], EXPONENTS[best])
 
 
-def weigh(
-    state: State,
-    domain: Tensor,
-    tokens: Tensor,
-    options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> Tensor:
-    return online.mean(tokens, domain)
-
-
-def sampling(state: State, options: Options) -> Tensor:
-    return state.weights
-
-
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """The mixture of the next batch, what moved it, and the tokens of this one."""
     return {"weights": state.weights, "learning_speed": state.speed, "tokens": stats.tokens.long()}
-
-
-def result(state: State) -> Tensor:
-    """(K,) the part of all tokens that was drawn from each domain."""
-    return Drawn(state.drawn, state.step, state.steps).share

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from doremi_train.config import STRICT, NonNegativeFloat
 from doremi_train.methods import online, simplex
-from doremi_train.methods.online import Drawn, Stats, observe
+from doremi_train.methods.online import Drawn, Stats, observe, result, sampling, weigh
 
 __all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
 
@@ -62,26 +62,6 @@ def update(state: State, stats: Stats, options: Options) -> State:
     return State(online.within(alpha, drawn, options), *drawn, alpha, excess, loss, tokens)
 
 
-def weigh(
-    state: State,
-    domain: Tensor,
-    tokens: Tensor,
-    options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> Tensor:
-    return online.mean(tokens, domain)
-
-
-def sampling(state: State, options: Options) -> Tensor:
-    return state.weights
-
-
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """The mixture of the next batch, what moved it, and the tokens of this one."""
     return {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
-
-
-def result(state: State) -> Tensor:
-    """(K,) the part of all tokens that was drawn from each domain."""
-    return Drawn(state.drawn, state.step, state.steps).share

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from doremi_train.methods import online
-from doremi_train.methods.online import Drawn, Options, Stats, observe
+from doremi_train.methods.online import Drawn, Options, Stats, observe, result, sampling, weigh
 
 KEPT = 0.9  # of R̂ from step to step
 
@@ -57,26 +57,6 @@ def update(state: State, stats: Stats, options: Options) -> State:
     return State(online.within(wanted, drawn, options), *drawn, reward)
 
 
-def weigh(
-    state: State,
-    domain: Tensor,
-    tokens: Tensor,
-    options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> Tensor:
-    return online.mean(tokens, domain)
-
-
-def sampling(state: State, options: Options) -> Tensor:
-    return state.weights
-
-
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """The mixture of the next batch, what moved it, and the tokens of this one."""
     return {"weights": state.weights, "reward": state.reward, "tokens": stats.tokens.long()}
-
-
-def result(state: State) -> Tensor:
-    """(K,) the part of all tokens that was drawn from each domain."""
-    return Drawn(state.drawn, state.step, state.steps).share

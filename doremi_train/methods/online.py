@@ -6,7 +6,7 @@ mean of the losses. All it remembers is in its state, so a run that continues dr
 K domains, B sequences, T tokens a sequence.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -45,6 +45,19 @@ class Drawn(NamedTuple):
         return self.tokens / self.tokens.sum()
 
 
+class Running(Protocol):
+    """What the states of all these methods begin with."""
+
+    @property
+    def weights(self) -> Tensor: ...  # (K,) of the next batch
+    @property
+    def drawn(self) -> Tensor: ...  # (K,) tokens so far
+    @property
+    def step(self) -> Tensor: ...  # () steps done
+    @property
+    def steps(self) -> Tensor: ...  # () of the whole run
+
+
 def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
     """Sums of a batch: losses (B, T), domain (B,) ids below K."""
     rows = losses.detach().double().sum(1)
@@ -52,9 +65,25 @@ def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: i
     return Stats(loss, torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1])))
 
 
-def mean(tokens: Tensor, domain: Tensor) -> Tensor:
+def weigh(
+    state: Running,
+    domain: Tensor,
+    tokens: Tensor,
+    options: Options,
+    losses: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> Tensor:
     """(B, 1) the same weight for every token of a batch that has `tokens` (K,)."""
     return (1 / tokens.sum()).expand(len(domain), 1)
+
+
+def sampling(state: Running, options: Options) -> Tensor:
+    return state.weights
+
+
+def result(state: Running) -> Tensor:
+    """(K,) the part of all tokens that was drawn from each domain."""
+    return Drawn(state.drawn, state.step, state.steps).share
 
 
 def start(options: Options, steps: int) -> tuple[Tensor, Drawn]:
