@@ -81,30 +81,51 @@ def test_accuracy_over_steps_of_both_models_is_in_the_report(done: Path) -> None
 
 @pytest.mark.acceptance
 def test_right_is_what_greedy_decoding_gives(done: Path, tiny: list[str], command: Command, tmp_path: Path) -> None:
-    """Half of the questions have the model's own answer, in other case and among others; the other half do not."""
+    """All tasks of the paper, on files of one's own: half of the questions have the model's own answer, in other case
+    and among others; the other half do not."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = done / "main" / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    shot = {"question": "abc def", "answers": ["ghi"]}
 
-    def answer(question: str) -> str:
-        prompt = f"Q: abc def\nA: ghi\n\nQ: {question}\nA:"
+    def answer(prompt: str, room: int = 24) -> str:
         tokens = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-        generated = model.generate(tokens, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        generated = model.generate(tokens, max_new_tokens=room, do_sample=False, pad_token_id=0)
         return tokenizer.decode(generated[0, tokens.shape[1] :]).split("\n")[0].strip()
 
-    questions = [f"{word} {word}" for word in ("abcd", "hgfe", "dadb", "cafe", "bead", "fade")]
-    given = [answer(question) for question in questions]
-    assert all(given)
-    lines = [
-        {"question": question, "answers": ["never this", text.upper() if number % 2 else "nor this"]}
-        for number, (question, text) in enumerate(zip(questions, given, strict=True))
+    words, shot = ("abcd", "hgfe", "dadb", "cafe", "bead", "fade"), {"question": "abc def", "answers": ["ghi"]}
+    questions = [f"{word} {word}" for word in words]
+
+    def asked(before: str, **more: str) -> list[dict]:
+        given = [answer(f"{before}Q: abc def\nA: ghi\n\n{before}Q: {question}\nA:") for question in questions]
+        assert all(given)
+        return [
+            {"question": question, "answers": ["never this", text.upper() if number % 2 else "nor this"], **more}
+            for number, (question, text) in enumerate(zip(questions, given, strict=True))
+        ]
+
+    plain, context = asked(""), {"context": "feed the cab"}
+    with_context = [*asked("feed the cab\n", **context), {"question": "bad", "answers": [], **context}]
+    ends = [answer(f"abc def ghi\n\n{question}", 12).split() for question in questions]
+    last_words = [
+        {"text": f"{question} {end[0].upper() if number % 2 else 'never'}"}
+        for number, (question, end) in enumerate(zip(questions, ends, strict=True))
     ]
-    place = write(tmp_path / "mine", lines, [shot])
-    asked = ["downstream.tasks=[triviaqa]", f"downstream.files={{triviaqa: {place}}}", "stage=evaluate"]
-    outcome = command(*tiny, *TASKS, *asked, f"run_dir={done}")
+    lines = {
+        **dict.fromkeys(("triviaqa", "naturalqs", "webquestions"), (plain, shot)),
+        "squadv2": (with_context, shot | context),
+        "lambada": (last_words, {"text": "abc def ghi"}),
+    }
+    places = {name: write(tmp_path / name, test, [train]) for name, (test, train) in lines.items()}
+    assert set(places) | {"cloze"} == set(FORMS)
+    files = ", ".join(f"{name}: {place}" for name, place in places.items())
+    overrides = [f"downstream.tasks=[{','.join(places)}]", f"downstream.files={{{files}}}", "stage=evaluate"]
+    outcome = command(*tiny, *TASKS, *overrides, f"run_dir={done}")
     assert outcome.code == 0, outcome
-    last = read(done / "downstream.json")["main"]["triviaqa"][-1]
-    assert (last["accuracy"], last["examples"]) == (0.5, 6)
+    found = {name: curve[-1] for name, curve in read(done / "downstream.json")["main"].items()}
+    assert {name: line["examples"] for name, line in found.items()} == {
+        name: len(test) for name, (test, _) in lines.items()
+    }
+    assert found.pop("squadv2")["accuracy"] == pytest.approx(3 / 7)  # the last has no answer, and one is given
+    assert {name: line["accuracy"] for name, line in found.items()} == dict.fromkeys(found, 0.5)
