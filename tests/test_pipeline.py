@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Command, documents, run_here, write_jsonl
+from conftest import TINY, Command, Outcome, documents, run_here, write_jsonl
 
 DOMAINS = ["digits", "plain", "rich"]
 STEPS = 12
@@ -21,9 +21,10 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def ran(*overrides: str) -> None:
+def ran(*overrides: str) -> Outcome:
     outcome = run_here(*overrides)
     assert outcome.code == 0, outcome
+    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +220,23 @@ def test_a_mixture_from_sizes(method: str, tiny: list[str], tmp_path: Path) -> N
         assert all(math.isclose(artefact["weights"][name], expected[name]) for name in sizes)
     if method == "uniform":
         assert set(artefact["weights"].values()) == {1 / 3}
+
+
+@pytest.mark.parametrize("method", ["uniform", "doremi"])
+def test_no_mixture_repeats_a_domain_more_than_is_allowed(method: str, tiny: list[str], tmp_path: Path) -> None:
+    common = [*tiny, f"mixture={method}", "main.comparisons=[]", "stage=main"]
+    ran(*common, f"run_dir={tmp_path / 'free'}", "main.tokens=800000", "mixture.max_epochs=100")
+    said = ran(*common, f"run_dir={tmp_path / 'kept'}", "main.tokens=800000")
+    free, kept = (read(tmp_path / name / "weights.json") for name in ("free", "kept"))
+    over = {name for name, epochs in free["epochs"].items() if epochs > 4}
+    assert over and all(kept["epochs"][name] == pytest.approx(4) for name in over)
+    assert max(kept["epochs"].values()) <= 4 * (1 + 1e-9) and abs(math.fsum(kept["weights"].values()) - 1) < 1e-9
+    below = [name for name in DOMAINS if kept["epochs"][name] < 4 * (1 - 1e-9)]
+    grown = {round(kept["weights"][name] / free["weights"][name], 9) for name in below}
+    assert len(grown) == 1 and grown.pop() > 1 and "more than mixture.max_epochs=4 passes" in said.out
+    too_long = run_here(*common, f"run_dir={tmp_path / 'refused'}", "main.tokens=10000000")
+    assert too_long.code == 2 and "mixture.max_epochs=4" in too_long.err
+    assert not (tmp_path / "refused" / "proxy").exists()
 
 
 def test_a_mixture_from_a_file(tiny: list[str], tmp_path: Path) -> None:

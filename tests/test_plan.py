@@ -278,7 +278,8 @@ def test_two_processes_plan_together(
 
 
 def test_epochs_against_main_tokens(tiny: list[str], tmp_path: Path) -> None:
-    found = planned(*tiny, f"run_dir={tmp_path}", "seed=71", "main.tokens=10000000", "main.steps=30")
+    more = ["main.tokens=10000000", "main.steps=30", "mixture.max_epochs=100"]
+    found = planned(*tiny, f"run_dir={tmp_path}", "seed=71", *more)
     sizes = {name: domain["training_tokens"] for name, domain in found["domains"].items()}
     for name, domain in found["domains"].items():
         once = domain["training_sequences"] * LENGTH
@@ -333,7 +334,8 @@ def test_absence_is_that_of_the_sampler(
 
 # ── Warnings ────────────────────────────────────────────────────────────────────────
 
-SILENT = ["proxy.average_from=0.5", "training.steps=400"]  # enough sequences of each domain, and little repetition
+# Enough sequences of each domain, little repetition, and room for tests that ask for more.
+SILENT = ["proxy.average_from=0.5", "training.steps=400", "mixture.max_epochs=1000"]
 
 
 @pytest.mark.parametrize(
@@ -403,6 +405,7 @@ def test_figures_are_written_for_people() -> None:
 
 def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_path: Path) -> None:
     overrides = [*tiny, f"run_dir={tmp_path}", "seed=71", "main.tokens=1000000", "proxy.seeds=2"]
+    overrides.append("mixture.max_epochs=10")
     matched = [*overrides, "proxy.match_repetition=true"]
     outcome = run_here(*matched)
     assert outcome.code == 0, outcome

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Command, run_here
 from running import lines, read
+
+from doremi_train import losses
 
 POLICIES = ("none", "rho", "dimp", "imp")
 UNIFORM = ("mixture=uniform", "main.comparisons=[]", "stage=main")
@@ -49,9 +52,9 @@ def test_every_policy_trains_on_a_mixture_and_says_where_its_weight_goes(
             mean = sum(line["loss_weight"][name] * tokens[name] for name in tokens) / sum(tokens.values())
             assert mean == pytest.approx(1)
             assert 0 < line["effective_sample_size"] <= sum(tokens.values())
-    assert len({tuple(losses) for losses in seen.values()}) == len(POLICIES)
+    assert len({tuple(found) for found in seen.values()}) == len(POLICIES)
     assert (tmp_path / "imp" / "data_model" / "model" / "config.json").exists()
-    assert all(losses[-1] < 5.7 for losses in seen.values())  # ln 300 is knowing nothing
+    assert all(found[-1] < 5.7 for found in seen.values())  # ln 300 is knowing nothing
 
 
 def test_without_power_it_is_the_ordinary_run(fresh: list[str], reference: list[str], tmp_path: Path) -> None:
@@ -70,13 +73,32 @@ def test_the_reference_may_be_of_this_command_and_only_main_runs_change(fresh: l
 
 
 def test_cached_losses_give_what_live_ones_give(fresh: list[str], reference: list[str], tmp_path: Path) -> None:
-    for losses in ("live", "cached"):
-        how = ["training.loss_weighting=imp", f"reference.losses={losses}", f"run_dir={tmp_path / losses}"]
+    for kind in ("live", "cached"):
+        how = ["training.loss_weighting=imp", f"reference.losses={kind}", f"run_dir={tmp_path / kind}"]
         assert run_here(*fresh, *UNIFORM, *reference, *how).code == 0
     assert main_loss(tmp_path / "cached") == pytest.approx(main_loss(tmp_path / "live"), abs=1e-3)
     assert (
         len(list((tmp_path / "store").glob("losses/*/losses.f16"))) == 2
     )  # the reference's, and the model's of the data
+
+
+def test_the_plan_counts_the_losses_that_are_not_cached(fresh: list[str], reference: list[str], tmp_path: Path) -> None:
+    common = [*fresh, *UNIFORM, *reference, "training.loss_weighting=dimp"]
+
+    def flops(*overrides: str) -> float:
+        run_dir = tmp_path / "-".join(["run", *overrides]).replace("=", "-")
+        assert run_here(*common, *overrides, "stage=plan", f"run_dir={run_dir}").code == 0
+        return float(read(run_dir / "plan.json")["stages"]["main"]["flops"])
+
+    plain, live = flops("training.loss_weighting=none"), flops()
+    new = flops("reference.losses=cached")
+    assert run_here(*common, "reference.losses=cached", f"run_dir={tmp_path / 'trained'}").code == 0
+    (file,) = (tmp_path / "store").glob("losses/*/losses.f16")
+    rows = np.fromfile(file, np.float16).reshape(-1, 32)
+    # A step costs a forward of the reference more on each of its sequences, unless its losses are there.
+    assert (new - plain) / (live - plain) == pytest.approx(losses.there(rows).sum() / (12 * 8))
+    assert flops("reference.losses=cached", "weighting.power=0.5") == plain  # draws what is there
+    assert plain < flops("reference.losses=cached", "seed=5") <= new
 
 
 def test_imp_against_itself_is_refused(tiny: list[str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from doremi_train.methods import simplex
 @dataclass(frozen=True, config=STRICT)
 class Options:
     temperature: PositiveFloat = 2.0  # τ: 1 is natural, large is uniform
-    max_epochs: PositiveFloat = 4.0  # N of UniMax
+    max_epochs: PositiveFloat = 4.0  # N of UniMax; every other mixture is kept to it afterwards
 
 
 def natural(sizes: Tensor, budget: float, options: Options) -> Tensor:

@@ -3,14 +3,17 @@
 K domains.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from doremi_train import files, weights
 from doremi_train.data.shards import TokenStore
+from doremi_train.methods import simplex
 from doremi_train.runs import Run
 from doremi_train.stages import (
     Session,
@@ -40,7 +43,7 @@ class Ahead(NamedTuple):
     steps: int
     done: int  # steps that are in the store already
     same_as: str | None  # an earlier run of the pipeline, which is this very one
-    missing: float = 0.0  # sequences for which the reference is still to be run, where its losses are cached
+    missing: float = 0.0  # sequences for which a frozen model is still to be run, where its losses are cached
 
     @property
     def left(self) -> float:
@@ -59,8 +62,10 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     """Every run of the pipeline in its order, and the mixture (K,) of the final model where it is known by now.
 
     What depends on a run that is not finished is taken for not begun, and every round for one that will be needed.
+    Raises UserError where mixture.max_epochs leaves no mixture.
     """
     found = _Found(session)
+    mixture.within(session, store)
     learned: Tensor | None
     if adaptive.asked(session):
         learned = None
@@ -77,8 +82,10 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         learned = _swarm(session, store, found)
     else:
         learned = mixture.given(session, store).tensor(store.domains)
+    learned = None if learned is None else mixture.capped(session, store, learned)
     weighed = _weighting(session, store, found)
     shape = language_model.resolved_model(session, store, session.config.main.model)
+    read = np.zeros(len(store.domains), dtype=np.int64)
     for name, known in {"main": learned, **main.comparisons(session, store)}.items():
         training = main.training(session)
         ready = weighed is not None or training.loss_weighting == "none"
@@ -89,7 +96,19 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
             picking = main.selection(session, store, name)
             run = language_model.recipe(session, store, shape, known, training, weighting=weighed, selection=picking)
         found.add(name, "main", shape, training.steps, run)
+        if reference_losses.weighing_cached(session) and found.runs[-1].left:
+            mixed = simplex.uniform(len(store.domains)) if known is None else known
+            missing, read = reference_losses.missing_of_main(session, store, _models(session, weighed), mixed, read)
+            found.runs[-1] = found.runs[-1]._replace(missing=missing)
     return found.runs, learned
+
+
+def _models(session: Session, weighed: language_model.Weighting | None) -> Sequence[str | None]:
+    """Fingerprints of the models that weigh the main runs; None where one is not trained yet."""
+    if weighed is None:
+        return [None] * weighting.models(session)
+    known: list[str] = weighed.recipe["weighting"]["models"]
+    return known
 
 
 def _adapted(session: Session, store: TokenStore, found: "_Found") -> Run | None:

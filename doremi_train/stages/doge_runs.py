@@ -2,12 +2,10 @@
 
 from dataclasses import fields
 
-import torch
-
 from doremi_train import domain_gradients, model, weights
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
-from doremi_train.methods import doge, swarm
+from doremi_train.methods import doge
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, seeds, targets, training_identity
 from doremi_train.train import Task, Trainer
@@ -15,18 +13,13 @@ from doremi_train.train import Task, Trainer
 
 @once
 def run(session: Session) -> weights.Mixture:
-    """Train every seed, and take the mean of their averages, within mixture.max_epochs. Raises UserError where rounds
-    are asked for, or caps leave no mixture."""
+    """Train every seed, and take the mean of their averages. Raises UserError where rounds are asked for."""
     store = prepare.run(session)
-    within = language_model.caps(session, store, 0.0, "")
     found = recipes(session, store)
     if seeds.apart(session):
         seeds.submitted(session, found, 1)
     trained = [_train(session, store, index, run) for index, run in enumerate(found)]
     mean, interval = weights.summarize([seeds.average(one, store) for one in trained])
-    if not swarm.inside(mean.numpy(), within):
-        session.say("doge: a weight was above what mixture.max_epochs allows; what it had too much went to the others")
-        mean = torch.from_numpy(swarm.project(mean.numpy(), within))
     return seeds.mixture(session, store, mean, interval)
 
 

@@ -4,10 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from doremi_train import __version__, comm, exports, weights
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
+from doremi_train.methods import swarm
 from doremi_train.stages import (
     Session,
     adaptive,
@@ -26,9 +29,35 @@ from doremi_train.stages.language_model import final_tokens, main_steps
 def run(session: Session) -> weights.Mixture:
     """Compute it, complete it with epochs and provenance, and write it."""
     store = prepare.run(session)
-    mixture = complete(session, store, _compute(session, store))
+    within(session, store)  # before anything is trained that could not be used
+    mixture = _capped(session, store, _compute(session, store))
+    mixture = complete(session, store, mixture)
     comm.on_first(lambda: weights.save(session.run_dir / "weights.json", mixture))
     return mixture
+
+
+def within(session: Session, store: TokenStore) -> swarm.Box | None:
+    """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave stay as they are.
+    Raises UserError where it leaves none."""
+    return None if session.config.mixture.method == "file" else language_model.caps(session, store, 0.0, "")
+
+
+def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
+    """(K,) within mixture.max_epochs: what a domain has too much goes to the others in proportion."""
+    box, point = within(session, store), found.numpy()
+    return found if box is None or swarm.inside(point, box) else torch.from_numpy(swarm.project(point, box))
+
+
+def _capped(session: Session, store: TokenStore, mixture: weights.Mixture) -> weights.Mixture:
+    found = mixture.tensor(store.domains)
+    kept = capped(session, store, found)
+    if kept is found:
+        return mixture
+    session.say(
+        f"{', '.join(name for name, less in zip(store.domains, kept < found, strict=True) if less)}: more than "
+        f"mixture.max_epochs={session.config.mixture.max_epochs:g} passes; what was too much went to the others"
+    )
+    return replace(mixture, weights=dict(zip(store.domains, kept.tolist(), strict=True)))
 
 
 def _compute(session: Session, store: TokenStore) -> weights.Mixture:

@@ -15,7 +15,17 @@ from doremi_train.batch_selection import Effort, effort
 from doremi_train.config import fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
-from doremi_train.stages import Session, ahead, main, mixture, plan_text, prepare, reference, reference_losses
+from doremi_train.stages import (
+    Session,
+    ahead,
+    main,
+    mixture,
+    plan_text,
+    prepare,
+    reference,
+    reference_losses,
+    weighting,
+)
 from doremi_train.stages.ahead import Ahead
 
 # Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
@@ -90,7 +100,7 @@ class Bill:
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
         self.domains = len(store.domains)
-        self.models = 2 if self.training.loss_weighting == "imp" else 1  # frozen ones beside a main run
+        self.models = weighting.models(session)  # frozen ones beside a main run
         self.candidates = session.config.batch_selection.candidates or 2 * batch  # of a step that picks
         checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
         self.checked = int(checked.sum())  # sequences of one evaluation
@@ -209,9 +219,10 @@ class Bill:
         return (self._forward(self._frozen(of)) / self._forward(of) if self.live else 0.0) + twice
 
     def _weighing(self, of: costs.Shape) -> float:
-        """The same of a main run that weighs its tokens, as if no loss of the reference were cached."""
+        """The same of a main run that weighs its tokens."""
         whole = self.session.config.weighting.normalize or self.training.loss_weighting == "rho"
-        return self.models * self._forward(self._frozen(of)) / self._forward(of) + (whole and self.parts > 1)
+        live = not reference_losses.weighing_cached(self.session)
+        return live * self.models * self._forward(self._frozen(of)) / self._forward(of) + (whole and self.parts > 1)
 
     def _frozen(self, proxy: costs.Shape) -> costs.Shape:
         """The reference beside a proxy."""
@@ -262,7 +273,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
 
 def _reference_losses(session: Session, store: TokenStore, runs: Sequence[Ahead]) -> dict[str, int] | None:
     """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read, for every round;
-    where they are cached, also for how many sequences they are missing.
+    where they are cached, also for how many sequences of any run they are missing.
 
     What seeds have in common is an expectation, since they draw independently; draws from α are taken for uniform.
     """

@@ -3,12 +3,13 @@
 K domains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train import checkpoint, comm, losses, model
@@ -38,6 +39,11 @@ def needed(session: Session) -> bool:
 
 def cached(session: Session) -> bool:
     return needed(session) and session.config.reference.losses == "cached"
+
+
+def weighing_cached(session: Session) -> bool:
+    """Whether the main runs weigh their tokens by losses that are cached."""
+    return session.config.training.loss_weighting != "none" and session.config.reference.losses == "cached"
 
 
 def of(session: Session, store: TokenStore, run: Run, folder: Path) -> losses.Reference | None:
@@ -142,21 +148,43 @@ def missing(session: Session, store: TokenStore, run: Run | None, index: int, be
     drawing = sampler(session, store, index)
     count = np.minimum(draws(session, drawing), drawing.sizes)  # (K,)
     read = count / drawing.sizes
-    return float((count * (1 - _there(session, store, run, drawing, count)) * (1 - read) ** before).sum())
+    absent = _absent(session, store, None if run is None else run.recipe["reference"], drawing, count)
+    return float((absent * (1 - read) ** before).sum())
 
 
-def _there(session: Session, store: TokenStore, run: Run | None, drawing: Sampler, count: Ints) -> np.ndarray:
-    """(K,) part of the first `count` (K,) draws that is cached already."""
+def missing_of_main(
+    session: Session, store: TokenStore, fingerprints: Sequence[str | None], mixed: Tensor, before: Ints
+) -> tuple[float, Ints]:
+    """Sequences that a main run on `mixed` (K,) finds without a loss, summed over the models that weigh it (None: one
+    that is not trained yet); and the draws (K,) with which main runs have passed, `before` of them ahead of this one.
+
+    All main runs of a command draw a domain's sequences in one order. What proxies read is not counted off.
+    """
+    training = session.config.training
+    whole = store.sequences("train", training.sequence_length)
+    drawing = Sampler(whole, store.domains, training.batch_size, session.config.seed)
+    steps = language_model.main_steps(session)
+    count = np.minimum(drawing.counts_before(steps, mixed.numpy()), drawing.sizes)
+    known = np.minimum(count, before)
+    left = sum(
+        float((_absent(session, store, one, drawing, count) - _absent(session, store, one, drawing, known)).sum())
+        for one in fingerprints
+    )
+    return left, np.maximum(count, before)
+
+
+def _absent(
+    session: Session, store: TokenStore, fingerprint: str | None, drawing: Sampler, count: Ints
+) -> NDArray[np.float64]:
+    """(K,) how many of the first `count` (K,) draws have no loss of this model."""
     domains = len(count)
-    if run is None:
-        return np.zeros(domains)
-    recipe = _recipe(session, store, run.recipe["reference"])
-    if not losses.exists(session.store, recipe):
-        return np.zeros(domains)
+    recipe = None if fingerprint is None else _recipe(session, store, fingerprint)
+    if recipe is None or not losses.exists(session.store, recipe):
+        return count.astype(np.float64)
     table = losses.Table(session.store, store, recipe)
     looked = np.minimum(count, max(1, _LOOKED_AT // domains))  # (K,)
     domain = np.repeat(np.arange(domains), looked)
     nth = np.arange(len(domain)) - np.repeat(np.cumsum(looked) - looked, looked)
     number = nth * count[domain] // looked[domain]
     found = losses.there(table.read(table.rows(domain, drawing.sequence(domain, number))))
-    return np.bincount(domain, found, domains) / np.maximum(looked, 1)
+    return count * (1 - np.bincount(domain, found, domains) / np.maximum(looked, 1))

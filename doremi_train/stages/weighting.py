@@ -15,6 +15,11 @@ from doremi_train.stages.language_model import Weighting
 DATA_MODEL = "data_model"  # under run_dir
 
 
+def models(session: Session) -> int:
+    """Frozen ones beside a main run."""
+    return {"none": 0, "imp": 2}.get(session.config.training.loss_weighting, 1)
+
+
 def of(session: Session, store: TokenStore) -> Weighting | None:
     """The weighting of this command's main runs, its frozen models being trained first; None: every token counts 1."""
     if session.config.training.loss_weighting == "none":
