@@ -233,6 +233,19 @@ def test_average_from_leaves_out_the_start_of_the_run(part: float, left_out: int
     torch.testing.assert_close(doremi.result(states[-1]), expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize(("part", "still"), [(0.34, 1), (0.5, 1), (0.67, 2)])
+def test_in_the_warm_up_the_weights_stay_uniform_and_are_not_averaged(part: float, still: int) -> None:
+    """After it they are those of a run that begins there."""
+    states = trajectory(EXCESS, Options(warmup=part))
+    later = trajectory(EXCESS[still:], Options())
+    for state in states[: 1 + still]:
+        assert torch.equal(state.weights, simplex.uniform(3))
+    for state, expected in zip(states[1 + still :], later[1:], strict=True):
+        assert torch.equal(state.weights, expected.weights)
+    torch.testing.assert_close(doremi.result(states[-1]), doremi.result(later[-1]), rtol=0, atol=1e-15)
+    assert torch.equal(states[1].excess, trajectory(EXCESS, Options())[1].excess)  # recorded all the same
+
+
 def test_no_result_before_a_step_was_averaged() -> None:
     with pytest.raises(ValueError, match="average_from"):
         doremi.result(doremi.init(3, 10, Options()))
@@ -260,7 +273,8 @@ def test_a_missing_reference_is_an_error_and_not_the_raw_loss(score: Any) -> Non
     ("key", "value"),
     [("step_size", v) for v in (math.inf, -math.inf, math.nan, -1.0, "1", False)]
     + [("smoothing", v) for v in (1.0, 1.5, -0.1, math.nan, math.inf)]
-    + [("average_from", 1.0), ("clip", "sequence"), ("score", "loss"), ("objective", "both"), ("absent", "skip")],
+    + [("warmup", 1.0), ("average_from", 1.0)]
+    + [("clip", "sequence"), ("score", "loss"), ("objective", "both"), ("absent", "skip")],
 )
 def test_invalid_options_are_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(UserError) as error:

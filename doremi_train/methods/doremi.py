@@ -28,6 +28,7 @@ class Options:
     smoothing: Fraction = 1e-3  # c, towards the uniform mixture
     clip: Literal["token", "domain"] = "token"  # where max(·, 0) is taken; `domain`: after the domain's mean
     absent: Literal["zero", "hold"] | None = None  # excess of a domain not in the batch; null: hold for resample only
+    warmup: Fraction = 0.0  # part of the run in which α stays uniform; it is left out of ᾱ
     average_from: Fraction = 0.0  # part of the run left out of ᾱ at its start
     objective: Literal["weight", "resample"] = "weight"  # weight the loss by α_t, or draw the next batch from α_t
     score: Literal["excess", "hardest", "easiest"] = "excess"  # ℓ_θ − ℓ_ref clipped; or ℓ_θ, or −ℓ_ref, both unclipped
@@ -52,14 +53,24 @@ class State(NamedTuple):
     averaged: Tensor  # () how many those are
     excess: Tensor  # (K,) λ_t as used by the last update, nats per token
     step: Tensor  # () t
+    moves_after: Tensor  # () α_t changes for t above this
     average_after: Tensor  # () α_t is averaged for t above this
 
 
 def init(domains: int, steps: int, options: Options) -> State:
     """State before step 1 of a run of `steps` steps."""
     zeros = torch.zeros(domains, dtype=torch.float64)
-    skipped = torch.tensor(int(options.average_from * steps))
-    return State(simplex.uniform(domains), zeros, torch.tensor(0), zeros, torch.tensor(0), skipped)
+    still = int(options.warmup * steps)
+    left_out = max(still, int(options.average_from * steps))
+    return State(
+        weights=simplex.uniform(domains),
+        weight_sum=zeros,
+        averaged=torch.tensor(0),
+        excess=zeros,
+        step=torch.tensor(0),
+        moves_after=torch.tensor(still),
+        average_after=torch.tensor(left_out),
+    )
 
 
 def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
@@ -91,8 +102,10 @@ def update(state: State, stats: Stats, options: Options) -> State:
     if options.clip == "domain" and options.score == "excess":
         excess = excess.clamp_min(0)
     excess = torch.where(present, excess, state.excess if options.holds else torch.zeros_like(excess))
-    weights = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
     step = state.step + 1
+    moved = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
+    # At the start, excess is what the reference has learned already: largest where there was most to learn quickly.
+    weights = torch.where(step > state.moves_after, moved, state.weights)
     counts = step > state.average_after
     return State(
         weights=weights,
@@ -100,6 +113,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
         averaged=state.averaged + counts,
         excess=excess,
         step=step,
+        moves_after=state.moves_after,
         average_after=state.average_after,
     )
 

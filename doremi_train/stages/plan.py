@@ -326,7 +326,8 @@ def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict
     if mismatched and longer and not options.match_repetition:
         hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
         found["mismatched"].insert(0, hint)
-    found["short"] = too_short(training.steps, training.batch_size, len(names), options.step_size, options.average_from)
+    left_out = max(options.warmup, options.average_from)
+    found["short"] = too_short(training.steps, training.batch_size, len(names), options.step_size, left_out)
     return found
 
 
