@@ -46,6 +46,13 @@ class Source(NamedTuple):
     epochs: float  # passes over it in the final run
 
 
+class Stage(NamedTuple):
+    """A mixture, and when it begins."""
+
+    step: int  # of the trainer, from 0
+    sources: Sequence[Source]
+
+
 class Format(NamedTuple):
     """What one trainer reads."""
 
@@ -54,6 +61,7 @@ class Format(NamedTuple):
     write: Callable[[Sequence[Source]], str]
     read: Callable[[str], Mapping[str, Any]]  # {path or domain: weight}
     paths: bool = True  # False: sources go by name, so export.paths is not needed
+    write_stages: Callable[[Sequence["Stage"]], str] | None = None  # None: it knows one mixture for the whole run
 
 
 def shares(weights: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
@@ -80,8 +88,18 @@ def weights(drawn: Mapping[str, float], tokens_per_document: Mapping[str, float]
     return {name: value / math.fsum(tokens.values()) for name, value in tokens.items()}
 
 
-def write(to: str, drawn: Mapping[str, float], paths: Mapping[str, str], epochs: Mapping[str, float]) -> str:
-    """The text for the trainer `to`. Raises UserError naming the domains without a path, or a path that cannot be."""
+def write(
+    to: str,
+    drawn: Mapping[str, float],
+    paths: Mapping[str, str],
+    epochs: Mapping[str, float],
+    schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
+) -> str:
+    """The text for the trainer `to`. `schedule` is what is drawn from each step on, where it changes: the trainer gets
+    it if it can follow one, and else the whole run's `drawn`.
+
+    Raises UserError naming the domains without a path, or a path that cannot be.
+    """
     form = FORMATS[to]
     missing = [name for name in drawn if name not in paths]
     if missing and form.paths:
@@ -89,7 +107,11 @@ def write(to: str, drawn: Mapping[str, float], paths: Mapping[str, str], epochs:
             f"export.paths: no path for {', '.join(missing)}; export.to={to} needs one of each domain, "
             f"as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
         )
-    sources = [Source(name, paths.get(name, name), weight, epochs.get(name, 0.0)) for name, weight in drawn.items()]
+
+    def found(drawn: Mapping[str, float]) -> list[Source]:
+        return [Source(name, paths.get(name, name), weight, epochs.get(name, 0.0)) for name, weight in drawn.items()]
+
+    sources = found(drawn)
     for source in sources:
         same = [other.domain for other in sources if other.path == source.path]
         if len(same) > 1:
@@ -98,6 +120,8 @@ def write(to: str, drawn: Mapping[str, float], paths: Mapping[str, str], epochs:
             raise UserError(
                 f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use another path"
             )
+    if schedule and form.write_stages:
+        return form.write_stages([Stage(step, found(weights)) for step, weights in schedule])
     return form.write(sources)
 
 
@@ -185,9 +209,17 @@ def _read_gpt_neox(text: str) -> dict[str, Any]:
 
 
 def _nanotron(sources: Sequence[Source]) -> str:
-    paths, numbers = _columns(sources)
-    data = {"dataset": {"dataset_folder": paths, "dataset_weights": numbers}}
-    return _yaml({"data_stages": [{"name": "mixture", "start_training_step": 1, "data": data}]})
+    return _nanotron_stages([Stage(0, sources)])
+
+
+def _nanotron_stages(stages: Sequence[Stage]) -> str:
+    found = []
+    for step, sources in stages:
+        paths, numbers = _columns(sources)
+        data = {"dataset": {"dataset_folder": paths, "dataset_weights": numbers}}
+        name = f"mixture from step {step + 1}" if len(stages) > 1 else "mixture"
+        found.append({"name": name, "start_training_step": step + 1, "data": data})
+    return _yaml({"data_stages": found})
 
 
 def _read_nanotron(text: str) -> dict[str, Any]:
@@ -227,6 +259,10 @@ def _read_olmo_core(text: str) -> dict[str, Any]:
 
 def _levanter(sources: Sequence[Source]) -> str:
     return _yaml({"data": {"train_weights": _by_path(sources)}})
+
+
+def _levanter_stages(stages: Sequence[Stage]) -> str:
+    return _yaml({"data": {"train_weights": [[step, _by_path(sources)] for step, sources in stages]}})
 
 
 def _read_levanter(text: str) -> dict[str, Any]:
@@ -313,13 +349,13 @@ FORMATS: dict[str, Format] = {
     "megatron": Format("sequences", "txt", _megatron, _read_megatron),
     "nemo": Format("sequences", "json", _nemo, lambda text: _pairs(yaml.safe_load(text))),
     "gpt_neox": Format("sequences", "yml", _gpt_neox, _read_gpt_neox),
-    "nanotron": Format("sequences", "yaml", _nanotron, _read_nanotron),
+    "nanotron": Format("sequences", "yaml", _nanotron, _read_nanotron, write_stages=_nanotron_stages),
     "mosaicml_streaming": Format("sequences", "yaml", _mosaicml_streaming, _read_mosaicml_streaming),
     "datasets": Format("documents", "py", _datasets, _read_module),
     "olmo_core": Format("sequences", "yaml", _olmo_core, _read_olmo_core),
     "torchtitan": Format("sequences", "py", _torchtitan, _read_module),
     "litdata": Format("sequences", "py", _litdata, _read_module),
-    "levanter": Format("sequences", "yaml", _levanter, _read_levanter, paths=False),
+    "levanter": Format("sequences", "yaml", _levanter, _read_levanter, paths=False, write_stages=_levanter_stages),
     "lingua": Format("documents", "yaml", _lingua, _read_lingua, paths=False),
     "webdataset": Format("documents", "py", _webdataset, _read_module),
     "doremi": Format("sequences", "json", _doremi, _read_doremi, paths=False),

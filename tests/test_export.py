@@ -114,6 +114,19 @@ def test_the_form_of_megatron_and_nanotron() -> None:
     assert stage["data"]["dataset"] == {"dataset_folder": ["/d/a", "/d/b"], "dataset_weights": [0.3, 0.7]}
 
 
+def test_a_schedule_goes_to_those_who_can_follow_one() -> None:
+    later = exports.shares({"a": 0.6, "b": 0.4}, None)
+    schedule = [(0, HALF), (100, later)]
+    levanter = yaml.safe_load(exports.write("levanter", HALF, AT, {}, schedule))["data"]["train_weights"]
+    assert levanter == [[0, {"/d/a": 0.3, "/d/b": 0.7}], [100, {"/d/a": 0.6, "/d/b": 0.4}]]
+    stages = yaml.safe_load(exports.write("nanotron", HALF, AT, {}, schedule))["data_stages"]
+    assert [stage["start_training_step"] for stage in stages] == [1, 101]  # it counts from 1
+    assert len({stage["name"] for stage in stages}) == 2
+    assert [stage["data"]["dataset"]["dataset_weights"] for stage in stages] == [[0.3, 0.7], [0.6, 0.4]]
+    for to in set(FORMATS) - {"levanter", "nanotron"}:
+        assert exports.write(to, HALF, AT, {}, schedule) == exports.write(to, HALF, AT, {})
+
+
 @pytest.mark.parametrize("to", [to for to, form in FORMATS.items() if form.ending in ("yaml", "yml")])
 def test_yaml_numbers_are_numbers_even_where_they_are_tiny(to: str) -> None:
     def leaves(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,7 +204,7 @@ def adapted(
     return request.param, run_dir
 
 
-def test_weights_and_schedule_are_what_was_drawn(adapted: tuple[str, Path]) -> None:
+def test_weights_and_schedule_are_what_was_drawn(adapted: tuple[str, Path], tiny: list[str], command: Command) -> None:
     name, run_dir = adapted
     trace, mixture = lines(run_dir / "main/domain_weights.jsonl"), read(run_dir / "weights.json")
     drawn = {domain: sum(line["tokens"][domain] for line in trace) for domain in mixture["weights"]}
@@ -217,6 +218,11 @@ def test_weights_and_schedule_are_what_was_drawn(adapted: tuple[str, Path]) -> N
         for domain, weight in before["weights"].items():
             assert abs(after["tokens"][domain] / 32 - 8 * weight) < 1
     assert "main" in read(run_dir / "plan.json")["stages"]
+    overrides = [*tiny, *ADAPTS, f"mixture={name}", f"run_dir={run_dir}", "stage=export", "export.to=levanter"]
+    assert command(*overrides).code == 0
+    exported = yaml.safe_load((run_dir / "export/mixture_levanter.yaml").read_text())["data"]["train_weights"]
+    assert [first for first, _ in exported] == [first for first, _ in stages]
+    assert all(written == pytest.approx(weights) for (_, written), (_, weights) in zip(exported, stages, strict=True))
     if name == "dro":
         recipe = read(run_dir / "main/recipe.json")["options"]
         figures = read(run_dir / "reference/result.json")["evaluation"]["domains"]

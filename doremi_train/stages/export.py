@@ -6,7 +6,7 @@ from typing import Any
 
 from doremi_train import comm, exports, files
 from doremi_train.config import UserError, redact
-from doremi_train.stages import Session, mixture, prepare
+from doremi_train.stages import Session, language_model, mixture, prepare
 
 
 def run(session: Session) -> Path:
@@ -26,7 +26,8 @@ def run(session: Session) -> Path:
     chosen = mixture.run(session)
     means = mixture.tokens_per_document(session, store, to)
     drawn = exports.shares(chosen.weights, means)
-    text = exports.write(to, drawn, paths, chosen.epochs)
+    schedule = [(step, exports.shares(mixed, means)) for step, mixed in chosen.schedule or []]
+    text = exports.write(to, drawn, paths, chosen.epochs, schedule)
     path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{exports.FORMATS[to].ending}")
     left_out = [name for name in store.domains if name not in drawn]
     beside = {
@@ -41,6 +42,10 @@ def run(session: Session) -> Path:
     comm.on_first(lambda: _write(path, text, beside))
     unit = "documents, so weights are divided by mean tokens per document" if means else "sequences"
     session.say(f"export: {path}, for a trainer that draws {unit}")
+    if schedule and exports.FORMATS[to].write_stages:
+        session.say(f"export: {len(schedule)} stages, for a run of {language_model.main_steps(session)} steps")
+    elif schedule:
+        session.say(f"export: the mean of the schedule; {to} knows one mixture for the whole run")
     if left_out:
         session.say(f"export: left out, as their weight is zero: {', '.join(left_out)}")
     return path
