@@ -133,7 +133,7 @@ def command() -> Command:
 def doremi() -> Command:
     """`doremi(*overrides, processes=1, env={}, cwd=…)` runs the command in processes of its own, to its end."""
 
-    def run(*overrides: str, timeout: float = 240, **how: object) -> Outcome:
+    def run(*overrides: str, timeout: float = 900, **how: object) -> Outcome:
         started = start(*overrides, **how)  # type: ignore[arg-type]
         try:
             out, err = started.communicate(timeout=timeout)
