@@ -31,7 +31,7 @@ def checkpoints(stage: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended too early: {process.communicate()}"
@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", se
 
 
 def ended(process: "subprocess.Popen[str]") -> Outcome:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return Outcome(process.returncode, out, err)
 
 

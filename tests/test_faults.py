@@ -166,12 +166,12 @@ def test_a_vanished_process_ends_the_others_with_a_message(
 
 @pytest.mark.acceptance
 def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(prepared: list[str], tmp_path: Path) -> None:
-    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=reference", "training.timeout=4"]
-    with ranks(2, *overrides, "training.steps=5000", "evaluation.every=5000") as (left, frozen):
+    overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=reference", "training.timeout=15"]
+    with ranks(2, *overrides, "training.steps=50000", "evaluation.every=50000") as (left, frozen):
         wait_for(lambda: reached(tmp_path / "run" / "reference", 7), left)
         frozen.send_signal(signal.SIGSTOP)
         outcome = ended(left)
-    assert outcome.code == 1 and "training.timeout=4 s" in outcome.err, outcome
+    assert outcome.code == 1 and "training.timeout=15 s" in outcome.err, outcome
     assert read(tmp_path / "run" / "reference" / "status.json")["state"] == "failed"
 
 
