@@ -15,6 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import TINY, documents, environment, run_here, start, write_jsonl
+from running import documents_of
+
+from doremi_train.data.shards import TokenStore
 
 pytest.importorskip("numba")
 
@@ -188,6 +191,41 @@ def test_a_run_selects_and_trains_on_the_choice_with_the_validation_of_all(
         for key in ("documents", "bytes"):
             assert own["domains"][domain]["validation"][key] == every["domains"][domain]["validation"][key]
     assert own["domains"]["mixed"]["train"]["bytes"] < 0.35 * every["domains"]["mixed"]["train"]["bytes"]
+
+
+@pytest.mark.acceptance
+def test_doremi_over_domains_trains_on_the_choice_within_each(raw: Path, target: Path, tmp_path: Path) -> None:
+    """One command: the budget of every domain is chosen from, DoReMi weighs what was chosen, and the final models train
+    on it by these weights."""
+    budgets = {"mixed": 3000, "plain": 5000}
+    run_dir = tmp_path / "run"
+    budget = f"selection.tokens={{mixed: {budgets['mixed']}, plain: {budgets['plain']}}}"
+    ran(*selecting(raw, target, run_dir, "stage=pipeline", budget, *TINY))
+
+    texts = {path: [json.loads(line)["text"] for line in path.open()] for path in raw.glob("*/*.jsonl")}
+    expected: dict[str, list[str]] = {domain: [] for domain in budgets}
+    tokens = Counter[str]()
+    for row in chosen(run_dir):
+        expected[row["domain"]].append(texts[raw / row["shard"]][row["row"]])
+        tokens[row["domain"]] += row["tokens"]
+    store = TokenStore.open(run_dir / "prepare")
+    for domain, most in budgets.items():
+        assert most - 100 < tokens[domain] <= most
+        assert sorted(documents_of(store, "train", domain)) == sorted(expected[domain])
+
+    mixture = json.loads((run_dir / "weights.json").read_text())
+    weights = mixture["weights"]
+    steps = [json.loads(line)["weights"] for line in (run_dir / "proxy" / "domain_weights.jsonl").open()]
+    assert mixture["method"] == "doremi" and len(steps) == mixture["provenance"]["steps"] == 12
+    assert abs(sum(weights.values()) - 1) < 1e-9
+    assert weights == pytest.approx({domain: np.mean([step[domain] for step in steps]) for domain in budgets}, abs=1e-9)
+    assert mixture["provenance"]["data"] == store.fingerprint
+    for domain, size in zip(store.domains, store.sizes("train"), strict=True):  # of the choice, not of all
+        assert mixture["epochs"][domain] == pytest.approx(weights[domain] * 12 * 8 * 32 / size)
+    evaluated = json.loads((run_dir / "evaluation.json").read_text())
+    assert {"reference", "baseline", "main"} <= evaluated.keys()
+    assert all(model["domains"].keys() == budgets.keys() for model in evaluated.values())
+    assert (run_dir / "report.html").exists()
 
 
 def test_a_domain_without_a_chosen_document_is_left_out(raw: Path, target: Path, tmp_path: Path) -> None:
