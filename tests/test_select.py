@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -361,6 +363,37 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
         outcome = run_here("stage=prepare", f"data.root={tmp_path / 'raw'}", f"data.selection={selection}", *TINY,
                            f"run_dir={tmp_path / name}")  # fmt: skip
         assert outcome.code == 2 and said in outcome.err, outcome
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("form", "small", "large"), [("txt", 4, 10), ("jsonl", 1, 10)])
+def test_memory_does_not_grow_with_a_file(form: str, small: int, large: int, target: Path, tmp_path: Path) -> None:
+    """Peak of the whole command on so many times 6 MB of text: as one document (.txt), and as 100 000 each time."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
+    program = (
+        "import re; from pathlib import Path; from doremi_train.__main__ import main\n"
+        "try: main()\n"
+        "finally: print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+    )
+    text = " ".join(documents(2, "hijklmno", 2000, 6_000_000))
+    lines = "".join(f'{{"text": "{text[at : at + 60]}"}}\n' for at in range(0, len(text), 60))
+    peaks = []
+    for times in (small, large):
+        root = tmp_path / str(times)
+        (root / "d").mkdir(parents=True)
+        with (root / "d" / f"train.{form}").open("w") as file:
+            file.writelines(text + "\n" if form == "txt" else lines for _ in range(times))
+        (root / "d" / "validation.jsonl").write_text('{"text": "some"}\n')
+        command = selecting(root, target, tmp_path / f"run-{times}", "selection.documents=100")
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command], env=environment(), capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 64, peaks
 
 
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
