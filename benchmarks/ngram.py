@@ -1,5 +1,6 @@
 """How fast documents are scored: `selection=ngram` over the package data-selection on the same text, one core each; its
-kernel on text in memory; and the whole of it, from jsonl.zst to a file of scores, over reading these files alone.
+kernel on text in memory; the whole of it, from jsonl.zst to a file of scores, over reading these files alone; and with
+`--ray` what a task costs on a Ray cluster beyond its work, over a pool of processes.
 
 Seconds are the processor's, so that others on the machine matter less. The text is that of `--root`, or else the
 demonstration's, repeated until it is large enough.
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,13 @@ from benchmarks import common
 from benchmarks.prepare import corpus, texts
 from doremi_train.data import sources
 from doremi_train.data.options import Options as Data
-from doremi_train.selection import kernels, parts, tasks
+from doremi_train.selection import engines, kernels, parts, tasks
 from doremi_train.selection.options import Options
 from doremi_train.selection.scorers import halves
 
 TARGET = 20  # documents of the first domain
+SHARD = 64.0  # MB of text of a usual file, the work of a task
+WORKERS, NOTHINGS = 2, 400  # at once, and tasks that are done already, to see what a task costs beyond its work
 
 
 def work(data: Data, folder: Path) -> list[tasks.Task]:
@@ -48,6 +52,17 @@ def estimated(all_: list[tasks.Task], target: list[bytes]) -> None:
 def scored(all_: list[tasks.Task]) -> None:
     for task in all_:
         tasks.score(task)
+
+
+def handled(done: tasks.Task, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a worker that a task takes whose work is done already, by engine, in every round."""
+
+    def turn(engine: engines.Engine) -> None:
+        engine.run(tasks.score, [done] * NOTHINGS, lambda _: None)
+
+    with engines.Processes(WORKERS) as pool, engines.Ray(WORKERS) as ray:
+        times = common.alternate({"processes": partial(turn, pool), "ray": partial(turn, ray)}, rounds)
+    return {name: [seconds * WORKERS / NOTHINGS for seconds in took] for name, took in times.items()}
 
 
 class Peer:
@@ -150,7 +165,9 @@ def measure(given: argparse.Namespace) -> common.Result:
             sides |= {"ours_on_less": whole(small, fit=True), "data_selection": peer.turn}
         else:
             print("data-selection is not measured: --peer names the interpreter of an environment that has it")
-        times = common.alternate(sides, given.rounds or (3 if given.quick else 9), clock=time.process_time)
+        rounds = given.rounds or (3 if given.quick else 9)
+        times = common.alternate(sides, rounds, clock=time.process_time)
+        beyond = handled(large[0], rounds) if given.ray else {}
     size, less = (sum(len(text.encode()) for text in side) / 1e6 for side in (documents, few))
     speed = {
         f"{side}_mb_per_s_core": (less if side in ("ours_on_less", "data_selection") else size)
@@ -161,13 +178,25 @@ def measure(given: argparse.Namespace) -> common.Result:
     ratios = {"of_reading": common.ratio(times["reading"], times["end_to_end"])}
     if given.peer:
         ratios["over_data_selection"] = common.ratio(times["data_selection"], times["ours_on_less"])
-    return common.Result(ratios, {"text_mb": size, **speed})
+    figures = {"text_mb": size, **speed}
+    if beyond:
+        figures |= {f"{engine}_ms_per_task": 1e3 * statistics.median(took) for engine, took in beyond.items()}
+        bare = SHARD / speed["end_to_end_mb_per_s_core"]
+        ray, processes = ([bare + seconds for seconds in beyond[engine]] for engine in ("ray", "processes"))
+        ratios["ray_over_processes"] = common.ratio(ray, processes)
+        common.table(
+            f"beyond the work of a task, of {bare:.2f} s for {SHARD:.0f} MB",
+            ("", "ms"),
+            [(engine, figures[f"{engine}_ms_per_task"]) for engine in beyond],
+        )
+    return common.Result(ratios, figures)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="text: a folder of domains, as data.root")
     parser.add_argument("--megabytes", type=float, help="of text; default: 60")
     parser.add_argument("--rounds", type=int, help="turns of every side")
+    parser.add_argument("--ray", action="store_true", help="also what a task costs on Ray (extra ray)")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with data-selection 1.0.3")
 
 

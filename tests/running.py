@@ -1,13 +1,18 @@
 """To stop real processes at a chosen place, and to compare what two runs left."""
 
+import io
 import json
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conftest import Outcome
+
+from doremi_train.data.shards import TokenStore
 
 STEPS = 60  # of conftest's LONG
 
@@ -80,3 +85,19 @@ def same_bits(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for a, b in zip(*(lines(run / "proxy" / "metrics.jsonl") for run in (one, two)), strict=True):
         assert a["step"] == b["step"] and a["learning_rate"] == b["learning_rate"] and a["loss"] == b["loss"]
+
+
+def documents_of(store: TokenStore, split: str, domain: str) -> list[str]:
+    """Texts, read back from the shards of a small store."""
+    tokenizer, found, pending = store.tokenizer(), [], []
+    for path in sorted((store.path / store.manifest["domains"][domain][split]["folder"]).glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name.endswith(".tokens.npy"):
+                    pending += np.load(io.BytesIO(archive.extractfile(member).read())).tolist()  # type: ignore
+    while store.end_of_document in pending:
+        cut = pending.index(store.end_of_document)
+        found.append(tokenizer.decode(pending[:cut], skip_special_tokens=False))
+        pending = pending[cut + 1 :]
+    assert not pending
+    return found

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from running import documents_of
 
 from doremi_train.config import UserError, load
 from doremi_train.data import prepare as preparation
@@ -88,22 +89,6 @@ def shards(store: Path) -> dict[str, bytes]:
     """Everything but the manifest, which names the sources."""
     files = [path for path in store.rglob("*") if path.is_file() and path.name != "manifest.json"]
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
-
-
-def documents_of(store: TokenStore, split: str, domain: str) -> list[str]:
-    """Texts, read back from the shards of a small store."""
-    tokenizer, found, pending = store.tokenizer(), [], []
-    for path in sorted((store.path / store.manifest["domains"][domain][split]["folder"]).glob("*.tar")):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.name.endswith(".tokens.npy"):
-                    pending += np.load(io.BytesIO(archive.extractfile(member).read())).tolist()  # type: ignore
-    while store.end_of_document in pending:
-        cut = pending.index(store.end_of_document)
-        found.append(tokenizer.decode(pending[:cut], skip_special_tokens=False))
-        pending = pending[cut + 1 :]
-    assert not pending
-    return found
 
 
 def test_the_same_text_gives_the_same_shards_in_any_files(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import TINY, documents, environment, run_here, start, write_jsonl
+from running import documents_of
+
+from doremi_train.data.shards import TokenStore
 
 pytest.importorskip("numba")
 
@@ -190,6 +195,41 @@ def test_a_run_selects_and_trains_on_the_choice_with_the_validation_of_all(
     assert own["domains"]["mixed"]["train"]["bytes"] < 0.35 * every["domains"]["mixed"]["train"]["bytes"]
 
 
+@pytest.mark.acceptance
+def test_doremi_over_domains_trains_on_the_choice_within_each(raw: Path, target: Path, tmp_path: Path) -> None:
+    """One command: the budget of every domain is chosen from, DoReMi weighs what was chosen, and the final models train
+    on it by these weights."""
+    budgets = {"mixed": 3000, "plain": 5000}
+    run_dir = tmp_path / "run"
+    budget = f"selection.tokens={{mixed: {budgets['mixed']}, plain: {budgets['plain']}}}"
+    ran(*selecting(raw, target, run_dir, "stage=pipeline", budget, *TINY))
+
+    texts = {path: [json.loads(line)["text"] for line in path.open()] for path in raw.glob("*/*.jsonl")}
+    expected: dict[str, list[str]] = {domain: [] for domain in budgets}
+    tokens = Counter[str]()
+    for row in chosen(run_dir):
+        expected[row["domain"]].append(texts[raw / row["shard"]][row["row"]])
+        tokens[row["domain"]] += row["tokens"]
+    store = TokenStore.open(run_dir / "prepare")
+    for domain, most in budgets.items():
+        assert most - 100 < tokens[domain] <= most
+        assert sorted(documents_of(store, "train", domain)) == sorted(expected[domain])
+
+    mixture = json.loads((run_dir / "weights.json").read_text())
+    weights = mixture["weights"]
+    steps = [json.loads(line)["weights"] for line in (run_dir / "proxy" / "domain_weights.jsonl").open()]
+    assert mixture["method"] == "doremi" and len(steps) == mixture["provenance"]["steps"] == 12
+    assert abs(sum(weights.values()) - 1) < 1e-9
+    assert weights == pytest.approx({domain: np.mean([step[domain] for step in steps]) for domain in budgets}, abs=1e-9)
+    assert mixture["provenance"]["data"] == store.fingerprint
+    for domain, size in zip(store.domains, store.sizes("train"), strict=True):  # of the choice, not of all
+        assert mixture["epochs"][domain] == pytest.approx(weights[domain] * 12 * 8 * 32 / size)
+    evaluated = json.loads((run_dir / "evaluation.json").read_text())
+    assert {"reference", "baseline", "main"} <= evaluated.keys()
+    assert all(model["domains"].keys() == budgets.keys() for model in evaluated.values())
+    assert (run_dir / "report.html").exists()
+
+
 def test_a_domain_without_a_chosen_document_is_left_out(raw: Path, target: Path, tmp_path: Path) -> None:
     choice = ("selection.documents=20", "selection.temperature=0")
     ran(*selecting(raw, target, tmp_path / "run", *choice, "stage=prepare", *TINY))
@@ -323,6 +363,37 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
         outcome = run_here("stage=prepare", f"data.root={tmp_path / 'raw'}", f"data.selection={selection}", *TINY,
                            f"run_dir={tmp_path / name}")  # fmt: skip
         assert outcome.code == 2 and said in outcome.err, outcome
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("form", "small", "large"), [("txt", 4, 10), ("jsonl", 1, 10)])
+def test_memory_does_not_grow_with_a_file(form: str, small: int, large: int, target: Path, tmp_path: Path) -> None:
+    """Peak of the whole command on so many times 6 MB of text: as one document (.txt), and as 100 000 each time."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
+    program = (
+        "import re; from pathlib import Path; from doremi_train.__main__ import main\n"
+        "try: main()\n"
+        "finally: print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+    )
+    text = " ".join(documents(2, "hijklmno", 2000, 6_000_000))
+    lines = "".join(f'{{"text": "{text[at : at + 60]}"}}\n' for at in range(0, len(text), 60))
+    peaks = []
+    for times in (small, large):
+        root = tmp_path / str(times)
+        (root / "d").mkdir(parents=True)
+        with (root / "d" / f"train.{form}").open("w") as file:
+            file.writelines(text + "\n" if form == "txt" else lines for _ in range(times))
+        (root / "d" / "validation.jsonl").write_text('{"text": "some"}\n')
+        command = selecting(root, target, tmp_path / f"run-{times}", "selection.documents=100")
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command], env=environment(), capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 64, peaks
 
 
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────

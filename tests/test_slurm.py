@@ -362,6 +362,33 @@ def test_a_stopped_parent_takes_its_jobs_along(fresh: list[str], tmp_path: Path)
     wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue", 30)
 
 
+# ── Selections ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> list[str]:
+    """Overrides of a selection from twelve files. While there is a file `slow`, each takes as many seconds to read."""
+    pytest.importorskip("numba")
+    script = tmp_path / "read.sh"
+    script.write_text(f'[ -e {tmp_path / "slow"} ] && sleep "$(cat {tmp_path / "slow"})"\nexec cat "$1"\n')
+    texts = list(documents(2, "hijklmno", 200, 100_000))
+    files = [write_jsonl(tmp_path / "raw" / f"{n:02d}.jsonl", texts[n::12] * 20) for n in range(12)]
+    train = ", ".join(f'"pipe:sh {script} {file}"' for file in files)
+    target = write_jsonl(tmp_path / "target.jsonl", list(documents(3, "nopqrst", 300, 3000)))
+    return ["stage=select", f"data.domains={{d: {{train: [{train}]}}}}", "data.allow_pipe=true", "selection=ngram",
+            f"selection.targets={{t: [{target}]}}"]  # fmt: skip
+
+
+def same_choice(one: Path, two: Path) -> None:
+    for name in ("result.json", "t/sidecar.parquet", "t/weights.json"):
+        assert (one / "select" / name).read_bytes() == (two / "select" / name).read_bytes(), name
+
+
+def counted(run_dir: Path) -> dict[Path, int]:
+    """The counts that are there, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in run_dir.glob("store/selection/*/counts/*.npz")}
+
+
 def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     texts = list(documents(2, "hijklmno", 200, 100_000))
@@ -386,7 +413,49 @@ def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path:
     finally:
         parent.kill()
     assert parent.returncode == 0, (out, err)
-    here, array = (tmp_path / name / "select" for name in ("here", "array"))
-    for name in ("result.json", "t/sidecar.parquet", "t/weights.json"):
-        assert (here / name).read_bytes() == (array / name).read_bytes(), name
+    same_choice(tmp_path / "here", tmp_path / "array")
     assert len(list((tmp_path / "array" / "select.log").glob("*_result.pkl"))) >= 9, "three arrays of three jobs"
+
+
+def test_a_selection_s_job_is_requeued_at_its_time_limit(selection: list[str], tmp_path: Path) -> None:
+    """A real one, of two minutes, whose signal comes a minute before; what was done is not done again."""
+    assert run_here(*selection, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
+    (tmp_path / "slow").write_text("15")
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "doremi_train", *selection, "selection.engine=slurm", "selection.workers=2",
+         "submit.timeout_minutes=2", f"run_dir={tmp_path / 'array'}"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: parent.poll() is not None or counted(tmp_path / "array"), "the first counts")
+        job = call("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i", cwd=tmp_path).split()[0]
+        wait_for(lambda: field(job, "Restarts") == "1", "the second start", 120)
+        before = counted(tmp_path / "array")
+        assert 0 < len(before) < 12
+        (tmp_path / "slow").unlink()
+        out, err = parent.communicate(timeout=300)
+    finally:
+        parent.kill()
+    assert parent.returncode == 0, (out, err)
+    same_choice(tmp_path / "here", tmp_path / "array")
+    after = counted(tmp_path / "array")
+    assert len(after) == 12 and before.items() <= after.items()
+    logs = "".join(path.read_text() for path in (tmp_path / "array" / "select.log").glob("*_log.err"))
+    assert "Caught signal SIGUSR2" in logs and "timed-out" in logs
+
+
+def test_a_selection_that_is_told_to_stop_is_requeued_too(selection: list[str], tmp_path: Path) -> None:
+    """The whole of it as one job."""
+    assert run_here(*selection, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
+    (tmp_path / "slow").write_text("4")
+    run_dir = tmp_path / "run"
+    job = submit(LAUNCH / "stage.sbatch", *selection, "selection.workers=2", f"run_dir={run_dir}", cwd=tmp_path)
+    wait_for(lambda: counted(run_dir), "the first counts")
+    call("scancel", "--signal=USR1", job, cwd=tmp_path)  # as Slurm does before a time limit
+    wait_for(lambda: field(job, "Restarts") == "1", "the second start")
+    before = counted(run_dir)
+    assert 0 < len(before) < 12
+    (tmp_path / "slow").unlink()
+    assert ended(job, tmp_path) == "COMPLETED"
+    same_choice(tmp_path / "here", run_dir)
+    assert before.items() <= counted(run_dir).items()

@@ -441,6 +441,8 @@ def test_a_protocol_that_is_not_installed(monkeypatch):
 def test_pipe_where_allowed(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(jsonl(TEXTS))
     assert texts(one(f"pipe:cat '{tmp_path}/x.jsonl' | cat", allow_pipe=True)) == TEXTS
+    told = "kill -TERM $$; kill -USR1 $$"  # with everybody else: who reads decides when to stop
+    assert texts(one(f"pipe:{told}; cat '{tmp_path}/x.jsonl'", allow_pipe=True)) == TEXTS
     refused(one(f"pipe:cat '{tmp_path}/x.jsonl'; exit 3", allow_pipe=True), "status 3", "exit 3")
     refused(one("pipe:false | cat", allow_pipe=True), "status 1")
     given = one('pipe:yes \'{"text": "y"}\'', allow_pipe=True)

@@ -383,11 +383,14 @@ def _decompress(stream: io.BufferedReader, codec: str) -> io.BufferedReader:
 
 @contextmanager
 def _command(url: str) -> Iterator[BinaryIO]:
-    """Output of `pipe:COMMAND`. Raises UserError where the command, or any part of its pipeline, fails."""
+    """Output of `pipe:COMMAND`. Raises UserError where the command, or any part of its pipeline, fails.
+
+    A terminal and Slurm tell all processes to stop; here the reader decides when, and the command does not listen.
+    """
     shell = [
         shutil.which("bash") or "sh",
         "-c",
-        f"(set -o pipefail) 2>/dev/null && set -o pipefail; {url.removeprefix(PIPE)}",
+        f"trap '' INT TERM USR1 USR2; (set -o pipefail) 2>/dev/null && set -o pipefail; {url.removeprefix(PIPE)}",
     ]
     with subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:

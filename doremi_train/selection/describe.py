@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,13 @@ def look(at: Look) -> None:
         return
     counts = np.zeros(BUCKETS, np.int64)
     examples: dict[str, list[tuple[int, str]]] = {"chosen": [], "refused": []}
-    rows, position = _rows(at), 0
+    groups, position = _rows(at), 0
+    rows: dict[str, np.ndarray] = {"id": np.empty(0)}
     with contextlib.ExitStack() as stack:
         write = _writer(at, stack)
         for batch in at.task.batches(BadLines(at.task.data)):
+            while position == len(rows["id"]):
+                rows, position = next(groups), 0
             here = {name: column[position : position + len(batch.start)] for name, column in rows.items()}
             position += len(batch.start)
             for p in np.flatnonzero(here["half"]):
@@ -68,20 +71,22 @@ def look(at: Look) -> None:
     write_json(at.path, {"words": counts.tolist(), "examples": examples})
 
 
-def _rows(at: Look) -> dict[str, np.ndarray]:
-    """What is known of every part of this source, in order."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("selected", "half", "eligible", "id", "draw")}
+def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
+    """What is known of every part of this source, in order: row groups, each of which is of whole batches."""
+    chosen = pq.read_table(at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)])
+    selected, position = chosen["selected"].to_numpy(), 0
     with pq.ParquetFile(at.task.scores, read_dictionary=["domain"]) as scores:
         for group in range(scores.num_row_groups):
             table = scores.read_row_group(group)
             order, groups, _ = at.half.sortable(table)
-            found["half"].append(order > at.half_cut.prefix[groups])
-            found["eligible"].append(table["refused"].to_numpy() == ELIGIBLE)
-            found["id"].append(table["id"].to_numpy())
-            found["draw"].append(ngram.mixed(table["id"].to_numpy()))  # as good as random, and the same everywhere
-    chosen = pq.read_table(at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)])
-    found["selected"].append(chosen["selected"].to_numpy())
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+            yield {
+                "selected": selected[position : position + len(table)],
+                "half": order > at.half_cut.prefix[groups],
+                "eligible": table["refused"].to_numpy() == ELIGIBLE,
+                "id": table["id"].to_numpy(),
+                "draw": ngram.mixed(table["id"].to_numpy()),  # as good as random, and the same everywhere
+            }
+            position += len(table)
 
 
 # ── The chosen text as shards, a folder for each domain: a data.root ─────────────────────────────────────────────────

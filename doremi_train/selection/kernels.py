@@ -41,7 +41,7 @@ class Known(NamedTuple):
     """Runs of SHINGLE tokens to be found again."""
 
     runs: NDArray[np.uint64]  # (S,) their hashes, sorted
-    sieve: NDArray[np.bool_]  # (2^k,) by leading bits: what is not marked here is certainly none of them
+    sieve: NDArray[np.uint8]  # (2^k / 8,) a bit for k leading ones: what is not marked here is certainly none of them
     shift: np.uint64  # 64 − k
 
 
@@ -102,9 +102,10 @@ def known(hashes: NDArray[np.uint64], first: NDArray[np.int64]) -> Known:
 
 def sieved(runs: NDArray[np.uint64]) -> Known:
     """Runs (S,), sorted, ready to be found."""
-    bits = max(len(runs) * 16, 2).bit_length()  # one mark in sixteen is set, or fewer
-    sieve = np.zeros(2**bits, np.bool_)
-    sieve[(runs * SCATTER) >> np.uint64(64 - bits)] = True
+    bits = max(len(runs) * 128, 8).bit_length()  # one mark in 128 is set, or fewer: a search costs many looks
+    sieve = np.zeros(2 ** (bits - 3), np.uint8)
+    place = (runs * SCATTER) >> np.uint64(64 - bits)
+    np.bitwise_or.at(sieve, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
     return Known(runs, sieve, np.uint64(64 - bits))
 
 
@@ -179,35 +180,38 @@ def count(hashes, bounds, counts):
     """Add the 1- and 2-grams of each part, tokens bounds[p] to bounds[p + 1], to counts (m,)."""
     buckets = np.uint64(len(counts))
     for p in range(len(bounds) - 1):
-        before = np.uint64(0)
-        for i in range(bounds[p], bounds[p + 1]):
-            mixed = mix(hashes[i])
-            counts[bucket(mixed, buckets)] += 1
-            if i > bounds[p]:
-                counts[bucket(mix(before + hashes[i]), buckets)] += 1
-            before = mixed
+        if bounds[p] == bounds[p + 1]:
+            continue
+        before = mix(hashes[bounds[p]])
+        counts[bucket(before, buckets)] += 1
+        for i in range(np.uint64(bounds[p] + 1), np.uint64(bounds[p + 1])):
+            counts[bucket(mix(before + hashes[i]), buckets)] += 1
+            before = mix(hashes[i])
+            counts[bucket(before, buckets)] += 1
 
 
 @njit(cache=True, nogil=True)
 def score(hashes, bounds, table, sums):
-    """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C)."""
-    buckets, columns = np.uint64(len(table)), np.uint64(table.shape[1])
-    room = np.empty(columns)
+    """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C): two columns at a time, a target's and its
+    half's, whose sums then stay in registers."""
+    buckets, columns = np.uint64(len(table)), table.shape[1]
     for p in range(len(bounds) - 1):
         if bounds[p] == bounds[p + 1]:
             continue
-        before = mix(hashes[bounds[p]])
-        one = bucket(before, buckets)
-        for c in range(columns):
-            room[c] = table[one, c]
-        for i in range(np.uint64(bounds[p] + 1), np.uint64(bounds[p + 1])):
-            two = bucket(mix(before + hashes[i]), buckets)
-            before = mix(hashes[i])
+        for c in range(0, columns, 2):
+            d = min(c + 1, columns - 1)
+            before = mix(hashes[bounds[p]])
             one = bucket(before, buckets)
-            for c in range(columns):
-                room[c] += np.float64(table[one, c]) + table[two, c]
-        for c in range(columns):
-            sums[p, c] += room[c]
+            first, second = np.float64(table[one, c]), np.float64(table[one, d])
+            for i in range(np.uint64(bounds[p] + 1), np.uint64(bounds[p + 1])):
+                two = bucket(mix(before + hashes[i]), buckets)
+                before = mix(hashes[i])
+                one = bucket(before, buckets)
+                first += np.float64(table[one, c]) + table[two, c]
+                second += np.float64(table[one, d]) + table[two, d]
+            sums[p, c] += first
+            if d > c:
+                sums[p, d] += second
 
 
 @njit(cache=True, nogil=True)
@@ -242,7 +246,8 @@ def copied(hashes, bounds, known, sieve, shift, shared):
     runs = np.empty(len(hashes) + 1, np.uint64)
     for p in range(len(bounds) - 1):
         for i in range(shingles(hashes, bounds[p], bounds[p + 1], runs)):
-            if sieve[(runs[i] * SCATTER) >> shift]:
+            at = (runs[i] * SCATTER) >> shift
+            if sieve[at >> np.uint64(3)] >> (at & np.uint64(7)) & np.uint64(1):
                 place = np.searchsorted(known, runs[i])
                 shared[p] += place < len(known) and known[place] == runs[i]
 
