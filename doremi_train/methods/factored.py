@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_NUMBERS = 1 << 22  # of materialised rows that may exist at once
+_NUMBERS = 1 << 20  # of materialised rows that may exist at once
 
 
 class Factor(Protocol):
@@ -73,6 +73,11 @@ class Outer(NamedTuple):
 
     def weighted(self, weights: Tensor) -> Tensor:
         left, right = self
+        if _in_place(left):  # example by example, without a copy of any
+            total = left.new_zeros(self.shape)
+            for some, weight in _runs(weights):
+                total.addmm_(left[some].flatten(0, 1).T, right[some].flatten(0, 1), alpha=weight)
+            return total
         if self.shape[0] < self.shape[1]:
             left = left * weights[:, None, None].to(left.dtype)
         else:
@@ -128,6 +133,8 @@ class Softmax(NamedTuple):
         return sum((Outer(self.left(r), self.hidden).tokens(direction[r]) for r in self._blocks()), torch.tensor(0.0))
 
     def weighted(self, weights: Tensor) -> Tensor:
+        if self.whole is not None:
+            return Outer(self.whole, self.hidden).weighted(weights)
         right = (self.hidden * weights[:, None, None].to(self.hidden.dtype)).flatten(0, 1)
         found = right.new_empty(self.shape)
         for rows in self._blocks():
@@ -311,8 +318,7 @@ def weighted(examples: Examples, weights: Tensor) -> dict[str, Tensor]:
     some = weights[kept]
 
     def part(use: Factor) -> Tensor:
-        # A sum is read once, and copied where some of it is left out: as it is, it costs less.
-        return use.weighted(weights) if isinstance(use, Sum) else use.at(kept).weighted(some)
+        return use.weighted(weights) if _passes_over(use) else use.at(kept).weighted(some)
 
     def total(uses: tuple[Factor, ...]) -> Tensor:
         # A tied embedding is added to what its head gave: another table of its size would be most of the memory.
@@ -430,6 +436,33 @@ def _short(use: Outer) -> bool:
     n, T, p = use.left.shape
     d = use.right.shape[-1]
     return n * T * (p + d) < p * d and (n * T) ** 2 <= _NUMBERS
+
+
+def _passes_over(use: Factor) -> bool:
+    """Whether its weighted sum costs least as it is, rather than with a copy of the examples of other weights than 0: a
+    sum over tokens is read but once."""
+    if isinstance(use, Outer):
+        return _in_place(use.left)
+    if isinstance(use, Softmax):
+        return use.whole is not None and _in_place(use.whole)
+    return isinstance(use, Sum)
+
+
+def _in_place(left: Tensor) -> bool:
+    """Whether products of examples are best added up one after the other: on a GPU each would be a launch, and in bf16
+    the sum would be rounded as often."""
+    return left.device.type == "cpu" and left.dtype == _wide(left)
+
+
+def _runs(weights: Tensor) -> list[tuple[slice, float]]:
+    """Examples that follow each other and have the same weight; those of weight 0 left out."""
+    found: list[tuple[slice, float]] = []
+    for number, weight in enumerate(weights.tolist()):
+        if found and found[-1] == (slice(found[-1][0].start, number), weight):
+            found[-1] = slice(found[-1][0].start, number + 1), weight
+        elif weight:
+            found.append((slice(number, number + 1), weight))
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
