@@ -205,11 +205,16 @@ class Lookup(NamedTuple):
     def rows(self, rows: slice) -> Tensor:
         n, _, d = self.values.shape
         height = min(rows.stop, self.size) - rows.start
+        return self.added_rows(self.values.new_zeros(n, height, d, dtype=_wide(self.values)), rows)
+
+    def added_rows(self, total: Tensor, rows: slice) -> Tensor:
+        """`total` (n, rows, d), in place, with these rows added to it."""
+        n, height, d = total.shape
         inside = (self.ids >= rows.start) & (self.ids < rows.stop)
         of_example = torch.arange(n, device=self.ids.device)[:, None].expand_as(self.ids)[inside]
-        found = self.values.new_zeros(n * height, d, dtype=_wide(self.values))
-        found.index_add_(0, of_example * height + self.ids[inside] - rows.start, self.values[inside].to(found.dtype))
-        return found.view(n, height, d)
+        place = of_example * height + self.ids[inside] - rows.start
+        total.view(n * height, d).index_add_(0, place, self.values[inside].to(total.dtype))
+        return total
 
     def tokens(self, direction: Tensor) -> Tensor:
         return _dot(self.values, direction[self.ids])
@@ -388,9 +393,15 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
 def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
     """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
     p, *d = uses[0].shape
-    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
-        found = [use.rows(rows) for use in uses]
-        yield rows, sum(found[1:], found[0])
+    first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))  # which is added to what a tied head gave
+    for rows in blocks(p, _examples(first) * (d[0] if d else 1)):
+        found = first.rows(rows)
+        for use in rest:
+            if isinstance(use, Lookup) and found.dtype == _wide(use.values):
+                use.added_rows(found, rows)
+            else:
+                found = found + use.rows(rows)
+        yield rows, found
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
