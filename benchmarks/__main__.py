@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 STUDIES = ("less_study", "policies", "selection", "token_weighting")
-_OTHERS = ("__init__", "__main__", "common", "planted_tasks", *STUDIES)
+_OTHERS = ("__init__", "__main__", "common", "page_tasks", "planted_tasks", *STUDIES)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ counted here. All sides take AdamW's direction at the same checkpoint.
 
 import argparse
 import math
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,8 @@ def of_rank(rank: int, given: argparse.Namespace) -> tuple[dict[str, common.Rati
         "features": lambda: features(of),
         "direct": lambda: direct(of, 1),
     }
-    times = common.alternate(sides, given.rounds or (2 if given.quick else 6))
+    clock = time.process_time if given.clock == "cpu" else time.perf_counter
+    times = common.alternate(sides, given.rounds or (2 if given.quick else 6), clock=clock)
     ours = times["features"]
     growth = common.alternate(
         {
@@ -63,6 +65,7 @@ def of_rank(rank: int, given: argparse.Namespace) -> tuple[dict[str, common.Rati
             "2_checkpoints": lambda: direct(of._replace(pool=of.pool * 2), 1),
         },
         3,
+        clock=clock,
     )
     seconds = {name: float(np.median(found)) / count for name, found in times.items()}
     common.table(
@@ -165,6 +168,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a batch; 8192 on a GPU")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process, on a busy machine"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,5 +1,6 @@
 """What fine-tuning on 5 % of a pool gives a target, by who chose them, beside all of it: held-out loss on the planted
-tasks (`benchmarks.planted_tasks`), over several seeds of warm-up, draws and training, at equal steps.
+tasks (`benchmarks.planted_tasks`), or with `--corpus` on real text (`benchmarks.page_tasks`), over several seeds of
+warm-up, draws and training, at equal steps.
 """
 
 import argparse
@@ -13,8 +14,10 @@ from typing import Any
 
 import yaml
 
-from benchmarks import common, planted_tasks
+from benchmarks import common, page_tasks, planted_tasks
+from benchmarks.growth import drawn
 from benchmarks.planted_tasks import TASKS
+from doremi_train import charts
 
 METHODS = ("less", "random", "bm25", "ngram", "rds", "rds_plus", "all")
 
@@ -31,22 +34,55 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 def measure(given: argparse.Namespace) -> common.Result:
     """No ratios: losses by target, method and seed."""
+    if given.quick:
+        given.seeds, given.steps, given.pretraining, given.pool = 1, 5, 20, 40
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = planted_tasks.pretrained(_coded, folder / "base", 64)
-        found = {target: _target(target, folder, base, given) for target in given.targets}
+        targets, overrides = _pages(folder, given) if given.corpus else _planted(folder, given)
+        found = {target: _target(target, folder, overrides, given) for target in targets}
     for target, methods in found.items():
         rows: list[tuple[object, ...]] = [
             (
                 method,
                 statistics.mean(losses),
                 statistics.stdev(losses) if len(losses) > 1 else 0.0,
-                statistics.mean(a - b for a, b in zip(methods["all"], losses, strict=True)),
+                statistics.mean(_gains(methods, method)),
             )
             for method, losses in methods.items()
         ]
         common.table(f"{target}: nats per token", ("trained on", "mean", "deviation", "better than all"), rows)
+    if given.picture:
+        given.picture.write_text(drawn(_picture(found, given.seeds)))
     return common.Result({}, {"steps": given.steps, "seeds": given.seeds, "held_out_loss": found})
+
+
+def _planted(folder: Path, given: argparse.Namespace) -> tuple[list[str], list[str]]:
+    steps = given.pretraining or 700
+    base = planted_tasks.pretrained(_coded, folder / "base", 64, steps)
+    targets = given.targets or (TASKS[:1] if given.quick else TASKS)
+    return list(targets), planted_tasks.selecting(folder, base, given.pool or 200)
+
+
+def _pages(folder: Path, given: argparse.Namespace) -> tuple[list[str], list[str]]:
+    (target,) = given.targets or ["man_en"]
+    made, base = page_tasks.pretraining(folder, given.corpus, given.pretraining or 300)
+    command(*made)
+    return [target], page_tasks.selecting(folder, base, given.corpus, target, given.pool or 100)
+
+
+def _gains(methods: dict[str, list[float]], method: str) -> list[float]:
+    """What it is better by than all the data, seed by seed."""
+    return [a - b for a, b in zip(methods["all"], methods[method], strict=True)]
+
+
+def _picture(found: dict[str, dict[str, list[float]]], seeds: int) -> str:
+    names = [method for method in METHODS if method != "all"]
+    points = {}
+    for target, methods in found.items():
+        gains = [_gains(methods, name) for name in names]
+        points[target] = [charts.Point(statistics.mean(gain), min(gain), max(gain)) for gain in gains]
+    title = f"Better than training on all data, over {seeds} seeds"
+    return charts.rows(title, "nats per token of the target", names, points, zero=True)
 
 
 class _Coded:
@@ -58,10 +94,10 @@ def _coded(*overrides: str) -> Any:
     return _Coded
 
 
-def _target(target: str, folder: Path, base: Path, given: argparse.Namespace) -> dict[str, list[float]]:
-    sweep = folder / target
+def _target(target: str, folder: Path, overrides: list[str], given: argparse.Namespace) -> dict[str, list[float]]:
+    sweep = folder / "runs" / target
     command(
-        *("-m", "stage=finetune", *planted_tasks.selecting(folder, base), f"run_dir={sweep}", f"store={folder}/store"),
+        *("-m", "stage=finetune", *overrides, f"run_dir={sweep}", f"store={folder}/store"),
         *(f"training.steps={given.steps}", f"selection.train={target}"),
         f"selection.less.test=[{folder}/test/{target}.jsonl]",
         f"selection.less.train_on={','.join(METHODS)}",
@@ -76,9 +112,13 @@ def _target(target: str, folder: Path, base: Path, given: argparse.Namespace) ->
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--targets", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--corpus", type=Path, help="a folder of domains with train* and validation* files: real text")
+    parser.add_argument("--targets", nargs="+", help="default: all planted tasks, or of a corpus the domain man_en")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--pretraining", type=int, help="steps of the model that is fine-tuned")
+    parser.add_argument("--pool", type=int, help="examples of each planted task, or of each domain at most")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write what each is better by there, as SVG")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class _Use(NamedTuple):
     also: Also | None = None
 
 
+# Numbers of the gradient of the logits that are kept; beyond, what is asked of it computes it again.
+_KEPT = 1 << 24
+
+
 class NotFactored(ValueError):
     """A trainable parameter whose per-example gradient no rule here gives."""
 
@@ -62,7 +66,7 @@ def capture(
         if isinstance(module, Projection) and not verify:  # which, unlike torch's own, computes what is not asked for
             frozen.extend(p for p in module.parameters() if p.requires_grad)
             module.requires_grad_(False)
-            module.also = Also()
+            module.also = Also(keep=_KEPT)
             if sketch is not None:
                 weight = module.weight
                 dtype = torch.promote_types(inputs[0].dtype, torch.float32)

@@ -11,6 +11,7 @@ import torch
 import zstandard
 from conftest import Command, words
 from running import lines
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -308,10 +309,19 @@ def test_micro_batches_change_nothing(tuned: Path, tuning: list[str], command: C
 
 
 @pytest.mark.acceptance
-def test_two_processes_give_the_numbers_of_one(tuned: Path, tuning: list[str], doremi: Command, tmp_path: Path) -> None:
-    outcome = doremi(*tuning, processes=2)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_give_the_numbers_of_one(
+    engine: str, tuned: Path, tuning: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    """Sharded too, where adapters and what is frozen around them are in parts."""
+    outcome = doremi(*tuning, f"engine={engine}", processes=2)
     assert outcome.code == 0, outcome.err
+    assert f"{engine}, 2 processes" in result(tmp_path / "run")["engine"]
     same_numbers(tuned, tmp_path / "run")
+    one, two = (load_file(run / "finetune/adapter/adapter_model.safetensors") for run in (tuned, tmp_path / "run"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_all_parameters_are_trained_without_lora(tuning: list[str], command: Command, tmp_path: Path) -> None:

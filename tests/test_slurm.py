@@ -459,3 +459,32 @@ def test_a_selection_that_is_told_to_stop_is_requeued_too(selection: list[str], 
     assert ended(job, tmp_path) == "COMPLETED"
     same_choice(tmp_path / "here", run_dir)
     assert before.items() <= counted(run_dir).items()
+
+
+def test_an_array_shares_the_scores_of_one_pool(tmp_path: Path) -> None:
+    """LESS: whichever task is there first warms up, both score, and either has the same choice in the end."""
+    pytest.importorskip("numba")
+    from benchmarks import planted_tasks
+
+    planted_tasks.untrained(tmp_path / "model", width=32)
+    planted_tasks.write(tmp_path / "pool.jsonl", planted_tasks.records(1, 240, 0.2))  # three shards of scores
+    planted_tasks.write(tmp_path / "held.jsonl", planted_tasks.records(2, 2, 0.0))
+    planted_tasks.write(tmp_path / "amber.jsonl", planted_tasks.records(3, 6, 0.0, ("amber",)))
+    split = f"{{train: [{tmp_path}/pool.jsonl], validation: [{tmp_path}/held.jsonl]}}"
+    overrides = [
+        "stage=select", "selection=less", f"selection.targets={{amber: [{tmp_path}/amber.jsonl]}}",
+        f"finetune.model={tmp_path}/model", "finetune.lora.rank=null", "data.embedded=null",
+        f"data.domains={{pool: {split}}}", f"store={tmp_path}/store", *planted_tasks.TRAINING,
+        "training.batch_size=16", "selection.less.epochs=2", "selection.less.baselines=[random]",
+    ]  # fmt: skip
+    run_dir = f"run_dir={tmp_path}/run-$SLURM_ARRAY_TASK_ID"
+    words = " ".join(f"'{override}'" for override in overrides)
+    job = submit("--array=0-1", f"--wrap={sys.executable} -m doremi_train {words} {run_dir}", cwd=tmp_path)
+    wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue", 300)
+    told = "\n".join(path.read_text() for path in tmp_path.glob("slurm-*.out"))
+    for task in (0, 1):
+        assert field(f"{job}_{task}", "JobState") == "COMPLETED", told
+    one, two = (tmp_path / f"run-{task}" / "select" for task in (0, 1))
+    assert (one / "amber/less.jsonl").read_bytes() == (two / "amber/less.jsonl").read_bytes()
+    (scores,) = (tmp_path / "store" / "selection").glob("less-*")
+    assert [len(list(epoch.glob("*.npy"))) for epoch in sorted(scores.iterdir())] == [3, 3]

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_NUMBERS = 1 << 22  # of materialised rows that may exist at once
+_NUMBERS = 1 << 20  # of materialised rows that may exist at once
 
 
 class Factor(Protocol):
@@ -73,6 +73,11 @@ class Outer(NamedTuple):
 
     def weighted(self, weights: Tensor) -> Tensor:
         left, right = self
+        if _in_place(left):  # example by example, without a copy of any
+            total = left.new_zeros(self.shape)
+            for some, weight in _runs(weights):
+                total.addmm_(left[some].flatten(0, 1).T, right[some].flatten(0, 1), alpha=weight)
+            return total
         if self.shape[0] < self.shape[1]:
             left = left * weights[:, None, None].to(left.dtype)
         else:
@@ -128,6 +133,8 @@ class Softmax(NamedTuple):
         return sum((Outer(self.left(r), self.hidden).tokens(direction[r]) for r in self._blocks()), torch.tensor(0.0))
 
     def weighted(self, weights: Tensor) -> Tensor:
+        if self.whole is not None:
+            return Outer(self.whole, self.hidden).weighted(weights)
         right = (self.hidden * weights[:, None, None].to(self.hidden.dtype)).flatten(0, 1)
         found = right.new_empty(self.shape)
         for rows in self._blocks():
@@ -198,11 +205,16 @@ class Lookup(NamedTuple):
     def rows(self, rows: slice) -> Tensor:
         n, _, d = self.values.shape
         height = min(rows.stop, self.size) - rows.start
+        return self.added_rows(self.values.new_zeros(n, height, d, dtype=_wide(self.values)), rows)
+
+    def added_rows(self, total: Tensor, rows: slice) -> Tensor:
+        """`total` (n, rows, d), in place, with these rows added to it."""
+        n, height, d = total.shape
         inside = (self.ids >= rows.start) & (self.ids < rows.stop)
         of_example = torch.arange(n, device=self.ids.device)[:, None].expand_as(self.ids)[inside]
-        found = self.values.new_zeros(n * height, d, dtype=_wide(self.values))
-        found.index_add_(0, of_example * height + self.ids[inside] - rows.start, self.values[inside].to(found.dtype))
-        return found.view(n, height, d)
+        place = of_example * height + self.ids[inside] - rows.start
+        total.view(n * height, d).index_add_(0, place, self.values[inside].to(total.dtype))
+        return total
 
     def tokens(self, direction: Tensor) -> Tensor:
         return _dot(self.values, direction[self.ids])
@@ -311,8 +323,7 @@ def weighted(examples: Examples, weights: Tensor) -> dict[str, Tensor]:
     some = weights[kept]
 
     def part(use: Factor) -> Tensor:
-        # A sum is read once, and copied where some of it is left out: as it is, it costs less.
-        return use.weighted(weights) if isinstance(use, Sum) else use.at(kept).weighted(some)
+        return use.weighted(weights) if _passes_over(use) else use.at(kept).weighted(some)
 
     def total(uses: tuple[Factor, ...]) -> Tensor:
         # A tied embedding is added to what its head gave: another table of its size would be most of the memory.
@@ -382,9 +393,15 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
 def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
     """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
     p, *d = uses[0].shape
-    for rows in blocks(p, _examples(uses[0]) * (d[0] if d else 1)):
-        found = [use.rows(rows) for use in uses]
-        yield rows, sum(found[1:], found[0])
+    first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))  # which is added to what a tied head gave
+    for rows in blocks(p, _examples(first) * (d[0] if d else 1)):
+        found = first.rows(rows)
+        for use in rest:
+            if isinstance(use, Lookup) and found.dtype == _wide(use.values):
+                use.added_rows(found, rows)
+            else:
+                found = found + use.rows(rows)
+        yield rows, found
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:
@@ -430,6 +447,33 @@ def _short(use: Outer) -> bool:
     n, T, p = use.left.shape
     d = use.right.shape[-1]
     return n * T * (p + d) < p * d and (n * T) ** 2 <= _NUMBERS
+
+
+def _passes_over(use: Factor) -> bool:
+    """Whether its weighted sum costs least as it is, rather than with a copy of the examples of other weights than 0: a
+    sum over tokens is read but once."""
+    if isinstance(use, Outer):
+        return _in_place(use.left)
+    if isinstance(use, Softmax):
+        return use.whole is not None and _in_place(use.whole)
+    return isinstance(use, Sum)
+
+
+def _in_place(left: Tensor) -> bool:
+    """Whether products of examples are best added up one after the other: on a GPU each would be a launch, and in bf16
+    the sum would be rounded as often."""
+    return left.device.type == "cpu" and left.dtype == _wide(left)
+
+
+def _runs(weights: Tensor) -> list[tuple[slice, float]]:
+    """Examples that follow each other and have the same weight; those of weight 0 left out."""
+    found: list[tuple[slice, float]] = []
+    for number, weight in enumerate(weights.tolist()):
+        if found and found[-1] == (slice(found[-1][0].start, number), weight):
+            found[-1] = slice(found[-1][0].start, number + 1), weight
+        elif weight:
+            found.append((slice(number, number + 1), weight))
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ N candidates, k picks, R numbers of a sketch. Everything here is float64 on the 
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -45,25 +46,24 @@ def pick(gain: Tensor, gram: Tensor, count: int, step_size: float, curvature: fl
     `step_size` is what one pick counts. A candidate without gradient (no token carries a loss) or with one that is not
     finite is never picked, so there may be fewer than `count` picks.
     """
-    gain, gram = gain.double().cpu(), gram.double().cpu()
-    norms = gram.diagonal().sqrt()
-    left = torch.isfinite(gain) & torch.isfinite(norms) & (norms > 0)
-    apart = left.clone()  # from every pick
-    first = step_size * gain
-    penalty = torch.zeros_like(first)
+    values, products = (tensor.double().cpu().numpy() for tensor in (gain, gram))  # of so few, torch is slower
+    norms = np.sqrt(products.diagonal())
+    left = np.isfinite(values) & np.isfinite(norms) & (norms > 0)
+    apart = left.copy()  # from every pick
+    first = step_size * values
+    penalty = np.zeros_like(first)
+    taken = np.zeros_like(first)
     index: list[int] = []
     while len(index) < count and left.any():
-        value = torch.where(apart if apart.any() else left, first - penalty, -torch.inf)
-        best = int(value.argmax())
+        best = int(np.where(apart if apart.any() else left, first - penalty, -np.inf).argmax())
         index.append(best)
         left[best] = apart[best] = False
         if cosine_cap is not None:
-            apart &= ~(gram[best] > cosine_cap * norms * norms[best])
-        taken = penalty[index].clone()
-        penalty = penalty + step_size**2 * curvature * gram[best]
-        penalty[index] = taken  # of a pick it stays what it was then
+            apart &= ~(products[best] > cosine_cap * norms * norms[best])
+        taken[best] = penalty[best]
+        penalty += step_size**2 * curvature * products[best]
     picked = torch.tensor(index, dtype=torch.int64)
-    return Picks(picked, first[picked], penalty[picked])
+    return Picks(picked, torch.from_numpy(first)[picked], torch.from_numpy(taken)[picked])
 
 
 def top(scores: Tensor, count: int) -> Picks:
