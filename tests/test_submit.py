@@ -51,7 +51,7 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
     fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
     # Long enough that on a busy machine the first child still trains when the second has begun.
-    long = ["training.steps=1000", "training.checkpoint_every=20", "evaluation.every=1000"]
+    long = ["training.steps=500", "training.checkpoint_every=20", "evaluation.every=500"]
     overrides = [*fresh, *LOCAL, *long, f"run_dir={tmp_path / 'run'}"]
     folders = [tmp_path / f"run/proxy/round-1/jobs/seed-{seed}/proxy" for seed in (0, 1)]
     parent = start(*overrides)
@@ -63,7 +63,7 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
     assert [read(folder / "status.json")["state"] for folder in folders] == ["preempted"] * 2
     assert read(tmp_path / "run/proxy/status.json")["state"] == "preempted"
     stopped = [checkpoints(folder)[-1] for folder in folders]
-    assert all(0 < step < 1000 for step in stopped)
+    assert all(0 < step < 500 for step in stopped)
     outcome = doremi(*overrides)
     assert outcome.code == 0, outcome
     alone = run_here(*fresh, *long, "stage=proxy", "proxy.seeds=2", f"run_dir={tmp_path / 'one'}",
