@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import Command
+import yaml
+from conftest import Command, run_here
 from running import lines, read
 
 from doremi_train import results
@@ -104,3 +105,11 @@ def test_what_cannot_be_compared_is_named(tiny: list[str], command: Command, tmp
     ):
         outcome = command(*tiny, "stage=compare", *overrides, f"run_dir={tmp_path / 'run'}")
         assert outcome.code == 2 and said in outcome.err, outcome
+
+
+def test_the_recipe_composes(corpus: Path, tmp_path: Path) -> None:
+    outcome = run_here("experiment=compare", f"data.root={corpus}", "stage=plan", f"run_dir={tmp_path}")
+    assert outcome.code == 0, outcome
+    assert read(tmp_path / "plan.json")["stages"]["main"]["tokens"] == 200 * 16 * 128
+    asked = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert asked["compare"]["methods"] == ["doremi", "swarm"] and asked["reference"]["mixture"] == "uniform"
