@@ -48,8 +48,9 @@ def test_doremi_held_to_account(command: Command, store: Path, tmp_path: Path) -
 
 
 def test_a_swarm_keeps_its_caps(command: Command, store: Path, tmp_path: Path) -> None:
-    swarm = ("mixture=swarm", "stage=swarm", "training.steps=60", "training.batch_size=16", "swarm.runs=10")
-    weights = learned(command, store, tmp_path / "swarm", *swarm, "swarm.candidates=1")
+    short = ("training.steps=30", "training.batch_size=8", "evaluation.sequences=8", "evaluation.every=30")
+    swarm = ("mixture=swarm", "stage=swarm", "swarm.runs=10", "swarm.candidates=1")
+    weights = learned(command, store, tmp_path / "swarm", *short, *swarm)
     epochs = read(tmp_path / "swarm/weights.json")["epochs"]
     assert max(epochs.values()) <= 4 * (1 + 1e-9)
     cap = 4 * weights["repeated"] / epochs["repeated"]
