@@ -152,7 +152,8 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
     write(given.corpus, out)
     seeds, steps = (range(2), 20) if given.quick else (range(3), 150)
     shared = [*HOW, f"training.steps={steps}", f"evaluation.every={steps}", f"store={out / 'store'}"]
-    train(*shared, f"data.root={out / 'clean'}", f"run_dir={out / 'clean-run'}", "stage=reference")
+    longer = f"training.steps={given.reference_steps or 4 * steps}"
+    train(*shared, f"data.root={out / 'clean'}", f"run_dir={out / 'clean-run'}", "stage=reference", longer)
     tokenizer = out / "clean-run" / "prepare" / "tokenizer.json"
     reference = out / "clean-run" / "reference" / "model"
     train(
@@ -180,6 +181,7 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference-steps", type=int, help="of the reference; default: four times those of the others")
     parser.add_argument("--corpus", type=Path, help="a folder a domain, with train* and validation*.jsonl.zst in it")
 
 
