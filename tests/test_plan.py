@@ -304,7 +304,8 @@ def test_proxy_epochs_are_those_that_the_run_reports(tiny: list[str], tmp_path: 
 def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     one = planned(*tiny, f"run_dir={tmp_path / 'one'}", "seed=71")["reference_losses"]
     assert one == {"sequences": STEPS * BATCH, "rounds": 1, "bytes": 2 * TOKENS}  # all distinct within an epoch
-    long = planned(*tiny, f"run_dir={tmp_path / 'long'}", "seed=71", "training.steps=20000", "proxy.rounds=2")
+    steps = ["training.steps=20000", "mixture.max_epochs=100"]
+    long = planned(*tiny, f"run_dir={tmp_path / 'long'}", "seed=71", *steps, "proxy.rounds=2")
     total = sum(domain["training_sequences"] for domain in long["domains"].values())
     assert long["reference_losses"] == {"sequences": total, "rounds": 2, "bytes": 2 * 2 * LENGTH * total}
     seeds = planned(*tiny, f"run_dir={tmp_path / 'seeds'}", "seed=71", "proxy.seeds=2", "training.steps=300")
