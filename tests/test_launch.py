@@ -133,7 +133,7 @@ def test_adafactor_is_refused_where_matrices_are_cut(
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize(("processes", "engine"), [(1, "auto"), (2, "ddp"), (2, "fsdp2"), (2, "zero2")])
+@pytest.mark.parametrize(("processes", "engine"), [(1, "auto"), (2, "ddp"), (2, "fsdp2")])
 def test_compiled_is_the_same_run(
     processes: int, engine: str, tiny: list[str], doremi: Command, tmp_path: Path
 ) -> None:
