@@ -194,6 +194,7 @@ def test_a_time_limit_requeues_and_continues(fresh: list[str], tmp_path: Path) -
     wait_for(lambda: read(status)["state"] == "running", "the run to go on")
     call("scancel", job, cwd=tmp_path)
     wait_for(lambda: read(status)["state"] == "preempted", "the run to save again")
+    wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue")
     assert checkpoints(run_dir / "reference")[-1] >= saved > 0
 
 
