@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # each part is imported when it is first used
 import torch
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, PositiveFloat, UserError
@@ -286,7 +286,7 @@ def temperature(logs: Tensor, label: Tensor) -> float:
     def loss(logarithm: float) -> float:
         return float(judge(logs, label, math.exp(logarithm)).loss.mean())
 
-    return math.exp(minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x)
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x)
 
 
 # ── Figures ─────────────────────────────────────────────────────────────────────────

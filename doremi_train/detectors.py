@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # each part is imported when it is first used
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -257,7 +257,7 @@ def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str,
     seeds, domains = weights.shape
     if seeds < 2:
         return []
-    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / domains / 2, seeds - 1))
+    quantile = float(scipy.stats.t.ppf(1 - (1 - LEVEL) / domains / 2, seeds - 1))
     half = quantile * weights.std(axis=0, ddof=1) / np.sqrt(seeds)
     found = [
         mixture

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import scipy  # each part is imported when it is first used
 import torch
-from scipy import stats
 from torch import Tensor
 
 from doremi_train import files
@@ -96,4 +96,4 @@ def student_t(values: Sequence[float], level: float = 0.95) -> tuple[float, floa
     if len(values) == 1:
         return mean, math.inf
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean, float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))

@@ -41,7 +41,7 @@ def ranks(count: int, *overrides: str) -> Iterator[list[Process]]:
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize(
-    ("kills", "processes", "engine"), [(10, 1, "auto"), (4, 2, "ddp"), (3, 2, "fsdp2"), (3, 2, "zero2")]
+    ("kills", "processes", "engine"), [(14, 1, "auto"), (2, 2, "ddp"), (2, 2, "fsdp2"), (2, 2, "zero2")]
 )
 def test_killed_at_random_steps_again_and_again(
     kills: int, processes: int, engine: str, prepared: list[str], doremi: Command, tmp_path: Path

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import scipy  # each part is imported when it is first used
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
-from scipy import linalg, optimize, stats
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat, Positive
 
@@ -200,7 +200,7 @@ def log_linear(points: Floats, losses: Floats) -> LogLinear:
 def _log_linear(points: Floats, losses: Floats) -> Floats:
     """(N, K), (N,) → c and t (K,) in one. Residuals are in units of the losses' spread; those beyond a tenth of it
     hardly count (Cauchy), since a run that went wrong must not bend the others."""
-    lowest, spread = losses.min(), max(1.4826 * stats.median_abs_deviation(losses), 1e-9)
+    lowest, spread = losses.min(), max(1.4826 * scipy.stats.median_abs_deviation(losses), 1e-9)
     domains = points.shape[1]
     ridge = 1e-3 * (np.eye(domains) - 1 / domains)  # holds t of a domain that no run shows at the others' mean
 
@@ -218,11 +218,11 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
     for gap in (0.1, 1.0, 10.0):  # of c below the lowest loss; for a given c, log(L − c) is linear in p
         floor = np.clip(lowest - gap * spread, 0.01 * lowest, lowest - 1e-3 * spread)
         rows = np.vstack([points, 0.1 * (np.eye(domains) - 1 / domains)])
-        start = linalg.lstsq(rows, np.concatenate([np.log(losses - floor), np.zeros(domains)]))[0]
+        start = scipy.linalg.lstsq(rows, np.concatenate([np.log(losses - floor), np.zeros(domains)]))[0]
         lower, upper = np.full(1 + domains, -np.inf), np.full(1 + domains, np.inf)
         lower[0], upper[0] = 0, lowest  # a loss is never below 0
         tried.append(
-            optimize.least_squares(
+            scipy.optimize.least_squares(
                 residuals, [floor, *start], jacobian, (lower, upper), loss="cauchy", f_scale=0.1, max_nfev=200
             )
         )
@@ -259,18 +259,20 @@ def _gaussian_process(points: Floats, losses: Floats) -> Callable[[Floats], Floa
 
     def factor(logs: Floats) -> tuple[Floats, bool]:
         length, noise = np.exp(logs)
-        return linalg.cho_factor(kernel(points, length) + (noise + 1e-10) * np.eye(len(points)))
+        return scipy.linalg.cho_factor(kernel(points, length) + (noise + 1e-10) * np.eye(len(points)))
 
     def cost(logs: Floats) -> float:
         """−2 log likelihood, at the variance that suits it best."""
         cholesky = factor(logs)
-        variance = (losses - mean) @ linalg.cho_solve(cholesky, losses - mean) / len(losses)
+        variance = (losses - mean) @ scipy.linalg.cho_solve(cholesky, losses - mean) / len(losses)
         return len(losses) * np.log(max(variance, 1e-300)) + 2 * np.log(np.diag(cholesky[0])).sum()
 
     bounds = [(np.log(0.05), np.log(20)), (np.log(1e-6), np.log(10))]
     starts = [np.log([length, noise]) for length in (0.3, 1.0, 3.0) for noise in (1e-4, 1e-1)]
-    best = min((optimize.minimize(cost, s, bounds=bounds, method="L-BFGS-B") for s in starts), key=lambda r: r.fun).x
-    weights = linalg.cho_solve(factor(best), losses - mean)
+    best = min(
+        (scipy.optimize.minimize(cost, s, bounds=bounds, method="L-BFGS-B") for s in starts), key=lambda r: r.fun
+    ).x
+    weights = scipy.linalg.cho_solve(factor(best), losses - mean)
     return lambda others: mean + kernel(others, np.exp(best[0])) @ weights
 
 
@@ -345,7 +347,7 @@ def diagnose(predicted: Floats, realised: Floats) -> Diagnostics:
     chosen, best = int(predicted.argmin()), realised.min()
     alike = np.ptp(predicted) == 0 or np.ptp(realised) == 0
     return Diagnostics(
-        spearman=0.0 if alike else float(stats.spearmanr(predicted, realised).statistic),
+        spearman=0.0 if alike else float(scipy.stats.spearmanr(predicted, realised).statistic),
         regret_at_1=float(realised[chosen] - best),
         blind_regret=float(realised.mean() - best),
         optimism=float(realised[chosen] - predicted[chosen]),
@@ -356,7 +358,7 @@ def interval(predicted: float, near: Floats, errors: Floats) -> tuple[float, flo
     """95 % Student-t interval of the mean loss of a new run, from the errors (N,) out of fold of the half of the runs
     that is nearest; `near` (N,) is their distance from it. Errors at far corners say little about it."""
     half = errors[np.argsort(near, kind="stable")[: max(len(near) // 2, min(len(near), 8))]]
-    width = float(stats.t.ppf(0.975, len(half)) * np.sqrt((half**2).mean() * (1 + 1 / len(half))))
+    width = float(scipy.stats.t.ppf(0.975, len(half)) * np.sqrt((half**2).mean() * (1 + 1 / len(half))))
     return predicted - width, predicted + width
 
 

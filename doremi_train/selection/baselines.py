@@ -5,8 +5,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import scipy  # each part is imported when it is first used
 from numpy.typing import NDArray
-from scipy import optimize, sparse
 
 from doremi_train.config import UserError
 from doremi_train.methods import ngram
@@ -96,12 +96,12 @@ class Classifier(NGrams):
         column = np.concatenate([_buckets(part, self.options.m) for part in grams])
         rows = np.repeat(np.arange(len(grams)), [len(part) for part in grams])
         value = np.repeat([1 / len(part) for part in grams], [len(part) for part in grams])
-        return sparse.csr_matrix((value, (rows, column)), (len(grams), self.options.m))
+        return scipy.sparse.csr_matrix((value, (rows, column)), (len(grams), self.options.m))
 
 
 def _logistic(positive: Any, negative: Any) -> NDArray[np.float64]:
     """(m,) weights, the offset added to each: rows (N, m) sum to 1."""
-    x = sparse.vstack([positive, negative]).tocsr()
+    x = scipy.sparse.vstack([positive, negative]).tocsr()
     side = np.repeat([1.0, -1.0], [positive.shape[0], negative.shape[0]])
     weight = np.where(side > 0, 0.5 / positive.shape[0], 0.5 / max(negative.shape[0], 1))
 
@@ -112,7 +112,9 @@ def _logistic(positive: Any, negative: Any) -> NDArray[np.float64]:
         value = (weight * np.logaddexp(0, -margin)).sum() + PENALTY / 2 * (w @ w)
         return float(value), np.append(x.T @ slope + PENALTY * w, slope.sum())
 
-    found = optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+    found = scipy.optimize.minimize(
+        loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    ).x
     return found[:-1] + found[-1]
 
 
