@@ -369,7 +369,7 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize(("form", "small", "large"), [("txt", 4, 10), ("jsonl", 1, 10)])
+@pytest.mark.parametrize(("form", "small", "large"), [("txt", 4, 10), ("jsonl", 1, 5)])
 def test_memory_does_not_grow_with_a_file(form: str, small: int, large: int, target: Path, tmp_path: Path) -> None:
     """Peak of the whole command on so many times 6 MB of text: as one document (.txt), and as 100 000 each time."""
     if not Path("/proc/self/status").is_file():
