@@ -1,7 +1,7 @@
 """A small corpus of generated text, overrides that make a whole pipeline take seconds, and two ways to run the command.
 
-`command` runs it inside this process: fast, for most tests. `doremi` starts real processes (torchrun for several): for
-signals, collectives, working directories and everything else that a process owns.
+`command` runs it inside this process: fast, for most tests. `doremi` starts real processes (forked from one that has
+imported what they need): for signals, collectives, working directories and everything else that a process owns.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import forked
 import pytest
 
 from doremi_train import __main__, runs
@@ -131,15 +132,14 @@ def command() -> Command:
 
 @pytest.fixture(scope="session")
 def doremi() -> Command:
-    """`doremi(*overrides, processes=1, env={}, cwd=…)` runs the command in processes of its own, to its end."""
+    """`doremi(*overrides, processes=1, cwd=…)` runs the command in processes of its own, to its end."""
 
-    def run(*overrides: str, timeout: float = 900, **how: object) -> Outcome:
-        started = start(*overrides, **how)  # type: ignore[arg-type]
-        try:
-            out, err = started.communicate(timeout=timeout)
-        finally:
-            started.kill()
-        return Outcome(started.returncode, out, err)
+    def run(*overrides: str, processes: int = 1, timeout: float = 900, cwd: Path | None = None) -> Outcome:
+        if processes == 1:
+            started = [forked.fork(overrides, environment(), cwd)]
+        else:
+            started = forked.ranks(processes, overrides, environment(), cwd)
+        return Outcome(*forked.ended(started, timeout))
 
     return run
 
@@ -162,20 +162,17 @@ def run_here(*overrides: str) -> Outcome:
     return Outcome(int(code or 0), out.getvalue(), err.getvalue())  # type: ignore[call-overload]
 
 
-def start(
-    *overrides: str, processes: int = 1, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.Popen[str]:
+def start(*overrides: str, processes: int = 1) -> Any:
     """The command as one process, or as several under torchrun with gloo; not waited for."""
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    if processes == 1:
+        return forked.fork(overrides, environment())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return subprocess.Popen(
         [*launch, "doremi_train", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=cwd,
-        env=environment() | (env or {}),
+        env=environment(),
     )
 
 

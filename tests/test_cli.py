@@ -288,7 +288,7 @@ def test_a_mistake_in_a_process_of_its_own(doremi: Command, tiny: list[str], tmp
 @pytest.mark.slow
 def test_a_mistake_on_two_processes_is_said_once(doremi: Command, tiny: list[str], tmp_path: Path) -> None:
     outcome = doremi(*tiny, f"run_dir={tmp_path}", "training.batch_size=1", "stage=plan", processes=2)
-    assert outcome.code == 1  # torchrun's own
+    assert outcome.code == 2
     assert outcome.err.count("doremi-train: ") == 1 and "training.batch_size=1" in outcome.err
 
 

@@ -4,30 +4,24 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import Command, environment, start
 from running import STEPS, checkpoints, ended, lines, reached, read, same_bits, same_numbers, wait_for
 
 pytestmark = pytest.mark.slow
 
-Process = subprocess.Popen[str]
-
 
 @contextmanager
-def ranks(count: int, *overrides: str) -> Iterator[list[Process]]:
+def ranks(count: int, *overrides: str) -> Iterator[list[forked.Forked]]:
     """The command as `count` processes that no agent watches, as on several nodes; none outlives the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [start(*overrides, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
+    started = forked.ranks(count, overrides, environment())
     try:
         yield started
     finally:
