@@ -428,7 +428,7 @@ def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
         proxy(*fresh, *more[:3], f"run_dir={tmp_path / 'three'}", "proxy.step_size=0.1")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_seeds_as_jobs_read_one_cache(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
     overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.seeds=2"]
     assert doremi(*overrides, "stage=reference").code == 0

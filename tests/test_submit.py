@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 LOCAL = ("stage=proxy", "proxy.seeds=2", "submit.cluster=local")
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.acceptance)])
+@pytest.mark.parametrize(("tasks", "rounds"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.acceptance)])
 def test_seeds_side_by_side_are_those_one_after_another(
-    tasks: int, fresh: list[str], doremi: Command, tmp_path: Path
+    tasks: int, rounds: int, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    seeds = ["stage=main", "main.comparisons=[]", "proxy.seeds=2", "proxy.rounds=2", "proxy.round_tolerance=0.0"]
+    seeds = ["stage=main", "main.comparisons=[]", "proxy.seeds=2", f"proxy.rounds={rounds}", "proxy.round_tolerance=0"]
     assert run_here(*fresh, *seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'other'}").code == 0
     side = [f"run_dir={tmp_path / 'two'}", "submit.cluster=local", f"submit.tasks_per_node={tasks}"]
     outcome = doremi(*fresh, *seeds, *side)
@@ -31,7 +31,7 @@ def test_seeds_side_by_side_are_those_one_after_another(
     for name, weight in read(one)["weights"].items():
         assert abs(weight - read(two)["weights"][name]) < 1e-6
     for seed in (0, 1):  # by a child, and not by the parent after it
-        assert (tmp_path / "two/proxy/round-2/jobs" / f"seed-{seed}" / "proxy/result.json").exists()
+        assert (tmp_path / f"two/proxy/round-{rounds}/jobs" / f"seed-{seed}" / "proxy/result.json").exists()
     # How it is computed is no part of what is: the same run_dir without jobs has nothing left to do.
     again = doremi(*fresh, *seeds, f"run_dir={tmp_path / 'two'}")
     assert again.code == 0 and "is job" not in again.out
