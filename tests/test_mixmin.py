@@ -95,7 +95,7 @@ def test_the_target_s_own_domain_wins(solved: Path) -> None:
 
 def test_an_expert_depends_on_its_domain_alone(solved: Path) -> None:
     store = TokenStore.open((solved / "prepare").resolve())
-    only = store.alone("plain")
+    only = store.only(["plain"])
     assert only.domains == ("plain",) and only.fingerprint != store.fingerprint
     k = store.domains.index("plain")
     for split in ("train", "validation"):
@@ -121,3 +121,27 @@ def test_a_new_domain_costs_one_run(
     assert outcome.code == 0, outcome
     assert len(set(store.glob("runs/language_model-*")) - before) == 1
     assert set(read(tmp_path / "after/weights.json")["weights"]) == {"digits", "new", "plain", "rich"}
+
+
+def test_some_of_the_domains_take_part_and_nothing_is_prepared_anew(
+    solved: Path, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
+    overrides = [*tiny, "mixture=natural", "main.comparisons=[]", "training.steps=4", f"run_dir={tmp_path / 'run'}"]
+    outcome = command(*overrides, "data.only=[rich,plain]")
+    assert outcome.code == 0, outcome
+    assert set(read(tmp_path / "run/weights.json")["weights"]) == {"plain", "rich"}
+    assert set(read(tmp_path / "run/evaluation.json")["main"]["domains"]) == {"plain", "rich"}
+    assert (tmp_path / "run/prepare").resolve() == (solved / "prepare").resolve()
+    wrong = command(*overrides[:-1], f"run_dir={tmp_path / 'wrong'}", "data.only=[prose]")
+    assert wrong.code == 2 and "data.only=[prose]" in wrong.err and "digits, plain, rich" in wrong.err, wrong
+
+
+@pytest.mark.acceptance
+def test_experts_as_jobs_are_those_of_one_process(
+    solved: Path, fresh: list[str], command: Command, tmp_path: Path
+) -> None:
+    target = solved.parent / "target.jsonl"
+    overrides = [*fresh, *MIXMIN, f"target.files=[{target}]", f"run_dir={tmp_path / 'run'}", "submit.cluster=local"]
+    outcome = command(*overrides)
+    assert outcome.code == 0 and outcome.out.count("is job") == 3, outcome
+    assert (tmp_path / "run/weights.json").read_bytes() == (solved / "weights.json").read_bytes()

@@ -33,6 +33,7 @@ class Options:
     )
     tokenizer_sample: Positive = 10_000_000  # characters a learned tokeniser sees, shared evenly by the domains
     end_of_document: str | None = None  # token that ends a document; found by itself in the usual tokenisers
+    only: tuple[str, ...] | None = None  # domains that take part; null: all. Not prepared anew
     selection: str | None = None  # a sidecar of stage=select: only what it chose is training data
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.03  # of documents, where no validation files are given
     max_bad_lines: Count = 0  # broken JSON lines skipped and counted before the run stops

@@ -17,7 +17,7 @@ import tarfile
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -358,24 +358,32 @@ class TokenStore:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path, mirror: Mirror | None = None) -> "TokenStore":
-        """Open a finished store. Raises UserError where it is unfinished, incomplete or was changed."""
+    def open(cls, path: str | Path, mirror: Mirror | None = None, only: Sequence[str] | None = None) -> "TokenStore":
+        """Open a finished store, or the part of it that has these domains (`data.only`).
+
+        Raises UserError where it is unfinished, incomplete or was changed, or has no such domain.
+        """
         path = Path(path)
         manifest = _read_manifest(path)
         data = _read(path / "index.npy")
         if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
             raise _damaged(path / "index.npy", "is not the file that the manifest was written with")
-        return cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False), mirror)
+        whole = cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False), mirror)
+        if only is None:
+            return whole
+        if not only or set(only) - set(whole.domains):
+            raise UserError(f"data.only=[{', '.join(only)}]: name some of the domains, {', '.join(whole.domains)}")
+        return whole.only(only)
 
-    def alone(self, domain: str) -> "TokenStore":
-        """The same store as if this were its only domain: its fingerprint does not know of the others."""
-        described = self.manifest["domains"][domain]
-        content = {domain: {split: described[split]["sha256"] for split in SPLITS}}
+    def only(self, domains: Sequence[str]) -> "TokenStore":
+        """The same store as if it had these domains only: its fingerprint does not know of the others."""
+        described = {domain: self.manifest["domains"][domain] for domain in sorted(set(domains))}
+        content = {domain: {split: found[split]["sha256"] for split in SPLITS} for domain, found in described.items()}
         manifest = self.manifest | {
-            "domains": {domain: described},
+            "domains": described,
             "fingerprint": content_address({"content": content, "tokenizer": self.manifest["tokenizer"]}),
         }
-        numbers = [self._streams.index((split, domain)) for split in SPLITS]
+        numbers = [self._streams.index((split, domain)) for split in SPLITS for domain in described]
         index = self._index[np.isin(self._index["stream"], numbers)].copy()
         index["stream"] = np.searchsorted(numbers, index["stream"])
         return TokenStore(self.path, manifest, index, self._mirror)

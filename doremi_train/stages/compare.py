@@ -93,7 +93,7 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     """As in a store where nothing is done yet, so that it is the same at any time. Runs that are one count once."""
     nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
     child = _session(session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere)
-    store = TokenStore.open(session.run_dir / "prepare")
+    store = TokenStore.open(session.run_dir / "prepare", only=session.config.data.only)
     bill, before, final, tokens = plan.Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
         priced = bill.run(run)

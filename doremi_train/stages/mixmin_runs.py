@@ -19,7 +19,7 @@ from doremi_train.data.shards import TokenStore, domain_folder
 from doremi_train.methods import mixmin, swarm
 from doremi_train.methods.swarm import Box, Floats
 from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, language_model, once, prepare, targets
+from doremi_train.stages import Session, language_model, once, prepare, submit, targets
 from doremi_train.track import Part
 from doremi_train.train import Options
 
@@ -50,7 +50,7 @@ def run(session: Session) -> weights.Mixture:
 def experts(session: Session, store: TokenStore) -> dict[str, Run]:
     """The run of every domain by its name under run_dir, wherever and whenever it is trained."""
     return {
-        _name(domain): language_model.recipe(session, store.alone(domain), *_ingredients(session, store))
+        _name(domain): language_model.recipe(session, store.only([domain]), *_ingredients(session, store))
         for domain in store.domains
     }
 
@@ -86,12 +86,30 @@ def _train(session: Session, store: TokenStore) -> list[Run]:
     tokens = training.steps * training.batch_size * training.sequence_length
     found = []
     with session.over("mixmin", tokens * len(store.domains)) as bar:
+        if session.config.submit.cluster != "none":
+            _submit(session, store)
         for domain in store.domains:
             part = Part(bar, domain)
             ingredients = _ingredients(session, store)
-            found.append(language_model.train(session, store.alone(domain), _name(domain), *ingredients, bar=part))
+            found.append(language_model.train(session, store.only([domain]), _name(domain), *ingredients, bar=part))
             part.update(tokens)
     return found
+
+
+def _submit(session: Session, store: TokenStore) -> None:
+    """The experts that are not finished as jobs side by side: each the reference stage on its domain."""
+    trained = experts(session, store)
+    children = {}
+    for domain in store.domains:
+        if not trained[_name(domain)].finished:
+            alone = {
+                "data.only": [domain],
+                "stage": "reference",
+                "reference.mixture": "uniform",
+                "reference.path": None,
+            }
+            children[_name(domain)] = submit.configured(session, session.run_dir / "jobs" / _name(domain), **alone)
+    submit.submit(session, children)
 
 
 def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> Floats:

@@ -24,7 +24,7 @@ def run(session: Session) -> TokenStore:
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:
         prepare.fetch(folder, mirror)  # also where this process is on another machine than the first one
-    store = TokenStore.open(folder, mirror.at(folder.name) if mirror is not None else None)
+    store = TokenStore.open(folder, mirror.at(folder.name) if mirror is not None else None, options.only)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     return store

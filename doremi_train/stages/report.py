@@ -89,7 +89,8 @@ def overall(settings: Sequence[Setting]) -> str:
 def _section(setting: Setting, number: int) -> dict[str, Any]:
     """Everything the page shows of one setting."""
     first = setting.results[0]
-    store = TokenStore.open(first.folder / "prepare") if (first.folder / "prepare").exists() else None
+    folder = first.folder / "prepare"
+    store = TokenStore.open(folder, only=first.config.get("data.only")) if folder.exists() else None
     prefix = f"{setting.label}: " if setting.label else ""
     free = _free_mixtures(first, store)
     charts = {
