@@ -207,7 +207,7 @@ def test_the_report_is_an_artifact(job: Path) -> None:
     assert {f"weights/{name}": weight for name, weight in weights.items()}.items() <= kept.summary.items()
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_offline_nothing_talks_to_a_network(fresh: list[str], tmp_path: Path) -> None:
     """Every connect() of the command and of wandb's own process, seen by the kernel."""
     if not shutil.which("strace"):
@@ -231,7 +231,7 @@ def test_offline_nothing_talks_to_a_network(fresh: list[str], tmp_path: Path) ->
 # ── Stopped, killed, broken ─────────────────────────────────────────────────────────
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_told_to_stop_it_closes_and_continues_the_same_wandb_run(
     uninterrupted: Path, doremi: Command, prepared: list[str], tmp_path: Path
 ) -> None:
