@@ -101,7 +101,9 @@ def test_two_processes_give_the_bits_of_one(data: list[str], doremi: Command, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("from_scratch", [True, False], ids=["encoder", "folder"])
+@pytest.mark.parametrize(
+    "from_scratch", [True, pytest.param(False, marks=pytest.mark.acceptance)], ids=["encoder", "folder"]
+)
 def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list[str], tmp_path: Path) -> None:
     name = "encoder"
     if not from_scratch:

@@ -134,7 +134,8 @@ def test_continued_on_another_number_of_processes(
 # ── A process that is gone, or does not answer ──────────────────────────────────────
 
 
-@pytest.mark.parametrize("gone", [pytest.param(0, marks=pytest.mark.acceptance), 1])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("gone", [0, 1])
 def test_a_vanished_process_ends_the_others_with_a_message(
     gone: int,
     uninterrupted: Path,
@@ -183,6 +184,7 @@ comm.leave()
 """
 
 
+@pytest.mark.acceptance
 def test_long_work_of_the_first_process_is_waited_for(tmp_path: Path) -> None:
     """Tokenising takes hours, and the timeout is for processes that are gone."""
     script = tmp_path / "alive.py"

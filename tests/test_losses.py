@@ -406,8 +406,8 @@ def test_the_plan_knows_that_a_score_needs_no_reference(fresh: list[str], tmp_pa
 # ── Processes ───────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.acceptance), True], ids=["lazily", "ahead"])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("ahead", [False, True], ids=["lazily", "ahead"])
 def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
     ahead: bool, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:

@@ -252,10 +252,8 @@ def test_looking_ahead_changes_no_bit(tiny: list[str], corpus: Path, store: Path
     assert (runs_[0] / "proxy").resolve().name == (runs_[1] / "proxy").resolve().name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.acceptance) for name in ("fsdp2", "zero2"))]
-)
+@pytest.mark.acceptance
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_two_processes_plan_together(
     strategy: str, default: dict[str, Any], tiny: list[str], doremi: Command, tmp_path: Path
 ) -> None:

@@ -394,7 +394,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 """
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """60 MB of text, some of it one giant document, within 600 MB with all libraries."""
     (tmp_path / "in" / "a").mkdir(parents=True)

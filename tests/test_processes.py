@@ -33,6 +33,7 @@ def test_two_processes_give_the_numbers_of_one(
     same_numbers(alone, tmp_path / "run")
 
 
+@pytest.mark.acceptance
 def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [*prepared, f"run_dir={run_dir}", "stage=reference", "training.steps=400", "evaluation.every=400"]

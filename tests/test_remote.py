@@ -324,7 +324,8 @@ def killed_at(overrides: list[str], run_dir: Path, stage: str, step: int) -> Non
         assert ended(process).code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("stage", [pytest.param("reference", marks=pytest.mark.acceptance), "proxy"])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("stage", ["reference", "proxy"])
 def test_killed_and_its_disk_gone_it_continues_from_the_remote(
     stage: str, tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path
 ) -> None:
