@@ -18,7 +18,7 @@ pytestmark = pytest.mark.acceptance
 
 LAUNCH = ROOT / "launch" / "slurm"
 # Long enough that a signal finds it at work; a checkpoint now and then.
-LONG = ("training.steps=400", "training.checkpoint_every=50", "evaluation.every=200")
+LONG = ("training.steps=200", "training.checkpoint_every=25", "evaluation.every=100")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +168,8 @@ def test_an_agent_s_job_is_requeued_too(fresh: list[str], tmp_path: Path) -> Non
     run_dir = tmp_path / "run"
     job = submit(
         "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, *LONG, f"run_dir={run_dir}",
-        "stage=reference", "training.checkpoint_every=20", cwd=tmp_path, LAUNCHER="torchrun", ACCELERATE_USE_CPU="1",
+        "stage=reference", "training.steps=400", "training.checkpoint_every=20",
+        cwd=tmp_path, LAUNCHER="torchrun", ACCELERATE_USE_CPU="1",
     )  # fmt: skip
     wait_for(begun(run_dir, job), "a checkpoint")
     call("scancel", "--signal=USR1", job, cwd=tmp_path)
