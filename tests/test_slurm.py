@@ -269,12 +269,13 @@ def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, fresh:
     """Submitit's own signal: the run saves first, and the job goes back into the queue after."""
     run_dir = tmp_path / "sweep"
     overrides = [*fresh, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]", "seed=0"]
+    others = queue()  # a failed job of the test before may still be on its way out
     sweep = subprocess.Popen(
         [sys.executable, "-m", "doremi_train", "-m", "hydra/launcher=submitit_slurm", *overrides],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        job = first_job(sweep)
+        job = first_job(sweep, others)
         wait_for(lambda: any(checkpoints(path) for path in run_dir.glob("*/reference")), "a checkpoint")
         call("scancel", "--signal=USR2", job, cwd=tmp_path)
         out, _ = sweep.communicate(timeout=300)
@@ -288,16 +289,21 @@ def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, fresh:
     same_bits(uninterrupted, made.parent)
 
 
-def first_job(process: "subprocess.Popen[str]") -> str:
-    found: list[str] = []
+def queue() -> set[str]:
+    return set(call("squeue", "-h", "-o", "%A", cwd=Path("/")).split())
+
+
+def first_job(process: "subprocess.Popen[str]", others: set[str]) -> str:
+    """The first in the queue that is none of `others`."""
+    found: set[str] = set()
 
     def condition() -> bool:
         assert process.poll() is None, process.communicate()
-        found[:] = call("squeue", "-h", "-o", "%A", cwd=Path("/")).split()
+        found.update(queue() - others)
         return bool(found)
 
     wait_for(condition, "a job")
-    return found[0]
+    return min(found)
 
 
 # ── Children ────────────────────────────────────────────────────────────────────────
