@@ -135,11 +135,7 @@ def doremi() -> Command:
     """`doremi(*overrides, processes=1, cwd=…)` runs the command in processes of its own, to its end."""
 
     def run(*overrides: str, processes: int = 1, timeout: float = 900, cwd: Path | None = None) -> Outcome:
-        if processes == 1:
-            started = [forked.fork(overrides, environment(), cwd)]
-        else:
-            started = forked.ranks(processes, overrides, environment(), cwd)
-        return Outcome(*forked.ended(started, timeout))
+        return Outcome(*forked.ended(forked.ranks(processes, overrides, environment(), cwd), timeout))
 
     return run
 
@@ -165,7 +161,7 @@ def run_here(*overrides: str) -> Outcome:
 def start(*overrides: str, processes: int = 1) -> Any:
     """The command as one process, or as several under torchrun with gloo; not waited for."""
     if processes == 1:
-        return forked.fork(overrides, environment())
+        return forked.ranks(1, overrides, environment())[0]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return subprocess.Popen(
         [*launch, "doremi_train", *overrides],

@@ -70,13 +70,11 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def fork(overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> Forked:
-    """The command as one process."""
-    return Forked(overrides, env, cwd, _outputs())
-
-
 def ranks(count: int, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> list[Forked]:
-    """The command as `count` processes that know of each other, and that no agent watches; they share their output."""
+    """The command as one process, or as `count` that know of each other and that no agent watches; they share their
+    output."""
+    if count == 1:
+        return [Forked(overrides, env, cwd, _outputs())]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,6 +1,5 @@
 """Whatever goes wrong, nothing is lost and nothing hangs: one test for every line of the README's table of faults."""
 
-import os
 import random
 import resource
 import signal
@@ -27,6 +26,7 @@ def ranks(count: int, *overrides: str) -> Iterator[list[forked.Forked]]:
     finally:
         for process in started:
             process.kill()
+        for process in started:
             process.communicate()
 
 
@@ -50,13 +50,9 @@ def test_killed_at_random_steps_again_and_again(
     for kill in range(kills):
         # Half of them in the reference, half in the proxy; from the checkpoint on, or before there is one.
         stage = "reference" if kill < kills // 2 else "proxy"
-        process = start(*overrides, processes=processes)
         step = dice.randint(1, STEPS - 2)
-        wait_for(lambda stage=stage, step=step: at_work(tmp_path / "killed" / stage, step), process)
-        os.kill(process.pid, signal.SIGSTOP)  # so that the agent starts nothing while its ranks are killed
-        for child in [*children(process.pid), process.pid]:
-            os.kill(child, signal.SIGKILL)
-        process.communicate()
+        with ranks(processes, *overrides) as started:  # and all are killed
+            wait_for(lambda stage=stage, step=step: at_work(tmp_path / "killed" / stage, step), started[0])
         fell.append(f"{stage} {checkpoints(tmp_path / 'killed' / stage)}")
     continued = doremi(*overrides, processes=processes)
     assert continued.code == 0, continued
@@ -78,13 +74,6 @@ def at_work(stage: Path, step: int) -> bool:
     log = stage / "domain_weights.jsonl" if stage.name == "proxy" else stage / "metrics.jsonl"
     done = lines(log)[-1]["step"] if log.exists() and lines(log) else 0
     return done >= step or (stage / "result.json").exists()
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in task.read_text().split()]
-    return [*found, *(grandchild for child in found for grandchild in children(child))]
 
 
 @pytest.mark.acceptance
@@ -119,11 +108,8 @@ def test_continued_on_another_number_of_processes(
 ) -> None:
     run_dir = tmp_path / "run"
     overrides = [*prepared, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]"]
-    process = start(*overrides, f"engine={first[1]}", processes=first[0])
-    wait_for(lambda: reached(run_dir / "proxy", 14), process)
-    for child in [*children(process.pid), process.pid]:
-        os.kill(child, signal.SIGKILL)
-    process.communicate()
+    with ranks(first[0], *overrides, f"engine={first[1]}") as started:
+        wait_for(lambda: reached(run_dir / "proxy", 14), started[0])
     assert 14 <= checkpoints(run_dir / "proxy")[-1] < STEPS
     outcome = doremi(*overrides, f"engine={then[1]}", processes=then[0])
     assert outcome.code == 0, outcome
