@@ -139,7 +139,7 @@ def test_adafactor_is_refused_where_matrices_are_cut(strategy: str) -> None:
 def test_compiled_is_the_same_run(
     processes: int, engine: str, tiny: list[str], fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    overrides = ["stage=proxy", "training.checkpoint_every=5"]
+    overrides = ["stage=proxy", "training.checkpoint_every=5", "model.config.num_hidden_layers=1"]
     assert run_here(*tiny, *overrides, f"run_dir={tmp_path / 'plain'}").code == 0
     # The proxy alone: compiling takes most of the time.
     overrides += [f"reference.path={tmp_path / 'plain/reference/model'}", f"engine={engine}", "engine.compile=true"]

@@ -66,16 +66,17 @@ def test_the_new_testament_in_the_old(few: int, figure: float, tmp_path: Path) -
     for _, chapter in itertools.groupby(verses, lambda verse: verse["id"].rsplit("-", 1)[0]):
         verses_ = list(chapter)
         chapters[verses_[0]["testament"]].append(" ".join(verse["text"] for verse in verses_))
+    ways = {"sound": (SEEDS, ()), "exact": (3, ("selection.exact=true", "selection.temperature=1.0"))}
     sound, exact = (
         [
             precision(chapters["old"], chapters["new"], few, seed, tmp_path / f"{kind}{seed}", *overrides)
-            for seed in range(SEEDS)
+            for seed in range(seeds)
         ]
-        for kind, overrides in (("sound", ()), ("exact", ("selection.exact=true", "selection.temperature=1.0")))
+        for kind, (seeds, overrides) in ways.items()
     )
     print(f"kjv, {few}: {np.round(sound, 3)}, exact {np.round(exact, 3)}")
     assert np.mean(sound) >= figure, sound
-    assert np.mean(sound) >= np.mean(exact) - 0.02
+    assert np.mean(sound[: len(exact)]) >= np.mean(exact) - 0.02
 
 
 HELD_OUT = ("dictionary", "kernel_c", "perl_docs", "python")  # smoothing and buckets were not chosen on these
