@@ -20,7 +20,7 @@ def test_micro_batches_do_not_change_alpha(command: Command, tmp_path: Path) -> 
     source = [f"data.root={DEBPILE}"] if DEBPILE.is_dir() else []
     common = [*source, "stage=proxy", "training.steps=200", "evaluation.every=200", "training.batch_size=32"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command(*common, f"run_dir={whole}").code == 0
+    assert command(*common, "stage=reference", f"run_dir={whole}").code == 0
     # Another store, because a run's address leaves out how it is cut: in one store this would be the same run.
     reference = f"reference.path={whole}/reference/model"
     tokenizer = f"data.tokenizer={whole}/prepare/tokenizer.json"
