@@ -2,7 +2,7 @@
 
 Each is a real process with a pid, signals, an environment, a working directory and output of its own, which runs the
 command from its first line; importing anew is five of the six seconds that a small run takes. What a launcher adds is
-tested in test_launch, test_faults, test_processes and test_slurm.
+tested in test_launch, test_engines, test_processes and test_slurm.
 """
 
 import contextlib

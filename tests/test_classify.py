@@ -301,8 +301,7 @@ def test_wrong_labels_planted_in_real_text(tmp_path: Path) -> None:
     moved = [(text, sections[(sections.index(label) + (generator.random() < 0.45)) % 6]) for text, label in clean]
     for name, pairs in {"real": real, "generated": moved, "test": test}.items():
         jsonl(tmp_path / f"{name}.jsonl", pairs)
-    few = ["training.threads=1", "classify.methods=[generated,real,quality,imp,dimp]"]
-    few += ["classify.learning_rate=0.01", "classify.seeds=2"]
+    few = ["training.threads=1", "classify.methods=[generated,real,quality,imp,dimp]", "classify.learning_rate=0.01"]
     outcome = run_here(f"classify.root={tmp_path}", "stage=classify", *few, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome.err
     accuracy = {name: one["accuracy"]["mean"] for name, one in read(tmp_path / "run" / "classify.json").items()}
