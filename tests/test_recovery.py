@@ -89,14 +89,21 @@ def test_domains_on_which_nothing_was_tuned(few: int) -> None:
         pytest.skip("the corpora of real text are not here")
     pile = {path.parent.name: [d["text"] for d in read(path)] for path in (CORPORA / "debpile").glob("*/train-*.zst")}
     pile = {name: [text[:1500].encode() for text in texts if len(text) > 1500][:150] for name, texts in pile.items()}
-    ways = {"default": Options("ngram"), "exact": Options("ngram", exact=True)}
+    ways = {
+        "default": Options("ngram"),
+        "10 000 buckets": Options("ngram", buckets=10_000),
+        "mixed": Options("ngram", mixing="held_out"),
+        "exact": Options("ngram", exact=True),
+        "classifier": Options("classifier"),
+        "bm25": Options("bm25"),
+    }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for domain, seed in itertools.product(HELD_OUT, range(3)):
         order = np.random.default_rng(seed).permutation(len(pile[domain]))
         hidden = [pile[domain][i] for i in order[few:]]
         raw = whole([*hidden, *(text for other in pile if other != domain for text in pile[other])])
         for name, options in ways.items():
-            scorer = METHODS["ngram"](options)
+            scorer = METHODS[options.method](options)
             sums = scorer.sums()
             scorer.observe(raw, sums)
             model = scorer.fit({"t": [pile[domain][i] for i in order[:few]]}, sums)
