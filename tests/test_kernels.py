@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doremi_train.methods import ngram
+from doremi_train.selection.options import Options
 
 kernels = pytest.importorskip("doremi_train.selection.kernels")
+scorers = pytest.importorskip("doremi_train.selection.scorers")
 
 MASK = 2**64 - 1
 TEXTS = [
@@ -102,6 +104,26 @@ def test_counts_and_scores_are_those_of_every_gram() -> None:
     grams = [naive_buckets([naive_hash(word) for word in naive_words(text)], 101) for text in TEXTS]
     assert counts.tolist() == np.bincount([b for part in grams for b in part], minlength=101).tolist()
     np.testing.assert_allclose(sums, [table[g].sum(0) for g in grams], rtol=0, atol=1e-12)
+
+
+def test_counts_of_the_method_tell_those_of_the_diagnostics() -> None:
+    scorer = scorers.WordGrams(Options(method="ngram"))
+    sums, counted = scorer.sums(), np.zeros(scorers.BUCKETS, np.int64)
+    batch = scorers.whole([text.encode() for text in TEXTS])
+    scorer.observe(batch, sums)
+    kernels.count(batch.tokens.hashes, batch.bounds, counted)
+    told = scorer.words(sums)
+    assert told is not None and counted.any() and told.tolist() == counted.tolist()
+    other = scorers.WordGrams(Options(method="ngram", buckets=10_000))
+    assert other.words(other.sums()) is None  # not a multiple: counted beside
+
+
+def test_a_room_is_taken_by_batch_after_batch() -> None:
+    room = kernels.Room()
+    for text in (*TEXTS, *reversed(TEXTS)):
+        batch, alone = kernels.joined([text.encode()]), split([text])
+        for found, wanted in zip(kernels.split(*batch, room), alone, strict=True):
+            assert found.tolist() == wanted.tolist()
 
 
 def test_ids_are_of_the_words_and_their_order() -> None:

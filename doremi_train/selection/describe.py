@@ -21,7 +21,8 @@ from doremi_train.files import read_json, replacing, write_json
 from doremi_train.methods import ngram
 from doremi_train.selection import kernels
 from doremi_train.selection.choose import Sampler
-from doremi_train.selection.tasks import BUCKETS, ELIGIBLE, Task
+from doremi_train.selection.scorers import BUCKETS
+from doremi_train.selection.tasks import ELIGIBLE, Task
 
 EXAMPLES = 3
 SHOWN = 300  # bytes of an example

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from doremi_train.selection.baselines import BM25, Classifier, Embedding
 from doremi_train.selection.options import Options
-from doremi_train.selection.scorers import ExactGrams, GranularGrams, NGrams, Random, Scorer, TokenGrams
+from doremi_train.selection.scorers import ExactGrams, GranularGrams, NGrams, Random, Scorer, TokenGrams, WordGrams
 
-FEATURES: dict[str, type[NGrams]] = {"words": NGrams, "tokens": TokenGrams, "granular": GranularGrams}
+FEATURES: dict[str, type[NGrams]] = {"words": WordGrams, "tokens": TokenGrams, "granular": GranularGrams}
 
 METHODS: dict[str, Callable[[Options], Scorer]] = {
     "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),

@@ -44,17 +44,18 @@ class Batch(NamedTuple):
 
 
 def batches(source: Source, data: data_options.Options, bad: BadLines, chunk: int | None) -> Iterator[Batch]:
-    """The training documents of one source, cut into parts of at most `chunk` tokens; None: not cut."""
+    """The training documents of one source, cut into parts of at most `chunk` tokens; None: not cut. The tokens of a
+    batch hold until the next is asked for."""
     waiting: list[Document] = []
-    size = 0
+    size, room = 0, kernels.Room()
     for document in documents(source, data, bad, whole=chunk is None):
         if waiting and (size >= BATCH or type(waiting[0].content) is not type(document.content)):
-            yield batch(waiting, chunk)
+            yield batch(waiting, chunk, room)
             waiting, size = [], 0
         waiting.append(document)
         size += len(document.content)
     if waiting:
-        yield batch(waiting, chunk)
+        yield batch(waiting, chunk, room)
 
 
 def documents(source: Source, data: data_options.Options, bad: BadLines, whole: bool) -> Iterator[Document]:
@@ -79,12 +80,12 @@ def documents(source: Source, data: data_options.Options, bad: BadLines, whole: 
         base += len(content)
 
 
-def batch(documents: list[Document], chunk: int | None) -> Batch:
+def batch(documents: list[Document], chunk: int | None, room: kernels.Room | None = None) -> Batch:
     """Split documents into words (or take their tokens), and cut them into parts."""
     text, offsets = None, np.cumsum([0, *(len(document.content) for document in documents)])
     if isinstance(documents[0].content, bytes):
         text, offsets = kernels.joined([document.content for document in documents])  # type: ignore[misc]
-        tokens = kernels.split(text, offsets)
+        tokens = kernels.split(text, offsets, room)
     else:
         ids = np.concatenate([document.content for document in documents])
         tokens = kernels.Tokens(ngram.mixed(ids.astype(np.uint64)), np.arange(1, len(ids) + 1), offsets)

@@ -20,7 +20,7 @@ from doremi_train.selection.parts import Batch, Document, batch
 
 Arrays = dict[str, NDArray]
 Targets = Mapping[str, list[bytes]]  # documents of every column
-
+BUCKETS = 2**13  # of the words by which distributions are compared, whatever the method
 
 UNSEEN = 0.1  # of a count, for n-grams that a target has not: between 0.01 and 1 hidden documents are found best
 NO_TEXT = "selection: the raw corpus holds no training text; give files that hold text"
@@ -47,6 +47,9 @@ class Scorer(Protocol):
     def tokens(self, batch: Batch) -> NDArray[np.int64]:
         """(P,) tokens, as budgets count them."""
 
+    def words(self, sums: Arrays) -> NDArray[np.int64] | None:
+        """(BUCKETS,) of the corpus's words and pairs of words, where the sums tell them."""
+
 
 class Random:
     """Every part alike: the baseline of baselines."""
@@ -72,6 +75,9 @@ class Random:
     def tokens(self, batch: Batch) -> NDArray[np.int64]:
         """Words, or the tokens that the source holds."""
         return np.diff(batch.bounds)
+
+    def words(self, sums: Arrays) -> NDArray[np.int64] | None:
+        return None
 
 
 class NGrams(Random):
@@ -122,6 +128,13 @@ class NGrams(Random):
                 "tokeniser as selection.tokenizer"
             )
         return batch.tokens.hashes, batch.bounds
+
+
+class WordGrams(NGrams):
+    """N-grams of words, which the diagnostics count too: neighbouring buckets are one of their coarser ones."""
+
+    def words(self, sums: Arrays) -> NDArray[np.int64] | None:
+        return None if self.options.m % BUCKETS else sums["counts"].reshape(BUCKETS, -1).sum(1)
 
 
 class TokenGrams(NGrams):

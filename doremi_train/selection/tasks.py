@@ -22,11 +22,10 @@ from doremi_train.selection import kernels
 from doremi_train.selection.methods import METHODS
 from doremi_train.selection.options import Options
 from doremi_train.selection.parts import Batch, batches
-from doremi_train.selection.scorers import Arrays, Scorer, Targets, token_ids, whole
+from doremi_train.selection.scorers import BUCKETS, Arrays, Scorer, Targets, token_ids, whole
 
 ROWS = 2**16  # of a row group
 ELIGIBLE, SHORT, COPY, BENCHMARK = range(4)
-BUCKETS = 10_000  # of the words by which distributions are compared, whatever the method
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,14 @@ def count(task: Task) -> None:
     if task.counts.exists():
         return
     scorer, bad = task.scorer, BadLines(task.data)
-    sums = scorer.sums()
-    words = np.zeros(BUCKETS, np.int64)
+    sums, counted = scorer.sums(), np.zeros(BUCKETS, np.int64)
+    told = scorer.words(sums) is not None
     for batch in task.batches(bad):
         scorer.observe(batch, sums)
-        kernels.count(batch.tokens.hashes, batch.bounds, words)
-    write_arrays(task.counts, {**sums, "words": words, "bad_lines": np.array(bad.count)})
+        if not told:
+            kernels.count(batch.tokens.hashes, batch.bounds, counted)
+    words = scorer.words(sums)
+    write_arrays(task.counts, {**sums, "words": counted if words is None else words, "bad_lines": np.array(bad.count)})
 
 
 def score(task: Task) -> None:
