@@ -24,9 +24,10 @@ from doremi_train import comm, gradients
 from doremi_train.config import STRICT, Positive, UserError, fingerprint
 from doremi_train.data.batches import Batch
 from doremi_train.methods import factored, greats
-from doremi_train.methods.factored import Examples
+from doremi_train.methods.factored import Examples, Kept, Products
 
 GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
+KEPT = 1 << 26  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -165,17 +166,17 @@ class Selector:
         if options.method == "random":
             generator = np.random.Generator(np.random.Philox(key=[seed, step]))
             scores = torch.from_numpy(generator.permutation(self.candidates).astype(np.float64))
-            return self._chosen(greats.top(scores, self.count), scores, rows, None, None)
+            return self._chosen(greats.top(scores, self.count), scores, rows)
         if options.method in ("greats", "topk"):
             self._look_ahead(step)
-        found, losses, examples, gram = self._score(batch, rows)
+        found, losses, examples, exact = self._score(batch, rows)
         if options.method == "greats":
             length = float(batch.tokens.sum()) / self.candidates  # tokens of a candidate, on average
-            gram = gram / length**2 if gram is not None else found.sketch @ found.sketch.T / length**2
+            gram = found.sketch @ found.sketch.T if exact is None else exact.gram
             own = options.curvature == "identity"
             picks = greats.pick(
                 found.value / length,
-                gram,
+                gram / length**2,
                 self.count,
                 rate if own else rate / self.count,  # the paper's step counts η for every pick
                 1.0 if own else max(0.0, self.state.curvature),
@@ -183,7 +184,7 @@ class Selector:
             )
         else:
             picks = greats.top(found.value, self.count)
-        return self._chosen(picks, found.value, rows, losses, examples)
+        return self._chosen(picks, found.value, rows, losses, examples, exact)
 
     def saved(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -196,11 +197,11 @@ class Selector:
 
     # ── Scores ──────────────────────────────────────────────────────────────────────
 
-    def _score(self, batch: Batch, rows: list[slice]) -> tuple[Scores, Tensor | None, Examples | None, Tensor | None]:
-        """Scores of all candidates; and in one pass losses (n, T), factors and, by the exact route, gram (N, N)."""
+    def _score(self, batch: Batch, rows: list[slice]) -> tuple[Scores, Tensor | None, Examples | None, Products | None]:
+        """Scores of all candidates; and in one pass losses (n, T), factors and, by GREATS's exact route, products."""
         values = torch.zeros(self.candidates, dtype=torch.float64, device=self._device)
         found: list[tuple[slice, Tensor]] = []
-        losses = examples = gram = None
+        losses = examples = exact = None
         for micro, where in zip(batch.micro, rows, strict=True):
             if not len(micro.tokens):
                 continue
@@ -219,7 +220,7 @@ class Selector:
             )
             with torch.no_grad():
                 if self.options.route == "exact":
-                    value, gram = self._exactly(examples)
+                    value, exact = self._exactly(examples)
                 else:
                     sketch = factored.sketch(examples, self.options.sketch)
                     found.append((where, sketch))
@@ -230,15 +231,15 @@ class Selector:
         sketches = values.new_zeros(self.candidates, len(self.state.target[""]) if exchanged else 0)
         for where, sketch in found if exchanged else ():
             sketches[where] = sketch.double()
-        return comm.all_reduce_sum(Scores(values, sketches))[0], losses, examples, gram
+        return comm.all_reduce_sum(Scores(values, sketches))[0], losses, examples, exact
 
-    def _exactly(self, examples: Examples) -> tuple[Tensor, Tensor | None]:
+    def _exactly(self, examples: Examples) -> tuple[Tensor, Products | None]:
         if self.options.method == "grad_norm":
             return factored.norm2(examples), None
         if self.options.method == "topk":
             return factored.dot(examples, self.state.target)[:, 0], None
-        found = factored.products(examples, (self.state.target,))
-        return found.dots[:, 0], found.gram
+        found = factored.products(examples, (self.state.target,), keep=KEPT if self.one_pass else 0)
+        return found.dots[:, 0], found
 
     def _look_ahead(self, step: int) -> None:
         """The gradient of the validation loss, and λ along it, when they are due."""
@@ -290,7 +291,13 @@ class Selector:
     # ── Picks ───────────────────────────────────────────────────────────────────────
 
     def _chosen(
-        self, picks: greats.Picks, scores: Tensor, rows: list[slice], losses: Tensor | None, examples: Examples | None
+        self,
+        picks: greats.Picks,
+        scores: Tensor,
+        rows: list[slice],
+        losses: Tensor | None = None,
+        examples: Examples | None = None,
+        exact: Products | None = None,
     ) -> Chosen:
         if len(picks.picked) < self.count:
             raise ArithmeticError(f"only {len(picks.picked)} of {self.candidates} candidates have a finite score")
@@ -301,17 +308,17 @@ class Selector:
         (mine,) = rows
         local = picked[(picked >= mine.start) & (picked < mine.stop)] - mine.start
         anchor = torch.zeros((), device=self._device, requires_grad=True)
-        write = self._writer(examples, len(losses), local)
+        write = self._writer(examples, exact.kept if exact else {}, len(losses), local)
         own: Tensor = _FromFactors.apply(losses[local.to(losses.device)], anchor, write)
         return Chosen(picked, scores.cpu(), picks.ratio, local, own)
 
-    def _writer(self, examples: Examples, count: int, local: Tensor) -> Callable[[Tensor], None]:
+    def _writer(self, examples: Examples, kept: Kept, count: int, local: Tensor) -> Callable[[Tensor], None]:
         named = dict(self._model.named_parameters())
 
         def write(weights: Tensor) -> None:
             """Σ weights_i g_i into .grad, averaged over processes as engines do; weights (…,) of the local picks."""
             of_all = weights.new_zeros(count).index_copy_(0, local.to(weights.device), weights)
-            for name, gradient in factored.weighted(examples, of_all).items():
+            for name, gradient in factored.weighted(examples, of_all, kept).items():
                 named[name].grad = gradient.to(named[name].dtype)
             comm.average([p.grad for p in named.values() if p.grad is not None])
 

@@ -182,8 +182,21 @@ def test_every_route_is_vmap_of_grad(case: Case) -> None:
     close(found.gram, whole @ whole.T)
     close(factored.norm2(examples), whole.square().sum(1))
     weights = torch.tensor([0.5, 0.0, -2.0, 1.25], dtype=torch.float64)
-    for name, gradient in factored.weighted(examples, weights).items():
-        close(gradient, torch.einsum("n,n...->...", weights, rows[name]))
+    keeping = factored.products(examples, tuple(directions), keep=10**9)
+    close(keeping.gram, found.gram)
+    assert keeping.kept and not found.kept
+    for kept in (None, keeping.kept):
+        for name, gradient in factored.weighted(examples, weights, kept).items():
+            close(gradient, torch.einsum("n,n...->...", weights, rows[name]))
+
+
+def test_no_more_is_kept_than_asked_for(case: Case) -> None:
+    examples = captured(case)
+    every = factored.products(examples, keep=10**9).kept
+    sizes = {name: sum(block.numel() for block in blocks) for name, blocks in every.items()}
+    for keep in (0, min(sizes.values()), sum(sizes.values()) // 2):
+        some = factored.products(examples, keep=keep).kept
+        assert sum(sizes[name] for name in some) <= keep and (keep == 0) == (not some)
 
 
 def test_the_token_route_and_the_row_route_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from conftest import Command, Outcome, documents, write_jsonl
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from doremi_train import gradients, model
+from doremi_train import batch_selection, gradients, model
+from doremi_train.config import UserError
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import factored, greats
 
@@ -242,6 +243,20 @@ def test_a_mistake_is_named(override: str, said: str, tiny: list[str], command: 
         *tiny, *SELECTING, "batch_selection=greats", *override.split(), "seed=7", f"run_dir={tmp_path / 'run'}"
     )
     assert outcome.code == 2 and said in outcome.err, outcome
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_engines_that_cut_the_model_are_refused_by_name(strategy: str) -> None:
+    """No process has whole layers there, whose inputs scores are made of; picks at random need none."""
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    for method in ("greats", "topk", "grad_norm", "max_loss"):
+        setting = batch_selection.Setting(batch_selection.Options(method=method), 8, tokens)
+        with pytest.raises(UserError, match=f"batch_selection={method}.*use engine=ddp"):
+            batch_selection.check(setting, 4, 1, strategy, compiled=False)
+        batch_selection.check(setting, 4, 1, "ddp", compiled=False)
+    batch_selection.check(
+        batch_selection.Setting(batch_selection.Options(method="random"), 8, tokens), 4, 1, strategy, compiled=False
+    )
 
 
 def test_scores_are_of_the_examples_own_mean_loss() -> None:

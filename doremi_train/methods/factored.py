@@ -16,8 +16,9 @@ where factors are bf16, float64 where they are.
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -275,24 +276,37 @@ class Sum(NamedTuple):
 # ── What is asked of them ───────────────────────────────────────────────────────────
 
 
+Kept = Mapping[str, tuple[Tensor, ...]]  # gradients (n, rows, …) themselves, a block of rows after the other
+
+
 class Products(NamedTuple):
     gram: Tensor  # (n, n) ⟨g_i, g_j⟩
     dots: Tensor  # (n, J) ⟨g_i, G_j⟩
+    kept: Kept  # for `weighted`
 
 
-def products(examples: Examples, directions: tuple[Direction, ...] = ()) -> Products:
+def products(examples: Examples, directions: tuple[Direction, ...] = (), keep: int = 0) -> Products:
     """All inner products in one pass: exact, by the cheaper of two routes for every parameter.
 
     Rows cost n · T · p · d multiplications and are materialised a block at a time; the token route n² T² (p + d), which
-    is less where all tokens together are fewer than about half of the width.
+    is less where all tokens together are fewer than about half of the width. Of the rows that are materialised up to
+    `keep` numbers are kept: a weighted sum of them costs almost nothing more.
     """
-    pairs = [
-        _pairs_by_token(uses[0], [direction[name] for direction in directions])
-        if len(uses) == 1 and isinstance(uses[0], Outer) and _short(uses[0])
-        else _pairs_by_row(uses, [direction[name] for direction in directions])
-        for name, uses in examples.items()
-    ]
-    return Products(*(torch.stack(parts).sum(0) for parts in zip(*pairs, strict=True)))
+    gram, dots, kept = [], [], {}
+    for name, uses in examples.items():
+        against = [direction[name] for direction in directions]
+        if len(uses) == 1 and isinstance(uses[0], Outer) and _short(uses[0]):
+            met, along = _pairs_by_token(uses[0], against)
+        else:
+            numbers = _examples(uses[0]) * math.prod(uses[0].shape)
+            blocks: list[Tensor] | None = [] if numbers <= keep and not _only_lookup(uses) else None
+            met, along = _pairs_by_row(uses, against, blocks)
+            if blocks:
+                kept[name] = tuple(blocks)
+                keep -= numbers
+        gram.append(met)
+        dots.append(along)
+    return Products(torch.stack(gram).sum(0), torch.stack(dots).sum(0), kept)
 
 
 def gram(examples: Examples) -> Tensor:
@@ -317,23 +331,25 @@ def norm2(examples: Examples) -> Tensor:
     ).sum(0)
 
 
-def weighted(examples: Examples, weights: Tensor) -> dict[str, Tensor]:
-    """Σ_i weights_i g_i by parameter name, for weights (n,); examples of weight 0 cost next to nothing."""
-    kept = weights.nonzero()[:, 0]
-    some = weights[kept]
+def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> dict[str, Tensor]:
+    """Σ_i weights_i g_i by parameter name, for weights (n,), of what was kept and else from the factors; examples of
+    weight 0 cost next to nothing."""
+    chosen = weights.nonzero()[:, 0]
+    some = weights[chosen]
 
     def part(use: Factor) -> Tensor:
-        return use.weighted(weights) if _passes_over(use) else use.at(kept).weighted(some)
+        return use.weighted(weights) if _passes_over(use) else use.at(chosen).weighted(some)
 
     def total(uses: tuple[Factor, ...]) -> Tensor:
         # A tied embedding is added to what its head gave: another table of its size would be most of the memory.
         first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))
         found = part(first).to(_wide(_first(first)))
         for use in rest:
-            found = use.at(kept).added(found, some) if isinstance(use, Lookup) else found + part(use)
+            found = use.at(chosen).added(found, some) if isinstance(use, Lookup) else found + part(use)
         return found
 
-    return {name: total(uses) for name, uses in examples.items()}
+    kept = kept or {}
+    return {name: _sum(kept[name], weights) if name in kept else total(uses) for name, uses in examples.items()}
 
 
 def sketch(examples: Examples, size: int) -> Tensor:
@@ -421,13 +437,18 @@ def _pairs_by_token(use: Outer, directions: list[Tensor]) -> tuple[Tensor, Tenso
     return met.view(n, T, n, T).sum((1, 3)), torch.stack(dots, 1) if dots else met.new_zeros(n, 0)
 
 
-def _pairs_by_row(uses: tuple[Factor, ...], directions: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _pairs_by_row(
+    uses: tuple[Factor, ...], directions: list[Tensor], kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gram and dots of one parameter; the rows are added to `kept`."""
     of_dots = list(directions)
-    if len(uses) == 1 and isinstance(uses[0], Lookup):
+    if _only_lookup(uses):
         of_dots = [direction[uses[0].ids.unique()] for direction in directions]
         uses = (uses[0].compact(),)
     met, dots, start = [], [], 0
     for part in _materialised(uses):
+        if kept is not None:
+            kept.append(part)
         flat = part.flatten(1).to(_wide(part))  # (n, numbers)
         met.append(flat @ flat.T)
         against = [direction[start : start + part.shape[1]].flatten().to(flat.dtype) for direction in of_dots]
@@ -438,9 +459,20 @@ def _pairs_by_row(uses: tuple[Factor, ...], directions: list[Tensor]) -> tuple[T
 
 def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
     """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0 left out."""
-    if len(uses) == 1 and isinstance(uses[0], Lookup):
+    if _only_lookup(uses):
         uses = (uses[0].compact(),)
     return (part for _, part in materialised(uses))
+
+
+def _sum(blocks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+    """Σ_i weights_i g_i of materialised gradients, in float32 at least."""
+    weights = weights.to(_wide(blocks[0]))
+    return torch.cat([(weights @ part.flatten(1).to(weights.dtype)).view(part.shape[1:]) for part in blocks])
+
+
+def _only_lookup(uses: tuple[Factor, ...]) -> TypeGuard[tuple[Lookup]]:
+    """Whether most rows are 0, so that only those of ids that occur are looked at."""
+    return len(uses) == 1 and isinstance(uses[0], Lookup)
 
 
 def _short(use: Outer) -> bool:
