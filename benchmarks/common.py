@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
 
-from doremi_train.data import shards, tokenizer
+from doremi_train.data import shards, tokenizer, writing
 
 Times = dict[str, list[float]]  # seconds of every side, one a round
 
@@ -92,7 +92,7 @@ def token_store(
 ) -> shards.TokenStore:
     """A finished store of random tokens: as many in each domain for training, a hundredth for validation."""
     words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
-    writer = shards.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard)
+    writer = writing.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard)
     random = np.random.default_rng(0)
     for domain in range(domains):
         for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
@@ -101,7 +101,7 @@ def token_store(
                 writer.append((split, f"domain-{domain:05d}"), piece, True, None)
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
-    shards.write_manifest(writer, words, 0, 0, 0, {})
+    writing.write_manifest(writer, words, 0, 0, 0, {})
     return shards.TokenStore.open(folder)
 
 

@@ -25,7 +25,7 @@ from benchmarks import common
 from doremi_train import batch_selection, costs, engine, evaluation, launcher, model
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
-from doremi_train.data import shards, sources, tokenizer
+from doremi_train.data import shards, sources, tokenizer, writing
 from doremi_train.data.batches import read
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
@@ -80,7 +80,7 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
     for splits in texts.values():
         for split, found in splits.items():
             noise[split] += ["".join(shuffle.sample(text, len(text))) for text in found[::3]]
-    writer = shards.ShardWriter(folder, np.uint16, member_tokens=1 << 20, members_per_shard=16)
+    writer = writing.ShardWriter(folder, np.uint16, member_tokens=1 << 20, members_per_shard=16)
     for domain, splits in [*texts.items(), ("noise", noise)]:
         for split, found in splits.items():
             for ids in tokenizer.encode(words, found):
@@ -91,7 +91,7 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
         writer.append((split, "copies"), np.tile(block, 200), True, None)
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
-    shards.write_manifest(writer, words, 0, 0, 0, {})
+    writing.write_manifest(writer, words, 0, 0, 0, {})
     return shards.TokenStore.open(folder)
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from doremi_train.config import UserError
 from doremi_train.data import shards, tokenizer
-from doremi_train.data.shards import ShardWriter, Stream, TokenStore
+from doremi_train.data.shards import Stream, TokenStore
+from doremi_train.data.writing import ShardWriter, write_manifest
 
 TOKENIZER = tokenizer.learn(["a small text"], 300)
 Documents = list[tuple[Stream, list[int]]]
@@ -32,7 +33,7 @@ def write(folder: Path, documents: Documents, **options: Any) -> TokenStore:
             writer.append(stream, np.array(tokens), True, 2 * len(tokens))
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(TOKENIZER))
-    shards.write_manifest(writer, TOKENIZER, 0, 0, 0, {})
+    write_manifest(writer, TOKENIZER, 0, 0, 0, {})
     return TokenStore.open(folder)
 
 
@@ -268,7 +269,7 @@ def test_unknown_text_size_is_nan(tmp_path: Path) -> None:
         writer.append((split, "a"), np.arange(9), True, None)
     writer.append(("train", "b"), np.arange(9), True, 18)
     writer.finish()
-    shards.write_manifest(writer, TOKENIZER, 0, 0, 0, {})
+    write_manifest(writer, TOKENIZER, 0, 0, 0, {})
     store = TokenStore.open(tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["domains"]["a"]["train"]["bytes"] is None
     np.testing.assert_array_equal(store.bytes_per_token("train"), [np.nan, 2.0])

@@ -28,8 +28,9 @@ from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.options import Options
 from doremi_train.data.selected import Selected, identity
 from doremi_train.data.selected import domains as chosen_domains
-from doremi_train.data.shards import CHECKSUMS, ShardWriter, Stream, shards_of, token_dtype, write_manifest
+from doremi_train.data.shards import CHECKSUMS, Stream, shards_of, token_dtype
 from doremi_train.data.sources import BadLines, Piece, Source, read, resolve, signature
+from doremi_train.data.writing import ShardWriter, write_manifest
 from doremi_train.files import read_json, try_lock, write_bytes, write_json
 from doremi_train.remote import Mirror
 

@@ -1,0 +1,286 @@
+"""Writing a token store: members collect in memory, shards grow in turn, and a journal says what of them is whole.
+
+The format is that of `data.shards`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from doremi_train.config import UserError
+from doremi_train.config import fingerprint as content_address
+from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
+from doremi_train.files import sync_folder, write_bytes
+
+BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
+
+
+@dataclass
+class StreamState:
+    """What the finished members of a stream hold."""
+
+    members: int = 0
+    pieces: int = 0  # how many pieces of the stream need not be tokenised again
+    tokens: int = 0
+    documents: int = 0
+    bytes: int | None = 0  # UTF-8 bytes of the text; None: not known
+    shards: list[int] = field(default_factory=list)  # size of each tar in bytes
+    sha256: str = ""  # chained over the members: depends on the tokens, the ends and where members are divided
+
+
+@dataclass
+class _Buffer:
+    """The member that is being filled."""
+
+    tokens: bytearray = field(default_factory=bytearray)
+    ends: array = field(default_factory=lambda: array("q"))
+    bytes: int | None = 0
+    pieces: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens) + 8 * len(self.ends)
+
+
+class ShardWriter:
+    """Appends pieces to streams. Killed at any time, a new writer on the same folder continues after the last member
+    that reached the disk: the caller skips `held(stream)` pieces of each stream and appends the rest.
+
+    What is written is a function of the order of the pieces alone. A member closes with the piece that reaches
+    `member_tokens`, or early, the largest first, where all buffers together pass `buffer_bytes`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: type[np.unsignedinteger],
+        member_tokens: int,
+        members_per_shard: int,
+        buffer_bytes: int = BUFFER_BYTES,
+    ) -> None:
+        self.folder, self.dtype = folder, np.dtype(dtype).newbyteorder("<")
+        self.member_tokens, self.members_per_shard, self.buffer_bytes = member_tokens, members_per_shard, buffer_bytes
+        self.streams: dict[Stream, StreamState] = {}
+        self._buffers: dict[Stream, _Buffer] = {}
+        self._buffered = 0
+        self._journal = folder / "journal.jsonl"  # one line per member on disk
+        self._recover()
+
+    def held(self, stream: Stream) -> int:
+        """Pieces of the stream that are on disk."""
+        return self.streams[stream].pieces if stream in self.streams else 0
+
+    def append(self, stream: Stream, tokens: np.ndarray, ends_document: bool, text_bytes: int | None) -> None:
+        """Add one piece: tokens (n,), whether a document ends after them, UTF-8 bytes of its text or None."""
+        buffer = self._buffers.setdefault(stream, _Buffer())
+        before = buffer.size
+        buffer.tokens += tokens.astype(self.dtype, copy=False).tobytes()
+        if ends_document:
+            buffer.ends.append(len(buffer.tokens) // self.dtype.itemsize)
+        buffer.bytes = _add(buffer.bytes, text_bytes)
+        buffer.pieces += 1
+        self._buffered += buffer.size - before
+        if len(buffer.tokens) >= self.member_tokens * self.dtype.itemsize:
+            self._flush(stream)
+        while self._buffered > self.buffer_bytes:
+            self._flush(max(self._buffers, key=lambda key: (self._buffers[key].size, key)))
+
+    def finish(self) -> None:
+        """Write what is buffered and give every shard its name."""
+        for stream in sorted(self._buffers):
+            self._flush(stream)
+        for stream, state in sorted(self.streams.items()):
+            self._close_shard(stream, len(state.shards) - 1)
+
+    def write_index(self, domains: tuple[str, ...]) -> bytes:
+        """Write index.npy; returns its content."""
+        number = {(split, domain): i for i, (split, domain) in enumerate((s, d) for s in SPLITS for d in domains)}
+        columns = (
+            (number[tuple(r["stream"])], r["shard"], r["offset"], r["tokens"], r["documents"]) for r in self._records()
+        )
+        index = np.fromiter(columns, INDEX)
+        index = index[np.lexsort((index["offset"], index["shard"], index["stream"]))]
+        data = _npy(index)
+        write_bytes(self.folder / "index.npy", data)
+        return data
+
+    def forget_journal(self) -> None:
+        """To be called when the manifest is written: nothing is left to continue."""
+        self._journal.unlink(missing_ok=True)
+
+    def _flush(self, stream: Stream) -> None:
+        """Put the stream's buffer on disk as one member, then into the journal.
+
+        In this order, so that the journal never promises what a power cut could take.
+        """
+        buffer = self._buffers.pop(stream)
+        self._buffered -= buffer.size
+        state = self.streams.get(stream, StreamState())
+        shard, nth = divmod(state.members, self.members_per_shard)
+        path = self._part(stream, shard)
+        tokens, ends = np.frombuffer(buffer.tokens, self.dtype), np.array(buffer.ends, "<i8")
+        head, body = _npy_parts(tokens)
+        key = f"{state.members:08d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab" if nth else "wb") as file:
+            offset = file.tell() + tarfile.BLOCKSIZE + len(head)
+            file.write(_tar_entry(f"{key}.tokens.npy", head + body) + _tar_entry(f"{key}.ends.npy", _npy(ends)))
+            size = file.tell()
+            _sync(file)
+        digests = hashlib.sha256(body).digest() + hashlib.sha256(ends.tobytes()).digest()
+        record = {
+            "stream": stream,
+            "shard": shard,
+            "offset": offset,
+            "size": size,
+            "tokens": len(tokens),
+            "documents": len(ends),
+            "bytes": buffer.bytes,
+            "pieces": buffer.pieces,
+            "sha256": hashlib.sha256(bytes.fromhex(state.sha256) + digests).hexdigest(),
+        }
+        with self._journal.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            _sync(file)
+        self._count(record)
+        if nth == self.members_per_shard - 1:
+            self._close_shard(stream, shard)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        state = self.streams.setdefault(tuple(record["stream"]), StreamState())
+        state.members += 1
+        state.pieces += record["pieces"]
+        state.tokens += record["tokens"]
+        state.documents += record["documents"]
+        state.bytes = _add(state.bytes, record["bytes"])
+        state.sha256 = record["sha256"]
+        del state.shards[record["shard"] :]
+        state.shards.append(record["size"] + len(END_OF_TAR))
+
+    def _part(self, stream: Stream, shard: int) -> Path:
+        split, domain = stream
+        return self.folder / split / domain_folder(domain) / f"{shard:05d}.tar.part"
+
+    def _close_shard(self, stream: Stream, shard: int) -> None:
+        part = self._part(stream, shard)
+        if not part.exists():  # closed before
+            return
+        with part.open("ab") as file:
+            file.write(END_OF_TAR)
+            _sync(file)
+        part.replace(part.with_suffix(""))
+        sync_folder(part.parent)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        if self._journal.exists():
+            with self._journal.open() as lines:
+                yield from map(json.loads, lines)
+
+    def _recover(self) -> None:
+        """Continue after the last journaled member: cut what a killed writer wrote behind it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._journal.exists():
+            data = self._journal.read_bytes()
+            os.truncate(self._journal, data.rfind(b"\n") + 1)
+        for record in self._records():
+            self._count(record)
+        for stream, state in self.streams.items():
+            shard = len(state.shards) - 1
+            part = self._part(stream, shard)
+            promised = state.shards[shard] - len(END_OF_TAR)
+            if part.exists() and part.stat().st_size >= promised:
+                os.truncate(part, promised)
+                if state.members % self.members_per_shard == 0:
+                    self._close_shard(stream, shard)
+            elif part.exists() or not part.with_suffix("").exists():
+                raise UserError(
+                    f"store: {part} is missing or shorter than the {promised} bytes that were written; "
+                    f"delete {self.folder} and run again with stage=prepare"
+                )
+
+
+def _add(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
+def _npy_parts(values: np.ndarray) -> tuple[bytes, bytes]:
+    """Header and data of a .npy file; the header's length is a multiple of 64, so that maps of the data are aligned."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
+    return head.getvalue(), values.tobytes()
+
+
+def _npy(values: np.ndarray) -> bytes:
+    return b"".join(_npy_parts(values))
+
+
+def _tar_entry(name: str, data: bytes) -> bytes:
+    """Header and padded data. A fresh TarInfo has no time, owner or user: the same data give the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_manifest(
+    writer: ShardWriter,
+    tokenizer: Tokenizer,
+    end_of_document: int,
+    bad_lines: int,
+    dropped: int,
+    request: dict[str, Any],
+) -> None:
+    """Write index.npy and, last of all, manifest.json: only with it is a store finished."""
+    domains = tuple(sorted({domain for _, domain in writer.streams}))
+    index = writer.write_index(domains)
+    described = {domain: {split: _describe(writer, (split, domain)) for split in SPLITS} for domain in domains}
+    tokenised = {
+        "fingerprint": tokenizers.fingerprint(tokenizer),
+        "vocabulary_size": tokenizers.vocabulary_size(tokenizer),
+        "end_of_document": end_of_document,
+    }
+    content = {domain: {split: described[domain][split]["sha256"] for split in SPLITS} for domain in domains}
+    manifest = {
+        "schema": SCHEMA,
+        "fingerprint": content_address({"content": content, "tokenizer": tokenised}),
+        "tokenizer": tokenised,
+        "dtype": writer.dtype.name,
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "domains": described,
+        "bad_lines": bad_lines,
+        "dropped_validation_duplicates": dropped,
+        "request": request,
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    write_bytes(writer.folder / "manifest.json", text.encode())
+    writer.forget_journal()
+
+
+def _describe(writer: ShardWriter, stream: Stream) -> dict[str, Any]:
+    split, domain = stream
+    state = writer.streams.get(stream, StreamState())
+    return {
+        "folder": f"{split}/{domain_folder(domain)}",
+        "tokens": state.tokens,
+        "documents": state.documents,
+        "bytes": state.bytes,
+        "members": state.members,
+        "shards": len(state.shards),
+        "shard_bytes": state.shards,
+        "sha256": state.sha256,
+    }
