@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks import common
 from benchmarks.prepare import corpus, texts
-from doremi_train.data import sources
+from doremi_train.data import reading, sources
 from doremi_train.data.options import Options as Data
 from doremi_train.selection import engines, kernels, parts, tasks
 from doremi_train.selection.options import Options
@@ -147,15 +147,15 @@ def measure(given: argparse.Namespace) -> common.Result:
 
             return turn
 
-        def reading() -> None:
-            for _ in sources.read(large[0].source, large[0].data, sources.BadLines(large[0].data)):
+        def read() -> None:
+            for _ in reading.read(large[0].source, large[0].data, reading.BadLines(large[0].data)):
                 pass
 
         sides: dict[str, Callable[[], object]] = {
             "kernel": in_memory(documents, tasks.load_model(large[0].folder)["table"]),
             "end_to_end": whole(large, fit=False),
             "with_fit": whole(large, fit=True),
-            "reading": reading,
+            "reading": read,
         }
         if given.peer:
             for path, lines in (("target.jsonl", few[:TARGET]), ("raw.jsonl", few)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.planted_tasks import write
-from doremi_train.data import options, sources
+from doremi_train.data import options, reading, sources
 
 LENGTH = 128  # tokens of a sequence
 BEGINNING, END = 60, 240  # characters of a prompt and of its completion, at most
@@ -25,7 +25,7 @@ def examples(root: Path, domain: str, split: str) -> Iterator[dict[str, Any]]:
     where = options.Options(embedded=None, root=str(root))
     for source in sources.resolve(where):
         if (source.domain, source.split) == (domain, split):
-            for piece in sources.read(source, where, sources.BadLines(where)):
+            for piece in reading.read(source, where, reading.BadLines(where)):
                 yield from itertools.islice(_sections(piece.text or ""), 2)
 
 

@@ -25,7 +25,7 @@ from benchmarks import common
 from doremi_train import batch_selection, costs, engine, evaluation, launcher, model
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
-from doremi_train.data import shards, sources, tokenizer, writing
+from doremi_train.data import reading, shards, sources, tokenizer, writing
 from doremi_train.data.batches import read
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
@@ -69,7 +69,7 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
         assert source.domain is not None and source.split is not None
         held = texts.setdefault(source.domain, {}).setdefault(source.split, [])
         left = characters if source.split == "train" else characters // 10
-        for piece in sources.read(source, where, sources.BadLines(where)):
+        for piece in reading.read(source, where, reading.BadLines(where)):
             held.append(piece.text or "")
             left -= len(held[-1])
             if left < 0:

@@ -11,7 +11,8 @@ import pytest
 
 from doremi_train.data import installed
 from doremi_train.data.options import Options
-from doremi_train.data.sources import BadLines, read, resolve
+from doremi_train.data.reading import BadLines, read
+from doremi_train.data.sources import resolve
 
 PROJECT = Path(__file__).parents[1]
 DIGEST = """

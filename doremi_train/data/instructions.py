@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from doremi_train.config import UserError, fingerprint, redact
 from doremi_train.data.options import Options
 from doremi_train.data.prepare import locked, silent
+from doremi_train.data.reading import BadLines, Source, records
 from doremi_train.data.shards import SPLITS
-from doremi_train.data.sources import BadLines, Source, records, resolve, signature
+from doremi_train.data.sources import resolve, signature
 from doremi_train.files import read_json, replacing, write_json
 from doremi_train.remote import one_line
 

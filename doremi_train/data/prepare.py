@@ -26,10 +26,11 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError, fingerprint, flatten
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.options import Options
+from doremi_train.data.reading import BadLines, Piece, Source, read
 from doremi_train.data.selected import Selected, identity
 from doremi_train.data.selected import domains as chosen_domains
 from doremi_train.data.shards import CHECKSUMS, Stream, shards_of, token_dtype
-from doremi_train.data.sources import BadLines, Piece, Source, read, resolve, signature
+from doremi_train.data.sources import resolve, signature
 from doremi_train.data.writing import ShardWriter, write_manifest
 from doremi_train.files import read_json, try_lock, write_bytes, write_json
 from doremi_train.remote import Mirror

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from doremi_train import batch_selection, comm, evaluation, lora, model
 from doremi_train.config import UserError
-from doremi_train.data import instructions, options, sources
+from doremi_train.data import instructions, options, reading, sources
 from doremi_train.data.batches import read
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.methods import cross_entropy
@@ -175,7 +175,7 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
         allow_pipe=session.config.data.allow_pipe,
     )
     found, wanted = [], asked.validation_sequences
-    for one in instructions.examples(sources.resolve(where), where, encoder, sources.BadLines(where)):
+    for one in instructions.examples(sources.resolve(where), where, encoder, reading.BadLines(where)):
         tokens = instructions.coded(one.example, length)
         found += [tokens] if (tokens >= 0).any() else []
         if len(found) == wanted:

@@ -33,7 +33,8 @@ from doremi_train import comm, files, model
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data import instructions
 from doremi_train.data.instructions import Encoder, Instructions
-from doremi_train.data.sources import BadLines, Source, records, resolve, signature
+from doremi_train.data.reading import BadLines, Source, records
+from doremi_train.data.sources import resolve, signature
 from doremi_train.methods import less
 from doremi_train.runs import Run, stop
 from doremi_train.selection import examples, influence

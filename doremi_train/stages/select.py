@@ -16,7 +16,8 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.data import options as data_options
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.prepare import locked
-from doremi_train.data.sources import Source, names, resolve, signature
+from doremi_train.data.reading import Source
+from doremi_train.data.sources import names, resolve, signature
 from doremi_train.methods import ngram
 from doremi_train.runs import Run, stop
 from doremi_train.selection import engines
