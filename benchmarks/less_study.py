@@ -40,6 +40,7 @@ def measure(given: argparse.Namespace) -> common.Result:
         folder = Path(name)
         targets, overrides = _pages(folder, given) if given.corpus else _planted(folder, given)
         found = {target: _target(target, folder, overrides, given) for target in targets}
+        right = {} if given.corpus else {target: _right(target, folder) for target in targets}
     for target, methods in found.items():
         rows: list[tuple[object, ...]] = [
             (
@@ -51,9 +52,13 @@ def measure(given: argparse.Namespace) -> common.Result:
             for method, losses in methods.items()
         ]
         common.table(f"{target}: nats per token", ("trained on", "mean", "deviation", "better than all"), rows)
+    for target, methods in right.items():
+        every: list[tuple[object, ...]] = [(m, statistics.mean(parts), min(parts)) for m, parts in methods.items()]
+        common.table(f"{target}: right answers of its task among the choice", ("by", "mean", "least"), every)
     if given.picture:
         given.picture.write_text(drawn(_picture(found, given.seeds)))
-    return common.Result({}, {"steps": given.steps, "seeds": given.seeds, "held_out_loss": found})
+    figures = {"steps": given.steps, "seeds": given.seeds, "held_out_loss": found, "precision": right}
+    return common.Result({}, figures)
 
 
 def _planted(folder: Path, given: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -109,6 +114,16 @@ def _target(target: str, folder: Path, overrides: list[str], given: argparse.Nam
         loss = json.loads(result.read_text())["evaluation"]["mean_loss"]
         found[given_["selection"]["less"]["train_on"]][given_["seed"]] = loss
     return {method: [losses[seed] for seed in sorted(losses)] for method, losses in found.items()}
+
+
+def _right(target: str, folder: Path) -> dict[str, list[float]]:
+    """What part of each method's choice is right and of the target's task, once for every seed."""
+    found: dict[str, dict[int, float]] = {}
+    for choices in (folder / "runs" / target).glob(f"*/select/{target}"):
+        seed = yaml.safe_load((choices.parents[1] / "config.yaml").read_text())["seed"]
+        for method, part in planted_tasks.precision(choices, target).items():
+            found.setdefault(method, {})[seed] = part
+    return {method: [parts[seed] for seed in sorted(parts)] for method, parts in found.items()}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
