@@ -58,8 +58,8 @@ class Bar:
             self._bar.update(self._task, completed=done, note=note)
         elif self.show and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            left = (self.total - done) / max(self.rate, 1e-9)
-            self._line(f"{done / self.total:4.0%}  {note}  {_clock(left)} left, after")
+            left = f"{_clock((self.total - done) / self.rate)} left, " if self.rate > 0 else ""
+            self._line(f"{done / self.total:4.0%}  {note}  {left}after")
 
     def _line(self, text: str) -> None:
         print(f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}", file=sys.stdout, flush=True)
