@@ -190,6 +190,16 @@ def test_every_route_is_vmap_of_grad(case: Case) -> None:
             close(gradient, torch.einsum("n,n...->...", weights, rows[name]))
 
 
+def test_an_example_of_weight_0_may_be_nan(case: Case) -> None:
+    """Such a candidate is never picked; its gradient must not come in as 0 · NaN either."""
+    spoilt = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)[:, None]
+    examples = gradients.capture(case.model, lambda: case.losses() * spoilt, (N, T)).examples
+    rows, weights = oracle(case), torch.tensor([0.5, 0.0, -2.0, 1.25], dtype=torch.float64)
+    for kept in (None, factored.products(examples, keep=10**9).kept):
+        for name, gradient in factored.weighted(examples, weights, kept).items():
+            close(gradient, torch.einsum("n,n...->...", weights, rows[name]))
+
+
 def test_no_more_is_kept_than_asked_for(case: Case) -> None:
     examples = captured(case)
     every = factored.products(examples, keep=10**9).kept

@@ -260,8 +260,8 @@ class Sum(NamedTuple):
         return _dot(self.values, direction)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        by_token = weights.to(_wide(self.values)).repeat_interleave(self.values.shape[1])
-        return by_token @ self.values.flatten(0, 1).to(by_token.dtype)
+        rows, chosen = self.rows(slice(0, None)), weights.nonzero()[:, 0]  # others may not be finite: not even 0 times
+        return weights[chosen].to(rows.dtype) @ rows[chosen]
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         return self.rows(slice(0, None)).to(left.dtype) @ left
@@ -333,7 +333,7 @@ def norm2(examples: Examples) -> Tensor:
 
 def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> dict[str, Tensor]:
     """Σ_i weights_i g_i by parameter name, for weights (n,), of what was kept and else from the factors; examples of
-    weight 0 cost next to nothing."""
+    weight 0 cost next to nothing, and may be NaN."""
     chosen = weights.nonzero()[:, 0]
     some = weights[chosen]
 
@@ -349,7 +349,10 @@ def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> d
         return found
 
     kept = kept or {}
-    return {name: _sum(kept[name], weights) if name in kept else total(uses) for name, uses in examples.items()}
+    return {
+        name: torch.cat([_sum(part, weights) for part in kept[name]]) if name in kept else total(uses)
+        for name, uses in examples.items()
+    }
 
 
 def sketch(examples: Examples, size: int) -> Tensor:
@@ -464,10 +467,16 @@ def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
     return (part for _, part in materialised(uses))
 
 
-def _sum(blocks: tuple[Tensor, ...], weights: Tensor) -> Tensor:
-    """Σ_i weights_i g_i of materialised gradients, in float32 at least."""
-    weights = weights.to(_wide(blocks[0]))
-    return torch.cat([(weights @ part.flatten(1).to(weights.dtype)).view(part.shape[1:]) for part in blocks])
+def _sum(part: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i weights_i g_i of materialised gradients (n, rows, …), in float32 at least."""
+    chosen = weights.nonzero()[:, 0]
+    some = weights[chosen].to(_wide(part))
+    if not _in_place(part):
+        return (some @ part[chosen].flatten(1).to(some.dtype)).view(part.shape[1:])
+    total = part.new_zeros(part.shape[1:])
+    for number, weight in zip(chosen.tolist(), some.tolist(), strict=True):
+        total.add_(part[number], alpha=weight)
+    return total
 
 
 def _only_lookup(uses: tuple[Factor, ...]) -> TypeGuard[tuple[Lookup]]:
