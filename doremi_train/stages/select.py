@@ -24,7 +24,7 @@ from doremi_train.selection import engines
 from doremi_train.stages import Session, once, select_report, submit
 from doremi_train.track import Bar, short
 
-SCORES = 1  # raise when the same request would give other scores
+SCORES = 2  # raise when the same request would give other scores, or counts beside them
 # How it is computed, and what only the choice depends on: no part of the scores' address.
 _CHOICE = ("train", "documents", "tokens", "fraction", "within", "temperature", "write", "engine", "workers")
 
