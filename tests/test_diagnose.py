@@ -22,7 +22,7 @@ from doremi_train.stages import Session, diagnose, evaluate, language_model, ope
 KINDS = {
     "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate", "seed_spread",
 }  # fmt: skip
-ORDINARY = {"easy", "plain", "rich"}
+ORDINARY = {"big", "hard", "related_a", "related_b"}
 
 
 @contextlib.contextmanager
@@ -155,15 +155,23 @@ def test_the_planted_corpus_is_the_same_everywhere() -> None:
         assert len(set(written)) == len(written) >= 8  # no document twice
         assert 0.8 < sum(map(len, written)) / planted.size(domain) < 1.1
         assert all(text.isascii() and text for text in written)
-    assert planted.texts("plain", "train", 0.03)[0].startswith("javinxa vinlenzo xelya. xelroxaza xel dafoszowur. ")
+    assert planted.texts("big", "train", 0.03)[0].startswith("misunur cutnusce tihayerya zanaqet yotwarxel cohobunman. ")
 
 
-def test_twins_are_one_language_in_other_documents() -> None:
-    a, b, plain = (
-        {word for text in texts(domain) for word in text.split()} for domain in ("twin_a", "twin_b", "plain")
-    )
-    assert len(a & b) > 0.9 * min(len(a), len(b)) and len(a & plain) < 0.05 * len(a)
+def test_what_is_alike_in_the_planted_corpus() -> None:
+    def shared(one: str, other: str, length: int) -> float:
+        """Part of the runs of so many words that stand in both, of those of the smaller one."""
+        runs = []
+        for domain in (one, other):
+            words = [text.split() for text in texts(domain)]
+            runs.append({tuple(text[i : i + length]) for text in words for i in range(len(text) - length)})
+        return len(runs[0] & runs[1]) / min(map(len, runs))
+
+    assert list(texts("copy")) == list(texts("easy"))
     assert not set(texts("twin_a")) & set(texts("twin_b"))
+    assert shared("twin_a", "twin_b", 1) > 0.9 and shared("related_a", "related_b", 1) > 0.9
+    assert shared("twin_a", "twin_b", 2) > 2 * shared("related_a", "related_b", 2)  # the same words, not the same habits
+    assert shared("twin_a", "big", 1) < 0.05
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.03, 0.5, 0.999])
@@ -186,7 +194,7 @@ def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_pat
     assert domains["noise"] == [("noise",)]
     assert domains["trivial"] == [("trivial",)]
     assert domains["repeated"] == [("repeated",)]
-    assert domains["duplicate"] == [("twin_a", "twin_b")]
+    assert domains["duplicate"] == [("copy", "easy"), ("twin_a", "twin_b")]
     assert domains["mismatched"] in ([], [("repeated",)])  # its weight decides how often the final run repeats it
     assert not domains["absent"] and not domains["overfit"] and not domains["seed_spread"]
     assert not ORDINARY & {name for f in found if f.kind != "one_hot" for name in f.domains}

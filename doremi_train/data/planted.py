@@ -2,11 +2,14 @@
 
 | domain | what it is | what is to be found |
 |---|---|---|
-| `easy`, `plain`, `rich` | made-up languages of 200, 1000 and 5000 words | nothing |
+| `easy`, `hard` | made-up languages of 200 and 5000 words | nothing |
+| `big` | one of 1000 words, a quarter of all text | nothing |
+| `related_a`, `related_b` | the same words, each followed by others than in the other one | nothing |
+| `copy` | the documents of `easy` once more | duplicate |
 | `twin_a`, `twin_b` | one language, other documents | duplicate |
 | `noise` | characters drawn at random | noise |
-| `trivial` | one sentence again and again | trivial |
-| `repeated` | a language of only 18 kB: the default proxy passes over it more than 20 times | repeated |
+| `trivial` | one sentence again and again: periodic | trivial |
+| `repeated` | a language of only 18 kB: the default proxy passes over it more than 15 times | repeated |
 
 A language has words of its own syllables. They come in classes that follow each other in a fixed order (its grammar),
 frequent ones first (Zipf), and each word has a few favourites to follow it (its habits): a small model learns the
@@ -23,7 +26,7 @@ from numpy.typing import NDArray
 
 from doremi_train.config import fingerprint
 
-RECIPE = 1  # raise when the text changes: prepared data of the older recipe is then not reused
+RECIPE = 2  # raise when the text changes: prepared data of the older recipe is then not reused
 VALIDATION = 4  # documents of a domain kept for validation, at least
 WORDS = 150  # of a document in a language
 CLASSES = 4  # of words
@@ -35,17 +38,21 @@ NOISE_DOCUMENT = 1000  # characters
 
 
 class Language(NamedTuple):
-    name: str  # the seed of its syllables, words and habits
+    name: str  # the seed of its syllables and words
     words: int
     habit: float  # part of the words that are a favourite of the word before
+    variety: str = ""  # of one name: with favourites of its own
 
 
 _DOMAINS: dict[str, tuple[Language | None, int]] = {  # language and characters
+    "big": (Language("big", 1000, 0.6), 2_400_000),
+    "copy": (None, 800_000),
     "easy": (Language("easy", 200, 0.8), 800_000),
+    "hard": (Language("hard", 5000, 0.4), 600_000),
     "noise": (None, 300_000),
-    "plain": (Language("plain", 1000, 0.6), 700_000),
+    "related_a": (Language("related", 1000, 0.6, "a"), 700_000),
+    "related_b": (Language("related", 1000, 0.6, "b"), 700_000),
     "repeated": (Language("repeated", 1000, 0.6), 18_000),
-    "rich": (Language("rich", 5000, 0.4), 600_000),
     "trivial": (None, 1_200_000),
     "twin_a": (Language("twin", 1000, 0.6), 700_000),
     "twin_b": (Language("twin", 1000, 0.6), 700_000),
@@ -77,10 +84,13 @@ def texts(domain: str, split: str, fraction: float) -> list[str]:
 
 @cache
 def _documents(domain: str) -> list[str]:
-    """All different, so that none has to be dropped because its text is on the other side too."""
+    """All different, so that none has to be dropped because its text is on the other side too: a copy is divided as
+    what it copies."""
     language, characters = _DOMAINS[domain]
     if language is not None:
         return _write(language, domain, characters)
+    if domain == "copy":
+        return _documents("easy")
     if domain == "noise":
         letters = (_draws("noise", characters) * len(NOISE)).astype(int).tolist()
         text = "".join(map(NOISE.__getitem__, letters))
@@ -99,7 +109,7 @@ def _write(language: Language, domain: str, characters: int) -> list[str]:
     count = characters // (WORDS * (sum(map(len, pieces)) // len(pieces)))
     members = language.words // CLASSES  # words of a class: those whose number leaves the same remainder
     zipf = np.cumsum(1 / (np.arange(members) + 2.7))
-    favourites = (_draws(f"{language.name} habits", language.words * FAVOURITES) * members).astype(int)
+    favourites = (_draws(f"{language.name}{language.variety} habits", language.words * FAVOURITES) * members).astype(int)
     drawn = _draws(f"{domain} documents", WORDS * count * 4).reshape(WORDS, 4, count)
     word = (drawn[0, 0] * language.words).astype(int)
     lines = []
