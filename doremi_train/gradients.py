@@ -32,6 +32,7 @@ class _Use(NamedTuple):
     output: Tensor
     dtype: torch.dtype  # in which matrices are multiplied there
     also: Also | None = None
+    sketched: list[Tensor] | None = None  # products of the input and of the gradient with their sides of a sketch
 
 
 # Numbers of the gradient of the logits that are kept; beyond, what is asked of it computes it again.
@@ -54,8 +55,8 @@ def capture(
     `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming the parameters that
     are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers. `verify` also computes the gradient by
     autograd, and raises ArithmeticError where sums over the examples differ from it. Where nothing but a `sketch` of
-    this size and weighted sums will be asked for, sums over tokens are taken at once, and a fused head prepares its
-    sketch in the backward, while the gradient of the logits is there.
+    this size and weighted sums will be asked for, sums over tokens are taken at once, and the products with its sides
+    while their factors are in the cache.
     """
     require_factored(model)
     uses: list[_Use] = []
@@ -88,6 +89,8 @@ def capture(
             kind = output.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
             uses.append(_Use(module, inputs, output, autocast, also))
+            if sketch is not None and not verify and _rule(module) is _linear:
+                uses[-1] = _sketched_on_the_way(uses[-1], names[id(module.weight)], sketch)
 
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         for module in model.modules():
@@ -210,10 +213,33 @@ Rule = Callable[[_Use, Tensor, tuple[int, int]], Found]  # of a call, the gradie
 def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
     left = _by_token(gradient, shape)
     right = _by_token(use.inputs[0].detach(), shape).to(left.dtype)  # as autocast multiplied them
-    # transformers' Conv1D, GPT-2's linear layer, keeps its matrix the other way round.
-    yield use.module.weight, Outer(left, right) if type(use.module) is nn.Linear else Outer(right, left)
+    known = None
+    if use.sketched is not None:
+        of_input, of_gradient = (_by_token(side, shape) for side in use.sketched)
+        known = (of_gradient, of_input) if _is_linear(use.module) else (of_input, of_gradient)
+    yield use.module.weight, Outer(left, right, known) if _is_linear(use.module) else Outer(right, left, known)
     if use.module.bias is not None:
         yield use.module.bias, Sum(left)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Or transformers' Conv1D, GPT-2's linear layer, which keeps its matrix the other way round."""
+    return type(module) is nn.Linear
+
+
+def _sketched_on_the_way(use: _Use, name: str, sketch: int) -> _Use:
+    """With the products of the input at once, and of the gradient in the backward, while they are in the cache."""
+    x, weight = use.inputs[0].detach(), use.module.weight
+    if x.dtype != use.output.dtype:  # under autocast: the factor is a copy, which is not there yet
+        return use
+    left, right = factored.signs(
+        name, tuple(weight.shape), sketch, x.device, torch.promote_types(x.dtype, torch.float32)
+    )
+    assert right is not None
+    of_input, of_gradient = (right, left) if _is_linear(use.module) else (left, right)
+    products = [x @ of_input.to(x.dtype)]
+    use.output.register_hook(lambda gradient: products.append(gradient @ of_gradient.to(gradient.dtype)))
+    return use._replace(sketched=products)
 
 
 def _embedding(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
@@ -264,7 +290,7 @@ def _rule(module: nn.Module) -> Rule | None:
     kind = type(module)  # and no subclass: what it does otherwise is not known
     if kind in (nn.LayerNorm, nn.RMSNorm) or (kind.__name__.endswith("RMSNorm") and _is_rms_norm(module)):
         return _norm
-    if kind is nn.Linear or kind.__name__ == "Conv1D":
+    if _is_linear(module) or kind.__name__ == "Conv1D":
         return _linear
     return {nn.Embedding: _embedding, Projection: _projection}.get(kind)
 

@@ -155,7 +155,7 @@ def test_the_planted_corpus_is_the_same_everywhere() -> None:
         assert len(set(written)) == len(written) >= 8  # no document twice
         assert 0.8 < sum(map(len, written)) / planted.size(domain) < 1.1
         assert all(text.isascii() and text for text in written)
-    assert planted.texts("big", "train", 0.03)[0].startswith("misunur cutnusce tihayerya zanaqet yotwarxel cohobunman. ")
+    assert planted.texts("big", "train", 0.03)[0].startswith("misunur cutnusce tihayerya zanaqet yotwarxel cohob")
 
 
 def test_what_is_alike_in_the_planted_corpus() -> None:
@@ -170,7 +170,7 @@ def test_what_is_alike_in_the_planted_corpus() -> None:
     assert list(texts("copy")) == list(texts("easy"))
     assert not set(texts("twin_a")) & set(texts("twin_b"))
     assert shared("twin_a", "twin_b", 1) > 0.9 and shared("related_a", "related_b", 1) > 0.9
-    assert shared("twin_a", "twin_b", 2) > 2 * shared("related_a", "related_b", 2)  # the same words, not the same habits
+    assert shared("twin_a", "twin_b", 2) > 2 * shared("related_a", "related_b", 2)  # words, not habits
     assert shared("twin_a", "big", 1) < 0.05
 
 

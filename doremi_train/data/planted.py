@@ -109,7 +109,8 @@ def _write(language: Language, domain: str, characters: int) -> list[str]:
     count = characters // (WORDS * (sum(map(len, pieces)) // len(pieces)))
     members = language.words // CLASSES  # words of a class: those whose number leaves the same remainder
     zipf = np.cumsum(1 / (np.arange(members) + 2.7))
-    favourites = (_draws(f"{language.name}{language.variety} habits", language.words * FAVOURITES) * members).astype(int)
+    habits = _draws(f"{language.name}{language.variety} habits", language.words * FAVOURITES)
+    favourites = (habits * members).astype(int)
     drawn = _draws(f"{domain} documents", WORDS * count * 4).reshape(WORDS, 4, count)
     word = (drawn[0, 0] * language.words).astype(int)
     lines = []

@@ -61,6 +61,7 @@ class Outer(NamedTuple):
 
     left: Tensor  # (n, T, p)
     right: Tensor  # (n, T, d)
+    known: tuple[Tensor, Tensor] | None = None  # (n, T, r) each: their products with the sides of a sketch
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ class Outer(NamedTuple):
         return _dot(self.left @ direction.to(self.left.dtype), self.right)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        left, right = self
+        left, right = self.left, self.right
         if _in_place(left):  # example by example, without a copy of any
             total = left.new_zeros(self.shape)
             for some, weight in _runs(weights):
@@ -87,7 +88,10 @@ class Outer(NamedTuple):
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         assert right is not None
-        return (self.left @ left.to(self.left.dtype)).mT @ (self.right @ right.to(self.right.dtype))
+        of_left, of_right = self.known or (None, None)
+        if of_left is None or of_right is None or of_left.shape[-1] != left.shape[1]:
+            of_left, of_right = self.left @ left.to(self.left.dtype), self.right @ right.to(self.right.dtype)
+        return of_left.mT @ of_right
 
     def at(self, examples: Tensor) -> "Outer":
         return Outer(self.left.index_select(0, examples), self.right.index_select(0, examples))
@@ -434,7 +438,7 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
 
 def _pairs_by_token(use: Outer, directions: list[Tensor]) -> tuple[Tensor, Tensor]:
     n, T = use.left.shape[:2]
-    left, right = (side.flatten(0, 1) for side in use)
+    left, right = (side.flatten(0, 1) for side in (use.left, use.right))
     met = (left @ left.T).to(_wide(left)) * (right @ right.T)
     dots = [use.tokens(direction).sum(1) for direction in directions]
     return met.view(n, T, n, T).sum((1, 3)), torch.stack(dots, 1) if dots else met.new_zeros(n, 0)
