@@ -459,7 +459,8 @@ def _pairs_by_row(
         flat = part.flatten(1).to(_wide(part))  # (n, numbers)
         met.append(flat @ flat.T)
         against = [direction[start : start + part.shape[1]].flatten().to(flat.dtype) for direction in of_dots]
-        dots.append(flat @ torch.stack(against, 1) if against else flat.new_zeros(len(flat), 0))
+        # A direction is as long as one of the rows: to put several of them into one matrix would be to copy them.
+        dots.append(torch.stack([flat @ one for one in against], 1) if against else flat.new_zeros(len(flat), 0))
         start += part.shape[1]
     return torch.stack(met).sum(0), torch.stack(dots).sum(0)
 
