@@ -24,7 +24,8 @@ from doremi_train import comm, gradients
 from doremi_train.config import STRICT, Positive, UserError, fingerprint
 from doremi_train.data.batches import Batch
 from doremi_train.methods import factored, greats
-from doremi_train.methods.factored import Examples, Kept, Products
+from doremi_train.methods.factored import Kept, Products
+from doremi_train.methods.factors import Examples
 
 GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
 KEPT = 1 << 26  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32

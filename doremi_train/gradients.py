@@ -1,7 +1,7 @@
 """Capture of what per-example gradients are made of, and two routes that need no capture.
 
 One forward with hooks, and one backward for activations alone: no gradient of a parameter is computed. What it gives is
-`methods.factored.Examples`; LoRA's scale, dropout and masks are in it because autograd put them there.
+`methods.factors.Examples`; LoRA's scale, dropout and masks are in it because autograd put them there.
 
 n examples, T tokens of each.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doremi_train.methods import factored
-from doremi_train.methods.factored import Direction, Examples, Factor, Lookup, Outer, Softmax, SoftmaxBias, Sum
+from doremi_train.methods.factors import Direction, Examples, Factor, Lookup, Outer, Softmax, SoftmaxBias, Sum
 from doremi_train.projection import Also, Projection
 
 

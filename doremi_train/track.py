@@ -73,6 +73,7 @@ class Part(Bar):
         self.whole, self.before = whole, whole.done
 
     def update(self, done: int, note: str = "") -> None:
+        self.done = done  # where a part of this part begins
         self.whole.update(self.before + done, f"{self.label}  {note}")
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from doremi_train import gradients, optim
-from doremi_train.methods import factored
+from doremi_train.methods import factored, factors
 from doremi_train.model import LanguageModel
 
 N, T, V, D = 4, 6, 13, 8
@@ -79,7 +79,7 @@ def ours(kind: str, fused: bool, **more: Any) -> Case:
     def losses() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("doremi_train.model._LOGITS_ON_CPU", at_once)
-            patch.setattr("doremi_train.methods.factored._NUMBERS", 2 * N * T)  # blocks of two rows
+            patch.setattr("doremi_train.methods.factors.NUMBERS", 2 * N * T)  # blocks of two rows
             return model(tokens)
 
     return Case(model, losses, dropout=True)  # the projection's own function has no vmap
@@ -152,7 +152,7 @@ def flat(rows: dict[str, Tensor]) -> Tensor:
     return torch.cat([rows[name].flatten(1) for name in sorted(rows)], 1)
 
 
-def captured(case: Case, verify: bool = False) -> factored.Examples:
+def captured(case: Case, verify: bool = False) -> factors.Examples:
     return gradients.capture(case.model, case.losses, (N, T), verify).examples
 
 
@@ -214,15 +214,15 @@ def test_the_token_route_and_the_row_route_agree(case: Case, monkeypatch: pytest
     monkeypatch.setattr(factored, "_short", lambda use: True)
     by_token = factored.products(examples, (direction,))
     monkeypatch.setattr(factored, "_short", lambda use: False)
-    monkeypatch.setattr(factored, "_NUMBERS", 3 * N * D)  # blocks of three rows
+    monkeypatch.setattr(factors, "NUMBERS", 3 * N * D)  # blocks of three rows
     by_row = factored.products(examples, (direction,))
     close(by_token.gram, by_row.gram)
     close(by_token.dots, by_row.dots)
 
 
 def test_the_cheaper_route_is_taken() -> None:
-    wide = factored.Outer(torch.zeros(2, 4, 512), torch.zeros(2, 4, 512))
-    long = factored.Outer(torch.zeros(8, 128, 512), torch.zeros(8, 128, 512))
+    wide = factors.Outer(torch.zeros(2, 4, 512), torch.zeros(2, 4, 512))
+    long = factors.Outer(torch.zeros(8, 128, 512), torch.zeros(8, 128, 512))
     assert factored._short(wide) and not factored._short(long)
 
 
@@ -348,7 +348,7 @@ def test_bf16_factors_are_summed_in_float32() -> None:
     exact = gradients.capture(model, lambda: model(batch()), (N, T)).examples
     model.precision = "bf16"
     rounded = gradients.capture(model, lambda: model(batch()), (N, T), verify=True).examples
-    assert any(f.left.dtype == torch.bfloat16 for u in rounded.values() for f in u if isinstance(f, factored.Outer))
+    assert any(f.left.dtype == torch.bfloat16 for u in rounded.values() for f in u if isinstance(f, factors.Outer))
     (direction,) = randomly(model, 1)
     one, two = (factored.products(found, (direction,)) for found in (exact, rounded))
     assert two.gram.dtype == two.dots.dtype == torch.float32
@@ -372,7 +372,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_all_examples_and_parameters_is_ever_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factored, "_NUMBERS", 1000)
+    monkeypatch.setattr(factors, "NUMBERS", 1000)
     model = build("gpt_neox", intermediate_size=100)
     tokens = batch()
     parameters = sum(p.numel() for p in model.parameters())

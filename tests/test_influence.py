@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from doremi_train.config import UserError
-from doremi_train.methods import factored, less
+from doremi_train.methods import factors, less
 from doremi_train.methods.less import Options
 from doremi_train.selection import examples as baselines
 from doremi_train.selection import influence
@@ -134,7 +134,7 @@ def test_a_projected_feature_is_the_projection_of_the_whole_direction(monkeypatc
         own = gradient(at.model, example)
         whole[row] = influence.feature({n: less.direction(g, at.moments[n], Options()) for n, g in own.items()}, 32, 0)
     for block in (1 << 22, 50):  # one example at a time or all, and rows in pieces
-        monkeypatch.setattr(factored, "_NUMBERS", block)
+        monkeypatch.setattr(factors, "NUMBERS", block)
         for tokens in (1, 1000):
             found = torch.empty_like(whole)
             for numbers, batch in all_of(pool, tokens):

@@ -22,6 +22,7 @@ from running import documents_of
 
 from doremi_train.config import UserError, load
 from doremi_train.data import prepare as preparation
+from doremi_train.data import routing, tokenising
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.options import Options
 from doremi_train.data.prepare import address, explain_change, prepare, request
@@ -211,7 +212,7 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
 
 
 def test_a_giant_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "PIECE", 200)
+    monkeypatch.setattr(tokenising, "PIECE", 200)
     for split in ("train", "validation"):
         write(tmp_path / "in" / "a", split, [split + " ".join(texts(3)), split + "short", "x" * 1001 + split], "jsonl")
     store = TokenStore.open(prepare(options(tmp_path / "in"), tmp_path / "out"))
@@ -290,7 +291,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from doremi_train.config import load
-from doremi_train.data import prepare
+from doremi_train.data import prepare, tokenising
 from doremi_train.data.options import Options
 
 calls, most = 0, int(sys.argv[3])
@@ -300,7 +301,7 @@ def progress(description, done, total):
     if calls == most:
         os.kill(os.getpid(), signal.SIGKILL)
 
-prepare.BATCH_PIECES = 10
+tokenising.BATCH_PIECES = 10
 prepare.prepare(load(Options, json.loads(sys.argv[1]), "data"), Path(sys.argv[2]), progress)
 """
 
@@ -325,7 +326,7 @@ def test_a_killed_preparation_continues_with_the_same_bytes(tmp_path: Path) -> N
 
 def test_what_shards_hold_is_not_tokenised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = corpus(tmp_path / "in")
-    monkeypatch.setattr(preparation, "BATCH_PIECES", 10)
+    monkeypatch.setattr(tokenising, "BATCH_PIECES", 10)
     calls = 0
 
     def stop(description: str, done: int, total: int | None) -> None:
@@ -373,7 +374,7 @@ def test_two_preparations_of_one_address_wait_for_each_other(tmp_path: Path) -> 
 def test_a_hash_set_is_a_set() -> None:
     random = np.random.default_rng(0)
     keys = [int(key) for key in random.integers(0, 2**64, 2**18 + 500, dtype=np.uint64)]
-    held = preparation.HashSet()
+    held = routing.HashSet()
     for key in keys[:-200]:
         held.add(key)
     assert all(key in held for key in keys[:300] + keys[-500:-200])

@@ -20,3 +20,14 @@ def test_lines_have_rate_and_time_left_as_soon_as_something_is_done(
         "proxy 50% 0.538 tok/s loss 3 1:02:00 left, after 1:02:00",
         "proxy done in 1:02:00",
     ]
+
+
+def test_a_bar_over_all_counts_the_runs_of_its_runs() -> None:
+    with track.Bar("compare", 1000, show=False) as compare:
+        compare.update(100)
+        swarm = track.Part(compare, "swarm")
+        for number, seen in ((0, [140, 200]), (1, [240, 300])):
+            run = track.Part(swarm, f"run-{number}")
+            for done, expected in zip((40, 100), seen, strict=True):
+                run.update(done)
+                assert compare.done == expected

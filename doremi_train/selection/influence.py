@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from doremi_train import gradients
 from doremi_train.data.instructions import padded
 from doremi_train.methods import factored, less
-from doremi_train.methods.factored import Direction, Examples
+from doremi_train.methods.factors import Direction, Examples
 from doremi_train.methods.less import Moments, Options
 
 Coded = NDArray[np.int32]  # (length,) ids; of a token that carries no loss its complement ~id

@@ -1,0 +1,308 @@
+"""The gradients of single examples as their factors: one type for each use that a layer makes of a parameter.
+
+n examples, T tokens of each, p outputs and d inputs of a layer, r size of a sketch. Sums are float32 where factors are
+bf16, float64 where they are.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+NUMBERS = 1 << 20  # of materialised rows that may exist at once
+
+
+class Factor(Protocol):
+    """One use of a parameter of shape (p, d), or (p,)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+
+    def rows(self, rows: slice) -> Tensor:
+        """(n, rows, d) or (n, rows): these rows of every example's gradient."""
+
+    def tokens(self, direction: Tensor) -> Tensor:
+        """(n, T) what every token adds to ⟨g_i, direction⟩."""
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Σ_i weights_i g_i, for weights (n,)."""
+
+    def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
+        """(n, …) leftᵀ g_i right, for left (p, r) and right (d, r); of a vector leftᵀ g_i."""
+
+    def at(self, examples: Tensor) -> "Factor":
+        """The factor of these examples alone, by index."""
+
+    def regrouped(self, index: Tensor, present: Tensor) -> "Factor":
+        """Examples (m, L) of the tokens `index` into (n · T), as far as they are `present`."""
+
+
+Examples = Mapping[str, tuple[Factor, ...]]  # the gradients of n examples: all uses of every parameter, by its name
+Direction = Mapping[str, Tensor]  # one vector as long as the parameters, by their names
+
+
+class Outer(NamedTuple):
+    """Σ_t left_t right_tᵀ: a linear layer."""
+
+    left: Tensor  # (n, T, p)
+    right: Tensor  # (n, T, d)
+    known: tuple[Tensor, Tensor] | None = None  # (n, T, r) each: their products with the sides of a sketch
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.left.shape[-1], self.right.shape[-1]
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.left[..., rows].mT @ self.right
+
+    def tokens(self, direction: Tensor) -> Tensor:
+        return _dot(self.left @ direction.to(self.left.dtype), self.right)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        left, right = self.left, self.right
+        if in_place(left):  # example by example, without a copy of any
+            total = left.new_zeros(self.shape)
+            for some, weight in _runs(weights):
+                total.addmm_(left[some].flatten(0, 1).T, right[some].flatten(0, 1), alpha=weight)
+            return total
+        if self.shape[0] < self.shape[1]:
+            left = left * weights[:, None, None].to(left.dtype)
+        else:
+            right = right * weights[:, None, None].to(right.dtype)
+        return left.flatten(0, 1).T @ right.flatten(0, 1)
+
+    def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
+        assert right is not None
+        of_left, of_right = self.known or (None, None)
+        if of_left is None or of_right is None or of_left.shape[-1] != left.shape[1]:
+            of_left, of_right = self.left @ left.to(self.left.dtype), self.right @ right.to(self.right.dtype)
+        return of_left.mT @ of_right
+
+    def at(self, examples: Tensor) -> "Outer":
+        return Outer(self.left.index_select(0, examples), self.right.index_select(0, examples))
+
+    def regrouped(self, index: Tensor, present: Tensor) -> "Outer":
+        return Outer(_regroup(self.left, index, present), _regroup(self.right, index))
+
+
+class Softmax(NamedTuple):
+    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient: whole
+    where it is small, else made again where it is needed, some rows at a time, so that the logits of all tokens never
+    exist."""
+
+    hidden: Tensor  # (n, T, d)
+    targets: Tensor  # (n, T)
+    normalizers: Tensor  # (n, T) log Σ exp(logits)
+    gradient: Tensor  # (n, T) of the token's loss
+    weight: Tensor  # (V, d)
+    bias: Tensor | None = None  # (V,)
+    known: Tensor | None = None  # (n, T, r) its product with the left side of a sketch, where a backward left it
+    whole: Tensor | None = None  # (n, T, V) itself, where a backward left it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def left(self, rows: slice) -> Tensor:
+        """(n, T, rows)"""
+        if self.whole is not None:
+            return self.whole[..., rows]
+        logits = self.hidden @ self.weight[rows].T.to(self.hidden.dtype)
+        if self.bias is not None:
+            logits = logits + self.bias[rows].to(logits.dtype)
+        found = logits.to(self.normalizers.dtype).sub_(self.normalizers[..., None]).exp_()
+        inside = (self.targets >= rows.start) & (self.targets < rows.stop)
+        index = (self.targets - rows.start).clamp(0, found.shape[-1] - 1)
+        found.scatter_add_(-1, index[..., None], -inside[..., None].to(found.dtype))
+        return found.mul_(self.gradient[..., None]).to(self.hidden.dtype)
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.left(rows).mT @ self.hidden
+
+    def tokens(self, direction: Tensor) -> Tensor:
+        return sum((Outer(self.left(r), self.hidden).tokens(direction[r]) for r in self._blocks()), torch.tensor(0.0))
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        if self.whole is not None:
+            return Outer(self.whole, self.hidden).weighted(weights)
+        right = (self.hidden * weights[:, None, None].to(self.hidden.dtype)).flatten(0, 1)
+        found = right.new_empty(self.shape)
+        for rows in self._blocks():
+            torch.mm(self.left(rows).flatten(0, 1).T, right, out=found[rows])
+        return found
+
+    def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
+        of_left = self.known
+        if of_left is None or of_left.shape[-1] != left.shape[1]:
+            of_left = sum((self.left(r) @ left[r].to(self.hidden.dtype) for r in self._blocks()), torch.tensor(0.0))
+        assert right is not None
+        return of_left.mT @ (self.hidden @ right.to(self.hidden.dtype))
+
+    def at(self, examples: Tensor) -> "Softmax":
+        hidden, targets, normalizers, gradient = (field.index_select(0, examples) for field in self[:4])
+        whole = None if self.whole is None else self.whole.index_select(0, examples)
+        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias, whole=whole)
+
+    def regrouped(self, index: Tensor, present: Tensor) -> "Softmax":
+        hidden, targets, normalizers = (_regroup(field, index) for field in self[:3])
+        gradient = _regroup(self.gradient, index, present)
+        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
+
+    def _blocks(self) -> Iterator[slice]:
+        width = self.targets.numel() if self.whole is None else 0
+        return blocks(len(self.weight), width)
+
+
+class SoftmaxBias(NamedTuple):
+    """The bias of that projection."""
+
+    of: Softmax
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.of.weight),)
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.of.left(rows).sum(1)
+
+    def tokens(self, direction: Tensor) -> Tensor:
+        return sum((Sum(self.of.left(r)).tokens(direction[r]) for r in self.of._blocks()), torch.tensor(0.0))
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return torch.cat([Sum(self.of.left(r)).weighted(weights) for r in self.of._blocks()])
+
+    def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
+        return sum((Sum(self.of.left(r)).sketched(left[r], None) for r in self.of._blocks()), torch.tensor(0.0))
+
+    def at(self, examples: Tensor) -> "SoftmaxBias":
+        return SoftmaxBias(self.of.at(examples))
+
+    def regrouped(self, index: Tensor, present: Tensor) -> "SoftmaxBias":
+        return SoftmaxBias(self.of.regrouped(index, present))
+
+
+class Lookup(NamedTuple):
+    """Σ_t e(id_t) values_tᵀ: an embedding."""
+
+    ids: Tensor  # (n, T)
+    values: Tensor  # (n, T, d)
+    size: int  # V
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size, self.values.shape[-1]
+
+    def rows(self, rows: slice) -> Tensor:
+        n, _, d = self.values.shape
+        height = min(rows.stop, self.size) - rows.start
+        return self.added_rows(self.values.new_zeros(n, height, d, dtype=wide(self.values)), rows)
+
+    def added_rows(self, total: Tensor, rows: slice) -> Tensor:
+        """`total` (n, rows, d), in place, with these rows added to it."""
+        n, height, d = total.shape
+        inside = (self.ids >= rows.start) & (self.ids < rows.stop)
+        of_example = torch.arange(n, device=self.ids.device)[:, None].expand_as(self.ids)[inside]
+        place = of_example * height + self.ids[inside] - rows.start
+        total.view(n * height, d).index_add_(0, place, self.values[inside].to(total.dtype))
+        return total
+
+    def tokens(self, direction: Tensor) -> Tensor:
+        return _dot(self.values, direction[self.ids])
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return self.added(self.values.new_zeros(self.shape, dtype=wide(self.values)), weights)
+
+    def added(self, total: Tensor, weights: Tensor) -> Tensor:
+        """`total` (V, d), in place, with Σ_i weights_i g_i added to it."""
+        values = self.values.to(total.dtype) * weights[:, None, None].to(total.dtype)
+        return total.index_add_(0, self.ids.flatten(), values.flatten(0, 1))
+
+    def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
+        assert right is not None
+        return left[self.ids].mT @ (self.values @ right.to(self.values.dtype)).to(left.dtype)
+
+    def at(self, examples: Tensor) -> "Lookup":
+        return Lookup(self.ids[examples], self.values[examples], self.size)
+
+    def regrouped(self, index: Tensor, present: Tensor) -> "Lookup":
+        return Lookup(_regroup(self.ids, index), _regroup(self.values, index, present), self.size)
+
+    def compact(self) -> "Lookup":
+        """The same examples over the ids that occur alone; rows in another order, all others being 0."""
+        found, ids = self.ids.unique(return_inverse=True)
+        return Lookup(ids, self.values, len(found))
+
+
+class Sum(NamedTuple):
+    """Σ_t values_t: a bias, or the scale of a norm."""
+
+    values: Tensor  # (n, T, p)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.values.shape[-1],)
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.values[..., rows].sum(1, dtype=wide(self.values))
+
+    def tokens(self, direction: Tensor) -> Tensor:
+        return _dot(self.values, direction)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        rows, chosen = self.rows(slice(0, None)), weights.nonzero()[:, 0]  # others may not be finite: not even 0 times
+        return weights[chosen].to(rows.dtype) @ rows[chosen]
+
+    def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
+        return self.rows(slice(0, None)).to(left.dtype) @ left
+
+    def at(self, examples: Tensor) -> "Sum":
+        return Sum(self.values[examples])
+
+    def regrouped(self, index: Tensor, present: Tensor) -> "Sum":
+        return Sum(_regroup(self.values, index, present))
+
+
+# ── What they have in common ────────────────────────────────────────────────────────
+
+
+def blocks(rows: int, width: int) -> Iterator[slice]:
+    """0 … rows in pieces of so few that `width` numbers for each of them stay within bounds."""
+    step = max(1, NUMBERS // max(1, width))
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def in_place(left: Tensor) -> bool:
+    """Whether products of examples are best added up one after the other: on a GPU each would be a launch, and in bf16
+    the sum would be rounded as often."""
+    return left.device.type == "cpu" and left.dtype == wide(left)
+
+
+def _runs(weights: Tensor) -> list[tuple[slice, float]]:
+    """Examples that follow each other and have the same weight; those of weight 0 left out."""
+    found: list[tuple[slice, float]] = []
+    for number, weight in enumerate(weights.tolist()):
+        if found and found[-1] == (slice(found[-1][0].start, number), weight):
+            found[-1] = slice(found[-1][0].start, number + 1), weight
+        elif weight:
+            found.append((slice(number, number + 1), weight))
+    return found
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """What sums are computed in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _dot(one: Tensor, two: Tensor) -> Tensor:
+    """Σ over the last dimension, in float32 at least."""
+    return (one.to(wide(one)) * two).sum(-1)
+
+
+def _regroup(tensor: Tensor, index: Tensor, present: Tensor | None = None) -> Tensor:
+    """(n, T, …) → (m, L, …); 0 where not present."""
+    found = tensor.flatten(0, 1)[index]
+    if present is None:
+        return found
+    return found * present.view(*present.shape, *[1] * (found.dim() - 2)).to(found.dtype)
