@@ -97,7 +97,8 @@ class Effort(NamedTuple):
 def effort(options: Options, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
     """Of picking `count` of the candidates by `validation` sequences (0: it looks at none). A backward for activations
     alone, and the weights' part of one, are half a backward each; exact inner products of all candidates are as much as
-    their weights' part, and sketches are not counted."""
+    their weights' part, and sketches are not counted; nor that the picks' part is almost free where exact gradients are
+    kept (`KEPT`)."""
     share = candidates / count
     if options.method == "random":
         return Effort(1.0, 0.0)

@@ -4,9 +4,11 @@
 here the part of all drawn tokens that came from the domain `short` (10 tokens a document; `long`: 40).
 """
 
+import contextlib
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import yaml
@@ -24,8 +26,24 @@ def blends(folder):
     }
 
 
+@contextlib.contextmanager
+def without_pictures():
+    """mosaicml-streaming asks for torchvision at import, and PyPI's does not load beside a CPU build of torch."""
+    import transformers  # noqa: F401 — streaming imports it, and it looks for the real one
+
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["torchvision.datasets"].VisionDataset = object
+    modules["torchvision.transforms.functional"].to_tensor = None
+    sys.modules.update(modules)
+    yield
+    for name in names:
+        del sys.modules[name]
+
+
 def mosaicml_streaming(folder):
-    from streaming import MDSWriter, Stream, StreamingDataset
+    with without_pictures():
+        from streaming import MDSWriter, Stream, StreamingDataset
 
     for name in LENGTHS:
         with MDSWriter(out=str(folder / name), columns={"domain": "str"}) as writer:

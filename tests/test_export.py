@@ -325,12 +325,7 @@ def test_given_weights_are_checked(weights: str, named: str, tiny: list[str], co
 
 @pytest.mark.acceptance
 def test_the_real_trainers_read_it(tmp_path: Path) -> None:
-    """In an environment of their own, since their pins disagree with ours and each other's:
-
-    pip install torch torchvision datasets litdata pyyaml transformers
-    pip install --no-deps mosaicml-streaming megatron-core
-    pip install brotli zstd python-snappy catalogue boto3 paramiko  # and what else `import streaming` asks for
-    """
+    """In an environment of their own, since their pins disagree with ours and each other's; `.ci/run` makes it."""
     python = os.environ.get("DOREMI_PEERS")
     if not python:
         pytest.skip("DOREMI_PEERS does not name a Python with mosaicml-streaming, datasets, litdata, megatron-core")
