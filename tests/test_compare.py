@@ -61,6 +61,8 @@ def test_every_seed_derives_its_weights_and_total_flops_are_equal(compared: Path
     assert list(content["contenders"]) == names
     flops = [content["contenders"][name]["flops"] for name in names]
     assert max(flops) < 1.05 * min(flops)  # of so short runs evaluations are a part that can be seen
+    child = yaml.safe_load((compared / "compare/doge/seed-0/config.yaml").read_text())
+    assert not child["swarm"]["reuse"]  # none is to learn from runs that it has not paid for
     drawn = content["contenders"]["doge"]["weights"]
     assert len({tuple(weights.values()) for weights in drawn}) == 3
     for name in names:

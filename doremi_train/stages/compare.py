@@ -2,7 +2,8 @@
 
 For each method and seed a run that derives its weights anew and trains the final model; beside it the free mixtures,
 whose final run is longer by what the method's small runs cost, and random search with as many small runs. All are
-ordinary runs in the store. `compare/compare.json` has every figure, `compare.html` a table and a picture a question.
+ordinary runs in the store; none learns from runs that are not counted as its own. `compare/compare.json` has every
+figure, `compare.html` a table and a picture a question.
 """
 
 import functools
@@ -109,6 +110,7 @@ def _configured(session: Session, one: Contender, seed: int) -> dict[str, Any]:
     """The configuration of a contender's seed, a command of its own."""
     folder = session.run_dir / "compare" / one.folder / f"seed-{seed}"
     changes = {"mixture.method": one.method, "main.comparisons": [], "seed": session.config.seed + seed}
+    changes["swarm.reuse"] = False  # a swarm would fit runs that others have paid for
     return jobs.configured(session, folder, stage="main", **changes, **one.changes)
 
 
