@@ -234,6 +234,7 @@ def test_a_sketch_is_linear_deterministic_and_right_on_average(case: Case) -> No
     close(factored.sketch(examples, 3), of_rows)
     prepared = gradients.capture(case.model, case.losses, (N, T), sketch=3).examples
     close(factored.sketch(prepared, 3), of_rows)
+    close(factored.sketch(prepared, 64), factored.sketch(examples, 64))  # which it was not prepared for
     exact = factored.sketch(examples, 64)
     if max(p.shape[0] for p in trained(case.model).values()) <= 64:
         close(exact @ exact.T, flat(rows) @ flat(rows).T)

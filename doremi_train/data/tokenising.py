@@ -87,7 +87,7 @@ def _batches(items: Iterable[Work]) -> Iterator[list[Work]]:
     size = 0
     for item in items:
         batch.append(item)
-        size += item.text_bytes if item.tokens is None else item.tokens.nbytes  # type: ignore[operator]
+        size += item.tokens.nbytes if item.tokens is not None else item.text_bytes or 0
         if size >= BATCH_BYTES or len(batch) >= BATCH_PIECES:
             yield batch
             batch, size = [], 0

@@ -270,7 +270,12 @@ def _first(use: Factor) -> Tensor:
     """A tensor (n, T, …) of floats."""
     if isinstance(use, SoftmaxBias):
         use = use.of
-    return use.values if isinstance(use, Lookup | Sum) else use[0]  # type: ignore[index]
+    if isinstance(use, Softmax):
+        return use.hidden
+    if isinstance(use, Outer):
+        return use.left
+    assert isinstance(use, Lookup | Sum)
+    return use.values
 
 
 def _examples(use: Factor) -> int:

@@ -75,8 +75,9 @@ class Outer(NamedTuple):
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         assert right is not None
-        of_left, of_right = self.known or (None, None)
-        if of_left is None or of_right is None or of_left.shape[-1] != left.shape[1]:
+        if self.known is not None and [side.shape[-1] for side in self.known] == [left.shape[1], right.shape[1]]:
+            of_left, of_right = self.known
+        else:  # of no sketch, or of one of another size
             of_left, of_right = self.left @ left.to(self.left.dtype), self.right @ right.to(self.right.dtype)
         return of_left.mT @ of_right
 
