@@ -18,6 +18,7 @@ from urllib.parse import quote
 from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
+from doremi_train import slurm
 from doremi_train.config import UserError, conf_dir, fingerprint, redact
 
 STAGES = (
@@ -173,6 +174,7 @@ def _listen(stop: Any) -> Callable[[], None]:
 
     def requeue() -> None:
         for handler in asked:
+            slurm.outlive_requeue()
             handler()
             sys.exit(0)  # not the first task, which puts the job back: nothing is wrong with this one
 

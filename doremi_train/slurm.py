@@ -1,8 +1,9 @@
-"""Which rank a task of a Slurm step is, said in the variables that torch reads."""
+"""Which rank a task of a Slurm step is, said in the variables that torch reads; and how a job outlives its requeue."""
 
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 
@@ -37,6 +38,12 @@ def export_ranks() -> None:
         # The same on every task, another for every step, and below the ports that systems give out.
         "MASTER_PORT": get("MASTER_PORT") or str(20_000 + job % 12_000),
     }
+
+
+def outlive_requeue() -> None:
+    """To be called before a job asks Slurm to requeue it. Slurm then ends every process of the job, the `scontrol` that
+    asks among them, which would look as if it had failed: it inherits that SIGTERM is ignored. SIGKILL comes later."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _each(compressed: str) -> list[int]:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from doremi_train import comm, runs
+from doremi_train import comm, runs, slurm
 from doremi_train.config import UserError
 from doremi_train.runs import Preempted
 from doremi_train.selection.engines import LOSSES
@@ -27,23 +27,30 @@ _SECONDS_BETWEEN_LOOKS = 10.0  # into Slurm's queue
 _LINES_OF_A_LOG = 15
 
 
+class _Again(Protocol):
+    """What submitit calls, and calls again after a time limit; it returns an exit code and a message."""
+
+    def __call__(self) -> tuple[int, str]: ...
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        slurm.outlive_requeue()
+        return DelayedSubmission(self)
+
+
 @dataclass(frozen=True)
-class Child:
-    """A composed configuration, as submitit calls it, and calls it again after a time limit."""
+class Child(_Again):
+    """A composed configuration."""
 
     plain: Mapping[str, Any]
 
     def __call__(self) -> tuple[int, str]:
         return importlib.import_module("doremi_train.__main__").child(dict(self.plain))
 
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
 
 @dataclass(frozen=True)
-class Share:
+class Share(_Again):
     """Tasks for one job of an array, one after the other. After a time limit it begins anew: done is not done again."""
 
     work: Callable[[Any], object]
@@ -56,11 +63,6 @@ class Share:
         except UserError as error:
             return error.exit_code, str(error)
         return 0, ""
-
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
