@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import Command, run_here
@@ -58,20 +59,22 @@ def test_every_seed_derives_its_weights_and_total_flops_are_equal(compared: Path
     content = read(compared / "compare/compare.json")
     assert content["seeds"] == 3 and content["failures"] == []
     names = ["doge", "natural-12", "uniform-12", "search-1"]  # a proxy of 6 steps is 6 steps of the final run, or a run
-    assert list(content["contenders"]) == names
+    as_long = ["natural-6", "uniform-6"]
+    assert list(content["contenders"]) == names + as_long
     flops = [content["contenders"][name]["flops"] for name in names]
+    assert [content["contenders"][name]["flops"] for name in as_long] == pytest.approx([flops[1] / 2] * 2, rel=0.05)
     assert max(flops) < 1.05 * min(flops)  # of so short runs evaluations are a part that can be seen
     child = yaml.safe_load((compared / "compare/doge/seed-0/config.yaml").read_text())
     assert not child["swarm"]["reuse"]  # none is to learn from runs that it has not paid for
     drawn = content["contenders"]["doge"]["weights"]
     assert len({tuple(weights.values()) for weights in drawn}) == 3
-    for name in names:
+    for name in names + as_long:
         folders = [compared / "compare" / name / f"seed-{seed}" for seed in range(3)]
         reached = [read(folder / "main/result.json")["evaluation"]["mean_loss"] for folder in folders]
         assert content["contenders"][name]["losses"] == reached
         assert [read(folder / "main/recipe.json")["seed"] for folder in folders] == [66, 67, 68]
         assert read(folders[0] / "main/result.json")["steps"] == (12 if name[-2:] == "12" else 6)
-    best = [min(content["contenders"][name]["losses"][seed] for name in names) for seed in range(3)]
+    best = [min(content["contenders"][name]["losses"][seed] for name in names + as_long) for seed in range(3)]
     gaps = [loss - low for loss, low in zip(content["contenders"]["doge"]["losses"], best, strict=True)]
     assert content["contenders"]["doge"]["regret"] == pytest.approx(sum(gaps) / 3)
     search = read(compared / "compare/search-1/seed-0/weights.json")
@@ -82,10 +85,13 @@ def test_every_seed_derives_its_weights_and_total_flops_are_equal(compared: Path
 @pytest.mark.slow
 def test_the_page_answers_with_a_table_and_a_picture(compared: Path) -> None:
     content, page = read(compared / "compare/compare.json"), (compared / "compare.html").read_text()
-    (answer,) = content["questions"]
-    assert list(answer["against"]) == ["natural-12", "uniform-12", "search-1"]
-    assert len(answer["said"]) == 3 and page.count("<svg") == 1 and page.count("<table>") == 1
-    for sentence in answer["said"]:
+    flops, steps = content["questions"]
+    assert list(flops["against"]) == ["natural-12", "uniform-12", "search-1"]
+    assert list(steps["against"]) == ["natural-6", "uniform-6"]
+    gain = np.subtract(*(content["contenders"][name]["losses"] for name in ("natural-6", "doge"))).mean()
+    assert steps["against"]["natural-6"]["mean"] == pytest.approx(gain)
+    assert page.count("<svg") == page.count("<table>") == 2
+    for sentence in (*flops["said"], *steps["said"]):
         assert sentence.replace("'", "&#39;") in page
 
 

@@ -138,7 +138,7 @@ class Classify(ClassifierOptions):
 @dataclass(frozen=True, config=STRICT)
 class Compare:
     methods: tuple[str, ...] = ("doremi", "swarm")
-    baselines: tuple[str, ...] = ("natural", "uniform", "unimax")  # trained longer, by what a method's small runs cost
+    baselines: tuple[str, ...] = ("natural", "uniform", "unimax")  # longer by what small runs cost, and as long
     search: bool = True  # random search with as many small runs too
     seeds: Positive = 3  # end to end: each derives the weights anew
 

@@ -1,9 +1,10 @@
 """Which mixture, how sure, at what cost: every method against what the same FLOPs buy without it.
 
-For each method and seed a run that derives its weights anew and trains the final model; beside it the free mixtures,
-whose final run is longer by what the method's small runs cost, and random search with as many small runs. All are
-ordinary runs in the store; none learns from runs that are not counted as its own. `compare/compare.json` has every
-figure, `compare.html` a table and a picture a question.
+For each method and seed a run that derives its weights anew and trains the final model. Beside it the free mixtures,
+whose final run is longer by what the method's small runs cost, and random search with as many small runs: what the
+method is worth. And the free mixtures in as many steps: what its mixture is worth, as for a final run so large that the
+small ones cost next to nothing. All are ordinary runs in the store; none learns from runs that are not its own.
+`compare/compare.json` has every figure, `compare.html` a table and a picture a question.
 """
 
 import functools
@@ -45,8 +46,9 @@ class Contender(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Does a method beat what the same FLOPs buy without it?"""
+    """Does a method beat what is trained without it?"""
 
+    title: str
     method: Contender
     others: list[Contender]
 
@@ -70,23 +72,29 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def _questions(session: Session) -> tuple[list[Question], list[str]]:
-    """One a method; and what of it cannot be, in sentences."""
+    """At equal FLOPs and at equal steps, which are one where a method costs nothing before the final run; and what of
+    it cannot be, in sentences."""
     asked, found, failures = session.config.compare, [], []
     steps = language_model.main_steps(session)
     for method in asked.methods:
         cost = _cost(session, method, {})
-        longer = {"main.steps": steps + int(cost.proxies / (cost.main / steps))}
-        tried = [(name, longer) for name in asked.baselines]
+        longer = steps + int(cost.proxies / (cost.main / steps))
+        flops = [(name, {"main.steps": longer}) for name in asked.baselines]
         count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
         if asked.search and count:
-            tried.append(("search", {"swarm.runs": count}))
-        others = []
-        for name, changes in tried:
-            try:
-                others.append(Contender(name, changes, _cost(session, name, changes)))
-            except UserError as error:  # such as UniMax, where the longer run needs more text than it allows
-                failures.append(f"{name} beside {method}: {error}")
-        found.append(Question(Contender(method, {}, cost), others))
+            flops.append(("search", {"swarm.runs": count}))
+        questions = {f"What {method} gains over what the same FLOPs buy otherwise": flops}
+        if longer > steps:
+            title = f"What {method}'s mixture gains over free ones in as many steps, its small runs aside"
+            questions[title] = [(name, {"main.steps": steps}) for name in asked.baselines]
+        for title, tried in questions.items():
+            others = []
+            for name, changes in tried:
+                try:
+                    others.append(Contender(name, changes, _cost(session, name, changes)))
+                except UserError as error:  # such as UniMax, where the longer run needs more text than it allows
+                    failures.append(f"{name} beside {method}: {error}")
+            found.append(Question(title, Contender(method, {}, cost), others))
     return found, failures
 
 
@@ -155,7 +163,7 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
         gains = {name: results.paired(found[name]["losses"], found[method]["losses"]) for name in names}
         said = [results.judged(method, name, gain, seeds) for name, gain in gains.items()]
         against = {name: gain._asdict() for name, gain in gains.items()}
-        answers.append({"method": method, "against": against, "said": said})
+        answers.append({"title": question.title, "method": method, "against": against, "said": said})
     content = {"seeds": seeds, "contenders": found, "questions": answers, "failures": failures}
     files.write_json(session.run_dir / "compare" / "compare.json", content)
     _show(session, content)
@@ -187,7 +195,7 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
     sections = []
     for answer in content["questions"]:
         method, gains = answer["method"], {name: Paired(**gain) for name, gain in answer["against"].items()}
-        title = f"What {method} gains over what the same FLOPs buy otherwise"
+        title = answer["title"]
         table = [_row(name, content["contenders"][name], gains.get(name)) for name in (method, *gains)]
         ends = [() if gain.half is None else (gain.mean - gain.half, gain.mean + gain.half) for gain in gains.values()]
         points = [Point(gain.mean, *end) for gain, end in zip(gains.values(), ends, strict=True)]
