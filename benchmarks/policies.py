@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from doremi_train import batch_selection, costs, engine, evaluation, launcher, model
+from doremi_train import batch_selection, costs, engine, evaluation, launcher, model, results
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
 from doremi_train.data import reading, shards, sources, tokenizer, writing
@@ -37,16 +37,28 @@ COPIES = 16  # distinct sequences among the duplicates
 TARGET_SEQUENCES, EVALUATED = 16, 64  # of the target's validation text: what policies see, what is reported
 WARM_STEPS, RATE = 800, 3e-3  # the rate is the best of random's, on a seed that is not reported
 CURVE = 6  # losses of a run
+PUBLISHED = Options(method="greats", curvature="identity", cosine_cap=None, preconditioned=False, validation_every=1)
 POLICIES = {
     "all": None,  # every candidate is trained on: twice the data a step
     "random": Options(method="random"),
     "max_loss": Options(method="max_loss"),
     "grad_norm": Options(method="grad_norm"),
     "topk": Options(method="topk"),
-    "greats_published": Options(
-        method="greats", curvature="identity", cosine_cap=None, preconditioned=False, validation_every=1
-    ),
+    "greats_published": PUBLISHED,
     "greats": Options(method="greats"),
+}
+# What each of the differences between ours and the published form is worth. The published second term is not among
+# them: it is inert, and with it ours without a cap is topk.
+PARTS = {
+    "random": POLICIES["random"],
+    "topk": POLICIES["topk"],
+    "greats": POLICIES["greats"],
+    "no cap": Options(method="greats", cosine_cap=None),
+    "plain gradients": Options(method="greats", preconditioned=False),
+    "fresh validation": Options(method="greats", validation_every=1),
+    "published": PUBLISHED,
+    "published, cap": replace(PUBLISHED, cosine_cap=Options().cosine_cap),
+    "published, cap, curvature": Options(method="greats", preconditioned=False, validation_every=1),
 }
 
 
@@ -58,7 +70,7 @@ class Trained(NamedTuple):
     clean: float  # part of the picks that is not noise
     distinct: float  # part of a step's picks that differ, on average
     ratio: float  # penalties over scores
-    seconds: float  # of processor, a step
+    seconds: list[float]  # of processor, for each step
 
 
 def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
@@ -151,12 +163,13 @@ def trained(
     store: shards.TokenStore,
     target: str,
     policy: str,
+    options: Options | None,
     seed: int,
     steps: int,
     start: dict[str, torch.Tensor],
     folder: Path,
 ) -> Trained:
-    options, k = POLICIES[policy], store.domains.index(target)
+    k = store.domains.index(target)
     size = int(store.sequences("validation", LENGTH)[k])
     shown = np.arange(EVALUATED) * size // EVALUATED
     free = np.setdiff1d(np.arange(size), shown)
@@ -197,7 +210,7 @@ def trained(
         statistics.fmean(clean),
         statistics.fmean(distinct),
         statistics.fmean([abs(line["penalty_to_score"]) for line in lines("batch_selection")] or [0.0]),
-        statistics.median(seconds),
+        seconds,
     )
 
 
@@ -209,31 +222,33 @@ def _picked(trainer: Trainer, store: shards.TokenStore) -> Iterator[tuple[str, i
         yield name, sequence % COPIES if name == "copies" else sequence
 
 
-def flops(policy: str, shape: costs.Shape) -> float:
-    """Of a step: a forward is 1 a sequence, a backward 2, one for activations alone 1."""
-    options, one = POLICIES[policy], costs.forward(shape, LENGTH) * LENGTH
+def flops(options: Options | None, steps: int, shape: costs.Shape) -> list[float]:
+    """Of each step: a forward is 1 a sequence, a backward 2, one for activations alone 1."""
+    one = costs.forward(shape, LENGTH) * LENGTH
     if options is None:
-        return 3.0 * CANDIDATES * one
+        return [3.0 * CANDIDATES * one] * steps
     scored = {"random": 0, "max_loss": 1}.get(options.method, 2) * CANDIDATES
-    looked = 3 * TARGET_SEQUENCES / options.validation_every if options.method in ("greats", "topk") else 0
-    return float(scored + looked + PICKS * (3 if options.method in ("random", "max_loss") else 1)) * one
+    learned = PICKS * (3 if options.method in ("random", "max_loss") else 1)
+    looked = 3 * TARGET_SEQUENCES if options.method in ("greats", "topk") else 0
+    due = [batch_selection.looks_ahead(step, options.validation_every) for step in range(1, steps + 1)]
+    return [float(scored + learned + looked * now) * one for now in due]
 
 
 def measure(given: argparse.Namespace) -> common.Result:
     torch.set_num_threads(1)
     seeds, steps = range(2 if given.quick else given.seeds), 20 if given.quick else given.steps
+    policies = PARTS if given.parts else POLICIES
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = pool(given.root, 100_000 if given.quick else 400_000, folder / "data")
         target = given.target or next((name for name in store.domains if "python" in name), store.domains[0])
         start = warmed(store, target, 20 if given.quick else WARM_STEPS, folder)
-        runs: dict[str, list[Trained]] = {policy: [] for policy in POLICIES}
+        runs: dict[str, list[Trained]] = {policy: [] for policy in policies}
         for seed in seeds:
-            for policy in POLICIES:
-                runs[policy].append(trained(store, target, policy, seed, steps, start, folder))
+            for policy, chosen in policies.items():
+                runs[policy].append(trained(store, target, policy, chosen, seed, steps, start, folder))
                 print(seed, policy, runs[policy][-1].losses[-1], flush=True)
         shape = costs.shape(model.resolve(model.Options(**model.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
-    base = [run.losses[-1] for run in runs["random"]]
     figures: dict[str, Any] = {
         policy: {
             "losses": [run.losses for run in of],
@@ -241,27 +256,54 @@ def measure(given: argparse.Namespace) -> common.Result:
             "clean": statistics.fmean(run.clean for run in of),
             "distinct": statistics.fmean(run.distinct for run in of),
             "penalty_to_score": statistics.fmean(run.ratio for run in of),
-            "seconds_per_step": statistics.median(run.seconds for run in of),
-            "flops_per_step": flops(policy, shape),
+            "seconds": np.mean([run.seconds for run in of], axis=0).tolist(),
+            "flops": flops(policies[policy], steps, shape),
         }
         for policy, of in runs.items()
     }
+    ends = {policy: [losses[-1] for losses in f["losses"]] for policy, f in figures.items()}
+
+    def above(other: str, found: dict[str, list[float]]) -> list[str]:
+        gaps = [results.paired(losses, ends[other]) for losses in found.values()]
+        return [f"{gap.mean:+.4f} ± {gap.half:.4f}" if gap.half else "" for gap in gaps]
+
+    def at_equal(key: str) -> dict[str, list[float]]:
+        """Losses where what the steps of random cost is spent."""
+        budget = sum(figures["random"][key])
+        found = {}
+        for policy, f in figures.items():
+            step = np.interp(budget, np.cumsum([0, *f[key]]), range(steps + 1))
+            found[policy] = [float(np.interp(step, f["steps"], losses)) for losses in f["losses"]]
+        return found
+
     common.table(
         f"loss of {target} after {steps} steps, {len(seeds)} seeds",
-        ("policy", "mean", "lowest", "highest", "clean", "distinct", "penalty/score", "ms a step"),
-        [
-            (
-                policy, statistics.fmean(ends), min(ends), max(ends), f["clean"], f["distinct"],
-                f["penalty_to_score"], 1e3 * f["seconds_per_step"],
+        ("policy", "loss", "above greats", "above random", "… at equal FLOPs", "… at equal seconds"),
+        list(
+            zip(
+                figures,
+                [f"{statistics.fmean(losses):.4f}" for losses in ends.values()],
+                above("greats", ends),
+                above("random", ends),
+                above("random", at_equal("flops")),
+                above("random", at_equal("seconds")),
+                strict=True,
             )
+        ),
+    )
+    keys = ("clean", "distinct", "penalty_to_score")
+    common.table(
+        "parts of its picks, and what its steps cost over those of random",
+        ("policy", *keys, "FLOPs", "seconds"),
+        [
+            (policy, *(f[key] for key in keys), *(sum(f[k]) / sum(figures["random"][k]) for k in ("flops", "seconds")))
             for policy, f in figures.items()
-            for ends in [[losses[-1] for losses in f["losses"]]]
         ],
-    )  # fmt: skip
+    )
     if given.picture:
         picture(given.picture, target, figures)
     return common.Result(
-        {f"{policy}_over_random": common.ratio([r.losses[-1] for r in of], base) for policy, of in runs.items()},
+        {f"{policy}_over_random": common.ratio(of, ends["random"]) for policy, of in ends.items()},
         figures,
     )
 
@@ -277,9 +319,10 @@ def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
     for policy, found in figures.items():
         steps, losses = np.array(found["steps"]), np.array(found["losses"])
-        for axis, unit in zip(axes, (1.0, found["flops_per_step"], found["seconds_per_step"]), strict=True):
-            (line,) = axis.plot(steps * unit, losses.mean(0), label=policy)
-            axis.fill_between(steps * unit, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15)
+        spent = (np.cumsum([0, *found[key]])[steps] for key in ("flops", "seconds"))
+        for axis, across in zip(axes, (steps, *spent), strict=True):
+            (line,) = axis.plot(across, losses.mean(0), label=policy)
+            axis.fill_between(across, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15)
     for axis, title in zip(axes, ("steps", "FLOPs", "seconds of one core"), strict=True):
         axis.set_xlabel(title)
     axes[0].set_ylabel(f"loss of {target}, nats per token")
@@ -296,6 +339,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="the domain whose loss counts; default: the first with python in its name")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--parts", action="store_true", help="GREATS and its switches instead of all policies")
     parser.add_argument("--picture", type=Path, help="write the curves there, as SVG")
 
 

@@ -41,7 +41,7 @@ class Options(greats.Options):
     validation: tuple[str, ...] | None = None  # files of the target; null: drawn from the validation split
     domains: tuple[str, ...] | None = None  # it is drawn from these; null: all
     validation_sequences: Positive = 16  # M
-    validation_every: Positive = 10  # steps between gradients of the validation loss
+    validation_every: Positive = 10  # steps between gradients of the validation loss; the first so many take one each
     curvature_every: Positive = 100  # steps between measurements of λ
     verify: bool = False  # check the identities of per-example gradients at every step; slow
 
@@ -95,10 +95,10 @@ class Effort(NamedTuple):
 
 
 def effort(options: Options, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
-    """Of picking `count` of the candidates by `validation` sequences (0: it looks at none). A backward for activations
-    alone, and the weights' part of one, are half a backward each; exact inner products of all candidates are as much as
-    their weights' part, and sketches are not counted; nor that the picks' part is almost free where exact gradients are
-    kept (`KEPT`)."""
+    """Of picking `count` of the candidates by `validation` sequences (0: it looks at none), once the first steps are
+    done. A backward for activations alone, and the weights' part of one, are half a backward each; exact inner products
+    of all candidates are as much as their weights' part, and sketches are not counted; nor that the picks' part is
+    almost free where exact gradients are kept (`KEPT`)."""
     share = candidates / count
     if options.method == "random":
         return Effort(1.0, 0.0)
@@ -112,6 +112,12 @@ def effort(options: Options, candidates: int, count: int, validation: int, one_p
     if options.method == "greats" and options.curvature == "calibrated":
         learn += 2 * validation / count / options.curvature_every
     return Effort(learn, look)
+
+
+def looks_ahead(step: int, every: int) -> bool:
+    """Whether step number `step` (from 1) takes the validation gradient anew. In the beginning it turns fastest: one
+    gradient for the first ten steps lost all that picking gains there (`benchmarks.policies`)."""
+    return step <= every or (step - 1) % every == 0
 
 
 class State(NamedTuple):
@@ -247,7 +253,7 @@ class Selector:
         """The gradient of the validation loss, and λ along it, when they are due."""
         measuring = self.options.method == "greats" and self.options.curvature == "calibrated"
         due = measuring and (step - 1) % self.options.curvature_every == 0
-        if (step - 1) % self.options.validation_every and not due:
+        if not due and not looks_ahead(step, self.options.validation_every):
             return
         training = self._model.training
         self._model.eval()

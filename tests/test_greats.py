@@ -104,6 +104,11 @@ def test_as_published_the_second_term_is_inert_and_calibrated_with_the_cap_it_is
     assert distinct(6e-4 / 8, curvature, 0.95) == 8
 
 
+def test_the_validation_gradient_is_taken_at_each_of_the_first_steps_and_then_now_and_then() -> None:
+    assert [step for step in range(1, 20) if batch_selection.looks_ahead(step, 5)] == [1, 2, 3, 4, 5, 6, 11, 16]
+    assert all(batch_selection.looks_ahead(step, 1) for step in range(1, 9))
+
+
 # ── In the training loop ────────────────────────────────────────────────────────────
 
 SELECTING = ("stage=main", "mixture=natural", "main.comparisons=[]", "batch_selection.validation_every=4",
