@@ -35,7 +35,8 @@ from doremi_train.data.sampler import Sampler
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.projection import Projection
-from doremi_train.stages import Config, Session, plan
+from doremi_train.stages import Session, plan
+from doremi_train.stages.options import Config
 from doremi_train.world import World
 
 BATCH, LENGTH = 64, 128  # sequences of a batch, tokens of a sequence

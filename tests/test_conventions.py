@@ -114,7 +114,7 @@ NEEDS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_loads_strictly(option: str) -> None:
-    from doremi_train.stages import Config
+    from doremi_train.stages.options import Config
 
     load(Config, compose(option, *NEEDS.get(option, ())))
 
@@ -130,7 +130,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train.data import options as data
     from doremi_train.methods import importance, mixmin, vocabulary
     from doremi_train.selection import options as selection
-    from doremi_train.stages import (
+    from doremi_train.stages.options import (
         Classify,
         Compare,
         Config,

@@ -23,7 +23,7 @@ from running import ended, lines, reached, read, reaped, same_bits, wait_for
 
 from doremi_train import tracking
 from doremi_train.config import UserError
-from doremi_train.stages import Config, identity
+from doremi_train.stages.options import Config, identity
 from doremi_train.tracking import Options, Tracking, flat
 
 KEY = "0123456789abcdef" * 3  # of the right form, and nobody's

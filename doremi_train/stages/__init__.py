@@ -1,291 +1,26 @@
-"""What a command works with: the whole configuration, the processes, and where things stand on disk.
+"""What a command works with: its configuration, the processes, and where things stand on disk.
 
-Each stage is a module of this package with `run(session)`, read top to bottom.
+Each stage is a module of this package with `run(session)`, read top to bottom; `options` has every key.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, field
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 import yaml
-from pydantic.dataclasses import dataclass
 
-from doremi_train import (
-    checkpoint,
-    comm,
-    downstream,
-    engine,
-    evaluation,
-    exports,
-    files,
-    launcher,
-    model,
-    runs,
-    slurm,
-    tracking,
-    train,
-)
-from doremi_train.batch_selection import Options as BatchSelection
-from doremi_train.classifier import Options as ClassifierOptions
-from doremi_train.config import (
-    STRICT,
-    Count,
-    Fraction,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
-    UserError,
-    flatten,
-    load,
-    redact,
-)
-from doremi_train.data import options as data_options
-from doremi_train.lora import Options as LoraOptions
-from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
+from doremi_train import checkpoint, comm, engine, files, runs, slurm, tracking
+from doremi_train.config import UserError, load, redact
 from doremi_train.remote import Mirror
-from doremi_train.selection import options as selection_options
+from doremi_train.stages.options import Config, identity
 from doremi_train.track import Bar, Part, console
 
 
-@dataclass(frozen=True, config=STRICT)
-class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
-    path: str | None = None  # an existing model folder instead of training one
-    losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
-
-
-@dataclass(frozen=True, config=STRICT)
-class Proxy(doremi.Options):
-    accumulation: Literal["exact", "lagged"] = "exact"  # which α weighs the loss when a batch comes in several parts
-    rounds: Positive = 1
-    round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
-    seeds: Positive = 1
-    match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
-
-
-@dataclass(frozen=True, config=STRICT)
-class Doge(doge.Options):
-    target_batch: Positive = 8  # sequences of the target that a step looks at, where target.* names one
-
-
-@dataclass(frozen=True, config=STRICT)
-class Online:
-    prior: str = "natural"  # a mixture computed from sizes: where the run begins
-    floor: Fraction = 0.01  # least weight of a domain, as far as mixture.max_epochs leaves it
-    warmup: Fraction = 0.05  # part of the run on the prior
-    every: Positive | None = None  # steps between fits of ado, and changes of dro; null: a 50th of the run
-    step_size: NonNegativeFloat = 1.0  # η of dro
-    target_losses: dict[str, PositiveFloat] | None = None  # of dro, nats per token; null: those of the reference
-
-
-@dataclass(frozen=True, config=STRICT)
-class Target:
-    files: tuple[str, ...] | None = None  # paths, globs or URLs
-    domains: tuple[str, ...] | None = None  # or the validation text of these, apart from what is evaluated
-    sequences: Positive = 64
-
-
-@dataclass(frozen=True, config=STRICT)
-class Swarm(swarm.Options):
-    prior: str = "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
-    rounds: Positive = 1  # of draws; from the second on where the fit expects low losses
-    candidates: Positive = 2  # proposals that are trained, each next one nearer to the prior
-    reuse: bool = True  # fit also the runs in the store that differ in their mixture only
-    frozen: str | None = None  # a weights.json, whose domains keep their proportions among themselves
-
-
-@dataclass(frozen=True, config=STRICT)
-class MixtureOptions(heuristics.Options):
-    method: str = "doremi"
-    path: str | None = None  # of method `file`
-    format: str | None = None  # of that file, where it is a trainer's
-    weights: dict[str, float] | None = None  # of method `file`, instead of one
-    normalize: bool = False  # accept weights that do not sum to 1
-
-
-@dataclass(frozen=True, config=STRICT)
-class Main:
-    model: str | None = None  # a preset; null: the proxy's
-    steps: Positive | None = None  # null: training.steps
-    tokens: Positive | None = None  # of the final run this mixture is for; null: what main.steps makes
-    comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
-
-
-Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Classify(ClassifierOptions):
-    root: str | None = (
-        None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
-    )
-    validation_fraction: Fraction = 0.2  # of the real examples of every label, where there is no validation file
-    text_key: str = "text"
-    label_key: str = "label"
-    methods: tuple[Method, ...] = get_args(Method)
-    seeds: Positive = 4
-    folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
-    temperature: bool = True  # scale the checkers to what they were not trained on
-    focal_power: NonNegativeFloat = 2.0  # γ of focal
-    columns: str | None = None  # folder of what the checkers say; null: classify.root
-
-
-@dataclass(frozen=True, config=STRICT)
-class Compare:
-    methods: tuple[str, ...] = ("doremi", "swarm")
-    baselines: tuple[str, ...] = ("natural", "uniform", "unimax")  # longer by what small runs cost, and as long
-    search: bool = True  # random search with as many small runs too
-    seeds: Positive = 3  # end to end: each derives the weights anew
-
-
-@dataclass(frozen=True, config=STRICT)
-class Finetune:
-    model: str | None = None  # local transformers folder with its tokeniser, or a model folder of an earlier run
-    lora: LoraOptions = LoraOptions()
-
-
-@dataclass(frozen=True, config=STRICT)
-class Downstream:
-    tasks: tuple[str, ...] = ()  # of downstream.FORMS
-    files: dict[str, str] | None = None  # {task: folder with test.jsonl and train.jsonl}; cloze needs none
-    examples: Positive = 200  # of each, at most
-
-
-@dataclass(frozen=True, config=STRICT)
-class Export:
-    to: str | None = None  # a trainer: a key of exports.FORMATS
-    path: str | None = None  # of the file; null: in run_dir/export
-    paths: dict[str, str] | None = None  # where the trainer finds each domain
-    unit: exports.Unit | None = None  # of its draws; null: see exports
-
-
-@dataclass(frozen=True, config=STRICT)
-class Submit:
-    cluster: Literal["none", "local", "slurm"] = "none"  # where child runs go; none: one after another in this process
-    parallel: Positive = 4  # at once
-    timeout_minutes: Positive = 240  # of one Slurm job, which saves and is requeued until it is done
-    nodes: Positive = 1  # of one child, as the keys below
-    tasks_per_node: Positive = 1
-    gpus_per_node: Count = 0
-    cpus_per_task: Positive | None = None
-    partition: str | None = None
-    extra: dict[str, str | int] | None = None  # other options of sbatch, as in {account: mine}
-
-
-@dataclass(frozen=True, config=STRICT)
-class Config:
-    stage: str
-    run_dir: str
-    store: str | None
-    remote: str | None  # path or fsspec URL
-    seed: Count
-    data: data_options.Options
-    model: model.Options
-    training: train.Options
-    weighting: importance.Weighting
-    engine: launcher.Options
-    evaluation: evaluation.Options
-    reference: Reference
-    proxy: Proxy
-    doge: Doge
-    online: Online
-    mixmin: mixmin.Options
-    target: Target
-    swarm: Swarm
-    mixture: MixtureOptions
-    main: Main
-    selection: selection_options.Options
-    vocabulary: vocabulary.Options
-    batch_selection: BatchSelection
-    classify: Classify
-    compare: Compare
-    finetune: Finetune
-    downstream: Downstream
-    export: Export
-    submit: Submit
-    tracking: tracking.Options
-
-    def __post_init__(self) -> None:
-        if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
-            raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
-        _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
-        learned = ["doremi", "doge", *ONLINE, "mixmin", "swarm", "search"]
-        _one_of("mixture", self.mixture.method, [*learned, "file", *HEURISTICS])
-        _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
-        _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
-        _one_of("online.prior", self.online.prior, list(HEURISTICS))
-        if self.training.loss_weighting == "imp" and self.reference.path is None:
-            raise UserError(
-                "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
-                "data, and without reference.path both would be trained on this data; give reference.path=…, or take "
-                "dimp or rho"
-            )
-        for name in self.comparisons:
-            _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
-        given = [self.mixture.path, self.mixture.weights]
-        if len(given) - given.count(None) != (self.mixture.method == "file"):
-            raise UserError(
-                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
-                "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
-            )
-        if self.reference.mixture == "file" and (self.mixture.method != "file" or self.mixture.format is not None):
-            raise UserError(
-                "reference.mixture=file: is the weights.json or the weights of mixture=file; write mixture=file "
-                "mixture.path=weights.json, without mixture.format"
-            )
-        if self.stage == "swarm" and self.mixture.method != "swarm":
-            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
-        if self.mixture.format is not None:
-            _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
-            if self.mixture.path is None:
-                raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
-        for name in self.downstream.tasks:
-            _one_of("downstream.tasks", name, list(downstream.FORMS))
-            if name != "cloze" and name not in (self.downstream.files or {}):
-                raise UserError(
-                    f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of yours; give it as "
-                    f"downstream.files={{{name}: FOLDER}}"
-                )
-        if self.downstream.tasks:
-            downstream.require()
-        for name in self.compare.methods:
-            _one_of("compare.methods", name, learned)
-        for name in self.compare.baselines:
-            _one_of("compare.baselines", name, list(HEURISTICS))
-        if self.export.to is not None or self.stage == "export":
-            _one_of("export.to", str(self.export.to), list(exports.FORMATS))
-
-    @property
-    def comparisons(self) -> tuple[str, ...]:
-        """What the final model has to beat: baseline is α_ref, and natural and uniform are never missing."""
-        if self.main.comparisons is not None:
-            return self.main.comparisons
-        return ("baseline", "uniform") if self.reference.mixture == "natural" else ("baseline", "natural", "uniform")
-
-
-def _one_of(key: str, value: str, allowed: list[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{key}={value}: unknown; allowed: {', '.join(allowed)}")
-
-
-# What may change between two commands on one run_dir: it says how to compute, not what.
-_FREE = (
-    "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
-    "selection.workers", "selection.less.batch_tokens",
-)  # fmt: skip
-_FREE_GROUPS = ("compare", "downstream", "engine", "export", "submit", "tracking")
-_FREE_TRAINING = (
-    "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
-    "timeout", "snapshots",
-)  # fmt: skip
-
-
-@plain_dataclass
+@dataclass
 class Session:
     """One command on this process: its configuration as composed and as checked, and its place among the processes."""
 
@@ -418,22 +153,6 @@ def open_session(plain: Mapping[str, Any]) -> Session:
 def sweep(run_dir: Path) -> list[Path]:
     """The finished run folders in the folder of a sweep."""
     return [path.parent for path in sorted(run_dir.glob("*/evaluation.json"))]
-
-
-def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides what is computed, flat."""
-    free = (*_FREE, *(f"training.{name}" for name in _FREE_TRAINING))
-    return {
-        key: value
-        for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in _FREE_GROUPS
-    }
-
-
-def training_identity(options: train.Options) -> dict[str, Any]:
-    """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
-    what, is said by themselves."""
-    return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
 
 
 def claim(session: Session) -> None:

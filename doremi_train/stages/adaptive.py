@@ -16,8 +16,9 @@ from doremi_train.config import UserError
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, once, prepare, reference, training_identity
+from doremi_train.stages import Session, language_model, once, prepare, reference
 from doremi_train.stages.language_model import main_steps
+from doremi_train.stages.options import training_identity
 from doremi_train.train import Options, Task, Trainer
 
 STAGES = 50  # of a schedule, at most

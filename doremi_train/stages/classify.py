@@ -33,7 +33,8 @@ from doremi_train.data.labelled import Examples
 from doremi_train.methods import importance
 from doremi_train.results import spread
 from doremi_train.runs import Run, lock, stop
-from doremi_train.stages import Classify, Session, classify_report
+from doremi_train.stages import Session, classify_report
+from doremi_train.stages.options import Classify
 from doremi_train.track import console
 from doremi_train.weights import student_t
 

@@ -7,7 +7,8 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doge
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, once, prepare, seeds, targets, training_identity
+from doremi_train.stages import Session, language_model, once, prepare, seeds, targets
+from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
 

@@ -26,7 +26,8 @@ from doremi_train.data.batches import read
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, language_model, once, select, targets, training_identity
+from doremi_train.stages import Session, language_model, once, select, targets
+from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
 

@@ -15,7 +15,8 @@ from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy, importance, swarm
 from doremi_train.runs import Run, set_status
-from doremi_train.stages import Session, training_identity
+from doremi_train.stages import Session
+from doremi_train.stages.options import training_identity
 from doremi_train.track import Bar
 from doremi_train.train import Options, Position, Task, Trainer
 

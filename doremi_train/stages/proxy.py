@@ -11,18 +11,8 @@ from doremi_train import model, weights
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.runs import Run
-from doremi_train.stages import (
-    Proxy,
-    Session,
-    doge_runs,
-    language_model,
-    once,
-    prepare,
-    reference,
-    reference_losses,
-    seeds,
-    training_identity,
-)
+from doremi_train.stages import Session, doge_runs, language_model, once, prepare, reference, reference_losses, seeds
+from doremi_train.stages.options import Proxy, training_identity
 from doremi_train.train import Task, Trainer
 
 

@@ -19,7 +19,8 @@ from doremi_train.data.shards import TokenStore
 from doremi_train.detectors import effective_number
 from doremi_train.methods import HEURISTICS, heuristics
 from doremi_train.results import Result, Setting, spread
-from doremi_train.stages import Session, diagnose, evaluate, identity, report_charts, select_report, sweep
+from doremi_train.stages import Session, diagnose, evaluate, report_charts, select_report, sweep
+from doremi_train.stages.options import identity
 from doremi_train.stages.page import write_page
 from doremi_train.track import console
 

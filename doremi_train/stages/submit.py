@@ -19,7 +19,8 @@ from doremi_train import comm, runs, slurm
 from doremi_train.config import UserError
 from doremi_train.runs import Preempted
 from doremi_train.selection.engines import LOSSES
-from doremi_train.stages import Session, Submit
+from doremi_train.stages import Session
+from doremi_train.stages.options import Submit
 from doremi_train.train import TrainingFailed
 
 _MINUTES_OF_A_YEAR = 525_600

@@ -26,7 +26,8 @@ from doremi_train.model import CompletionModel
 from doremi_train.remote import one_line
 from doremi_train.runs import Run
 from doremi_train.selection.influence import Checkpoint
-from doremi_train.stages import Session, finetune, language_model, training_identity
+from doremi_train.stages import Session, finetune, language_model
+from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
 
