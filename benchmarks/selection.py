@@ -23,12 +23,12 @@ from doremi_train.data import options as data_options
 from doremi_train.data import reading, sources
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import cross_entropy
+from doremi_train.mixture import student_t
 from doremi_train.runs import Run
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
 from doremi_train.train import Options as Training
 from doremi_train.train import Position, Task, Trainer
-from doremi_train.weights import student_t
 
 LENGTH, BATCH, VOCABULARY = 64, 16, 1024
 SERVED = 10  # documents that stand for the target

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from doremi_train.track import short
+from doremi_train.console import short
 
 # Mid tones, which can be read on white and on near black.
 COLORS = (

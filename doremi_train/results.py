@@ -14,7 +14,7 @@ import numpy as np
 
 from doremi_train import files, model
 from doremi_train.methods import ONLINE
-from doremi_train.weights import student_t
+from doremi_train.mixture import student_t
 
 _ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
 _BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, evaluation, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
+from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
 from doremi_train.data.shards import TokenStore
@@ -24,7 +25,6 @@ from doremi_train.losses import Reference
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel, save
 from doremi_train.runs import Preempted, Run, set_status, stop
-from doremi_train.track import Bar, console
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,7 +9,7 @@ from conftest import Command, run_here
 from running import lines, read
 
 from doremi_train import results
-from doremi_train.weights import student_t
+from doremi_train.mixture import student_t
 
 
 def test_paired_intervals_by_hand() -> None:

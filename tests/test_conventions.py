@@ -2,9 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "doremi_train"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
+# What a file imports stands on a lower rung, or in its own folder.
 RUNGS = {
-    0: "methods config world files launcher remote slurm detectors projection exports",
-    1: "comm data model optim gradients track lora",
-    2: "checkpoint weights runs evaluation engine charts costs tracking losses selection classifier batch_selection "
+    0: "config files world launcher remote slurm detectors",
+    1: "methods projection exports",
+    2: "comm data model optim gradients console lora",
+    3: "checkpoint mixture runs evaluation engine charts costs trackers losses selection classifier batch_selection "
     "domain_gradients downstream",
-    3: "train results",
-    4: "stages",
-    5: "__main__",
+    4: "train results",
+    5: "stages",
+    6: "command",
+    7: "__main__",
 }
 RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts.split()}
-RUNG[""] = 0  # the package itself: its version
+RUNG[""] = -1  # the package itself: its version
+NAMES = {".".join(["doremi_train", *Path(n).with_suffix("").parts]).removesuffix(".__init__"): n for n in MODULES}
 
 
 def part_of(module: str) -> str:
@@ -38,31 +43,71 @@ def part_of(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module a file imports, also inside functions; `from a import b` is a.b."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Every module a file imports, also inside functions, and by name at run time; `from a import b` is a.b."""
+    tree = ast.parse(path.read_text())
+    documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"doremi_train(\.\w+)+\.?", str(node.value)):
+            yield from [node.value.removesuffix(".")] * (id(node) not in documented)
 
 
-def ours(path: Path) -> Iterator[str]:
-    """The parts of the package a file imports."""
+def ours(path: Path) -> set[str]:
+    """The files of the package that a file imports, as modules; a name of a module stands for the module."""
+    found = set()
     for name in imports(path):
         if name.split(".")[0] == "doremi_train":
-            yield "" if name == "doremi_train.__version__" else part_of(name)
+            module = name if name in NAMES else name.rpartition(".")[0]
+            found.add(module if module in NAMES else "doremi_train")
+    return found
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_from_lower_rungs_only(name: str) -> None:
     own = part_of("doremi_train." + name.removesuffix(".py").replace("/", ".")).removeprefix("__init__")
     assert own in RUNG, f"{name} has no rung: add it to the ladder here and in the design"
-    for other in ours(PACKAGE / name):
-        within = other == own and own in ("methods", "data", "selection", "stages")
-        assert within or other in ("config", "files") or RUNG[other] < RUNG[own], (
-            f"{name} imports {other or 'the package'}"
-        )
+    for other in map(part_of, ours(PACKAGE / name)):
+        assert other == own or RUNG[other] < RUNG[own] or RUNG[own] == 0 == RUNG[other], f"{name} imports {other}"
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Every set of files that import each other, directly or through others (Tarjan)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in number:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], number[other])
+        if low[node] == number[node]:
+            place = stack.index(node)
+            if len(stack) - place > 1 or node in graph[node]:
+                found.append(sorted(stack[place:]))
+            del stack[place:]
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles({module: ours(PACKAGE / name) for module, name in NAMES.items()}) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("methods/")])
@@ -197,7 +242,7 @@ def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_help_is_quick_and_shows_stages_groups_and_examples(tmp_path: Path) -> None:
-    from doremi_train.__main__ import STAGES
+    from doremi_train.command import STAGES
 
     done = command(tmp_path, "--help")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import zstandard
 from conftest import TINY, Command, documents
 from test_conventions import compose
 
-from doremi_train import weights
+from doremi_train import mixture as doremi_train_mixture
 
 PILE = (
     "ArXiv", "BookCorpus2", "Books3", "DM Mathematics", "Enron Emails", "EuroParl", "FreeLaw", "Github",
@@ -142,7 +142,7 @@ def test_published_weights_are_of_these_domains(name: str) -> None:
     mixture = compose(f"mixture={name}")["mixture"]
     assert mixture["normalize"]
     assert 0.98 < math.fsum(mixture["weights"].values()) < 1.04  # as published, rounded
-    found = weights.checked(mixture["weights"], sorted(PUBLISHED[name]), "x", normalize=True)
+    found = doremi_train_mixture.checked(mixture["weights"], sorted(PUBLISHED[name]), "x", normalize=True)
     assert math.fsum(found.values()) == pytest.approx(1, abs=1e-12)
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import Command, documents, write_jsonl
 from omegaconf import OmegaConf
 
-from doremi_train import comm
+from doremi_train import comm, command
 from doremi_train.config import conf_dir
 from doremi_train.data import planted
 from doremi_train.data.sampler import Sampler
@@ -31,7 +31,7 @@ def opened(*overrides: str) -> Iterator[Session]:
         composed = hydra.compose("config", overrides=list(overrides))
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     try:
-        yield open_session(plain)
+        yield open_session(plain, command.child)
     finally:
         comm.leave()
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from doremi_train import track
+from doremi_train import console
 
 
 def test_lines_have_rate_and_time_left_as_soon_as_something_is_done(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(track.time, "monotonic", lambda: now[0])
-    with track.Bar("proxy", 4000) as bar:
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.Bar("proxy", 4000) as bar:
         for seconds, done in ((60, 0), (61, 500), (120, 1000), (3720, 2000)):
             now[0] = float(seconds)
             bar.update(done, "loss 3")
@@ -23,11 +23,11 @@ def test_lines_have_rate_and_time_left_as_soon_as_something_is_done(
 
 
 def test_a_bar_over_all_counts_the_runs_of_its_runs() -> None:
-    with track.Bar("compare", 1000, show=False) as compare:
+    with console.Bar("compare", 1000, show=False) as compare:
         compare.update(100)
-        swarm = track.Part(compare, "swarm")
+        swarm = console.Part(compare, "swarm")
         for number, seen in ((0, [140, 200]), (1, [240, 300])):
-            run = track.Part(swarm, f"run-{number}")
+            run = console.Part(swarm, f"run-{number}")
             for done, expected in zip((40, 100), seen, strict=True):
                 run.update(done)
                 assert compare.done == expected

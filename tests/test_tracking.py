@@ -21,10 +21,10 @@ import yaml
 from conftest import ROOT, Command, environment, run_here, start
 from running import ended, lines, reached, read, reaped, same_bits, wait_for
 
-from doremi_train import tracking
+from doremi_train import trackers
 from doremi_train.config import UserError
 from doremi_train.stages.options import Config, identity
-from doremi_train.tracking import Options, Tracking, flat
+from doremi_train.trackers import Options, Tracking, flat
 
 KEY = "0123456789abcdef" * 3  # of the right form, and nobody's
 
@@ -404,19 +404,19 @@ def test_who_is_logged_in_is_online(
             monkeypatch.setenv(name, value)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("talks to a network"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
-    with tracking._contained(tmp_path):
+    with trackers._contained(tmp_path):
         if mode is UserError:
             with pytest.raises(UserError, match="tracking.mode=online"):
-                tracking._mode(Options(mode=asked))
+                trackers._mode(Options(mode=asked))
         else:
-            assert tracking._mode(Options(mode=asked)) == mode
+            assert trackers._mode(Options(mode=asked)) == mode
 
 
 def test_a_login_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with tracking._contained(tmp_path):
-        assert tracking._mode(Options(mode="online")) == "online"
+    with trackers._contained(tmp_path):
+        assert trackers._mode(Options(mode="online")) == "online"
 
 
 def test_wandb_switched_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,4 +528,4 @@ def test_backends_are_imported_only_when_asked_for() -> None:
 def test_the_stage_of_a_run_is_found_by_its_name() -> None:
     labels = {"reference": "reference", "proxy": "proxy", "proxy/round-2/seed-0": "proxy", "baseline": "main",
               "proxy/round-2/reference": "reference", "main": "main"}  # fmt: skip
-    assert {label: tracking._stage(label) for label in labels} == labels
+    assert {label: trackers._stage(label) for label in labels} == labels

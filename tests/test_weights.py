@@ -9,9 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
-from doremi_train import weights
+from doremi_train import mixture
+from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
-from doremi_train.weights import Mixture
+from doremi_train.mixture import Mixture
 
 DOMAINS = ("a", "b")
 REDPAJAMA = {  # as published: sums to 0.9999
@@ -30,16 +31,16 @@ def test_weights_are_written_exactly_and_read_back_as_a_mixture(tmp_path: Path) 
     values = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = dict(zip("abcdefg", (values / values.sum()).tolist(), strict=True))
     mixture = Mixture("doremi", given, interval={"a": (0.1, 0.2)}, epochs={"a": 1.5}, provenance={"seed": 0})
-    weights.save(tmp_path / "weights.json", mixture)
+    doremi_train_mixture.save(tmp_path / "weights.json", mixture)
     assert json.loads((tmp_path / "weights.json").read_text())["weights"] == given  # every bit of it
-    loaded = weights.load(tmp_path / "weights.json", tuple("abcdefg"))
+    loaded = doremi_train_mixture.load(tmp_path / "weights.json", tuple("abcdefg"))
     assert loaded.method == "doremi"
     assert list(loaded.weights.values()) == pytest.approx(list(given.values()), rel=1e-15)
     assert abs(math.fsum(loaded.weights.values()) - 1) < 1e-9
 
 
 def test_the_file_is_the_one_others_rely_on(tmp_path: Path) -> None:
-    weights.save(tmp_path / "weights.json", Mixture("doremi", {"a": 0.25, "b": 0.75}, interval={"a": (0.1, 0.4)}))
+    mixture.save(tmp_path / "weights.json", Mixture("doremi", {"a": 0.25, "b": 0.75}, interval={"a": (0.1, 0.4)}))
     content = json.loads((tmp_path / "weights.json").read_text())
     assert content == {
         "schema": 1, "unit": "token", "method": "doremi", "weights": {"a": 0.25, "b": 0.75},
@@ -56,7 +57,7 @@ def test_the_file_is_the_one_others_rely_on(tmp_path: Path) -> None:
     ],
 )
 def test_our_own_a_plain_and_the_original_form_are_read(tmp_path: Path, content: Any) -> None:
-    assert weights.load(written(tmp_path, content), DOMAINS).weights == {"a": 0.25, "b": 0.75}
+    assert mixture.load(written(tmp_path, content), DOMAINS).weights == {"a": 0.25, "b": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -78,27 +79,27 @@ def test_our_own_a_plain_and_the_original_form_are_read(tmp_path: Path, content:
 def test_every_mistake_is_one_message_that_names_it(tmp_path: Path, content: Any, named: str) -> None:
     path = written(tmp_path, content)
     with pytest.raises(UserError) as error:
-        weights.load(path, DOMAINS)
+        mixture.load(path, DOMAINS)
     assert named in str(error.value) and str(error.value).startswith(f"mixture.path={path}: ")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing.json"):
-        weights.load(tmp_path / "nothing.json", DOMAINS)
+        mixture.load(tmp_path / "nothing.json", DOMAINS)
 
 
 def test_published_weights_are_read_when_told_to_normalise(tmp_path: Path) -> None:
     path, names = written(tmp_path, REDPAJAMA), tuple(REDPAJAMA)
     with pytest.raises(UserError, match=r"mixture\.normalize=true"):
-        weights.load(path, names)
-    loaded = weights.load(path, names, normalize=True)
+        mixture.load(path, names)
+    loaded = mixture.load(path, names, normalize=True)
     assert math.fsum(loaded.weights.values()) == pytest.approx(1, abs=1e-12)
     assert loaded.weights["c4"] == pytest.approx(0.1446 / 0.9999)
 
 
 def test_weights_that_are_all_zero_cannot_be_normalised(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sum to 0"):
-        weights.load(written(tmp_path, {"a": 0, "b": 0}), DOMAINS, normalize=True)
+        mixture.load(written(tmp_path, {"a": 0, "b": 0}), DOMAINS, normalize=True)
 
 
 def test_weights_go_to_tensors_in_the_order_of_the_data() -> None:
@@ -108,21 +109,21 @@ def test_weights_go_to_tensors_in_the_order_of_the_data() -> None:
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 def test_student_t_agrees_with_scipy(level: float) -> None:
     values = [0.31, 0.28, 0.35, 0.30, 0.27]
-    mean, half = weights.student_t(values, level)
+    mean, half = mixture.student_t(values, level)
     low, high = stats.t.interval(level, len(values) - 1, loc=mean, scale=stats.sem(values))
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_one_value_has_no_interval() -> None:
-    assert weights.student_t([0.3]) == (0.3, math.inf)
-    mean, interval = weights.summarize([torch.tensor([0.4, 0.6])])
+    assert mixture.student_t([0.3]) == (0.3, math.inf)
+    mean, interval = mixture.summarize([torch.tensor([0.4, 0.6])])
     assert interval is None and mean.tolist() == pytest.approx([0.4, 0.6])
 
 
 def test_several_seeds_give_their_mean_and_an_interval_within_zero_and_one() -> None:
     samples = [torch.tensor(w, dtype=torch.float64) for w in ([0.01, 0.99], [0.05, 0.95], [0.0, 1.0])]
-    mean, interval = weights.summarize(samples)
+    mean, interval = mixture.summarize(samples)
     assert mean.tolist() == pytest.approx([0.02, 0.98]) and interval is not None
     low, high = interval
     assert bool((low >= 0).all() and (high <= 1).all() and (low <= mean).all() and (mean <= high).all())
-    assert float(high[0]) == pytest.approx(0.02 + weights.student_t([0.01, 0.05, 0.0])[1])
+    assert float(high[0]) == pytest.approx(0.02 + mixture.student_t([0.01, 0.05, 0.0])[1])

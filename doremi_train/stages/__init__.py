@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from doremi_train import checkpoint, comm, engine, files, runs, slurm, tracking
+from doremi_train import checkpoint, comm, engine, files, runs, slurm, trackers
 from doremi_train.config import UserError, load, redact
+from doremi_train.console import Bar, Part, console
 from doremi_train.remote import Mirror
 from doremi_train.stages.options import Config, identity
-from doremi_train.track import Bar, Part, console
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Session:
     config: Config
     plain: Mapping[str, Any]
     place: engine.Place
+    child: Callable[[dict[str, Any]], tuple[int, str]]  # runs a configuration in another process, which imports it
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
     bar: Bar | None = None  # over many commands, of which this is one
 
@@ -44,9 +45,9 @@ class Session:
         return Mirror(self.config.remote) if self.config.remote else None
 
     @functools.cached_property
-    def tracking(self) -> tracking.Tracking:
+    def tracking(self) -> trackers.Tracking:
         """Where this command's curves are shown."""
-        return tracking.Tracking(self.config.tracking, self.run_dir, self.plain)
+        return trackers.Tracking(self.config.tracking, self.run_dir, self.plain)
 
     def over(self, label: str, total: int) -> Bar:
         """The progress of several runs, `total` tokens: a bar of their own, or a share of the one over all."""
@@ -136,14 +137,14 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
     return run
 
 
-def open_session(plain: Mapping[str, Any]) -> Session:
+def open_session(plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]) -> Session:
     """Check the composed configuration, join the processes, and claim the run folder for this configuration."""
     config = load(Config, plain)
     slurm.export_ranks()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     place = engine.start(config.engine, config.training.precision, config.training.timeout)
-    session = Session(config, plain, place)
+    session = Session(config, plain, place, child)
     comm.on_first(session.tracking.check)
     if not (config.stage == "report" and sweep(session.run_dir)):
         comm.on_first(lambda: claim(session))

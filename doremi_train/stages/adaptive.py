@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, evaluation, files, model, weights
+from doremi_train import comm, evaluation, files, model
+from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import ONLINE, dro, online
@@ -58,13 +59,13 @@ def run(session: Session) -> Run:
     return found
 
 
-def mixture(session: Session) -> weights.Mixture:
+def mixture(session: Session) -> doremi_train_mixture.Mixture:
     """What the main run drew of each domain, and when."""
     found = run(session)
     drawn, trace = comm.on_first(
         lambda: (found.result()["weights"], list(files.read_lines(found.folder / "domain_weights.jsonl")))
     )
-    return weights.Mixture(session.config.mixture.method, drawn, schedule=schedule(trace))
+    return doremi_train_mixture.Mixture(session.config.mixture.method, drawn, schedule=schedule(trace))
 
 
 def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:

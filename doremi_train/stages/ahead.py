@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from doremi_train import files, weights
+from doremi_train import files
+from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.runs import Run
@@ -166,7 +167,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         if before is None or len(finished) < options.seeds:
             before = None
             continue
-        mean, _ = weights.summarize([seeds.average(one, store) for one in finished])
+        mean, _ = doremi_train_mixture.summarize([seeds.average(one, store) for one in finished])
         moved, before = float((mean - before).abs().max()), mean
         if moved < options.round_tolerance:
             break
@@ -180,7 +181,7 @@ def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None
         found.add(seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run)
     if not all(run.finished for run in recipes):
         return None
-    return weights.summarize([seeds.average(run, store) for run in recipes])[0]
+    return doremi_train_mixture.summarize([seeds.average(run, store) for run in recipes])[0]
 
 
 def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
@@ -191,7 +192,7 @@ def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
     search = mixmin_runs.state(session, store)
     if not search.finished:
         return None
-    return weights.Mixture("mixmin", search.result()["weights"]).tensor(store.domains)
+    return doremi_train_mixture.Mixture("mixmin", search.result()["weights"]).tensor(store.domains)
 
 
 def _random(session: Session, store: TokenStore, found: "_Found") -> None:
@@ -211,7 +212,7 @@ def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | Non
             found.add(name, "swarm", shape, steps, run)
     if not search.finished:
         return None
-    return weights.Mixture("swarm", search.result()["weights"]).tensor(store.domains)
+    return doremi_train_mixture.Mixture("swarm", search.result()["weights"]).tensor(store.domains)
 
 
 @dataclass

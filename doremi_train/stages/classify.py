@@ -28,15 +28,15 @@ from torch import Tensor
 from doremi_train import classifier, comm, files, model
 from doremi_train.classifier import Judged, Kind, Table
 from doremi_train.config import UserError, fingerprint
+from doremi_train.console import console
 from doremi_train.data import labelled
 from doremi_train.data.labelled import Examples
 from doremi_train.methods import importance
+from doremi_train.mixture import student_t
 from doremi_train.results import spread
 from doremi_train.runs import Run, lock, stop
 from doremi_train.stages import Session, classify_report
 from doremi_train.stages.options import Classify
-from doremi_train.track import console
-from doremi_train.weights import student_t
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from doremi_train import domain_gradients, model, weights
+from doremi_train import domain_gradients, mixture, model
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doge
@@ -13,14 +13,14 @@ from doremi_train.train import Task, Trainer
 
 
 @once
-def run(session: Session) -> weights.Mixture:
+def run(session: Session) -> mixture.Mixture:
     """Train every seed, and take the mean of their averages. Raises UserError where rounds are asked for."""
     store = prepare.run(session)
     found = recipes(session, store)
     if seeds.apart(session):
         seeds.submitted(session, found, 1)
     trained = [_train(session, store, index, run) for index, run in enumerate(found)]
-    mean, interval = weights.summarize([seeds.average(one, store) for one in trained])
+    mean, interval = mixture.summarize([seeds.average(one, store) for one in trained])
     return seeds.mixture(session, store, mean, interval)
 
 

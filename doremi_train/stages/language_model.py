@@ -11,13 +11,13 @@ from torch import Tensor
 
 from doremi_train import batch_selection, checkpoint, comm, losses, model
 from doremi_train.config import UserError
+from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy, importance, swarm
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session
 from doremi_train.stages.options import training_identity
-from doremi_train.track import Bar
 from doremi_train.train import Options, Position, Task, Trainer
 
 SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through

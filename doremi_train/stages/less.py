@@ -31,6 +31,7 @@ from torch import Tensor
 
 from doremi_train import comm, files, model
 from doremi_train.config import UserError, fingerprint
+from doremi_train.console import Bar
 from doremi_train.data import instructions
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.data.reading import BadLines, Source, records
@@ -42,7 +43,6 @@ from doremi_train.selection.features import Rows, cosines
 from doremi_train.selection.influence import Checkpoint, Coded
 from doremi_train.stages import Session, finetune, less_report, select, warmup
 from doremi_train.stages.warmup import Warm
-from doremi_train.track import Bar
 
 SCORES = 1  # raise when the same request would give other scores
 _SHARD = 512  # examples scored by one process at a time

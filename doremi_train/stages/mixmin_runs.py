@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import comm, model, weights
+from doremi_train import comm, mixture, model
 from doremi_train.config import fingerprint
+from doremi_train.console import Part
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore, domain_folder
 from doremi_train.methods import mixmin, swarm
 from doremi_train.methods.swarm import Box, Floats
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, language_model, once, prepare, submit, targets
-from doremi_train.track import Part
 from doremi_train.train import Options
 
 
@@ -31,7 +31,7 @@ class Losses(NamedTuple):
 
 
 @once
-def run(session: Session) -> weights.Mixture:
+def run(session: Session) -> mixture.Mixture:
     """Train every expert, look at the target with each, and solve."""
     store = prepare.run(session)
     search = state(session, store)
@@ -44,7 +44,7 @@ def run(session: Session) -> weights.Mixture:
         else:
             session.say(f"{'mixmin':<22} is in the store already: {search.folder.name}")
     found = comm.on_first(search.result)
-    return weights.Mixture("mixmin", found["weights"], provenance=found["provenance"])
+    return mixture.Mixture("mixmin", found["weights"], provenance=found["provenance"])
 
 
 def experts(session: Session, store: TokenStore) -> dict[str, Run]:

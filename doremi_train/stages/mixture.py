@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import __version__, comm, exports, weights
+from doremi_train import __version__, comm, exports, mixture
+from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import swarm
@@ -26,13 +27,13 @@ from doremi_train.stages.language_model import final_tokens, main_steps
 
 
 @once
-def run(session: Session) -> weights.Mixture:
+def run(session: Session) -> mixture.Mixture:
     """Compute it, complete it with epochs and provenance, and write it."""
     store = prepare.run(session)
     within(session, store)  # before anything is trained that could not be used
     mixture = _capped(session, store, _compute(session, store))
     mixture = complete(session, store, mixture)
-    comm.on_first(lambda: weights.save(session.run_dir / "weights.json", mixture))
+    comm.on_first(lambda: doremi_train_mixture.save(session.run_dir / "weights.json", mixture))
     return mixture
 
 
@@ -48,7 +49,7 @@ def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
     return found if box is None or swarm.inside(point, box) else torch.from_numpy(swarm.project(point, box))
 
 
-def _capped(session: Session, store: TokenStore, mixture: weights.Mixture) -> weights.Mixture:
+def _capped(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:
     found = mixture.tensor(store.domains)
     kept = capped(session, store, found)
     if kept is found:
@@ -60,7 +61,7 @@ def _capped(session: Session, store: TokenStore, mixture: weights.Mixture) -> we
     return replace(mixture, weights=dict(zip(store.domains, kept.tolist(), strict=True)))
 
 
-def _compute(session: Session, store: TokenStore) -> weights.Mixture:
+def _compute(session: Session, store: TokenStore) -> mixture.Mixture:
     if session.config.mixture.method == "swarm":
         return swarm_search.run(session)
     if adaptive.asked(session):
@@ -74,21 +75,21 @@ def _compute(session: Session, store: TokenStore) -> weights.Mixture:
     return given(session, store)
 
 
-def given(session: Session, store: TokenStore) -> weights.Mixture:
+def given(session: Session, store: TokenStore) -> mixture.Mixture:
     """The mixture of a method that trains nothing."""
     options = session.config.mixture
     if options.weights is not None:
-        found = weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
-        return weights.Mixture("file", found)
+        found = mixture.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return mixture.Mixture("file", found)
     if options.path is not None and options.format is not None:
         return imported(session, store, Path(options.path), options.format)
     if options.path is not None:
-        return weights.load(Path(options.path), store.domains, options.normalize)
+        return mixture.load(Path(options.path), store.domains, options.normalize)
     sized = language_model.heuristic(session, store, options.method, main_steps(session))
-    return weights.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
+    return mixture.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
 
 
-def imported(session: Session, store: TokenStore, path: Path, form: str) -> weights.Mixture:
+def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixture.Mixture:
     """The mixture of a file that was written for a trainer."""
     where = f"mixture.path={path}"
     try:
@@ -96,8 +97,8 @@ def imported(session: Session, store: TokenStore, path: Path, form: str) -> weig
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from None
     drawn = exports.read(form, text, store.domains, session.config.export.paths or {}, where)
-    drawn = weights.checked(drawn, store.domains, where, normalize=True)
-    return weights.Mixture("file", exports.weights(drawn, tokens_per_document(session, store, form)))
+    drawn = mixture.checked(drawn, store.domains, where, normalize=True)
+    return mixture.Mixture("file", exports.weights(drawn, tokens_per_document(session, store, form)))
 
 
 def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:
@@ -108,7 +109,7 @@ def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[
     return dict(zip(store.domains, means.tolist(), strict=True))
 
 
-def complete(session: Session, store: TokenStore, mixture: weights.Mixture) -> weights.Mixture:
+def complete(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:
     """With the epochs that the final run makes of each domain, and where the weights come from."""
     epochs = mixture.tensor(store.domains).numpy() * final_tokens(session) / np.asarray(store.sizes("train"))
     shape = language_model.resolved_model(session, store)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import downstream, evaluation, exports, launcher, model, tracking, train
+from doremi_train import downstream, evaluation, exports, launcher, model, trackers, train
 from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classifier import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
@@ -175,7 +175,7 @@ class Config:
     downstream: Downstream
     export: Export
     submit: Submit
-    tracking: tracking.Options
+    tracking: trackers.Options
 
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from doremi_train.track import console, short
+from doremi_train.console import console, short
 
 DOMAINS = 30  # in the table; of more, the smallest and the largest
 MESSAGES = 5  # of one kind of warning; all are in plan.json

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from doremi_train import comm, files
 from doremi_train.config import UserError
+from doremi_train.console import Bar
 from doremi_train.data import prepare
 from doremi_train.data.batches import require_sequences
 from doremi_train.data.options import Options
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import set_status, stop
 from doremi_train.stages import Session, once, select
-from doremi_train.track import Bar
 
 
 @once

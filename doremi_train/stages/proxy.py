@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import fields
 from pathlib import Path
 
-from doremi_train import model, weights
+from doremi_train import mixture, model
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.runs import Run
@@ -17,7 +17,7 @@ from doremi_train.train import Task, Trainer
 
 
 @once
-def run(session: Session) -> weights.Mixture:
+def run(session: Session) -> mixture.Mixture:
     """Reference and proxy, round after round, until the mixture stays where it was."""
     train = doge_runs.run if session.config.mixture.method == "doge" else _rounds
     with session.reporting(session.run_dir / "proxy") if seeds.several(session) else contextlib.nullcontext():
@@ -29,7 +29,7 @@ def reference_name(number: int) -> str:
     return "reference" if number == 1 else f"proxy/round-{number}/reference"
 
 
-def _rounds(session: Session) -> weights.Mixture:
+def _rounds(session: Session) -> mixture.Mixture:
     store = prepare.run(session)
     options = session.config.proxy
     before = reference.mixture(session, store)  # (K,) α_ref
@@ -39,7 +39,7 @@ def _rounds(session: Session) -> weights.Mixture:
             recipes = [recipe(session, store, folder, seed) for seed in range(options.seeds)]
             seeds.submitted(session, recipes, number, **{"reference.path": str(folder.resolve())})
         proxies = [_train(session, store, folder, number, seed) for seed in range(options.seeds)]
-        mean, interval = weights.summarize([seeds.average(proxy, store) for proxy in proxies])
+        mean, interval = mixture.summarize([seeds.average(proxy, store) for proxy in proxies])
         moved = float((mean - before).abs().max())
         session.say(f"round {number}: the largest change of a weight against α_ref is {moved:.4f}")
         if moved < options.round_tolerance:

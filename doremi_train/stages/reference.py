@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from doremi_train import model, weights
+from doremi_train import mixture as doremi_train_mixture
+from doremi_train import model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.shards import TokenStore
@@ -27,10 +28,12 @@ def mixture(session: Session, store: TokenStore) -> Tensor:
     """α_ref (K,) of the first round."""
     options = session.config.mixture
     if session.config.reference.mixture == "file" and options.weights is not None:
-        found = weights.checked(options.weights, store.domains, "mixture.weights", options.normalize)
-        return weights.Mixture("file", found).tensor(store.domains)
+        found = doremi_train_mixture.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return doremi_train_mixture.Mixture("file", found).tensor(store.domains)
     if session.config.reference.mixture == "file":
-        return weights.load(Path(str(options.path)), store.domains, options.normalize).tensor(store.domains)
+        return doremi_train_mixture.load(Path(str(options.path)), store.domains, options.normalize).tensor(
+            store.domains
+        )
     return language_model.heuristic(session, store, session.config.reference.mixture, session.config.training.steps)
 
 

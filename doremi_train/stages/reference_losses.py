@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train import checkpoint, comm, losses, model
+from doremi_train.console import Bar
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.stages import Session, language_model
-from doremi_train.track import Bar
 
 _LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
 _AT_ONCE = 1 << 20  # draws, so that their numbers take little memory

@@ -15,6 +15,7 @@ import yaml
 from rich.table import Table
 
 from doremi_train import comm, results
+from doremi_train.console import console
 from doremi_train.data.shards import TokenStore
 from doremi_train.detectors import effective_number
 from doremi_train.methods import HEURISTICS, heuristics
@@ -22,7 +23,6 @@ from doremi_train.results import Result, Setting, spread
 from doremi_train.stages import Session, diagnose, evaluate, report_charts, select_report, sweep
 from doremi_train.stages.options import identity
 from doremi_train.stages.page import write_page
-from doremi_train.track import console
 
 _MOST_SAMPLES = 60  # domains of which text is shown
 _MOST_RUNS, _MOST_WEIGHTS = 60, 12  # of a swarm, in its table

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from doremi_train import comm, weights
+from doremi_train import comm, mixture
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import swarm
 from doremi_train.stages import Session, once, prepare, swarm_runs, swarm_search
@@ -12,7 +12,7 @@ _STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that wo
 
 
 @once
-def run(session: Session) -> weights.Mixture:
+def run(session: Session) -> mixture.Mixture:
     """The mixture with the lowest mean validation loss."""
     store = prepare.run(session)
     drawn = mixtures(session, store)
@@ -26,7 +26,7 @@ def run(session: Session) -> weights.Mixture:
     )
     best = min(reached, key=lambda name: reached[name])
     named = dict(zip(store.domains, drawn[best].tolist(), strict=True))
-    return weights.Mixture("search", named, provenance={"runs": len(drawn), "chosen": best, "realised": reached[best]})
+    return mixture.Mixture("search", named, provenance={"runs": len(drawn), "chosen": best, "realised": reached[best]})
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:

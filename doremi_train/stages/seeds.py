@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doremi_train import weights
+from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, submit
@@ -58,13 +58,13 @@ def mixture(
     mean: Tensor,
     interval: tuple[Tensor, Tensor] | None,
     rounds: int = 1,
-) -> weights.Mixture:
+) -> doremi_train_mixture.Mixture:
     """Of the mean (K,) over seeds, and its interval where there are several."""
     low_high = None
     if interval is not None:
         pairs = zip(store.domains, interval[0].tolist(), interval[1].tolist(), strict=True)
         low_high = {name: (low, high) for name, low, high in pairs}
-    return weights.Mixture(
+    return doremi_train_mixture.Mixture(
         method=session.config.mixture.method,
         weights=dict(zip(store.domains, mean.tolist(), strict=True)),
         interval=low_high,

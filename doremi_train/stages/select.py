@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import __version__, comm, weights
+from doremi_train import __version__, comm
+from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
+from doremi_train.console import Bar, short
 from doremi_train.data import options as data_options
 from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.prepare import locked
@@ -22,7 +24,6 @@ from doremi_train.methods import ngram
 from doremi_train.runs import Run, stop
 from doremi_train.selection import engines
 from doremi_train.stages import Session, once, select_report, submit
-from doremi_train.track import Bar, short
 
 SCORES = 2  # raise when the same request would give other scores, or counts beside them
 # How it is computed, and what only the choice depends on: no part of the scores' address.
@@ -160,7 +161,11 @@ def _recipe(session: Session) -> dict[str, Any]:
 
 def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Score the corpus, unless that was done; then choose for every target. The content of `result.json`."""
-    from doremi_train.selection import choose, parts, scorers  # numba is an extra
+    from doremi_train.selection import (
+        choose,
+        parts,
+        scorers,  # numba is an extra
+    )
 
     text = text_options(session)
     served = {name: parts.texts(found, text, f"selection.targets.{name}") for name, found in targets(session).items()}
@@ -256,7 +261,9 @@ def _choose(
     tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(found.domains)}
     provenance = {"seed": session.config.seed, "data": metadata["data"], "version": __version__}
     mixture = {domain: n / sum(tokens.values()) for domain, n in tokens.items()}
-    weights.save(folder / "weights.json", weights.Mixture("selection", mixture, provenance=provenance))
+    doremi_train_mixture.save(
+        folder / "weights.json", doremi_train_mixture.Mixture("selection", mixture, provenance=provenance)
+    )
     return profile.as_json() | describe.together(looks)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from doremi_train import charts, files
 from doremi_train.charts import Curve, Point
+from doremi_train.console import short
 from doremi_train.stages.page import write_page
-from doremi_train.track import short
 
 
 def write(page: Path, folder: Path, vocabulary: str | None) -> None:

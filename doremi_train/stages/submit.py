@@ -5,7 +5,6 @@ the parent needs nothing from a child but that it ended well.
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import subprocess
@@ -42,12 +41,13 @@ class _Again(Protocol):
 
 @dataclass(frozen=True)
 class Child(_Again):
-    """A composed configuration."""
+    """A composed configuration, and what runs it."""
 
+    run: Callable[[dict[str, Any]], tuple[int, str]]
     plain: Mapping[str, Any]
 
     def __call__(self) -> tuple[int, str]:
-        return importlib.import_module("doremi_train.__main__").child(dict(self.plain))
+        return self.run(dict(self.plain))
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
     failure: Exception | None = None
     looked = told = 0.0
     if options.cluster == "slurm" and waiting:
-        for name, job in _array(options, waiting).items():
+        for name, job in _array(session, waiting).items():
             running[name] = job, 0
             session.say(f"{name:<22} is job {job.job_id} (slurm)")
         waiting = {}
     while running or (waiting and not failure):
         while waiting and slots and not failure:
             name = next(iter(waiting))
-            running[name] = _start(options, waiting.pop(name), slots[-1]), slots.pop()
+            running[name] = _start(session, waiting.pop(name), slots[-1]), slots.pop()
             session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
         look = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
         looked = time.monotonic() if look else looked
@@ -172,10 +172,11 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
         raise failure
 
 
-def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
+def _start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
     """One child as a process here."""
     import submitit
 
+    options = session.config.submit
     folder = Path(plain["run_dir"])
     logs = folder.with_name(f"{folder.name}.log")
     for old in logs.glob("*_result.pkl"):  # a process number comes again
@@ -189,17 +190,18 @@ def _start(options: Submit, plain: Mapping[str, Any], slot: int) -> Any:
             gpus_per_node=len(gpus),
             visible_gpus=gpus,
         )
-        return executor.submit(Child(plain))
+        return executor.submit(Child(session.child, plain))
 
 
-def _array(options: Submit, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _array(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All children as one array of Slurm, `submit.parallel` of them at once."""
+    options = session.config.submit
     logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
     with _clean_environment(), _slurm_refusals():
         executor = _slurm(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
         executor.update_parameters(array_parallelism=options.parallel)
         with executor.batch():
-            return {name: executor.submit(Child(plain)) for name, plain in children.items()}
+            return {name: executor.submit(Child(session.child, plain)) for name, plain in children.items()}
 
 
 @contextlib.contextmanager

@@ -18,14 +18,14 @@ import orjson
 import torch
 from torch import Tensor
 
-from doremi_train import comm, files, weights
+from doremi_train import comm, files, mixture
 from doremi_train.config import UserError
+from doremi_train.console import Bar
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import swarm
 from doremi_train.methods.swarm import Box, Floats, Space
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, swarm_runs
-from doremi_train.track import Bar
 
 
 class Problem(NamedTuple):
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 @once
-def run(session: Session) -> weights.Mixture:
+def run(session: Session) -> mixture.Mixture:
     """The confirmed mixture; what is known about it goes with it as provenance."""
     store = prepare.run(session)
     problem, search = state(session, store)
@@ -59,7 +59,7 @@ def run(session: Session) -> weights.Mixture:
         else:
             session.say(f"{'swarm':<22} is in the store already: {search.folder.name}")
     found = comm.on_first(search.result)
-    return weights.Mixture("swarm", found["weights"], provenance=found["provenance"])
+    return mixture.Mixture("swarm", found["weights"], provenance=found["provenance"])
 
 
 def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:

@@ -13,10 +13,10 @@ import orjson
 
 from doremi_train import comm, downstream, files
 from doremi_train.config import UserError, fingerprint
+from doremi_train.console import Bar
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, prepare
-from doremi_train.track import Bar
 
 _SHOTS = 8  # passages kept apart, from which the one shot is taken
 _ANSWER = 16  # tokens of room for it

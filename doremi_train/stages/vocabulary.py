@@ -45,7 +45,10 @@ def _recipe(session: Session) -> dict[str, Any]:
 
 
 def _make(session: Session, folder: Path) -> dict[str, Any]:
-    from doremi_train.selection import granular, parts  # numba is an extra
+    from doremi_train.selection import (
+        granular,
+        parts,  # numba is an extra
+    )
 
     options = session.config.vocabulary
     text = select.text_options(session)

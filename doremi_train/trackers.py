@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from doremi_train import comm, files
 from doremi_train.config import STRICT, UserError, fingerprint, redact
-from doremi_train.track import console
+from doremi_train.console import console
 
 
 @dataclass(frozen=True, config=STRICT)

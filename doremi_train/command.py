@@ -1,0 +1,156 @@
+"""One job of the command: a composed configuration becomes a session, a stage does the work, signals are heard."""
+
+import contextlib
+import errno
+import functools
+import importlib
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import quote
+
+from omegaconf import OmegaConf
+
+from doremi_train import slurm
+from doremi_train.config import UserError, fingerprint, redact
+
+STAGES = (
+    *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "swarm", "main", "evaluate"),
+    *("report", "export", "classify", "finetune", "compare"),
+)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_PLACES = ("run_dir", "store", "stage")  # where and which, not what: no part of a sweep's folder names
+
+
+def sweep_name(overrides: list[str]) -> str:
+    """The folder of one job of a sweep, such as seed=0,proxy.step_size=0.1; of a path its last part."""
+    parts = (override.split("=", 1) for override in overrides)
+    named = [f"{key}={redact(value).rstrip('/').rpartition('/')[2]}" for key, value in parts if key not in _PLACES]
+    name = quote(",".join(named), safe="=,.+[]{}:") or "default"
+    if len(name) > 200:  # file systems end at 255: the last overrides, where a sweep usually stands, and a hash of all
+        name = f"{name[-150:].partition(',')[2]},{fingerprint(named)}".lstrip(",")
+    return name
+
+
+# Here, so that a sweep's job in another process has it too.
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+# Our defaults of the submitit launchers are checked against the plugin's own keys, as they should be.
+warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema")
+
+
+def task(composed: Any) -> None:
+    """One job: what Hydra calls, once, or once for each job of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder, and all share one store
+        plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
+        shown = plain["tracking"]
+        shown["path"] = shown["path"] or plain["run_dir"]
+        shown["name"] = "/".join(filter(None, [shown["name"], job.sweep.subdir]))
+        plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
+    try:
+        run(plain)
+    except Exception as error:
+        # A job in another process hands its failure to the sweep's own command, which waits for all jobs and shows it.
+        if "SUBMITIT_EXECUTOR" in os.environ or not hasattr(error, "exit_code"):
+            raise
+        die(str(error), error.exit_code, alone=getattr(error, "alone", False))
+
+
+def child(plain: dict[str, Any]) -> tuple[int, str]:
+    """A child run (`Session.child`) in a process of its own: its exit code and message."""
+    try:
+        run(plain)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        say(str(error))
+        return error.exit_code, str(error)
+    return 0, ""
+
+
+def run(plain: dict[str, Any]) -> None:
+    if plain["stage"] not in STAGES:
+        raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
+    # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    from doremi_train import comm, runs, stages
+
+    requeue = _listen(runs.stop)
+    try:
+        session = stages.open_session(plain, child)
+        stage = importlib.import_module(f"doremi_train.stages.{plain['stage']}")
+        # The folders of the other stages are runs, which have locks and a status of their own.
+        several = plain["stage"] in ("pipeline", "plan", "evaluate", "export", "report", "classify", "compare")
+        with session.alone(plain["stage"]) if several else contextlib.nullcontext():
+            stage.run(session)
+    except runs.Preempted:
+        requeue()
+        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise runs.DiskFull(
+            f"{error}: no room left; free some, and the same command continues from the last checkpoint"
+        ) from error
+    except RuntimeError as error:
+        raise comm.explain(error) from None
+    finally:
+        comm.leave()
+
+
+def _listen(stop: Any) -> Callable[[], None]:
+    """SIGTERM, SIGUSR1 and SIGINT ask every loop to save and stop; a second SIGINT ends at once.
+
+    In a job of submitit its signal of a time limit does so too. What is returned, to be called when all is saved, then
+    does what submitit would have done at once: put the job back into the queue, and leave.
+    """
+    asked: list[Callable[[], None]] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.requested:
+            os._exit(130)
+        stop.requested = True
+        if callable(kept.get(number)):
+            asked[:] = [functools.partial(kept[number], number, None)]
+
+    kept: dict[int, Any] = {}
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit import JobEnvironment
+
+        number = JobEnvironment._usr_sig()
+        kept[number] = signal.signal(number, ask)
+    for number in {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} - kept.keys():
+        signal.signal(number, ask)
+
+    def requeue() -> None:
+        for handler in asked:
+            slurm.outlive_requeue()
+            handler()
+            sys.exit(0)  # not the first task, which puts the job back: nothing is wrong with this one
+
+    return requeue
+
+
+def die(message: str, code: int, alone: bool = False) -> None:
+    """One message, and the exit code. The first process speaks for all, unless each is `alone`."""
+    say(message, alone)
+    sys.exit(code)
+
+
+def say(message: str, alone: bool = False) -> None:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if alone or rank == "0":
+        print(f"doremi-train: {f'process {rank}: ' * alone}{redact(message)}", file=sys.stderr, flush=True)
