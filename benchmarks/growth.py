@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.loader import wide_store
-from doremi_train import charts, engine, launcher
+from doremi_train import charts, command, engine, launcher
 from doremi_train.config import conf_dir, load
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Sampler
@@ -182,7 +182,8 @@ def plain_session(folder: Path, *overrides: str) -> Session:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = hydra.compose("config", overrides=[f"run_dir={folder}", *overrides])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
-    return Session(load(Config, plain), plain, engine.start(launcher.Options(device="cpu"), "fp32", timeout=60))
+    place = engine.start(launcher.Options(device="cpu"), "fp32", timeout=60)
+    return Session(load(Config, plain), plain, place, command.child)
 
 
 AXES = {

@@ -207,7 +207,7 @@ def elsewhere(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, Any]:
 def test_checkpoints_of_transformers_trainer_are_read_by_name(
     folder: Path, elsewhere: tuple[Path, Any], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from doremi_train.stages import warmup
+    from doremi_train.stages.choice import warmup
 
     out, trainer = elsewhere
     seen: list[Any] = []

@@ -130,9 +130,10 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
 
     @functools.wraps(stage)
     def run(session: Session) -> Result:
-        if stage.__module__ not in session.results:
-            session.results[stage.__module__] = stage(session)
-        return session.results[stage.__module__]
+        name = f"{stage.__module__}.{stage.__qualname__}"
+        if name not in session.results:
+            session.results[name] = stage(session)
+        return session.results[name]
 
     return run
 

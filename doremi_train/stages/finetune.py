@@ -13,33 +13,30 @@ top of `finetune.model`.
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, comm, evaluation, lora, model
+from doremi_train import batch_selection, comm, evaluation, model
 from doremi_train.config import UserError
 from doremi_train.data import instructions, options, reading, sources
 from doremi_train.data.batches import read
 from doremi_train.data.instructions import Encoder, Instructions
 from doremi_train.methods import cross_entropy
-from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, language_model, once, select, targets
+from doremi_train.runs import Run
+from doremi_train.stages import Session, language_model, once, targets
+from doremi_train.stages.choice import chosen, tuning
+from doremi_train.stages.choice.tuning import build, model_folder, prepared
 from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
 
-class Built(NamedTuple):
-    inner: Any  # the transformers model, with adapters in it where there are any
-    adapters: Any  # peft's view of them
-
-
 @once
 def run(session: Session) -> Run:
-    session = select.examples(session)
-    encoder = Encoder(_folder(session), "finetune.model")
+    session = chosen.examples(session)
+    encoder = Encoder(model_folder(session), "finetune.model")
     data = prepared(session, encoder)
     selection = targets.chosen(session, data, lambda: _given(session, data, encoder))
     tuned = recipe(session, data, selection)
@@ -74,27 +71,6 @@ def run(session: Session) -> Run:
 _REPORTED = ("examples", "cut", "also_in_validation", "without_loss", "bad_lines")
 
 
-def prepared(session: Session, encoder: Encoder) -> Instructions:
-    """The examples; tokenised on the first process, opened on all."""
-    length = session.config.training.sequence_length
-
-    def make() -> Path:
-        check = partial(stop.check, "finetune")
-        return instructions.prepare(session.config.data, encoder, length, session.store / "data", check)
-
-    data = Instructions(comm.on_first(make))
-    counts, empty = data.manifest["examples"], data.manifest["without_loss"]
-    total = {split: sum(count[split] for count in counts.values()) for split in ("train", "validation")}
-    such = f", such as {empty['first'][0]}" if empty["examples"] else ""
-    session.say(
-        f"examples               {total['train']} to train on, {total['validation']} held out, "
-        f"{data.manifest['cut']} of them cut to {length + 1} tokens; left out: "
-        f"{data.manifest['also_in_validation']} that are held out too, "
-        f"{empty['examples']} without a token that carries a loss{such}"
-    )
-    return data
-
-
 def recipe(session: Session, data: Instructions, selection: batch_selection.Setting | None) -> Run:
     """The run: everything that decides the result."""
     options = session.config.finetune.lora
@@ -103,7 +79,7 @@ def recipe(session: Session, data: Instructions, selection: batch_selection.Sett
         "finetune",
         {
             "data": data.fingerprint,
-            "model": model.folder_fingerprint(Path(_folder(session))),
+            "model": model.folder_fingerprint(Path(tuning.model_folder(session))),
             "lora": None if options.rank is None else asdict(options),
             "training": training_identity(session.config.training),
             "evaluation": session.plain["evaluation"],
@@ -111,24 +87,6 @@ def recipe(session: Session, data: Instructions, selection: batch_selection.Sett
         }
         | batch_selection.described(selection),
     )
-
-
-def build(session: Session) -> Built:
-    """The model as it is before the first step."""
-    inner, options = model.read(Path(_folder(session)), "finetune.model"), session.config.finetune.lora
-    if options.rank is None:
-        return Built(inner, None)
-    return Built(inner, lora.add(inner, options, session.config.seed, "finetune.lora"))
-
-
-def _folder(session: Session) -> str:
-    folder = session.config.finetune.model
-    if folder is None:
-        raise UserError(
-            "finetune.model: missing; give a local transformers folder, or a model folder of an earlier run such as "
-            "runs/mine/main/model"
-        )
-    return folder
 
 
 def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
@@ -155,7 +113,7 @@ def _measured(session: Session, tuning: model.CompletionModel, data: Instruction
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
     """Into a model as it was at the beginning, since the trained one may be in parts on many processes."""
-    inner, adapters = build(session)
+    inner, adapters = tuning.build(session)
     inner.load_state_dict(model.of_inner(tensors), strict=False)  # tied tensors come under one of their names
     folder = tuned.folder / "model"
     with model.naming_the_disk(folder):

@@ -10,7 +10,8 @@ from doremi_train.data.batches import require_sequences
 from doremi_train.data.options import Options
 from doremi_train.data.shards import TokenStore
 from doremi_train.runs import set_status, stop
-from doremi_train.stages import Session, once, select
+from doremi_train.stages import Session, once
+from doremi_train.stages.choice import chosen
 
 
 @once
@@ -19,7 +20,7 @@ def run(session: Session) -> TokenStore:
 
     Raises UserError where a source or the tokeniser changed since this run_dir was started, or a domain is too small.
     """
-    options = select.data(session)
+    options = chosen.data(session)
     folder = comm.on_first(lambda: _prepare(session, options))
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,17 +17,16 @@ from typing import Any, Protocol
 from doremi_train import comm, runs, slurm
 from doremi_train.config import UserError
 from doremi_train.runs import Preempted
-from doremi_train.selection.engines import LOSSES
 from doremi_train.stages import Session
 from doremi_train.stages.options import Submit
 from doremi_train.train import TrainingFailed
 
 _MINUTES_OF_A_YEAR = 525_600
-_SECONDS_BETWEEN_LOOKS = 10.0  # into Slurm's queue
+SECONDS_BETWEEN_LOOKS = 10.0  # into Slurm's queue
 _LINES_OF_A_LOG = 15
 
 
-class _Again(Protocol):
+class Again(Protocol):
     """What submitit calls, and calls again after a time limit; it returns an exit code and a message."""
 
     def __call__(self) -> tuple[int, str]: ...
@@ -40,7 +39,7 @@ class _Again(Protocol):
 
 
 @dataclass(frozen=True)
-class Child(_Again):
+class Child(Again):
     """A composed configuration, and what runs it."""
 
     run: Callable[[dict[str, Any]], tuple[int, str]]
@@ -48,70 +47,6 @@ class Child(_Again):
 
     def __call__(self) -> tuple[int, str]:
         return self.run(dict(self.plain))
-
-
-@dataclass(frozen=True)
-class Share(_Again):
-    """Tasks for one job of an array, one after the other. After a time limit it begins anew: done is not done again."""
-
-    work: Callable[[Any], object]
-    tasks: Sequence[Any]
-
-    def __call__(self) -> tuple[int, str]:
-        try:
-            for task in self.tasks:
-                self.work(task)
-        except UserError as error:
-            return error.exit_code, str(error)
-        return 0, ""
-
-
-@dataclass(frozen=True)
-class Array:
-    """An engine of selection (`selection.engines`): shares of its tasks as arrays of Slurm jobs."""
-
-    options: Submit
-    logs: Path
-    jobs: int | None  # of an array; None: `submit.parallel`
-
-    def run(self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]) -> None:
-        """Raises the error of the first job that failed, and TrainingFailed where jobs are lost again and again."""
-        count, lost = min(self.jobs or self.options.parallel, len(tasks)), 0
-        left = [Share(work, tasks[first::count]) for first in range(count)]
-        while left:
-            before = len(left)
-            left = self._tried(left, len(tasks), look)
-            lost = lost + 1 if len(left) == before else 0
-            if lost > LOSSES:
-                raise TrainingFailed(f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}")
-
-    def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
-        """The shares of those jobs of an array that ended without a result, as when they are killed."""
-        with _clean_environment(), _slurm_refusals():
-            executor = _slurm(self.options, self.logs, nodes=1, tasks=1, gpus=0)
-            with executor.batch():
-                going = {number: (executor.submit(share), share) for number, share in enumerate(shares)}
-        lost: list[Share] = []
-        looked = 0.0
-        try:
-            while going:
-                queue = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
-                looked = time.monotonic() if queue else looked
-                for number, (job, share) in list(going.items()):
-                    if not _ended(job, queue):
-                        continue
-                    if not _has_result(job):
-                        lost.append(share)
-                    elif failure := _failure(f"selection, job {job.job_id}", job):
-                        raise failure
-                    del going[number]
-                undone = [*(share for _, share in going.values()), *lost]
-                look(total - sum(len(share.tasks) for share in undone))
-                time.sleep(0.2)
-        finally:  # what a killed job has finished stays
-            for job, _ in going.values():
-                subprocess.run(["scancel", "--quiet", job.job_id], capture_output=True, check=False)
-        return lost
 
 
 def submit(
@@ -153,11 +88,11 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
             name = next(iter(waiting))
             running[name] = _start(session, waiting.pop(name), slots[-1]), slots.pop()
             session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
-        look = time.monotonic() > looked + _SECONDS_BETWEEN_LOOKS
+        look = time.monotonic() > looked + SECONDS_BETWEEN_LOOKS
         looked = time.monotonic() if look else looked
         for name, (job, slot) in list(running.items()):
-            if _ended(job, look):
-                failure = failure or _failure(name, job)
+            if ended(job, look):
+                failure = failure or failure_of(name, job)
                 slots.append(slot)
                 del running[name]
         if runs.stop.requested:
@@ -182,7 +117,7 @@ def _start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
     for old in logs.glob("*_result.pkl"):  # a process number comes again
         old.unlink()
     gpus = range(options.gpus_per_node * slot, options.gpus_per_node * (slot + 1))
-    with _clean_environment():
+    with clean_environment():
         executor = submitit.LocalExecutor(logs)
         executor.update_parameters(
             timeout_min=_MINUTES_OF_A_YEAR,
@@ -197,15 +132,15 @@ def _array(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dict[
     """All children as one array of Slurm, `submit.parallel` of them at once."""
     options = session.config.submit
     logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
-    with _clean_environment(), _slurm_refusals():
-        executor = _slurm(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
+    with clean_environment(), slurm_refusals():
+        executor = slurm_executor(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
         executor.update_parameters(array_parallelism=options.parallel)
         with executor.batch():
             return {name: executor.submit(Child(session.child, plain)) for name, plain in children.items()}
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     """A child is no rank of its parent, and no step of its job."""
     import submitit
 
@@ -216,7 +151,7 @@ def _clean_environment() -> Iterator[None]:
         yield
 
 
-def _slurm(options: Submit, logs: Path, nodes: int, tasks: int, gpus: int) -> Any:
+def slurm_executor(options: Submit, logs: Path, nodes: int, tasks: int, gpus: int) -> Any:
     """An executor of jobs of so many nodes, tasks and GPUs of each."""
     import submitit
 
@@ -235,7 +170,7 @@ def _slurm(options: Submit, logs: Path, nodes: int, tasks: int, gpus: int) -> An
 
 
 @contextlib.contextmanager
-def _slurm_refusals() -> Iterator[None]:
+def slurm_refusals() -> Iterator[None]:
     """Raises UserError where there is no Slurm, or it takes no job."""
     try:
         yield
@@ -245,7 +180,7 @@ def _slurm_refusals() -> Iterator[None]:
         ) from None
 
 
-def _ended(job: Any, look: bool) -> bool:
+def ended(job: Any, look: bool) -> bool:
     """Whether a job ended, with a result or not; `look`: also in the queue, since not every Slurm keeps accounts."""
     if hasattr(job, "_process"):
         return job._process.poll() is not None
@@ -259,12 +194,12 @@ def _ended(job: Any, look: bool) -> bool:
     return not shown.stdout.strip()
 
 
-def _failure(name: str, job: Any) -> Exception | None:
+def failure_of(name: str, job: Any) -> Exception | None:
     """What went wrong in a job that ended, named by the child, or nothing."""
     from submitit.core.utils import UncompletedJobError
 
     first = job.task(0)
-    if not _has_result(job):
+    if not has_result(job):
         return TrainingFailed(f"{name}: job {job.job_id} ended without a result, as when it is killed{_log(first)}")
     try:
         code, message = first.result()
@@ -275,7 +210,7 @@ def _failure(name: str, job: Any) -> Exception | None:
     return kind(f"{name}: {message}{_log(first) if kind is TrainingFailed else ''}") if kind else None
 
 
-def _has_result(job: Any) -> bool:
+def has_result(job: Any) -> bool:
     """Whether a job that ended left a result; a file of another machine may be seen a while later."""
     for _ in range(50):
         if job.task(0).paths.result_pickle.exists():

@@ -10,7 +10,8 @@ from doremi_train.data.options import Options
 from doremi_train.data.reading import BadLines, Source
 from doremi_train.data.sources import resolve, signature
 from doremi_train.runs import Run, stop
-from doremi_train.stages import Session, once, select, select_report
+from doremi_train.stages import Session, once, select_report
+from doremi_train.stages.choice import target_files
 
 
 @once
@@ -35,26 +36,23 @@ def run(session: Session) -> Path:
 def _recipe(session: Session) -> dict[str, Any]:
     from doremi_train.selection import granular
 
-    options, raw, text = session.config.vocabulary, session.config.data, select.text_options(session)
+    options, raw, text = session.config.vocabulary, session.config.data, target_files.text_options(session)
     start = options.start and fingerprint([token.hex() for token in granular.start(options.start)])
     return asdict(options) | {
         "start": start,
         "data": signature(raw, resolve(raw)) | {"validation_fraction": raw.validation_fraction},
-        "targets": {name: signature(text, sources) for name, sources in select.targets(session).items()},
+        "targets": {name: signature(text, sources) for name, sources in target_files.targets(session).items()},
     }
 
 
 def _make(session: Session, folder: Path) -> dict[str, Any]:
-    from doremi_train.selection import (
-        granular,
-        parts,  # numba is an extra
-    )
+    from doremi_train.selection import granular, parts
 
     options = session.config.vocabulary
-    text = select.text_options(session)
+    text = target_files.text_options(session)
     target = [
         document
-        for name, sources in select.targets(session).items()
+        for name, sources in target_files.targets(session).items()
         for document in parts.texts(sources, text, f"selection.targets.{name}")
     ]
     raw = _sample(resolve(session.config.data), session.config.data, options.sample)

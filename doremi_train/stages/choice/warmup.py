@@ -26,7 +26,8 @@ from doremi_train.model import CompletionModel
 from doremi_train.remote import one_line
 from doremi_train.runs import Run
 from doremi_train.selection.influence import Checkpoint
-from doremi_train.stages import Session, finetune, language_model
+from doremi_train.stages import Session, language_model
+from doremi_train.stages.choice.tuning import build
 from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
@@ -79,7 +80,7 @@ def _trained(session: Session, data: Instructions) -> Warm:
                 evaluation=replace(config.evaluation, every=training.steps),
                 subsample=part,
             )
-            tuning = model.CompletionModel(finetune.build(session).inner, training.activation_checkpointing)
+            tuning = model.CompletionModel(build(session).inner, training.activation_checkpointing)
             taken = [optim.learning_rate(step, training.steps, training) for step in range(1, training.steps + 1)]
             rates = np.array(taken).reshape(options.epochs, epoch).mean(1).tolist()
             said = {"examples": int(sizes.sum()), "learning_rates": rates}
@@ -100,7 +101,7 @@ def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
 def _checkpoint(session: Session, warm: Run, epoch: int) -> Checkpoint:
     """An epoch's end. The optimiser's state is whole and by name, whatever engine trained it."""
     saved = checkpoint.read(warm.folder / "epochs" / f"step-{epoch * warm.recipe['epoch']:09d}.pt")
-    tuning = model.CompletionModel(finetune.build(session).inner)
+    tuning = model.CompletionModel(build(session).inner)
     parameters = dict(tuning.named_parameters())
     for name, tensor in saved["model"].items():
         if name in parameters:

@@ -1,0 +1,79 @@
+"""Shares of a selection's tasks as arrays of Slurm jobs."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doremi_train.config import UserError
+from doremi_train.selection.engines import LOSSES
+from doremi_train.stages import submit
+from doremi_train.stages.options import Submit
+from doremi_train.stages.submit import SECONDS_BETWEEN_LOOKS, Again
+from doremi_train.train import TrainingFailed
+
+
+@dataclass(frozen=True)
+class Share(Again):
+    """Tasks for one job of an array, one after the other. After a time limit it begins anew: done is not done again."""
+
+    work: Callable[[Any], object]
+    tasks: Sequence[Any]
+
+    def __call__(self) -> tuple[int, str]:
+        try:
+            for task in self.tasks:
+                self.work(task)
+        except UserError as error:
+            return error.exit_code, str(error)
+        return 0, ""
+
+
+@dataclass(frozen=True)
+class Array:
+    """An engine of selection (`selection.engines`): shares of its tasks as arrays of Slurm jobs."""
+
+    options: Submit
+    logs: Path
+    jobs: int | None  # of an array; None: `submit.parallel`
+
+    def run(self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]) -> None:
+        """Raises the error of the first job that failed, and TrainingFailed where jobs are lost again and again."""
+        count, lost = min(self.jobs or self.options.parallel, len(tasks)), 0
+        left = [Share(work, tasks[first::count]) for first in range(count)]
+        while left:
+            before = len(left)
+            left = self._tried(left, len(tasks), look)
+            lost = lost + 1 if len(left) == before else 0
+            if lost > LOSSES:
+                raise TrainingFailed(f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}")
+
+    def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
+        """The shares of those jobs of an array that ended without a result, as when they are killed."""
+        with submit.clean_environment(), submit.slurm_refusals():
+            executor = submit.slurm_executor(self.options, self.logs, nodes=1, tasks=1, gpus=0)
+            with executor.batch():
+                going = {number: (executor.submit(share), share) for number, share in enumerate(shares)}
+        lost: list[Share] = []
+        looked = 0.0
+        try:
+            while going:
+                queue = time.monotonic() > looked + SECONDS_BETWEEN_LOOKS
+                looked = time.monotonic() if queue else looked
+                for number, (job, share) in list(going.items()):
+                    if not submit.ended(job, queue):
+                        continue
+                    if not submit.has_result(job):
+                        lost.append(share)
+                    elif failure := submit.failure_of(f"selection, job {job.job_id}", job):
+                        raise failure
+                    del going[number]
+                undone = [*(share for _, share in going.values()), *lost]
+                look(total - sum(len(share.tasks) for share in undone))
+                time.sleep(0.2)
+        finally:  # what a killed job has finished stays
+            for job, _ in going.values():
+                subprocess.run(["scancel", "--quiet", job.job_id], capture_output=True, check=False)
+        return lost

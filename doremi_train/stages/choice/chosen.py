@@ -1,0 +1,45 @@
+"""What a run trains on where it makes a choice itself: the data options with the choice in them."""
+
+from dataclasses import replace
+
+from doremi_train.config import UserError
+from doremi_train.data import options as data_options
+from doremi_train.stages import Session, choice
+from doremi_train.stages.choice import target_files
+
+
+def data(session: Session) -> data_options.Options:
+    """The data options of this run: with its own selection, where it makes one."""
+    options = session.config.data
+    if session.config.selection.method == "none":
+        return options
+    if session.config.selection.method == "less":
+        raise UserError(
+            f"selection=less: chooses examples for stage=finetune, and stage={session.config.stage} reads text; take "
+            "another selection"
+        )
+    if options.selection is not None:
+        raise UserError(
+            f"data.selection={options.selection}: this run selects by itself (selection.method="
+            f"{session.config.selection.method}); remove one of them"
+        )
+    target = target_files.trained(session)  # wrong before the work, and not after it
+    return replace(options, selection=str(choice.run(session) / target / "sidecar.parquet"))
+
+
+def examples(session: Session) -> Session:
+    """The same with a choice as its data, for stage=finetune; with selection=none as it is."""
+    options = session.config.selection
+    if options.method == "none":
+        return session
+    if options.method != "less":
+        raise UserError(
+            f"selection={options.method}: chooses documents, and stage=finetune reads examples; take selection=less "
+            f"selection.less.train_on={options.method}"
+        )
+    target = target_files.trained(session)
+    assert options.targets is not None
+    chosen = choice.run(session) / target / f"{options.less.train_on}.jsonl"
+    split = data_options.Split((str(chosen),), options.less.test or options.targets[target])
+    where = replace(session.config.data, embedded=None, root=None, files=None, domain_key=None, domains={target: split})
+    return replace(session, config=replace(session.config, data=where))

@@ -1,0 +1,221 @@
+"""Choose from the raw corpus the documents that serve a target; the rest of the run trains on them.
+
+Scores are kept in the store, named by what decides them: another budget, temperature or seed needs no scoring again.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from doremi_train import __version__
+from doremi_train import mixture as doremi_train_mixture
+from doremi_train.config import UserError, fingerprint
+from doremi_train.console import Bar, short
+from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.prepare import locked
+from doremi_train.data.sources import names, resolve, signature
+from doremi_train.methods import ngram
+from doremi_train.runs import stop
+from doremi_train.selection import engines
+from doremi_train.stages import Session
+from doremi_train.stages.choice import array, target_files
+
+SCORES = 2  # raise when the same request would give other scores, or counts beside them
+
+
+# How it is computed, and what only the choice depends on: no part of the scores' address.
+_CHOICE = ("train", "documents", "tokens", "fraction", "within", "temperature", "write", "engine", "workers")
+
+
+def recipe(session: Session) -> dict[str, Any]:
+    """Everything that decides the choice; under "scores" what decides the scores."""
+    from doremi_train.selection import granular
+
+    options = session.config.selection
+    raw = session.config.data
+    given = {key: value for key, value in asdict(options).items() if key not in ("targets", "benchmarks")}
+    text = target_files.text_options(session)
+    scores = {key: value for key, value in given.items() if key not in _CHOICE} | {
+        "recipe": SCORES,
+        "data": signature(raw, resolve(raw)) | {"validation_fraction": raw.validation_fraction},
+        "targets": {name: signature(text, sources) for name, sources in target_files.targets(session).items()},
+        "benchmarks": signature(text, target_files.files_of(session, options.benchmarks, "selection.benchmarks")),
+        "tokenizer": options.tokenizer and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
+        "vocabulary": options.vocabulary and granular.load(options.vocabulary)[1],
+        "encoder": options.encoder
+        and [
+            [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted(Path(options.encoder).glob("*"))
+        ],
+    }
+    choice = {key: given[key] for key in _CHOICE if key not in ("train", "engine", "workers")}
+    return {"scores": scores, "choice": choice, "seed": session.config.seed}
+
+
+def select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the corpus, unless that was done; then choose for every target. The content of `result.json`."""
+    from doremi_train.selection import choose, parts, scorers
+
+    text = target_files.text_options(session)
+    served = {
+        name: parts.texts(found, text, f"selection.targets.{name}")
+        for name, found in target_files.targets(session).items()
+    }
+    columns = {**served, **{f"{name}/half": scorers.halves(documents)[0] for name, documents in served.items()}}
+    with _engine(session) as pool:
+        work, sums = _score(session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool)
+        sources = [task.source for task in work]
+        scores = choose.Scores([task.scores for task in work], names(session.config.data, sources))
+        found = choose.totals(scores, list(columns), {source.domain for source in sources if source.domain})
+        data = fingerprint(signature(session.config.data, sources))
+        chosen = {}
+        for name, documents in served.items():
+            metadata = {"selection": fingerprint([recipe, name]), "data": data}
+            chosen[name] = _choose(session, folder / name, name, work, scores, found, pool, metadata)
+            words = chosen[name].pop("words")
+            chosen[name] |= {"target_documents": len(documents), "kl": _kl(documents, sums["words"], words)}
+    return {
+        "eligible": {name: {"documents": n, "tokens": t} for name, (n, t) in sorted(found.domains.items())},
+        "refused": found.refused,
+        "bad_lines": int(sums["bad_lines"]),
+        "seed": session.config.seed,
+        "kl_reduction": float(np.mean([part["kl"]["reduction"] for part in chosen.values()])),
+        "targets": chosen,
+    }
+
+
+@contextlib.contextmanager
+def _engine(session: Session) -> Iterator[engines.Engine]:
+    """Where the tasks run."""
+    options = session.config.selection
+    if options.engine == "slurm":
+        yield array.Array(session.config.submit, session.run_dir / "select.log", options.workers)
+    elif options.engine == "ray":
+        with engines.Ray(options.workers) as ray:
+            session.say(f"Ray of {ray.nodes} node{'s' if ray.nodes > 1 else ''}")
+            yield ray
+    else:
+        with engines.Processes(options.workers) as pool:
+            yield pool
+
+
+def _score(
+    session: Session, home: Path, columns: Mapping[str, list[bytes]], pool: engines.Engine
+) -> tuple[list[Any], Any]:
+    """(a task for every source, all of them done; the sums over the corpus)."""
+    from doremi_train.selection import describe, parts, tasks
+
+    options, raw = session.config.selection, session.config.data
+    work = [tasks.Task(home, number, source, raw, options) for number, source in enumerate(resolve(raw))]
+    for task in work:
+        describe.require_text(task)
+    home.mkdir(parents=True, exist_ok=True)
+    with locked(home / "lock", lambda *_: stop.check("select")):
+        _everywhere(pool, "select: counting", tasks.count, [task for task in work if not task.counts.exists()])
+        sums = tasks.summed(work)
+        if sums["bad_lines"] > raw.max_bad_lines:
+            raise UserError(
+                f"data.max_bad_lines={raw.max_bad_lines}: there are {sums['bad_lines']} broken JSON lines in all; "
+                "mend the files, or raise data.max_bad_lines to skip and count such lines"
+            )
+        if not (home / "model.npz").exists():
+            benchmarks = target_files.files_of(session, options.benchmarks, "selection.benchmarks")
+            forbidden = {"targets": [text for documents in columns.values() for text in documents]}
+            if benchmarks:
+                forbidden["benchmarks"] = parts.texts(
+                    benchmarks, target_files.text_options(session), "selection.benchmarks"
+                )
+            tasks.write_arrays(home / "model.npz", tasks.fit(options, columns, sums, forbidden))
+        _everywhere(pool, "select: scoring", tasks.score, [task for task in work if not task.scores.exists()])
+    return work, sums
+
+
+def _choose(
+    session: Session, folder: Path, name: str, work: list[Any], scores: Any, found: Any, pool: engines.Engine,
+    metadata: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the sidecar, the mixture and the shards of one target; what is to be said about its choice."""
+    from doremi_train.selection import choose, describe
+
+    options = session.config.selection
+    groups, budgets = choose.budgets(options, found)
+    samplers = [
+        choose.Sampler(scores, column, options.temperature * found.spread(column, options.exact), session.config.seed,
+                       groups, options.budget[0] == "documents")
+        for column in (name, f"{name}/half")
+    ]  # fmt: skip
+    cuts = [sampler.cut(budgets) for sampler in samplers]
+    top = replace(samplers[0], temperature=0.0).cut(budgets)
+    profile = choose.write_sidecar(folder / "sidecar.parquet", samplers[0], cuts[0], top, metadata)
+
+    half = replace(samplers[1], scores=choose.Scores([], []))  # a worker needs no list of all files
+    looks = [describe.Look(task, folder, shard, half, cuts[1]) for task, shard in zip(work, scores.shards, strict=True)]
+    _everywhere(pool, f"select: {name}", describe.look, [at for at in looks if not at.path.exists()])
+
+    tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(found.domains)}
+    provenance = {"seed": session.config.seed, "data": metadata["data"], "version": __version__}
+    mixture = {domain: n / sum(tokens.values()) for domain, n in tokens.items()}
+    doremi_train_mixture.save(
+        folder / "weights.json", doremi_train_mixture.Mixture("selection", mixture, provenance=provenance)
+    )
+    return profile.as_json() | describe.together(looks)
+
+
+def _kl(documents: list[bytes], raw: Any, chosen: Any) -> dict[str, float]:
+    """From the half of a target that the choice by the other half has not seen, in nats."""
+    from doremi_train.selection import scorers, tasks
+
+    held_out = tasks.words(scorers.whole(scorers.halves(documents)[1]))
+    far, near = ngram.kl(held_out, raw), ngram.kl(held_out, chosen)
+    return {"raw": far, "chosen": near, "reduction": far - near}
+
+
+def _everywhere(pool: engines.Engine, label: str, work: Callable[[Any], None], jobs: list[Any]) -> None:
+    with Bar(label, max(len(jobs), 1), unit="files") as bar:
+
+        def look(done: int) -> None:
+            stop.check("select")
+            if done:
+                bar.update(done)
+
+        pool.run(work, jobs, look)
+
+
+def summary(result: Mapping[str, Any], folder: Path) -> str:
+    """What a person wants to know of a choice before training on it."""
+    eligible = [sum(part[unit] for part in result["eligible"].values()) for unit in ("documents", "tokens")]
+    refused = ", ".join(f"{count} {why}" for why, count in result["refused"].items() if count) or "none"
+    lines = [
+        f"eligible {eligible[0]} documents, {short(eligible[1])} tokens; refused {refused}; "
+        f"{result['bad_lines']} bad lines"
+    ]
+    for name, part in result["targets"].items():
+        kl = part["kl"]
+        share = part["tokens"] / max(eligible[1], 1)
+        lines += [
+            "",
+            f"{name}: {part['documents']} documents, {short(part['tokens'])} tokens ({share:.1%}), by "
+            f"{part['target_documents']} target documents; {folder / name}",
+            f"  effective sample size {part['effective_sample_size']:.1f} documents; "
+            f"{part['overlap_with_top_k']:.1%} are those of plain top-k",
+            f"  KL from a half of the target that was held out: {kl['raw']:.3f} nats to the corpus, {kl['chosen']:.3f} "
+            f"to the choice, a reduction of {kl['reduction']:.3f}",
+            "  tokens  " + "".join(f"{length:>8}+" for length in part["lengths"]["eligible"]),
+        ]
+        lines += [
+            f"  {which:<9}" + "".join(f"{row.get(length, 0):>8} " for length in part["lengths"]["eligible"])
+            for which, row in part["lengths"].items()
+        ]
+        for domain, chosen in part["domains"].items():
+            all_ = result["eligible"][domain]["tokens"]
+            lines.append(
+                f"  {domain:<22} {chosen['tokens'] / max(part['tokens'], 1):7.2%} of the choice, "
+                f"{chosen['tokens'] / max(all_, 1):7.2%} of the domain"
+            )
+        for pair in zip(*part["examples"].values(), strict=False):
+            lines += [f"  {which:<8} {text[:90]!r}" for which, text in zip(part["examples"], pair, strict=True)]
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""What is fine-tuned: the examples, tokenised, and the model as it is before the first step."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from doremi_train import comm, lora, model
+from doremi_train.config import UserError
+from doremi_train.data import instructions
+from doremi_train.data.instructions import Encoder, Instructions
+from doremi_train.runs import stop
+from doremi_train.stages import Session
+
+
+class Built(NamedTuple):
+    inner: Any  # the transformers model, with adapters in it where there are any
+    adapters: Any  # peft's view of them
+
+
+def prepared(session: Session, encoder: Encoder) -> Instructions:
+    """The examples; tokenised on the first process, opened on all."""
+    length = session.config.training.sequence_length
+
+    def make() -> Path:
+        check = partial(stop.check, "finetune")
+        return instructions.prepare(session.config.data, encoder, length, session.store / "data", check)
+
+    data = Instructions(comm.on_first(make))
+    counts, empty = data.manifest["examples"], data.manifest["without_loss"]
+    total = {split: sum(count[split] for count in counts.values()) for split in ("train", "validation")}
+    such = f", such as {empty['first'][0]}" if empty["examples"] else ""
+    session.say(
+        f"examples               {total['train']} to train on, {total['validation']} held out, "
+        f"{data.manifest['cut']} of them cut to {length + 1} tokens; left out: "
+        f"{data.manifest['also_in_validation']} that are held out too, "
+        f"{empty['examples']} without a token that carries a loss{such}"
+    )
+    return data
+
+
+def build(session: Session) -> Built:
+    """The model as it is before the first step."""
+    inner, options = model.read(Path(model_folder(session)), "finetune.model"), session.config.finetune.lora
+    if options.rank is None:
+        return Built(inner, None)
+    return Built(inner, lora.add(inner, options, session.config.seed, "finetune.lora"))
+
+
+def model_folder(session: Session) -> str:
+    folder = session.config.finetune.model
+    if folder is None:
+        raise UserError(
+            "finetune.model: missing; give a local transformers folder, or a model folder of an earlier run such as "
+            "runs/mine/main/model"
+        )
+    return folder
