@@ -28,7 +28,8 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.loader import wide_store
-from doremi_train import charts, command, engine, launcher
+from doremi_train import charts, engine, launcher
+from doremi_train.command import child
 from doremi_train.config import conf_dir, load
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Sampler
@@ -183,7 +184,7 @@ def plain_session(folder: Path, *overrides: str) -> Session:
         composed = hydra.compose("config", overrides=[f"run_dir={folder}", *overrides])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
     place = engine.start(launcher.Options(device="cpu"), "fp32", timeout=60)
-    return Session(load(Config, plain), plain, place, command.child)
+    return Session(load(Config, plain), plain, place, child)
 
 
 AXES = {
