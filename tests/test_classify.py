@@ -16,9 +16,8 @@ import torch
 from conftest import Command, run_here
 from running import lines, read
 
-from doremi_train import classifier
-from doremi_train.classifier import Kind, Table
-from doremi_train.data import labelled
+from doremi_train.classification import figures, fit, labelled, models
+from doremi_train.classification.models import Kind, Table
 from doremi_train.methods import importance
 
 CPU = torch.device("cpu")
@@ -67,9 +66,9 @@ def test_all_methods_in_one_command(data: list[str], tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     found = read(tmp_path / "run" / "classify.json")
     assert tuple(found) == METHODS
-    for figures in found.values():
-        assert set(figures) == {"accuracy", "macro_f1", "calibration_error", "loss"}
-        assert len(figures["accuracy"]["seeds"]) == 2 and figures["accuracy"]["half_width"] >= 0
+    for line in found.values():
+        assert set(line) == {"accuracy", "macro_f1", "calibration_error", "loss"}
+        assert len(line["accuracy"]["seeds"]) == 2 and line["accuracy"]["half_width"] >= 0
     assert min(found[name]["accuracy"]["mean"] for name in ("imp", "dimp")) > found["generated"]["accuracy"]["mean"]
     columns = sorted((tmp_path / "data").glob("generated.importance-*.parquet"))
     assert len(columns) == 2  # one for each seed, beside the data
@@ -112,7 +111,7 @@ def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list
         from doremi_train.data import tokenizer
 
         texts = [text for text, _ in planted(1, 300, 0.0)]
-        kind = classifier.kind(classifier.Options(model="encoder", length=32), texts)
+        kind = models.kind(models.Options(model="encoder", length=32), texts)
         name = str(tmp_path / "model")
         kind.build(5).inner.save_pretrained(name)  # another number of classes: the head is new
         PreTrainedTokenizerFast(tokenizer_object=tokenizer.learn(texts, 400)).save_pretrained(name)
@@ -209,19 +208,19 @@ def table(pairs: list[Pair], kind: Kind) -> Table:
 
 def test_parity_is_a_plain_loop_bit_for_bit() -> None:
     """Without clip and normalisation DIMP is ten lines of torch, to the last bit of every parameter."""
-    options = classifier.Options(epochs=2, least_steps=0, batch_size=32)
-    kind = classifier.kind(options, [])
+    options = models.Options(epochs=2, least_steps=0, batch_size=32)
+    kind = models.kind(options, [])
     data = table(planted(1, 128, 0.4), kind)
     checker = torch.rand(128, generator=torch.Generator().manual_seed(0)) * 3
     weighting = importance.Options(policy="dimp", clip=None, normalize=False)
-    fitted = classifier.fit(kind, 3, data, options, weighting, 5, CPU, checker).model
+    fitted = fit.fit(kind, 3, data, options, weighting, 5, CPU, checker).model
 
     torch.manual_seed(5)
     model, step = kind.build(3), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.01, fused=True)
     for epoch in (1, 2):
-        for rows in classifier.order(128, 5, epoch).split(32):
-            logits = model(*classifier._batch(data, rows, CPU))
+        for rows in fit.order(128, 5, epoch).split(32):
+            logits = model(*fit._batch(data, rows, CPU))
             losses = torch.nn.functional.cross_entropy(logits, data.label[rows], reduction="none")
             optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 8)
             optimizer.zero_grad()
@@ -246,7 +245,7 @@ def test_figures_against_naive_ones() -> None:
         inside = [i for i in range(200) if low / 15 <= float(logs[i].exp().max()) < (low + 1) / 15]
         right = sum(int(predicted[i] == label[i]) for i in inside)
         error += abs(right - sum(float(logs[i].exp().max()) for i in inside)) / 200
-    found = classifier.figures(logs, label)
+    found = figures.figures(logs, label)
     assert found["accuracy"] == pytest.approx(float((predicted == label).sum()) / 200)
     assert found["macro_f1"] == pytest.approx(np.mean(f1))
     assert found["calibration_error"] == pytest.approx(error)
@@ -257,7 +256,7 @@ def test_the_temperature_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
     logs = torch.randn(20_000, 4, generator=generator, dtype=torch.float64).log_softmax(1)
     label = torch.multinomial((logs / 0.4).softmax(1), 1, generator=generator)[:, 0]
-    assert classifier.temperature(logs, label) == pytest.approx(0.4, rel=0.05)
+    assert figures.temperature(logs, label) == pytest.approx(0.4, rel=0.05)
 
 
 def test_a_split_leaves_some_of_every_label_and_folds_are_even() -> None:

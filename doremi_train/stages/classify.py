@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from rich.table import Table as Printed
 from torch import Tensor
 
-from doremi_train import classifier, comm, files, model
-from doremi_train.classifier import Judged, Kind, Table
+from doremi_train import comm, files, model
+from doremi_train.classification import figures, fit, labelled, models
+from doremi_train.classification.figures import Judged
+from doremi_train.classification.labelled import Examples
+from doremi_train.classification.models import Kind, Table
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import console
-from doremi_train.data import labelled
-from doremi_train.data.labelled import Examples
 from doremi_train.methods import importance
 from doremi_train.mixture import student_t
 from doremi_train.results import spread
@@ -99,7 +100,7 @@ def _read(session: Session) -> Data:
         raise UserError(
             f"classify.folds={options.folds}: more than the {len(examples['generated'])} generated examples"
         )
-    kind = classifier.kind(_training(options), [*examples["generated"].texts, *examples["real"].texts])
+    kind = models.kind(_training(options), [*examples["generated"].texts, *examples["real"].texts])
     tables = {name: kind.table(one.texts, labelled.numbered(one.labels, known)) for name, one in examples.items()}
     prints: dict[str, Any] = {name: one.fingerprint for name, one in examples.items()}
     if options.model not in ("ngrams", "encoder"):
@@ -107,8 +108,8 @@ def _read(session: Session) -> Data:
     return Data(examples, tables, known, kind, prints)
 
 
-def _training(options: Classify) -> classifier.Options:
-    return classifier.Options(**{name: getattr(options, name) for name in asdict(classifier.Options())})
+def _training(options: Classify) -> models.Options:
+    return models.Options(**{name: getattr(options, name) for name in asdict(models.Options())})
 
 
 def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
@@ -159,8 +160,8 @@ def _check(session: Session, data: Data, seed: int, path: Path) -> None:
     options, generated = session.config.classify, data.tables["generated"]
     train, validation = _split(session, data, seed)
     logs = _fitted(session, data, train, seed, validation)
-    heat = classifier.temperature(logs(validation), validation.label) if options.temperature else 1.0
-    quality = classifier.judge(logs(generated), generated.label, heat)
+    heat = figures.temperature(logs(validation), validation.label) if options.temperature else 1.0
+    quality = figures.judge(logs(generated), generated.label, heat)
     columns = {"label": data.examples["generated"].labels, "log_quality": -quality.loss.numpy()}
     columns["agrees"] = quality.agrees.numpy()
     if "imp" in options.methods:
@@ -177,14 +178,14 @@ def _diversity(session: Session, data: Data, seed: int) -> Judged:
     options, generated = session.config.classify, data.tables["generated"]
     count = len(generated.label)
     if options.folds == 1:
-        return classifier.judge(_fitted(session, data, generated, seed)(generated), generated.label, 1.0)
+        return figures.judge(_fitted(session, data, generated, seed)(generated), generated.label, 1.0)
     fold = labelled.folds(count, options.folds, seed)
     logs = torch.empty(count, len(data.classes), dtype=torch.float64)
     for number in range(options.folds):
         rest, own = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         logs[torch.from_numpy(own)] = _fitted(session, data, generated.take(rest), seed)(generated.take(own))
-    heat = classifier.temperature(logs, generated.label) if options.temperature else 1.0
-    return classifier.judge(logs, generated.label, heat)
+    heat = figures.temperature(logs, generated.label) if options.temperature else 1.0
+    return figures.judge(logs, generated.label, heat)
 
 
 def _fitted(
@@ -193,10 +194,10 @@ def _fitted(
     """Log-probabilities (N, C) by a classifier that was trained on `table` with the ordinary loss."""
     device, plain = session.place.device, importance.Options()
     training, check = _training(session.config.classify), partial(stop.check, "classify")
-    fitted = classifier.fit(
+    fitted = fit.fit(
         data.kind, len(data.classes), table, training, plain, seed, device, validation=validation, check=check
     )
-    return lambda other: classifier.log_probabilities(fitted.model, other, device)
+    return lambda other: fit.log_probabilities(fitted.model, other, device)
 
 
 def _seed(session: Session, data: Data, seed: int, path: Path) -> Seed:
@@ -243,16 +244,16 @@ def _train(session: Session, data: Data, run: Run, method: str, seed: Seed) -> N
             plain |= {"power": session.config.classify.focal_power, "normalize": False}
         weighting = importance.Options(**plain, policy=policy)  # type: ignore[arg-type]
         log = files.JsonLines(run.folder / "metrics.jsonl")
-        fitted = classifier.fit(
+        fitted = fit.fit(
             data.kind, len(data.classes), table, _training(session.config.classify), weighting, seed.number, device,
             reference, seed.validation, log.write, partial(stop.check, "classify"),
         )  # fmt: skip
         log.close()
         if policy != "none":
-            own = classifier.judge(classifier.log_probabilities(fitted.model, table, device), table.label, 1.0).loss
+            own = figures.judge(fit.log_probabilities(fitted.model, table, device), table.label, 1.0).loss
             np.save(run.folder / "weights.npy", _final_weights(own, reference, weighting).numpy())
         test = data.tables["test"]
-        found = classifier.figures(classifier.log_probabilities(fitted.model, test, device), test.label)
+        found = figures.figures(fit.log_probabilities(fitted.model, test, device), test.label)
         if not all(map(math.isfinite, found.values())):
             raise UserError(
                 f"{method}: its loss is not finite: a checker gives some label a probability of exactly 0, or "
@@ -326,8 +327,8 @@ def _write(
     files.write_json(session.run_dir / "classify.json", found)
     columns = {"accuracy": 4, "macro_f1": 4, "calibration_error": 4, "loss": 4}
     printed = Printed("method", *columns, title="On the test set; mean ± half-width of the 95 % interval over seeds")
-    for method, figures in found.items():
-        printed.add_row(method, *(spread(figures[name]["seeds"], digits) for name, digits in columns.items()))
+    for method, line in found.items():
+        printed.add_row(method, *(spread(line[name]["seeds"], digits) for name, digits in columns.items()))
     console.print(printed)
     weights: dict[str, NDArray[np.float64]] = {}
     for (method, number), one in runs.items():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from doremi_train import charts
 from doremi_train.charts import Point
-from doremi_train.data.labelled import Examples
+from doremi_train.classification.labelled import Examples
 from doremi_train.mixture import student_t
 from doremi_train.results import spread
 from doremi_train.stages.page import write_page

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from doremi_train import downstream, evaluation, exports, launcher, model, trackers, train
 from doremi_train.batch_selection import Options as BatchSelection
-from doremi_train.classifier import Options as ClassifierOptions
+from doremi_train.classification.models import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
 from doremi_train.data import options as data_options
 from doremi_train.lora import Options as LoraOptions

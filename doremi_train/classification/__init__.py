@@ -1,0 +1,1 @@
+"""Classifiers that learn from generated and from real examples: models, fitting, figures."""
