@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from doremi_train import gradients, lora, model
 from doremi_train.config import UserError
 from doremi_train.data import instructions, options, tokenizer
-from doremi_train.data.instructions import Encoder, Instructions
+from doremi_train.data.chat import Encoder, Example, coded, padded
+from doremi_train.data.instructions import Instructions
 from doremi_train.methods import factored
 
 CHATML = (
@@ -92,7 +93,7 @@ def result(run_dir: Path) -> Any:
 # ── One example ─────────────────────────────────────────────────────────────────────
 
 
-def shown(encoder: Encoder, example: instructions.Example) -> tuple[str, str]:
+def shown(encoder: Encoder, example: Example) -> tuple[str, str]:
     """The text of the tokens that carry no loss, and of those that do."""
     return tuple(
         encoder.tokenizer.decode(example.ids[example.carries == carries].tolist()) for carries in (False, True)
@@ -199,7 +200,7 @@ def test_without_validation_files_the_same_examples_are_held_out_whatever_their_
 def batch(base: Path) -> tuple[Tensor, list[tuple[list[int], list[bool]]]]:
     encoder = Encoder(str(base), "finetune.model")
     found = [encoder.encode(one, "here") for one in pairs(10, 5)]
-    rows = instructions.padded([instructions.coded(one, 48) for one in found])
+    rows = padded([coded(one, 48) for one in found])
     return torch.from_numpy(rows), [(one.ids.tolist(), one.carries.tolist()) for one in found]
 
 

@@ -21,7 +21,7 @@ K domains, B examples of a batch, n tokens of an example, T the most that are re
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,163 +29,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.data import chat
+from doremi_train.data.chat import Encoder, Example, Ints
 from doremi_train.data.options import Options
 from doremi_train.data.prepare import locked, silent
 from doremi_train.data.reading import BadLines, Source, records
 from doremi_train.data.shards import SPLITS
 from doremi_train.data.sources import resolve, signature
 from doremi_train.files import read_json, replacing, write_json
-from doremi_train.remote import one_line
 
 RECIPE = 1  # raise when the same request would give other tokens
-ROLES = ("system", "user", "assistant")  # where there is no chat template, which may know others
 _INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line")])
 _NAMED = 10  # places of examples left out that are kept for the report
-
-Ints = NDArray[np.int64]
-
-
-class Example(NamedTuple):
-    ids: NDArray[np.int32]  # (n,)
-    carries: NDArray[np.bool_]  # (n,) tokens that carry a loss: those of answers, but never the first
-
-
-def coded(example: Example, length: int) -> NDArray[np.int32]:
-    """(n,) the first `length` + 1 tokens as they are stored."""
-    ids, carries = (part[: length + 1] for part in example)
-    return np.where(carries, ids, ~ids).astype(np.int32)
-
-
-def padded(rows: Sequence[NDArray[np.int32]]) -> Ints:
-    """(B, n) of the longest row; behind the others stands −1: id 0, without loss."""
-    out = np.full((len(rows), max(map(len, rows), default=2)), -1, np.int64)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
-
-
-class Piece(NamedTuple):
-    text: str
-    carries: bool
-    ended: bool = False  # by the end token
-    special: bool = False  # special tokens in the text are read as such
-
-
-# ── One example ─────────────────────────────────────────────────────────────────────
-
-
-class Encoder:
-    """The tokeniser of a local transformers folder, and its chat template."""
-
-    def __init__(self, folder: str, key: str) -> None:
-        """Raises UserError where `folder`, given as `key`, has no tokeniser, or one without an end token."""
-        from transformers import AutoTokenizer
-
-        try:
-            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # it fails in many ways
-            raise UserError(
-                f"{key}={folder}: has no tokeniser that transformers loads ({one_line(error)[:300]}); give a model "
-                "folder with its tokenizer.json and tokenizer_config.json"
-            ) from None
-        if found.eos_token_id is None:
-            raise UserError(
-                f"{key}={folder}: its tokeniser has no eos_token, which ends an answer; "
-                "name one in its tokenizer_config.json"
-            )
-        self.tokenizer, self.end = found, int(found.eos_token_id)
-        self._begin = [found.bos_token_id] if found("").input_ids[:1] == [found.bos_token_id] else []
-
-    @property
-    def fingerprint(self) -> str:
-        """Content address of what decides the ids: changes with the vocabulary, its rules and the chat template."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        whole = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
-        return fingerprint([whole, self.tokenizer.chat_template, self._begin, self.end])
-
-    def encode(self, record: Mapping[str, Any], place: str) -> Example:
-        """Raises UserError naming `place` (file and line) for a record that is no such example."""
-        pieces = _pieces(record, place, self)
-        templated = pieces[0].special if pieces else False
-        ids: list[int] = [] if templated else list(self._begin)
-        carries = [False] * len(ids)
-        for piece in pieces:
-            found = self.tokenizer(
-                piece.text, add_special_tokens=False, split_special_tokens=not piece.special, verbose=False
-            )
-            added = [*found.input_ids, *[self.end] * piece.ended]
-            ids += added
-            carries += [piece.carries and piece.text != ""] * len(added)  # an empty answer is no answer
-        carries[:1] = [False] * len(carries[:1])  # nothing comes before it
-        return Example(np.array(ids, np.int32), np.array(carries, bool))
-
-    def rendered(self, messages: list[dict[str, str]], place: str, asking: bool) -> str:
-        """By the chat template; `asking` for the next answer."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-        except Exception as error:  # of the template
-            raise UserError(
-                f"{place}: the tokeniser's chat template refuses these messages ({one_line(error)[:300]}); mend them"
-            ) from None
-
-
-def _pieces(record: Mapping[str, Any], place: str, encoder: Encoder) -> list[Piece]:
-    if ("messages" in record) == ("prompt" in record or "completion" in record):
-        raise UserError(
-            f"{place}: give either prompt and completion, or messages; the keys there: "
-            f"{', '.join(sorted(record)) or 'none'}"
-        )
-    if "messages" in record:
-        messages = _messages(record["messages"], place)
-        return _templated(messages, place, encoder) if encoder.tokenizer.chat_template else _plain(messages, place)
-    for key in ("prompt", "completion"):
-        if not isinstance(record.get(key), str):
-            raise UserError(f"{place}: {key} must be text, not {record.get(key)!r:.100}")
-    return [Piece(record["prompt"], False), Piece(record["completion"], True, ended=True)]
-
-
-def _messages(found: Any, place: str) -> list[dict[str, str]]:
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{place}: messages must be a list of role and content, not {found!r:.100}")
-    for nth, message in enumerate(found, 1):
-        given = message if isinstance(message, dict) else {}
-        for key in ("role", "content"):
-            if not isinstance(given.get(key), str):
-                raise UserError(f"{place}, message {nth}: needs role and content, both text; it is {message!r:.100}")
-    return found
-
-
-def _plain(messages: list[dict[str, str]], place: str) -> list[Piece]:
-    pieces, asked = [], ""
-    for nth, message in enumerate(messages, 1):
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise UserError(f"{place}, message {nth}: role={role!r}: unknown; allowed: {', '.join(ROLES)}")
-        if role == "assistant":
-            pieces += [Piece(f"{asked}<|assistant|>\n", False), Piece(content, True, ended=True)]
-            asked = "\n"
-        else:
-            asked += f"<|{role}|>\n{content}\n"
-    return pieces
-
-
-def _templated(messages: list[dict[str, str]], place: str, encoder: Encoder) -> list[Piece]:
-    """Up to the last answer."""
-    pieces, done = [], ""
-    for nth, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = encoder.rendered(messages[:nth], place, asking=True)
-        after = encoder.rendered(messages[: nth + 1], place, asking=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise UserError(
-                f"{place}, message {nth + 1}: the tokeniser's chat template lays it out otherwise once more messages "
-                "follow, so this answer cannot be told from the rest; give each answer as an example of its own"
-            )
-        answer = after[len(before) :] if message["content"] else ""
-        pieces += [Piece(before[len(done) :], False, special=True), Piece(answer, True, special=True)]
-        done = after
-    return pieces
 
 
 # ── All of them ─────────────────────────────────────────────────────────────────────
@@ -263,7 +118,7 @@ class _Collected:
         return self
 
     def _add(self, read: Read) -> None:
-        tokens, url = coded(read.example, self.length), redact(read.source.url)
+        tokens, url = chat.coded(read.example, self.length), redact(read.source.url)
         if (tokens < 0).all():
             self.left_out.append(f"{url}, line {read.line}")
             return
@@ -354,7 +209,7 @@ class Instructions:
     def gather(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
         """(B, n) tokens, padded to the longest of them."""
         self._require(length)
-        return padded([self._stored(row) for row in self._rows(split, domain, sequence).tolist()])
+        return chat.padded([self._stored(row) for row in self._rows(split, domain, sequence).tolist()])
 
     def carrying(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
         """(B,) tokens that carry a loss."""

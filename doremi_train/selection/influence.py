@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from doremi_train import gradients
-from doremi_train.data.instructions import padded
+from doremi_train.data.chat import padded
 from doremi_train.methods import factored, less
 from doremi_train.methods.factors import Direction, Examples
 from doremi_train.methods.less import Moments, Options

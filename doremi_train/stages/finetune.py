@@ -21,9 +21,10 @@ from torch import Tensor
 
 from doremi_train import batch_selection, comm, evaluation, model
 from doremi_train.config import UserError
-from doremi_train.data import instructions, options, reading, sources
+from doremi_train.data import chat, instructions, options, reading, sources
 from doremi_train.data.batches import read
-from doremi_train.data.instructions import Encoder, Instructions
+from doremi_train.data.chat import Encoder
+from doremi_train.data.instructions import Instructions
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, targets
@@ -135,7 +136,7 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
     )
     found, wanted = [], asked.validation_sequences
     for one in instructions.examples(sources.resolve(where), where, encoder, reading.BadLines(where)):
-        tokens = instructions.coded(one.example, length)
+        tokens = chat.coded(one.example, length)
         found += [tokens] if (tokens >= 0).any() else []
         if len(found) == wanted:
             break
@@ -151,4 +152,4 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
             "batch_selection.validation: shares examples with the reported evaluation, towards which would then be "
             "trained; give others"
         )
-    return torch.from_numpy(instructions.padded(found))
+    return torch.from_numpy(chat.padded(found))

@@ -28,7 +28,7 @@ from torch import Tensor
 from doremi_train import comm
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
-from doremi_train.data.instructions import Encoder
+from doremi_train.data.chat import Encoder
 from doremi_train.data.sources import resolve, signature
 from doremi_train.methods import less
 from doremi_train.runs import Run, stop

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doremi_train.config import UserError, fingerprint
-from doremi_train.data import instructions
-from doremi_train.data.instructions import Encoder, Instructions
+from doremi_train.data import chat
+from doremi_train.data.chat import Encoder
+from doremi_train.data.instructions import Instructions
 from doremi_train.data.reading import BadLines, Source, records
 from doremi_train.selection import examples
 from doremi_train.selection.influence import Coded
@@ -39,7 +40,7 @@ def serving(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Code
     served: dict[Subtask, list[tuple[Coded, bytes]]] = {}
     for name, sources in target_files.targets(session).items():
         for place, record in _records(session, sources):
-            tokens = instructions.coded(encoder.encode(record, place), length)
+            tokens = chat.coded(encoder.encode(record, place), length)
             if (tokens >= 0).any():
                 served.setdefault((name, str(record.get("subtask", ""))), []).append((tokens, examples.text(record)))
         if name not in {target for target, _ in served}:

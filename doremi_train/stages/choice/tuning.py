@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from doremi_train import comm, lora, model
 from doremi_train.config import UserError
 from doremi_train.data import instructions
-from doremi_train.data.instructions import Encoder, Instructions
+from doremi_train.data.chat import Encoder
+from doremi_train.data.instructions import Instructions
 from doremi_train.runs import stop
 from doremi_train.stages import Session
 
