@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks import common
 from benchmarks.prepare import corpus, texts
-from doremi_train.data import reading, sources
+from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.options import Options as Data
 from doremi_train.selection import engines, kernels, parts, tasks
 from doremi_train.selection.options import Options
@@ -148,7 +148,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             return turn
 
         def read() -> None:
-            for _ in reading.read(large[0].source, large[0].data, reading.BadLines(large[0].data)):
+            for _ in reading.read(large[0].source, large[0].data, opening.BadLines(large[0].data)):
                 pass
 
         sides: dict[str, Callable[[], object]] = {

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.planted_tasks import write
-from doremi_train.data import options, reading, sources
+from doremi_train.data import options
+from doremi_train.data.corpus import opening, reading, sources
 
 LENGTH = 128  # tokens of a sequence
 BEGINNING, END = 60, 240  # characters of a prompt and of its completion, at most
@@ -25,7 +26,7 @@ def examples(root: Path, domain: str, split: str) -> Iterator[dict[str, Any]]:
     where = options.Options(embedded=None, root=str(root))
     for source in sources.resolve(where):
         if (source.domain, source.split) == (domain, split):
-            for piece in reading.read(source, where, reading.BadLines(where)):
+            for piece in reading.read(source, where, opening.BadLines(where)):
                 yield from itertools.islice(_sections(piece.text or ""), 2)
 
 

@@ -25,8 +25,9 @@ from benchmarks import common
 from doremi_train import batch_selection, costs, engine, evaluation, launcher, model, results
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
-from doremi_train.data import reading, shards, sources, tokenizer, writing
+from doremi_train.data import shards, tokenizer, writing
 from doremi_train.data.batches import read
+from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
 from doremi_train.train import Options as Training
@@ -81,7 +82,7 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
         assert source.domain is not None and source.split is not None
         held = texts.setdefault(source.domain, {}).setdefault(source.split, [])
         left = characters if source.split == "train" else characters // 10
-        for piece in reading.read(source, where, reading.BadLines(where)):
+        for piece in reading.read(source, where, opening.BadLines(where)):
             held.append(piece.text or "")
             left -= len(held[-1])
             if left < 0:

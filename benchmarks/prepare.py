@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import common
-from doremi_train.data import prepare, reading, sources, tokenizer
+from doremi_train.data import prepare, tokenizer
+from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.options import Options
 
 VOCABULARY = 8192
@@ -64,7 +65,7 @@ def alone(options: Options, method: str) -> Took:
 
 def texts(options: Options) -> Iterator[str]:
     for source in sources.resolve(options):
-        for piece in reading.read(source, options, reading.BadLines(options)):
+        for piece in reading.read(source, options, opening.BadLines(options)):
             yield piece.text or ""
 
 
@@ -77,7 +78,7 @@ def corpus(root: Path | None, size: int, folder: Path) -> Options:
         path = folder / str(source.domain) / f"{source.split or 'train'}-00000.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            for piece in reading.read(source, given, reading.BadLines(given)):
+            for piece in reading.read(source, given, opening.BadLines(given)):
                 written += file.write(json.dumps({"text": piece.text}, ensure_ascii=False).encode() + b"\n")
                 if file.tell() > share:
                     break

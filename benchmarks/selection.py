@@ -20,7 +20,7 @@ from benchmarks import common
 from benchmarks.growth import drawn, plain_session
 from doremi_train import charts, engine, evaluation, launcher, model
 from doremi_train.data import options as data_options
-from doremi_train.data import reading, sources
+from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.shards import TokenStore
 from doremi_train.methods import cross_entropy
 from doremi_train.mixture import student_t
@@ -40,7 +40,7 @@ def texts(root: Path, domain: str, split: str, characters: float) -> Iterator[st
     where = data_options.Options(embedded=None, root=str(root))
     for source in sources.resolve(where):
         if (source.domain, source.split) == (domain, split):
-            for piece in reading.read(source, where, reading.BadLines(where)):
+            for piece in reading.read(source, where, opening.BadLines(where)):
                 yield piece.text or ""
                 characters -= len(piece.text or "")
                 if characters < 0:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from benchmarks import common
 from doremi_train import files, model
-from doremi_train.data import installed
+from doremi_train.data.corpus import installed
 from doremi_train.methods import importance
 from doremi_train.mixture import student_t
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from doremi_train import comm, command
 from doremi_train.config import conf_dir
-from doremi_train.data import planted
+from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
 from doremi_train.detectors import Finding
 from doremi_train.stages import Session, diagnose, evaluate, language_model, open_session, prepare, reference

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from doremi_train.data import installed
+from doremi_train.data.corpus import installed
+from doremi_train.data.corpus.opening import BadLines
+from doremi_train.data.corpus.reading import read
+from doremi_train.data.corpus.sources import resolve
 from doremi_train.data.options import Options
-from doremi_train.data.reading import BadLines, read
-from doremi_train.data.sources import resolve
 
 PROJECT = Path(__file__).parents[1]
 DIGEST = """
 import hashlib, json, sys
-from doremi_train.data import installed
+from doremi_train.data.corpus import installed
 digest = hashlib.sha256()
 for domain in installed.domains():
     for split in ("train", "validation"):

@@ -22,8 +22,9 @@ from running import documents_of
 
 from doremi_train.config import UserError, load
 from doremi_train.data import prepare as preparation
-from doremi_train.data import routing, tokenising
+from doremi_train.data import tokenising
 from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.corpus import routing
 from doremi_train.data.options import Options
 from doremi_train.data.prepare import address, explain_change, prepare, request
 from doremi_train.data.shards import TokenStore

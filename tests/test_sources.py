@@ -21,10 +21,12 @@ import pytest
 import zstandard
 
 from doremi_train.config import UserError, load
-from doremi_train.data import reading
+from doremi_train.data.corpus import formats, records
+from doremi_train.data.corpus.opening import BadLines, Piece
+from doremi_train.data.corpus.reading import read
+from doremi_train.data.corpus.records import PIECE
+from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
-from doremi_train.data.reading import PIECE, BadLines, Piece, read
-from doremi_train.data.sources import resolve, signature
 
 PROJECT = Path(__file__).parents[1]
 SHARED = PROJECT.parent / "shared"
@@ -110,7 +112,7 @@ def write_as(folder: Path, ending: str) -> None:
         path.write_bytes(jsonl(TEXTS))
 
 
-@pytest.mark.parametrize("ending", [ending for ending in reading.READERS if ending != ".bin"])
+@pytest.mark.parametrize("ending", [ending for ending in formats.READERS if ending != ".bin"])
 def test_every_format_gives_the_same_texts(tmp_path, ending):
     write_as(tmp_path / "root" / "a", ending)
     given = options(root=str(tmp_path / "root"))
@@ -190,7 +192,7 @@ def test_megatron_trailing_empty_documents_and_remote(tmp_path):
 
 
 def test_megatron_giant_document_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "PIECE", 3)
+    monkeypatch.setattr(records, "PIECE", 3)
     write_megatron(tmp_path / "x", [[[0, 1, 2, 3], [4, 5, 6]], [[7, 8, 9]]])
     result = [(piece.tokens.tolist(), piece.last) for piece in pieces(one(tmp_path / "x.bin"))]
     assert result == [([0, 1, 2], False), ([3, 4, 5], False), ([6], True), ([7, 8, 9], True)]
@@ -295,7 +297,8 @@ def test_the_order_is_the_same_in_two_processes(tmp_path):
         write_as(tmp_path / domain, ".txt")
     program = (
         "import sys; from doremi_train.data.options import Options\n"
-        "from doremi_train.data.reading import *; from doremi_train.data.sources import *\n"
+        "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
+        "from doremi_train.data.corpus.sources import *\n"
         "o = Options(root=sys.argv[1]); s = resolve(o); print(signature(o, s), s)\n"
         "print([p for x in s for p in read(x, o, BadLines(o))])"
     )
@@ -322,11 +325,11 @@ def test_real_corpus():
 
 
 def test_pieces_do_not_depend_on_chunks(monkeypatch):
-    monkeypatch.setattr(reading, "PIECE", 10)
+    monkeypatch.setattr(records, "PIECE", 10)
     text = "one two three four five six_seven_eight nine"
     for size in (1, 3, 7, 100):
         chunks = [text[start : start + size] for start in range(0, len(text), size)]
-        result = list(reading._document("a", None, chunks))
+        result = list(records.document("a", None, chunks))
         assert [piece.text for piece in result] == ["one two ", "three ", "four five ", "six_seven_", "eight nine"]
         assert [piece.last for piece in result] == [False] * 4 + [True]
 
@@ -365,7 +368,8 @@ def test_large_files_stay_within_memory(tmp_path):
     (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(jsonl(records)))
     program = (
         "import re, sys; from pathlib import Path; from doremi_train.data.options import *\n"
-        "from doremi_train.data.reading import *; from doremi_train.data.sources import *\n"
+        "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
+        "from doremi_train.data.corpus.sources import *\n"
         "o = Options(domains={'a': Split((sys.argv[1],))})\n"
         "n = sum(1 for s in resolve(o) for p in read(s, o, BadLines(o)))\n"
         "print(n, int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024)"
@@ -478,7 +482,7 @@ def test_broken_lines_are_counted_up_to_the_limit(tmp_path, name):
 
 
 def test_a_line_too_long_is_a_broken_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "LINE", 100)
+    monkeypatch.setattr(records, "LINE", 100)
     for length in (99, 100, 101, 199, 200, 201, 300, 350):
         long = b'{"text": "' + b"x" * (length - 12) + b'"}'
         (tmp_path / "x.jsonl").write_bytes(jsonl(["a"]) + b"\n" + long + b"\n" + jsonl(["b"]))

@@ -521,7 +521,7 @@ def test_tracking_leaves_the_process_as_it_was(backend: Any, tmp_path: Path, mon
 def test_backends_are_imported_only_when_asked_for() -> None:
     code = "import sys, doremi_train.stages, doremi_train.stages.report; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True, cwd=ROOT).split()
-    assert "doremi_train.tracking" in modules
+    assert "doremi_train.trackers" in modules
     assert not {"wandb", "tensorboard"} & {name.partition(".")[0] for name in modules}
 
 

@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 
 from doremi_train.config import UserError, fingerprint, flatten
 from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.corpus.opening import BadLines, Source
+from doremi_train.data.corpus.routing import Router
+from doremi_train.data.corpus.sidecar import domains as chosen_domains
+from doremi_train.data.corpus.sidecar import identity
+from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
-from doremi_train.data.reading import BadLines, Source
-from doremi_train.data.routing import Router
-from doremi_train.data.selected import domains as chosen_domains
-from doremi_train.data.selected import identity
 from doremi_train.data.shards import CHECKSUMS, shards_of, token_dtype
-from doremi_train.data.sources import resolve, signature
 from doremi_train.data.tokenising import Meter, Progress, tokenised, work
 from doremi_train.data.writing import ShardWriter, write_manifest
 from doremi_train.files import read_json, try_lock, write_bytes, write_json

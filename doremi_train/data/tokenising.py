@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from doremi_train.config import UserError
 from doremi_train.data import tokenizer as tokenizers
-from doremi_train.data.reading import BadLines, Source
-from doremi_train.data.routing import Router
+from doremi_train.data.corpus.opening import BadLines, Source
+from doremi_train.data.corpus.routing import Router
 from doremi_train.data.shards import Stream
 
 PIECE = 2**18  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from doremi_train.config import UserError
 from doremi_train.data import options as data_options
-from doremi_train.data.reading import BadLines, Piece, Source, read
-from doremi_train.data.routing import held_out
+from doremi_train.data.corpus.opening import BadLines, Piece, Source
+from doremi_train.data.corpus.reading import read
+from doremi_train.data.corpus.routing import held_out
 from doremi_train.methods import ngram
 from doremi_train.selection import kernels
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from doremi_train.data import options as data_options
-from doremi_train.data.reading import BadLines, Source
+from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.files import replacing, write_bytes
 from doremi_train.methods import ngram
 from doremi_train.selection import kernels

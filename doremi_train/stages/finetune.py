@@ -21,9 +21,10 @@ from torch import Tensor
 
 from doremi_train import batch_selection, comm, evaluation, model
 from doremi_train.config import UserError
-from doremi_train.data import chat, instructions, options, reading, sources
+from doremi_train.data import chat, instructions, options
 from doremi_train.data.batches import read
 from doremi_train.data.chat import Encoder
+from doremi_train.data.corpus import opening, sources
 from doremi_train.data.instructions import Instructions
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
@@ -135,7 +136,7 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
         allow_pipe=session.config.data.allow_pipe,
     )
     found, wanted = [], asked.validation_sequences
-    for one in instructions.examples(sources.resolve(where), where, encoder, reading.BadLines(where)):
+    for one in instructions.examples(sources.resolve(where), where, encoder, opening.BadLines(where)):
         tokens = chat.coded(one.example, length)
         found += [tokens] if (tokens >= 0).any() else []
         if len(found) == wanted:

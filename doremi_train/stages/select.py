@@ -1,4 +1,12 @@
-"""Choose from the raw corpus the documents that serve a target; the rest of the run trains on them.
+"""Choose the documents or examples that serve a target, and show the choice; stages that train use it as it is."""
 
-Scores are kept in the store, named by what decides them: another budget, temperature or seed needs no scoring again.
-"""
+from pathlib import Path
+
+from doremi_train.stages import Session, choice
+
+
+def run(session: Session) -> Path:
+    """The folder of the choices, one for every target."""
+    folder = choice.run(session)
+    choice.show(session, folder)
+    return folder

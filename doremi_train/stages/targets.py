@@ -12,8 +12,9 @@ from torch import Tensor
 
 from doremi_train.batch_selection import Setting
 from doremi_train.config import UserError
-from doremi_train.data import options, reading, sources, tokenizer
+from doremi_train.data import options, tokenizer
 from doremi_train.data.batches import Store, fixed_sequences, read
+from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.shards import TokenStore
 from doremi_train.stages import Session
 
@@ -125,7 +126,7 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
 
 
 def _documents(where: options.Options, store: TokenStore) -> Iterator[list[int]]:
-    encoder, bad = store.tokenizer(), reading.BadLines(where)
+    encoder, bad = store.tokenizer(), opening.BadLines(where)
     for source in sources.resolve(where):
         for piece in reading.read(source, where, bad):
             found = piece.tokens if piece.text is None else tokenizer.encode(encoder, [piece.text])[0]

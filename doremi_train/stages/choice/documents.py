@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import __version__
+from doremi_train import __version__, comm, files
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar, short
 from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.corpus.sources import names, resolve, signature
 from doremi_train.data.prepare import locked
-from doremi_train.data.sources import names, resolve, signature
 from doremi_train.methods import ngram
-from doremi_train.runs import stop
+from doremi_train.runs import Run, stop
 from doremi_train.selection import engines
-from doremi_train.stages import Session
+from doremi_train.stages import Session, select_report
 from doremi_train.stages.choice import array, target_files
 
 SCORES = 2  # raise when the same request would give other scores, or counts beside them
@@ -31,7 +31,25 @@ SCORES = 2  # raise when the same request would give other scores, or counts bes
 _CHOICE = ("train", "documents", "tokens", "fraction", "within", "temperature", "write", "engine", "workers")
 
 
-def recipe(session: Session) -> dict[str, Any]:
+def run(session: Session) -> Path:
+    """The folder of the choices, one for every target."""
+    wanted = comm.on_first(lambda: _recipe(session))
+    choice = Run(session.store, "selection", wanted)
+    with session.computing(choice, "select") as todo:
+        if todo:
+            comm.on_first(lambda: choice.finish(_select(session, choice.folder, wanted)))
+    return choice.folder
+
+
+def show(session: Session, folder: Path) -> None:
+    """A page and a summary of a choice."""
+    page = session.run_dir / "select" / "report.html"
+    comm.on_first(lambda: select_report.write(page, folder, session.config.selection.vocabulary))
+    result = comm.on_first(lambda: files.read_json(folder / "result.json"))
+    session.say(f"{summary(result, folder)}\nreport: {page}")
+
+
+def _recipe(session: Session) -> dict[str, Any]:
     """Everything that decides the choice; under "scores" what decides the scores."""
     from doremi_train.selection import granular
 
@@ -56,7 +74,7 @@ def recipe(session: Session) -> dict[str, Any]:
     return {"scores": scores, "choice": choice, "seed": session.config.seed}
 
 
-def select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Score the corpus, unless that was done; then choose for every target. The content of `result.json`."""
     from doremi_train.selection import choose, parts, scorers
 

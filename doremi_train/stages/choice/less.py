@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import comm
+from doremi_train import comm, files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
 from doremi_train.data.chat import Encoder
-from doremi_train.data.sources import resolve, signature
+from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.methods import less
 from doremi_train.runs import Run, stop
 from doremi_train.selection import influence
@@ -61,10 +61,16 @@ def run(session: Session) -> Path:
     with session.computing(choice, "select") as todo:
         if todo:
             comm.on_first(lambda: choice.finish(less_choice.choose(scorer, choice.folder, pool, served, scores)))
-    if session.config.stage == "select":
-        session.say(less_choice.summary(choice.result(), choice.folder))
-        comm.on_first(lambda: less_report.write(session.run_dir / "report.html", choice.result()))
     return choice.folder
+
+
+def show(session: Session, folder: Path) -> None:
+    """A page and a summary of a choice; features that are kept for later targets have none."""
+    if not session.config.selection.targets:
+        return
+    result = comm.on_first(lambda: files.read_json(folder / "result.json"))
+    session.say(less_choice.summary(result, folder))
+    comm.on_first(lambda: less_report.write(session.run_dir / "report.html", result))
 
 
 def _scorer(session: Session) -> Session:

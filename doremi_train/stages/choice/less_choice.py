@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train import files, model
-from doremi_train.data.reading import BadLines, records
-from doremi_train.data.sources import resolve
+from doremi_train.data.corpus.opening import BadLines
+from doremi_train.data.corpus.reading import records
+from doremi_train.data.corpus.sources import resolve
 from doremi_train.methods import less
 from doremi_train.selection import examples
 from doremi_train.stages import Session

@@ -8,8 +8,9 @@ import numpy as np
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data import chat
 from doremi_train.data.chat import Encoder
+from doremi_train.data.corpus.opening import BadLines, Source
+from doremi_train.data.corpus.reading import records
 from doremi_train.data.instructions import Instructions
-from doremi_train.data.reading import BadLines, Source, records
 from doremi_train.selection import examples
 from doremi_train.selection.influence import Coded
 from doremi_train.stages import Session

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from doremi_train.config import UserError
 from doremi_train.data import options as data_options
-from doremi_train.data.reading import Source
-from doremi_train.data.sources import resolve
+from doremi_train.data.corpus.opening import Source
+from doremi_train.data.corpus.sources import resolve
 from doremi_train.stages import Session
 
 

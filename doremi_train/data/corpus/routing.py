@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from doremi_train.data.corpus.opening import BadLines, Piece, Source
+from doremi_train.data.corpus.reading import read
+from doremi_train.data.corpus.sidecar import Selected
+from doremi_train.data.corpus.sidecar import domains as chosen_domains
 from doremi_train.data.options import Options
-from doremi_train.data.reading import BadLines, Piece, Source, read
-from doremi_train.data.selected import Selected
-from doremi_train.data.selected import domains as chosen_domains
 
 
 class Router:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from doremi_train.config import UserError, fingerprint
+from doremi_train.data.corpus.opening import Piece, Source
+from doremi_train.data.corpus.sources import names, signature
 from doremi_train.data.options import Options
-from doremi_train.data.reading import Piece, Source
-from doremi_train.data.sources import names, signature
 
 COLUMNS = ("shard", "row", "start", "end", "selected")
 

@@ -7,19 +7,10 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from doremi_train.config import UserError, redact
-from doremi_train.data import installed, planted
+from doremi_train.data.corpus import installed, planted
+from doremi_train.data.corpus.formats import INSTALLED, PLANTED, READERS, ending_of, index_of
+from doremi_train.data.corpus.opening import READER, Source, file_system, refuse_command
 from doremi_train.data.options import Options
-from doremi_train.data.reading import (
-    INSTALLED,
-    PLANTED,
-    READER,
-    READERS,
-    Source,
-    ending_of,
-    file_system,
-    index_of,
-    refuse_command,
-)
 from doremi_train.remote import PIPE, reaching
 
 

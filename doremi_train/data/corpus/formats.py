@@ -1,0 +1,141 @@
+"""A reader for every ending: JSON lines, parquet, plain text, Megatron's, archives, and what is made here."""
+
+import codecs
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from doremi_train.config import UserError
+from doremi_train.data.corpus import archives, installed, megatron, opening, planted, records
+from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
+from doremi_train.data.options import Options
+from doremi_train.remote import PIPE
+
+BATCH = 1 << 24  # bytes of parquet rows decoded together, about
+INSTALLED = "installed:"
+PLANTED = "planted:"
+
+
+def read_jsonl(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    for number, record in objects(source, options, bad):
+        yield from records.record_text(record, source, options, f"{source.url}, line {number}")
+
+
+def objects(source: Source, options: Options, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
+    with opening.open_file(source.url, options) as stream:
+        for number, line in _lines(stream):
+            record = records.parse(line, source.url, number, bad)
+            if record is not None:
+                yield number, record
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) without blank lines; of a line longer than LINE only LINE + 1 bytes are kept."""
+    number = 0
+    while line := stream.readline(records.LINE + 1):
+        number += 1
+        rest = line
+        while len(rest) >= records.LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(records.LINE)
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace():
+            yield number, line
+
+
+def _read_parquet(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    columns = [options.text_key] if source.domain is not None else [options.text_key, str(options.domain_key)]
+    with opening.open_file(source.url, options) as stream:
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed, not row groups
+        names = [file.schema.column(index).path for index in range(len(file.schema))]
+        for key, column in zip(("data.text_key", "data.domain_key"), columns, strict=False):
+            if column not in names:
+                raise UserError(records.no_key(key, column, source.url, names))
+        number = 0
+        for batch in file.iter_batches(_rows(file.metadata), columns=columns):
+            for record in batch.to_pylist():
+                number += 1
+                yield from records.record_text(record, source, options, f"{source.url}, row {number}")
+
+
+def _rows(metadata: pq.FileMetaData) -> int:
+    """Rows of about BATCH bytes, by the mean row of the fattest row group."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    mean = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
+    return int(min(max(BATCH / max(mean, 1), 1), 1024))
+
+
+def _read_text(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    with opening.open_file(source.url, options) as stream:
+        yield from records.document(str(source.domain), source.split, records.decode(stream, source.url))
+
+
+def _read_megatron(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    path = index_of(source.url)
+    try:
+        index = megatron.open_index(_bytes_of(path, options))
+    except ValueError as error:
+        raise UserError(f"{path}: corrupt index ({error}); write {source.url} and its .idx again") from error
+    if source.size and source.size != megatron.total_bytes(index):
+        raise EOFError(f"{source.size} bytes, but its .idx says {megatron.total_bytes(index)}")
+    with opening.open_file(source.url, options) as stream:
+        try:
+            for tokens, last in megatron.documents(index, stream, records.PIECE):
+                yield Piece(str(source.domain), source.split, None, tokens, last)
+        except ValueError as error:
+            raise UserError(f"{source.url}: {error}; tokens are ids from 0; write the file again") from error
+
+
+def _bytes_of(url: str, options: Options) -> np.ndarray:
+    """(n,) uint8: memory-mapped where the file is local."""
+    fs, path = opening.file_system(url, "data", options)
+    if isinstance(fs, LocalFileSystem) and fs.size(path):
+        return np.memmap(path, np.uint8, "r")
+    return np.frombuffer(fs.cat_file(path), np.uint8)
+
+
+def _read_installed(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    domain, split = source.url.removeprefix(INSTALLED).split("/")
+    for _, text in installed.texts(installed.listing(domain, split, options.validation_fraction)):
+        yield from records.document(domain, split, [text])
+
+
+def _read_planted(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+    domain, split = source.url.removeprefix(PLANTED).split("/")
+    for text in planted.texts(domain, split, options.validation_fraction):
+        yield from records.document(domain, split, [text])
+
+
+def reader(url: str) -> Callable[[Source, Options, BadLines], Iterator[Piece]]:
+    if url.startswith(INSTALLED):
+        return _read_installed
+    if url.startswith(PLANTED):
+        return _read_planted
+    return read_jsonl if url.startswith(PIPE) else READERS[str(ending_of(url))]
+
+
+READERS: dict[str, Callable[[Source, Options, BadLines], Iterator[Piece]]] = {
+    ".jsonl": read_jsonl,
+    ".jsonl.zst": read_jsonl,
+    ".jsonl.gz": read_jsonl,
+    ".json.zst": read_jsonl,
+    ".json.gz": read_jsonl,
+    ".parquet": _read_parquet,
+    ".tar": archives.read_tar,
+    ".txt": _read_text,
+    ".bin": _read_megatron,
+}
+
+
+def ending_of(url: str) -> str | None:
+    """The ending by which a file is read; None where it is none of READERS."""
+    name = opening.without_query(url).lower()
+    return next((ending for ending in READERS if name.endswith(ending)), None)
+
+
+def index_of(path: str) -> str:
+    """The file that belongs to one of Megatron's."""
+    return path[: -len(".bin")] + ".idx"

@@ -1,0 +1,121 @@
+"""Opening a file of a corpus: a local path, or a URL of a protocol that does nothing but transfer bytes (fsspec), or a
+command that the user allowed; decompressed on the way, in bounded memory.
+"""
+
+import io
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+
+from doremi_train.config import UserError
+from doremi_train.data.options import Options
+from doremi_train.remote import PIPE, PROTOCOLS, filesystem, harmless
+
+READER = 1  # raise when the same files would give other documents: data prepared before is then not reused
+CHUNK = 1 << 20  # bytes read together
+CODECS = {"zst": "zstd", "gz": "gzip"}
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a giant one."""
+
+    domain: str
+    split: str | None  # "train", "validation", or None: the caller splits by hash of the text
+    text: str | None  # None where already tokenised
+    tokens: np.ndarray | None  # (n,) already tokenised
+    last: bool  # False: the next piece continues the same document
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file."""
+
+    url: str  # absolute local path, fsspec URL, pipe:COMMAND, or installed:DOMAIN/SPLIT, or planted:…
+    domain: str | None  # None: the record's data.domain_key says
+    split: str | None  # as in Piece
+    size: int  # bytes; 0 where unknown
+    version: str  # time of change in ns for local files; ETag or the like for remote ones; "" if nothing is known
+
+
+class BadLines:
+    """Counts broken JSON lines over the whole preparation."""
+
+    def __init__(self, options: Options) -> None:
+        self.most = options.max_bad_lines
+        self.count = 0
+
+    def add(self, url: str, line_number: int, why: str) -> None:
+        """Count one more. Raises UserError naming file and line once more than data.max_bad_lines were met."""
+        self.count += 1
+        if self.count > self.most:
+            raise UserError(
+                f"{url}, line {line_number}: broken JSON line: {why}; data.max_bad_lines={self.most} are allowed "
+                "in all: mend the file, or raise data.max_bad_lines to skip and count such lines"
+            )
+
+
+def file_system(url: str, key: str, options: Options) -> tuple[Any, str]:
+    """(file system, path in it). Raises UserError for a protocol that may run code, or that is not installed."""
+    if not harmless(url):
+        refuse_command(url, key, options)
+    return filesystem(url, key, odd=True)
+
+
+def refuse_command(url: str, key: str, options: Options) -> None:
+    if not options.allow_pipe:
+        raise UserError(
+            f"{key}={url!r}: refused, because it may run a command on this machine; allowed are paths and "
+            f"{', '.join(PROTOCOLS)} URLs; if you wrote this list yourself, set data.allow_pipe=true"
+        )
+
+
+@contextmanager
+def open_file(url: str, options: Options) -> Iterator[BinaryIO]:
+    """Bytes of a file, decompressed by its ending, or of a command."""
+    if url.startswith(PIPE):
+        with _command(url) as stream:
+            yield stream
+        return
+    fs, path = file_system(url, "data", options)
+    with fs.open(path, "rb") as raw:
+        stream = io.BufferedReader(raw, CHUNK)  # remote files read lines slowly by themselves
+        codec = CODECS.get(without_query(url).lower().rpartition(".")[-1])
+        yield cast(BinaryIO, _decompress(stream, codec) if codec else stream)
+
+
+def without_query(url: str) -> str:
+    """A URL up to its file's name: what follows a ? of http is no ending."""
+    return url.partition("?")[0] if url.startswith("http") else url
+
+
+def _decompress(stream: io.BufferedReader, codec: str) -> io.BufferedReader:
+    """Arrow's streams read all frames of a file and, unlike others, raise where the last one is cut short."""
+    if not stream.peek(1):
+        raise EOFError("the file is empty")
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), CHUNK)
+
+
+@contextmanager
+def _command(url: str) -> Iterator[BinaryIO]:
+    """Output of `pipe:COMMAND`. Raises UserError where the command, or any part of its pipeline, fails.
+
+    A terminal and Slurm tell all processes to stop; here the reader decides when, and the command does not listen.
+    """
+    shell = [
+        shutil.which("bash") or "sh",
+        "-c",
+        f"trap '' INT TERM USR1 USR2; (set -o pipefail) 2>/dev/null && set -o pipefail; {url.removeprefix(PIPE)}",
+    ]
+    with subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            yield cast(BinaryIO, process.stdout)
+            if process.wait():
+                raise UserError(f"{url}: the command ended with status {process.returncode}; run it by hand to see why")
+        finally:
+            process.kill()  # whoever stops reading early wants no more of it

@@ -1,0 +1,99 @@
+"""One record of a JSON file: its text, its domain, and what is wrong with it."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import orjson
+
+from doremi_train.config import UserError, flatten
+from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
+from doremi_train.data.options import Options
+from doremi_train.remote import one_line
+
+PIECE = 4_000_000  # characters (or tokens) of a document handed on together
+LINE = 1 << 26  # bytes of one JSON record: more would not fit the memory once decoded
+
+
+def parse(data: bytes, place: str, number: int, bad: BadLines) -> dict[str, Any] | None:
+    """The JSON object in `data`; None, and one more bad line, where there is none."""
+    if len(data) > LINE:
+        bad.add(place, number, f"longer than {LINE} bytes")
+        return None
+    try:
+        record = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        bad.add(place, number, one_line(error))
+        return None
+    if not isinstance(record, dict):
+        bad.add(place, number, f"a JSON object is needed, this is a {type(record).__name__}")
+        return None
+    return record
+
+
+def decode(stream: BinaryIO, place: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark
+    position = 0
+    while chunk := stream.read(CHUNK):
+        yield _decoded(decoder, chunk, place, position)
+        position += len(chunk)
+    yield _decoded(decoder, b"", place, position)
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, place: str, position: int) -> str:
+    pending = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
+    try:
+        return decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as error:
+        where = position - pending + error.start
+        raise UserError(
+            f"{place}: invalid UTF-8 at byte {where} ({error.reason}); convert the file to UTF-8"
+        ) from error
+
+
+def record_text(record: dict[str, Any], source: Source, options: Options, place: str) -> Iterator[Piece]:
+    domain = domain_of(record, source, options, place)
+    text = _field(record, options.text_key, "data.text_key", place)
+    yield from document(domain, source.split, [text])
+
+
+def domain_of(record: dict[str, Any], source: Source, options: Options, place: str) -> str:
+    """The source's domain, else the one that the record names."""
+    if source.domain is not None:
+        return source.domain
+    domain = _field(record, str(options.domain_key), "data.domain_key", place)
+    if not domain:
+        raise UserError(f"data.domain_key={options.domain_key!r}: the domain is empty in {place}; name it there")
+    return domain
+
+
+def _field(record: dict[str, Any], key: str, option: str, place: str) -> str:
+    """The string at a dotted key; a key that holds dots itself is found too."""
+    value: Any = record
+    for part in [key] if key in record else key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(no_key(option, key, place, list(flatten(record))))
+        value = value[part]
+    if not isinstance(value, str):
+        raise UserError(
+            f"{option}={key!r}: a string is needed, {place} has a {type(value).__name__}; mend it, or name another key"
+        )
+    return value
+
+
+def no_key(option: str, key: str, place: str, keys: list[str]) -> str:
+    there = ", ".join(sorted(keys)[:20]) or "none"
+    return f"{option}={key!r}: no such key in {place}; the keys there: {there}; set {option} to the right one"
+
+
+def document(domain: str, split: str | None, chunks: Iterable[str]) -> Iterator[Piece]:
+    """A document as pieces of at most PIECE characters: the same ones however its text arrives in chunks."""
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        while len(text) > PIECE:
+            cut = max(text.rfind(space, PIECE // 2, PIECE) for space in " \n\t") + 1 or PIECE
+            yield Piece(domain, split, text[:cut], None, False)
+            text = text[cut:]
+    if text:
+        yield Piece(domain, split, text, None, True)
