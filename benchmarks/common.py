@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
 
-from doremi_train.data import shards, tokenizer, writing
+from doremi_train.data.tokens import shards, tokenizer, writing
 
 Times = dict[str, list[float]]  # seconds of every side, one a round
 

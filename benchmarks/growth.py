@@ -33,7 +33,7 @@ from doremi_train.command import child
 from doremi_train.config import conf_dir, load
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Sampler
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.projection import Projection
 from doremi_train.stages import Session, plan

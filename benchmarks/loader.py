@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmarks import common
 from doremi_train.data.batches import Batch, Batches, read
 from doremi_train.data.sampler import Sampler
-from doremi_train.data.shards import INDEX, OPEN_MAPS, SPLITS, TokenStore
+from doremi_train.data.tokens.shards import INDEX, OPEN_MAPS, SPLITS, TokenStore
 from doremi_train.files import write_json
 
 DOMAINS, BATCH, LENGTH, VOCABULARY = 8, 64, 1024, 50_000

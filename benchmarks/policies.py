@@ -25,9 +25,9 @@ from benchmarks import common
 from doremi_train import batch_selection, costs, engine, evaluation, launcher, model, results
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
-from doremi_train.data import shards, tokenizer, writing
 from doremi_train.data.batches import read
 from doremi_train.data.corpus import opening, reading, sources
+from doremi_train.data.tokens import shards, tokenizer, writing
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
 from doremi_train.train import Options as Training

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import common
-from doremi_train.data import prepare, tokenizer
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.options import Options
+from doremi_train.data.tokens import prepare, tokenizer
 
 VOCABULARY = 8192
 SAMPLE = 4_000_000  # characters the tokeniser learns from

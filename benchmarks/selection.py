@@ -21,7 +21,7 @@ from benchmarks.growth import drawn, plain_session
 from doremi_train import charts, engine, evaluation, launcher, model
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus import opening, reading, sources
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import cross_entropy
 from doremi_train.mixture import student_t
 from doremi_train.runs import Run

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks import common
 from doremi_train import costs, engine, evaluation, launcher, losses, model
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.runs import Run
 from doremi_train.train import Options, Position, Task, Trainer

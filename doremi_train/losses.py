@@ -29,7 +29,7 @@ from doremi_train import comm, files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.batches import MicroBatch
 from doremi_train.data.sampler import Ints
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model import LanguageModel
 

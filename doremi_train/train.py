@@ -20,7 +20,7 @@ from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserErro
 from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel, save

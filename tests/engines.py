@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from doremi_train import comm, engine, evaluation, model
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.losses import Live
 from doremi_train.methods import doremi
 from doremi_train.runs import Preempted, Run, stop

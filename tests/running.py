@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from conftest import Outcome
 
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 
 STEPS = 60  # of conftest's LONG
 

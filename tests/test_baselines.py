@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import documents, run_here, write_jsonl
-
-pytest.importorskip("numba")
 from scipy import optimize
 
 from doremi_train.selection import baselines
 from doremi_train.selection.methods import METHODS
 from doremi_train.selection.options import Options
 from doremi_train.selection.scorers import whole
+
+pytest.importorskip("numba")
 
 
 def test_bm25_is_lucene_s() -> None:
@@ -111,7 +111,7 @@ def test_chance_finds_little_and_the_seed_decides_what(place: list[str], tmp_pat
 def test_embeddings_need_an_encoder_and_use_it(place: list[str], tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    from doremi_train.data import tokenizer as tokenizers
+    from doremi_train.data.tokens import tokenizer as tokenizers
 
     refused = run_here("selection=embedding", *place)
     assert refused.code == 2 and "selection.encoder=None" in refused.err

@@ -13,7 +13,7 @@ from test_benchmarks import run
 
 from benchmarks import growth, loader
 from doremi_train.data.batches import Batches
-from doremi_train.data.shards import OPEN_MAPS, TokenStore
+from doremi_train.data.tokens.shards import OPEN_MAPS, TokenStore
 from doremi_train.stages import plan
 
 

@@ -108,7 +108,7 @@ def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list
     if not from_scratch:
         from transformers import PreTrainedTokenizerFast
 
-        from doremi_train.data import tokenizer
+        from doremi_train.data.tokens import tokenizer
 
         texts = [text for text, _ in planted(1, 300, 0.0)]
         kind = models.kind(models.Options(model="encoder", length=32), texts)

@@ -12,7 +12,7 @@ import pytest
 from conftest import environment, run_here
 
 from doremi_train import model
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 
 pytestmark = pytest.mark.acceptance
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from doremi_train import gradients, lora, model
 from doremi_train.config import UserError
-from doremi_train.data import instructions, options, tokenizer
+from doremi_train.data import instructions, options
 from doremi_train.data.chat import Encoder, Example, coded, padded
 from doremi_train.data.instructions import Instructions
+from doremi_train.data.tokens import tokenizer
 from doremi_train.methods import factored
 
 CHATML = (

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from doremi_train import batch_selection, gradients, model
 from doremi_train.config import UserError
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import factored, greats
 
 # ── The greedy ──────────────────────────────────────────────────────────────────────

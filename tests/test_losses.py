@@ -22,7 +22,7 @@ from doremi_train.config import UserError
 from doremi_train.data.batches import Batches, MicroBatch
 from doremi_train.data.batches import read as read_batch
 from doremi_train.data.sampler import Sampler
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.losses import Cached, Live, Table
 from doremi_train.stages import reference_losses
 

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from running import read
 from scipy import optimize
 
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import mixmin
 from doremi_train.methods.swarm import Box, Floats
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from doremi_train import model
 from doremi_train.config import UserError
-from doremi_train.data import tokenizer
+from doremi_train.data.tokens import tokenizer
 from doremi_train.model import LanguageModel, Options
 
 TINY: dict[str, Any] = {

@@ -21,13 +21,14 @@ import zstandard
 from running import documents_of
 
 from doremi_train.config import UserError, load
-from doremi_train.data import prepare as preparation
-from doremi_train.data import tokenising
-from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.corpus import routing
 from doremi_train.data.options import Options
-from doremi_train.data.prepare import address, explain_change, prepare, request
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens import encoding
+from doremi_train.data.tokens import prepare as preparation
+from doremi_train.data.tokens import tokenizer as tokenizers
+from doremi_train.data.tokens.prepare import address, explain_change, prepare, request
+from doremi_train.data.tokens.sample import _sample
+from doremi_train.data.tokens.shards import TokenStore
 
 WORDS = ["the", "of", "wolf", "river", "green", "walks", "under", "<|endoftext|>", "über", "naïve", "雪", "📚", "\n"]
 SMALL = {
@@ -153,7 +154,7 @@ def test_the_sample_is_bounded_and_shared_evenly(tmp_path: Path) -> None:
     root = corpus(tmp_path / "in")
     given = options(root, tokenizer_sample=1000)
     sources = preparation.resolve(given)
-    sample = preparation._sample(given, sources, preparation.Meter(sources, "", preparation.silent))
+    sample = _sample(given, sources, preparation.Meter(sources, "", preparation.silent))
     joined = "".join(sample)
     assert len(joined) == 1000 and joined.startswith("0-") and joined[500:].startswith("1-")
 
@@ -213,7 +214,7 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
 
 
 def test_a_giant_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenising, "PIECE", 200)
+    monkeypatch.setattr(encoding, "PIECE", 200)
     for split in ("train", "validation"):
         write(tmp_path / "in" / "a", split, [split + " ".join(texts(3)), split + "short", "x" * 1001 + split], "jsonl")
     store = TokenStore.open(prepare(options(tmp_path / "in"), tmp_path / "out"))
@@ -327,7 +328,7 @@ def test_a_killed_preparation_continues_with_the_same_bytes(tmp_path: Path) -> N
 
 def test_what_shards_hold_is_not_tokenised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = corpus(tmp_path / "in")
-    monkeypatch.setattr(tokenising, "BATCH_PIECES", 10)
+    monkeypatch.setattr(encoding, "BATCH_PIECES", 10)
     calls = 0
 
     def stop(description: str, done: int, total: int | None) -> None:

@@ -23,8 +23,8 @@ from test_sources import TEXTS, jsonl, one, options, refused, texts, write_as
 
 from doremi_train import remote
 from doremi_train.config import UserError
-from doremi_train.data.prepare import prepare
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.prepare import prepare
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.remote import Mirror
 
 pytest.importorskip("s3fs", reason="extra `test` brings it")
@@ -273,7 +273,7 @@ def test_several_processes_fetch_at_once(corpus: Path, bucket: str, tmp_path: Pa
     made = prepare(given, tmp_path / "here", mirror=Mirror(f"{bucket}/data"))
     elsewhere = prepare(given, tmp_path / "there", mirror=Mirror(f"{bucket}/data"))
     code = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom doremi_train.data.shards import TokenStore\n"
+        "import sys, numpy as np\nfrom pathlib import Path\nfrom doremi_train.data.tokens.shards import TokenStore\n"
         "from doremi_train.remote import Mirror\n"
         "store = TokenStore.open(sys.argv[1], Mirror(sys.argv[2]))\n"
         "print(store.gather('train', np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum())"

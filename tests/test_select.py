@@ -19,7 +19,7 @@ import zstandard
 from conftest import TINY, documents, environment, run_here, start, write_jsonl
 from running import documents_of
 
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 
 pytest.importorskip("numba")
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doremi_train.config import UserError
-from doremi_train.data import shards, tokenizer
-from doremi_train.data.shards import Stream, TokenStore
-from doremi_train.data.writing import ShardWriter, write_manifest
+from doremi_train.data.tokens import shards, tokenizer
+from doremi_train.data.tokens.shards import Stream, TokenStore
+from doremi_train.data.tokens.writing import ShardWriter, write_manifest
 
 TOKENIZER = tokenizer.learn(["a small text"], 300)
 Documents = list[tuple[Stream, list[int]]]

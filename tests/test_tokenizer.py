@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doremi_train.config import UserError
-from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.tokens import tokenizer as tokenizers
 
 TEXTS = [
     f"The {a} house of number {i}, said the {b}.\n" for i in range(40) for a in ("red", "blue") for b in ("cat", "ox")

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models
 
 from doremi_train.config import UserError
 from doremi_train.methods import vocabulary
+from doremi_train.selection import granular, kernels
 
 pytest.importorskip("numba")
-from doremi_train.selection import granular, kernels
 
 
 def naive_segment(text: bytes, tokens: list[bytes]) -> list[bytes]:
@@ -124,7 +124,7 @@ def test_a_made_vocabulary_keeps_its_promises(tmp_path: Path) -> None:
 
 
 def test_tokens_of_other_tokenisers_are_bytes(tmp_path: Path) -> None:
-    from doremi_train.data import tokenizer as tokenizers
+    from doremi_train.data.tokens import tokenizer as tokenizers
 
     learned = tokenizers.learn(["the cat the cat Ünï"] * 5, 300)
     found = granular.tokens_of(learned)

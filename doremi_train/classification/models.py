@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, PositiveFloat, UserError
-from doremi_train.data import tokenizer
+from doremi_train.data.tokens import tokenizer
 
 _BUCKETS = 1 << 15  # of hashed words and pairs of words
 _VOCABULARY, _WIDTH, _LAYERS = 4096, 128, 2  # of an encoder from scratch

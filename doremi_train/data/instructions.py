@@ -35,8 +35,8 @@ from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
-from doremi_train.data.prepare import locked, silent
-from doremi_train.data.shards import SPLITS
+from doremi_train.data.tokens.prepare import locked, silent
+from doremi_train.data.tokens.shards import SPLITS
 from doremi_train.files import read_json, replacing, write_json
 
 RECIPE = 1  # raise when the same request would give other tokens

@@ -16,7 +16,7 @@ import zstandard
 
 from doremi_train.config import UserError
 from doremi_train.data.corpus.opening import BadLines
-from doremi_train.data.shards import domain_folder
+from doremi_train.data.tokens.shards import domain_folder
 from doremi_train.files import read_json, replacing, write_json
 from doremi_train.methods import ngram
 from doremi_train.selection import kernels

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers
 
 from doremi_train.config import UserError, fingerprint
-from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.files import write_json
 from doremi_train.methods import vocabulary
 from doremi_train.selection import kernels

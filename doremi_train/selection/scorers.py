@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError
-from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.methods import ngram
 from doremi_train.selection import granular, kernels
 from doremi_train.selection.options import Options

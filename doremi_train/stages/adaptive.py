@@ -14,7 +14,7 @@ import numpy as np
 from doremi_train import comm, evaluation, files, model
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, reference

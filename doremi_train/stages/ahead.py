@@ -13,7 +13,7 @@ from torch import Tensor
 
 from doremi_train import files
 from doremi_train import mixture as doremi_train_mixture
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.runs import Run
 from doremi_train.stages import (

@@ -18,7 +18,7 @@ from doremi_train import comm, files, results
 from doremi_train.charts import Point, rows
 from doremi_train.config import UserError, load
 from doremi_train.console import console
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.results import Paired, spread
 from doremi_train.runs import stop
 from doremi_train.stages import Session, ahead, claim, language_model, main, plan, prepare, report

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from doremi_train import comm, detectors, files
 from doremi_train.config import UserError
 from doremi_train.data.batches import fixed_sequences
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.detectors import Finding
 from doremi_train.stages import Session, evaluate, language_model, mixture, once, prepare
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from doremi_train import domain_gradients, mixture, model
 from doremi_train.config import UserError, fingerprint
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import doge
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, seeds, targets

@@ -9,7 +9,7 @@ import numpy as np
 from doremi_train import comm, evaluation, files, model
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Ints, Sampler
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.runs import stop
 from doremi_train.stages import Session, language_model, main, once, prepare, tasks

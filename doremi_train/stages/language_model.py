@@ -13,7 +13,7 @@ from doremi_train import batch_selection, checkpoint, comm, losses, model
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import HEURISTICS, cross_entropy, importance, swarm
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session

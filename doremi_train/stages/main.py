@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from doremi_train.batch_selection import Setting
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import Session, adaptive, language_model, mixture, once, prepare, reference, targets, weighting
 from doremi_train.train import Options

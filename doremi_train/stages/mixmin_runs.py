@@ -16,7 +16,7 @@ from doremi_train import comm, mixture, model
 from doremi_train.config import fingerprint
 from doremi_train.console import Part
 from doremi_train.data.sampler import Subsample
-from doremi_train.data.shards import TokenStore, domain_folder
+from doremi_train.data.tokens.shards import TokenStore, domain_folder
 from doremi_train.methods import mixmin, swarm
 from doremi_train.methods.swarm import Box, Floats
 from doremi_train.runs import Run, stop

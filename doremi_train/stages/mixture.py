@@ -10,7 +10,7 @@ from torch import Tensor
 from doremi_train import __version__, comm, exports, mixture
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import swarm
 from doremi_train.stages import (
     Session,

@@ -13,7 +13,7 @@ from torch import Tensor
 from doremi_train import comm, costs, detectors, files
 from doremi_train.batch_selection import Effort, effort
 from doremi_train.config import fingerprint
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.stages import (
     Session,

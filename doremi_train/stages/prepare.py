@@ -5,10 +5,10 @@ from pathlib import Path
 from doremi_train import comm, files
 from doremi_train.config import UserError
 from doremi_train.console import Bar
-from doremi_train.data import prepare
 from doremi_train.data.batches import require_sequences
 from doremi_train.data.options import Options
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens import prepare, second_home
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.runs import set_status, stop
 from doremi_train.stages import Session, once
 from doremi_train.stages.choice import chosen
@@ -24,7 +24,7 @@ def run(session: Session) -> TokenStore:
     folder = comm.on_first(lambda: _prepare(session, options))
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:
-        prepare.fetch(folder, mirror)  # also where this process is on another machine than the first one
+        second_home.fetch(folder, mirror)  # also where this process is on another machine than the first one
     store = TokenStore.open(folder, mirror.at(folder.name) if mirror is not None else None, options.only)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from doremi_train import mixture, model
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.runs import Run
 from doremi_train.stages import Session, doge_runs, language_model, once, prepare, reference, reference_losses, seeds

@@ -9,7 +9,7 @@ from doremi_train import mixture as doremi_train_mixture
 from doremi_train import model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages import Session, language_model, prepare, reference_losses
 from doremi_train.train import Options
 

@@ -16,7 +16,7 @@ from doremi_train import checkpoint, comm, losses, model
 from doremi_train.console import Bar
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints, Sampler
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.stages import Session, language_model

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from doremi_train import comm, results
 from doremi_train.console import console
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.detectors import effective_number
 from doremi_train.methods import HEURISTICS, heuristics
 from doremi_train.results import Result, Setting, spread

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from doremi_train import comm, mixture
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import swarm
 from doremi_train.stages import Session, once, prepare, swarm_runs, swarm_search
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from doremi_train import mixture as doremi_train_mixture
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, submit
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.console import Bar, Part
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, reference, submit
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from doremi_train import comm, files, mixture
 from doremi_train.config import UserError
 from doremi_train.console import Bar
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import swarm
 from doremi_train.methods.swarm import Box, Floats, Space
 from doremi_train.runs import Run

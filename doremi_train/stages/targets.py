@@ -12,10 +12,11 @@ from torch import Tensor
 
 from doremi_train.batch_selection import Setting
 from doremi_train.config import UserError
-from doremi_train.data import options, tokenizer
+from doremi_train.data import options
 from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.corpus import opening, reading, sources
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens import tokenizer
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages import Session
 
 

@@ -14,7 +14,7 @@ import orjson
 from doremi_train import comm, downstream, files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, prepare
 

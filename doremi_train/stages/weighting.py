@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from doremi_train import losses, model
-from doremi_train.data.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, reference, reference_losses

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
-from doremi_train.data import tokenizer as tokenizers
+from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.remote import Mirror, Torn
 
 SPLITS = ("train", "validation")

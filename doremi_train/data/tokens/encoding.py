@@ -16,10 +16,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from doremi_train.config import UserError
-from doremi_train.data import tokenizer as tokenizers
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
-from doremi_train.data.shards import Stream
+from doremi_train.data.tokens import tokenizer as tokenizers
+from doremi_train.data.tokens.shards import Stream
 
 PIECE = 2**18  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
 BATCH_BYTES = 2**22  # UTF-8 bytes tokenised together

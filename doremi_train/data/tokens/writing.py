@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
-from doremi_train.data import tokenizer as tokenizers
-from doremi_train.data.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
+from doremi_train.data.tokens import tokenizer as tokenizers
+from doremi_train.data.tokens.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
 from doremi_train.files import sync_folder, write_bytes
 
 BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
