@@ -20,9 +20,10 @@ import torch
 
 from benchmarks import common, step
 from benchmarks.step import DOMAINS, STEPS, Setting, Steps
-from doremi_train import batch_selection, evaluation, model, optim
+from doremi_train import batch_selection, model, optim
 from doremi_train.batch_selection import Options
 from doremi_train.data.batches import read
+from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy, greats
 from doremi_train.runs import Run
 from doremi_train.train import Position, Task, Trainer
@@ -43,7 +44,7 @@ def training(of: Setting, label: str, selection: Options | None, parts: int = 1)
         training=replace(
             of.training, batch_size=count // 2 if selection else count, micro_batch_size=-(-count // parts)
         ),
-        evaluation=evaluation.Options(every=STEPS),
+        evaluation=losses.Options(every=STEPS),
         selection=batch_selection.Setting(selection, count, target) if selection else None,
     )
     trainer = Trainer(task, model.build(of.config, 0), of.place)

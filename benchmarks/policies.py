@@ -22,12 +22,14 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from doremi_train import batch_selection, costs, engine, evaluation, launcher, model, results
+from doremi_train import batch_selection, costs, engine, launcher, model
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
 from doremi_train.data.batches import read
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.tokens import shards, tokenizer, writing
+from doremi_train.evaluation import losses
+from doremi_train.evaluation.statistics import paired
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
 from doremi_train.train import Options as Training
@@ -142,7 +144,7 @@ def _task(store: shards.TokenStore, name: str, seed: int, steps: int, folder: Pa
             end_learning_rate=RATE / 10,
             checkpoint_every=10 * steps,
         ),
-        evaluation=evaluation.Options(sequences=1, every=10 * steps),  # the target's loss is measured here
+        evaluation=losses.Options(sequences=1, every=10 * steps),  # the target's loss is measured here
     )
 
 
@@ -265,7 +267,7 @@ def measure(given: argparse.Namespace) -> common.Result:
     ends = {policy: [losses[-1] for losses in f["losses"]] for policy, f in figures.items()}
 
     def above(other: str, found: dict[str, list[float]]) -> list[str]:
-        gaps = [results.paired(losses, ends[other]) for losses in found.values()]
+        gaps = [paired(losses, ends[other]) for losses in found.values()]
         return [f"{gap.mean:+.4f} ± {gap.half:.4f}" if gap.half else "" for gap in gaps]
 
     def at_equal(key: str) -> dict[str, list[float]]:

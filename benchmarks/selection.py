@@ -18,12 +18,13 @@ import torch
 
 from benchmarks import common
 from benchmarks.growth import drawn, plain_session
-from doremi_train import charts, engine, evaluation, launcher, model
+from doremi_train import charts, engine, launcher, model
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses
+from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import cross_entropy
-from doremi_train.mixture import student_t
 from doremi_train.runs import Run
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
@@ -118,7 +119,7 @@ def trained(
         store=store,
         seed=seed,
         training=training,
-        evaluation=evaluation.Options(sequences=1, every=10 * steps),
+        evaluation=losses.Options(sequences=1, every=10 * steps),
     )
     network = model.build(shape, seed)
     trainer = Trainer(task, network, engine.start(launcher.Options(device="cpu"), "fp32", 60))
@@ -126,8 +127,8 @@ def trained(
     start = cross_entropy.init(1, steps, task.objective_options)
     for step, _ in enumerate(trainer.steps(Position(0, start, np.zeros(1, np.int64))), 1):
         if step % (steps // EVALUATIONS) == 0:
-            options = evaluation.Options(sequences=32)
-            domains = evaluation.measure(network, evaluated, LENGTH, 64, options, torch.device("cpu"))["domains"]
+            options = losses.Options(sequences=32)
+            domains = losses.measure(network, evaluated, LENGTH, 64, options, torch.device("cpu"))["domains"]
             others = statistics.fmean(figures["loss"] for name, figures in domains.items() if name != target)
             found.append((domains[target]["loss"], others))
     return found

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks import common
-from doremi_train import costs, engine, evaluation, launcher, losses, model
+from doremi_train import costs, engine, launcher, losses, model
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses as evaluation_losses
 from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.runs import Run
 from doremi_train.train import Options, Position, Task, Trainer
@@ -73,7 +74,7 @@ def ours(of: Setting, label: str, objective: Objective, options: Any, reference:
         store=of.store,
         seed=0,
         training=of.training,
-        evaluation=evaluation.Options(every=STEPS),
+        evaluation=evaluation_losses.Options(every=STEPS),
         accumulation="exact",
         reference=reference,
     )

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from benchmarks import common
 from doremi_train import files, model
 from doremi_train.data.corpus import installed
+from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import importance
-from doremi_train.mixture import student_t
 
 POLICIES = ("none", "rho", "dimp", "imp")
 SPAN, NOISE = 200, 0.1  # characters shuffled together; part of the characters

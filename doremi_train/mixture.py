@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import scipy  # each part is imported when it is first used
 import torch
 from torch import Tensor
 
@@ -78,22 +77,3 @@ def checked(values: Mapping[str, Any], domains: Sequence[str], where: str, norma
 def _normal(values: Sequence[float]) -> list[float]:
     total = math.fsum(values)
     return [value if abs(total - 1) < 1e-12 else value / total for value in values]
-
-
-def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Mean (K,) of S weight vectors and its 95 % Student-t interval, within [0, 1]; None for one sample."""
-    stacked = torch.stack(list(samples))  # (S, K)
-    mean = stacked.mean(0) / stacked.mean(0).sum()
-    if len(samples) == 1:
-        return mean, None
-    half = torch.tensor([student_t(column)[1] for column in stacked.T.tolist()], dtype=torch.float64)
-    return mean, ((mean - half).clamp(0, 1), (mean + half).clamp(0, 1))
-
-
-def student_t(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of its two-sided Student-t interval; the half-width of a single value is infinite."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.inf
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))

@@ -15,12 +15,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, evaluation, files, optim
+from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, files, optim
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
 from doremi_train.data.sampler import Draw, Ints, Subsample
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
 from doremi_train.model import LanguageModel, save
@@ -61,7 +62,7 @@ class Task(NamedTuple):
     store: Store
     seed: int
     training: Options
-    evaluation: evaluation.Options
+    evaluation: losses.Options
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
@@ -239,7 +240,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         task = self.task
-        return evaluation.measure(
+        return losses.measure(
             self.engine.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.device
         )
 

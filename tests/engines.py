@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from doremi_train import comm, engine, evaluation, model
+from doremi_train import comm, engine, model
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses
 from doremi_train.losses import Live
 from doremi_train.methods import doremi
 from doremi_train.runs import Preempted, Run, stop
@@ -92,7 +93,7 @@ def train(case: Case, out: Path, place: engine.Place, store: TokenStore, referen
         store=store,
         seed=0,
         training=options(case, comm.world().size),
-        evaluation=evaluation.Options(sequences=4, every=STEPS),
+        evaluation=losses.Options(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
         reference=Live(model.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
     )

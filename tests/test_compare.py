@@ -8,17 +8,17 @@ import yaml
 from conftest import Command, run_here
 from running import lines, read
 
-from doremi_train import results
-from doremi_train.mixture import student_t
+from doremi_train.evaluation import statistics
+from doremi_train.evaluation.statistics import student_t
 
 
 def test_paired_intervals_by_hand() -> None:
-    found = results.paired([1.3, 1.1, 1.2], [1.0, 1.0, 1.0])
+    found = statistics.paired([1.3, 1.1, 1.2], [1.0, 1.0, 1.0])
     assert (found.mean, found.half) == pytest.approx(student_t([0.3, 0.1, 0.2]))
     assert found.low == pytest.approx(0.1, abs=0.035) and found.high == pytest.approx(0.3, abs=0.035)
-    shifted = results.paired([2.3, 3.1, 4.2], [2.0, 3.0, 4.0])  # what seeds have in common does not count
+    shifted = statistics.paired([2.3, 3.1, 4.2], [2.0, 3.0, 4.0])  # what seeds have in common does not count
     assert shifted == pytest.approx(found, abs=1e-12)
-    assert results.paired([1.5], [1.0]).half is None
+    assert statistics.paired([1.5], [1.0]).half is None
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ def test_paired_intervals_by_hand() -> None:
     ],
 )
 def test_what_is_said_of_a_gain(others: list[float], said: str) -> None:
-    assert results.judged("m", "natural", results.paired(others, [1.0] * 3), 3).startswith(said)
+    assert statistics.judged("m", "natural", statistics.paired(others, [1.0] * 3), 3).startswith(said)
 
 
 def test_one_seed_decides_nothing() -> None:
-    assert "decides nothing" in results.judged("m", "natural", results.paired([2.0], [1.0]), 1)
+    assert "decides nothing" in statistics.judged("m", "natural", statistics.paired([2.0], [1.0]), 1)
 
 
 COMPARE = (

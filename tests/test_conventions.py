@@ -174,8 +174,9 @@ def test_every_yaml_says_what_it_is() -> None:
 
 
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
-    from doremi_train import evaluation, train
+    from doremi_train import train
     from doremi_train.data import options as data
+    from doremi_train.evaluation import losses
     from doremi_train.methods import importance, mixmin, vocabulary
     from doremi_train.selection import options as selection
     from doremi_train.stages.options import (
@@ -204,7 +205,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
     assert config.finetune == Finetune()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
-    assert (config.data, config.evaluation) == (data.Options(), evaluation.Options())
+    assert (config.data, config.evaluation) == (data.Options(), losses.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())
     paper = train.Options()
     for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):

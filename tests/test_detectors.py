@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from doremi_train import detectors
-from doremi_train.detectors import Finding
+from doremi_train.evaluation import detectors
+from doremi_train.evaluation.detectors import Finding
 
 NAMES = ("a", "b", "c", "d")
 EVEN = [0.25] * 4

@@ -16,7 +16,8 @@ from doremi_train import comm, command
 from doremi_train.config import conf_dir
 from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
-from doremi_train.detectors import Finding
+from doremi_train.evaluation import text
+from doremi_train.evaluation.detectors import Finding
 from doremi_train.stages import Session, diagnose, evaluate, language_model, open_session, prepare, reference
 
 KINDS = {
@@ -130,14 +131,14 @@ def test_copied_text_is_found_wherever_it_stands() -> None:
     a, b = (generator.integers(low, low + 200, size=(100, 65)) for low in (0, 200))
     c = generator.integers(400, 600, size=(100, 65))
     c[:50] = a.ravel()[7 : 7 + 50 * 65].reshape(50, 65)
-    (found,) = diagnose.of_the_text(("a", "b", "c"), [a, b, c])
+    (found,) = text.of_the_text(("a", "b", "c"), [a, b, c])
     assert found.kind == "duplicate" and found.domains == ("a", "c") and found.value == pytest.approx(0.3, abs=0.2)
-    assert not diagnose.of_the_text(("a", "b"), [a, b])
+    assert not text.of_the_text(("a", "b"), [a, b])
 
 
 def test_sequences_shorter_than_a_shingle() -> None:
     short = np.random.default_rng(0).integers(0, 1000, size=(3, 400, 9))
-    assert not diagnose.of_the_text(("a", "b", "c"), [*short])
+    assert not text.of_the_text(("a", "b", "c"), [*short])
 
 
 # The planted corpus

@@ -9,8 +9,8 @@ import yaml
 from conftest import Command
 from running import read
 
-from doremi_train import downstream
 from doremi_train.config import UserError
+from doremi_train.evaluation import downstream
 
 FORMS = sorted(downstream.FORMS)
 

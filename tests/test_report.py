@@ -14,7 +14,8 @@ from conftest import TINY, documents, run_here, write_jsonl
 from PIL import Image
 from running import read
 
-from doremi_train import charts, results
+from doremi_train import charts
+from doremi_train.evaluation import results
 from doremi_train.stages import report_charts
 from doremi_train.stages.report import _read, overall
 

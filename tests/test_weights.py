@@ -12,6 +12,7 @@ from scipy import stats
 from doremi_train import mixture
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
+from doremi_train.evaluation import statistics
 from doremi_train.mixture import Mixture
 
 DOMAINS = ("a", "b")
@@ -109,21 +110,21 @@ def test_weights_go_to_tensors_in_the_order_of_the_data() -> None:
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 def test_student_t_agrees_with_scipy(level: float) -> None:
     values = [0.31, 0.28, 0.35, 0.30, 0.27]
-    mean, half = mixture.student_t(values, level)
+    mean, half = statistics.student_t(values, level)
     low, high = stats.t.interval(level, len(values) - 1, loc=mean, scale=stats.sem(values))
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_one_value_has_no_interval() -> None:
-    assert mixture.student_t([0.3]) == (0.3, math.inf)
-    mean, interval = mixture.summarize([torch.tensor([0.4, 0.6])])
+    assert statistics.student_t([0.3]) == (0.3, math.inf)
+    mean, interval = statistics.summarize([torch.tensor([0.4, 0.6])])
     assert interval is None and mean.tolist() == pytest.approx([0.4, 0.6])
 
 
 def test_several_seeds_give_their_mean_and_an_interval_within_zero_and_one() -> None:
     samples = [torch.tensor(w, dtype=torch.float64) for w in ([0.01, 0.99], [0.05, 0.95], [0.0, 1.0])]
-    mean, interval = mixture.summarize(samples)
+    mean, interval = statistics.summarize(samples)
     assert mean.tolist() == pytest.approx([0.02, 0.98]) and interval is not None
     low, high = interval
     assert bool((low >= 0).all() and (high <= 1).all() and (low <= mean).all() and (mean <= high).all())
-    assert float(high[0]) == pytest.approx(0.02 + mixture.student_t([0.01, 0.05, 0.0])[1])
+    assert float(high[0]) == pytest.approx(0.02 + statistics.student_t([0.01, 0.05, 0.0])[1])

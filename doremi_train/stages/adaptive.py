@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, evaluation, files, model
+from doremi_train import comm, files, model
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, reference
@@ -146,7 +147,7 @@ def _reference_losses(session: Session, store: TokenStore) -> list[float]:
     loaded.precision = training.precision
     rows = comm.world().largest(training.batch_size, training.micro_batch_size)
     length, options = training.sequence_length, config.evaluation
-    return _by_domain(evaluation.measure(loaded, store, length, rows, options, session.place.device), store)
+    return _by_domain(losses.measure(loaded, store, length, rows, options, session.place.device), store)
 
 
 def _by_domain(figures: Mapping[str, Any], store: TokenStore) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
 from doremi_train.runs import Run
 from doremi_train.stages import (
@@ -167,7 +168,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         if before is None or len(finished) < options.seeds:
             before = None
             continue
-        mean, _ = doremi_train_mixture.summarize([seeds.average(one, store) for one in finished])
+        mean, _ = statistics.summarize([seeds.average(one, store) for one in finished])
         moved, before = float((mean - before).abs().max()), mean
         if moved < options.round_tolerance:
             break
@@ -181,7 +182,7 @@ def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None
         found.add(seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run)
     if not all(run.finished for run in recipes):
         return None
-    return doremi_train_mixture.summarize([seeds.average(run, store) for run in recipes])[0]
+    return statistics.summarize([seeds.average(run, store) for run in recipes])[0]
 
 
 def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:

@@ -32,9 +32,8 @@ from doremi_train.classification.labelled import Examples
 from doremi_train.classification.models import Kind, Table
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import console
+from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
-from doremi_train.mixture import student_t
-from doremi_train.results import spread
 from doremi_train.runs import Run, lock, stop
 from doremi_train.stages import Session, classify_report
 from doremi_train.stages.options import Classify

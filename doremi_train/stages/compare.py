@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from doremi_train import comm, files, results
+from doremi_train import comm, files
 from doremi_train.charts import Point, rows
 from doremi_train.config import UserError, load
 from doremi_train.console import console
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.results import Paired, spread
+from doremi_train.evaluation import statistics
+from doremi_train.evaluation.statistics import Paired, spread
 from doremi_train.runs import stop
 from doremi_train.stages import Session, ahead, claim, language_model, main, plan, prepare, report
 from doremi_train.stages import submit as jobs
@@ -161,8 +162,8 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
     answers = []
     for question in questions:
         method, names = question.method.folder, [other.folder for other in question.others]
-        gains = {name: results.paired(found[name]["losses"], found[method]["losses"]) for name in names}
-        said = [results.judged(method, name, gain, seeds) for name, gain in gains.items()]
+        gains = {name: statistics.paired(found[name]["losses"], found[method]["losses"]) for name in names}
+        said = [statistics.judged(method, name, gain, seeds) for name, gain in gains.items()]
         against = {name: gain._asdict() for name, gain in gains.items()}
         answers.append({"title": question.title, "method": method, "against": against, "said": said})
     content = {"seeds": seeds, "contenders": found, "questions": answers, "failures": failures}

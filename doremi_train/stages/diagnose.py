@@ -6,23 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from doremi_train import comm, detectors, files
+from doremi_train import comm, files
 from doremi_train.config import UserError
-from doremi_train.data.batches import fixed_sequences
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.detectors import Finding
+from doremi_train.evaluation import detectors, text
+from doremi_train.evaluation.detectors import Finding
+from doremi_train.evaluation.text import Floats, Tokens
 from doremi_train.stages import Session, evaluate, language_model, mixture, once, prepare
-
-SAMPLE = 2**17  # training tokens of a domain that are looked at
-BUCKETS = 2**14  # of hashed bigrams
-SHINGLE = 24  # tokens that are hardly the same by chance
-KEPT = 8  # one of so many shingles is compared, chosen by its hash wherever it stands
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio, odd: spreads neighbouring numbers
-
-Floats = NDArray[np.float64]
-Tokens = NDArray[np.int64]
 
 
 @once
@@ -35,11 +26,11 @@ def run(session: Session) -> list[Finding]:
 
 
 def _diagnose(session: Session, store: TokenStore, figures: dict[str, Any]) -> list[Finding]:
-    samples = sample(store, session.config.training.sequence_length)
+    samples = text.sample(store, session.config.training.sequence_length)
     findings = [
         *_of_the_proxies(session, store),
         *_of_the_models(session, store.domains, figures, samples),
-        *of_the_text(store.domains, samples),
+        *text.of_the_text(store.domains, samples),
     ]
     files.write_json(session.run_dir / "findings.json", [finding._asdict() for finding in findings])
     return findings
@@ -89,52 +80,11 @@ def _of_the_models(
     return findings
 
 
-def of_the_text(names: Sequence[str], samples: list[Tokens]) -> list[Finding]:
-    """What the domains share, seen in a sample of the text of each."""
-    bigrams = [[_bigrams(tokens[half::2]) for half in range(2)] for tokens in samples]
-    return detectors.duplicate(names, bigrams, _shared([_shingles(tokens) for tokens in samples]))
-
-
 def proxies(run_dir: Path) -> list[Path]:
     """Folders of the proxies that the weights come from: the seeds of the last round, or the one there is."""
     rounds = sorted(run_dir.glob("proxy/round-*"), key=lambda folder: int(folder.name.removeprefix("round-")))
     folders = sorted(rounds[-1].glob("seed-*")) if rounds else [run_dir / "proxy"]
     return [folder for folder in folders if (folder / "result.json").exists()]
-
-
-def sample(store: TokenStore, length: int) -> list[Tokens]:
-    """Training sequences (n, length + 1) of each domain, about SAMPLE tokens, evenly spread over it."""
-    domain, sequence = fixed_sequences(store, "train", length, max(2, SAMPLE // length))
-    tokens = store.gather("train", domain, sequence, length)
-    return [tokens[domain == k] for k in range(len(store.domains))]
-
-
-def _bigrams(tokens: Tokens) -> Tokens:
-    """(BUCKETS,) counts of hashed pairs of neighbours in (n, T + 1)."""
-    pairs = tokens.astype(np.uint64)
-    hashed = (pairs[:, :-1] * MULTIPLIER + pairs[:, 1:]) * MULTIPLIER >> np.uint64(64 - BUCKETS.bit_length() + 1)
-    return np.bincount(hashed.ravel().astype(np.int64), minlength=BUCKETS)
-
-
-def _shingles(tokens: Tokens) -> NDArray[np.uint64]:
-    """Different hashes of SHINGLE neighbouring tokens in (n, T + 1), one of KEPT, sorted."""
-    rows = tokens.astype(np.uint64)
-    width = min(SHINGLE, rows.shape[1])
-    hashed = np.zeros_like(rows[:, width - 1 :])
-    for start in range(width):
-        hashed = hashed * MULTIPLIER + rows[:, start : start + hashed.shape[1]] + np.uint64(1)
-    hashed = (hashed ^ (hashed >> np.uint64(32))) * MULTIPLIER
-    return np.unique(hashed[hashed % np.uint64(64 * KEPT) // np.uint64(64) == 0])
-
-
-def _shared(shingles: Sequence[NDArray[np.uint64]]) -> Floats:
-    """(K, K) part of the smaller domain's shingles that are in the other too."""
-    shared = np.zeros((len(shingles), len(shingles)))
-    for a, mine in enumerate(shingles):
-        for b, other in enumerate(shingles[:a]):
-            both = np.intersect1d(mine, other, assume_unique=True)
-            shared[a, b] = shared[b, a] = len(both) / max(min(len(mine), len(other)), 1)
-    return shared
 
 
 def _trace(names: Sequence[str], folder: Path, key: str) -> Floats:

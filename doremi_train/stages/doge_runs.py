@@ -5,6 +5,7 @@ from dataclasses import fields
 from doremi_train import domain_gradients, mixture, model
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import statistics
 from doremi_train.methods import doge
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, seeds, targets
@@ -20,7 +21,7 @@ def run(session: Session) -> mixture.Mixture:
     if seeds.apart(session):
         seeds.submitted(session, found, 1)
     trained = [_train(session, store, index, run) for index, run in enumerate(found)]
-    mean, interval = mixture.summarize([seeds.average(one, store) for one in trained])
+    mean, interval = statistics.summarize([seeds.average(one, store) for one in trained])
     return seeds.mixture(session, store, mean, interval)
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, evaluation, files, model
+from doremi_train import comm, files, model
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses
 from doremi_train.methods import simplex
 from doremi_train.runs import stop
 from doremi_train.stages import Session, language_model, main, once, prepare, tasks
@@ -49,10 +50,10 @@ def _measure(session: Session, store: TokenStore, folder: Path, training_too: bo
     loaded = model.load(folder, store.vocabulary_size, "model").to(device)
     loaded.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    figures = evaluation.measure(loaded, store, training.sequence_length, batch, options, device)
+    figures = losses.measure(loaded, store, training.sequence_length, batch, options, device)
     if training_too:
         drawn = _trained_on(session, store)
-        seen = evaluation.measure(loaded, store, training.sequence_length, batch, options, device, drawn)["domains"]
+        seen = losses.measure(loaded, store, training.sequence_length, batch, options, device, drawn)["domains"]
         figures["training_loss"] = {domain: entry["loss"] for domain, entry in seen.items()}
     return figures
 

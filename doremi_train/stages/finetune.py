@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, comm, evaluation, model
+from doremi_train import batch_selection, comm, model
 from doremi_train.config import UserError
 from doremi_train.data import chat, instructions, options
 from doremi_train.data.batches import read
 from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus import opening, sources
 from doremi_train.data.instructions import Instructions
+from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, targets
@@ -108,9 +109,7 @@ def _measured(session: Session, tuning: model.CompletionModel, data: Instruction
     training, device = session.config.training, session.place.device
     tuning.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    return evaluation.measure(
-        tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device
-    )
+    return losses.measure(tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device)
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:

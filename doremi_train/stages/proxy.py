@@ -9,6 +9,7 @@ from pathlib import Path
 
 from doremi_train import mixture, model
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import statistics
 from doremi_train.methods import doremi
 from doremi_train.runs import Run
 from doremi_train.stages import Session, doge_runs, language_model, once, prepare, reference, reference_losses, seeds
@@ -39,7 +40,7 @@ def _rounds(session: Session) -> mixture.Mixture:
             recipes = [recipe(session, store, folder, seed) for seed in range(options.seeds)]
             seeds.submitted(session, recipes, number, **{"reference.path": str(folder.resolve())})
         proxies = [_train(session, store, folder, number, seed) for seed in range(options.seeds)]
-        mean, interval = mixture.summarize([seeds.average(proxy, store) for proxy in proxies])
+        mean, interval = statistics.summarize([seeds.average(proxy, store) for proxy in proxies])
         moved = float((mean - before).abs().max())
         session.say(f"round {number}: the largest change of a weight against α_ref is {moved:.4f}")
         if moved < options.round_tolerance:

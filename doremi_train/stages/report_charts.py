@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_train import results
 from doremi_train.charts import COLORS, Curve, Mark, Point, lines, rows, smooth
-from doremi_train.mixture import student_t
-from doremi_train.results import Setting
+from doremi_train.evaluation import results
+from doremi_train.evaluation.results import Setting
+from doremi_train.evaluation.statistics import student_t
 
 Place = Callable[[Setting], float]
 

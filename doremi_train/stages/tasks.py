@@ -4,23 +4,21 @@ The cloze task is made from the data's own validation text: passages of which th
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
-from doremi_train import comm, downstream, files
+from doremi_train import comm, files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
-from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import downstream
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, prepare
 
 _SHOTS = 8  # passages kept apart, from which the one shot is taken
 _ANSWER = 16  # tokens of room for it
-_LEAST = 8  # words of a passage
 
 
 def run(session: Session, trained: Mapping[str, Run]) -> None:
@@ -77,12 +75,12 @@ def _cloze(session: Session, folder: Path) -> Path:
     """The files of the cloze task: passages of validation text, as many of every domain as there are, in turn."""
     store, wanted = prepare.run(session), session.config.downstream.examples + _SHOTS
     length = (session.config.training.sequence_length - _ANSWER) // 2  # so that shot and question fit the model
-    if length < _LEAST:
+    if length < downstream.LEAST_PASSAGES:
         raise UserError(
-            f"downstream.tasks: cloze needs sequences of {2 * _LEAST + _ANSWER} tokens at least, not "
+            f"downstream.tasks: cloze needs sequences of {2 * downstream.LEAST_PASSAGES + _ANSWER} tokens at least, not "
             f"training.sequence_length={session.config.training.sequence_length}"
         )
-    passages = [_passages(store, k, length) for k in range(len(store.domains))]
+    passages = [downstream.passages(store, k, length) for k in range(len(store.domains))]
     found: list[str] = []
     for together in itertools.zip_longest(*passages):  # of every domain the first, then of every domain the second, …
         found += [passage for passage in together if passage is not None]
@@ -94,17 +92,3 @@ def _cloze(session: Session, folder: Path) -> Path:
         lines = b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
         files.write_bytes(folder / f"{part}.jsonl", lines)
     return folder
-
-
-def _passages(store: TokenStore, k: int, length: int) -> Iterator[str]:
-    """Of domain k, of whole words that end with one of letters or digits."""
-    tokenizer = store.tokenizer()
-    for n in range(int(store.sequences("validation", length)[k])):
-        tokens = store.gather("validation", np.array([k]), np.array([n]), length)[0]
-        ends = np.flatnonzero(tokens == store.end_of_document)
-        piece = tokens[: ends[0]] if len(ends) else tokens
-        words = tokenizer.decode(piece.tolist()).split()[1:-1]  # the outer ones may be parts
-        while words and not words[-1].isalnum():
-            words.pop()
-        if len(words) >= _LEAST:
-            yield " ".join(words)

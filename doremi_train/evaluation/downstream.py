@@ -15,15 +15,17 @@ DoReMi (Xie et al. 2023, arXiv 2305.10429), section 3.
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 
 from doremi_train import files
 from doremi_train.config import UserError
+from doremi_train.data.tokens.shards import TokenStore
 
 _QUESTION = ("Q: {{question}}\nA:", "{{answers}}")
 _LAST_WORD = ("{{text.split(' ')[:-1]|join(' ')}}", "{{text.split(' ')[-1]}}")
@@ -44,6 +46,7 @@ FORMS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "lambada": (*_LAST_WORD, _WORD, 12),
     "cloze": (*_LAST_WORD, _WORD, 12),
 }
+LEAST_PASSAGES = 8  # words of a passage
 
 
 class Accuracy(NamedTuple):
@@ -119,3 +122,17 @@ def measure(
 def _accuracy(found: Mapping[str, Any], task: str) -> Accuracy:
     value, count = found["results"][task]["exact_match,answer"], found["n-samples"][task]["effective"]
     return Accuracy(float(value), float((value * (1 - value) / count) ** 0.5), int(count))
+
+
+def passages(store: TokenStore, k: int, length: int) -> Iterator[str]:
+    """Of domain k, of whole words that end with one of letters or digits."""
+    tokenizer = store.tokenizer()
+    for n in range(int(store.sequences("validation", length)[k])):
+        tokens = store.gather("validation", np.array([k]), np.array([n]), length)[0]
+        ends = np.flatnonzero(tokens == store.end_of_document)
+        piece = tokens[: ends[0]] if len(ends) else tokens
+        words = tokenizer.decode(piece.tolist()).split()[1:-1]  # the outer ones may be parts
+        while words and not words[-1].isalnum():
+            words.pop()
+        if len(words) >= LEAST_PASSAGES:
+            yield " ".join(words)

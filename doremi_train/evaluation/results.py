@@ -4,21 +4,17 @@ Losses are validation losses in nats per token, their mean is over domains, and 
 over seeds; where mixtures are compared it is that of the differences, seed by seed.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from doremi_train import files, model
+from doremi_train.evaluation.statistics import listed, student_t
 from doremi_train.methods import ONLINE
-from doremi_train.mixture import student_t
 
 _ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
 _BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
-_RESAMPLES = 10_000
 TRACE_POINTS = 400  # of a curve over steps: more cannot be seen
 
 
@@ -174,37 +170,6 @@ def _size(run: Result, stage: str) -> int:
     return model.parameters(files.read_json(found[0]))[1] if found else 0
 
 
-class Paired(NamedTuple):
-    """How much higher another's losses are, seed by seed."""
-
-    mean: float  # nats per token
-    half: float | None  # half-width of the 95 % Student-t interval; None of one seed
-    low: float  # of the 95 % paired bootstrap interval
-    high: float
-
-
-def paired(others: Sequence[float], losses: Sequence[float]) -> Paired:
-    """Of losses with the same seeds. A bootstrap over so few seeds is too narrow, so `judged` asks both intervals."""
-    gains = np.array(others) - np.array(losses)
-    mean, half = student_t(gains.tolist())
-    drawn = np.random.default_rng(0).integers(len(gains), size=(_RESAMPLES, len(gains)))
-    low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
-    return Paired(mean, half if len(gains) > 1 else None, float(low), float(high))
-
-
-def judged(name: str, other: str, gain: Paired, seeds: int) -> str:
-    """One plain sentence."""
-    amount = f"{gain.mean:+.4f} nats per token"
-    if gain.half is None:
-        return f"{name} against {other}: {amount}; one seed, no interval, so this decides nothing."
-    apart = abs(gain.mean) > gain.half and (gain.low > 0 or gain.high < 0)
-    words = f"better than {other}" if gain.mean > 0 else f"worse than {other}"
-    return (
-        f"{name} is {words if apart else f'not distinguishable from {other}'} ({amount}, ± {gain.half:.4f} over "
-        f"{seeds} seeds; bootstrap {gain.low:+.4f} to {gain.high:+.4f})."
-    )
-
-
 def verdict(setting: Setting) -> str:
     """What the mixture gained over each mixture trained beside it, in one plain sentence or two."""
     seeds, labels = len(setting.results), setting.candidates
@@ -219,8 +184,8 @@ def verdict(setting: Setting) -> str:
                  for name in others for gain in [setting.gain(name)[0]]]  # fmt: skip
         equal = [labels[name] for name in others if setting.gain(name)[0] <= 0]
         return (
-            f"With one seed {mixture} reaches {mean:.4f} nats per token on the mean over domains: {_and(parts)}"
-            f"{f', so no better than {_and(equal)}' if equal else ''}. One seed, no interval: differences of the size "
+            f"With one seed {mixture} reaches {mean:.4f} nats per token on the mean over domains: {listed(parts)}"
+            f"{f', so no better than {listed(equal)}' if equal else ''}. One seed, no interval: differences of the size "
             "of the seed-to-seed spread decide nothing."
         )
     parts, equal = [], []
@@ -231,23 +196,8 @@ def verdict(setting: Setting) -> str:
         if gain <= half:
             equal.append(labels[name])
         parts.append(f"{word} {labels[name]} (by {gain:+.4f} ± {half:.4f} nats per token)")
-    remedy = f" {_and(equal).capitalize()} would serve as well." if equal else ""
+    remedy = f" {listed(equal).capitalize()} would serve as well." if equal else ""
     return (
-        f"Over {seeds} runs {mixture} is {_and(parts)}.{remedy} Paired 95 % Student-t intervals over seeds; "
+        f"Over {seeds} runs {mixture} is {listed(parts)}.{remedy} Paired 95 % Student-t intervals over seeds; "
         "plus means that the other's loss is higher."
     )
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def spread(values: Sequence[float | None], digits: int = 4) -> str:
-    """Mean ± half-width; of one value the value. Seeds without one (such as a goal never reached) are said."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "never" if values else ""
-    mean, half = student_t(known)
-    missing = f", {len(values) - len(known)} of {len(values)} never" if len(known) < len(values) else ""
-    shown = f"{mean:.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:.{digits}f}"
-    return shown + missing

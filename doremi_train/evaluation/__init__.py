@@ -1,0 +1,1 @@
+"""What a trained model is worth: losses, downstream tasks, statistics over seeds, and detectors."""
