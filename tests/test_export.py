@@ -18,9 +18,9 @@ from conftest import ROOT, Command, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doremi_train import exports
 from doremi_train.config import UserError
-from doremi_train.exports import FORMATS
+from doremi_train.exports import convert
+from doremi_train.exports.formats import FORMATS
 
 WEIGHTS = {"web": 0.62, "code & co": 0.3, "tiny": 3e-7, "none": 0.0, "rest": 0.08 - 3e-7}
 MEANS = {"web": 900.0, "code & co": 4000.0, "tiny": 20.0, "none": 5.0, "rest": 77.7}
@@ -36,7 +36,7 @@ several = st.dictionaries(st.sampled_from("abcdefgh"), finite, min_size=1).filte
 @settings(deadline=None, max_examples=100)
 def test_decimals_sum_to_exactly_one_and_none_is_zero(given: dict[str, float], means: list[float]) -> None:
     for tokens in (None, dict(zip("abcdefgh", means, strict=True))):
-        drawn = exports.shares(given, tokens)
+        drawn = convert.shares(given, tokens)
         assert sum(Decimal(repr(part)) for part in drawn.values()) == 1
         assert all(part > 0 for part in drawn.values()) and set(drawn) <= {k for k, v in given.items() if v}
         exact = {name: value / (tokens[name] if tokens else 1) for name, value in given.items()}
@@ -45,26 +45,26 @@ def test_decimals_sum_to_exactly_one_and_none_is_zero(given: dict[str, float], m
 
 
 def test_the_largest_remainder_gets_what_rounding_leaves() -> None:
-    third = exports.shares({"a": 1, "b": 1, "c": 1}, None)
+    third = convert.shares({"a": 1, "b": 1, "c": 1}, None)
     assert sorted(third.values()) == [0.333333333333, 0.333333333333, 0.333333333334]
-    assert exports.shares({"a": 1.0, "b": 1e-14}, None) == {"a": 1.0}
+    assert convert.shares({"a": 1.0, "b": 1e-14}, None) == {"a": 1.0}
 
 
 def test_documents_are_drawn_in_inverse_proportion_to_their_length() -> None:
-    drawn = exports.shares({"a": 0.5, "b": 0.5}, {"a": 100.0, "b": 400.0})
+    drawn = convert.shares({"a": 0.5, "b": 0.5}, {"a": 100.0, "b": 400.0})
     assert drawn == {"a": 0.8, "b": 0.2}
-    assert exports.weights(drawn, {"a": 100.0, "b": 400.0}) == {"a": 0.5, "b": 0.5}
+    assert convert.weights(drawn, {"a": 100.0, "b": 400.0}) == {"a": 0.5, "b": 0.5}
 
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_every_form_goes_there_and_back(to: str) -> None:
     means = MEANS if FORMATS[to].draws == "documents" else None
-    drawn = exports.shares(WEIGHTS, means)
-    text = exports.write(to, drawn, PATHS, EPOCHS)
-    found = exports.read(to, text, list(WEIGHTS), PATHS, "mixture.path=x")
+    drawn = convert.shares(WEIGHTS, means)
+    text = convert.write(to, drawn, PATHS, EPOCHS)
+    found = convert.read(to, text, list(WEIGHTS), PATHS, "mixture.path=x")
     assert {name: weight for name, weight in found.items() if weight} == drawn
     assert sum(Decimal(repr(weight)) for weight in found.values() if weight) == 1
-    back = exports.weights(found, means)
+    back = convert.weights(found, means)
     assert all(math.isclose(back[name], WEIGHTS[name], abs_tol=1e-9, rel_tol=1e-4) for name in WEIGHTS)
     assert "none" not in text
 
@@ -80,7 +80,7 @@ def test_the_readme_says_what_each_draws() -> None:
     assert {to: said.get(to) for to in FORMATS} == {to: form.draws for to, form in FORMATS.items()}
 
 
-HALF = exports.shares({"a": 0.3, "b": 0.7}, None)
+HALF = convert.shares({"a": 0.3, "b": 0.7}, None)
 AT = {"a": "/d/a", "b": "/d/b"}
 FORMS: dict[str, Any] = {
     "nemo": ["0.3", "/d/a", "0.7", "/d/b"],
@@ -105,26 +105,26 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("to", FORMS)
 def test_the_form_is_the_trainer_s(to: str) -> None:
-    assert yaml.safe_load(exports.write(to, HALF, AT, {"a": 0.2, "b": 2.5})) == FORMS[to]  # JSON is YAML too
+    assert yaml.safe_load(convert.write(to, HALF, AT, {"a": 0.2, "b": 2.5})) == FORMS[to]  # JSON is YAML too
 
 
 def test_the_form_of_megatron_and_nanotron() -> None:
-    assert exports.write("megatron", HALF, AT, {}) == "0.3 /d/a\n0.7 /d/b\n"
-    stage = yaml.safe_load(exports.write("nanotron", HALF, AT, {}))["data_stages"][0]
+    assert convert.write("megatron", HALF, AT, {}) == "0.3 /d/a\n0.7 /d/b\n"
+    stage = yaml.safe_load(convert.write("nanotron", HALF, AT, {}))["data_stages"][0]
     assert stage["data"]["dataset"] == {"dataset_folder": ["/d/a", "/d/b"], "dataset_weights": [0.3, 0.7]}
 
 
 def test_a_schedule_goes_to_those_who_can_follow_one() -> None:
-    later = exports.shares({"a": 0.6, "b": 0.4}, None)
+    later = convert.shares({"a": 0.6, "b": 0.4}, None)
     schedule = [(0, HALF), (100, later)]
-    levanter = yaml.safe_load(exports.write("levanter", HALF, AT, {}, schedule))["data"]["train_weights"]
+    levanter = yaml.safe_load(convert.write("levanter", HALF, AT, {}, schedule))["data"]["train_weights"]
     assert levanter == [[0, {"/d/a": 0.3, "/d/b": 0.7}], [100, {"/d/a": 0.6, "/d/b": 0.4}]]
-    stages = yaml.safe_load(exports.write("nanotron", HALF, AT, {}, schedule))["data_stages"]
+    stages = yaml.safe_load(convert.write("nanotron", HALF, AT, {}, schedule))["data_stages"]
     assert [stage["start_training_step"] for stage in stages] == [1, 101]  # it counts from 1
     assert len({stage["name"] for stage in stages}) == 2
     assert [stage["data"]["dataset"]["dataset_weights"] for stage in stages] == [[0.3, 0.7], [0.6, 0.4]]
     for to in set(FORMATS) - {"levanter", "nanotron"}:
-        assert exports.write(to, HALF, AT, {}, schedule) == exports.write(to, HALF, AT, {})
+        assert convert.write(to, HALF, AT, {}, schedule) == convert.write(to, HALF, AT, {})
 
 
 @pytest.mark.parametrize("to", [to for to, form in FORMATS.items() if form.ending in ("yaml", "yml")])
@@ -133,7 +133,7 @@ def test_yaml_numbers_are_numbers_even_where_they_are_tiny(to: str) -> None:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
         return [value] if inner is None else [leaf for entry in inner for leaf in leaves(entry)]
 
-    assert 3e-7 in leaves(yaml.safe_load(exports.write(to, exports.shares(WEIGHTS, None), PATHS, {})))
+    assert 3e-7 in leaves(yaml.safe_load(convert.write(to, convert.shares(WEIGHTS, None), PATHS, {})))
 
 
 OTHERS = [
@@ -149,7 +149,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("to", "text"), OTHERS)
 def test_what_others_wrote_is_read(to: str, text: str) -> None:
-    found = exports.read(to, text, ["a", "b", "c"], AT, "x")
+    found = convert.read(to, text, ["a", "b", "c"], AT, "x")
     assert (found["a"] / found["b"], found["c"]) == (pytest.approx(3 / 7), 0)
 
 
@@ -174,7 +174,7 @@ WRONG = [
 @pytest.mark.parametrize(("to", "text", "named"), WRONG)
 def test_a_text_of_another_form_is_named(to: str, text: str, named: str) -> None:
     with pytest.raises(UserError) as error:
-        exports.read(to, text, ["a", "b"], AT, "mixture.path=x")
+        convert.read(to, text, ["a", "b"], AT, "mixture.path=x")
     assert named in str(error.value) and str(error.value).startswith("mixture.path=x: ")
 
 
@@ -189,13 +189,13 @@ def test_a_text_of_another_form_is_named(to: str, text: str, named: str) -> None
 )
 def test_a_path_that_cannot_be_is_named(to: str, paths: dict[str, str], named: str) -> None:
     with pytest.raises(UserError, match="export.paths") as error:
-        exports.write(to, HALF, paths, {})
+        convert.write(to, HALF, paths, {})
     assert named in str(error.value)
 
 
 @pytest.mark.parametrize("to", [to for to, form in FORMATS.items() if form.ending == "py"])
 def test_python_modules_are_python(to: str) -> None:
-    names = [node.name for node in ast.parse(exports.write(to, HALF, AT, {})).body if isinstance(node, ast.FunctionDef)]
+    names = [node.name for node in ast.parse(convert.write(to, HALF, AT, {})).body if isinstance(node, ast.FunctionDef)]
     assert names == ["mixture"]
 
 
@@ -206,9 +206,9 @@ def test_webdataset_draws_tokens_as_the_weights_say(tmp_path: Path) -> None:
         with webdataset.TarWriter(paths[name]) as writer:
             for number in range(1500):
                 writer.write({"__key__": f"{number}", "txt": f"{name} " * length})
-    drawn = exports.shares({"short": 0.5, "long": 0.5}, {name: float(length) for name, length in lengths.items()})
+    drawn = convert.shares({"short": 0.5, "long": 0.5}, {name: float(length) for name, length in lengths.items()})
     file = tmp_path / "exported.py"
-    file.write_text(exports.write("webdataset", drawn, paths, {}))
+    file.write_text(convert.write("webdataset", drawn, paths, {}))
     mixture = runpy.run_path(str(file))["mixture"]
     random.seed(0)  # RandomMix draws from the global generator
     tokens = dict.fromkeys(lengths, 0)
@@ -249,7 +249,7 @@ def test_the_stage_makes_the_mixture_and_says_where_it_comes_from(exported: tupl
     means = {name: count["tokens"] / count["documents"] for name, count in counts.items()}
     assert beside["tokens_per_document"] == pytest.approx(means)
     text = (run_dir / "export" / "mixture_webdataset.py").read_text()
-    drawn = exports.read("webdataset", text, [*means], {"plain": "/d/plain.tar", "rich": "/d/rich.tar"}, "")
+    drawn = convert.read("webdataset", text, [*means], {"plain": "/d/plain.tar", "rich": "/d/rich.tar"}, "")
     assert drawn["plain"] / drawn["rich"] == pytest.approx(0.25 / means["plain"] / (0.75 / means["rich"]))
     assert not (run_dir / "proxy").exists() and not (run_dir / "main").exists()
     assert json.loads((run_dir / "export" / "status.json").read_text())["state"] == "finished"
@@ -330,11 +330,11 @@ def test_the_real_trainers_read_it(tmp_path: Path) -> None:
     if not python:
         pytest.skip("DOREMI_PEERS does not name a Python with mosaicml-streaming, datasets, litdata, megatron-core")
     paths = {name: str(tmp_path / name) for name in ("short", "long")}
-    sequences = exports.shares({"short": 0.3, "long": 0.7}, None)
-    documents = exports.shares({"short": 0.3, "long": 0.7}, {"short": 10.0, "long": 40.0})
+    sequences = convert.shares({"short": 0.3, "long": 0.7}, None)
+    documents = convert.shares({"short": 0.3, "long": 0.7}, {"short": 10.0, "long": 40.0})
     for to in ("megatron", "nemo", "mosaicml_streaming", "datasets", "litdata"):
         drawn = documents if to in DOCUMENTS else sequences
-        (tmp_path / f"{to}.{FORMATS[to].ending}").write_text(exports.write(to, drawn, paths, {}))
+        (tmp_path / f"{to}.{FORMATS[to].ending}").write_text(convert.write(to, drawn, paths, {}))
     script = Path(__file__).with_name("peers.py")
     done = subprocess.run([python, script, tmp_path], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

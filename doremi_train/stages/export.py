@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from doremi_train import comm, exports, files
+from doremi_train import comm, files
 from doremi_train.config import UserError, redact
+from doremi_train.exports import convert, formats
 from doremi_train.stages import Session, language_model, mixture, prepare
 
 
@@ -25,10 +26,10 @@ def run(session: Session) -> Path:
             raise UserError(f"export.paths.{name}={place}: holds a password; leave it out, and give it to the trainer")
     chosen = mixture.run(session)
     means = mixture.tokens_per_document(session, store, to)
-    drawn = exports.shares(chosen.weights, means)
-    schedule = [(step, exports.shares(mixed, means)) for step, mixed in chosen.schedule or []]
-    text = exports.write(to, drawn, paths, chosen.epochs, schedule)
-    path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{exports.FORMATS[to].ending}")
+    drawn = convert.shares(chosen.weights, means)
+    schedule = [(step, convert.shares(mixed, means)) for step, mixed in chosen.schedule or []]
+    text = convert.write(to, drawn, paths, chosen.epochs, schedule)
+    path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{formats.FORMATS[to].ending}")
     left_out = [name for name in store.domains if name not in drawn]
     beside = {
         "to": to,
@@ -42,7 +43,7 @@ def run(session: Session) -> Path:
     comm.on_first(lambda: _write(path, text, beside))
     unit = "documents, so weights are divided by mean tokens per document" if means else "sequences"
     session.say(f"export: {path}, for a trainer that draws {unit}")
-    if schedule and exports.FORMATS[to].write_stages:
+    if schedule and formats.FORMATS[to].write_stages:
         session.say(f"export: {len(schedule)} stages, for a run of {language_model.main_steps(session)} steps")
     elif schedule:
         session.say(f"export: the mean of the schedule; {to} knows one mixture for the whole run")

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import __version__, comm, exports, mixture
+from doremi_train import __version__, comm, mixture
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.exports import convert, formats
 from doremi_train.methods import swarm
 from doremi_train.stages import (
     Session,
@@ -96,14 +97,14 @@ def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixt
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from None
-    drawn = exports.read(form, text, store.domains, session.config.export.paths or {}, where)
+    drawn = convert.read(form, text, store.domains, session.config.export.paths or {}, where)
     drawn = mixture.checked(drawn, store.domains, where, normalize=True)
-    return mixture.Mixture("file", exports.weights(drawn, tokens_per_document(session, store, form)))
+    return mixture.Mixture("file", convert.weights(drawn, tokens_per_document(session, store, form)))
 
 
 def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:
     """The mean of each domain; None where the trainer draws sequences, whose weights need none."""
-    if (session.config.export.unit or exports.FORMATS[form].draws) == "sequences":
+    if (session.config.export.unit or formats.FORMATS[form].draws) == "sequences":
         return None
     means = store.sizes("train") / store.documents("train")
     return dict(zip(store.domains, means.tolist(), strict=True))

@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import exports, launcher, model, trackers, train
+from doremi_train import launcher, model, trackers, train
 from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classification.models import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
 from doremi_train.data import options as data_options
 from doremi_train.evaluation import downstream, losses
+from doremi_train.exports import formats
 from doremi_train.lora import Options as LoraOptions
 from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
 from doremi_train.selection import options as selection_options
@@ -129,7 +130,7 @@ class Export:
     to: str | None = None  # a trainer: a key of exports.FORMATS
     path: str | None = None  # of the file; null: in run_dir/export
     paths: dict[str, str] | None = None  # where the trainer finds each domain
-    unit: exports.Unit | None = None  # of its draws; null: see exports
+    unit: formats.Unit | None = None  # of its draws; null: see exports
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -209,7 +210,7 @@ class Config:
         if self.stage == "swarm" and self.mixture.method != "swarm":
             raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
         if self.mixture.format is not None:
-            _one_of("mixture.format", self.mixture.format, list(exports.FORMATS))
+            _one_of("mixture.format", self.mixture.format, list(formats.FORMATS))
             if self.mixture.path is None:
                 raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
         for name in self.downstream.tasks:
@@ -226,7 +227,7 @@ class Config:
         for name in self.compare.baselines:
             _one_of("compare.baselines", name, list(HEURISTICS))
         if self.export.to is not None or self.stage == "export":
-            _one_of("export.to", str(self.export.to), list(exports.FORMATS))
+            _one_of("export.to", str(self.export.to), list(formats.FORMATS))
 
     @property
     def comparisons(self) -> tuple[str, ...]:

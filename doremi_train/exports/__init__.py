@@ -1,0 +1,1 @@
+"""The mixture in the forms of other trainers."""

@@ -1,0 +1,97 @@
+"""A mixture written for a trainer, and read back: shares of what it draws, and weights per token."""
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from doremi_train.config import UserError
+from doremi_train.exports import formats
+from doremi_train.exports.formats import Source, Stage
+
+WHOLE = 10**12  # parts that are shared out: 12 decimals
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError)  # a file of another form
+
+
+def shares(weights: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
+    """Parts of a trainer's draws, without domains that get none, from parts of the tokens.
+
+    Decimals of 12 digits that sum to exactly 1, by largest remainder. `tokens_per_document` is the mean of each
+    domain; None where sequences are drawn.
+    """
+    exact = {
+        name: Fraction(weight) / (Fraction(tokens_per_document[name]) if tokens_per_document else 1)
+        for name, weight in weights.items()
+    }
+    parts = {name: value * WHOLE / sum(exact.values()) for name, value in exact.items()}
+    counts = {name: math.floor(part) for name, part in parts.items()}
+    missing = WHOLE - sum(counts.values())
+    for name in sorted(parts, key=lambda name: counts[name] - parts[name])[:missing]:
+        counts[name] += 1
+    return {name: count / WHOLE for name, count in counts.items() if count}
+
+
+def weights(drawn: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
+    """Parts of the tokens from parts of a trainer's draws: the inverse of `shares`."""
+    tokens = {name: part * (tokens_per_document[name] if tokens_per_document else 1) for name, part in drawn.items()}
+    return {name: value / math.fsum(tokens.values()) for name, value in tokens.items()}
+
+
+def write(
+    to: str,
+    drawn: Mapping[str, float],
+    paths: Mapping[str, str],
+    epochs: Mapping[str, float],
+    schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
+) -> str:
+    """The text for the trainer `to`. `schedule` is what is drawn from each step on, where it changes: the trainer gets
+    it if it can follow one, and else the whole run's `drawn`.
+
+    Raises UserError naming the domains without a path, or a path that cannot be.
+    """
+    form = formats.FORMATS[to]
+    missing = [name for name in drawn if name not in paths]
+    if missing and form.paths:
+        raise UserError(
+            f"export.paths: no path for {', '.join(missing)}; export.to={to} needs one of each domain, "
+            f"as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
+        )
+
+    def found(drawn: Mapping[str, float]) -> list[Source]:
+        return [Source(name, paths.get(name, name), weight, epochs.get(name, 0.0)) for name, weight in drawn.items()]
+
+    sources = found(drawn)
+    for source in sources:
+        same = [other.domain for other in sources if other.path == source.path]
+        if len(same) > 1:
+            raise UserError(f"export.paths: {' and '.join(same)} both have {source.path!r}; give each its own")
+        if to == "megatron" and source.path.split() != [source.path]:
+            raise UserError(
+                f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use another path"
+            )
+    if schedule and form.write_stages:
+        return form.write_stages([Stage(step, found(weights)) for step, weights in schedule])
+    return form.write(sources)
+
+
+def read(to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The weights {domain: weight} of a text for the trainer `to`, in its unit and unchecked; a domain not in it has 0.
+
+    Raises UserError that starts with `where` for a text of another form, or a source that is no domain.
+    """
+    try:
+        found = dict(formats.FORMATS[to].read(text))
+    except (*_MALFORMED, yaml.YAMLError) as error:
+        raise UserError(f"{where}: not of the form of mixture.format={to} ({error})") from None
+    names = {name: name for name in domains} | {path: name for name, path in paths.items()}
+    result: dict[str, Any] = dict.fromkeys(domains, 0.0)
+    for source, weight in found.items():
+        if names.get(source) not in result:
+            raise UserError(
+                f"{where}: {source!r} is neither a domain nor in export.paths; the data has {', '.join(domains)}; "
+                "give export.paths={DOMAIN: PATH}"
+            )
+        result[names[source]] = weight
+    return result
