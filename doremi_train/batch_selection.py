@@ -20,12 +20,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import comm, gradients
+from doremi_train import comm
 from doremi_train.config import STRICT, Positive, UserError, fingerprint
 from doremi_train.data.batches import Batch
-from doremi_train.methods import factored, greats
-from doremi_train.methods.factored import Kept, Products
-from doremi_train.methods.factors import Examples
+from doremi_train.gradients import capture, directional, products
+from doremi_train.gradients.factors import Examples
+from doremi_train.gradients.products import Kept, Products
+from doremi_train.methods import greats
 
 GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
 KEPT = 1 << 26  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32
@@ -219,7 +220,7 @@ class Selector:
                     values[where] = self._model(tokens).double().sum(1) / micro.carrying.to(self._device)
                 continue
             shape = (len(tokens), tokens.shape[1] - 1)
-            losses, examples = gradients.capture(
+            losses, examples = capture.capture(
                 self._model,
                 functools.partial(self._model, tokens),
                 shape,
@@ -230,7 +231,7 @@ class Selector:
                 if self.options.route == "exact":
                     value, exact = self._exactly(examples)
                 else:
-                    sketch = factored.sketch(examples, self.options.sketch)
+                    sketch = products.sketch(examples, self.options.sketch)
                     found.append((where, sketch))
                     norm = self.options.method == "grad_norm"
                     value = sketch.square().sum(1) if norm else sketch @ self.state.target[""].to(sketch.dtype)
@@ -243,10 +244,10 @@ class Selector:
 
     def _exactly(self, examples: Examples) -> tuple[Tensor, Products | None]:
         if self.options.method == "grad_norm":
-            return factored.norm2(examples), None
+            return products.norm2(examples), None
         if self.options.method == "topk":
-            return factored.dot(examples, self.state.target)[:, 0], None
-        found = factored.products(examples, (self.state.target,), keep=KEPT if self.one_pass else 0)
+            return products.dot(examples, self.state.target)[:, 0], None
+        found = products.products(examples, (self.state.target,), keep=KEPT if self.one_pass else 0)
         return found.dots[:, 0], found
 
     def _look_ahead(self, step: int) -> None:
@@ -262,10 +263,10 @@ class Selector:
         curvature = self.state.curvature
         if due:
             square = sum(float(g.double().square().sum()) for g in gradient.values())
-            curvature = gradients.curvature(self._model, self._gradient, target) / square
+            curvature = directional.curvature(self._model, self._gradient, target) / square
         self._model.train(training)
         if self.options.route == "sketch":
-            target = {"": factored.sketch_of(target, self.options.sketch)}
+            target = {"": products.sketch_of(target, self.options.sketch)}
         self.state = State(target, curvature)
 
     def _gradient(self) -> dict[str, Tensor]:
@@ -326,7 +327,7 @@ class Selector:
         def write(weights: Tensor) -> None:
             """Σ weights_i g_i into .grad, averaged over processes as engines do; weights (…,) of the local picks."""
             of_all = weights.new_zeros(count).index_copy_(0, local.to(weights.device), weights)
-            for name, gradient in factored.weighted(examples, of_all, kept).items():
+            for name, gradient in products.weighted(examples, of_all, kept).items():
                 named[name].grad = gradient.to(named[name].dtype)
             comm.average([p.grad for p in named.values() if p.grad is not None])
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from doremi_train import comm, gradients
+from doremi_train import comm
 from doremi_train.config import UserError
 from doremi_train.data.batches import MicroBatch
-from doremi_train.methods import doge, factored
+from doremi_train.gradients import capture, products
+from doremi_train.methods import doge
 
 
 class Target(NamedTuple):
@@ -43,11 +44,11 @@ class DomainGradients:
         if not len(micro.tokens):  # of an uneven batch
             return torch.zeros(0, length, device=self._device)
         tokens = micro.tokens.to(self._device, non_blocking=True)
-        found = gradients.capture(self._model, functools.partial(self._model, tokens), (len(tokens), length))
+        found = capture.capture(self._model, functools.partial(self._model, tokens), (len(tokens), length))
         with torch.no_grad():
             for k in micro.domain.unique().tolist():
                 ones = (micro.domain == k).to(self._device, found.losses.dtype)
-                for name, gradient in factored.weighted(found.examples, ones).items():
+                for name, gradient in products.weighted(found.examples, ones).items():
                     self._sums[name][k] += gradient.flatten()
         return found.losses
 
@@ -93,6 +94,6 @@ def check(model: nn.Module, strategy: str, compiled: bool) -> None:
             "engine.compile"
         )
     try:
-        gradients.require_factored(model)
-    except gradients.NotFactored as error:
+        capture.require_factored(model)
+    except capture.NotFactored as error:
         raise UserError(f"mixture=doge: {error}; take another model") from None

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from doremi_train import gradients, optim
-from doremi_train.methods import factored, factors
+from doremi_train import optim
+from doremi_train.gradients import capture, directional, factors, products
 from doremi_train.model import LanguageModel
 
 N, T, V, D = 4, 6, 13, 8
@@ -79,7 +79,7 @@ def ours(kind: str, fused: bool, **more: Any) -> Case:
     def losses() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("doremi_train.model._LOGITS_ON_CPU", at_once)
-            patch.setattr("doremi_train.methods.factors.NUMBERS", 2 * N * T)  # blocks of two rows
+            patch.setattr("doremi_train.gradients.factors.NUMBERS", 2 * N * T)  # blocks of two rows
             return model(tokens)
 
     return Case(model, losses, dropout=True)  # the projection's own function has no vmap
@@ -153,7 +153,7 @@ def flat(rows: dict[str, Tensor]) -> Tensor:
 
 
 def captured(case: Case, verify: bool = False) -> factors.Examples:
-    return gradients.capture(case.model, case.losses, (N, T), verify).examples
+    return capture.capture(case.model, case.losses, (N, T), verify).examples
 
 
 def randomly(model: nn.Module, count: int) -> list[dict[str, Tensor]]:
@@ -175,47 +175,47 @@ def test_every_route_is_vmap_of_grad(case: Case) -> None:
     assert set(examples) == set(rows)
     directions = randomly(case.model, 3)
     expected = torch.stack([whole @ flat({k: v[None] for k, v in along.items()})[0] for along in directions], 1)
-    close(factored.dot(examples, directions[0]), expected[:, :1])
-    close(factored.dot(examples, *directions), expected)
-    found = factored.products(examples, tuple(directions))
+    close(products.dot(examples, directions[0]), expected[:, :1])
+    close(products.dot(examples, *directions), expected)
+    found = products.products(examples, tuple(directions))
     close(found.dots, expected)
     close(found.gram, whole @ whole.T)
-    close(factored.norm2(examples), whole.square().sum(1))
+    close(products.norm2(examples), whole.square().sum(1))
     weights = torch.tensor([0.5, 0.0, -2.0, 1.25], dtype=torch.float64)
-    keeping = factored.products(examples, tuple(directions), keep=10**9)
+    keeping = products.products(examples, tuple(directions), keep=10**9)
     close(keeping.gram, found.gram)
     assert keeping.kept and not found.kept
     for kept in (None, keeping.kept):
-        for name, gradient in factored.weighted(examples, weights, kept).items():
+        for name, gradient in products.weighted(examples, weights, kept).items():
             close(gradient, torch.einsum("n,n...->...", weights, rows[name]))
 
 
 def test_an_example_of_weight_0_may_be_nan(case: Case) -> None:
     """Such a candidate is never picked; its gradient must not come in as 0 · NaN either."""
     spoilt = torch.tensor([1.0, float("nan"), 1.0, 1.0], dtype=torch.float64)[:, None]
-    examples = gradients.capture(case.model, lambda: case.losses() * spoilt, (N, T)).examples
+    examples = capture.capture(case.model, lambda: case.losses() * spoilt, (N, T)).examples
     rows, weights = oracle(case), torch.tensor([0.5, 0.0, -2.0, 1.25], dtype=torch.float64)
-    for kept in (None, factored.products(examples, keep=10**9).kept):
-        for name, gradient in factored.weighted(examples, weights, kept).items():
+    for kept in (None, products.products(examples, keep=10**9).kept):
+        for name, gradient in products.weighted(examples, weights, kept).items():
             close(gradient, torch.einsum("n,n...->...", weights, rows[name]))
 
 
 def test_no_more_is_kept_than_asked_for(case: Case) -> None:
     examples = captured(case)
-    every = factored.products(examples, keep=10**9).kept
+    every = products.products(examples, keep=10**9).kept
     sizes = {name: sum(block.numel() for block in blocks) for name, blocks in every.items()}
     for keep in (0, min(sizes.values()), sum(sizes.values()) // 2):
-        some = factored.products(examples, keep=keep).kept
+        some = products.products(examples, keep=keep).kept
         assert sum(sizes[name] for name in some) <= keep and (keep == 0) == (not some)
 
 
 def test_the_token_route_and_the_row_route_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     examples, (direction,) = captured(case), randomly(case.model, 1)
-    monkeypatch.setattr(factored, "_short", lambda use: True)
-    by_token = factored.products(examples, (direction,))
-    monkeypatch.setattr(factored, "_short", lambda use: False)
+    monkeypatch.setattr(products, "_short", lambda use: True)
+    by_token = products.products(examples, (direction,))
+    monkeypatch.setattr(products, "_short", lambda use: False)
     monkeypatch.setattr(factors, "NUMBERS", 3 * N * D)  # blocks of three rows
-    by_row = factored.products(examples, (direction,))
+    by_row = products.products(examples, (direction,))
     close(by_token.gram, by_row.gram)
     close(by_token.dots, by_row.dots)
 
@@ -223,19 +223,19 @@ def test_the_token_route_and_the_row_route_agree(case: Case, monkeypatch: pytest
 def test_the_cheaper_route_is_taken() -> None:
     wide = factors.Outer(torch.zeros(2, 4, 512), torch.zeros(2, 4, 512))
     long = factors.Outer(torch.zeros(8, 128, 512), torch.zeros(8, 128, 512))
-    assert factored._short(wide) and not factored._short(long)
+    assert products._short(wide) and not products._short(long)
 
 
 def test_a_sketch_is_linear_deterministic_and_right_on_average(case: Case) -> None:
     rows, examples = oracle(case), captured(case)
     # The identity where a side is no longer than the sketch: then it is the gradient itself.
-    close(factored.sketch(examples, 64), factored.sketch(captured(case), 64))
-    of_rows = torch.stack([factored.sketch_of({k: rows[k][i] for k in examples}, 3) for i in range(N)])
-    close(factored.sketch(examples, 3), of_rows)
-    prepared = gradients.capture(case.model, case.losses, (N, T), sketch=3).examples
-    close(factored.sketch(prepared, 3), of_rows)
-    close(factored.sketch(prepared, 64), factored.sketch(examples, 64))  # which it was not prepared for
-    exact = factored.sketch(examples, 64)
+    close(products.sketch(examples, 64), products.sketch(captured(case), 64))
+    of_rows = torch.stack([products.sketch_of({k: rows[k][i] for k in examples}, 3) for i in range(N)])
+    close(products.sketch(examples, 3), of_rows)
+    prepared = capture.capture(case.model, case.losses, (N, T), sketch=3).examples
+    close(products.sketch(prepared, 3), of_rows)
+    close(products.sketch(prepared, 64), products.sketch(examples, 64))  # which it was not prepared for
+    exact = products.sketch(examples, 64)
     if max(p.shape[0] for p in trained(case.model).values()) <= 64:
         close(exact @ exact.T, flat(rows) @ flat(rows).T)
 
@@ -245,7 +245,7 @@ def test_random_signs_keep_inner_products_on_average() -> None:
     H = H + G
     dots = []
     for draw in range(400):
-        one, two = (factored.sketch_of({f"layer {draw}": W}, 8) for W in (G, H))
+        one, two = (products.sketch_of({f"layer {draw}": W}, 8) for W in (G, H))
         assert one.shape == (64,)
         dots.append(float(one @ two))
     spread = torch.tensor(dots).std() / len(dots) ** 0.5
@@ -256,21 +256,21 @@ def test_three_validation_examples_are_never_summed_before_the_dot() -> None:
     case = plain("gpt_neox")
     examples = captured(case)
     picked = torch.tensor([0, 2, 3])
-    directions = [factored.weighted(examples, torch.eye(N, dtype=torch.float64)[i]) for i in picked]
-    close(factored.dot(examples, *directions), factored.gram(examples)[:, picked])
+    directions = [products.weighted(examples, torch.eye(N, dtype=torch.float64)[i]) for i in picked]
+    close(products.dot(examples, *directions), products.gram(examples)[:, picked])
 
 
 def test_forward_routes_agree_with_factors() -> None:
     case = plain("gpt_neox", attention="sdpa")  # whose softmax is in float64 too
     (direction,) = randomly(case.model, 1)
-    expected = factored.dot(captured(case), direction)[:, 0]
+    expected = products.dot(captured(case), direction)[:, 0]
     tokens, mask = batch(), torch.ones(N, T, dtype=torch.float64)
     mask[2, 3:] = 0
-    derivative = gradients.forward_derivative(
+    derivative = directional.forward_derivative(
         case.model, lambda call: language_losses(call, tokens, mask).sum(1), direction
     )
     close(derivative, expected)
-    difference = gradients.forward_difference(case.model, lambda: case.losses().sum(1), direction, 1e-5)
+    difference = directional.forward_difference(case.model, lambda: case.losses().sum(1), direction, 1e-5)
     torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -289,7 +289,7 @@ def test_curvature_is_the_hessian_s() -> None:
     def gradient() -> dict[str, Tensor]:
         return dict(zip(named, torch.autograd.grad(case.losses().sum(), list(named.values())), strict=True))
 
-    found = gradients.curvature(case.model, gradient, direction, 1e-5)
+    found = directional.curvature(case.model, gradient, direction, 1e-5)
     assert found == pytest.approx(expected, rel=1e-4)
     assert all(torch.equal(before[name], p) for name, p in named.items())
 
@@ -307,8 +307,8 @@ def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
         logits = model(input_ids=tokens[:, :-1], attention_mask=attention, position_ids=position).logits
         return F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none") * (document >= 0)
 
-    examples = gradients.capture(model, losses, (2, T)).examples
-    documents = factored.documents(examples, document)
+    examples = capture.capture(model, losses, (2, T)).examples
+    documents = products.documents(examples, document)
     spans = [(0, slice(0, 3)), (0, slice(3, 5)), (1, slice(0, 6))]
     alone = []
     for row, span in spans:  # each document as the whole batch
@@ -318,9 +318,9 @@ def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
     whole = torch.stack(alone)
     direction = dict(zip(trained(model), randomly(model, 1)[0].values(), strict=True))
     along = torch.cat([direction[name].flatten() for name in trained(model)])
-    close(factored.gram(documents), whole @ whole.T)
-    close(factored.dot(documents, direction)[:, 0], whole @ along)
-    by_token = factored.tokens(examples, direction)
+    close(products.gram(documents), whole @ whole.T)
+    close(products.dot(documents, direction)[:, 0], whole @ along)
+    by_token = products.tokens(examples, direction)
     close(torch.stack([by_token[document == m].sum() for m in range(3)]), whole @ along)
 
 
@@ -336,7 +336,7 @@ def test_a_step_from_factors_is_adamw_s_on_the_subset() -> None:
             if subset:
                 (language_losses(model, batch()[[1, 3]]).sum() / 2).backward()
             else:
-                for name, gradient in factored.weighted(captured(of_step), weights).items():
+                for name, gradient in products.weighted(captured(of_step), weights).items():
                     model.get_parameter(name).grad = gradient
             optimizer.step()
             optimizer.zero_grad()
@@ -346,12 +346,12 @@ def test_a_step_from_factors_is_adamw_s_on_the_subset() -> None:
 
 def test_bf16_factors_are_summed_in_float32() -> None:
     model = LanguageModel(build("gpt_neox").float())
-    exact = gradients.capture(model, lambda: model(batch()), (N, T)).examples
+    exact = capture.capture(model, lambda: model(batch()), (N, T)).examples
     model.precision = "bf16"
-    rounded = gradients.capture(model, lambda: model(batch()), (N, T), verify=True).examples
+    rounded = capture.capture(model, lambda: model(batch()), (N, T), verify=True).examples
     assert any(f.left.dtype == torch.bfloat16 for u in rounded.values() for f in u if isinstance(f, factors.Outer))
     (direction,) = randomly(model, 1)
-    one, two = (factored.products(found, (direction,)) for found in (exact, rounded))
+    one, two = (products.products(found, (direction,)) for found in (exact, rounded))
     assert two.gram.dtype == two.dots.dtype == torch.float32
     torch.testing.assert_close(two.gram, one.gram, rtol=0, atol=0.05 * float(one.gram.abs().max()))
     torch.testing.assert_close(two.dots, one.dots, rtol=0, atol=0.05 * float(one.gram.diag().sqrt().max() * D))
@@ -378,10 +378,10 @@ def test_no_tensor_of_all_examples_and_parameters_is_ever_allocated(monkeypatch:
     tokens = batch()
     parameters = sum(p.numel() for p in model.parameters())
     with Largest() as largest:
-        examples = gradients.capture(model, lambda: language_losses(model, tokens), (N, T)).examples
-        factored.products(examples, tuple(randomly(model, 1)))
-        factored.sketch(examples, 4)
-        factored.weighted(examples, torch.ones(N, dtype=torch.float64))
+        examples = capture.capture(model, lambda: language_losses(model, tokens), (N, T)).examples
+        products.products(examples, tuple(randomly(model, 1)))
+        products.sketch(examples, 4)
+        products.weighted(examples, torch.ones(N, dtype=torch.float64))
     assert largest.elements < parameters < N * parameters
 
 
@@ -395,15 +395,15 @@ def test_verify_finds_what_no_rule_saw(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.layer(x) + F.linear(x, self.layer.weight)  # a use that no hook sees
 
     model, x = Twice(), torch.randn(N, T, D, dtype=torch.float64)
-    gradients.capture(model, lambda: model(x).square().sum(2), (N, T))
+    capture.capture(model, lambda: model(x).square().sum(2), (N, T))
     with pytest.raises(ArithmeticError, match=r"Σ g_i of layer\.weight"):
-        gradients.capture(model, lambda: model(x).square().sum(2), (N, T), verify=True)
+        capture.capture(model, lambda: model(x).square().sum(2), (N, T), verify=True)
 
 
 def test_an_unknown_layer_is_named() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Conv1d(T, T, 1))
-    with pytest.raises(gradients.NotFactored, match=r"1\.weight, 1\.bias"):
-        gradients.capture(model, lambda: model(torch.zeros(N, T, D)), (N, T))
+    with pytest.raises(capture.NotFactored, match=r"1\.weight, 1\.bias"):
+        capture.capture(model, lambda: model(torch.zeros(N, T, D)), (N, T))
     merged = nn.Linear(D, D)
-    with pytest.raises(gradients.NotFactored, match="cannot be told apart"):
-        gradients.capture(merged, lambda: merged(torch.zeros(N * T - 1, D)), (N, T))
+    with pytest.raises(capture.NotFactored, match="cannot be told apart"):
+        capture.capture(merged, lambda: merged(torch.zeros(N * T - 1, D)), (N, T))

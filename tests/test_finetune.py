@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from doremi_train import gradients, lora, model
+from doremi_train import lora, model
 from doremi_train.config import UserError
 from doremi_train.data import instructions, options
 from doremi_train.data.chat import Encoder, Example, coded, padded
 from doremi_train.data.instructions import Instructions
 from doremi_train.data.tokens import tokenizer
-from doremi_train.methods import factored
+from doremi_train.gradients import capture, products
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -232,13 +232,13 @@ def test_gradients_of_examples_through_lora_are_autograd_s(base: Path, dropout: 
         torch.manual_seed(1)
         return built(tokens)
 
-    examples = gradients.capture(built, losses, (len(tokens), tokens.shape[1] - 1), verify=True).examples
+    examples = capture.capture(built, losses, (len(tokens), tokens.shape[1] - 1), verify=True).examples
     rows = []
     for row in losses():
         parts = torch.autograd.grad(row.sum(), list(named.values()), retain_graph=True)
         rows.append(torch.cat([part.flatten() for part in parts]))
     expected = torch.stack(rows)
-    torch.testing.assert_close(factored.gram(examples), expected @ expected.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(products.gram(examples), expected @ expected.T, rtol=1e-5, atol=1e-6)
 
 
 # ── The command ─────────────────────────────────────────────────────────────────────

@@ -11,10 +11,11 @@ from conftest import Command, Outcome, documents, write_jsonl
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from doremi_train import batch_selection, gradients, model
+from doremi_train import batch_selection, model
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import factored, greats
+from doremi_train.gradients import capture, directional, products
+from doremi_train.methods import greats
 
 # ── The greedy ──────────────────────────────────────────────────────────────────────
 
@@ -81,7 +82,7 @@ def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
     built = model.build(model.resolve(options, 300, 0, 32), 0)
     tokens = torch.randint(300, (16, 33), generator=torch.Generator().manual_seed(0))
     validation, tokens = tokens[8:], tokens[:8].repeat(2, 1)
-    examples = gradients.capture(built, lambda: built(tokens) / 32, (16, 32)).examples
+    examples = capture.capture(built, lambda: built(tokens) / 32, (16, 32)).examples
 
     def of_validation() -> dict[str, Tensor]:
         named = dict(built.named_parameters())
@@ -89,8 +90,8 @@ def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
 
     target = of_validation()
     square = sum(float(part.double().square().sum()) for part in target.values())
-    found = factored.products(examples, (target,))
-    return found.dots[:, 0], found.gram, gradients.curvature(built, of_validation, target) / square
+    found = products.products(examples, (target,))
+    return found.dots[:, 0], found.gram, directional.curvature(built, of_validation, target) / square
 
 
 def test_as_published_the_second_term_is_inert_and_calibrated_with_the_cap_it_is_not() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from doremi_train.config import UserError
-from doremi_train.methods import factors, less
+from doremi_train.gradients import factors
+from doremi_train.methods import less
 from doremi_train.methods.less import Options
 from doremi_train.selection import examples as baselines
 from doremi_train.selection import influence

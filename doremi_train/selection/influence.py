@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from doremi_train import gradients
 from doremi_train.data.chat import padded
-from doremi_train.methods import factored, less
-from doremi_train.methods.factors import Direction, Examples
+from doremi_train.gradients import capture, products
+from doremi_train.gradients.factors import Direction, Examples
+from doremi_train.methods import less
 from doremi_train.methods.less import Moments, Options
 
 Coded = NDArray[np.int32]  # (length,) ids; of a token that carries no loss its complement ~id
@@ -68,7 +68,7 @@ def losses(model: nn.Module, batch: Tensor) -> Tensor:
 def factors(model: nn.Module, batch: Tensor) -> Examples:
     """The gradients of the mean losses of the examples of a batch."""
     shape = (len(batch), batch.shape[1] - 1)
-    return gradients.capture(model, lambda: losses(model, batch), shape).examples
+    return capture.capture(model, lambda: losses(model, batch), shape).examples
 
 
 @torch.no_grad()
@@ -81,8 +81,8 @@ def target(model: nn.Module, found: Iterable[Tensor], options: Options) -> dict[
         examples = factors(model, batch)
         weights = torch.ones(len(batch), device=batch.device)
         if options.cosine == "mean":
-            weights = factored.norm2(examples).rsqrt()
-        for name, part in factored.weighted(examples, weights).items():
+            weights = products.norm2(examples).rsqrt()
+        for name, part in products.weighted(examples, weights).items():
             total[name] = total[name] + part if name in total else part
         count += len(batch)
     length = float(count)
@@ -128,7 +128,7 @@ def _directions(at: Checkpoint, batch: Tensor, options: Options) -> Iterator[tup
     for name, uses in sorted(factors(at.model, batch).items()):
         known = at.moments[name]
         width = known.first[0].numel() if known.first.dim() else 1
-        for rows, part in factored.materialised(uses):
+        for rows, part in products.materialised(uses):
             here = known._replace(first=known.first[rows], second=known.second[rows])
             found = less.direction(part.to(torch.promote_types(part.dtype, torch.float32)), here, options)
             yield name, rows.start * width, found.flatten(1)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import checkpoint, files, gradients, model, optim
+from doremi_train import checkpoint, files, model, optim
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.instructions import Instructions
 from doremi_train.data.sampler import Subsample
+from doremi_train.gradients import capture
 from doremi_train.methods import cross_entropy
 from doremi_train.methods.less import Moments
 from doremi_train.model import CompletionModel
@@ -118,8 +119,8 @@ def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments:
 
 def _opened(session: Session, tuning: CompletionModel, moments: Mapping[str, Moments]) -> Checkpoint:
     try:
-        gradients.require_factored(tuning)
-    except gradients.NotFactored as error:
+        capture.require_factored(tuning)
+    except capture.NotFactored as error:
         raise UserError(
             f"finetune.model={session.config.finetune.model}: {error}; train only layers that can be, as with "
             "finetune.lora.targets=[q_proj, v_proj]"

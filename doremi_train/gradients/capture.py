@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from doremi_train.methods import factored
-from doremi_train.methods.factors import Direction, Examples, Factor, Lookup, Outer, Softmax, SoftmaxBias, Sum
+from doremi_train.gradients import products
+from doremi_train.gradients.factors import Direction, Examples, Factor, Lookup, Outer, Sum
+from doremi_train.gradients.products import signs
+from doremi_train.gradients.softmax import Softmax, SoftmaxBias
 from doremi_train.projection import Also, Projection
 
 
@@ -71,7 +73,7 @@ def capture(
             if sketch is not None:
                 weight = module.weight
                 dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-                module.also.right, _ = factored.signs(
+                module.also.right, _ = products.signs(
                     names[id(weight)], tuple(weight.shape), sketch, weight.device, dtype
                 )
         # Positions are often looked up once for the whole batch; their gradient would be its sum.
@@ -128,75 +130,6 @@ def require_factored(model: nn.Module) -> None:
         )
 
 
-# ── Without a capture, for any architecture ─────────────────────────────────────────
-
-
-def forward_derivative(
-    model: nn.Module, losses: Callable[[Callable[..., Any]], Tensor], direction: Direction
-) -> Tensor:
-    """⟨g_i, G⟩ by forward-mode differentiation, exact, at the cost of about three forwards.
-
-    `losses(call)` is to compute the losses (n, …) with `call(…)` in the place of `model(…)`.
-    """
-    parameters = {name: p.detach() for name, p in model.named_parameters() if name in direction}
-
-    def at(values: dict[str, Tensor]) -> Tensor:
-        return losses(lambda *inputs, **named: torch.func.functional_call(model, values, inputs, named))
-
-    # The fused kernels of attention have no forward derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.func.jvp(at, (parameters,), (dict(direction),))[1]
-
-
-@torch.no_grad()
-def forward_difference(
-    model: nn.Module, losses: Callable[[], Tensor], direction: Direction, size: float = 1e-3
-) -> Tensor:
-    """⟨g_i, G⟩ about, by two forwards at θ ± ε G with |ε G| = size · |θ|: for scoring only."""
-    epsilon = relative_step(model, direction, size)
-    above, below = (_moved(model, direction, step, losses) for step in (epsilon, -epsilon))
-    return (above - below) / (2 * epsilon)
-
-
-def curvature(model: nn.Module, gradient: Callable[[], Direction], along: Direction, size: float = 1e-3) -> float:
-    """⟨G, H G⟩ for G = `along`, from the slopes ⟨gradient(), G⟩ at θ ± ε G with |ε G| = size · |θ|."""
-    epsilon = relative_step(model, along, size)
-
-    def slope() -> Tensor:
-        with torch.enable_grad():
-            found = gradient()
-        return torch.stack([(found[name].double() * part).sum() for name, part in along.items()]).sum()
-
-    above, below = (_moved(model, along, step, slope) for step in (epsilon, -epsilon))
-    return float(above - below) / (2 * epsilon)
-
-
-def relative_step(model: nn.Module, direction: Direction, size: float) -> float:
-    """ε such that |ε G| = size · |θ|, over the parameters that G has."""
-    parameters = dict(model.named_parameters())
-    length, along = (
-        sum(float(part.detach().double().square().sum()) for part in parts) ** 0.5
-        for parts in ([parameters[name] for name in direction], direction.values())
-    )
-    if along == 0:
-        raise ValueError("the direction is 0")
-    return size * length / along
-
-
-def _moved(model: nn.Module, direction: Direction, step: float, function: Callable[[], Tensor]) -> Tensor:
-    """function() at θ + step · G; θ is put back bit for bit."""
-    parameters = dict(model.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in direction}
-    with torch.no_grad():
-        try:
-            for name, along in direction.items():
-                parameters[name].add_(along, alpha=step)
-            return function()
-        finally:
-            for name, value in kept.items():
-                parameters[name].copy_(value)
-
-
 def _gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Of a scalar, by autograd; the graph stays."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -232,9 +165,7 @@ def _sketched_on_the_way(use: _Use, name: str, sketch: int) -> _Use:
     x, weight = use.inputs[0].detach(), use.module.weight
     if x.dtype != use.output.dtype:  # under autocast: the factor is a copy, which is not there yet
         return use
-    left, right = factored.signs(
-        name, tuple(weight.shape), sketch, x.device, torch.promote_types(x.dtype, torch.float32)
-    )
+    left, right = signs(name, tuple(weight.shape), sketch, x.device, torch.promote_types(x.dtype, torch.float32))
     assert right is not None
     of_input, of_gradient = (right, left) if _is_linear(use.module) else (left, right)
     products = [x @ of_input.to(x.dtype)]
@@ -317,7 +248,7 @@ def _by_token(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
 def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype) -> None:
     """Identities that hold whatever the model is: Σ g_i is the gradient G, Σ ⟨g_i, G⟩ = |G|², and 1ᵀK1 = |Σ g_i|²."""
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
-    summed = factored.weighted(examples, torch.ones(n, device=next(iter(expected.values())).device))
+    summed = products.weighted(examples, torch.ones(n, device=next(iter(expected.values())).device))
     square = sum(float(gradient.double().square().sum()) for gradient in expected.values())
     if square == 0:
         return
@@ -325,7 +256,7 @@ def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype)
         f"Σ g_i of {name}": _distance(summed.get(name), gradient) / square**0.5 for name, gradient in expected.items()
     }
     known = {name: gradient for name, gradient in expected.items() if name in examples}
-    found = factored.products(examples, (known,))
+    found = products.products(examples, (known,))
     errors["Σ ⟨g_i, G⟩"] = abs(float(found.dots.double().sum()) / square - 1)
     errors["1ᵀK1"] = abs(float(found.gram.double().sum()) / square - 1)
     for what, error in errors.items():

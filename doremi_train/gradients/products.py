@@ -23,20 +23,9 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from doremi_train.methods import factors
-from doremi_train.methods.factors import (
-    Direction,
-    Examples,
-    Factor,
-    Lookup,
-    Outer,
-    Softmax,
-    SoftmaxBias,
-    Sum,
-    blocks,
-    in_place,
-    wide,
-)
+from doremi_train.gradients import factors
+from doremi_train.gradients.factors import Direction, Examples, Factor, Lookup, Outer, Sum, blocks, in_place, wide
+from doremi_train.gradients.softmax import Softmax, SoftmaxBias
 
 Kept = Mapping[str, tuple[Tensor, ...]]  # gradients (n, rows, …) themselves, a block of rows after the other
 

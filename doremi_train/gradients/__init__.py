@@ -1,0 +1,1 @@
+"""Gradients of single examples without their materialisation: factors, products, and their capture."""
