@@ -13,7 +13,7 @@ from scipy import optimize
 
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import mixmin
-from doremi_train.methods.swarm import Box, Floats
+from doremi_train.methods.box import Box, Floats
 
 K, N = 4, 300
 FREE = Box(np.zeros(K), np.ones(K))

@@ -13,8 +13,11 @@ from running import ended, lines, read, reaped, wait_for
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
-from doremi_train.methods import swarm
-from doremi_train.methods.swarm import Box, Floats, LogLinear, Options
+from doremi_train.methods import box, regressors, swarm
+from doremi_train.methods import box as methods_box
+from doremi_train.methods.box import Box, Floats, distance, divergence, inside, on_grid, project
+from doremi_train.methods.regressors import LogLinear
+from doremi_train.methods.swarm import Options
 
 NOISE = 0.01  # nats, of real runs at different seeds
 
@@ -31,7 +34,7 @@ def planted(domains: int, per_domain: int, noise: float, seed: int) -> tuple[Log
     """The true surface, prior (K,), box, and runs: points (N, K), losses (N, K)."""
     random = np.random.default_rng(seed)
     true, prior = surface(domains, seed), random.dirichlet(np.full(domains, 3.0))
-    box = swarm.box(prior * 1e6, 1e6, 4.0, 0.0)
+    box = methods_box.box(prior * 1e6, 1e6, 4.0, 0.0)
     anchors = np.stack([prior, np.full(domains, 1 / domains)])
     points = np.vstack([anchors, swarm.design(prior, box, per_domain * domains, random)])
     return true, prior, box, points, true.predict(points) + noise * random.standard_normal((len(points), domains))
@@ -59,7 +62,7 @@ def boxes(draw: st.DrawFn) -> tuple[Floats, Box]:
 @given(boxes())
 def test_a_projection_keeps_every_cap_and_floor(case: tuple[Floats, Box]) -> None:
     point, box = case
-    found = swarm.project(point, box)
+    found = project(point, box)
     assert abs(found.sum() - 1) < 1e-12
     assert (found >= box.low).all() and (found <= box.high).all()
     free = (found > box.low * (1 + 1e-9)) & (found < box.high * (1 - 1e-9))
@@ -71,27 +74,27 @@ def test_a_projection_keeps_every_cap_and_floor(case: tuple[Floats, Box]) -> Non
 @given(boxes())
 def test_on_the_grid_a_mixture_sums_to_exactly_1_and_reads_back(case: tuple[Floats, Box]) -> None:
     point, box = case
-    found = swarm.on_grid(swarm.project(point, box), box)
-    assert found.sum() == 1 and swarm.inside(found, box)
-    assert np.array_equal(swarm.on_grid(found, box), found)
+    found = on_grid(project(point, box), box)
+    assert found.sum() == 1 and inside(found, box)
+    assert np.array_equal(on_grid(found, box), found)
     assert json.loads(json.dumps(found.tolist())) == found.tolist()
 
 
 def test_a_projection_is_the_nearest_in_divergence() -> None:
     box, point = Box(np.array([0.0, 0.1, 0.0, 0.0]), np.array([0.4, 1.0, 1.0, 0.2])), np.array([0.7, 0.02, 0.2, 0.08])
     naive = minimize(
-        lambda p: swarm.divergence(p, point), np.full(4, 0.25), bounds=list(zip(*box, strict=True)), tol=1e-14,
+        lambda p: divergence(p, point), np.full(4, 0.25), bounds=list(zip(*box, strict=True)), tol=1e-14,
         method="SLSQP", constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
     )  # fmt: skip
-    assert_allclose(swarm.project(point, box), naive.x, atol=1e-6)
+    assert_allclose(project(point, box), naive.x, atol=1e-6)
 
 
 def test_the_design_is_within_caps_from_sparse_to_even_and_the_same_again() -> None:
     prior = np.array([0.6, 0.3, 0.08, 0.02])
-    box = swarm.box(prior * 1e6, 2e6, 4.0, 0.01)
+    box = methods_box.box(prior * 1e6, 2e6, 4.0, 0.01)
     assert_allclose(box.high, [1.0, 0.6, 0.16, 0.04])
     points = swarm.design(prior, box, 400, random())
-    assert np.abs(points.sum(1) - 1).max() < 1e-12 and all(swarm.inside(point, box) for point in points)
+    assert np.abs(points.sum(1) - 1).max() < 1e-12 and all(inside(point, box) for point in points)
     assert np.array_equal(points, swarm.design(prior, box, 400, random()))
     free = swarm.design(prior, Box(np.zeros(4), np.ones(4)), 2000, random())
     assert free[:200].max(1).mean() > 0.9 > 0.75 > free[-200:].max(1).mean()
@@ -100,10 +103,10 @@ def test_the_design_is_within_caps_from_sparse_to_even_and_the_same_again() -> N
 
 def test_caps_and_floors_that_leave_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"mixture\.max_epochs=4"):
-        swarm.box(np.array([1.0, 1.0]), 9.0, 4.0, 0.0)
+        box.box(np.array([1.0, 1.0]), 9.0, 4.0, 0.0)
     with pytest.raises(ValueError, match=r"swarm\.floor=0\.6"):
-        swarm.box(np.array([1.0, 1.0]), 1.0, 4.0, 0.6)
-    tiny = swarm.box(np.array([0.01, 1.0]), 1.0, 4.0, 0.1)
+        box.box(np.array([1.0, 1.0]), 1.0, 4.0, 0.6)
+    tiny = box.box(np.array([0.01, 1.0]), 1.0, 4.0, 0.1)
     assert tiny.low.tolist() == [0.04, 0.1]  # a cap is stronger than a floor
 
 
@@ -113,7 +116,7 @@ def test_caps_and_floors_that_leave_nothing_are_refused() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_without_noise_the_exponential_form_is_recovered_with_its_optimum(seed: int) -> None:
     true, prior, box, points, losses = planted(5, 3, 0.0, seed)
-    fit = swarm.log_linear(points, losses)
+    fit = regressors.log_linear(points, losses)
     test = swarm.design(prior, box, 100, np.random.default_rng(9))
     assert_allclose(fit.predict(test), true.predict(test), atol=1e-4)
     found, best = (swarm.solve(one, prior, box, 0.05, random()) for one in (fit, true))
@@ -124,7 +127,7 @@ def test_without_noise_the_exponential_form_is_recovered_with_its_optimum(seed: 
 def test_two_or_three_noisy_runs_per_domain_rank_mixtures(per_domain: int) -> None:
     for seed in range(3):
         true, prior, box, points, losses = planted(6, per_domain, NOISE, seed)
-        fit, test = swarm.log_linear(points, losses), swarm.design(prior, box, 200, np.random.default_rng(9))
+        fit, test = regressors.log_linear(points, losses), swarm.design(prior, box, 200, np.random.default_rng(9))
         assert spearmanr(fit.predict(test).mean(1), true.predict(test).mean(1)).statistic > 0.9
 
 
@@ -132,7 +135,7 @@ def test_a_run_that_went_wrong_does_not_bend_the_others() -> None:
     true, prior, box, points, losses = planted(5, 3, 0.0, 0)
     losses[7] += 1.0
     test = swarm.design(prior, box, 100, np.random.default_rng(9))
-    assert np.abs(swarm.log_linear(points, losses).predict(test) - true.predict(test)).mean() < 0.02
+    assert np.abs(regressors.log_linear(points, losses).predict(test) - true.predict(test)).mean() < 0.02
 
 
 @pytest.mark.parametrize("name", ["gaussian_process", "lightgbm"])
@@ -141,31 +144,31 @@ def test_other_regressors_rank_mixtures_and_propose_within_caps(name: str, monke
         pytest.importorskip("lightgbm")
     monkeypatch.setattr(swarm, "SIMULATED", 5000)
     true, prior, box, points, losses = planted(4, 8, NOISE, 0)
-    fit = swarm.REGRESSORS[name](points, losses)
+    fit = regressors.REGRESSORS[name](points, losses)
     test = swarm.design(prior, box, 200, np.random.default_rng(9))
     assert spearmanr(fit.predict(test).mean(1), true.predict(test).mean(1)).statistic > 0.8
     found = swarm.solve(fit, prior, box, 0.05, random())
-    assert abs(found.sum() - 1) < 1e-12 and swarm.inside(found, box)
+    assert abs(found.sum() - 1) < 1e-12 and inside(found, box)
     assert true.predict(found[None]).mean() < true.predict(prior[None]).mean() - 0.01
 
 
 def test_the_gaussian_process_goes_through_runs_without_noise() -> None:
     _, _, _, points, losses = planted(3, 6, 0.0, 1)
-    assert_allclose(swarm.gaussian_process(points, losses).predict(points), losses, atol=1e-3)
+    assert_allclose(regressors.gaussian_process(points, losses).predict(points), losses, atol=1e-3)
 
 
 @pytest.mark.parametrize("kl", [0.001, 0.05, 1.0])
 def test_the_optimum_is_that_of_a_naive_solver_and_keeps_caps(kl: float) -> None:
     true, prior = surface(4, 2), np.array([0.5, 0.3, 0.15, 0.05])
-    box = swarm.box(prior, 3.0, 4.0, 0.08)
+    box = methods_box.box(prior, 3.0, 4.0, 0.08)
     found = swarm.solve(true, prior, box, kl, random())
     naive = minimize(
-        lambda p: true.predict(p[None]).mean() + kl * swarm.divergence(p, prior), swarm.project(prior, box),
+        lambda p: true.predict(p[None]).mean() + kl * divergence(p, prior), project(prior, box),
         bounds=list(zip(*box, strict=True)), constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
         method="SLSQP", tol=1e-14,
     )  # fmt: skip
     assert_allclose(found, naive.x, atol=1e-5)
-    assert abs(found.sum() - 1) < 1e-12 and swarm.inside(found, box)
+    assert abs(found.sum() - 1) < 1e-12 and inside(found, box)
 
 
 def test_much_regularisation_gives_the_prior_and_none_a_corner_or_a_cap() -> None:
@@ -208,10 +211,10 @@ def test_the_interval_covers_new_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(5):
         true, prior, box, points, losses = planted(2, 4, NOISE, seed)
         errors = losses.mean(1) - swarm.out_of_fold(points, losses, "log_linear", random()).mean(1)
-        fit, noise = swarm.log_linear(points, losses), np.random.default_rng(seed).standard_normal(2) * NOISE
+        fit, noise = regressors.log_linear(points, losses), np.random.default_rng(seed).standard_normal(2) * NOISE
         point = swarm.solve(fit, prior, box, 0.05, random())
         predicted = float(fit.predict(point[None]).mean())
-        low, high = swarm.interval(predicted, swarm.distance(points, point), errors)
+        low, high = swarm.interval(predicted, distance(points, point), errors)
         held.append(low <= float(true.predict(point[None]).mean() + noise.mean()) <= high)
         assert high - low < 0.2
     assert sum(held) >= 4
@@ -237,7 +240,7 @@ def test_a_loss_above_its_interval_is_refused() -> None:
 
 
 def test_frozen_domains_keep_their_proportions_and_every_cap() -> None:
-    space = swarm.space(np.array([0.3, 0.0, 0.1, 0.0]))
+    space = box.space(np.array([0.3, 0.0, 0.1, 0.0]))
     assert_allclose(space.spread, [[0.75, 0, 0.25, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     point = np.array([0.4, 0.5, 0.1])
     whole = space.expand(point)
@@ -248,8 +251,8 @@ def test_frozen_domains_keep_their_proportions_and_every_cap() -> None:
     inside = space.box(within)
     assert_allclose(inside.high, [0.4, 1, 0.4])
     drawn = space.expand(swarm.design(np.full(3, 1 / 3), inside, 50, random()))
-    assert all(swarm.inside(mixed, within) for mixed in drawn)
-    identity = swarm.space(np.zeros(4))
+    assert all(box.inside(mixed, within) for mixed in drawn)
+    identity = box.space(np.zeros(4))
     assert np.array_equal(identity.expand(whole), whole) and np.array_equal(identity.reduce(whole), whole)
 
 

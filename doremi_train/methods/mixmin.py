@@ -16,7 +16,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import STRICT, Fraction
-from doremi_train.methods.swarm import Box, Floats, distance, project
+from doremi_train.methods.box import Box, Floats, distance, project
 
 STEPS = 20_000
 

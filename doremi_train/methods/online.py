@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, Positive
-from doremi_train.methods.swarm import Box, project
+from doremi_train.methods.box import Box, project
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,7 +14,7 @@ from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import HEURISTICS, cross_entropy, importance, swarm
+from doremi_train.methods import HEURISTICS, box, cross_entropy, importance
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session
 from doremi_train.stages.options import training_identity
@@ -186,12 +186,12 @@ def resolved_model(session: Session, store: TokenStore, name: str | None = None)
     return model.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
 
 
-def caps(session: Session, store: TokenStore, floor: float, key: str) -> swarm.Box:
+def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:
     """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at least `floor` (of
     this key). Raises UserError where that leaves none."""
     sizes = np.asarray(store.sizes("train"), dtype=np.float64)
     try:
-        return swarm.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
+        return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
     except ValueError as error:
         raise UserError(f"mixture={session.config.mixture.method}: {error}") from None
 

@@ -17,8 +17,8 @@ from doremi_train.config import fingerprint
 from doremi_train.console import Part
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore, domain_folder
-from doremi_train.methods import mixmin, swarm
-from doremi_train.methods.swarm import Box, Floats
+from doremi_train.methods import box, mixmin
+from doremi_train.methods.box import Box, Floats
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, language_model, once, prepare, submit, targets
 from doremi_train.train import Options
@@ -129,7 +129,7 @@ def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> 
 def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) -> None:
     within = _box(session, store)
     found = mixmin.solve(losses, within)
-    point = swarm.on_grid(found.weights, within)
+    point = box.on_grid(found.weights, within)
     even = np.full(len(point), 1 / len(point))
     natural = language_model.heuristic(session, store, "natural", language_model.main_steps(session)).numpy()
     provenance = {

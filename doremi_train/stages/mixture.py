@@ -12,7 +12,8 @@ from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.exports import convert, formats
-from doremi_train.methods import swarm
+from doremi_train.methods import box
+from doremi_train.methods.box import inside, project
 from doremi_train.stages import (
     Session,
     adaptive,
@@ -38,7 +39,7 @@ def run(session: Session) -> mixture.Mixture:
     return mixture
 
 
-def within(session: Session, store: TokenStore) -> swarm.Box | None:
+def within(session: Session, store: TokenStore) -> box.Box | None:
     """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave stay as they are.
     Raises UserError where it leaves none."""
     return None if session.config.mixture.method == "file" else language_model.caps(session, store, 0.0, "")
@@ -47,7 +48,7 @@ def within(session: Session, store: TokenStore) -> swarm.Box | None:
 def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
     """(K,) within mixture.max_epochs: what a domain has too much goes to the others in proportion."""
     box, point = within(session, store), found.numpy()
-    return found if box is None or swarm.inside(point, box) else torch.from_numpy(swarm.project(point, box))
+    return found if box is None or inside(point, box) else torch.from_numpy(project(point, box))
 
 
 def _capped(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:

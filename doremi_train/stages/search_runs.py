@@ -5,7 +5,7 @@ import torch
 
 from doremi_train import comm, mixture
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import swarm
+from doremi_train.methods import box, swarm
 from doremi_train.stages import Session, once, prepare, swarm_runs, swarm_search
 
 _STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
@@ -35,6 +35,6 @@ def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:
     random = np.random.default_rng([session.config.seed, _STREAM])
     points = problem.space.expand(swarm.design(problem.prior, problem.inside, problem.draws, random))
     return {
-        f"search/run-{index}": torch.from_numpy(swarm.on_grid(point, problem.within))
+        f"search/run-{index}": torch.from_numpy(box.on_grid(point, problem.within))
         for index, point in enumerate(points)
     }

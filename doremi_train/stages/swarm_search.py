@@ -22,8 +22,8 @@ from doremi_train import comm, files, mixture
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import swarm
-from doremi_train.methods.swarm import Box, Floats, Space
+from doremi_train.methods import box, regressors, swarm
+from doremi_train.methods.box import Box, Floats, Space
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, swarm_runs
 
@@ -84,7 +84,7 @@ def _problem(session: Session, store: TokenStore) -> Problem:
             "gaussian_process"
         )
     within = language_model.caps(session, store, options.floor, "swarm.floor")
-    space = swarm.space(_frozen(options.frozen, store.domains))
+    space = box.space(_frozen(options.frozen, store.domains))
     try:
         inside = space.box(within)
     except ValueError as error:
@@ -174,9 +174,9 @@ def _draw(session: Session, problem: Problem, rows: Sequence[Row], number: int) 
         found = {f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()}
         points = swarm.design(problem.prior, problem.inside, problem.draws, random)
     else:
-        fit = swarm.REGRESSORS[options.regressor](*_table(problem, rows))
+        fit = regressors.REGRESSORS[options.regressor](*_table(problem, rows))
         points = swarm.explore(fit, problem.prior, problem.inside, options.kl, problem.draws, random)
-    drawn = (swarm.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
+    drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
     found |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
     return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
 
@@ -219,16 +219,16 @@ def _propose(session: Session, problem: Problem, rows: Sequence[Row]) -> Propose
     """Fit, solve at λ, 4 λ, …, and say what is to be expected."""
     options, random = session.config.swarm, _random(session, 0)
     points, losses = _table(problem, rows)
-    fit, realised = swarm.REGRESSORS[options.regressor](points, losses), losses.mean(1)
+    fit, realised = regressors.REGRESSORS[options.regressor](points, losses), losses.mean(1)
     unseen = swarm.out_of_fold(points, losses, options.regressor, random).mean(1)
     diagnostics, proposals = swarm.diagnose(unseen, realised), []
     for index in range(options.candidates):
         point = swarm.solve(fit, problem.prior, problem.inside, options.kl * 4**index, random)
-        near = swarm.distance(points, point)
+        near = box.distance(points, point)
         predicted = float(fit.predict(point[None]).mean())
         proposals.append(
             Proposal(
-                mixed=swarm.on_grid(problem.space.expand(point), problem.within),
+                mixed=box.on_grid(problem.space.expand(point), problem.within),
                 predicted=predicted,
                 interval=swarm.interval(predicted, near, realised - unseen),
                 distance=float(near.min()),
@@ -241,9 +241,9 @@ def _propose(session: Session, problem: Problem, rows: Sequence[Row]) -> Propose
 def _baselines(problem: Problem) -> dict[str, Tensor]:
     """What a proposal has to beat, (K,) each: natural, uniform, and UniMax, which is uniform within caps and floors."""
     uniform = np.full(len(problem.names), 1 / len(problem.names))
-    unimax = swarm.on_grid(swarm.project(uniform, problem.within), problem.within)
+    unimax = box.on_grid(box.project(uniform, problem.within), problem.within)
     found = {"natural": problem.natural, "uniform": uniform}
-    found["unimax"] = uniform if swarm.inside(uniform, problem.within) else unimax
+    found["unimax"] = uniform if box.inside(uniform, problem.within) else unimax
     return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
 
 
@@ -263,7 +263,7 @@ def _conclude(
             line |= {"predicted": found.predicted, "interval": found.interval, "distance": found.distance}
             line["refused"] = found.refused + swarm.confirm(realised, found.interval)
         else:
-            kept = swarm.inside(np.array(row.weights), problem.within)
+            kept = box.inside(np.array(row.weights), problem.within)
             line["refused"] = [] if kept else ["it is outside mixture.max_epochs or swarm.floor"]
         lines.append(line)
     chosen = min((line for line in lines if not line["refused"]), key=lambda line: line["realised"])
@@ -318,7 +318,7 @@ def _lines(problem: Problem, rows: Sequence[Row], proposed: Proposed) -> list[di
             "loss": float(np.mean(row.losses)),
             "fitted": float(proposed.fitted[index]),
             "out_of_fold": float(proposed.unseen[index]),
-            "distance": float(swarm.distance(np.array(row.weights), first)),  # from the first proposal
+            "distance": float(box.distance(np.array(row.weights), first)),  # from the first proposal
         }
         for index, row in enumerate(rows)
     ]
