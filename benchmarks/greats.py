@@ -20,11 +20,12 @@ import torch
 
 from benchmarks import common, step
 from benchmarks.step import DOMAINS, STEPS, Setting, Steps
-from doremi_train import batch_selection, model, optim
+from doremi_train import batch_selection
 from doremi_train.batch_selection import Options
 from doremi_train.data.batches import read
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy, greats
+from doremi_train.model import folders, optim
 from doremi_train.runs import Run
 from doremi_train.train import Position, Task, Trainer
 
@@ -47,7 +48,7 @@ def training(of: Setting, label: str, selection: Options | None, parts: int = 1)
         evaluation=losses.Options(every=STEPS),
         selection=batch_selection.Setting(selection, count, target) if selection else None,
     )
-    trainer = Trainer(task, model.build(of.config, 0), of.place)
+    trainer = Trainer(task, folders.build(of.config, 0), of.place)
     state = cross_entropy.init(DOMAINS, STEPS, task.objective_options)
     yield from trainer.steps(Position(0, state, np.zeros(DOMAINS, dtype=np.int64)))
 
@@ -55,7 +56,7 @@ def training(of: Setting, label: str, selection: Options | None, parts: int = 1)
 def naive(of: Setting) -> Steps:
     """A backward for every example, all their gradients in memory, and the picks once more."""
     device, count, length = of.place.device, of.training.batch_size, of.training.sequence_length
-    lm = model.build(of.config, 0).to(device)
+    lm = folders.build(of.config, 0).to(device)
     lm.precision = of.training.precision
     parameters = list(lm.parameters())
     optimizer = optim.build(lm, of.training)

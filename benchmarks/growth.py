@@ -35,7 +35,7 @@ from doremi_train.data.batches import read
 from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import doremi
-from doremi_train.projection import Projection
+from doremi_train.model.projection import Projection
 from doremi_train.stages import Session, plan
 from doremi_train.stages.options import Config
 from doremi_train.world import World

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from doremi_train import lora, model
 from doremi_train.methods import less
+from doremi_train.model import language_model, lora
 from doremi_train.selection import influence
 from doremi_train.selection.influence import Checkpoint, Coded
 
@@ -96,7 +96,7 @@ def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> S
     inner = AutoModelForCausalLM.from_config(config)
     options = lora.Options(rank=rank, alpha=4.0 * rank, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
     lora.add(inner, options, 0, "rank")
-    tuning = model.CompletionModel(inner).to(device)
+    tuning = language_model.CompletionModel(inner).to(device)
     random = np.random.default_rng(0)
     pool = [random.integers(0, given.vocabulary, length).astype(np.int32) for length in random.integers(32, 161, count)]
     optimizer = torch.optim.AdamW([p for p in tuning.parameters() if p.requires_grad], lr=1e-3)

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler talks
-
 import torch
 import torch.nn.functional as F
 
 from benchmarks import common, step
-from doremi_train import model
-from doremi_train.projection import Projection
+from doremi_train.model import language_model
+from doremi_train.model.projection import Projection
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler talks
 
 VOCABULARIES = (1 << 10, 1 << 13, 1 << 15, 1 << 17)
 SHAPES = [(tokens, width, vocabulary) for tokens in (1024, 4096) for width in (64, 256) for vocabulary in VOCABULARIES]
@@ -48,7 +48,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             times = _times(*shape, given)
             found = common.ratio(times["fused"], times["plain"])
             ratios["fused_over_plain_{}x{}x{}".format(*shape)] = found
-            taken = "fused" if model.fuses(shape[0], shape[2], shape[1], _device(given).type) else "plain"
+            taken = "fused" if language_model.fuses(shape[0], shape[2], shape[1], _device(given).type) else "plain"
             rows.append((*shape, *(1e3 * statistics.median(times[side]) for side in ("fused", "plain")), found, taken))
     common.table(
         "projection, loss and backward",
@@ -107,7 +107,7 @@ def _times(tokens: int, width: int, vocabulary: int, given: argparse.Namespace) 
     fused = Projection(head)
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), device=device)
-    at_once = model.logits_at_once(tokens, vocabulary, device.type)
+    at_once = language_model.logits_at_once(tokens, vocabulary, device.type)
 
     def backward(losses: torch.Tensor) -> None:
         losses.sum().backward()

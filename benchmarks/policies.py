@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from doremi_train import batch_selection, costs, engine, launcher, model
+from doremi_train import batch_selection, engine, launcher
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
 from doremi_train.data.batches import read
@@ -31,6 +31,7 @@ from doremi_train.data.tokens import shards, tokenizer, writing
 from doremi_train.evaluation import losses
 from doremi_train.evaluation.statistics import paired
 from doremi_train.methods import cross_entropy
+from doremi_train.model import configs, costs, folders
 from doremi_train.runs import Run
 from doremi_train.train import Options as Training
 from doremi_train.train import Position, Task, Trainer
@@ -149,11 +150,11 @@ def _task(store: shards.TokenStore, name: str, seed: int, steps: int, folder: Pa
 
 
 def _trainer(task: Task, store: shards.TokenStore, seed: int) -> Trainer:
-    shape = model.resolve(
-        model.Options(**model.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+    shape = configs.resolve(
+        configs.Options(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        return Trainer(task, model.build(shape, seed), engine.start(launcher.Options(device="cpu"), "fp32", 60))
+        return Trainer(task, folders.build(shape, seed), engine.start(launcher.Options(device="cpu"), "fp32", 60))
 
 
 def _begin(task: Task) -> Position:
@@ -251,7 +252,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             for policy, chosen in policies.items():
                 runs[policy].append(trained(store, target, policy, chosen, seed, steps, start, folder))
                 print(seed, policy, runs[policy][-1].losses[-1], flush=True)
-        shape = costs.shape(model.resolve(model.Options(**model.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
+        shape = costs.shape(configs.resolve(configs.Options(**configs.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
     figures: dict[str, Any] = {
         policy: {
             "losses": [run.losses for run in of],

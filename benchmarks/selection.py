@@ -18,13 +18,14 @@ import torch
 
 from benchmarks import common
 from benchmarks.growth import drawn, plain_session
-from doremi_train import charts, engine, launcher, model
+from doremi_train import charts, engine, launcher
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import cross_entropy
+from doremi_train.model import configs, folders
 from doremi_train.runs import Run
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
@@ -104,8 +105,8 @@ def trained(
     store: TokenStore, evaluated: TokenStore, target: str, seed: int, steps: int, folder: Path
 ) -> list[tuple[float, float]]:
     """Loss of the target, and mean loss of the other domains, at EVALUATIONS steps; nats per token."""
-    shape = model.resolve(
-        model.Options(**model.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+    shape = configs.resolve(
+        configs.Options(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
     )
     training = Training(
         steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=4e-3, end_learning_rate=4e-4,
@@ -121,7 +122,7 @@ def trained(
         training=training,
         evaluation=losses.Options(sequences=1, every=10 * steps),
     )
-    network = model.build(shape, seed)
+    network = folders.build(shape, seed)
     trainer = Trainer(task, network, engine.start(launcher.Options(device="cpu"), "fp32", 60))
     found = []
     start = cross_entropy.init(1, steps, task.objective_options)

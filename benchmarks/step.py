@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks import common
-from doremi_train import costs, engine, launcher, losses, model
+from doremi_train import engine, launcher, losses
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.evaluation import losses as evaluation_losses
+from doremi_train.evaluation import losses as evaluating
 from doremi_train.methods import Objective, cross_entropy, doremi
+from doremi_train.model import configs, costs, folders
 from doremi_train.runs import Run
 from doremi_train.train import Options, Position, Task, Trainer
 
@@ -74,11 +75,11 @@ def ours(of: Setting, label: str, objective: Objective, options: Any, reference:
         store=of.store,
         seed=0,
         training=of.training,
-        evaluation=evaluation_losses.Options(every=STEPS),
+        evaluation=evaluating.Options(every=STEPS),
         accumulation="exact",
         reference=reference,
     )
-    built = model.build(of.config, 0)
+    built = folders.build(of.config, 0)
     if not of.fused:
         built.projection = None
     trainer = Trainer(task, built, of.place)
@@ -92,7 +93,7 @@ def plain(of: Setting, label: str = "plain") -> Steps:
 
 
 def live(of: Setting) -> Steps:
-    reference = losses.Live(model.build(of.config, 1), of.place.device, of.training.precision)
+    reference = losses.Live(folders.build(of.config, 1), of.place.device, of.training.precision)
     return ours(of, "live", doremi, doremi.Options(), reference)
 
 
@@ -111,7 +112,7 @@ def _no_model() -> losses.Live:
 def handwritten(of: Setting) -> Steps:
     """The shortest loop: one stream of tokens, nothing to resume, no logs."""
     device, length, stream = of.place.device, of.training.sequence_length, of.tokens()
-    lm = model.build(of.config, 0).inner.to(device)
+    lm = folders.build(of.config, 0).inner.to(device)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99999)
     random = np.random.default_rng(0)
@@ -163,7 +164,7 @@ def hf_trainer(of: Setting) -> Steps:
         disable_tqdm=True,
     )
     trainer = transformers.Trainer(
-        model.build(of.config, 0).inner, arguments, train_dataset=examples, callbacks=[Turns()]
+        folders.build(of.config, 0).inner, arguments, train_dataset=examples, callbacks=[Turns()]
     )
 
     def train() -> None:
@@ -258,8 +259,8 @@ def setting(name: str, given: argparse.Namespace, folder: Path) -> Setting:
     )
     place = engine.start(launcher.Options(device=given.device), given.precision, timeout=60)
     store = common.token_store(folder / "data", DOMAINS, 512 * (size.length + 1), size.vocabulary)
-    preset = model.Options(**model.preset(name, "--model"))
-    config = model.resolve(preset, store.vocabulary_size, store.end_of_document, size.length)
+    preset = configs.Options(**configs.preset(name, "--model"))
+    config = configs.resolve(preset, store.vocabulary_size, store.end_of_document, size.length)
     return Setting(config, training, store, place, folder)
 
 

@@ -24,10 +24,11 @@ import zstandard
 from tokenizers import Tokenizer
 
 from benchmarks import common
-from doremi_train import files, model
+from doremi_train import files
 from doremi_train.data.corpus import installed
 from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import importance
+from doremi_train.model import folders
 
 POLICIES = ("none", "rho", "dimp", "imp")
 SPAN, NOISE = 200, 0.1  # characters shuffled together; part of the characters
@@ -117,7 +118,7 @@ def sequences(out: Path, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tens
 @torch.no_grad()
 def losses(folder: Path, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """(N, T) nats."""
-    loaded = model.load(folder, vocabulary, "model").eval()
+    loaded = folders.load(folder, vocabulary, "model").eval()
     return torch.cat([loaded(part) for part in tokens.split(32)])
 
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from doremi_train import comm, launcher, optim
+from doremi_train import comm, launcher
 from doremi_train.config import UserError
 from doremi_train.launcher import Options
-from doremi_train.model import LanguageModel
+from doremi_train.model import language_model, optim
+from doremi_train.model.language_model import LanguageModel
 
 
 class Place(NamedTuple):
@@ -111,7 +112,7 @@ def build(
             "use engine=ddp or fsdp2"
         )
     if state is not None:  # before the model is in parts
-        for name, tensor in _tensors(model):
+        for name, tensor in language_model.tensors_of(model):
             if name in state["model"]:  # frozen parameters are as they were
                 tensor.data.copy_(state["model"][name])
     moments = state["optimizer"] if state is not None else {}
@@ -181,7 +182,7 @@ class Native:
     def state(self) -> dict[str, Any]:
         keep = comm.world().first
         model, optimizer = {}, {}
-        for name, tensor in _tensors(self._bare):
+        for name, tensor in language_model.tensors_of(self._bare):
             whole = comm.whole(tensor)
             states = {key: comm.whole(value) for key, value in self.optimizer.state.get(tensor, {}).items()}
             if keep:
@@ -249,7 +250,7 @@ class Zero:
         keep = comm.world().first
         steps = self._link()
         model, optimizer = {}, {}
-        for name, tensor in _tensors(self._bare):
+        for name, tensor in language_model.tensors_of(self._bare):
             if not isinstance(tensor, nn.Parameter):
                 if keep:
                     model[name] = tensor.cpu()
@@ -305,10 +306,3 @@ class Zero:
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (tied ones once) and the buffers that are saved, by name."""
-    saved = model.state_dict(keep_vars=True).keys()
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -31,7 +31,7 @@ from doremi_train.data.batches import MicroBatch
 from doremi_train.data.sampler import Ints
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
-from doremi_train.model import LanguageModel
+from doremi_train.model.language_model import LanguageModel
 
 Halves = NDArray[np.float16]
 

@@ -15,7 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, files, optim
+from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, files
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
@@ -24,7 +24,9 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.losses import Reference
 from doremi_train.methods import Objective
-from doremi_train.model import LanguageModel, save
+from doremi_train.model import optim
+from doremi_train.model.folders import save
+from doremi_train.model.language_model import LanguageModel
 from doremi_train.runs import Preempted, Run, set_status, stop
 
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from doremi_train import comm, engine, model
+from doremi_train import comm, engine
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.losses import Live
 from doremi_train.methods import doremi
+from doremi_train.model import configs, folders, language_model
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.train import Options, Task, Trainer
 
@@ -81,7 +82,7 @@ def options(case: Case, world: int) -> Options:
 
 
 def shape(store: TokenStore) -> dict[str, Any]:
-    return model.resolve(model.Options(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
+    return configs.resolve(configs.Options(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
 
 
 def train(case: Case, out: Path, place: engine.Place, store: TokenStore, reference: Path) -> None:
@@ -95,20 +96,20 @@ def train(case: Case, out: Path, place: engine.Place, store: TokenStore, referen
         training=options(case, comm.world().size),
         evaluation=losses.Options(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
-        reference=Live(model.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
+        reference=Live(folders.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
     )
-    built = model.build(shape(store), 1)
+    built = folders.build(shape(store), 1)
     if case.broken_step is not None:
         break_one(built, store, case)
     if case.stopped is not None:
         with pytest.raises(Preempted, match=f"saved at step {case.stopped} of {STEPS}"):
             fit(task, built, place, case.stopped)
         stop.requested = False
-        built = model.build(shape(store), 2)  # another one: what counts is in the checkpoint
+        built = folders.build(shape(store), 2)  # another one: what counts is in the checkpoint
     fit(task, built, place)
 
 
-def fit(task: Task, built: model.LanguageModel, place: engine.Place, stopped: int | None = None) -> None:
+def fit(task: Task, built: language_model.LanguageModel, place: engine.Place, stopped: int | None = None) -> None:
     trainer = Trainer(task, built, place)
     if stopped is not None:
         stop_in(built, stopped)
@@ -118,7 +119,7 @@ def fit(task: Task, built: model.LanguageModel, place: engine.Place, stopped: in
         trainer.engine.close()
 
 
-def stop_in(built: model.LanguageModel, step: int) -> None:
+def stop_in(built: language_model.LanguageModel, step: int) -> None:
     """Set the flag that a signal sets, on the last rank alone, in the forward of this step."""
     forwards = itertools.count(1)
 
@@ -129,7 +130,7 @@ def stop_in(built: model.LanguageModel, step: int) -> None:
     built.register_forward_pre_hook(hook)
 
 
-def break_one(built: model.LanguageModel, store: TokenStore, case: Case) -> None:
+def break_one(built: language_model.LanguageModel, store: TokenStore, case: Case) -> None:
     """Wherever the first sequence of the broken step turns up, its loss is not a number."""
     from doremi_train.data.batches import Batches
 
@@ -171,9 +172,9 @@ def main() -> None:
     store = TokenStore.open(data)
     for name, case in cases(comm.world().size).items():
         with pytest.MonkeyPatch.context() as patch, counted() as exchanges:
-            patch.setattr(model, "_NARROW_ON_CPU", 0)  # plain logits in all cases but one
+            patch.setattr(language_model, "_NARROW_ON_CPU", 0)  # plain logits in all cases but one
             if case.logits is not None:
-                patch.setattr(model, "_LOGITS_ON_CPU", case.logits)
+                patch.setattr(language_model, "_LOGITS_ON_CPU", case.logits)
             train(case, out / name, place, store, reference)
         if comm.world().first:
             (out / name / "exchanges.json").write_text(json.dumps(exchanges))

@@ -8,8 +8,9 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from doremi_train import costs, model
 from doremi_train.config import conf_dir
+from doremi_train.model import configs, costs, folders, language_model
+from doremi_train.model import language_model as lm
 
 LENGTH, ROWS, VOCABULARY = 48, 4, 512
 CPU = torch.device("cpu")
@@ -25,11 +26,11 @@ MODELS = {"tiny": TINY, "llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2}
 
 
 def config(values: dict[str, Any]) -> dict[str, Any]:
-    return model.resolve(model.Options(config=dict(values)), VOCABULARY, 0, LENGTH)
+    return configs.resolve(configs.Options(config=dict(values)), VOCABULARY, 0, LENGTH)
 
 
-def built(values: dict[str, Any], checkpointing: bool = False) -> tuple[model.LanguageModel, torch.Tensor]:
-    language_model = model.build(config(values), 0, checkpointing).train()
+def built(values: dict[str, Any], checkpointing: bool = False) -> tuple[language_model.LanguageModel, torch.Tensor]:
+    language_model = folders.build(config(values), 0, checkpointing).train()
     language_model.inner.set_attn_implementation("eager")  # the counter passes over fused attention on a CPU
     tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     return language_model, tokens
@@ -59,7 +60,7 @@ def test_a_forward_is_what_torch_counts(name: str) -> None:
 def test_a_step_is_what_torch_counts(
     name: str, fused: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, *(("_LOGITS_ON_CPU", 1000) if fused else ("_NARROW_ON_CPU", 0)))
+    monkeypatch.setattr(lm, *(("_LOGITS_ON_CPU", 1000) if fused else ("_NARROW_ON_CPU", 0)))
     language_model, tokens = built(MODELS[name], checkpointing)
     of = costs.shape(config(MODELS[name]))
     found = counted(lambda: language_model(tokens).sum().backward())
@@ -110,7 +111,7 @@ def test_states_are_divided_as_the_engine_divides_them(strategy: str, parts: tup
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_optimiser_states_are_those_that_torch_keeps(name: Any) -> None:
-    from doremi_train import optim
+    from doremi_train.model import optim
 
     language_model, tokens = built(TINY)
     optimizer = optim.build(language_model, optim.Options(optimizer=name))
@@ -123,7 +124,7 @@ def test_optimiser_states_are_those_that_torch_keeps(name: Any) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_activations_are_about_what_autograd_keeps(name: str, checkpointing: bool) -> None:
-    language_model = model.build(config(MODELS[name]), 0, checkpointing).train()
+    language_model = folders.build(config(MODELS[name]), 0, checkpointing).train()
     tokens = torch.arange(ROWS * (LENGTH + 1)).view(ROWS, -1) % VOCABULARY
     own = {p.untyped_storage().data_ptr() for p in language_model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -150,7 +151,7 @@ def test_logits_stop_growing_where_the_projection_is_fused() -> None:
     rows, length = 4, 1024
     bare = costs.activations(of._replace(vocabulary=0), rows, length, "fp32", False)
     assert costs.activations(small, rows, length, "fp32", False) - bare == 8 * rows * length << 10
-    assert costs.activations(large, rows, length, "fp32", False) - bare == 8 * model._LOGITS_ON_CPU
+    assert costs.activations(large, rows, length, "fp32", False) - bare == 8 * language_model._LOGITS_ON_CPU
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from doremi_train.data.batches import MicroBatch
 from doremi_train.domain_gradients import DomainGradients, Target
 from doremi_train.methods import doge
 from doremi_train.methods.doge import Options, Stats
-from doremi_train.model import LanguageModel
+from doremi_train.model.language_model import LanguageModel
 
 K, T = 3, 5
 

@@ -11,8 +11,8 @@ import engines
 import pytest
 from conftest import environment, run_here
 
-from doremi_train import model
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.model import folders
 
 pytestmark = pytest.mark.acceptance
 
@@ -27,9 +27,9 @@ def launch(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
     assert run_here(*tiny, f"run_dir={folder / 'prepare'}", "stage=prepare").code == 0
     data = (folder / "prepare" / "prepare").resolve()
     store = TokenStore.open(data)
-    reference = model.build(engines.shape(store), 0)
+    reference = folders.build(engines.shape(store), 0)
     tensors = dict(reference.named_parameters())
-    model.save(reference, tensors, folder / "reference", store.tokenizer(), store.end_of_document)
+    folders.save(reference, tensors, folder / "reference", store.tokenizer(), store.end_of_document)
     known: dict[tuple[int, str], dict[str, Trajectory]] = {}
 
     def train(world: int, name: str) -> dict[str, Trajectory]:

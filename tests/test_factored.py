@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from doremi_train import optim
 from doremi_train.gradients import capture, directional, factors, products
-from doremi_train.model import LanguageModel
+from doremi_train.model import optim
+from doremi_train.model.language_model import LanguageModel
 
 N, T, V, D = 4, 6, 13, 8
 SHAPES = {
@@ -78,7 +78,7 @@ def ours(kind: str, fused: bool, **more: Any) -> Case:
 
     def losses() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("doremi_train.model._LOGITS_ON_CPU", at_once)
+            patch.setattr("doremi_train.model.language_model._LOGITS_ON_CPU", at_once)
             patch.setattr("doremi_train.gradients.factors.NUMBERS", 2 * N * T)  # blocks of two rows
             return model(tokens)
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from doremi_train import lora, model
 from doremi_train.config import UserError
 from doremi_train.data import instructions, options
 from doremi_train.data.chat import Encoder, Example, coded, padded
 from doremi_train.data.instructions import Instructions
 from doremi_train.data.tokens import tokenizer
 from doremi_train.gradients import capture, products
+from doremi_train.model import configs, folders, language_model, lora
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -55,9 +55,9 @@ def write(path: Path, records: list[Any]) -> Path:
 def save_model(folder: Path, name: str = "tiny") -> Path:
     """A model of this project, initialised, as a run writes it."""
     spoken = tokenizer.learn([f"{one['prompt']} {one['completion']}" for one in pairs(1, 200)], 300)
-    shape = model.resolve(model.Options(**model.preset(name, "model")), tokenizer.vocabulary_size(spoken), 0, 64)
-    built = model.build(shape, 0)
-    model.save(built, dict(built.named_parameters()), folder, spoken, 0)
+    shape = configs.resolve(configs.Options(**configs.preset(name, "model")), tokenizer.vocabulary_size(spoken), 0, 64)
+    built = folders.build(shape, 0)
+    folders.save(built, dict(built.named_parameters()), folder, spoken, 0)
     return folder
 
 
@@ -207,8 +207,8 @@ def batch(base: Path) -> tuple[Tensor, list[tuple[list[int], list[bool]]]]:
 
 def test_losses_are_those_of_completions_alone(base: Path) -> None:
     tokens, examples = batch(base)
-    inner = model.read(base, "finetune.model")
-    losses = model.CompletionModel(inner)(tokens).detach()
+    inner = folders.read(base, "finetune.model")
+    losses = language_model.CompletionModel(inner)(tokens).detach()
     for row, (ids, carries) in zip(losses, examples, strict=True):
         logits = inner(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         expected = [-float(logits[t, ids[t + 1]]) if carries[t + 1] else 0.0 for t in range(len(ids) - 1)]
@@ -219,9 +219,9 @@ def test_losses_are_those_of_completions_alone(base: Path) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_of_examples_through_lora_are_autograd_s(base: Path, dropout: float) -> None:
     """Masks, LoRA's scale and its dropout: what GREATS scores by is what training would do."""
-    inner = model.read(base, "finetune.model")
+    inner = folders.read(base, "finetune.model")
     lora.add(inner, lora.Options(rank=3, alpha=7.0, dropout=dropout), 0, "finetune.lora")
-    built = model.CompletionModel(inner.double())
+    built = language_model.CompletionModel(inner.double())
     named = {name: p for name, p in built.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     for parameter in named.values():  # LoRA begins with B = 0

@@ -11,11 +11,12 @@ from conftest import Command, Outcome, documents, write_jsonl
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from doremi_train import batch_selection, model
+from doremi_train import batch_selection
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.gradients import capture, directional, products
 from doremi_train.methods import greats
+from doremi_train.model import configs, folders
 
 # ── The greedy ──────────────────────────────────────────────────────────────────────
 
@@ -78,8 +79,8 @@ def test_a_near_duplicate_is_refused_while_others_are_left() -> None:
 
 def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
     """gain (16,), gram (16, 16) and λ of eight examples and their exact duplicates, on a real model."""
-    options = model.Options(**model.preset("tiny", "model"))
-    built = model.build(model.resolve(options, 300, 0, 32), 0)
+    options = configs.Options(**configs.preset("tiny", "model"))
+    built = folders.build(configs.resolve(options, 300, 0, 32), 0)
     tokens = torch.randint(300, (16, 33), generator=torch.Generator().manual_seed(0))
     validation, tokens = tokens[8:], tokens[:8].repeat(2, 1)
     examples = capture.capture(built, lambda: built(tokens) / 32, (16, 32)).examples
@@ -268,8 +269,8 @@ def test_engines_that_cut_the_model_are_refused_by_name(strategy: str) -> None:
 def test_scores_are_of_the_examples_own_mean_loss() -> None:
     """Oracle of what the loop scores by: ⟨g_i, g_val⟩ by autograd, one example at a time."""
     gain, gram, _ = pairs_of_examples()
-    options = model.Options(**model.preset("tiny", "model"))
-    built = model.build(model.resolve(options, 300, 0, 32), 0)
+    options = configs.Options(**configs.preset("tiny", "model"))
+    built = folders.build(configs.resolve(options, 300, 0, 32), 0)
     tokens = torch.randint(300, (16, 33), generator=torch.Generator().manual_seed(0))
 
     def gradient(rows: Tensor) -> Tensor:

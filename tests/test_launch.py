@@ -126,8 +126,9 @@ def test_deepspeed_s_files_are_read(tmp_path: Path) -> None:
 def test_adafactor_is_refused_where_matrices_are_cut(strategy: str) -> None:
     import torch
 
-    from doremi_train import engine, optim
+    from doremi_train import engine
     from doremi_train.config import UserError
+    from doremi_train.model import optim
 
     place = engine.Place(strategy, torch.device("cpu"), False, {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="training.optimizer=adafactor.*engine=ddp"):

@@ -12,7 +12,7 @@ from conftest import Command, start
 
 from benchmarks import planted_tasks
 from benchmarks.planted_tasks import TASKS, records, write
-from doremi_train import optim
+from doremi_train.model import optim
 
 pytest.importorskip("numba", reason="the baselines by words need the extra select")
 

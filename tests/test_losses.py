@@ -17,13 +17,14 @@ import torch
 from conftest import LONG, Command, environment, run_here, write_jsonl
 from running import lines, read, same_bits, same_numbers
 
-from doremi_train import losses, model
+from doremi_train import losses
 from doremi_train.config import UserError
 from doremi_train.data.batches import Batches, MicroBatch
 from doremi_train.data.batches import read as read_batch
 from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.losses import Cached, Live, Table
+from doremi_train.model import configs, folders
 from doremi_train.stages import reference_losses
 
 LENGTH = 32  # of conftest's TINY
@@ -51,9 +52,9 @@ class Counted(Live):
 
     def __init__(self, data: TokenStore, seed: int = 0) -> None:
         config = {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-        options = model.Options(config=config | {"num_attention_heads": 2})
-        shape = model.resolve(options, data.vocabulary_size, data.end_of_document, LENGTH)
-        super().__init__(model.build(shape, seed), CPU, "fp32")
+        options = configs.Options(config=config | {"num_attention_heads": 2})
+        shape = configs.resolve(options, data.vocabulary_size, data.end_of_document, LENGTH)
+        super().__init__(folders.build(shape, seed), CPU, "fp32")
         self.seen: list[tuple[int, int]] = []
 
     def losses(self, micro: MicroBatch) -> torch.Tensor:
@@ -307,7 +308,7 @@ def test_every_round_has_its_own(fresh: list[str], tmp_path: Path) -> None:
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.rounds=2", "proxy.round_tolerance=0")
     said = [read(folder / "recipe.json")["reference"] for folder in tables(tmp_path / "store")]
     models = [tmp_path / "run" / name / "model" for name in ("reference", "proxy/round-2/reference")]
-    assert sorted(said) == sorted(model.folder_fingerprint(folder) for folder in models)
+    assert sorted(said) == sorted(folders.folder_fingerprint(folder) for folder in models)
 
 
 def test_other_data_has_its_own(fresh: list[str], corpus: Path, tmp_path: Path) -> None:

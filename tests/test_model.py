@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from doremi_train import model
 from doremi_train.config import UserError
 from doremi_train.data.tokens import tokenizer
-from doremi_train.model import LanguageModel, Options
+from doremi_train.model import configs, folders, language_model
+from doremi_train.model import language_model as lm
+from doremi_train.model.configs import Options
+from doremi_train.model.language_model import LanguageModel
 
 TINY: dict[str, Any] = {
     "model_type": "gpt_neox", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16,
@@ -28,12 +30,12 @@ TOKENS = torch.randint(300, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
 def build(config: dict[str, Any] = TINY, vocabulary: int = 300, **options: Any) -> LanguageModel:
-    return model.build(model.resolve(Options(config=config), vocabulary, 0, 16), 0, **options)
+    return folders.build(configs.resolve(Options(config=config), vocabulary, 0, 16), 0, **options)
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, logits: int = 900) -> None:
     """From now on no more than so many logits exist at once."""
-    monkeypatch.setattr(model, "_LOGITS_ON_CPU", logits)
+    monkeypatch.setattr(language_model, "_LOGITS_ON_CPU", logits)
 
 
 def oracle(language_model: LanguageModel, tokens: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def test_fused_and_plain_losses_are_the_same_under_autocast_and_not_rounded_to_b
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     language_model = build()
-    monkeypatch.setattr(model, "_NARROW_ON_CPU", 0)
+    monkeypatch.setattr(lm, "_NARROW_ON_CPU", 0)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         plain = language_model(TOKENS)
         fuse(monkeypatch)
@@ -137,8 +139,8 @@ SIZES = {  # layers, heads, head size, d_model, d_ff of the paper
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(name: str, vocabulary: int) -> None:
     layers, heads, head, width, inner = SIZES[name]
-    config = model.resolve(Options(**model.preset(name, "model")), vocabulary, 0, 4096)
-    total, body = model.parameters(config)
+    config = configs.resolve(Options(**configs.preset(name, "model")), vocabulary, 0, 4096)
+    total, body = configs.parameters(config)
     assert heads * head == width
     assert config["num_attention_heads"] == heads and config["vocab_size"] == vocabulary
     # Attention 4 d² + 4 d, feed-forward 2 d f + f + d, two norms of 2 d; then the last norm. Embeddings are tied.
@@ -148,7 +150,7 @@ def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(name: str, voc
 
 def test_an_unknown_preset_is_told_the_known_ones() -> None:
     with pytest.raises(UserError, match="model=2b: no such model; allowed: .*280m.*tiny"):
-        model.preset("2b", "model")
+        configs.preset("2b", "model")
 
 
 @pytest.mark.parametrize(
@@ -165,32 +167,32 @@ def test_an_unknown_preset_is_told_the_known_ones() -> None:
 )
 def test_a_wrong_config_is_refused_by_name(options: Options, length: int, named: str) -> None:
     with pytest.raises(UserError) as error:
-        model.resolve(options, 300, 0, length)
+        configs.resolve(options, 300, 0, length)
     assert named in str(error.value)
 
 
 def test_positions_grow_with_the_sequence_where_nobody_chose_them() -> None:
-    assert model.resolve(Options(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
+    assert configs.resolve(Options(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
 
 
 def test_a_config_from_a_folder_or_a_file_is_the_mapping(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    expected = model.resolve(Options(config=TINY), 300, 0, 16)
+    expected = configs.resolve(Options(config=TINY), 300, 0, 16)
     for path in (tmp_path, tmp_path / "config.json"):
-        assert model.resolve(Options(path=str(path)), 300, 0, 16) == expected
+        assert configs.resolve(Options(path=str(path)), 300, 0, 16) == expected
 
 
 def test_a_resolved_config_is_plain_and_has_the_tokeniser_s_vocabulary_and_end() -> None:
-    config = model.resolve(Options(config=TINY), 321, 7, 16)
+    config = configs.resolve(Options(config=TINY), 321, 7, 16)
     assert json.loads(json.dumps(config)) == config
     assert config["vocab_size"] == 321 and config["model_type"] == "gpt_neox"
-    inner = model.build(config, 0).inner
+    inner = folders.build(config, 0).inner
     assert (inner.config.eos_token_id, inner.get_output_embeddings().weight.shape) == (7, (321, 16))
 
 
 def test_the_same_seed_gives_the_same_parameters() -> None:
-    config = model.resolve(Options(config=TINY), 300, 0, 16)
-    states = [model.build(config, seed).state_dict() for seed in (0, 0, 1)]
+    config = configs.resolve(Options(config=TINY), 300, 0, 16)
+    states = [folders.build(config, seed).state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
     assert all(value.dtype == torch.float32 for value in states[0].values() if value.is_floating_point())
@@ -209,7 +211,7 @@ TOKENIZER = tokenizer.learn(["some text for a small tokeniser"], 300)
 
 def saved(folder: Path, **changes: Any) -> LanguageModel:
     language_model = build({**TINY, **changes}, vocabulary=TOKENIZER.get_vocab_size()).eval()
-    model.save(language_model, dict(language_model.named_parameters()), folder, TOKENIZER, 0)
+    folders.save(language_model, dict(language_model.named_parameters()), folder, TOKENIZER, 0)
     return language_model
 
 
@@ -220,7 +222,7 @@ def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tied:
     language_model = saved(tmp_path, tie_word_embeddings=tied)
     tokens = TOKENS % TOKENIZER.get_vocab_size()
     theirs = LanguageModel(AutoModelForCausalLM.from_pretrained(tmp_path)).eval()
-    ours = model.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path").eval()
+    ours = folders.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path").eval()
     with torch.no_grad():
         assert torch.equal(theirs(tokens), language_model(tokens))
         assert torch.equal(ours(tokens), language_model(tokens))
@@ -232,27 +234,27 @@ def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tied:
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(UserError, match=r"reference\.path=.*vocabulary has \d+ entries, the data's tokeniser 999"):
-        model.load(tmp_path, 999, "reference.path")
+        folders.load(tmp_path, 999, "reference.path")
 
 
 def test_a_missing_or_broken_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reference\.path="):
-        model.load(tmp_path / "nothing", 300, "reference.path")
+        folders.load(tmp_path / "nothing", 300, "reference.path")
     saved(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match=r"reference\.path="):
-        model.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path")
+        folders.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path")
 
 
 def test_the_fingerprint_of_a_folder_changes_with_its_weights(tmp_path: Path) -> None:
     language_model = saved(tmp_path / "a")
     saved(tmp_path / "b")
-    assert model.folder_fingerprint(tmp_path / "a") == model.folder_fingerprint(tmp_path / "b")
+    assert folders.folder_fingerprint(tmp_path / "a") == folders.folder_fingerprint(tmp_path / "b")
     with torch.no_grad():
         next(language_model.parameters()).add_(1e-3)
-    model.save(language_model, dict(language_model.named_parameters()), tmp_path / "b", TOKENIZER, 0)
-    assert model.folder_fingerprint(tmp_path / "a") != model.folder_fingerprint(tmp_path / "b")
+    folders.save(language_model, dict(language_model.named_parameters()), tmp_path / "b", TOKENIZER, 0)
+    assert folders.folder_fingerprint(tmp_path / "a") != folders.folder_fingerprint(tmp_path / "b")
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -267,4 +269,4 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         {n: t for n, t in tensors.items() if n != gone}, tmp_path / "model.safetensors", metadata={"format": "pt"}
     )
     with pytest.raises(UserError, match="lack"):
-        model.load(tmp_path, inner.config.vocab_size, "reference.path")
+        folders.load(tmp_path, inner.config.vocab_size, "reference.path")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from doremi_train.config import UserError, load
-from doremi_train.optim import Options, build, learning_rate
+from doremi_train.model.optim import Options, build, learning_rate
 
 
 @pytest.mark.parametrize("steps", [1000, 200_000])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import TINY, Command, documents, run_here, write_jsonl
 
-from doremi_train import costs, files, model, runs
+from doremi_train import files, runs
+from doremi_train.model import costs, language_model
 from doremi_train.stages import plan, plan_text
 
 DOMAINS = ["digits", "plain", "rich"]
@@ -30,7 +31,7 @@ def planned(*overrides: str) -> dict[str, Any]:
 def plain_logits() -> Iterator[None]:
     """A step of a language model is 3 F only where the projection is not computed again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "_NARROW_ON_CPU", 0)
+        patch.setattr(language_model, "_NARROW_ON_CPU", 0)
         yield
 
 

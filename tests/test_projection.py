@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from doremi_train import model, optim
-from doremi_train.projection import Projection
+from doremi_train.model import configs, folders, optim
+from doremi_train.model.projection import Projection
 
 N, D, V = 7, 5, 11
 
@@ -134,8 +134,8 @@ def test_peak_memory_of_a_step_does_not_depend_on_the_vocabulary(fused: bool) ->
     """Without the embedding's own gradient. The same measure sees how it grows where logits are plain."""
     peaks = []
     for vocabulary in (1 << 13, 1 << 17):
-        options = model.Options(**model.preset("nano", "model"))
-        language_model = model.build(model.resolve(options, vocabulary, 0, 128), 0)
+        options = configs.Options(**configs.preset("nano", "model"))
+        language_model = folders.build(configs.resolve(options, vocabulary, 0, 128), 0)
         if not fused:
             language_model.projection = None
         optimizer = optim.build(language_model, optim.Options())

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 from doremi_train.methods import box, regressors, swarm
-from doremi_train.methods import box as methods_box
+from doremi_train.methods import box as limits
 from doremi_train.methods.box import Box, Floats, distance, divergence, inside, on_grid, project
 from doremi_train.methods.regressors import LogLinear
 from doremi_train.methods.swarm import Options
@@ -34,7 +34,7 @@ def planted(domains: int, per_domain: int, noise: float, seed: int) -> tuple[Log
     """The true surface, prior (K,), box, and runs: points (N, K), losses (N, K)."""
     random = np.random.default_rng(seed)
     true, prior = surface(domains, seed), random.dirichlet(np.full(domains, 3.0))
-    box = methods_box.box(prior * 1e6, 1e6, 4.0, 0.0)
+    box = limits.box(prior * 1e6, 1e6, 4.0, 0.0)
     anchors = np.stack([prior, np.full(domains, 1 / domains)])
     points = np.vstack([anchors, swarm.design(prior, box, per_domain * domains, random)])
     return true, prior, box, points, true.predict(points) + noise * random.standard_normal((len(points), domains))
@@ -91,7 +91,7 @@ def test_a_projection_is_the_nearest_in_divergence() -> None:
 
 def test_the_design_is_within_caps_from_sparse_to_even_and_the_same_again() -> None:
     prior = np.array([0.6, 0.3, 0.08, 0.02])
-    box = methods_box.box(prior * 1e6, 2e6, 4.0, 0.01)
+    box = limits.box(prior * 1e6, 2e6, 4.0, 0.01)
     assert_allclose(box.high, [1.0, 0.6, 0.16, 0.04])
     points = swarm.design(prior, box, 400, random())
     assert np.abs(points.sum(1) - 1).max() < 1e-12 and all(inside(point, box) for point in points)
@@ -160,7 +160,7 @@ def test_the_gaussian_process_goes_through_runs_without_noise() -> None:
 @pytest.mark.parametrize("kl", [0.001, 0.05, 1.0])
 def test_the_optimum_is_that_of_a_naive_solver_and_keeps_caps(kl: float) -> None:
     true, prior = surface(4, 2), np.array([0.5, 0.3, 0.15, 0.05])
-    box = methods_box.box(prior, 3.0, 4.0, 0.08)
+    box = limits.box(prior, 3.0, 4.0, 0.08)
     found = swarm.solve(true, prior, box, kl, random())
     naive = minimize(
         lambda p: true.predict(p[None]).mean() + kl * divergence(p, prior), project(prior, box),

@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from doremi_train import files, model
+from doremi_train import files
 from doremi_train.evaluation.statistics import listed, student_t
 from doremi_train.methods import ONLINE
+from doremi_train.model import configs
 
 _ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
 _BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
@@ -167,7 +168,7 @@ def _size(run: Result, stage: str) -> int:
         run.folder / "main" / "model",
     ]
     found = [place / "config.json" for place in places if (place / "config.json").exists()]
-    return model.parameters(files.read_json(found[0]))[1] if found else 0
+    return configs.parameters(files.read_json(found[0]))[1] if found else 0
 
 
 def verdict(setting: Setting) -> str:

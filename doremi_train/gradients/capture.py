@@ -18,7 +18,7 @@ from doremi_train.gradients import products
 from doremi_train.gradients.factors import Direction, Examples, Factor, Lookup, Outer, Sum
 from doremi_train.gradients.products import signs
 from doremi_train.gradients.softmax import Softmax, SoftmaxBias
-from doremi_train.projection import Also, Projection
+from doremi_train.model.projection import Also, Projection
 
 
 class Captured(NamedTuple):

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, files, model
+from doremi_train import comm, files
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
+from doremi_train.model import folders
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, reference
 from doremi_train.stages.language_model import main_steps
@@ -55,7 +56,7 @@ def run(session: Session) -> Run:
             bar=session.part("main"),
         )
         shape = language_model.resolved_model(session, store, config.main.model)
-        built = model.build(shape, config.seed, config.training.activation_checkpointing)
+        built = folders.build(shape, config.seed, config.training.activation_checkpointing)
         language_model.finish(session, task, Trainer(task, built, session.place))
     return found
 
@@ -143,7 +144,7 @@ def _reference_losses(session: Session, store: TokenStore) -> list[float]:
     """(K,) validation losses of the reference, which is trained if it is not there."""
     config, training = session.config, session.config.training
     folder = reference.folder(session, store, reference.mixture(session, store), "reference")
-    loaded = model.load(folder, store.vocabulary_size, "reference.path").to(session.place.device)
+    loaded = folders.load(folder, store.vocabulary_size, "reference.path").to(session.place.device)
     loaded.precision = training.precision
     rows = comm.world().largest(training.batch_size, training.micro_batch_size)
     length, options = training.sequence_length, config.evaluation

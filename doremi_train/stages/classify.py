@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.table import Table as Printed
 from torch import Tensor
 
-from doremi_train import comm, files, model
+from doremi_train import comm, files
 from doremi_train.classification import figures, fit, labelled, models
 from doremi_train.classification.figures import Judged
 from doremi_train.classification.labelled import Examples
@@ -34,6 +34,7 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.console import console
 from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
+from doremi_train.model import folders
 from doremi_train.runs import Run, lock, stop
 from doremi_train.stages import Session, classify_report
 from doremi_train.stages.options import Classify
@@ -103,7 +104,7 @@ def _read(session: Session) -> Data:
     tables = {name: kind.table(one.texts, labelled.numbered(one.labels, known)) for name, one in examples.items()}
     prints: dict[str, Any] = {name: one.fingerprint for name, one in examples.items()}
     if options.model not in ("ngrams", "encoder"):
-        prints["model"] = model.folder_fingerprint(Path(options.model))
+        prints["model"] = folders.folder_fingerprint(Path(options.model))
     return Data(examples, tables, known, kind, prints)
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import fields
 
-from doremi_train import domain_gradients, mixture, model
+from doremi_train import domain_gradients, mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doge
+from doremi_train.model import folders
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, seeds, targets
 from doremi_train.stages.options import training_identity
@@ -69,7 +70,7 @@ def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
             target=domain_gradients.Target(targets.of_mixtures(session, store), config.doge.target_batch),
             bar=session.part(name),
         )
-        built = model.build(
+        built = folders.build(
             language_model.resolved_model(session, store), seed, config.training.activation_checkpointing
         )
         language_model.finish(session, task, Trainer(task, built, session.place))

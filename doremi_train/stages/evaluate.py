@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, files, model
+from doremi_train import comm, files
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.methods import simplex
+from doremi_train.model import folders
 from doremi_train.runs import stop
 from doremi_train.stages import Session, language_model, main, once, prepare, tasks
 
@@ -47,7 +48,7 @@ def run(session: Session) -> dict[str, Any]:
 def _measure(session: Session, store: TokenStore, folder: Path, training_too: bool) -> dict[str, Any]:
     """`training_too`: also the loss on training sequences, which is far below where a domain is known by heart."""
     training, options, device = session.config.training, session.config.evaluation, session.place.device
-    loaded = model.load(folder, store.vocabulary_size, "model").to(device)
+    loaded = folders.load(folder, store.vocabulary_size, "model").to(device)
     loaded.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     figures = losses.measure(loaded, store, training.sequence_length, batch, options, device)

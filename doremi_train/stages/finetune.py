@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, comm, model
+from doremi_train import batch_selection, comm
 from doremi_train.config import UserError
 from doremi_train.data import chat, instructions, options
 from doremi_train.data.batches import read
@@ -28,10 +28,12 @@ from doremi_train.data.corpus import opening, sources
 from doremi_train.data.instructions import Instructions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
+from doremi_train.model import folders, language_model
 from doremi_train.runs import Run
-from doremi_train.stages import Session, language_model, once, targets
+from doremi_train.stages import Session, once, targets
 from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
+from doremi_train.stages.language_model import finish
 from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
@@ -61,11 +63,11 @@ def run(session: Session) -> Run:
         )
         inner = build(session).inner
         _require_room(inner, encoder, training.sequence_length)
-        tuning = model.CompletionModel(inner, training.activation_checkpointing)
+        tuning = language_model.CompletionModel(inner, training.activation_checkpointing)
         before = _measured(session, tuning, data)
         save = partial(_save, session, tuned, encoder)
         said = {"before": before, "data": {key: data.manifest[key] for key in _REPORTED}}
-        language_model.finish(session, task, Trainer(task, tuning, session.place), save, said)
+        finish(session, task, Trainer(task, tuning, session.place), save, said)
         after = tuned.result()["evaluation"]["mean_loss"]
         session.say(f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats per token")
     return tuned
@@ -82,7 +84,7 @@ def recipe(session: Session, data: Instructions, selection: batch_selection.Sett
         "finetune",
         {
             "data": data.fingerprint,
-            "model": model.folder_fingerprint(Path(tuning.model_folder(session))),
+            "model": folders.folder_fingerprint(Path(tuning.model_folder(session))),
             "lora": None if options.rank is None else asdict(options),
             "training": training_identity(session.config.training),
             "evaluation": session.plain["evaluation"],
@@ -104,7 +106,7 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
         )
 
 
-def _measured(session: Session, tuning: model.CompletionModel, data: Instructions) -> dict[str, Any]:
+def _measured(session: Session, tuning: language_model.CompletionModel, data: Instructions) -> dict[str, Any]:
     """The held-out loss of the model before it is trained."""
     training, device = session.config.training, session.place.device
     tuning.precision = training.precision
@@ -115,9 +117,9 @@ def _measured(session: Session, tuning: model.CompletionModel, data: Instruction
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
     """Into a model as it was at the beginning, since the trained one may be in parts on many processes."""
     inner, adapters = tuning.build(session)
-    inner.load_state_dict(model.of_inner(tensors), strict=False)  # tied tensors come under one of their names
+    inner.load_state_dict(folders.of_inner(tensors), strict=False)  # tied tensors come under one of their names
     folder = tuned.folder / "model"
-    with model.naming_the_disk(folder):
+    with folders.naming_the_disk(folder):
         if adapters is not None:
             adapters.save_pretrained(tuned.folder / "adapter")
             inner = adapters.merge_and_unload()

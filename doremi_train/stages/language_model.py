@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, checkpoint, comm, losses, model
+from doremi_train import batch_selection, checkpoint, comm, losses
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import HEURISTICS, box, cross_entropy, importance
+from doremi_train.model import configs, folders
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session
 from doremi_train.stages.options import training_identity
@@ -101,7 +102,7 @@ def train(
                 accumulation="exact" if options.of_the_batch else "lagged",
                 reference=weighting.reference(run),
             )
-        built = model.build(config, session.config.seed, training.activation_checkpointing)
+        built = folders.build(config, session.config.seed, training.activation_checkpointing)
         finish(session, task, Trainer(task, built, session.place))
     return run
 
@@ -126,7 +127,7 @@ def finish(
 
 def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     assert isinstance(task.store, TokenStore)
-    model.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+    folders.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
 
 
 def _write(
@@ -180,10 +181,10 @@ def described(part: Subsample | None) -> dict[str, Any]:
 
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:
     """The proxy's transformers config, or that of the preset `name`."""
-    options = session.config.model if name is None else model.Options(**model.preset(name, "main.model"))
+    options = session.config.model if name is None else configs.Options(**configs.preset(name, "main.model"))
     length = session.config.training.sequence_length
     key = "model" if name is None else "main.model"
-    return model.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
+    return configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
 
 
 def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import comm, mixture, model
+from doremi_train import comm, mixture
 from doremi_train.config import fingerprint
 from doremi_train.console import Part
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore, domain_folder
 from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
+from doremi_train.model import folders
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, language_model, once, prepare, submit, targets
 from doremi_train.train import Options
@@ -115,7 +116,7 @@ def _submit(session: Session, store: TokenStore) -> None:
 def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> Floats:
     """(N,) losses of an expert on the target's tokens; every process computes some of the sequences."""
     training, world, device = session.config.training, comm.world(), session.place.device
-    loaded = model.load(expert.folder / "model", store.vocabulary_size, "model").to(device).eval()
+    loaded = folders.load(expert.folder / "model", store.vocabulary_size, "model").to(device).eval()
     loaded.precision = training.precision
     rows = torch.zeros(len(towards), towards.shape[1] - 1, dtype=torch.float64, device=device)
     mine = torch.arange(world.rank, len(towards), world.size)

@@ -9,15 +9,16 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import launcher, model, trackers, train
+from doremi_train import launcher, trackers, train
 from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classification.models import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
 from doremi_train.data import options as data_options
 from doremi_train.evaluation import downstream, losses
 from doremi_train.exports import formats
-from doremi_train.lora import Options as LoraOptions
 from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
+from doremi_train.model import configs
+from doremi_train.model.lora import Options as LoraOptions
 from doremi_train.selection import options as selection_options
 
 
@@ -154,7 +155,7 @@ class Config:
     remote: str | None  # path or fsspec URL
     seed: Count
     data: data_options.Options
-    model: model.Options
+    model: configs.Options
     training: train.Options
     weighting: importance.Weighting
     engine: launcher.Options

@@ -7,10 +7,11 @@ import contextlib
 from dataclasses import fields
 from pathlib import Path
 
-from doremi_train import mixture, model
+from doremi_train import mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doremi
+from doremi_train.model import folders
 from doremi_train.runs import Run
 from doremi_train.stages import Session, doge_runs, language_model, once, prepare, reference, reference_losses, seeds
 from doremi_train.stages.options import Proxy, training_identity
@@ -59,7 +60,7 @@ def recipe(session: Session, store: TokenStore, reference_folder: Path, index: i
         {
             "data": store.fingerprint,
             "model": language_model.resolved_model(session, store),
-            "reference": model.folder_fingerprint(reference_folder),
+            "reference": folders.folder_fingerprint(reference_folder),
             "options": {field.name: getattr(method, field.name) for field in fields(method)},
             "accumulation": options.accumulation,
             "training": training_identity(config.training),
@@ -95,7 +96,9 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             bar=session.part(name),
         )
         shape = language_model.resolved_model(session, store)
-        built = model.build(shape, language_model.proxy_seed(session, index), config.training.activation_checkpointing)
+        built = folders.build(
+            shape, language_model.proxy_seed(session, index), config.training.activation_checkpointing
+        )
         language_model.finish(session, task, Trainer(task, built, session.place))
     return run
 

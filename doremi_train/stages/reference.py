@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from doremi_train import mixture as doremi_train_mixture
-from doremi_train import model
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.model import folders
 from doremi_train.stages import Session, language_model, prepare, reference_losses
 from doremi_train.train import Options
 
@@ -46,7 +46,7 @@ def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Pat
         raise UserError(
             f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a reference of its own"
         )
-    model.load(Path(given), store.vocabulary_size, "reference.path")  # wrong or missing: known before anything runs
+    folders.load(Path(given), store.vocabulary_size, "reference.path")  # wrong or missing: known before anything runs
     return Path(given)
 
 

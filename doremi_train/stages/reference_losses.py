@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, losses, model
+from doremi_train import checkpoint, comm, losses
 from doremi_train.console import Bar
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
+from doremi_train.model import folders
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.stages import Session, language_model
 
@@ -73,7 +74,7 @@ def draws(session: Session, sampler: Sampler) -> Ints:
 
 
 def _live(session: Session, store: TokenStore, folder: Path) -> losses.Live:
-    frozen = model.load(folder, store.vocabulary_size, "reference.path")
+    frozen = folders.load(folder, store.vocabulary_size, "reference.path")
     return losses.Live(frozen, session.place.device, session.config.training.precision)
 
 
@@ -93,7 +94,7 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
     if session.config.proxy.objective == "resample":
         session.say("reference losses       not computed ahead: with proxy.objective=resample the draws follow α")
         return
-    table = losses.Table(session.store, store, _recipe(session, store, model.folder_fingerprint(folder)))
+    table = losses.Table(session.store, store, _recipe(session, store, folders.folder_fingerprint(folder)))
     rows, world = _drawn(session, store, table), comm.world()
     training, device = session.config.training, session.place.device
     batch = _LARGER * world.largest(training.batch_size, training.micro_batch_size) * world.size

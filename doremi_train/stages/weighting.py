@@ -5,9 +5,10 @@ model of the data itself, which is trained as a reference would be.
 from dataclasses import asdict
 from pathlib import Path
 
-from doremi_train import losses, model
+from doremi_train import losses
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
+from doremi_train.model.folders import folder_fingerprint
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, reference, reference_losses
 from doremi_train.stages.language_model import Weighting
@@ -36,7 +37,7 @@ def against(session: Session, store: TokenStore, folders: list[Path]) -> Weighti
     """The weighting against the models of these folders: the reference and, with imp, the model of the data."""
     config = session.config
     options = importance.Options(**asdict(config.weighting), policy=config.training.loss_weighting)
-    fingerprints = [model.folder_fingerprint(folder) for folder in folders]
+    fingerprints = [folder_fingerprint(folder) for folder in folders]
     described = asdict(config.weighting) | {"policy": options.policy, "models": fingerprints}
     if config.reference.losses == "cached":
         described["losses"] = "cached"  # rounded

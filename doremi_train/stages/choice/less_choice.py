@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import files, model
+from doremi_train import files
 from doremi_train.data.corpus.opening import BadLines
 from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import resolve
 from doremi_train.methods import less
+from doremi_train.model import folders
 from doremi_train.selection import examples
 from doremi_train.stages import Session
 from doremi_train.stages.choice import less_pool
@@ -79,7 +80,7 @@ class _Orders:
         }
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         if {"rds", "rds_plus"} & set(self._methods):
-            inner = model.read(Path(str(session.config.finetune.model)), "finetune.model")
+            inner = folders.read(Path(str(session.config.finetune.model)), "finetune.model")
             every = [tokens for found in served.values() for tokens, _ in found]
             look = partial(
                 examples.representations, inner, tokens=less_pool.tokens_at_once(session), device=session.place.device

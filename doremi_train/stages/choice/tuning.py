@@ -4,11 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from doremi_train import comm, lora, model
+from doremi_train import comm
 from doremi_train.config import UserError
 from doremi_train.data import instructions
 from doremi_train.data.chat import Encoder
 from doremi_train.data.instructions import Instructions
+from doremi_train.model import folders, lora
 from doremi_train.runs import stop
 from doremi_train.stages import Session
 
@@ -41,7 +42,7 @@ def prepared(session: Session, encoder: Encoder) -> Instructions:
 
 def build(session: Session) -> Built:
     """The model as it is before the first step."""
-    inner, options = model.read(Path(model_folder(session)), "finetune.model"), session.config.finetune.lora
+    inner, options = folders.read(Path(model_folder(session)), "finetune.model"), session.config.finetune.lora
     if options.rank is None:
         return Built(inner, None)
     return Built(inner, lora.add(inner, options, session.config.seed, "finetune.lora"))

@@ -16,19 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import checkpoint, files, model, optim
+from doremi_train import checkpoint, files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.instructions import Instructions
 from doremi_train.data.sampler import Subsample
 from doremi_train.gradients import capture
 from doremi_train.methods import cross_entropy
 from doremi_train.methods.less import Moments
-from doremi_train.model import CompletionModel
+from doremi_train.model import folders, language_model, optim
+from doremi_train.model.language_model import CompletionModel
 from doremi_train.remote import one_line
 from doremi_train.runs import Run
 from doremi_train.selection.influence import Checkpoint
-from doremi_train.stages import Session, language_model
+from doremi_train.stages import Session
 from doremi_train.stages.choice.tuning import build
+from doremi_train.stages.language_model import finish
 from doremi_train.stages.options import training_identity
 from doremi_train.train import Task, Trainer
 
@@ -60,7 +62,7 @@ def _trained(session: Session, data: Instructions) -> Warm:
     lora = config.finetune.lora
     recipe = {
         "data": data.fingerprint,
-        "model": model.folder_fingerprint(Path(str(config.finetune.model))),
+        "model": folders.folder_fingerprint(Path(str(config.finetune.model))),
         "lora": None if lora.rank is None else asdict(lora),
         "training": training_identity(training),
         "part": [part.part.numerator, part.part.denominator],
@@ -81,11 +83,11 @@ def _trained(session: Session, data: Instructions) -> Warm:
                 evaluation=replace(config.evaluation, every=training.steps),
                 subsample=part,
             )
-            tuning = model.CompletionModel(build(session).inner, training.activation_checkpointing)
+            tuning = language_model.CompletionModel(build(session).inner, training.activation_checkpointing)
             taken = [optim.learning_rate(step, training.steps, training) for step in range(1, training.steps + 1)]
             rates = np.array(taken).reshape(options.epochs, epoch).mean(1).tolist()
             said = {"examples": int(sizes.sum()), "learning_rates": rates}
-            language_model.finish(session, task, Trainer(task, tuning, session.place), partial(_keep, warm), said)
+            finish(session, task, Trainer(task, tuning, session.place), partial(_keep, warm), said)
     return Warm(warm.address, warm.result()["learning_rates"], partial(_checkpoint, session, warm))
 
 
@@ -102,7 +104,7 @@ def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
 def _checkpoint(session: Session, warm: Run, epoch: int) -> Checkpoint:
     """An epoch's end. The optimiser's state is whole and by name, whatever engine trained it."""
     saved = checkpoint.read(warm.folder / "epochs" / f"step-{epoch * warm.recipe['epoch']:09d}.pt")
-    tuning = model.CompletionModel(build(session).inner)
+    tuning = language_model.CompletionModel(build(session).inner)
     parameters = dict(tuning.named_parameters())
     for name, tensor in saved["model"].items():
         if name in parameters:
@@ -166,11 +168,11 @@ def _of_trainer(session: Session, folder: Path) -> Checkpoint:
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
-        inner = model.read(Path(str(session.config.finetune.model)), "finetune.model")
+        inner = folders.read(Path(str(session.config.finetune.model)), "finetune.model")
         outer: Any = PeftModel.from_pretrained(inner, str(folder), is_trainable=True)
     else:
-        inner = outer = model.read(folder, "selection.less.checkpoints")
-    tuning = model.CompletionModel(inner)
+        inner = outer = folders.read(folder, "selection.less.checkpoints")
+    tuning = language_model.CompletionModel(inner)
     names = {id(parameter): name for name, parameter in tuning.named_parameters()}
     decays = set(Theirs.get_decay_parameter_names(None, outer))  # type: ignore[arg-type]
     trained = [(name, p) for name, p in outer.named_parameters() if p.requires_grad]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from doremi_train import model
+from doremi_train.model import configs, folders, language_model
 
 _SECONDS = 0.5  # spent on repeating a micro-step
 _REPETITIONS = 8
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 def shape(config: dict[str, Any]) -> Shape:
     """Of a complete transformers config of any kind. Of a mixture of experts, those count that a token passes."""
-    whole = model.skeleton(config)
+    whole = configs.skeleton(config)
     text = whole.config.get_text_config()
     output = whole.get_output_embeddings()
     head = output.weight.numel() if output is not None else 0
@@ -79,7 +79,7 @@ def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str
     """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
     that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
     layers = 2 * of.matrices + 4 * length * of.attention
-    again = layers * checkpointing + 2 * of.head * model.fuses(rows * length, of.vocabulary, of.hidden, device)
+    again = layers * checkpointing + 2 * of.head * language_model.fuses(rows * length, of.vocabulary, of.hidden, device)
     return 2 * forward(of, length) + again
 
 
@@ -131,7 +131,7 @@ def activations(of: Shape, rows: int, length: int, precision: str, checkpointing
     tokens = rows * length
     layer = tokens * (12 * of.hidden + 4 * of.inner) * (3 if precision == "bf16" else 4)
     layers = 4 * tokens * of.hidden * of.layers + layer if checkpointing else layer * of.layers
-    return layers + 8 * model.logits_at_once(tokens, of.vocabulary, device)
+    return layers + 8 * language_model.logits_at_once(tokens, of.vocabulary, device)
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────
@@ -180,7 +180,7 @@ def measure(
 def _try(
     config: dict[str, Any], rows: int, length: int, precision: str, checkpointing: bool, device: torch.device
 ) -> Pace:
-    built = model.build(config, 0, checkpointing).to(device).train()
+    built = folders.build(config, 0, checkpointing).to(device).train()
     built.precision = precision
     tokens = torch.arange(rows * (length + 1), device=device).view(rows, length + 1) % config["vocab_size"]
 

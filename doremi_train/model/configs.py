@@ -1,0 +1,99 @@
+"""From keys to a transformers config: presets, folders, and what must agree with the tokeniser."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from doremi_train.config import STRICT, UserError, conf_dir
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """A model is a transformers config, as a mapping with `model_type` or as a local folder or config.json."""
+
+    config: dict[str, Any] | None = None
+    path: str | None = None
+
+
+def preset(name: str, key: str) -> dict[str, Any]:
+    """The mapping in `conf/model/NAME.yaml`. Raises UserError listing the presets where there is none."""
+    import yaml
+
+    folder = conf_dir() / "model"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"{key}={name}: no such model; allowed: {', '.join(names)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+def resolve(options: Options, vocabulary: int, end: int, length: int, key: str = "model") -> dict[str, Any]:
+    """The complete transformers config as plain JSON: what a run is addressed by and built from.
+
+    `vocabulary` is its size and `end` the id that ends a document, both the tokeniser's.
+
+    Raises UserError where the config is unknown, wrong, or too short for sequences of `length` tokens.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if (options.config is None) == (options.path is None):
+        raise UserError(f"{key}: give one of {key}.config and {key}.path, or a preset such as {key}=tiny")
+    values = dict(options.config) if options.config else _read_config(Path(str(options.path)), key)
+    kind = values.pop("model_type", None)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{key}.config.model_type={kind!r}: must be a causal language model of transformers, "
+            "such as gpt_neox, llama, gpt2 or qwen3"
+        )
+    values |= {"vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end}
+    known = AutoConfig.for_model(kind).to_dict()
+    for name in options.config or {}:
+        if name not in known | {"model_type": kind}:  # transformers would keep it and never look at it
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{key}.config.{name}: not an option of {kind} models in transformers{hint}")
+    try:
+        config = AutoConfig.for_model(kind, **values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}.config: transformers refuses it: {error}") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        if "max_position_embeddings" in values or "n_positions" in values:
+            raise UserError(
+                f"training.sequence_length={length}: {key} has only {positions} positions; "
+                f"shorten it or raise {key}.config.max_position_embeddings"
+            )
+        config.max_position_embeddings = length
+    plain = json.loads(config.to_json_string(use_diff=True))
+    plain.pop("transformers_version", None)  # the same model under another version is the same model
+    return plain | {"vocab_size": vocabulary, "model_type": kind}
+
+
+def _read_config(path: Path, key: str) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}.path={path}: not a transformers config.json or a folder with one ({error})") from None
+
+
+def skeleton(config: dict[str, Any]) -> Any:
+    """The transformers model with shapes alone: its parameters hold no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+
+
+def parameters(config: dict[str, Any]) -> tuple[int, int]:
+    """(all, without embeddings) parameter counts, from shapes alone."""
+    inner = skeleton(config)
+    total = sum(p.numel() for p in inner.parameters())
+    embeddings = {id(m.weight): m.weight.numel() for m in inner.modules() if isinstance(m, nn.Embedding)}
+    return total, total - sum(embeddings.values())

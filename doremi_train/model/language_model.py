@@ -1,0 +1,102 @@
+"""Causal language models from a transformers config, and their per-token losses.
+
+B sequences, T tokens, V vocabulary, d hidden size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doremi_train.model.projection import Projection
+
+# Where the projection is fused with the loss. Logits that may exist at once: where there are more it is, in chunks of
+# so many. And a hidden size up to which it always is on a CPU, for computing the logits again then takes less time than
+# moving them through memory. Seen there on one thread, 2026-11-21, fused over plain: of a training step 0.87 for tiny
+# (d = 64), 0.98 for mini (128), 1.02 for small (256) with 1024 entries; of the projection alone with 8 M logits or more
+# 0.65 to 0.75 for d = 64, 0.9 to 1.1 for 256. On a GPU matrices must be large; that number is not measured.
+_LOGITS_ON_CPU, _LOGITS_ELSEWHERE = 1 << 22, 1 << 26
+_NARROW_ON_CPU = 128
+
+
+class LanguageModel(nn.Module):
+    """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …) sees one call."""
+
+    def __init__(self, inner: Any, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.inner = inner
+        inner.config.use_cache = False
+        if activation_checkpointing:
+            inner.activation_checkpointing_enable({"use_reentrant": False})
+        self.precision = "fp32"  # of the forward and backward; parameters stay float32
+        self.projection = Projection(inner.get_output_embeddings()) if _head_is_plain(inner) else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens (B, T + 1)."""
+        # Here and not around the call, because wrappers such as DeepSpeed's switch autocast off.
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._losses(tokens)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's layers, in order: what is sharded, and compiled, one by one."""
+        names = set(self.inner._no_split_modules or ())
+        return [module for module in self.inner.modules() if type(module).__name__ in names]
+
+    def _losses(self, tokens: Tensor) -> Tensor:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        vocabulary, device, project = self.inner.config.vocab_size, tokens.device.type, self.projection
+        if project is None or not fuses(targets.numel(), vocabulary, project.hidden_size, device):
+            return _cross_entropy(self.inner(input_ids=inputs).logits, targets)
+        hidden = self.inner.base_model(input_ids=inputs).last_hidden_state  # (B, T, d)
+        at_once = logits_at_once(targets.numel(), vocabulary, device)
+        return project(hidden.flatten(0, 1), targets.flatten(), at_once).view(targets.shape).float()
+
+
+class CompletionModel(LanguageModel):
+    """The same where some tokens carry no loss: those are given as their complement ~id, and their loss is 0."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        carrying = tokens >= 0
+        return super().forward(torch.where(carrying, tokens, ~tokens)).masked_fill(~carrying[:, 1:], 0.0)
+
+
+def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:
+    """Whether the loss of so many tokens is computed without their logits; on a `device` of this type, cpu or cuda."""
+    narrow = device == "cpu" and hidden_size <= _NARROW_ON_CPU
+    return narrow or logits_at_once(tokens, vocabulary, device) < tokens * vocabulary
+
+
+def logits_at_once(tokens: int, vocabulary: int, device: str) -> int:
+    """How many logits of so many tokens exist at one time."""
+    return min(tokens * vocabulary, _LOGITS_ON_CPU if device == "cpu" else _LOGITS_ELSEWHERE)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """(…, V), (…) → (…) float32. No float32 copy of all the logits is kept where they are bf16."""
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return flat.float().view(targets.shape)
+
+
+def _head_is_plain(inner: Any) -> bool:
+    """Whether the logits are the output embedding of the last hidden state and nothing more (no cap, no scale)."""
+    probe = torch.arange(4, device=inner.device).remainder(inner.config.vocab_size)[None]
+    was_training = inner.training
+    inner.eval()
+    with torch.no_grad(), contextlib.suppress(AttributeError, TypeError):
+        hidden = inner.base_model(input_ids=probe).last_hidden_state
+        head = inner.get_output_embeddings()
+        plain = isinstance(head, nn.Linear) and torch.equal(head(hidden), inner(input_ids=probe).logits)
+        inner.train(was_training)
+        return plain
+    inner.train(was_training)
+    return False
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (tied ones once) and the buffers that are saved, by name."""
+    saved = model.state_dict(keep_vars=True).keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
