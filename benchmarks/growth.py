@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.loader import wide_store
-from doremi_train import charts, engine, launcher
+from doremi_train import charts
 from doremi_train.command import child
 from doremi_train.config import conf_dir, load
 from doremi_train.data.batches import read
@@ -36,9 +36,11 @@ from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.model.projection import Projection
+from doremi_train.parallel import launcher
+from doremi_train.parallel.place import start
+from doremi_train.parallel.world import World
 from doremi_train.stages import Session, plan
 from doremi_train.stages.options import Config
-from doremi_train.world import World
 
 BATCH, LENGTH = 64, 128  # sequences of a batch, tokens of a sequence
 SEED = 0
@@ -183,7 +185,7 @@ def plain_session(folder: Path, *overrides: str) -> Session:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = hydra.compose("config", overrides=[f"run_dir={folder}", *overrides])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
-    place = engine.start(launcher.Options(device="cpu"), "fp32", timeout=60)
+    place = start(launcher.Options(device="cpu"), "fp32", timeout=60)
     return Session(load(Config, plain), plain, place, child)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from doremi_train import batch_selection, engine, launcher
+from doremi_train import batch_selection
 from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
 from doremi_train.data.batches import read
@@ -32,6 +32,7 @@ from doremi_train.evaluation import losses
 from doremi_train.evaluation.statistics import paired
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, costs, folders
+from doremi_train.parallel import launcher, place
 from doremi_train.runs import Run
 from doremi_train.train import Options as Training
 from doremi_train.train import Position, Task, Trainer
@@ -154,7 +155,7 @@ def _trainer(task: Task, store: shards.TokenStore, seed: int) -> Trainer:
         configs.Options(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        return Trainer(task, folders.build(shape, seed), engine.start(launcher.Options(device="cpu"), "fp32", 60))
+        return Trainer(task, folders.build(shape, seed), place.start(launcher.Options(device="cpu"), "fp32", 60))
 
 
 def _begin(task: Task) -> Position:

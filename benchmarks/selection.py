@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.growth import drawn, plain_session
-from doremi_train import charts, engine, launcher
+from doremi_train import charts
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.tokens.shards import TokenStore
@@ -26,6 +26,7 @@ from doremi_train.evaluation import losses
 from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, folders
+from doremi_train.parallel import launcher, place
 from doremi_train.runs import Run
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
@@ -123,7 +124,7 @@ def trained(
         evaluation=losses.Options(sequences=1, every=10 * steps),
     )
     network = folders.build(shape, seed)
-    trainer = Trainer(task, network, engine.start(launcher.Options(device="cpu"), "fp32", 60))
+    trainer = Trainer(task, network, place.start(launcher.Options(device="cpu"), "fp32", 60))
     found = []
     start = cross_entropy.init(1, steps, task.objective_options)
     for step, _ in enumerate(trainer.steps(Position(0, start, np.zeros(1, np.int64))), 1):

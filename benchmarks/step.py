@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks import common
-from doremi_train import engine, launcher, losses
+from doremi_train import losses
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses as evaluating
 from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.model import configs, costs, folders
+from doremi_train.parallel import launcher, place
+from doremi_train.parallel.place import start
 from doremi_train.runs import Run
 from doremi_train.train import Options, Position, Task, Trainer
 
@@ -50,7 +52,7 @@ class Setting(NamedTuple):
     config: dict[str, Any]  # of transformers
     training: Options
     store: TokenStore
-    place: engine.Place
+    place: place.Place
     folder: Path
     fused: bool = True  # projection and loss, where the trainer would
 
@@ -257,7 +259,7 @@ def setting(name: str, given: argparse.Namespace, folder: Path) -> Setting:
         precision=given.precision,
         threads=given.threads,
     )
-    place = engine.start(launcher.Options(device=given.device), given.precision, timeout=60)
+    place = start(launcher.Options(device=given.device), given.precision, timeout=60)
     store = common.token_store(folder / "data", DOMAINS, 512 * (size.length + 1), size.vocabulary)
     preset = configs.Options(**configs.preset(name, "--model"))
     config = configs.resolve(preset, store.vocabulary_size, store.end_of_document, size.length)

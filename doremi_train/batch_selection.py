@@ -20,13 +20,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import comm
 from doremi_train.config import STRICT, Positive, UserError, fingerprint
 from doremi_train.data.batches import Batch
 from doremi_train.gradients import capture, directional, products
 from doremi_train.gradients.factors import Examples
 from doremi_train.gradients.products import Kept, Products
 from doremi_train.methods import greats
+from doremi_train.parallel import comm
 
 GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
 KEPT = 1 << 26  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32

@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train import slurm
 from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.parallel import slurm
 
 STAGES = (
     *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "swarm", "main", "evaluate"),
@@ -86,7 +86,8 @@ def run(plain: dict[str, Any]) -> None:
         raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    from doremi_train import comm, runs, stages
+    from doremi_train import runs, stages
+    from doremi_train.parallel import comm
 
     requeue = _listen(runs.stop)
     try:

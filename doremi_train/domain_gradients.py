@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from doremi_train import comm
 from doremi_train.config import UserError
 from doremi_train.data.batches import MicroBatch
 from doremi_train.gradients import capture, products
 from doremi_train.methods import doge
+from doremi_train.parallel import comm
 
 
 class Target(NamedTuple):

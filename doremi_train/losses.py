@@ -25,13 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.batches import MicroBatch
 from doremi_train.data.sampler import Ints
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import comm
 
 Halves = NDArray[np.float16]
 

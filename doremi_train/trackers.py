@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import STRICT, UserError, fingerprint, redact
 from doremi_train.console import console
+from doremi_train.parallel import comm
 
 
 @dataclass(frozen=True, config=STRICT)

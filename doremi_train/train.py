@@ -15,7 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import batch_selection, checkpoint, comm, domain_gradients, engine, files
+from doremi_train import batch_selection, checkpoint, domain_gradients, files
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
@@ -27,6 +27,7 @@ from doremi_train.methods import Objective
 from doremi_train.model import optim
 from doremi_train.model.folders import save
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import comm, engine, place
 from doremi_train.runs import Preempted, Run, set_status, stop
 
 
@@ -88,7 +89,7 @@ Watch = Callable[[Mapping[str, Any]], None]  # gets every line of the logs as it
 class Trainer:
     """A model being trained: `fit` is the loop, `step` is one optimiser step."""
 
-    def __init__(self, task: Task, model: LanguageModel, place: engine.Place) -> None:
+    def __init__(self, task: Task, model: LanguageModel, place: place.Place) -> None:
         self.task, self.device, self.world = task, place.device, comm.world()
         training = task.training
         drawn = task.selection.candidates if task.selection is not None else training.batch_size
@@ -223,7 +224,7 @@ class Trainer:
             gradients.write(self.task.objective.weigh(state, domains, batch.tokens, self.task.objective_options)[:, 0])
         return state, stats, stopping, sound
 
-    def _selector(self, place: engine.Place) -> batch_selection.Selector:
+    def _selector(self, place: place.Place) -> batch_selection.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
         task, training = self.task, self.task.training
         assert task.selection is not None
@@ -490,7 +491,7 @@ class _Logs:
         self._watch(line)
 
 
-def _refuse_accumulation(task: Task, model: LanguageModel, place: engine.Place) -> None:
+def _refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) -> None:
     """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
     if task.accumulation == "exact" and has_dropout(model):
         raise UserError(

@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from doremi_train import comm, engine
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.losses import Live
 from doremi_train.methods import doremi
 from doremi_train.model import configs, folders, language_model
+from doremi_train.parallel import comm, engine, place
+from doremi_train.parallel.place import start
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.train import Options, Task, Trainer
 
@@ -85,7 +86,7 @@ def shape(store: TokenStore) -> dict[str, Any]:
     return configs.resolve(configs.Options(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
 
 
-def train(case: Case, out: Path, place: engine.Place, store: TokenStore, reference: Path) -> None:
+def train(case: Case, out: Path, place: place.Place, store: TokenStore, reference: Path) -> None:
     task = Task(
         label=out.name,
         run=Run(out, "proxy", {}),
@@ -109,7 +110,7 @@ def train(case: Case, out: Path, place: engine.Place, store: TokenStore, referen
     fit(task, built, place)
 
 
-def fit(task: Task, built: language_model.LanguageModel, place: engine.Place, stopped: int | None = None) -> None:
+def fit(task: Task, built: language_model.LanguageModel, place: place.Place, stopped: int | None = None) -> None:
     trainer = Trainer(task, built, place)
     if stopped is not None:
         stop_in(built, stopped)
@@ -168,7 +169,7 @@ def counted() -> Iterator[list[int]]:
 def main() -> None:
     strategy, out, data, reference = sys.argv[1], *map(Path, sys.argv[2:5])
     torch.set_num_threads(1)
-    place = engine.start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
+    place = start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
     store = TokenStore.open(data)
     for name, case in cases(comm.world().size).items():
         with pytest.MonkeyPatch.context() as patch, counted() as exchanges:

@@ -12,12 +12,13 @@ import pytest
 from conftest import Command, documents, write_jsonl
 from omegaconf import OmegaConf
 
-from doremi_train import comm, command
+from doremi_train import command
 from doremi_train.config import conf_dir
 from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
 from doremi_train.evaluation.detectors import Finding
+from doremi_train.parallel import comm
 from doremi_train.stages import Session, diagnose, evaluate, language_model, open_session, prepare, reference
 
 KINDS = {

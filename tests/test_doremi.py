@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from doremi_train.config import UserError, load
 from doremi_train.methods import OBJECTIVES, cross_entropy, doge, doremi, dro, importance, online, simplex
 from doremi_train.methods.doremi import Options, State, Stats
-from doremi_train.world import World
+from doremi_train.parallel.world import World
 
 EXCESS = [[1, 0.25, 0], [1, 0.25, 0], [0, 0.5, 2]]  # λ_t of three domains, nats per token
 WEIGHTS = [

@@ -102,8 +102,8 @@ SETTINGS: list[tuple[str, dict[str, object], list[str]]] = [
 def test_deepspeed_s_file_may_not_say_what_the_trainer_decides(
     strategy: str, settings: dict[str, object], fragments: list[str], tmp_path: Path
 ) -> None:
-    from doremi_train import launcher
     from doremi_train.config import UserError
+    from doremi_train.parallel import launcher
 
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps(settings))
@@ -113,7 +113,7 @@ def test_deepspeed_s_file_may_not_say_what_the_trainer_decides(
 
 
 def test_deepspeed_s_files_are_read(tmp_path: Path) -> None:
-    from doremi_train import launcher
+    from doremi_train.parallel import launcher
 
     for stage in (1, 2, 3):
         settings = launcher.read_deepspeed(str(ROOT / "launch" / "deepspeed" / f"zero{stage}.json"), f"zero{stage}")
@@ -126,11 +126,12 @@ def test_deepspeed_s_files_are_read(tmp_path: Path) -> None:
 def test_adafactor_is_refused_where_matrices_are_cut(strategy: str) -> None:
     import torch
 
-    from doremi_train import engine
     from doremi_train.config import UserError
     from doremi_train.model import optim
+    from doremi_train.parallel import engine
+    from doremi_train.parallel.place import Place
 
-    place = engine.Place(strategy, torch.device("cpu"), False, {})  # type: ignore[arg-type]
+    place = Place(strategy, torch.device("cpu"), False, {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="training.optimizer=adafactor.*engine=ddp"):
         engine.build(place, torch.nn.Linear(2, 2), optim.Options(optimizer="adafactor"))  # type: ignore[arg-type]
 

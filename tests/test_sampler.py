@@ -17,7 +17,7 @@ from scipy import stats
 
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Draw, Ints, Sampler, Subsample
-from doremi_train.world import World
+from doremi_train.parallel.world import World
 
 Weights = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import Command, run_here, start
 from running import checkpoints, ended, read, reaped, wait_for
 
-from doremi_train import slurm
+from doremi_train.parallel import slurm
 from doremi_train.stages.options import identity
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import comm
 from doremi_train.config import STRICT, Positive
 from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.sampler import Ints
+from doremi_train.parallel import comm
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from doremi_train import checkpoint, comm, engine, files, runs, slurm, trackers
+from doremi_train import checkpoint, files, runs, trackers
 from doremi_train.config import UserError, load, redact
 from doremi_train.console import Bar, Part, console
+from doremi_train.parallel import comm, place, slurm
+from doremi_train.parallel.place import start
 from doremi_train.remote import Mirror
 from doremi_train.stages.options import Config, identity
 
@@ -26,7 +28,7 @@ class Session:
 
     config: Config
     plain: Mapping[str, Any]
-    place: engine.Place
+    place: place.Place
     child: Callable[[dict[str, Any]], tuple[int, str]]  # runs a configuration in another process, which imports it
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
     bar: Bar | None = None  # over many commands, of which this is one
@@ -144,7 +146,7 @@ def open_session(plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tup
     slurm.export_ranks()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    place = engine.start(config.engine, config.training.precision, config.training.timeout)
+    place = start(config.engine, config.training.precision, config.training.timeout)
     session = Session(config, plain, place, child)
     comm.on_first(session.tracking.check)
     if not (config.stage == "report" and sweep(session.run_dir)):

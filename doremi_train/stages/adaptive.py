@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.model import folders
+from doremi_train.parallel import comm
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, reference
 from doremi_train.stages.language_model import main_steps

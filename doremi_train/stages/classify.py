@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.table import Table as Printed
 from torch import Tensor
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.classification import figures, fit, labelled, models
 from doremi_train.classification.figures import Judged
 from doremi_train.classification.labelled import Examples
@@ -35,6 +35,7 @@ from doremi_train.console import console
 from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
 from doremi_train.model import folders
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, lock, stop
 from doremi_train.stages import Session, classify_report
 from doremi_train.stages.options import Classify

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import detectors, text
 from doremi_train.evaluation.detectors import Finding
 from doremi_train.evaluation.text import Floats, Tokens
+from doremi_train.parallel import comm
 from doremi_train.stages import Session, evaluate, language_model, mixture, once, prepare
 
 

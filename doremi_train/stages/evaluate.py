@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.methods import simplex
 from doremi_train.model import folders
+from doremi_train.parallel import comm
 from doremi_train.runs import stop
 from doremi_train.stages import Session, language_model, main, once, prepare, tasks
 

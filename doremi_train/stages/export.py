@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import UserError, redact
 from doremi_train.exports import convert, formats
+from doremi_train.parallel import comm
 from doremi_train.stages import Session, language_model, mixture, prepare
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, comm
+from doremi_train import batch_selection
 from doremi_train.config import UserError
 from doremi_train.data import chat, instructions, options
 from doremi_train.data.batches import read
@@ -29,6 +29,7 @@ from doremi_train.data.instructions import Instructions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
 from doremi_train.model import folders, language_model
+from doremi_train.parallel import comm
 from doremi_train.runs import Run
 from doremi_train.stages import Session, once, targets
 from doremi_train.stages.choice import chosen, tuning

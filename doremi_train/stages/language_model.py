@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, checkpoint, comm, losses
+from doremi_train import batch_selection, checkpoint, losses
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import HEURISTICS, box, cross_entropy, importance
 from doremi_train.model import configs, folders
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session
 from doremi_train.stages.options import training_identity

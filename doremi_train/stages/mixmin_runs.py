@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import comm, mixture
+from doremi_train import mixture
 from doremi_train.config import fingerprint
 from doremi_train.console import Part
 from doremi_train.data.sampler import Subsample
@@ -20,6 +20,7 @@ from doremi_train.data.tokens.shards import TokenStore, domain_folder
 from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
 from doremi_train.model import folders
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, language_model, once, prepare, submit, targets
 from doremi_train.train import Options

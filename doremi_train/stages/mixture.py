@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import __version__, comm, mixture
+from doremi_train import __version__, mixture
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.exports import convert, formats
 from doremi_train.methods import box
 from doremi_train.methods.box import inside, project
+from doremi_train.parallel import comm
 from doremi_train.stages import (
     Session,
     adaptive,

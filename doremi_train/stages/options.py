@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import launcher, trackers, train
+from doremi_train import trackers, train
 from doremi_train.batch_selection import Options as BatchSelection
 from doremi_train.classification.models import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
@@ -19,6 +19,7 @@ from doremi_train.exports import formats
 from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
 from doremi_train.model import configs
 from doremi_train.model.lora import Options as LoraOptions
+from doremi_train.parallel import launcher
 from doremi_train.selection import options as selection_options
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.batch_selection import Effort, effort
 from doremi_train.config import fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import detectors
 from doremi_train.methods import simplex
 from doremi_train.model import costs
+from doremi_train.parallel import comm
 from doremi_train.stages import (
     Session,
     ahead,

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.batches import require_sequences
 from doremi_train.data.options import Options
 from doremi_train.data.tokens import prepare, second_home
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.parallel import comm
 from doremi_train.runs import set_status, stop
 from doremi_train.stages import Session, once
 from doremi_train.stages.choice import chosen

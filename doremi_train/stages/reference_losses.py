@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import checkpoint, comm, losses
+from doremi_train import checkpoint, losses
 from doremi_train.console import Bar
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.model import folders
+from doremi_train.parallel import comm
 from doremi_train.runs import Preempted, Run, stop
 from doremi_train.stages import Session, language_model
 

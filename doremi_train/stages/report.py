@@ -14,7 +14,6 @@ import torch
 import yaml
 from rich.table import Table
 
-from doremi_train import comm
 from doremi_train.console import console
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import results
@@ -22,6 +21,7 @@ from doremi_train.evaluation.detectors import effective_number
 from doremi_train.evaluation.results import Result, Setting
 from doremi_train.evaluation.statistics import spread
 from doremi_train.methods import HEURISTICS, heuristics
+from doremi_train.parallel import comm
 from doremi_train.stages import Session, diagnose, evaluate, report_charts, select_report, sweep
 from doremi_train.stages.options import identity
 from doremi_train.stages.page import write_page

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
-from doremi_train import comm, mixture
+from doremi_train import mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, swarm
+from doremi_train.parallel import comm
 from doremi_train.stages import Session, once, prepare, swarm_runs, swarm_search
 
 _STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs

@@ -18,12 +18,13 @@ import orjson
 import torch
 from torch import Tensor
 
-from doremi_train import comm, files, mixture
+from doremi_train import files, mixture
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, regressors, swarm
 from doremi_train.methods.box import Box, Floats, Space
+from doremi_train.parallel import comm
 from doremi_train.runs import Run
 from doremi_train.stages import Session, language_model, once, prepare, swarm_runs
 

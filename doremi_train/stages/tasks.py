@@ -10,10 +10,11 @@ from typing import Any
 
 import orjson
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
 from doremi_train.evaluation import downstream
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, prepare
 

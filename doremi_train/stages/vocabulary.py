@@ -4,11 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, once, select_report
 from doremi_train.stages.choice import target_files

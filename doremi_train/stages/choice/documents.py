@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import __version__, comm, files
+from doremi_train import __version__, files
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar, short
@@ -19,6 +19,7 @@ from doremi_train.data.corpus.sources import names, resolve, signature
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.prepare import locked
 from doremi_train.methods import ngram
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, stop
 from doremi_train.selection import engines
 from doremi_train.stages import Session, select_report

@@ -25,12 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import comm, files
+from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
 from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.methods import less
+from doremi_train.parallel import comm
 from doremi_train.runs import Run, stop
 from doremi_train.selection import influence
 from doremi_train.selection.features import Rows, cosines

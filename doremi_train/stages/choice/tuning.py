@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from doremi_train import comm
 from doremi_train.config import UserError
 from doremi_train.data import instructions
 from doremi_train.data.chat import Encoder
 from doremi_train.data.instructions import Instructions
 from doremi_train.model import folders, lora
+from doremi_train.parallel import comm
 from doremi_train.runs import stop
 from doremi_train.stages import Session
 

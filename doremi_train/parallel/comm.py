@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from doremi_train.world import World
+from doremi_train.parallel.world import World
 
 Sums = TypeVar("Sums", bound=NamedTuple)
 T = TypeVar("T")

@@ -1,0 +1,86 @@
+"""torch's own engines: one process, DDP and FSDP2."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doremi_train.model import language_model, optim
+from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import comm
+from doremi_train.parallel.place import Place
+
+
+class Native:
+    """torch's own: one process, DDP, or FSDP2, which shards every block and the rest."""
+
+    def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
+        self._bare, self._training, self._strategy = model, training, place.strategy
+        self.model: nn.Module = model
+        if place.strategy == "fsdp2":
+            if place.compile:
+                for block in model.blocks():
+                    block.compile()
+            comm.shard(model, model.blocks(), place.device)  # which brings them there one by one
+        else:
+            model.to(place.device)
+            if place.compile:
+                model.compile()
+            if place.strategy == "ddp":
+                self.model = nn.parallel.DistributedDataParallel(
+                    model, forward_sync_buffers=False, gradient_as_bucket_view=True
+                )
+        self._parameters = list(model.parameters())
+        self.optimizer = optim.build(model, training)
+        for name, tensor in model.named_parameters():
+            if name in moments:  # scalars are torch's count of steps: fused AdamW keeps it beside the parameter
+                home = tensor.device if training.optimizer == "adamw" else "cpu"
+                self.optimizer.state[tensor] = {
+                    key: comm.share(value, tensor) if value.ndim else value.to(home, copy=True)
+                    for key, value in moments[name].items()
+                }
+        self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
+
+    def warm_up(self, tokens: Tensor) -> None:
+        # DDP lays out its buckets anew after its first backward, and over more than two processes the last bits of a
+        # sum depend on the layout.
+        if self._strategy == "ddp":
+            self.model(tokens).sum().backward()
+            self.discard()
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        if self._strategy == "fsdp2":
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with self.model.no_sync() if self._strategy == "ddp" and not last else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self._training.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._training.gradient_clip)
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        keep = comm.world().first
+        model, optimizer = {}, {}
+        for name, tensor in language_model.tensors_of(self._bare):
+            whole = comm.whole(tensor)
+            states = {key: comm.whole(value) for key, value in self.optimizer.state.get(tensor, {}).items()}
+            if keep:
+                model[name] = whole.cpu()
+                optimizer[name] = {key: value.cpu() for key, value in states.items()}
+        return {"model": model, "optimizer": {name: states for name, states in optimizer.items() if states}}
+
+    def close(self) -> None:
+        self.discard()

@@ -1,0 +1,129 @@
+"""DeepSpeed's ZeRO, stages 1 to 3."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doremi_train.config import UserError
+from doremi_train.model import language_model, optim
+from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import comm
+from doremi_train.parallel.place import Place
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Zero:
+    """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided among the processes."""
+
+    def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", place.device.type)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
+
+        # Its sums through shared memory on CPUs are compiled at the first start, behind a lock file that a killed start
+        # leaves for ever: every later one would wait for it. The processes' own backend sums just as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._bare, self._stage = model, int(place.strategy[-1])
+        if place.compile and self._stage < 3:
+            model.compile()
+        elif place.compile:
+            raise UserError("engine.compile=true: not with zero3, which gathers parameters by hooks; use engine=fsdp2")
+        settings = place.deepspeed | {
+            "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own counts
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,  # a step is what the trainer says it is
+            "gradient_clipping": training.gradient_clip or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 62,
+        }
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optim.build(model, training), config=settings, dist_init_required=False
+        )
+        self.model: nn.Module = self._engine
+        if moments:
+            self._load(moments)
+        self.wrapper = f"{type(self._engine).__name__}, {type(self._optimizer).__name__}"
+
+    def warm_up(self, tokens: Tensor) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        yield  # from stage 2 on gradients are divided after every backward
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+
+    def discard(self) -> None:
+        pass  # the trainer refuses the one case in which there would be any
+
+    def state(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        keep = comm.world().first
+        steps = self._link()
+        model, optimizer = {}, {}
+        for name, tensor in language_model.tensors_of(self._bare):
+            if not isinstance(tensor, nn.Parameter):
+                if keep:
+                    model[name] = tensor.cpu()
+                continue
+            whole = safe_get_full_fp32_param(tensor)
+            moments = {key: safe_get_full_optimizer_state(tensor, key) for key in _MOMENTS} if steps else {}
+            if keep:
+                model[name] = whole.cpu().clone()
+                moments = {key: value.cpu().clone() for key, value in moments.items()}
+                optimizer[name] = moments | {"step": torch.tensor(float(steps))}
+        return {"model": model, "optimizer": optimizer if steps else {}}
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _load(self, moments: Mapping[str, Any]) -> None:
+        step = next(iter(moments.values()))["step"]
+        for flat in self._flat():  # the states that torch would make at the first step
+            zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            self._optimizer.optimizer.state[flat] = zeros | {"step": step.to(flat.device, copy=True)}
+        self._link()
+        for name, tensor in self._bare.named_parameters():
+            for key in _MOMENTS:
+                self._set(tensor, key, moments[name][key].to(self._engine.device))
+
+    def _set(self, tensor: Tensor, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self._stage < 3:
+            safe_set_full_optimizer_state(tensor, value, key)
+            return
+        # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last part is padded.
+        part, _ = self._optimizer._get_fp32_opt_state_partition(tensor, False, optim_state_key=key)
+        world = comm.world()
+        padded = nn.functional.pad(value.flatten(), (0, part.numel() * world.size - value.numel()))
+        part.copy_(padded.narrow(0, part.numel() * world.rank, part.numel()))
+
+    def _flat(self) -> list[Tensor]:
+        """The flat parts of this process that the optimiser really updates."""
+        optimizer = self._optimizer
+        return optimizer.single_partition_of_fp32_groups if self._stage < 3 else optimizer.fp32_partitioned_groups_flat
+
+    def _link(self) -> int:
+        """Updates done so far, after making every parameter's optimiser state findable by name."""
+        if self._stage < 3:
+            states = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
+            if all(states):
+                # DeepSpeed links all groups after its first group's first step, when the others have no state yet.
+                self._optimizer._hp_optimizer_states_linked = False
+                self._optimizer._lazy_init_hp_params_optimizer_state()
+        found = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
+        return int(found[0]["step"]) if found and found[0] else 0
