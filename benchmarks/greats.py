@@ -26,7 +26,7 @@ from doremi_train.data.batches import read
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy, greats
 from doremi_train.model import folders, optim
-from doremi_train.runs import Run
+from doremi_train.storage.runs import Run
 from doremi_train.train import Position, Task, Trainer
 
 

@@ -33,7 +33,7 @@ from doremi_train.evaluation.statistics import paired
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, costs, folders
 from doremi_train.parallel import launcher, place
-from doremi_train.runs import Run
+from doremi_train.storage.runs import Run
 from doremi_train.train import Options as Training
 from doremi_train.train import Position, Task, Trainer
 

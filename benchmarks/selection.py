@@ -27,9 +27,9 @@ from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, folders
 from doremi_train.parallel import launcher, place
-from doremi_train.runs import Run
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
+from doremi_train.storage.runs import Run
 from doremi_train.train import Options as Training
 from doremi_train.train import Position, Task, Trainer
 

@@ -27,7 +27,7 @@ from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.model import configs, costs, folders
 from doremi_train.parallel import launcher, place
 from doremi_train.parallel.place import start
-from doremi_train.runs import Run
+from doremi_train.storage.runs import Run
 from doremi_train.train import Options, Position, Task, Trainer
 
 DOMAINS = 8

@@ -86,8 +86,9 @@ def run(plain: dict[str, Any]) -> None:
         raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    from doremi_train import runs, stages
+    from doremi_train import stages
     from doremi_train.parallel import comm
+    from doremi_train.storage import runs
 
     requeue = _listen(runs.stop)
     try:

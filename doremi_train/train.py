@@ -15,7 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train import batch_selection, checkpoint, domain_gradients, files
+from doremi_train import batch_selection, domain_gradients, files
 from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
@@ -28,7 +28,8 @@ from doremi_train.model import optim
 from doremi_train.model.folders import save
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm, engine, place
-from doremi_train.runs import Preempted, Run, set_status, stop
+from doremi_train.storage import checkpoint
+from doremi_train.storage.runs import Preempted, Run, set_status, stop
 
 
 @dataclass(frozen=True, config=STRICT)

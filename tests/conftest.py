@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import forked
 import pytest
 
-from doremi_train import __main__, runs
+from doremi_train import __main__
+from doremi_train.storage import runs
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,7 +24,7 @@ from doremi_train.methods import doremi
 from doremi_train.model import configs, folders, language_model
 from doremi_train.parallel import comm, engine, place
 from doremi_train.parallel.place import start
-from doremi_train.runs import Preempted, Run, stop
+from doremi_train.storage.runs import Preempted, Run, stop
 from doremi_train.train import Options, Task, Trainer
 
 STEPS = 12

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from doremi_train import checkpoint
 from doremi_train.config import UserError
+from doremi_train.storage import checkpoint
 
 
 def content(step: int) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_two_processes_give_the_weights_of_one(alone: Path, fresh: list[str], do
 def test_stopped_it_continues_to_the_same_bits(
     fresh: list[str], alone: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from doremi_train.runs import stop
+    from doremi_train.storage.runs import stop
 
     really, calls = doge.update, []
 

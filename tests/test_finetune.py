@@ -281,7 +281,7 @@ def test_a_stopped_run_continues_with_the_same_bits(
     tuned: Path, tuning: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from doremi_train import train
-    from doremi_train.runs import stop
+    from doremi_train.storage.runs import stop
 
     really: Callable[..., Any] = train.Trainer.step
 

@@ -175,7 +175,7 @@ def test_a_stopped_run_continues_with_the_same_bits(
 
     def pick(*arguments: Any) -> greats.Picks:
         calls.append(1)
-        from doremi_train.runs import stop
+        from doremi_train.storage.runs import stop
 
         stop.requested = len(calls) == 6  # between two gradients of the validation loss
         return really(*arguments)

@@ -233,7 +233,7 @@ def test_weights_and_schedule_are_what_was_drawn(adapted: tuple[str, Path], tiny
 def test_stopped_it_continues_to_the_same_bits(
     adapted: tuple[str, Path], fresh: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from doremi_train.runs import stop
+    from doremi_train.storage.runs import stop
 
     name, run_dir = adapted
     really, calls = ONLINE[name].update, []

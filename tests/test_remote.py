@@ -21,11 +21,11 @@ from conftest import LONG, Command, run_here, start
 from running import checkpoints, ended, reached, reaped, same_bits, wait_for
 from test_sources import TEXTS, jsonl, one, options, refused, texts, write_as
 
-from doremi_train import remote
 from doremi_train.config import UserError
 from doremi_train.data.tokens.prepare import prepare
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.remote import Mirror
+from doremi_train.storage import steady, urls
+from doremi_train.storage.mirror import Mirror
 
 pytest.importorskip("s3fs", reason="extra `test` brings it")
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     """s3://… of a new bucket, for this process and those it starts."""
     for name, value in {**s3.KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(steady, "FIRST_WAIT", 0.01)
     s3.forget()
     name = f"b{abs(int.from_bytes(os.urandom(4), 'big'))}"
     fsspec.filesystem("s3").mkdir(name)
@@ -140,7 +140,7 @@ def test_a_read_that_fails_goes_on_where_it_was(
     packed = {".jsonl": data, ".jsonl.zst": zstandard.compress(data), ".jsonl.gz": gzip.compress(data)}[ending]
     fsspec.filesystem("s3").pipe_file(f"{bucket}/x{ending}", packed)
     monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", BLOCK)
-    monkeypatch.setattr(remote, "CHUNK", BLOCK)
+    monkeypatch.setattr(steady, "CHUNK", BLOCK)
     asked = [0]
 
     def judge(method: str, path: str) -> str:  # in the middle too, and twice in a row: the client itself may ask again
@@ -174,9 +174,9 @@ def test_at_the_end_of_all_attempts_the_command_says_so(
     bad = network(first(10**6, "GET", "train.jsonl", "fail"))
     outcome = run_here(f"data.root={bucket}", f"run_dir={tmp_path / 'run'}", "stage=prepare")
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert f"{bucket}/a/train.jsonl: failed {remote.ATTEMPTS} times, the last time with" in outcome.err
-    assert outcome.out.count("trying again in") == remote.ATTEMPTS - 1
-    assert sum("train.jsonl" in path for method, path in bad.asked if method == "GET") == remote.ATTEMPTS
+    assert f"{bucket}/a/train.jsonl: failed {steady.ATTEMPTS} times, the last time with" in outcome.err
+    assert outcome.out.count("trying again in") == steady.ATTEMPTS - 1
+    assert sum("train.jsonl" in path for method, path in bad.asked if method == "GET") == steady.ATTEMPTS
 
 
 def test_what_is_forbidden_is_not_tried_again(bucket: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(
     fs = fsspec.filesystem("s3")
     fs.pipe_file(f"{bucket}/x.jsonl", jsonl(LINES))
     monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", BLOCK)
-    monkeypatch.setattr(remote, "CHUNK", BLOCK)
+    monkeypatch.setattr(steady, "CHUNK", BLOCK)
     asked = [0]
 
     def judge(method: str, path: str) -> str:
@@ -205,10 +205,11 @@ def test_an_object_that_changes_while_it_is_read_is_refused(
         return "pass"
 
     network(judge)
-    wait = remote.time.sleep
+    wait = urls.time.sleep
     other = fsspec.filesystem("s3")
     monkeypatch.setattr(
-        "doremi_train.remote.time.sleep", lambda s: (other.pipe_file(f"{bucket}/x.jsonl", jsonl(LINES[1:])), wait(s))
+        "doremi_train.storage.steady.time.sleep",
+        lambda s: (other.pipe_file(f"{bucket}/x.jsonl", jsonl(LINES[1:])), wait(s)),
     )
     refused(one(f"{bucket}/x.jsonl"), "x.jsonl: changed while it was read")
 
@@ -274,7 +275,7 @@ def test_several_processes_fetch_at_once(corpus: Path, bucket: str, tmp_path: Pa
     elsewhere = prepare(given, tmp_path / "there", mirror=Mirror(f"{bucket}/data"))
     code = (
         "import sys, numpy as np\nfrom pathlib import Path\nfrom doremi_train.data.tokens.shards import TokenStore\n"
-        "from doremi_train.remote import Mirror\n"
+        "from doremi_train.storage.mirror import Mirror\n"
         "store = TokenStore.open(sys.argv[1], Mirror(sys.argv[2]))\n"
         "print(store.gather('train', np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum())"
     )

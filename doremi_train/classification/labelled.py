@@ -16,7 +16,8 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError, fingerprint
-from doremi_train.remote import filesystem, one_line, reaching
+from doremi_train.storage.steady import one_line
+from doremi_train.storage.urls import filesystem, reaching
 
 ENDINGS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".csv")
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError, fingerprint
-from doremi_train.remote import one_line
+from doremi_train.storage.steady import one_line
 
 ROLES = ("system", "user", "assistant")  # where there is no chat template, which may know others
 

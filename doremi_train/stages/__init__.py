@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from doremi_train import checkpoint, files, runs, trackers
+from doremi_train import files, trackers
 from doremi_train.config import UserError, load, redact
 from doremi_train.console import Bar, Part, console
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
-from doremi_train.remote import Mirror
 from doremi_train.stages.options import Config, identity
+from doremi_train.storage import checkpoint, runs
+from doremi_train.storage.mirror import Mirror
 
 
 @dataclass

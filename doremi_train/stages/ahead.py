@@ -16,7 +16,6 @@ from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
-from doremi_train.runs import Run
 from doremi_train.stages import (
     Session,
     adaptive,
@@ -34,6 +33,7 @@ from doremi_train.stages import (
     swarm_search,
     weighting,
 )
+from doremi_train.storage.runs import Run
 
 
 class Ahead(NamedTuple):

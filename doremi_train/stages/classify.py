@@ -36,9 +36,9 @@ from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.runs import Run, lock, stop
 from doremi_train.stages import Session, classify_report
 from doremi_train.stages.options import Classify
+from doremi_train.storage.runs import Run, lock, stop
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from doremi_train.evaluation import losses
 from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.runs import stop
 from doremi_train.stages import Session, language_model, main, once, prepare, tasks
+from doremi_train.storage.runs import stop
 
 
 @once

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, checkpoint, losses
+from doremi_train import batch_selection, losses
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
@@ -17,9 +17,10 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import HEURISTICS, box, cross_entropy, importance
 from doremi_train.model import configs, folders
 from doremi_train.parallel import comm
-from doremi_train.runs import Run, set_status
 from doremi_train.stages import Session
 from doremi_train.stages.options import training_identity
+from doremi_train.storage import checkpoint
+from doremi_train.storage.runs import Run, set_status
 from doremi_train.train import Options, Position, Task, Trainer
 
 SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import checkpoint, losses
+from doremi_train import losses
 from doremi_train.console import Bar
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints, Sampler
@@ -20,8 +20,9 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.runs import Preempted, Run, stop
 from doremi_train.stages import Session, language_model
+from doremi_train.storage import checkpoint
+from doremi_train.storage.runs import Preempted, Run, stop
 
 _LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
 _AT_ONCE = 1 << 20  # draws, so that their numbers take little memory

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from doremi_train import runs
 from doremi_train.config import UserError
 from doremi_train.parallel import comm, slurm
-from doremi_train.runs import Preempted
 from doremi_train.stages import Session
 from doremi_train.stages.options import Submit
+from doremi_train.storage import runs
+from doremi_train.storage.runs import Preempted
 from doremi_train.train import TrainingFailed
 
 _MINUTES_OF_A_YEAR = 525_600

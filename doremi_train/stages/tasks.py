@@ -15,8 +15,8 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
 from doremi_train.evaluation import downstream
 from doremi_train.parallel import comm
-from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, prepare
+from doremi_train.storage.runs import Run, stop
 
 _SHOTS = 8  # passages kept apart, from which the one shot is taken
 _ANSWER = 16  # tokens of room for it

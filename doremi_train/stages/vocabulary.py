@@ -10,9 +10,9 @@ from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
 from doremi_train.parallel import comm
-from doremi_train.runs import Run, stop
 from doremi_train.stages import Session, once, select_report
 from doremi_train.stages.choice import target_files
+from doremi_train.storage.runs import Run, stop
 
 
 @once

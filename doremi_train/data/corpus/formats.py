@@ -12,7 +12,7 @@ from doremi_train.config import UserError
 from doremi_train.data.corpus import archives, installed, megatron, opening, planted, records
 from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
 from doremi_train.data.options import Options
-from doremi_train.remote import PIPE
+from doremi_train.storage.urls import PIPE
 
 BATCH = 1 << 24  # bytes of parquet rows decoded together, about
 INSTALLED = "installed:"

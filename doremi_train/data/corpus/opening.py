@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from doremi_train.config import UserError
 from doremi_train.data.options import Options
-from doremi_train.remote import PIPE, PROTOCOLS, filesystem, harmless
+from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
 READER = 1  # raise when the same files would give other documents: data prepared before is then not reused
 CHUNK = 1 << 20  # bytes read together

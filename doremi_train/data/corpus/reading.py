@@ -13,7 +13,7 @@ from doremi_train.data.corpus.formats import READERS
 from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.records import domain_of
 from doremi_train.data.options import Options
-from doremi_train.remote import one_line
+from doremi_train.storage.steady import one_line
 
 
 def read(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:

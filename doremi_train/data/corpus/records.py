@@ -9,7 +9,7 @@ import orjson
 from doremi_train.config import UserError, flatten
 from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
 from doremi_train.data.options import Options
-from doremi_train.remote import one_line
+from doremi_train.storage.steady import one_line
 
 PIECE = 4_000_000  # characters (or tokens) of a document handed on together
 LINE = 1 << 26  # bytes of one JSON record: more would not fit the memory once decoded

@@ -11,7 +11,7 @@ from doremi_train.data.corpus import installed, planted
 from doremi_train.data.corpus.formats import INSTALLED, PLANTED, READERS, ending_of, index_of
 from doremi_train.data.corpus.opening import READER, Source, file_system, refuse_command
 from doremi_train.data.options import Options
-from doremi_train.remote import PIPE, reaching
+from doremi_train.storage.urls import PIPE, reaching
 
 
 def resolve(options: Options) -> list[Source]:

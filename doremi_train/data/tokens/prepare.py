@@ -28,7 +28,7 @@ from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
 from doremi_train.data.tokens.shards import token_dtype
 from doremi_train.data.tokens.writing import ShardWriter, write_manifest
 from doremi_train.files import try_lock
-from doremi_train.remote import Mirror
+from doremi_train.storage.mirror import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
 

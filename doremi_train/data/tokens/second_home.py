@@ -7,7 +7,7 @@ from doremi_train.config import UserError
 from doremi_train.data.tokens.encoding import Progress
 from doremi_train.data.tokens.shards import CHECKSUMS, shards_of
 from doremi_train.files import read_json, write_json
-from doremi_train.remote import Mirror
+from doremi_train.storage.mirror import Mirror
 
 
 def fetch(target: Path, mirror: Mirror) -> bool:

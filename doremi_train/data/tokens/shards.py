@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
-from doremi_train.remote import Mirror, Torn
+from doremi_train.storage.mirror import Mirror, Torn
 
 SPLITS = ("train", "validation")
 INDEX = np.dtype([(name, "<i8") for name in ("stream", "shard", "offset", "tokens", "documents")])

@@ -20,10 +20,10 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.prepare import locked
 from doremi_train.methods import ngram
 from doremi_train.parallel import comm
-from doremi_train.runs import Run, stop
 from doremi_train.selection import engines
 from doremi_train.stages import Session, select_report
 from doremi_train.stages.choice import array, target_files
+from doremi_train.storage.runs import Run, stop
 
 SCORES = 2  # raise when the same request would give other scores, or counts beside them
 

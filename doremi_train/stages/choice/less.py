@@ -32,7 +32,6 @@ from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.methods import less
 from doremi_train.parallel import comm
-from doremi_train.runs import Run, stop
 from doremi_train.selection import influence
 from doremi_train.selection.features import Rows, cosines
 from doremi_train.selection.influence import Checkpoint
@@ -40,6 +39,7 @@ from doremi_train.stages import Session, less_report
 from doremi_train.stages.choice import less_choice, less_pool, tuning, warmup
 from doremi_train.stages.choice.less_pool import Pool, Subtask
 from doremi_train.stages.choice.warmup import Warm
+from doremi_train.storage.runs import Run, stop
 
 SCORES = 1  # raise when the same request would give other scores
 _SHARD = 512  # examples scored by one process at a time

@@ -10,8 +10,8 @@ from doremi_train.data.chat import Encoder
 from doremi_train.data.instructions import Instructions
 from doremi_train.model import folders, lora
 from doremi_train.parallel import comm
-from doremi_train.runs import stop
 from doremi_train.stages import Session
+from doremi_train.storage.runs import stop
 
 
 class Built(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import checkpoint, files
+from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.instructions import Instructions
 from doremi_train.data.sampler import Subsample
@@ -25,13 +25,14 @@ from doremi_train.methods import cross_entropy
 from doremi_train.methods.less import Moments
 from doremi_train.model import folders, language_model, optim
 from doremi_train.model.language_model import CompletionModel
-from doremi_train.remote import one_line
-from doremi_train.runs import Run
 from doremi_train.selection.influence import Checkpoint
 from doremi_train.stages import Session
 from doremi_train.stages.choice.tuning import build
 from doremi_train.stages.language_model import finish
 from doremi_train.stages.options import training_identity
+from doremi_train.storage import checkpoint
+from doremi_train.storage.runs import Run
+from doremi_train.storage.steady import one_line
 from doremi_train.train import Task, Trainer
 
 

@@ -14,7 +14,7 @@ import torch
 
 from doremi_train import files
 from doremi_train.config import UserError
-from doremi_train.remote import Mirror, Torn
+from doremi_train.storage.mirror import Mirror, Torn
 
 FOLDER = "checkpoints"  # within a run
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint, redact
-from doremi_train.remote import Mirror
+from doremi_train.storage.mirror import Mirror
 
 
 class Preempted(Exception):
