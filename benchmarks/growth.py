@@ -28,7 +28,6 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.loader import wide_store
-from doremi_train import charts
 from doremi_train.command import child
 from doremi_train.config import conf_dir, load
 from doremi_train.data.batches import read
@@ -39,6 +38,7 @@ from doremi_train.model.projection import Projection
 from doremi_train.parallel import launcher
 from doremi_train.parallel.place import start
 from doremi_train.parallel.world import World
+from doremi_train.reports import charts
 from doremi_train.stages import Session, plan
 from doremi_train.stages.options import Config
 

@@ -17,7 +17,7 @@ import yaml
 from benchmarks import common, page_tasks, planted_tasks
 from benchmarks.growth import drawn
 from benchmarks.planted_tasks import TASKS
-from doremi_train import charts
+from doremi_train.reports import charts
 
 METHODS = ("less", "random", "bm25", "ngram", "rds", "rds_plus", "all")
 

@@ -18,7 +18,6 @@ import torch
 
 from benchmarks import common
 from benchmarks.growth import drawn, plain_session
-from doremi_train import charts
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.tokens.shards import TokenStore
@@ -27,6 +26,7 @@ from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, folders
 from doremi_train.parallel import launcher, place
+from doremi_train.reports import charts
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
 from doremi_train.storage.runs import Run

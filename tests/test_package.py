@@ -38,7 +38,7 @@ def test_the_wheel_carries_configuration_template_and_licence(installed: Path) -
     package = installed / "doremi_train"
     for source in sorted((ROOT / "conf").rglob("*.yaml")):
         assert (package / "conf" / source.relative_to(ROOT / "conf")).read_bytes() == source.read_bytes()
-    assert (package / "stages" / "report.html.jinja").exists()
+    assert (package / "reports" / "templates" / "report.html.jinja").exists()
     assert list(installed.glob("doremi_train-*.dist-info/licenses/LICENSE"))
     assert not (installed / "tests").exists()
 

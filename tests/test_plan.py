@@ -13,7 +13,8 @@ from conftest import TINY, Command, documents, run_here, write_jsonl
 
 from doremi_train import files
 from doremi_train.model import costs, language_model
-from doremi_train.stages import plan, plan_text
+from doremi_train.reports import plan_text
+from doremi_train.stages import plan
 from doremi_train.storage import runs
 
 DOMAINS = ["digits", "plain", "rich"]

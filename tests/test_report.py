@@ -14,10 +14,10 @@ from conftest import TINY, documents, run_here, write_jsonl
 from PIL import Image
 from running import read
 
-from doremi_train import charts
 from doremi_train.evaluation import results
-from doremi_train.stages import report_charts
-from doremi_train.stages.report import _read, overall
+from doremi_train.reports import charts, sweep_charts
+from doremi_train.reports.run_page import overall
+from doremi_train.stages.report import _read
 
 
 def run_of(folder: Path, width: int, seed: int, gain: float = 0.5, **more: float | str) -> Path:
@@ -96,7 +96,7 @@ def test_runs_are_grouped_by_what_varies_beside_the_seed(tmp_path: Path) -> None
     small, large = _read([run_of(tmp_path / f"{w}-{s}", w, s) for w in (32, 16) for s in (0, 1, 2)])
     assert [len(small.results), len(large.results)] == [3, 3] and small.size < large.size
     assert small.label == f"proxy={small.size:,} parameters"
-    losses, weights = report_charts.compare([small, large])
+    losses, weights = sweep_charts.compare([small, large])
     assert all(f" {name}" in losses for name in ("learned", "natural (baseline)", "uniform")) and " main" not in losses
     assert " a" in weights and " b" in weights
     assert len(re.findall(r'id="[^"]*(FillBetween|PolyCollection)', losses)) == 3, "a band for each curve"
@@ -107,12 +107,12 @@ def test_other_keys_make_curves_of_their_own(tmp_path: Path) -> None:
     made = [run_of(tmp_path / f"{w}-{e}", w, 0, step_size=e) for w in (16, 32) for e in (0.1, 1.0)]
     settings = _read(made)
     assert [setting.varying["proxy.step_size"] for setting in settings] == [0.1, 1.0] * 2
-    assert "learned (proxy.step_size=0.1)" in report_charts.compare(settings)[0]
+    assert "learned (proxy.step_size=0.1)" in sweep_charts.compare(settings)[0]
 
 
 def test_words_make_a_row_each(tmp_path: Path) -> None:
     settings = _read([run_of(tmp_path / score, 16, 0, score=score) for score in ("excess", "hardest")])
-    losses, weights = report_charts.compare(settings)
+    losses, weights = sweep_charts.compare(settings)
     assert "proxy.score=excess" in losses and "proxy.score=hardest" in weights
 
 

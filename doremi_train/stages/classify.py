@@ -36,7 +36,8 @@ from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, classify_report
+from doremi_train.reports import classify_page
+from doremi_train.stages import Session
 from doremi_train.stages.options import Classify
 from doremi_train.storage.runs import Run, lock, stop
 
@@ -337,5 +338,5 @@ def _write(
             weights[method] = np.load(one.folder / "weights.npy", allow_pickle=False)
     page = session.run_dir / "report.html"
     quality = (-seed.quality.loss).exp().numpy()
-    classify_report.write(page, found, data.examples["generated"], weights, quality)
+    classify_page.write(page, found, data.examples["generated"], weights, quality)
     console.print(f"report: {page}")

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from doremi_train import files
-from doremi_train.charts import Point, rows
 from doremi_train.config import UserError, load
 from doremi_train.console import console
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
 from doremi_train.parallel import comm
+from doremi_train.reports.charts import Point, rows
 from doremi_train.stages import Session, ahead, claim, language_model, main, plan, prepare, report
 from doremi_train.stages import submit as jobs
 from doremi_train.stages.options import Config

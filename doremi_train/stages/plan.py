@@ -18,17 +18,8 @@ from doremi_train.evaluation import detectors
 from doremi_train.methods import simplex
 from doremi_train.model import costs
 from doremi_train.parallel import comm
-from doremi_train.stages import (
-    Session,
-    ahead,
-    main,
-    mixture,
-    plan_text,
-    prepare,
-    reference,
-    reference_losses,
-    weighting,
-)
+from doremi_train.reports import plan_text
+from doremi_train.stages import Session, ahead, main, mixture, prepare, reference, reference_losses, weighting
 from doremi_train.stages.ahead import Ahead
 
 # Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has

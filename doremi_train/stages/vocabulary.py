@@ -10,7 +10,8 @@ from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, once, select_report
+from doremi_train.reports import selection_page
+from doremi_train.stages import Session, once
 from doremi_train.stages.choice import target_files
 from doremi_train.storage.runs import Run, stop
 
@@ -66,7 +67,7 @@ def _make(session: Session, folder: Path) -> dict[str, Any]:
 
 def _picture(log: list[dict[str, Any]]) -> str:
     """The chart as a file of its own."""
-    return select_report.utility(log).replace(">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1)
+    return selection_page.utility(log).replace(">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1)
 
 
 def _sample(sources: list[Source], data: Options, size: int) -> list[bytes]:

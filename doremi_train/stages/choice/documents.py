@@ -20,8 +20,9 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.prepare import locked
 from doremi_train.methods import ngram
 from doremi_train.parallel import comm
+from doremi_train.reports import selection_page
 from doremi_train.selection import engines
-from doremi_train.stages import Session, select_report
+from doremi_train.stages import Session
 from doremi_train.stages.choice import array, target_files
 from doremi_train.storage.runs import Run, stop
 
@@ -45,7 +46,7 @@ def run(session: Session) -> Path:
 def show(session: Session, folder: Path) -> None:
     """A page and a summary of a choice."""
     page = session.run_dir / "select" / "report.html"
-    comm.on_first(lambda: select_report.write(page, folder, session.config.selection.vocabulary))
+    comm.on_first(lambda: selection_page.write(page, folder, session.config.selection.vocabulary))
     result = comm.on_first(lambda: files.read_json(folder / "result.json"))
     session.say(f"{summary(result, folder)}\nreport: {page}")
 

@@ -32,10 +32,11 @@ from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.methods import less
 from doremi_train.parallel import comm
+from doremi_train.reports import less_page
 from doremi_train.selection import influence
 from doremi_train.selection.features import Rows, cosines
 from doremi_train.selection.influence import Checkpoint
-from doremi_train.stages import Session, less_report
+from doremi_train.stages import Session
 from doremi_train.stages.choice import less_choice, less_pool, tuning, warmup
 from doremi_train.stages.choice.less_pool import Pool, Subtask
 from doremi_train.stages.choice.warmup import Warm
@@ -71,7 +72,7 @@ def show(session: Session, folder: Path) -> None:
         return
     result = comm.on_first(lambda: files.read_json(folder / "result.json"))
     session.say(less_choice.summary(result, folder))
-    comm.on_first(lambda: less_report.write(session.run_dir / "report.html", result))
+    comm.on_first(lambda: less_page.write(session.run_dir / "report.html", result))
 
 
 def _scorer(session: Session) -> Session:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_train.charts import COLORS, Curve, Mark, Point, lines, rows, smooth
 from doremi_train.evaluation import results
 from doremi_train.evaluation.results import Setting
 from doremi_train.evaluation.statistics import student_t
+from doremi_train.reports.charts import COLORS, Curve, Mark, Point, lines, rows, smooth
 
 Place = Callable[[Setting], float]
 
-_CHOSEN = 10  # domains that get a colour and a name in a chart over steps
+CHOSEN = 10  # domains that get a colour and a name in a chart over steps
 _MOST_ROWS = 40  # of a chart with a row a domain: those that moved most
 _MOVES = {  # what weights follow, by its name in a trace: title and unit
     "excess_loss": ("Excess loss over the reference", "nats per token"),
@@ -25,8 +25,8 @@ _MOVES = {  # what weights follow, by its name in a trace: title and unit
     "reward": ("Reward of each domain", "nats per token"),
     "alignment": ("Alignment of a domain's gradient with its target's", "⟨g, target⟩"),
 }
-_MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
-_MODEL_COLORS["baseline"] = "#8b919c"
+MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
+MODEL_COLORS["baseline"] = "#8b919c"
 
 
 def mixture_points(setting: Setting) -> dict[str, Point]:
@@ -55,7 +55,7 @@ def mixture(setting: Setting, free: dict[str, dict[str, float]], prefix: str) ->
     learned = setting.models["main"]
     title = "Weights before and after" + (f": the {len(names)} that moved most" if len(moved) < len(points) else "")
     shown = {**kinds, learned: [points[name] for name in names]}
-    colors = {"natural": _MODEL_COLORS["natural"], "uniform": _MODEL_COLORS["uniform"], learned: _MODEL_COLORS["main"]}
+    colors = {"natural": MODEL_COLORS["natural"], "uniform": MODEL_COLORS["uniform"], learned: MODEL_COLORS["main"]}
     return rows(f"{prefix}{title}", "part of the tokens", names, shown, colors)
 
 
@@ -101,7 +101,7 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
     x = kept + 1
     mean = weights.mean(0)
     order = np.argsort(-np.abs(mean[-1] - mean[0]) - np.abs(mean.mean(0) - mean[0]))
-    chosen = set(order[:_CHOSEN].tolist()) if len(names) > _CHOSEN else set(range(len(names)))
+    chosen = set(order[:CHOSEN].tolist()) if len(names) > CHOSEN else set(range(len(names)))
 
     def by_domain(values: NDArray[np.float64]) -> dict[str, Curve]:
         colors = iter(COLORS)
@@ -162,7 +162,7 @@ def learning(setting: Setting, prefix: str) -> list[str]:
         if points:
             x = np.array([line["step"] for line in found[0][:points]])
             y = np.array([[line["mean_loss"] for line in curve[:points]] for curve in found])  # (S, N)
-            curves[name] = Curve(x, y, _MODEL_COLORS.get(name))
+            curves[name] = Curve(x, y, MODEL_COLORS.get(name))
     if not curves:
         return []
     band = f" (band: lowest to highest of {len(setting.results)} seeds)" if len(setting.results) > 1 else ""
@@ -195,7 +195,7 @@ def downstream(setting: Setting, prefix: str) -> list[str]:
             if points:
                 x = np.array([line["step"] for line in found[0][:points]])
                 y = np.array([[100 * line["accuracy"] for line in curve[:points]] for curve in found])  # (S, N)
-                curves[label] = Curve(x, y, _MODEL_COLORS.get(name))
+                curves[label] = Curve(x, y, MODEL_COLORS.get(name))
         if curves:
             axes = ("step of the final run", "exact match, %")
             charts.append(lines(f"{prefix}Accuracy on {task}, one shot", *axes, curves, settings=True))
@@ -251,96 +251,12 @@ def domain_losses(setting: Setting, prefix: str) -> list[str]:
             "difference in nats per token",
             [domains[k] for k in order],
             {label: [found[k] for k in order] for label, found in points.items()},
-            {label: _MODEL_COLORS[name] for name, label in labels.items() if name in _MODEL_COLORS},
+            {label: MODEL_COLORS[name] for name, label in labels.items() if name in MODEL_COLORS},
             zero=True,
         )
     ]
 
 
-# ── Several settings ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def compare(settings: Sequence[Setting]) -> list[str]:
-    """Result and weights against what varies: along an axis where it is numbers, else a row for each setting."""
-    axis = _axis(settings)
-    return _setting_rows(settings) if axis is None else _setting_curves(settings, *axis)
-
-
-def _setting_rows(settings: Sequence[Setting]) -> list[str]:
-    labels = shared_models(settings)
-    colors = {label: _MODEL_COLORS[name] for name, label in labels.items() if name in _MODEL_COLORS}
-    losses = {label: [_interval(setting.losses(name)) for setting in settings] for name, label in labels.items()}
-    domains = _shared_domains(settings)
-    weights = {d: [_interval([run.weights[d] for run in setting.results]) for setting in settings] for d in domains}
-    names = [setting.label for setting in settings]
-    return [
-        rows("Mean validation loss of each setting", "nats per token", names, losses, colors),
-        rows("Weights of each setting", "weight", names, weights),
-    ]
-
-
-def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str) -> list[str]:
-    labels = shared_models(settings)
-    groups: dict[str, list[Setting]] = {}
-    for setting in settings:
-        rest = ", ".join(f"{name}={value}" for name, value in setting.varying.items() if name != key)
-        groups.setdefault(rest, []).append(setting)
-    seeds = min(len(setting.results) for setting in settings)
-    losses, weights = dict[str, Curve](), dict[str, Curve]()
-    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}  # by model and group: (S, N)
-    for rest, group in groups.items():
-        after = f" ({rest})" if rest else ""
-        places = [place(setting) for setting in group]
-        for name, label in labels.items():
-            values = np.array([setting.losses(name)[:seeds] for setting in group]).T
-            if any(np.array_equal(values, other) for other in found[name].values()):
-                continue  # what does not depend on the keys of the groups is drawn once
-            found[name][rest] = values
-            color = _MODEL_COLORS.get(name) if len(groups) == 1 or name != "main" else None
-            losses[label + (after if name == "main" else "")] = Curve(places, values, color, dashed=name != "main")
-        for domain in _shared_domains(settings):
-            values = np.array([[run.weights[domain] for run in setting.results[:seeds]] for setting in group]).T
-            weights[domain + after] = Curve(places, values)
-    band = f" (band: lowest to highest of {seeds} seeds)" if seeds > 1 else ""
-    ticks = [place(setting) for setting in settings]
-    wide = min(ticks) > 0 and max(ticks) / min(ticks) > 5
-    return [
-        lines(f"Mean validation loss{band}", x, "nats per token", losses, settings=True, logarithmic=wide),
-        lines(f"Weights{band}", x, "weight", weights, settings=True, logarithmic=wide),
-    ]
-
-
-def shared_models(settings: Sequence[Setting]) -> dict[str, str]:
-    """The models that every setting has, and how they are called."""
-    known = {name: label for name, label in settings[0].models.items() if name != "reference"}
-    runs = [run for setting in settings for run in setting.results]
-    shared = [name for name in known if all(name in run.figures for run in runs)]
-    return {name: "proxy itself" if name == "proxy" else known[name] for name in shared}
-
-
-def _shared_domains(settings: Sequence[Setting]) -> list[str]:
-    """The domains that are drawn: those of the first setting that all have, since settings may differ in their data."""
-    runs = [run for setting in settings for run in setting.results]
-    return [name for name in runs[0].weights if all(name in run.weights for run in runs)][:_CHOSEN]
-
-
-def _axis(settings: Sequence[Setting]) -> tuple[str, Place, str] | None:
-    """What to draw along x: (key, place of a setting, name of the axis); None where nothing that varies is a number."""
-    if len({setting.size for setting in settings}) > 1:
-        return "proxy", lambda setting: setting.size, "parameters of the proxy, without embeddings"
-    if len({setting.main_size for setting in settings}) > 1:
-        return "main.model", lambda setting: setting.main_size, "parameters of the final model, without embeddings"
-    counts = {
-        key: len({setting.varying[key] for setting in settings})
-        for key in settings[0].varying
-        if all(isinstance(s.varying[key], int | float) and not isinstance(s.varying[key], bool) for s in settings)
-    }
-    if not counts:
-        return None
-    key = max(counts, key=lambda name: (counts[name], name == "proxy.step_size"))
-    return key, lambda setting: setting.varying[key], key
-
-
-def _interval(values: Sequence[float]) -> Point:
+def interval(values: Sequence[float]) -> Point:
     mean, half = student_t(values)
     return Point(mean, mean - half, mean + half) if len(values) > 1 else Point(mean)

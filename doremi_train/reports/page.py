@@ -1,4 +1,4 @@
-"""A self-contained page from a template beside this file."""
+"""A self-contained page from a template."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from doremi_train import files
 def write_page(path: Path, template: str = "report.html.jinja", **content: Any) -> None:
     """Render a template; every value is escaped, only our own charts are markup."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

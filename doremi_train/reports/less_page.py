@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import charts
-from doremi_train.charts import Curve
-from doremi_train.stages.page import write_page
+from doremi_train.reports import charts
+from doremi_train.reports.charts import Curve
+from doremi_train.reports.page import write_page
 
 _CHARACTERS = 400  # of a text
 

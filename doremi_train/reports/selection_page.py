@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from doremi_train import charts, files
-from doremi_train.charts import Curve, Point
+from doremi_train import files
 from doremi_train.console import short
-from doremi_train.stages.page import write_page
+from doremi_train.reports import charts
+from doremi_train.reports.charts import Curve, Point
+from doremi_train.reports.page import write_page
 
 
 def write(page: Path, folder: Path, vocabulary: str | None) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_train import charts
-from doremi_train.charts import Point
 from doremi_train.classification.labelled import Examples
 from doremi_train.evaluation.statistics import spread, student_t
-from doremi_train.stages.page import write_page
+from doremi_train.reports import charts
+from doremi_train.reports.charts import Point
+from doremi_train.reports.page import write_page
 
 _SHOWN, _CHARACTERS = 8, 400  # examples of each end, and of each text
 
