@@ -25,9 +25,9 @@ from benchmarks import common
 from benchmarks.prepare import corpus, texts
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.options import Options as Data
-from doremi_train.selection import engines, kernels, parts, tasks
+from doremi_train.selection.documents import engines, kernels, parts, tasks
+from doremi_train.selection.documents.scorers import halves
 from doremi_train.selection.options import Options
-from doremi_train.selection.scorers import halves
 
 TARGET = 20  # documents of the first domain
 SHARD = 64.0  # MB of text of a usual file, the work of a task

@@ -10,10 +10,10 @@ import pytest
 from conftest import documents, run_here, write_jsonl
 from scipy import optimize
 
-from doremi_train.selection import baselines
-from doremi_train.selection.methods import METHODS
+from doremi_train.selection.documents import baselines
+from doremi_train.selection.documents.registry import METHODS
+from doremi_train.selection.documents.scorers import whole
 from doremi_train.selection.options import Options
-from doremi_train.selection.scorers import whole
 
 pytest.importorskip("numba")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from doremi_train.methods import ngram
 from doremi_train.selection.options import Options
 
-kernels = pytest.importorskip("doremi_train.selection.kernels")
-scorers = pytest.importorskip("doremi_train.selection.scorers")
+kernels = pytest.importorskip("doremi_train.selection.documents.kernels")
+scorers = pytest.importorskip("doremi_train.selection.documents.scorers")
 
 MASK = 2**64 - 1
 TEXTS = [

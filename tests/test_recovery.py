@@ -10,10 +10,11 @@ import pytest
 import zstandard
 from conftest import run_here, write_jsonl
 
-pytest.importorskip("numba")
-from doremi_train.selection.methods import METHODS
+from doremi_train.selection.documents.registry import METHODS
+from doremi_train.selection.documents.scorers import whole
 from doremi_train.selection.options import Options
-from doremi_train.selection.scorers import whole
+
+pytest.importorskip("numba")
 
 pytestmark = pytest.mark.acceptance
 

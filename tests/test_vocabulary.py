@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 
 from doremi_train.config import UserError
 from doremi_train.methods import vocabulary
-from doremi_train.selection import granular, kernels
+from doremi_train.selection.documents import granular, kernels
 
 pytest.importorskip("numba")
 
@@ -176,9 +176,9 @@ def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> N
 
 def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path: Path) -> None:
     from doremi_train.methods import ngram
-    from doremi_train.selection.methods import METHODS
+    from doremi_train.selection.documents.registry import METHODS
+    from doremi_train.selection.documents.scorers import whole
     from doremi_train.selection.options import Options
-    from doremi_train.selection.scorers import whole
 
     tokens = [*vocabulary.BYTES, b"of", b" the", b"of the", b"of the end"]
     print_ = granular.save(tmp_path / "v.json", tokens)

@@ -30,8 +30,8 @@ def text(record: Mapping[str, Any]) -> bytes:
 
 def by_words(method: str, pool: Sequence[bytes], targets: Mapping[str, list[bytes]]) -> NDArray[np.float64]:
     """(N, targets) scores of a method of document selection, each text uncut."""
-    from doremi_train.selection.methods import METHODS  # numba is an extra
-    from doremi_train.selection.scorers import whole
+    from doremi_train.selection.documents.registry import METHODS  # numba is an extra
+    from doremi_train.selection.documents.scorers import whole
 
     scorer = METHODS[method](Options(method=method))
     found = [whole(list(pool[first : first + _TOGETHER])) for first in range(0, len(pool), _TOGETHER)]

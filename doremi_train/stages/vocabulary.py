@@ -36,7 +36,7 @@ def run(session: Session) -> Path:
 
 
 def _recipe(session: Session) -> dict[str, Any]:
-    from doremi_train.selection import granular
+    from doremi_train.selection.documents import granular
 
     options, raw, text = session.config.vocabulary, session.config.data, target_files.text_options(session)
     start = options.start and fingerprint([token.hex() for token in granular.start(options.start)])
@@ -48,7 +48,7 @@ def _recipe(session: Session) -> dict[str, Any]:
 
 
 def _make(session: Session, folder: Path) -> dict[str, Any]:
-    from doremi_train.selection import granular, parts
+    from doremi_train.selection.documents import granular, parts
 
     options = session.config.vocabulary
     text = target_files.text_options(session)
@@ -72,7 +72,7 @@ def _picture(log: list[dict[str, Any]]) -> str:
 
 def _sample(sources: list[Source], data: Options, size: int) -> list[bytes]:
     """The first training documents of every source, `size` bytes in all."""
-    from doremi_train.selection import parts
+    from doremi_train.selection.documents import parts
 
     found: list[bytes] = []
     for source in sources:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from doremi_train.config import UserError
-from doremi_train.selection.engines import LOSSES
+from doremi_train.selection.documents.engines import LOSSES
 from doremi_train.stages import submit
 from doremi_train.stages.options import Submit
 from doremi_train.stages.submit import SECONDS_BETWEEN_LOOKS, Again

@@ -15,7 +15,7 @@ from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.routing import held_out
 from doremi_train.methods import ngram
-from doremi_train.selection import kernels
+from doremi_train.selection.documents import kernels
 
 BATCH = 2**20  # bytes of text together: fewer calls from Python, and the memory stays small
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from doremi_train.config import UserError
 from doremi_train.files import replacing
 from doremi_train.methods import ngram
+from doremi_train.selection.documents.tasks import BENCHMARK, COPY, ELIGIBLE, SHORT
 from doremi_train.selection.options import Options
-from doremi_train.selection.tasks import BENCHMARK, COPY, ELIGIBLE, SHORT
 
 REFUSED = {SHORT: "short", COPY: "copy", BENCHMARK: "benchmark"}
 LENGTHS = 24  # powers of two

@@ -2,9 +2,17 @@
 
 from collections.abc import Callable
 
-from doremi_train.selection.baselines import BM25, Classifier, Embedding
+from doremi_train.selection.documents.baselines import BM25, Classifier, Embedding
+from doremi_train.selection.documents.scorers import (
+    ExactGrams,
+    GranularGrams,
+    NGrams,
+    Random,
+    Scorer,
+    TokenGrams,
+    WordGrams,
+)
 from doremi_train.selection.options import Options
-from doremi_train.selection.scorers import ExactGrams, GranularGrams, NGrams, Random, Scorer, TokenGrams, WordGrams
 
 FEATURES: dict[str, type[NGrams]] = {"words": WordGrams, "tokens": TokenGrams, "granular": GranularGrams}
 

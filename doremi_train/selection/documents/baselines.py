@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from doremi_train.config import UserError
 from doremi_train.methods import ngram
-from doremi_train.selection import kernels
-from doremi_train.selection.parts import Batch, Document, batch
-from doremi_train.selection.scorers import NO_TEXT, Arrays, NGrams, Random, Targets, whole
+from doremi_train.selection.documents import kernels
+from doremi_train.selection.documents.parts import Batch, Document, batch
+from doremi_train.selection.documents.scorers import NO_TEXT, Arrays, NGrams, Random, Targets, whole
 
 BUCKETS = 2**18  # of words for BM25: hardly two words of a text share one
 SATURATION, LENGTH = 1.5, 0.75  # k₁ and b

@@ -18,11 +18,11 @@ from doremi_train.data import options as data_options
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.files import replacing, write_bytes
 from doremi_train.methods import ngram
-from doremi_train.selection import kernels
-from doremi_train.selection.methods import METHODS
+from doremi_train.selection.documents import kernels
+from doremi_train.selection.documents.parts import Batch, batches
+from doremi_train.selection.documents.registry import METHODS
+from doremi_train.selection.documents.scorers import BUCKETS, Arrays, Scorer, Targets, token_ids, whole
 from doremi_train.selection.options import Options
-from doremi_train.selection.parts import Batch, batches
-from doremi_train.selection.scorers import BUCKETS, Arrays, Scorer, Targets, token_ids, whole
 
 ROWS = 2**16  # of a row group
 ELIGIBLE, SHORT, COPY, BENCHMARK = range(4)

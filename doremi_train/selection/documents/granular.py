@@ -15,7 +15,7 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.files import write_json
 from doremi_train.methods import vocabulary
-from doremi_train.selection import kernels
+from doremi_train.selection.documents import kernels
 
 TYPE = "longest match over bytes"
 

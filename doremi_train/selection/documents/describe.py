@@ -19,10 +19,10 @@ from doremi_train.data.corpus.opening import BadLines
 from doremi_train.data.tokens.shards import domain_folder
 from doremi_train.files import read_json, replacing, write_json
 from doremi_train.methods import ngram
-from doremi_train.selection import kernels
-from doremi_train.selection.choose import Sampler
-from doremi_train.selection.scorers import BUCKETS
-from doremi_train.selection.tasks import ELIGIBLE, Task
+from doremi_train.selection.documents import kernels
+from doremi_train.selection.documents.choose import Sampler
+from doremi_train.selection.documents.scorers import BUCKETS
+from doremi_train.selection.documents.tasks import ELIGIBLE, Task
 
 EXAMPLES = 3
 SHOWN = 300  # bytes of an example

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from doremi_train.config import UserError
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.methods import ngram
-from doremi_train.selection import granular, kernels
+from doremi_train.selection.documents import granular, kernels
+from doremi_train.selection.documents.parts import Batch, Document, batch
 from doremi_train.selection.options import Options
-from doremi_train.selection.parts import Batch, Document, batch
 
 Arrays = dict[str, NDArray]
 Targets = Mapping[str, list[bytes]]  # documents of every column
