@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks import common
 from doremi_train.methods import less
 from doremi_train.model import language_model, lora
-from doremi_train.selection import influence
-from doremi_train.selection.influence import Checkpoint, Coded
+from doremi_train.selection.examples import influence
+from doremi_train.selection.examples.influence import Checkpoint, Coded
 
 SIZE, TOGETHER, BLOCK = 8192, 16, 4096  # of a projection; examples, and numbers of a gradient, projected at once
 OPTIONS = less.Options()

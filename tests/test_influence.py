@@ -19,10 +19,9 @@ from doremi_train.config import UserError
 from doremi_train.gradients import factors
 from doremi_train.methods import less
 from doremi_train.methods.less import Options
-from doremi_train.selection import examples as baselines
-from doremi_train.selection import influence
-from doremi_train.selection.features import Rows, cosines, stored
-from doremi_train.selection.influence import Checkpoint, Coded
+from doremi_train.selection.examples import baselines, influence
+from doremi_train.selection.examples.influence import Checkpoint, Coded
+from doremi_train.selection.examples.rows import Rows, cosines, stored
 
 V = 13
 

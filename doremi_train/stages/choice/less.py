@@ -33,9 +33,9 @@ from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.methods import less
 from doremi_train.parallel import comm
 from doremi_train.reports import less_page
-from doremi_train.selection import influence
-from doremi_train.selection.features import Rows, cosines
-from doremi_train.selection.influence import Checkpoint
+from doremi_train.selection.examples import influence
+from doremi_train.selection.examples.influence import Checkpoint
+from doremi_train.selection.examples.rows import Rows, cosines
 from doremi_train.stages import Session
 from doremi_train.stages.choice import less_choice, less_pool, tuning, warmup
 from doremi_train.stages.choice.less_pool import Pool, Subtask

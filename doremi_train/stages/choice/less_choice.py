@@ -23,7 +23,7 @@ from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import resolve
 from doremi_train.methods import less
 from doremi_train.model import folders
-from doremi_train.selection import examples
+from doremi_train.selection.examples import baselines
 from doremi_train.stages import Session
 from doremi_train.stages.choice import less_pool
 from doremi_train.stages.choice.less_pool import Pool, Subtask
@@ -38,7 +38,7 @@ def choose(
     first: dict[bytes, int] = {}
     copy_of = [first.setdefault(tokens.tobytes(), number) for number, tokens in enumerate(pool.tokens)]
     texts = _texts(session, pool)
-    orders = _Orders(session, pool, [examples.text(record) for record in texts], served)
+    orders = _Orders(session, pool, [baselines.text(record) for record in texts], served)
     targets = {}
     for name in dict.fromkeys(target for target, _ in served):
         columns = [column for column, (target, _) in enumerate(served) if target == name]
@@ -74,7 +74,7 @@ class _Orders:
             by_target.setdefault(target, []).extend(text for _, text in found)
         self._targets = list(by_target)
         self._words = {
-            method: examples.by_words(method, texts, by_target)
+            method: baselines.by_words(method, texts, by_target)
             for method in ("bm25", "ngram")
             if method in self._methods
         }
@@ -83,7 +83,7 @@ class _Orders:
             inner = folders.read(Path(str(session.config.finetune.model)), "finetune.model")
             every = [tokens for found in served.values() for tokens, _ in found]
             look = partial(
-                examples.representations, inner, tokens=less_pool.tokens_at_once(session), device=session.place.device
+                baselines.representations, inner, tokens=less_pool.tokens_at_once(session), device=session.place.device
             )
             own, theirs = look(examples=pool.tokens), look(examples=every)
             self._seen = {name: (own[name], theirs[name]) for name in own}
@@ -97,13 +97,13 @@ class _Orders:
             return np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(self._count).tolist()
         if method in self._words:
             scores = self._words[method][:, self._targets.index(target)]
-            scores = examples.resampled(scores, seed) if method == "ngram" else scores
+            scores = baselines.resampled(scores, seed) if method == "ngram" else scores
             return np.argsort(-scores, kind="stable").tolist()
         own, theirs = self._seen[method]
         of = np.repeat([t == target for t, _ in self._served], [len(found) for found in self._served.values()])
         met = (own @ theirs[torch.from_numpy(of)].T).numpy()  # (N, V)
         if method == "rds_plus":
-            return examples.round_robin(met, self._count)
+            return baselines.round_robin(met, self._count)
         names = np.repeat(
             [subtask for t, subtask in self._served if t == target],
             [len(found) for (t, _), found in self._served.items() if t == target],
@@ -159,7 +159,7 @@ def _described(
 ) -> dict[str, Any]:  # fmt: skip
     def shown(number: int) -> dict[str, Any]:
         file, line = pool.places[number]
-        said = examples.text(texts[number]).decode()
+        said = baselines.text(texts[number]).decode()
         return {
             "score": float(scores[number]),
             "file": file,

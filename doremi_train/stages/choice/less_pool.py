@@ -11,8 +11,8 @@ from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.reading import records
 from doremi_train.data.instructions import Instructions
-from doremi_train.selection import examples
-from doremi_train.selection.influence import Coded
+from doremi_train.selection.examples import baselines
+from doremi_train.selection.examples.influence import Coded
 from doremi_train.stages import Session
 from doremi_train.stages.choice import target_files
 
@@ -43,7 +43,7 @@ def serving(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Code
         for place, record in _records(session, sources):
             tokens = chat.coded(encoder.encode(record, place), length)
             if (tokens >= 0).any():
-                served.setdefault((name, str(record.get("subtask", ""))), []).append((tokens, examples.text(record)))
+                served.setdefault((name, str(record.get("subtask", ""))), []).append((tokens, baselines.text(record)))
         if name not in {target for target, _ in served}:
             raise UserError(
                 f"selection.targets.{name}: no example whose answer lies within training.sequence_length={length}; "

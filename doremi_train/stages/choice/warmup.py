@@ -25,7 +25,7 @@ from doremi_train.methods import cross_entropy
 from doremi_train.methods.less import Moments
 from doremi_train.model import folders, language_model, optim
 from doremi_train.model.language_model import CompletionModel
-from doremi_train.selection.influence import Checkpoint
+from doremi_train.selection.examples.influence import Checkpoint
 from doremi_train.stages import Session
 from doremi_train.stages.choice.tuning import build
 from doremi_train.stages.language_model import finish

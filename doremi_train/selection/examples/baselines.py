@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train.selection.influence import Coded, batches
+from doremi_train.selection.examples.influence import Coded, batches
 from doremi_train.selection.options import Options
 
 _TOGETHER = 1000  # texts that are split into words together
