@@ -39,8 +39,9 @@ from doremi_train.parallel import launcher
 from doremi_train.parallel.place import start
 from doremi_train.parallel.world import World
 from doremi_train.reports import charts
-from doremi_train.stages import Session, plan
+from doremi_train.stages import plan
 from doremi_train.stages.options import Config
+from doremi_train.stages.session import Session
 
 BATCH, LENGTH = 64, 128  # sequences of a batch, tokens of a sequence
 SEED = 0

@@ -19,11 +19,7 @@ from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, fingerprint, redact
 from doremi_train.parallel import slurm
-
-STAGES = (
-    *("pipeline", "plan", "vocabulary", "select", "prepare", "reference", "proxy", "swarm", "main", "evaluate"),
-    *("report", "export", "classify", "finetune", "compare"),
-)
+from doremi_train.stages import STAGES
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -84,20 +80,18 @@ def child(plain: dict[str, Any]) -> tuple[int, str]:
 def run(plain: dict[str, Any]) -> None:
     if plain["stage"] not in STAGES:
         raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
+    stage = STAGES[plain["stage"]]
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    from doremi_train import stages
     from doremi_train.parallel import comm
+    from doremi_train.stages.session import open_session
     from doremi_train.storage import runs
 
     requeue = _listen(runs.stop)
     try:
-        session = stages.open_session(plain, child)
-        stage = importlib.import_module(f"doremi_train.stages.{plain['stage']}")
-        # The folders of the other stages are runs, which have locks and a status of their own.
-        several = plain["stage"] in ("pipeline", "plan", "evaluate", "export", "report", "classify", "compare")
-        with session.alone(plain["stage"]) if several else contextlib.nullcontext():
-            stage.run(session)
+        session = open_session(plain, child)
+        with session.alone(plain["stage"]) if stage.several else contextlib.nullcontext():
+            importlib.import_module(f"doremi_train.stages.{stage.module}").run(session)
     except runs.Preempted:
         requeue()
         raise

@@ -246,7 +246,7 @@ def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_help_is_quick_and_shows_stages_groups_and_examples(tmp_path: Path) -> None:
-    from doremi_train.command import STAGES
+    from doremi_train.stages import STAGES
 
     done = command(tmp_path, "--help")
     assert done.returncode == 0, done.stderr

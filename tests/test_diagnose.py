@@ -19,7 +19,8 @@ from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
 from doremi_train.evaluation.detectors import Finding
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, diagnose, evaluate, language_model, open_session, prepare, reference
+from doremi_train.stages import evaluate, language_model, prepare, reference, report
+from doremi_train.stages.session import Session, open_session
 
 KINDS = {
     "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate", "seed_spread",
@@ -40,7 +41,7 @@ def opened(*overrides: str) -> Iterator[Session]:
 
 def diagnosed(*overrides: str) -> list[Finding]:
     with opened(*overrides) as session:
-        return diagnose.run(session)
+        return report.diagnose(session)
 
 
 def well_formed(run_dir: Path, found: list[Finding]) -> None:
@@ -91,7 +92,7 @@ def test_the_training_loss_is_that_of_sequences_the_reference_drew(
 def test_seeds_that_do_not_tell_their_weights_from_uniform(tiny: list[str], tmp_path: Path) -> None:
     found = diagnosed(*tiny, f"run_dir={tmp_path}", "proxy.seeds=2", "proxy.rounds=2", "main.comparisons=[]")
     well_formed(tmp_path, found)
-    assert [folder.parent.name for folder in diagnose.proxies(tmp_path)] == ["round-2"] * 2
+    assert [folder.parent.name for folder in report.proxies(tmp_path)] == ["round-2"] * 2
     assert "seed_spread" in {finding.kind for finding in found}  # of two seeds after 12 steps nobody can say anything
 
 

@@ -1,177 +1,32 @@
-"""What a command works with: its configuration, the processes, and where things stand on disk.
+"""The stages of a run, each a module with `run(session)`, read top to bottom.
 
-Each stage is a module of this package with `run(session)`, read top to bottom; `options` has every key.
+Nothing is imported here: a mistake in a command is answered without torch.
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-import yaml
-
-from doremi_train import files, trackers
-from doremi_train.config import UserError, load, redact
-from doremi_train.console import Bar, Part, console
-from doremi_train.parallel import comm, place, slurm
-from doremi_train.parallel.place import start
-from doremi_train.stages.options import Config, identity
-from doremi_train.storage import checkpoint, runs
-from doremi_train.storage.mirror import Mirror
+from typing import NamedTuple
 
 
-@dataclass
-class Session:
-    """One command on this process: its configuration as composed and as checked, and its place among the processes."""
+class Stage(NamedTuple):
+    """What `stage=` runs."""
 
-    config: Config
-    plain: Mapping[str, Any]
-    place: place.Place
-    child: Callable[[dict[str, Any]], tuple[int, str]]  # runs a configuration in another process, which imports it
-    results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
-    bar: Bar | None = None  # over many commands, of which this is one
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.run_dir)
-
-    @property
-    def store(self) -> Path:
-        return Path(self.config.store) if self.config.store else self.run_dir / "store"
-
-    @functools.cached_property
-    def mirror(self) -> Mirror | None:
-        """The store's second home, if there is one."""
-        return Mirror(self.config.remote) if self.config.remote else None
-
-    @functools.cached_property
-    def tracking(self) -> trackers.Tracking:
-        """Where this command's curves are shown."""
-        return trackers.Tracking(self.config.tracking, self.run_dir, self.plain)
-
-    def over(self, label: str, total: int) -> Bar:
-        """The progress of several runs, `total` tokens: a bar of their own, or a share of the one over all."""
-        return Part(self.bar, label) if self.bar is not None else Bar(label, total, show=comm.world().first)
-
-    def part(self, label: str) -> Bar | None:
-        """A run's share of the bar over all; None where it shows its own."""
-        return Part(self.bar, label) if self.bar is not None else None
-
-    def say(self, text: str) -> None:
-        if comm.world().first:
-            console.print(text)
-
-    @contextlib.contextmanager
-    def computing(self, run: runs.Run, name: str) -> Iterator[bool]:
-        """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there is work to do:
-        a finished run is not done again, also when it was finished by somebody else while this process waited."""
-        with contextlib.ExitStack() as stack:
-            comm.on_first(lambda: self._enter(stack, run, name))
-            todo = comm.broadcast(not run.finished)
-            with self.reporting(run.folder) if todo else contextlib.nullcontext():
-                yield todo
-
-    @contextlib.contextmanager
-    def alone(self, stage: str) -> Iterator[None]:
-        """Hold the folder of a stage that is more than one run, and keep its status.
-
-        Raises UserError, and leaves the status alone, where the same stage of this run_dir is at work already.
-        """
-        folder = self.run_dir / stage
-        with contextlib.ExitStack() as stack:
-            comm.on_first(lambda: stack.enter_context(runs.lock(folder, str(self.run_dir.resolve()))))
-            with self.reporting(folder):
-                yield
-
-    @contextlib.contextmanager
-    def reporting(self, folder: Path) -> Iterator[None]:
-        """Keep the `status.json` of a folder: running, then finished, preempted or failed."""
-        self._status(folder, "running")
-        try:
-            yield
-        except BaseException as error:
-            preempted = isinstance(error, runs.Preempted | KeyboardInterrupt)
-            with contextlib.suppress(OSError):  # a full disk is best named by the first error
-                self._status(folder, "preempted" if preempted else "failed", str(comm.explain(error)))
-            raise
-        self._status(folder, "finished")
-
-    def _status(self, folder: Path, state: str, message: str = "") -> None:
-        # Never a collective: the other ranks may be elsewhere when an error passes through here.
-        if comm.world().first:
-            runs.set_status(folder, state, message=message)
-
-    def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
-        if not run.finished:
-            stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
-        if self.mirror:
-            self._meet(run, self.mirror.at("runs", run.folder.name))
-        if not run.finished:
-            run.begin()
-        files.link(self.run_dir / name, run.folder)
-
-    @staticmethod
-    def _meet(run: runs.Run, mirror: Mirror) -> None:
-        """Bring what the run's second home has and this machine lacks, and the other way round."""
-        run.mirror = mirror
-        if not run.finished:
-            run.fetch()
-        if run.finished:
-            run.publish()
-        else:
-            checkpoint.fetch(run.folder, mirror)
+    module: str  # of this package
+    several: bool = False  # it is more than one run, which have locks and a status of their own
 
 
-Result = TypeVar("Result")
-
-
-def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
-    """A stage that several others need is done at most once in a command."""
-
-    @functools.wraps(stage)
-    def run(session: Session) -> Result:
-        name = f"{stage.__module__}.{stage.__qualname__}"
-        if name not in session.results:
-            session.results[name] = stage(session)
-        return session.results[name]
-
-    return run
-
-
-def open_session(plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]) -> Session:
-    """Check the composed configuration, join the processes, and claim the run folder for this configuration."""
-    config = load(Config, plain)
-    slurm.export_ranks()
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
-    place = start(config.engine, config.training.precision, config.training.timeout)
-    session = Session(config, plain, place, child)
-    comm.on_first(session.tracking.check)
-    if not (config.stage == "report" and sweep(session.run_dir)):
-        comm.on_first(lambda: claim(session))
-    return session
-
-
-def sweep(run_dir: Path) -> list[Path]:
-    """The finished run folders in the folder of a sweep."""
-    return [path.parent for path in sorted(run_dir.glob("*/evaluation.json"))]
-
-
-def claim(session: Session) -> None:
-    """Write config.yaml, or refuse a run_dir that holds another configuration, naming the keys."""
-    path = session.run_dir / "config.yaml"
-    if path.exists():
-        old = identity(redact(yaml.safe_load(path.read_text())))
-        new = identity(redact(session.plain))
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
-            raise UserError(
-                f"run_dir={session.run_dir}: holds a run with another configuration\n" + "\n".join(lines) + "\n"
-                "take another run_dir, or give the same configuration"
-            )
-    text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
-    files.write_bytes(path, text.encode())
+STAGES = {
+    "pipeline": Stage("pipeline", several=True),
+    "plan": Stage("plan", several=True),
+    "vocabulary": Stage("vocabulary"),
+    "select": Stage("select"),
+    "prepare": Stage("prepare"),
+    "reference": Stage("reference"),
+    "proxy": Stage("proxy"),
+    "swarm": Stage("mixture"),
+    "main": Stage("main"),
+    "evaluate": Stage("evaluate", several=True),
+    "report": Stage("report", several=True),
+    "export": Stage("export", several=True),
+    "classify": Stage("classify", several=True),
+    "finetune": Stage("finetune"),
+    "compare": Stage("compare", several=True),
+}

@@ -19,9 +19,10 @@ from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, language_model, once, prepare, reference
+from doremi_train.stages import language_model, prepare, reference
 from doremi_train.stages.language_model import main_steps
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Options, Task, Trainer
 

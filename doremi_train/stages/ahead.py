@@ -17,7 +17,6 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
 from doremi_train.stages import (
-    Session,
     adaptive,
     doge_runs,
     language_model,
@@ -33,6 +32,7 @@ from doremi_train.stages import (
     swarm_search,
     weighting,
 )
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
 

@@ -37,8 +37,8 @@ from doremi_train.methods import importance
 from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.reports import classify_page
-from doremi_train.stages import Session
 from doremi_train.stages.options import Classify
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, lock, stop
 
 

@@ -22,9 +22,10 @@ from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
 from doremi_train.parallel import comm
 from doremi_train.reports.charts import Point, rows
-from doremi_train.stages import Session, ahead, claim, language_model, main, plan, prepare, report
+from doremi_train.stages import ahead, language_model, main, plan, prepare, report
 from doremi_train.stages import submit as jobs
 from doremi_train.stages.options import Config
+from doremi_train.stages.session import Session, claim
 from doremi_train.storage.runs import stop
 
 

@@ -8,8 +8,9 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doge
 from doremi_train.model import folders
-from doremi_train.stages import Session, language_model, once, prepare, seeds, targets
+from doremi_train.stages import language_model, prepare, seeds, targets
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Task, Trainer
 

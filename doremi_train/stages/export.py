@@ -8,7 +8,8 @@ from doremi_train import files
 from doremi_train.config import UserError, redact
 from doremi_train.exports import convert, formats
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, language_model, mixture, prepare
+from doremi_train.stages import language_model, mixture, prepare
+from doremi_train.stages.session import Session
 
 
 def run(session: Session) -> Path:

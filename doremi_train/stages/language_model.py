@@ -17,8 +17,8 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import HEURISTICS, box, cross_entropy, importance
 from doremi_train.model import configs, folders
 from doremi_train.parallel import comm
-from doremi_train.stages import Session
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run, set_status
 from doremi_train.train import Options, Position, Task, Trainer

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from doremi_train.batch_selection import Setting
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import Session, adaptive, language_model, mixture, once, prepare, reference, targets, weighting
+from doremi_train.stages import adaptive, language_model, mixture, prepare, reference, targets, weighting
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Options
 

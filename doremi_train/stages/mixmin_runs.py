@@ -21,7 +21,8 @@ from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, language_model, once, prepare, submit, targets
+from doremi_train.stages import language_model, prepare, submit, targets
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 from doremi_train.train import Options
 

@@ -15,18 +15,9 @@ from doremi_train.exports import convert, formats
 from doremi_train.methods import box
 from doremi_train.methods.box import inside, project
 from doremi_train.parallel import comm
-from doremi_train.stages import (
-    Session,
-    adaptive,
-    language_model,
-    mixmin_runs,
-    once,
-    prepare,
-    proxy,
-    search_runs,
-    swarm_search,
-)
+from doremi_train.stages import adaptive, language_model, mixmin_runs, prepare, proxy, search_runs, swarm_search
 from doremi_train.stages.language_model import final_tokens, main_steps
+from doremi_train.stages.session import Session, once
 
 
 @once

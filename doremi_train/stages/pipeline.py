@@ -3,7 +3,8 @@
 Each stage does what it needs that is not finished, so the order below is only the order of the story.
 """
 
-from doremi_train.stages import Session, plan, report
+from doremi_train.stages import plan, report
+from doremi_train.stages.session import Session
 
 
 def run(session: Session) -> None:

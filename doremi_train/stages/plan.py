@@ -19,8 +19,9 @@ from doremi_train.methods import simplex
 from doremi_train.model import costs
 from doremi_train.parallel import comm
 from doremi_train.reports import plan_text
-from doremi_train.stages import Session, ahead, main, mixture, prepare, reference, reference_losses, weighting
+from doremi_train.stages import ahead, main, mixture, prepare, reference, reference_losses, weighting
 from doremi_train.stages.ahead import Ahead
+from doremi_train.stages.session import Session
 
 # Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
 # most left to learn. A step size of 0.1 hardly lets it.

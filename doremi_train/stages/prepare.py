@@ -10,8 +10,8 @@ from doremi_train.data.options import Options
 from doremi_train.data.tokens import prepare, second_home
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, once
 from doremi_train.stages.choice import chosen
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import set_status, stop
 
 

@@ -12,8 +12,9 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doremi
 from doremi_train.model import folders
-from doremi_train.stages import Session, doge_runs, language_model, once, prepare, reference, reference_losses, seeds
+from doremi_train.stages import doge_runs, language_model, prepare, reference, reference_losses, seeds
 from doremi_train.stages.options import Proxy, training_identity
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Task, Trainer
 

@@ -1,17 +1,29 @@
 """The reference model p_ref: ordinary training on α_ref, or a model that exists already."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from doremi_train import losses
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
-from doremi_train.data.sampler import Subsample
+from doremi_train.console import Bar
+from doremi_train.data.batches import read
+from doremi_train.data.sampler import Ints, Subsample
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import folders
-from doremi_train.stages import Session, language_model, prepare, reference_losses
+from doremi_train.parallel import comm
+from doremi_train.stages import language_model, prepare, reference_losses
+from doremi_train.stages.session import Session
+from doremi_train.storage.runs import Preempted, stop
 from doremi_train.train import Options
+
+_LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
+_AT_ONCE = 1 << 20  # draws, so that their numbers take little memory
 
 
 def run(session: Session) -> Path:
@@ -20,7 +32,7 @@ def run(session: Session) -> Path:
     trained = folder(session, store, mixture(session, store), "reference")
     if session.config.mixture.method == "doremi" and reference_losses.cached(session):
         with session.reporting(session.run_dir / "reference"):
-            reference_losses.fill(session, store, trained)
+            fill(session, store, trained)
     return trained
 
 
@@ -56,3 +68,62 @@ def ingredients(
     """What the reference on `mixed` (K,) is trained from: model, mixture, training options and part of the data."""
     shape = language_model.resolved_model(session, store)
     return shape, mixed, session.config.training, language_model.subsample(session)
+
+
+class Done(NamedTuple):
+    """Sums over processes."""
+
+    computed: Tensor  # () sequences
+
+
+def fill(session: Session, store: TokenStore, folder: Path) -> None:
+    """Compute what the proxies of all seeds draw in the first round, as far as it is not there.
+
+    Raises Preempted when told to stop: what was computed is kept.
+    """
+    if session.config.proxy.objective == "resample":
+        session.say("reference losses       not computed ahead: with proxy.objective=resample the draws follow α")
+        return
+    table = losses.Table(
+        session.store, store, reference_losses.recipe_of(session, store, folders.folder_fingerprint(folder))
+    )
+    rows, world = _drawn(session, store, table), comm.world()
+    training, device = session.config.training, session.place.device
+    batch = _LARGER * world.largest(training.batch_size, training.micro_batch_size) * world.size
+    live: losses.Live | None = None
+    total = 0
+    with Bar("reference losses", len(rows) * table.length, show=world.first) as bar:
+        for at in range(0, len(rows), batch):
+            mine = rows[at : at + batch][world.rank :: world.size]
+            mine = mine[~losses.there(table.read(mine))]
+            if len(mine):
+                live = live or reference_losses.live(session, store, folder)
+                found = losses.rounded(live.losses(read(store, "train", *table.sequences(mine), table.length)))
+                sound = np.isfinite(found).all(1)
+                table.write(mine[sound], found[sound])
+            computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
+            done, stopping = comm.all_reduce_sum(
+                Done(computed), stop.requested
+            )  # none runs ahead, and all stop at once
+            total += int(done.computed)
+            bar.update(min(at + batch, len(rows)) * table.length, f"{total} computed")
+            if stopping:
+                raise Preempted("reference losses: told to stop; the same command continues")
+    session.say(f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now")
+
+
+def _drawn(session: Session, store: TokenStore, table: losses.Table) -> Ints:
+    """Rows that the proxies of all seeds draw, each once, in the order of the file."""
+    wanted = np.zeros(len(table), dtype=bool)
+    for index in range(session.config.proxy.seeds):
+        drawing = reference_losses.sampler(session, store, index)
+        for domain, count in enumerate(np.minimum(reference_losses.draws(session, drawing), drawing.sizes).tolist()):
+            for number in _pieces(count):
+                which = np.full(len(number), domain)
+                wanted[table.rows(which, drawing.sequence(which, number))] = True
+    return np.flatnonzero(wanted)
+
+
+def _pieces(count: int) -> Iterator[Ints]:
+    for start in range(0, count, _AT_ONCE):
+        yield np.arange(start, min(start + _AT_ONCE, count))

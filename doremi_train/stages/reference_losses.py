@@ -3,36 +3,25 @@
 K domains.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train import losses
-from doremi_train.console import Bar
-from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, language_model
+from doremi_train.stages import language_model
+from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
-from doremi_train.storage.runs import Preempted, Run, stop
+from doremi_train.storage.runs import Run
 
-_LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
-_AT_ONCE = 1 << 20  # draws, so that their numbers take little memory
 _LOOKED_AT = 1024  # draws of a proxy, spread over domains and time, that tell the plan how much is there
-
-
-class Done(NamedTuple):
-    """Sums over processes."""
-
-    computed: Tensor  # () sequences
 
 
 def needed(session: Session) -> bool:
@@ -57,10 +46,10 @@ def of(session: Session, store: TokenStore, run: Run, folder: Path) -> losses.Re
 def frozen(session: Session, store: TokenStore, run: Run, folder: Path, fingerprint: str) -> losses.Reference:
     """Those of any model `folder` with this fingerprint, for `run`."""
     if session.config.reference.losses == "live":
-        return _live(session, store, folder)
+        return live(session, store, folder)
     pending = run.folder / checkpoint.FOLDER / f"losses-{fingerprint}-{comm.world().rank}.pending"
-    table = losses.Table(session.store, store, _recipe(session, store, fingerprint))
-    return losses.Cached(table, lambda: _live(session, store, folder), session.place.device, pending)
+    table = losses.Table(session.store, store, recipe_of(session, store, fingerprint))
+    return losses.Cached(table, lambda: live(session, store, folder), session.place.device, pending)
 
 
 def sampler(session: Session, store: TokenStore, index: int) -> Sampler:
@@ -75,68 +64,14 @@ def draws(session: Session, sampler: Sampler) -> Ints:
     return sampler.counts_before(session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy())
 
 
-def _live(session: Session, store: TokenStore, folder: Path) -> losses.Live:
+def live(session: Session, store: TokenStore, folder: Path) -> losses.Live:
     frozen = folders.load(folder, store.vocabulary_size, "reference.path")
     return losses.Live(frozen, session.place.device, session.config.training.precision)
 
 
-def _recipe(session: Session, store: TokenStore, fingerprint: str) -> dict[str, str | int]:
+def recipe_of(session: Session, store: TokenStore, fingerprint: str) -> dict[str, str | int]:
     training = session.config.training
     return losses.recipe(fingerprint, store, training.sequence_length, training.precision)
-
-
-# ── Ahead ───────────────────────────────────────────────────────────────────────────
-
-
-def fill(session: Session, store: TokenStore, folder: Path) -> None:
-    """Compute what the proxies of all seeds draw in the first round, as far as it is not there.
-
-    Raises Preempted when told to stop: what was computed is kept.
-    """
-    if session.config.proxy.objective == "resample":
-        session.say("reference losses       not computed ahead: with proxy.objective=resample the draws follow α")
-        return
-    table = losses.Table(session.store, store, _recipe(session, store, folders.folder_fingerprint(folder)))
-    rows, world = _drawn(session, store, table), comm.world()
-    training, device = session.config.training, session.place.device
-    batch = _LARGER * world.largest(training.batch_size, training.micro_batch_size) * world.size
-    live: losses.Live | None = None
-    total = 0
-    with Bar("reference losses", len(rows) * table.length, show=world.first) as bar:
-        for at in range(0, len(rows), batch):
-            mine = rows[at : at + batch][world.rank :: world.size]
-            mine = mine[~losses.there(table.read(mine))]
-            if len(mine):
-                live = live or _live(session, store, folder)
-                found = losses.rounded(live.losses(read(store, "train", *table.sequences(mine), table.length)))
-                sound = np.isfinite(found).all(1)
-                table.write(mine[sound], found[sound])
-            computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
-            done, stopping = comm.all_reduce_sum(
-                Done(computed), stop.requested
-            )  # none runs ahead, and all stop at once
-            total += int(done.computed)
-            bar.update(min(at + batch, len(rows)) * table.length, f"{total} computed")
-            if stopping:
-                raise Preempted("reference losses: told to stop; the same command continues")
-    session.say(f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now")
-
-
-def _drawn(session: Session, store: TokenStore, table: losses.Table) -> Ints:
-    """Rows that the proxies of all seeds draw, each once, in the order of the file."""
-    wanted = np.zeros(len(table), dtype=bool)
-    for index in range(session.config.proxy.seeds):
-        drawing = sampler(session, store, index)
-        for domain, count in enumerate(np.minimum(draws(session, drawing), drawing.sizes).tolist()):
-            for number in _pieces(count):
-                which = np.full(len(number), domain)
-                wanted[table.rows(which, drawing.sequence(which, number))] = True
-    return np.flatnonzero(wanted)
-
-
-def _pieces(count: int) -> Iterator[Ints]:
-    for start in range(0, count, _AT_ONCE):
-        yield np.arange(start, min(start + _AT_ONCE, count))
 
 
 # ── For the plan ────────────────────────────────────────────────────────────────────
@@ -181,7 +116,7 @@ def _absent(
 ) -> NDArray[np.float64]:
     """(K,) how many of the first `count` (K,) draws have no loss of this model."""
     domains = len(count)
-    recipe = None if fingerprint is None else _recipe(session, store, fingerprint)
+    recipe = None if fingerprint is None else recipe_of(session, store, fingerprint)
     if recipe is None or not losses.exists(session.store, recipe):
         return count.astype(np.float64)
     table = losses.Table(session.store, store, recipe)

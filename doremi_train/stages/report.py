@@ -4,19 +4,28 @@ A run, its seeds and a sweep are one thing: settings, each with the runs that di
 of a sweep the page first compares the settings, then shows each of them as it shows a single run.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
 
+from doremi_train import files
+from doremi_train.config import UserError
 from doremi_train.console import console
-from doremi_train.evaluation import results
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import detectors, results, text
+from doremi_train.evaluation.detectors import Finding
 from doremi_train.evaluation.results import Setting
+from doremi_train.evaluation.text import Floats, Tokens
 from doremi_train.parallel import comm
 from doremi_train.reports import run_page, run_table, sweep_charts
 from doremi_train.reports.page import write_page
-from doremi_train.stages import Session, diagnose, evaluate, sweep
+from doremi_train.stages import evaluate, language_model, mixture, prepare
 from doremi_train.stages.options import identity
+from doremi_train.stages.session import Session, once, sweep
 
 
 def run(session: Session) -> Path:
@@ -25,7 +34,7 @@ def run(session: Session) -> Path:
     folders = sweep(session.run_dir)
     if not folders:
         evaluate.run(session)
-        diagnose.run(session)
+        diagnose(session)
         folders = [session.run_dir]
     comm.on_first(lambda: _report(page, _read(folders)))
     session.tracking.report(page)
@@ -54,3 +63,88 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         console.print(f"[yellow]warning:[/yellow] {run_table.plain(finding)}")
     console.print(run_table.plain(verdict))
     console.print(f"report: {run_table.plain(str(page))}")
+
+
+@once
+def diagnose(session: Session) -> list[Finding]:
+    """Every finding of every detector that the stages of this run give numbers for, written to findings.json."""
+    store = prepare.run(session)
+    figures = evaluate.run(session)
+    findings: list[Finding] = comm.on_first(lambda: _diagnose(session, store, figures))
+    return findings
+
+
+def _diagnose(session: Session, store: TokenStore, figures: dict[str, Any]) -> list[Finding]:
+    samples = text.sample(store, session.config.training.sequence_length)
+    findings = [
+        *_of_the_proxies(session, store),
+        *_of_the_models(session, store.domains, figures, samples),
+        *text.of_the_text(store.domains, samples),
+    ]
+    files.write_json(session.run_dir / "findings.json", [finding._asdict() for finding in findings])
+    return findings
+
+
+def _of_the_proxies(session: Session, store: TokenStore) -> list[Finding]:
+    """How the weights came about; nothing, where they were not learned."""
+    names, folders = store.domains, proxies(session.run_dir)
+    if not folders:
+        return []
+    mixed = files.read_json(session.run_dir / "weights.json")
+    results = [files.read_json(folder / "result.json") for folder in folders]  # of S seeds
+    epochs = np.mean([_row(names, result["epochs"]) for result in results], axis=0)
+    alphas = [_trace(names, folder, "weights") for folder in folders]
+    tokens = [_trace(names, folder, "tokens") for folder in folders]
+    others = {}
+    for name in ("uniform", "natural", "unimax"):
+        with contextlib.suppress(UserError):  # unimax, where the final run needs more text than it allows
+            others[name] = language_model.heuristic(session, store, name, mixture.main_steps(session)).numpy()
+    return [
+        *detectors.one_hot(names, _row(names, mixed["weights"]), alphas),
+        *detectors.absent(names, detectors.missing_by_trace(np.concatenate(tokens))),
+        *detectors.repeated(names, epochs),
+        *detectors.mismatched(names, epochs, _row(names, mixed["epochs"])),
+        *detectors.seed_spread(names, [_row(names, result["weights"]) for result in results], others),
+    ]
+
+
+def _of_the_models(
+    session: Session, names: Sequence[str], figures: dict[str, Any], samples: list[Tokens]
+) -> list[Finding]:
+    """What reference and proxy make of each domain."""
+    folders = [session.run_dir / "reference", *proxies(session.run_dir)]
+    found = [list(files.read_lines(folder / "evaluations.jsonl")) for folder in folders]
+    curves = [_columns(names, (line["domains"] for line in lines)) for lines in found if lines]
+    findings = []
+    if curves:  # an existing reference has none
+        entropies = [detectors.unigram_entropy(np.bincount(tokens.ravel())) for tokens in samples]
+        findings += detectors.noise(names, entropies, curves)
+        findings += detectors.trivial(names, [curve[-1] for curve in curves])
+    if "reference" in figures:
+        seen, unseen = figures["reference"]["training_loss"], figures["reference"]["domains"]
+        result = session.run_dir / "reference" / "result.json"  # not of an existing reference
+        epochs = _row(names, files.read_json(result)["epochs"]) if result.exists() else None
+        losses = [unseen[name]["loss"] for name in names]
+        findings += detectors.overfit(names, _row(names, seen), losses, epochs)
+    return findings
+
+
+def proxies(run_dir: Path) -> list[Path]:
+    """Folders of the proxies that the weights come from: the seeds of the last round, or the one there is."""
+    rounds = sorted(run_dir.glob("proxy/round-*"), key=lambda folder: int(folder.name.removeprefix("round-")))
+    folders = sorted(rounds[-1].glob("seed-*")) if rounds else [run_dir / "proxy"]
+    return [folder for folder in folders if (folder / "result.json").exists()]
+
+
+def _trace(names: Sequence[str], folder: Path, key: str) -> Floats:
+    """(T, K) of the steps of a proxy."""
+    return _columns(names, (line[key] for line in files.read_lines(folder / "domain_weights.jsonl")))
+
+
+def _columns(names: Sequence[str], rows: Iterable[Mapping[str, float]]) -> Floats:
+    """(T, K) of T rows by domain, read one by one: a long run has many."""
+    return np.fromiter((row[name] for row in rows for name in names), np.float64).reshape(-1, len(names))
+
+
+def _row(names: Sequence[str], values: Mapping[str, float]) -> Floats:
+    return np.array([values[name] for name in names], dtype=np.float64)

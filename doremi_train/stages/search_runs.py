@@ -7,7 +7,8 @@ from doremi_train import mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, swarm
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, once, prepare, swarm_runs, swarm_search
+from doremi_train.stages import prepare, swarm_runs, swarm_search
+from doremi_train.stages.session import Session, once
 
 _STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import Session, language_model, submit
+from doremi_train.stages import language_model, submit
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
 

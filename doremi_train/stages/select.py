@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from doremi_train.stages import Session, choice
+from doremi_train.stages import choice
+from doremi_train.stages.session import Session
 
 
 def run(session: Session) -> Path:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from doremi_train.config import UserError
 from doremi_train.parallel import comm, slurm
-from doremi_train.stages import Session
 from doremi_train.stages.options import Submit
+from doremi_train.stages.session import Session
 from doremi_train.storage import runs
 from doremi_train.storage.runs import Preempted
 from doremi_train.train import TrainingFailed

@@ -12,7 +12,8 @@ from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.console import Bar, Part
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import Session, language_model, reference, submit
+from doremi_train.stages import language_model, reference, submit
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
 

@@ -25,7 +25,8 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, regressors, swarm
 from doremi_train.methods.box import Box, Floats, Space
 from doremi_train.parallel import comm
-from doremi_train.stages import Session, language_model, once, prepare, swarm_runs
+from doremi_train.stages import language_model, prepare, swarm_runs
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 
 

@@ -17,7 +17,7 @@ from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.tokens import tokenizer
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import Session
+from doremi_train.stages.session import Session
 
 
 class _Wanted(NamedTuple):

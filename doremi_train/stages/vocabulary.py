@@ -11,8 +11,8 @@ from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import Options
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
-from doremi_train.stages import Session, once
 from doremi_train.stages.choice import target_files
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 
 

@@ -9,8 +9,9 @@ from doremi_train import losses
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model.folders import folder_fingerprint
-from doremi_train.stages import Session, language_model, reference, reference_losses
+from doremi_train.stages import language_model, reference, reference_losses
 from doremi_train.stages.language_model import Weighting
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
 DATA_MODEL = "data_model"  # under run_dir

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from doremi_train.config import UserError
-from doremi_train.stages import Session, once
 from doremi_train.stages.choice import documents, less
+from doremi_train.stages.session import Session, once
 
 
 @once

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from doremi_train.config import UserError
 from doremi_train.data import options as data_options
-from doremi_train.stages import Session, choice
+from doremi_train.stages import choice
 from doremi_train.stages.choice import target_files
+from doremi_train.stages.session import Session
 
 
 def data(session: Session) -> data_options.Options:

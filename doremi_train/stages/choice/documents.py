@@ -22,8 +22,8 @@ from doremi_train.methods import ngram
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
 from doremi_train.selection.documents import engines
-from doremi_train.stages import Session
 from doremi_train.stages.choice import array, target_files
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, stop
 
 SCORES = 2  # raise when the same request would give other scores, or counts beside them

@@ -36,10 +36,10 @@ from doremi_train.reports import less_page
 from doremi_train.selection.examples import influence
 from doremi_train.selection.examples.influence import Checkpoint
 from doremi_train.selection.examples.rows import Rows, cosines
-from doremi_train.stages import Session
 from doremi_train.stages.choice import less_choice, less_pool, tuning, warmup
 from doremi_train.stages.choice.less_pool import Pool, Subtask
 from doremi_train.stages.choice.warmup import Warm
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, stop
 
 SCORES = 1  # raise when the same request would give other scores

@@ -24,9 +24,9 @@ from doremi_train.data.corpus.sources import resolve
 from doremi_train.methods import less
 from doremi_train.model import folders
 from doremi_train.selection.examples import baselines
-from doremi_train.stages import Session
 from doremi_train.stages.choice import less_pool
 from doremi_train.stages.choice.less_pool import Pool, Subtask
+from doremi_train.stages.session import Session
 
 _SHOWN = 5  # examples of each end in the result
 

@@ -13,8 +13,8 @@ from doremi_train.data.corpus.reading import records
 from doremi_train.data.instructions import Instructions
 from doremi_train.selection.examples import baselines
 from doremi_train.selection.examples.influence import Coded
-from doremi_train.stages import Session
 from doremi_train.stages.choice import target_files
+from doremi_train.stages.session import Session
 
 Subtask = tuple[str, str]  # of a target
 

@@ -6,7 +6,7 @@ from doremi_train.config import UserError
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus.opening import Source
 from doremi_train.data.corpus.sources import resolve
-from doremi_train.stages import Session
+from doremi_train.stages.session import Session
 
 
 def trained(session: Session) -> str:

@@ -10,7 +10,7 @@ from doremi_train.data.chat import Encoder
 from doremi_train.data.instructions import Instructions
 from doremi_train.model import folders, lora
 from doremi_train.parallel import comm
-from doremi_train.stages import Session
+from doremi_train.stages.session import Session
 from doremi_train.storage.runs import stop
 
 
