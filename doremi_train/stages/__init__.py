@@ -21,7 +21,7 @@ STAGES = {
     "prepare": Stage("prepare"),
     "reference": Stage("reference"),
     "proxy": Stage("proxy"),
-    "swarm": Stage("mixture"),
+    "swarm": Stage("mixtures"),
     "main": Stage("main"),
     "evaluate": Stage("evaluate", several=True),
     "report": Stage("report", several=True),

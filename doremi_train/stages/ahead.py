@@ -16,22 +16,8 @@ from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
-from doremi_train.stages import (
-    adaptive,
-    doge_runs,
-    language_model,
-    main,
-    mixmin_runs,
-    mixture,
-    proxy,
-    reference,
-    reference_losses,
-    search_runs,
-    seeds,
-    swarm_runs,
-    swarm_search,
-    weighting,
-)
+from doremi_train.stages import language_model, main, mixtures, reference, reference_losses, weighting
+from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, seeds, small_runs, swarm
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
@@ -67,9 +53,9 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     Raises UserError where mixture.max_epochs leaves no mixture.
     """
     found = _Found(session)
-    mixture.within(session, store)
+    mixtures.within(session, store)
     learned: Tensor | None
-    if adaptive.asked(session):
+    if online.asked(session):
         learned = None
     elif session.config.mixture.method == "doremi":
         learned = _search(session, store, found)
@@ -83,8 +69,8 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     elif session.config.mixture.method == "swarm":
         learned = _swarm(session, store, found)
     else:
-        learned = mixture.given(session, store).tensor(store.domains)
-    learned = None if learned is None else mixture.capped(session, store, learned)
+        learned = given.given(session, store).tensor(store.domains)
+    learned = None if learned is None else mixtures.capped(session, store, learned)
     weighed = _weighting(session, store, found)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     read = np.zeros(len(store.domains), dtype=np.int64)
@@ -92,7 +78,7 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         training = main.training(session)
         ready = weighed is not None or training.loss_weighting == "none"
         run = None
-        if name == "main" and adaptive.asked(session):
+        if name == "main" and online.asked(session):
             run = _adapted(session, store, found)
         elif known is not None and ready:
             picking = main.selection(session, store, name)
@@ -115,14 +101,14 @@ def _models(session: Session, weighed: language_model.Weighting | None) -> Seque
 
 def _adapted(session: Session, store: TokenStore, found: "_Found") -> Run | None:
     """The main run that adapts its mixture; a reference whose losses it needs is a run too."""
-    target = adaptive.known_target(session, store)
+    target = online.known_target(session, store)
     config = session.config
     given = config.online.target_losses is not None or config.reference.path is not None
     if config.mixture.method == "dro" and not given:
         ingredients = reference.ingredients(session, store, reference.mixture(session, store))
         run = language_model.recipe(session, store, *ingredients)
         found.add("reference", "reference", ingredients[0], config.training.steps, run)
-    return None if target is None else adaptive.recipe(session, store, adaptive.options_of(session, store, target))
+    return None if target is None else online.recipe(session, store, online.options_of(session, store, target))
 
 
 def _weighting(session: Session, store: TokenStore, found: "_Found") -> language_model.Weighting | None:
@@ -152,11 +138,11 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
             folder = reference.folder(session, store, before, "reference")
         elif before is not None:
             run = language_model.recipe(session, store, *reference.ingredients(session, store, before))
-            found.add(proxy.reference_name(number), "reference", shape, steps, run)
+            found.add(doremi.reference_name(number), "reference", shape, steps, run)
             folder = run.folder / "model" if run.finished else None
         else:
-            found.add(proxy.reference_name(number), "reference", shape, steps, None)
-        proxies = [proxy.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
+            found.add(doremi.reference_name(number), "reference", shape, steps, None)
+        proxies = [doremi.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
         waiting = 0  # proxies of this round that are still to be run
         for index, one in enumerate(proxies):
             found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
@@ -177,7 +163,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
 
 def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
     """Its seeds; their mean average (K,) if all are finished."""
-    recipes, shape = doge_runs.recipes(session, store), language_model.resolved_model(session, store)
+    recipes, shape = doge.recipes(session, store), language_model.resolved_model(session, store)
     for index, run in enumerate(recipes):
         found.add(seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run)
     if not all(run.finished for run in recipes):
@@ -188,9 +174,9 @@ def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None
 def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
     """The expert of every domain; the mixture (K,) if it is solved."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
-    for name, run in mixmin_runs.experts(session, store).items():
+    for name, run in mixmin.experts(session, store).items():
         found.add(name, "expert", shape, steps, run)
-    search = mixmin_runs.state(session, store)
+    search = mixmin.state(session, store)
     if not search.finished:
         return None
     return doremi_train_mixture.Mixture("mixmin", search.result()["weights"]).tensor(store.domains)
@@ -199,17 +185,17 @@ def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
 def _random(session: Session, store: TokenStore, found: "_Found") -> None:
     """The runs of a random search, of which the best is not known before."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
-    for name, mixed in search_runs.mixtures(session, store).items():
-        found.add(name, "swarm", shape, steps, swarm_runs.recipe(session, store, mixed))
+    for name, mixed in search.mixtures(session, store).items():
+        found.add(name, "swarm", shape, steps, small_runs.recipe(session, store, mixed))
 
 
 def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
     """The runs of a swarm: those that depend on a fit are not known before it."""
-    problem, search = swarm_search.state(session, store)
+    problem, search = swarm.state(session, store)
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
-    for name, mixed in swarm_search.planned(session, problem).items():
+    for name, mixed in swarm.planned(session, problem).items():
         if mixed is not None or not search.finished:
-            run = None if mixed is None else swarm_runs.recipe(session, store, mixed)
+            run = None if mixed is None else small_runs.recipe(session, store, mixed)
             found.add(name, "swarm", shape, steps, run)
     if not search.finished:
         return None

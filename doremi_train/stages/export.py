@@ -8,7 +8,8 @@ from doremi_train import files
 from doremi_train.config import UserError, redact
 from doremi_train.exports import convert, formats
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model, mixture, prepare
+from doremi_train.stages import language_model, mixtures, prepare
+from doremi_train.stages.mixtures import given
 from doremi_train.stages.session import Session
 
 
@@ -26,8 +27,8 @@ def run(session: Session) -> Path:
     for name, place in paths.items():
         if redact(place) != place:
             raise UserError(f"export.paths.{name}={place}: holds a password; leave it out, and give it to the trainer")
-    chosen = mixture.run(session)
-    means = mixture.tokens_per_document(session, store, to)
+    chosen = mixtures.run(session)
+    means = given.tokens_per_document(session, store, to)
     drawn = convert.shares(chosen.weights, means)
     schedule = [(step, convert.shares(mixed, means)) for step, mixed in chosen.schedule or []]
     text = convert.write(to, drawn, paths, chosen.epochs, schedule)

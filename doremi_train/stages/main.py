@@ -6,7 +6,9 @@ from torch import Tensor
 
 from doremi_train.batch_selection import Setting
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import adaptive, language_model, mixture, prepare, reference, targets, weighting
+from doremi_train.stages import language_model, prepare, reference, targets, weighting
+from doremi_train.stages import mixtures as stages_mixtures
+from doremi_train.stages.mixtures import online
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Options
@@ -16,11 +18,11 @@ from doremi_train.train import Options
 def run(session: Session) -> dict[str, Run]:
     """Every model of the comparison by its name in evaluation.json. Runs that are the same are trained once."""
     store = prepare.run(session)
-    learned = mixture.run(session)
+    learned = stages_mixtures.run(session)
     mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
     shape = language_model.resolved_model(session, store, session.config.main.model)
     weighed = weighting.of(session, store)
-    adapted = {"main": adaptive.run(session)} if adaptive.asked(session) else {}
+    adapted = {"main": online.run(session)} if online.asked(session) else {}
     return adapted | {
         name: language_model.train(
             session,
@@ -39,7 +41,7 @@ def run(session: Session) -> dict[str, Run]:
 
 def training(session: Session) -> Options:
     """The training options of the main runs."""
-    return replace(session.config.training, steps=mixture.main_steps(session))
+    return replace(session.config.training, steps=language_model.main_steps(session))
 
 
 def selection(session: Session, store: TokenStore, name: str) -> Setting | None:
@@ -49,7 +51,7 @@ def selection(session: Session, store: TokenStore, name: str) -> Setting | None:
 
 def comparisons(session: Session, store: TokenStore) -> dict[str, Tensor]:
     """The mixtures (K,) that the learned one has to beat, by name."""
-    steps = mixture.main_steps(session)
+    steps = language_model.main_steps(session)
     return {
         name: reference.mixture(session, store)
         if name == "baseline"

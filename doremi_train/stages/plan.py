@@ -19,7 +19,7 @@ from doremi_train.methods import simplex
 from doremi_train.model import costs
 from doremi_train.parallel import comm
 from doremi_train.reports import plan_text
-from doremi_train.stages import ahead, main, mixture, prepare, reference, reference_losses, weighting
+from doremi_train.stages import ahead, language_model, main, prepare, reference, reference_losses, weighting
 from doremi_train.stages.ahead import Ahead
 from doremi_train.stages.session import Session
 
@@ -245,7 +245,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     if known is not None:
         here, final = {"main": known} | here, final | {"learned": known}
     once = store.sequences("train", length) * length  # (K,) tokens of one pass
-    tokens = mixture.main_steps(session) * training.batch_size * length
+    tokens = language_model.main_steps(session) * training.batch_size * length
     reference_weights = reference.mixture(session, store)
     proxies = session.config.mixture.method in ("doremi", "doge")
     return {
@@ -259,7 +259,8 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
             "proxy_epochs": float(proxy_epochs[k]) if proxies else None,
             "main_epochs": {way: float(weights[k] * tokens / once[k]) for way, weights in here.items()},
             "final_epochs": {
-                way: float(weights[k] * mixture.final_tokens(session) / once[k]) for way, weights in final.items()
+                way: float(weights[k] * language_model.final_tokens(session) / once[k])
+                for way, weights in final.items()
             },
         }
         for k, name in enumerate(store.domains)
@@ -317,7 +318,7 @@ def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict
     absent = detectors.missing_by_quota(training.batch_size, simplex.uniform(len(names)).numpy())
     for finding in [*detectors.absent(names, absent), *detectors.repeated(names, epochs), *mismatched]:
         found.setdefault(finding.kind, []).append(finding.message)
-    longer = mixture.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
+    longer = language_model.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
     if mismatched and longer and not options.match_repetition:
         hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
         found["mismatched"].insert(0, hint)

@@ -1,7 +1,6 @@
 """The mixture of the final run, by the method asked for, as weights.json."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,14 +8,14 @@ from torch import Tensor
 
 from doremi_train import __version__, mixture
 from doremi_train import mixture as doremi_train_mixture
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import fingerprint
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.exports import convert, formats
 from doremi_train.methods import box
 from doremi_train.methods.box import inside, project
 from doremi_train.parallel import comm
-from doremi_train.stages import adaptive, language_model, mixmin_runs, prepare, proxy, search_runs, swarm_search
-from doremi_train.stages.language_model import final_tokens, main_steps
+from doremi_train.stages import language_model, prepare, proxy
+from doremi_train.stages.language_model import final_tokens
+from doremi_train.stages.mixtures import given, mixmin, online, search, swarm
 from doremi_train.stages.session import Session, once
 
 
@@ -57,50 +56,16 @@ def _capped(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mi
 
 def _compute(session: Session, store: TokenStore) -> mixture.Mixture:
     if session.config.mixture.method == "swarm":
-        return swarm_search.run(session)
-    if adaptive.asked(session):
-        return adaptive.mixture(session)
+        return swarm.run(session)
+    if online.asked(session):
+        return online.mixture(session)
     if session.config.mixture.method == "search":
-        return search_runs.run(session)
+        return search.run(session)
     if session.config.mixture.method == "mixmin":
-        return mixmin_runs.run(session)
+        return mixmin.run(session)
     if session.config.mixture.method in ("doremi", "doge"):
         return proxy.run(session)
-    return given(session, store)
-
-
-def given(session: Session, store: TokenStore) -> mixture.Mixture:
-    """The mixture of a method that trains nothing."""
-    options = session.config.mixture
-    if options.weights is not None:
-        found = mixture.checked(options.weights, store.domains, "mixture.weights", options.normalize)
-        return mixture.Mixture("file", found)
-    if options.path is not None and options.format is not None:
-        return imported(session, store, Path(options.path), options.format)
-    if options.path is not None:
-        return mixture.load(Path(options.path), store.domains, options.normalize)
-    sized = language_model.heuristic(session, store, options.method, main_steps(session))
-    return mixture.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
-
-
-def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixture.Mixture:
-    """The mixture of a file that was written for a trainer."""
-    where = f"mixture.path={path}"
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read ({error})") from None
-    drawn = convert.read(form, text, store.domains, session.config.export.paths or {}, where)
-    drawn = mixture.checked(drawn, store.domains, where, normalize=True)
-    return mixture.Mixture("file", convert.weights(drawn, tokens_per_document(session, store, form)))
-
-
-def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:
-    """The mean of each domain; None where the trainer draws sequences, whose weights need none."""
-    if (session.config.export.unit or formats.FORMATS[form].draws) == "sequences":
-        return None
-    means = store.sizes("train") / store.documents("train")
-    return dict(zip(store.domains, means.tolist(), strict=True))
+    return given.given(session, store)
 
 
 def complete(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:

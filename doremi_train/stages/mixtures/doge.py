@@ -8,7 +8,8 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doge
 from doremi_train.model import folders
-from doremi_train.stages import language_model, prepare, seeds, targets
+from doremi_train.stages import language_model, prepare, targets
+from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run

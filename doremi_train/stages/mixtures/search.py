@@ -5,9 +5,11 @@ import torch
 
 from doremi_train import mixture
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, swarm
+from doremi_train.methods import box
+from doremi_train.methods.swarm import design
 from doremi_train.parallel import comm
-from doremi_train.stages import prepare, swarm_runs, swarm_search
+from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import small_runs, swarm
 from doremi_train.stages.session import Session, once
 
 _STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
@@ -20,11 +22,11 @@ def run(session: Session) -> mixture.Mixture:
     drawn = mixtures(session, store)
     with (
         session.reporting(session.run_dir / "search"),
-        session.over("search", len(drawn) * swarm_runs.tokens(session)) as bar,
+        session.over("search", len(drawn) * small_runs.tokens(session)) as bar,
     ):
-        trained = swarm_runs.train(session, store, drawn, bar)
+        trained = small_runs.train(session, store, drawn, bar)
     reached = comm.on_first(
-        lambda: {name: float(np.mean(swarm_runs.losses(run, store))) for name, run in trained.items()}
+        lambda: {name: float(np.mean(small_runs.losses(run, store))) for name, run in trained.items()}
     )
     best = min(reached, key=lambda name: reached[name])
     named = dict(zip(store.domains, drawn[best].tolist(), strict=True))
@@ -33,9 +35,9 @@ def run(session: Session) -> mixture.Mixture:
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:
     """swarm.runs of them (K,), within the swarm's caps, by the names of their runs under run_dir."""
-    problem, _ = swarm_search.state(session, store)
+    problem, _ = swarm.state(session, store)
     random = np.random.default_rng([session.config.seed, _STREAM])
-    points = problem.space.expand(swarm.design(problem.prior, problem.inside, problem.draws, random))
+    points = problem.space.expand(design(problem.prior, problem.inside, problem.draws, random))
     return {
         f"search/run-{index}": torch.from_numpy(box.on_grid(point, problem.within))
         for index, point in enumerate(points)

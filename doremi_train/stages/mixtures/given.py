@@ -1,0 +1,45 @@
+"""Weights that train nothing: given in the command, in a file of ours or of another trainer, or computed from sizes."""
+
+from pathlib import Path
+
+from doremi_train import mixture
+from doremi_train.config import UserError
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.exports import convert, formats
+from doremi_train.stages import language_model
+from doremi_train.stages.language_model import main_steps
+from doremi_train.stages.session import Session
+
+
+def given(session: Session, store: TokenStore) -> mixture.Mixture:
+    """The mixture of a method that trains nothing."""
+    options = session.config.mixture
+    if options.weights is not None:
+        found = mixture.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return mixture.Mixture("file", found)
+    if options.path is not None and options.format is not None:
+        return imported(session, store, Path(options.path), options.format)
+    if options.path is not None:
+        return mixture.load(Path(options.path), store.domains, options.normalize)
+    sized = language_model.heuristic(session, store, options.method, main_steps(session))
+    return mixture.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
+
+
+def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixture.Mixture:
+    """The mixture of a file that was written for a trainer."""
+    where = f"mixture.path={path}"
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    drawn = convert.read(form, text, store.domains, session.config.export.paths or {}, where)
+    drawn = mixture.checked(drawn, store.domains, where, normalize=True)
+    return mixture.Mixture("file", convert.weights(drawn, tokens_per_document(session, store, form)))
+
+
+def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:
+    """The mean of each domain; None where the trainer draws sequences, whose weights need none."""
+    if (session.config.export.unit or formats.FORMATS[form].draws) == "sequences":
+        return None
+    means = store.sizes("train") / store.documents("train")
+    return dict(zip(store.domains, means.tolist(), strict=True))

@@ -1,0 +1,131 @@
+"""A swarm's search: mixtures are drawn, a small run trained on each, losses fitted, a mixture proposed and confirmed.
+
+`run_dir/swarm` is a run in the store itself, done once. It holds `runs.jsonl`, a line for every run that was fitted,
+and `fit.json`: what was proposed and predicted, what came of it, and why a proposal was refused.
+
+K domains, V virtual domains (as many, where nothing is frozen), N runs.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from doremi_train import files, mixture
+from doremi_train.console import Bar
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.methods import box, regressors, swarm
+from doremi_train.parallel import comm
+from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
+from doremi_train.stages.mixtures.swarm_problem import Problem, Row
+from doremi_train.stages.session import Session, once
+from doremi_train.storage.runs import Run
+
+
+@once
+def run(session: Session) -> mixture.Mixture:
+    """The confirmed mixture; what is known about it goes with it as provenance."""
+    store = prepare.run(session)
+    problem, search = state(session, store)
+    with session.computing(search, "swarm") as todo:
+        if todo:
+            _search(session, store, problem, search)
+        else:
+            session.say(f"{'swarm':<22} is in the store already: {search.folder.name}")
+    found = comm.on_first(search.result)
+    return mixture.Mixture("swarm", found["weights"], provenance=found["provenance"])
+
+
+def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
+    """What is searched, and the run that does it. Raises UserError where caps and floors leave no mixture."""
+    problem, options = swarm_problem.problem_of(session, store), session.config.swarm
+    like = small_runs.recipe(session, store, torch.from_numpy(problem.space.expand(problem.prior))).recipe
+    setting = {"prior": problem.prior, "low": problem.within.low, "high": problem.within.high}
+    return problem, Run(
+        session.store,
+        "swarm",
+        {key: value for key, value in like.items() if key != "mixture"}
+        | {"options": asdict(options) | {"frozen": problem.space.spread.tolist()}}
+        | {key: value.tolist() for key, value in setting.items()},
+    )
+
+
+def planned(session: Session, problem: Problem) -> dict[str, Tensor | None]:
+    """Every run of the search by its name under run_dir, with its mixture (K,) where it is known beforehand."""
+    options = session.config.swarm
+    found: dict[str, Tensor | None] = dict(_draw(session, problem, [], 1))
+    for number in range(2, options.rounds + 1):
+        found |= {_name(number, index): None for index in range(problem.draws)}
+    found |= {f"swarm/confirm/proposal-{index + 1}": None for index in range(options.candidates)}
+    return found | {f"swarm/confirm/{name}": mixed for name, mixed in swarm_proposals.baselines(problem).items()}
+
+
+def _name(number: int, index: int) -> str:
+    return f"swarm/round-{number}/run-{index}"
+
+
+# ── The search ──────────────────────────────────────────────────────────────────────
+
+
+def _search(session: Session, store: TokenStore, problem: Problem, search: Run) -> None:
+    rows = comm.on_first(lambda: _found(session, store, problem, search.folder))
+    total = len(planned(session, problem)) * small_runs.tokens(session)
+    with session.over("swarm", total) as bar:
+        for number in range(1, session.config.swarm.rounds + 1):
+            mixtures = comm.on_first(functools.partial(_draw, session, problem, rows, number))
+            trained = _train(session, store, mixtures, bar)
+            new = {tuple(row.weights): row for row in rows + trained if problem.space.holds(np.array(row.weights))}
+            rows = list(new.values())  # of equal mixtures one
+        proposed = comm.on_first(lambda: swarm_proposals.propose(session, problem, rows))
+        tried = {f"proposal-{index + 1}": torch.from_numpy(p.mixed) for index, p in enumerate(proposed.proposals)}
+        mixtures = {
+            f"swarm/confirm/{name}": mixed for name, mixed in (tried | swarm_proposals.baselines(problem)).items()
+        }
+        confirmed = _train(session, store, mixtures, bar)
+    comm.on_first(lambda: swarm_proposals.conclude(session, problem, search, rows, proposed, confirmed))
+
+
+def _found(session: Session, store: TokenStore, problem: Problem, folder: Path) -> list[Row]:
+    """What the store had when the search began; a search that is continued fits the same runs."""
+    path = folder / "reused.json"
+    if not path.exists():
+        one = small_runs.recipe(session, store, torch.from_numpy(problem.space.expand(problem.prior)))
+        reuse = session.config.swarm.reuse
+        known = small_runs.finished_like(session, one) if reuse else []
+        files.write_json(path, [mixed for mixed in known if problem.space.holds(swarm_problem.row_of(problem, mixed))])
+    found = []
+    for mixed in files.read_json(path):
+        run = small_runs.recipe(session, store, torch.from_numpy(swarm_problem.row_of(problem, mixed)))
+        found.append(Row(run.folder.name, swarm_problem.row_of(problem, mixed).tolist(), small_runs.losses(run, store)))
+    if found:
+        session.say(f"{'swarm':<22} {len(found)} runs in the store are used too")
+    return found
+
+
+def _draw(session: Session, problem: Problem, rows: Sequence[Row], number: int) -> dict[str, Tensor]:
+    """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as anchors."""
+    options, random = session.config.swarm, swarm_problem.generator(session, number)
+    found = {}
+    if number == 1:
+        virtual = len(problem.prior)
+        anchors = {"natural": problem.space.reduce(problem.natural), "uniform": np.full(virtual, 1 / virtual)}
+        found = {f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()}
+        points = swarm.design(problem.prior, problem.inside, problem.draws, random)
+    else:
+        fit = regressors.REGRESSORS[options.regressor](*swarm_problem.table_of(problem, rows))
+        points = swarm.explore(fit, problem.prior, problem.inside, options.kl, problem.draws, random)
+    drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
+    found |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
+    return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
+
+
+def _train(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar) -> list[Row]:
+    trained = small_runs.train(session, store, mixtures, bar)
+    return comm.on_first(
+        lambda: [Row(name, mixtures[name].tolist(), small_runs.losses(run, store)) for name, run in trained.items()]
+    )

@@ -1,0 +1,87 @@
+"""What a swarm searches: domains, caps, the prior, and the runs it fits."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from doremi_train import files
+from doremi_train.config import UserError
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.methods import box, swarm
+from doremi_train.methods.box import Box, Floats, Space
+from doremi_train.stages import language_model
+from doremi_train.stages.session import Session
+
+
+class Problem(NamedTuple):
+    """What the search works with."""
+
+    names: list[str]  # (K,) domains
+    natural: Floats  # (K,)
+    space: Space
+    prior: Floats  # (V,)
+    within: Box  # of the K domains
+    inside: Box  # of the V virtual ones
+    draws: int  # runs of a round
+
+
+class Row(NamedTuple):
+    """A finished run, as a line of runs.jsonl."""
+
+    run: str  # its name under run_dir; of one that was found in the store, its address
+    weights: list[float]  # (K,)
+    losses: list[float]  # (K,) nats per token
+
+
+def problem_of(session: Session, store: TokenStore) -> Problem:
+    options = session.config.swarm
+    if options.regressor == "lightgbm" and importlib.util.find_spec("lightgbm") is None:
+        raise UserError(
+            "swarm.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or take log_linear or "
+            "gaussian_process"
+        )
+    within = language_model.caps(session, store, options.floor, "swarm.floor")
+    space = box.space(_frozen(options.frozen, store.domains))
+    try:
+        inside = space.box(within)
+    except ValueError as error:
+        raise UserError(f"mixture=swarm: {error}") from None
+    steps = language_model.main_steps(session)
+    natural, prior = (language_model.heuristic(session, store, name, steps) for name in ("natural", options.prior))
+    draws = options.runs or swarm.RUNS_PER_DOMAIN * len(space.spread)
+    return Problem(list(store.domains), natural.numpy(), space, space.reduce(prior.numpy()), within, inside, draws)
+
+
+def _frozen(path: str | None, names: Sequence[str]) -> Floats:
+    """(K,) the weights of the domains that keep their proportions; 0 for those that the file does not know."""
+    if path is None:
+        return np.zeros(len(names))
+    try:
+        content = files.read_json(Path(path))
+        known = content.get("weights", content)
+        found = np.array([float(known.get(name, 0)) for name in names])
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"swarm.frozen={path}: not a weights.json that can be read ({error})") from None
+    if not (np.isfinite(found).all() and (found >= 0).all() and (found > 0).sum() >= 2):
+        raise UserError(f"swarm.frozen={path}: must hold weights above 0 for two or more of {', '.join(names)}")
+    return found
+
+
+def row_of(problem: Problem, mixed: Mapping[str, float]) -> Floats:
+    return np.array([mixed[name] for name in problem.names])
+
+
+def table_of(problem: Problem, rows: Sequence[Row]) -> tuple[Floats, Floats]:
+    """Points (N, V) and losses (N, K)."""
+    return problem.space.reduce(np.array([row.weights for row in rows])), np.array([row.losses for row in rows])
+
+
+def generator(session: Session, *stream: int) -> np.random.Generator:
+    return np.random.default_rng([session.config.seed, *stream])
+
+
+def named(problem: Problem, values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(problem.names, values, strict=True))

@@ -1,0 +1,145 @@
+"""What a swarm proposes, and what came of it: fit, gates, confirmation and verdict."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import torch
+from torch import Tensor
+
+from doremi_train import files
+from doremi_train.methods import box, regressors, swarm
+from doremi_train.methods.box import Floats
+from doremi_train.stages.mixtures import swarm_problem
+from doremi_train.stages.mixtures.swarm_problem import Problem, Row
+from doremi_train.stages.session import Session
+from doremi_train.storage.runs import Run
+
+
+class Proposal(NamedTuple):
+    mixed: Floats  # (K,)
+    predicted: float  # mean loss, nats per token
+    interval: tuple[float, float]
+    distance: float  # to the nearest run that was fitted, total variation
+    refused: list[str]  # why it is not to be believed, before it is trained
+
+
+class Proposed(NamedTuple):
+    proposals: list[Proposal]
+    diagnostics: swarm.Diagnostics
+    fitted: Floats  # (N,) mean loss
+    unseen: Floats  # (N,) the same out of fold
+
+
+def propose(session: Session, problem: Problem, rows: Sequence[Row]) -> Proposed:
+    """Fit, solve at λ, 4 λ, …, and say what is to be expected."""
+    options, random = session.config.swarm, swarm_problem.generator(session, 0)
+    points, losses = swarm_problem.table_of(problem, rows)
+    fit, realised = regressors.REGRESSORS[options.regressor](points, losses), losses.mean(1)
+    unseen = swarm.out_of_fold(points, losses, options.regressor, random).mean(1)
+    diagnostics, proposals = swarm.diagnose(unseen, realised), []
+    for index in range(options.candidates):
+        point = swarm.solve(fit, problem.prior, problem.inside, options.kl * 4**index, random)
+        near = box.distance(points, point)
+        predicted = float(fit.predict(point[None]).mean())
+        proposals.append(
+            Proposal(
+                mixed=box.on_grid(problem.space.expand(point), problem.within),
+                predicted=predicted,
+                interval=swarm.interval(predicted, near, realised - unseen),
+                distance=float(near.min()),
+                refused=swarm.gates(diagnostics, point, points),
+            )
+        )
+    return Proposed(proposals, diagnostics, fit.predict(points).mean(1), unseen)
+
+
+def baselines(problem: Problem) -> dict[str, Tensor]:
+    """What a proposal has to beat, (K,) each: natural, uniform, and UniMax, which is uniform within caps and floors."""
+    uniform = np.full(len(problem.names), 1 / len(problem.names))
+    unimax = box.on_grid(box.project(uniform, problem.within), problem.within)
+    found = {"natural": problem.natural, "uniform": uniform}
+    found["unimax"] = uniform if box.inside(uniform, problem.within) else unimax
+    return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
+
+
+# ── The confirmation ────────────────────────────────────────────────────────────────
+
+
+def conclude(
+    session: Session, problem: Problem, search: Run, rows: Sequence[Row], proposed: Proposed, confirmed: Sequence[Row]
+) -> None:
+    """Take the best mixture of those that were trained, within caps and floors and not refused; and write all down."""
+    lines: list[dict[str, Any]] = []
+    for index, row in enumerate(confirmed):
+        realised = float(np.mean(row.losses))
+        line = {
+            "name": row.run.rpartition("/")[2],
+            "weights": swarm_problem.named(problem, row.weights),
+            "realised": realised,
+        }
+        if index < len(proposed.proposals):
+            found = proposed.proposals[index]
+            line |= {"predicted": found.predicted, "interval": found.interval, "distance": found.distance}
+            line["refused"] = found.refused + swarm.confirm(realised, found.interval)
+        else:
+            kept = box.inside(np.array(row.weights), problem.within)
+            line["refused"] = [] if kept else ["it is outside mixture.max_epochs or swarm.floor"]
+        lines.append(line)
+    chosen = min((line for line in lines if not line["refused"]), key=lambda line: line["realised"])
+    verdict = _verdict(lines, chosen)
+    diagnostics, first = proposed.diagnostics._asdict(), lines[0]
+    files.write_bytes(
+        search.folder / "runs.jsonl", b"".join(orjson.dumps(line) + b"\n" for line in _lines(problem, rows, proposed))
+    )
+    files.write_json(
+        search.folder / "fit.json",
+        {"verdict": verdict, "chosen": chosen["name"], "diagnostics": diagnostics, "confirmed": lines},
+    )
+    session.say(f"swarm: {verdict}")
+    search.finish(
+        {
+            "weights": chosen["weights"],
+            "provenance": {
+                "swarm": search.folder.name,
+                "runs": len(rows),
+                "chosen": chosen["name"],
+                "verdict": verdict,
+                **diagnostics,
+                **{f"proposal_{key}": first[key] for key in ("predicted", "interval", "realised", "distance")},
+            },
+        }
+    )
+
+
+def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+    """What is written, and why it is not the proposal where it is not."""
+    first = lines[0]
+    low, high = first["interval"]
+    if chosen is first:
+        return (
+            f"the proposal reached {first['realised']:.4f} nats per token ({low:.4f} to {high:.4f} predicted) and is "
+            "the best of those confirmed"
+        )
+    why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} nats per token"
+    return (
+        f"the proposal is {'refused' if first['refused'] else 'not the best'}: {why}; {chosen['name']} is written "
+        f"instead, with {chosen['realised']:.4f} the best of those confirmed"
+    )
+
+
+def _lines(problem: Problem, rows: Sequence[Row], proposed: Proposed) -> list[dict[str, Any]]:
+    first = proposed.proposals[0].mixed
+    return [
+        {
+            "run": row.run,
+            "weights": swarm_problem.named(problem, row.weights),
+            "losses": swarm_problem.named(problem, row.losses),
+            "loss": float(np.mean(row.losses)),
+            "fitted": float(proposed.fitted[index]),
+            "out_of_fold": float(proposed.unseen[index]),
+            "distance": float(box.distance(np.array(row.weights), first)),  # from the first proposal
+        }
+        for index, row in enumerate(rows)
+    ]
