@@ -41,6 +41,7 @@ from doremi_train.parallel.world import World
 from doremi_train.reports import charts
 from doremi_train.stages import plan
 from doremi_train.stages.options import Config
+from doremi_train.stages.planning import warnings
 from doremi_train.stages.session import Session
 
 BATCH, LENGTH = 64, 128  # sequences of a batch, tokens of a sequence
@@ -85,7 +86,7 @@ def domains(count: int, folder: Path) -> Parts:
         "update α": update,
         "seek": lambda: sampler.counts_before(STEP, weights),
         "open the store": lambda: TokenStore.open(store_folder),
-        "plan": lambda: plan.warnings(session, plan._domains(session, store, None)),
+        "plan": lambda: warnings.warnings(session, plan._domains(session, store, None)),
     }
 
 

@@ -14,7 +14,7 @@ from conftest import TINY, Command, documents, run_here, write_jsonl
 from doremi_train import files
 from doremi_train.model import costs, language_model
 from doremi_train.reports import plan_text
-from doremi_train.stages import plan
+from doremi_train.stages.planning.warnings import too_short
 from doremi_train.storage import runs
 
 DOMAINS = ["digits", "plain", "rich"]
@@ -379,7 +379,7 @@ def test_warnings_are_given_where_they_are_due(
 def test_a_proxy_is_too_short_for_its_domains(
     steps: int, batch: int, domains: int, step_size: float, average_from: float, warnings: int
 ) -> None:
-    assert len(plan.too_short(steps, batch, domains, step_size, average_from)) == warnings
+    assert len(too_short(steps, batch, domains, step_size, average_from)) == warnings
 
 
 def test_many_domains_are_shown_by_their_extremes_and_names_are_text(tmp_path: Path) -> None:

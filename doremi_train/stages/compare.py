@@ -22,9 +22,11 @@ from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
 from doremi_train.parallel import comm
 from doremi_train.reports.charts import Point, rows
-from doremi_train.stages import ahead, language_model, main, plan, prepare, report
+from doremi_train.stages import language_model, main, prepare, report
 from doremi_train.stages import submit as jobs
 from doremi_train.stages.options import Config
+from doremi_train.stages.planning import ahead
+from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.session import Session, claim
 from doremi_train.storage.runs import stop
 
@@ -107,7 +109,7 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
     child = _session(session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere)
     store = TokenStore.open(session.run_dir / "prepare", only=session.config.data.only)
-    bill, before, final, tokens = plan.Bill(child, store, {}), 0.0, 0.0, 0
+    bill, before, final, tokens = Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
         priced = bill.run(run)
         if run.kind == "main":

@@ -18,6 +18,7 @@ from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
 from doremi_train.stages import language_model, main, mixtures, reference, reference_losses, weighting
 from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, seeds, small_runs, swarm
+from doremi_train.stages.planning import missing_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
@@ -86,7 +87,7 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         found.add(name, "main", shape, training.steps, run)
         if reference_losses.weighing_cached(session) and found.runs[-1].left:
             mixed = simplex.uniform(len(store.domains)) if known is None else known
-            missing, read = reference_losses.missing_of_main(session, store, _models(session, weighed), mixed, read)
+            missing, read = missing_losses.missing_of_main(session, store, _models(session, weighed), mixed, read)
             found.runs[-1] = found.runs[-1]._replace(missing=missing)
     return found.runs, learned
 
@@ -147,7 +148,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
         for index, one in enumerate(proxies):
             found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
             if reference_losses.cached(session) and found.runs[-1].left:
-                missing = reference_losses.missing(session, store, one, index, waiting)
+                missing = missing_losses.missing(session, store, one, index, waiting)
                 found.runs[-1] = found.runs[-1]._replace(missing=missing)
                 waiting += 1
         finished = [one for one in proxies if one is not None and one.finished]

@@ -1,0 +1,1 @@
+"""What would run, at what cost, and what is wrong with it, before anything does."""

@@ -1,0 +1,163 @@
+"""Costs of the runs that a command would make: FLOPs, memory and time."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from doremi_train import files
+from doremi_train.batch_selection import Effort, effort
+from doremi_train.config import fingerprint
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.model import costs
+from doremi_train.parallel import comm
+from doremi_train.stages import reference_losses, weighting
+from doremi_train.stages.planning.ahead import Ahead
+from doremi_train.stages.session import Session
+
+
+class Bill:
+    """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be done."""
+
+    def __init__(self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]) -> None:
+        self.session, self.training, self.world, self.paces = session, session.config.training, comm.world(), paces
+        batch, micro = self.training.batch_size, self.training.micro_batch_size
+        self.length, self.rows = self.training.sequence_length, self.world.largest(batch, micro)
+        self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
+        self.live = reference_losses.needed(session) and not reference_losses.cached(session)
+        self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
+        self.domains = len(store.domains)
+        self.models = weighting.models(session)  # frozen ones beside a main run
+        self.candidates = session.config.batch_selection.candidates or 2 * batch  # of a step that picks
+        checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
+        self.checked = int(checked.sum())  # sequences of one evaluation
+        self.calls = -(-self.checked // (self.world.size * self.rows))  # forwards of a process for it
+
+    def run(self, run: Ahead) -> dict[str, Any]:
+        training, of = self.training, costs.shape(run.config)
+        proxy, weighed = run.kind == "proxy", run.kind == "main" and training.loss_weighting != "none"
+        frozen = self._frozen(of) if weighed or (proxy and (self.live or run.missing)) else None
+        looks = self._looks(of, self.twice) if proxy else self._weighing(of) if weighed else 0.0
+        evaluations = self._evaluations(run.steps)
+        tokens = run.steps * training.batch_size * self.length
+        held = frozen.parameters * (self.models if weighed else 1) if frozen else 0
+        if run.kind == "doge":
+            target = self.session.config.target
+            aimed = target.files is not None or target.domains is not None
+            tokens += run.steps * self.session.config.doge.target_batch * self.length * aimed
+            held = of.parameters * self.domains  # a gradient of each
+        needed = self._effort(run)
+        forwards = needed.look + looks  # alone
+        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(of)  # per token that is trained on
+        flops = tokens * step + evaluations * self.checked * self.length * self._forward(of)
+        pace, seconds = self._pace(run), None if run.left else 0.0
+        if pace is not None:
+            steps = run.steps * self.parts * (needed.learn * pace.learn + forwards * pace.look)
+            seconds = run.left * (steps + evaluations * self.calls * pace.look)
+        flops *= run.left
+        if frozen is not None and run.missing:
+            flops += run.missing * self.length * self._forward(frozen)
+            if pace is not None and seconds is not None:
+                ratio = self._forward(frozen) / self._forward(of)
+                seconds += run.missing / (self.world.size * self.rows) * pace.look * ratio
+        memory = costs.memory(
+            of,
+            strategy=self.session.place.strategy,
+            processes=self.world.size,
+            optimizer=training.optimizer,
+            rows=self.world.largest(self.candidates, training.micro_batch_size) if self._selects(run) else self.rows,
+            length=self.length,
+            precision=training.precision,
+            checkpointing=training.activation_checkpointing,
+            reference=held,
+            device=self.session.place.device.type,
+        )
+        return {
+            "kind": run.kind,
+            "state": run.state,
+            "same_as": run.same_as,
+            "parameters": of.parameters,
+            "tokens": tokens,
+            "candidates": run.steps * self.candidates * self.length if self._selects(run) else tokens,  # tokens too
+            "flops": flops,
+            "seconds": seconds,
+            "memory": memory._asdict() | {"total": sum(memory)},
+        }
+
+    def _selects(self, run: Ahead) -> bool:
+        return run.name == "main" and self.session.config.batch_selection.method != "none"
+
+    def _effort(self, run: Ahead) -> Effort:
+        options, training = self.session.config.batch_selection, self.training
+        if not self._selects(run):
+            return Effort(1.0, 0.0)
+        together = len(self.world.rows(self.candidates, training.micro_batch_size)) == 1
+        one_pass = together and not training.activation_checkpointing
+        return effort(options, self.candidates, training.batch_size, options.validation_sequences, one_pass)
+
+    def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
+        """The last stage: every model once more, and the reference on training text too; in every command."""
+        found = [
+            (run, costs.shape(run.config)) for run in runs if run.kind == "main" or run.name in ("reference", "proxy")
+        ]
+        passes = [(of, self._pace(run), 1 + (run.name == "reference")) for run, of in found]
+        if self.session.config.reference.path is not None:
+            of, pace = found[0][1], self._pace(found[0][0])
+            frozen = self._frozen(of)
+            ratio = self._forward(frozen) / self._forward(of)
+            passes.append((frozen, costs.Pace(pace.learn * ratio, pace.look * ratio) if pace else None, 2))
+        flops = sum(times * self._forward(of) for of, _, times in passes) * self.checked * self.length
+        paces = [times * pace.look for _, pace, times in passes if pace is not None]
+        return {
+            "models": len(passes),
+            "flops": float(flops),
+            "seconds": self.calls * sum(paces) if len(paces) == len(passes) else None,
+        }
+
+    def accumulation(self, runs: Sequence[Ahead]) -> dict[str, Any] | None:
+        """Price of proxy.accumulation=exact over lagged: one forward more, where a batch comes in several parts."""
+        proxies = [run for run in runs if run.kind == "proxy"]
+        if not proxies:
+            return None
+        of, pace, more = costs.shape(proxies[0].config), self._pace(proxies[0]), self.parts > 1
+        exact, lagged = (self._step(of, self._looks(of, twice)) for twice in (more, False))
+        steps = sum(run.left * run.steps for run in proxies)
+        return {
+            "micro_batches": self.parts,
+            "exact_over_lagged": exact / lagged,
+            "seconds": steps * self.parts * pace.look * more if pace is not None else None,
+        }
+
+    def _pace(self, run: Ahead) -> costs.Pace | None:
+        pace = self.paces.get(fingerprint(run.config))
+        return pace if isinstance(pace, costs.Pace) else None
+
+    def _forward(self, of: costs.Shape) -> int:
+        return costs.forward(of, self.length)
+
+    def _step(self, of: costs.Shape, looks: float) -> float:
+        """FLOPs per token of a step with so many forwards more than a language model's."""
+        device = self.session.place.device.type
+        backward = costs.backward(of, self.rows, self.length, self.training.activation_checkpointing, device)
+        return (1 + looks) * self._forward(of) + backward
+
+    def _looks(self, of: costs.Shape, twice: bool) -> float:
+        """Forwards without gradient in every step of a proxy, in forwards of the proxy."""
+        return (self._forward(self._frozen(of)) / self._forward(of) if self.live else 0.0) + twice
+
+    def _weighing(self, of: costs.Shape) -> float:
+        """The same of a main run that weighs its tokens."""
+        whole = self.session.config.weighting.normalize or self.training.loss_weighting == "rho"
+        live = not reference_losses.weighing_cached(self.session)
+        return live * self.models * self._forward(self._frozen(of)) / self._forward(of) + (whole and self.parts > 1)
+
+    def _frozen(self, proxy: costs.Shape) -> costs.Shape:
+        """The reference beside a proxy."""
+        path = self.session.config.reference.path
+        return proxy if path is None else costs.shape(files.read_json(Path(path) / "config.json"))
+
+    def _evaluations(self, steps: int) -> int:
+        """Of one run: while it trains, at its end, and once more for its result."""
+        every = self.session.config.evaluation.every or max(1, steps // 20)
+        return -(-steps // every) + 1

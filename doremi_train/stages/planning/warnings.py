@@ -1,0 +1,69 @@
+"""What makes domain weights worth less, seen before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from doremi_train.evaluation import detectors
+from doremi_train.methods import simplex
+from doremi_train.stages import language_model
+from doremi_train.stages.session import Session
+
+# Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
+# most left to learn. A step size of 0.1 hardly lets it.
+START_UP = 200  # steps
+START_UP_SHARE = 0.1  # part of ᾱ that they may be
+SMALL_STEP = 0.1
+# The losses of a domain's sequences spread by some 0.3 nats per token: so many tell 0.01 apart.
+SEQUENCES = 1000
+TINY = 20  # training sequences of a domain below which they cannot stand for it
+
+
+def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What makes domain weights worth less, seen before anything runs, by kind."""
+    names = list(domains)
+    found = {
+        "tiny": [
+            f"Domain {name} has only {domain['training_sequences']} training sequences ({domain['training_tokens']:,} "
+            "tokens), which cannot stand for it; add text, or merge it with a like one."
+            for name, domain in domains.items()
+            if domain["training_sequences"] < TINY
+        ]
+    }
+    if session.config.mixture.method != "doremi":
+        return found
+    options, training = session.config.proxy, session.config.training
+    epochs = [domain["proxy_epochs"] for domain in domains.values()]
+    ways = [domain["final_epochs"] for domain in domains.values()]
+    mismatched = detectors.mismatched(names, epochs, [way.get("learned", way["uniform"]) for way in ways])
+    absent = detectors.missing_by_quota(training.batch_size, simplex.uniform(len(names)).numpy())
+    for finding in [*detectors.absent(names, absent), *detectors.repeated(names, epochs), *mismatched]:
+        found.setdefault(finding.kind, []).append(finding.message)
+    longer = language_model.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
+    if mismatched and longer and not options.match_repetition:
+        hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
+        found["mismatched"].insert(0, hint)
+    left_out = max(options.warmup, options.average_from)
+    found["short"] = too_short(training.steps, training.batch_size, len(names), options.step_size, left_out)
+    return found
+
+
+def too_short(steps: int, batch: int, domains: int, step_size: float, average_from: float) -> list[str]:
+    """Whether a proxy of so many steps can tell its domains apart, in sentences."""
+    found = []
+    left_out = int(average_from * steps)
+    share = max(0, min(START_UP, steps) - left_out) / (steps - left_out)
+    if share > START_UP_SHARE and step_size > SMALL_STEP:
+        found.append(
+            f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain is learned first, and "
+            f"they are {share:.0%} of its average; take mixture=doremi_steady (step size {SMALL_STEP}, uniform "
+            f"reference), or training.steps={round(START_UP / START_UP_SHARE)} or more."
+        )
+    seen = steps * batch / domains
+    if seen < SEQUENCES:
+        enough = -(-SEQUENCES * domains // batch)
+        found.append(
+            f"The proxy sees {seen:.0f} sequences of each domain. Fewer than about {SEQUENCES} do not tell losses "
+            f"apart that differ by 0.01 nats per token; take training.steps={enough} or more, a larger "
+            "training.batch_size, or fewer domains."
+        )
+    return found
