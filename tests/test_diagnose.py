@@ -19,7 +19,8 @@ from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
 from doremi_train.evaluation.detectors import Finding
 from doremi_train.parallel import comm
-from doremi_train.stages import evaluate, language_model, prepare, reference, report
+from doremi_train.stages import evaluate, prepare, report
+from doremi_train.stages.runs import budget, reference
 from doremi_train.stages.session import Session, open_session
 
 KINDS = {
@@ -79,7 +80,7 @@ def test_the_training_loss_is_that_of_sequences_the_reference_drew(
         domain, sequence = evaluate._trained_on(session, store)
         whole = store.sequences("train", session.config.training.sequence_length)
         weights, seed = reference.mixture(session, store).numpy(), session.config.seed
-        sampler = Sampler(whole, store.domains, 8, seed, language_model.subsample(session))
+        sampler = Sampler(whole, store.domains, 8, seed, budget.subsample(session))
         counts, drawn = np.zeros_like(whole), set[tuple[int, int]]()
         for step in range(60):
             batch = sampler.draw(step, weights, counts)

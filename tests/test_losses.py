@@ -25,7 +25,7 @@ from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.losses import Cached, Live, Table
 from doremi_train.model import configs, folders
-from doremi_train.stages import reference_losses
+from doremi_train.stages.runs import reference_losses
 
 LENGTH = 32  # of conftest's TINY
 CPU = torch.device("cpu")

@@ -22,11 +22,12 @@ from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
 from doremi_train.parallel import comm
 from doremi_train.reports.charts import Point, rows
-from doremi_train.stages import language_model, main, prepare, report
-from doremi_train.stages import submit as jobs
+from doremi_train.stages import main, prepare, report
 from doremi_train.stages.options import Config
 from doremi_train.stages.planning import ahead
 from doremi_train.stages.planning.bill import Bill
+from doremi_train.stages.runs import budget
+from doremi_train.stages.runs import submit as jobs
 from doremi_train.stages.session import Session, claim
 from doremi_train.storage.runs import stop
 
@@ -81,7 +82,7 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
     """At equal FLOPs and at equal steps, which are one where a method costs nothing before the final run; and what of
     it cannot be, in sentences."""
     asked, found, failures = session.config.compare, [], []
-    steps = language_model.main_steps(session)
+    steps = budget.main_steps(session)
     for method in asked.methods:
         cost = _cost(session, method, {})
         longer = steps + int(cost.proxies / (cost.main / steps))

@@ -17,7 +17,8 @@ from doremi_train.evaluation import downstream, losses
 from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model, main, prepare
+from doremi_train.stages import main, prepare
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 
@@ -71,7 +72,7 @@ def _trained_on(session: Session, store: TokenStore) -> tuple[Ints, Ints]:
     """Domain (N,) and sequence (N,): those of every domain that the reference drew first, as many as are evaluated."""
     whole = store.sequences("train", session.config.training.sequence_length)
     batch = len(whole) * session.config.evaluation.sequences
-    sampler = Sampler(whole, store.domains, batch, session.config.seed, language_model.subsample(session))
+    sampler = Sampler(whole, store.domains, batch, session.config.seed, budget.subsample(session))
     first = sampler.draw(0, simplex.uniform(len(whole)).numpy(), np.zeros_like(whole))
     return first.domain, first.sequence
 

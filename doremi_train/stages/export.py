@@ -8,8 +8,9 @@ from doremi_train import files
 from doremi_train.config import UserError, redact
 from doremi_train.exports import convert, formats
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model, mixtures, prepare
+from doremi_train.stages import mixtures, prepare
 from doremi_train.stages.mixtures import given
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 
 
@@ -47,7 +48,7 @@ def run(session: Session) -> Path:
     unit = "documents, so weights are divided by mean tokens per document" if means else "sequences"
     session.say(f"export: {path}, for a trainer that draws {unit}")
     if schedule and formats.FORMATS[to].write_stages:
-        session.say(f"export: {len(schedule)} stages, for a run of {language_model.main_steps(session)} steps")
+        session.say(f"export: {len(schedule)} stages, for a run of {budget.main_steps(session)} steps")
     elif schedule:
         session.say(f"export: the mean of the schedule; {to} knows one mixture for the whole run")
     if left_out:

@@ -30,11 +30,11 @@ from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
 from doremi_train.model import folders, language_model
 from doremi_train.parallel import comm
-from doremi_train.stages import targets
 from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
-from doremi_train.stages.language_model import finish
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.runs import targets
+from doremi_train.stages.runs.language_model import finish
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Task, Trainer

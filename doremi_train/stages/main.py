@@ -6,9 +6,10 @@ from torch import Tensor
 
 from doremi_train.batch_selection import Setting
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import language_model, prepare, reference, targets, weighting
 from doremi_train.stages import mixtures as stages_mixtures
+from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import online
+from doremi_train.stages.runs import budget, language_model, reference, targets, weighting
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Options
@@ -41,7 +42,7 @@ def run(session: Session) -> dict[str, Run]:
 
 def training(session: Session) -> Options:
     """The training options of the main runs."""
-    return replace(session.config.training, steps=language_model.main_steps(session))
+    return replace(session.config.training, steps=budget.main_steps(session))
 
 
 def selection(session: Session, store: TokenStore, name: str) -> Setting | None:
@@ -51,10 +52,8 @@ def selection(session: Session, store: TokenStore, name: str) -> Setting | None:
 
 def comparisons(session: Session, store: TokenStore) -> dict[str, Tensor]:
     """The mixtures (K,) that the learned one has to beat, by name."""
-    steps = language_model.main_steps(session)
+    steps = budget.main_steps(session)
     return {
-        name: reference.mixture(session, store)
-        if name == "baseline"
-        else language_model.heuristic(session, store, name, steps)
+        name: reference.mixture(session, store) if name == "baseline" else budget.heuristic(session, store, name, steps)
         for name in session.config.comparisons
     }

@@ -17,10 +17,11 @@ from doremi_train.methods import simplex
 from doremi_train.model import costs
 from doremi_train.parallel import comm
 from doremi_train.reports import plan_text
-from doremi_train.stages import language_model, main, prepare, reference, reference_losses
+from doremi_train.stages import main, prepare
 from doremi_train.stages.planning import ahead, warnings
-from doremi_train.stages.planning.ahead import Ahead
 from doremi_train.stages.planning.bill import Bill
+from doremi_train.stages.runs import budget, reference, reference_losses
+from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
 
 
@@ -87,7 +88,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     if known is not None:
         here, final = {"main": known} | here, final | {"learned": known}
     once = store.sequences("train", length) * length  # (K,) tokens of one pass
-    tokens = language_model.main_steps(session) * training.batch_size * length
+    tokens = budget.main_steps(session) * training.batch_size * length
     reference_weights = reference.mixture(session, store)
     proxies = session.config.mixture.method in ("doremi", "doge")
     return {
@@ -101,8 +102,7 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
             "proxy_epochs": float(proxy_epochs[k]) if proxies else None,
             "main_epochs": {way: float(weights[k] * tokens / once[k]) for way, weights in here.items()},
             "final_epochs": {
-                way: float(weights[k] * language_model.final_tokens(session) / once[k])
-                for way, weights in final.items()
+                way: float(weights[k] * budget.final_tokens(session) / once[k]) for way, weights in final.items()
             },
         }
         for k, name in enumerate(store.domains)

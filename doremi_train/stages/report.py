@@ -23,8 +23,9 @@ from doremi_train.evaluation.text import Floats, Tokens
 from doremi_train.parallel import comm
 from doremi_train.reports import run_page, run_table, sweep_charts
 from doremi_train.reports.page import write_page
-from doremi_train.stages import evaluate, language_model, prepare
+from doremi_train.stages import evaluate, prepare
 from doremi_train.stages.options import identity
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session, once, sweep
 
 
@@ -98,7 +99,7 @@ def _of_the_proxies(session: Session, store: TokenStore) -> list[Finding]:
     others = {}
     for name in ("uniform", "natural", "unimax"):
         with contextlib.suppress(UserError):  # unimax, where the final run needs more text than it allows
-            others[name] = language_model.heuristic(session, store, name, language_model.main_steps(session)).numpy()
+            others[name] = budget.heuristic(session, store, name, budget.main_steps(session)).numpy()
     return [
         *detectors.one_hot(names, _row(names, mixed["weights"]), alphas),
         *detectors.absent(names, detectors.missing_by_trace(np.concatenate(tokens))),

@@ -9,9 +9,10 @@ from typing import Any
 
 from doremi_train.config import UserError
 from doremi_train.selection.documents.engines import LOSSES
-from doremi_train.stages import submit
 from doremi_train.stages.options import Submit
-from doremi_train.stages.submit import SECONDS_BETWEEN_LOOKS, Again
+from doremi_train.stages.runs import jobs
+from doremi_train.stages.runs.jobs import Again
+from doremi_train.stages.runs.submit import SECONDS_BETWEEN_LOOKS
 from doremi_train.train import TrainingFailed
 
 
@@ -52,8 +53,8 @@ class Array:
 
     def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
         """The shares of those jobs of an array that ended without a result, as when they are killed."""
-        with submit.clean_environment(), submit.slurm_refusals():
-            executor = submit.slurm_executor(self.options, self.logs, nodes=1, tasks=1, gpus=0)
+        with jobs.clean_environment(), jobs.slurm_refusals():
+            executor = jobs.slurm_executor(self.options, self.logs, nodes=1, tasks=1, gpus=0)
             with executor.batch():
                 going = {number: (executor.submit(share), share) for number, share in enumerate(shares)}
         lost: list[Share] = []
@@ -63,11 +64,11 @@ class Array:
                 queue = time.monotonic() > looked + SECONDS_BETWEEN_LOOKS
                 looked = time.monotonic() if queue else looked
                 for number, (job, share) in list(going.items()):
-                    if not submit.ended(job, queue):
+                    if not jobs.ended(job, queue):
                         continue
-                    if not submit.has_result(job):
+                    if not jobs.has_result(job):
                         lost.append(share)
-                    elif failure := submit.failure_of(f"selection, job {job.job_id}", job):
+                    elif failure := jobs.failure_of(f"selection, job {job.job_id}", job):
                         raise failure
                     del going[number]
                 undone = [*(share for _, share in going.values()), *lost]

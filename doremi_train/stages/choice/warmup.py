@@ -27,8 +27,8 @@ from doremi_train.model import folders, language_model, optim
 from doremi_train.model.language_model import CompletionModel
 from doremi_train.selection.examples.influence import Checkpoint
 from doremi_train.stages.choice.tuning import build
-from doremi_train.stages.language_model import finish
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.runs.language_model import finish
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run

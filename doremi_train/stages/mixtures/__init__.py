@@ -10,12 +10,11 @@ from doremi_train import __version__, mixture
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import fingerprint
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box
-from doremi_train.methods.box import inside, project
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model, prepare, proxy
-from doremi_train.stages.language_model import final_tokens
+from doremi_train.stages import prepare, proxy
 from doremi_train.stages.mixtures import given, mixmin, online, search, swarm
+from doremi_train.stages.runs import budget, language_model
+from doremi_train.stages.runs.budget import final_tokens
 from doremi_train.stages.session import Session, once
 
 
@@ -23,28 +22,16 @@ from doremi_train.stages.session import Session, once
 def run(session: Session) -> mixture.Mixture:
     """Compute it, complete it with epochs and provenance, and write it."""
     store = prepare.run(session)
-    within(session, store)  # before anything is trained that could not be used
+    budget.within(session, store)  # before anything is trained that could not be used
     mixture = _capped(session, store, _compute(session, store))
     mixture = complete(session, store, mixture)
     comm.on_first(lambda: doremi_train_mixture.save(session.run_dir / "weights.json", mixture))
     return mixture
 
 
-def within(session: Session, store: TokenStore) -> box.Box | None:
-    """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave stay as they are.
-    Raises UserError where it leaves none."""
-    return None if session.config.mixture.method == "file" else language_model.caps(session, store, 0.0, "")
-
-
-def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
-    """(K,) within mixture.max_epochs: what a domain has too much goes to the others in proportion."""
-    box, point = within(session, store), found.numpy()
-    return found if box is None or inside(point, box) else torch.from_numpy(project(point, box))
-
-
 def _capped(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:
     found = mixture.tensor(store.domains)
-    kept = capped(session, store, found)
+    kept = budget.capped(session, store, found)
     if kept is found:
         return mixture
     session.say(

@@ -8,9 +8,10 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doge
 from doremi_train.model import folders
-from doremi_train.stages import language_model, prepare, targets
+from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.runs import budget, language_model, targets
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Task, Trainer
@@ -47,14 +48,14 @@ def _recipe(session: Session, store: TokenStore, index: int) -> Run:
             "target": fingerprint(towards.tolist()),
             "training": training_identity(session.config.training),
             "evaluation": session.plain["evaluation"],
-            "seed": language_model.proxy_seed(session, index),
+            "seed": budget.proxy_seed(session, index),
         }
-        | language_model.described(language_model.subsample(session)),
+        | budget.described(budget.subsample(session)),
     )
 
 
 def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
-    config, name, seed = session.config, seeds.name_of(session, 1, index), language_model.proxy_seed(session, index)
+    config, name, seed = session.config, seeds.name_of(session, 1, index), budget.proxy_seed(session, index)
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -68,7 +69,7 @@ def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
             seed=seed,
             training=config.training,
             evaluation=config.evaluation,
-            subsample=language_model.subsample(session),
+            subsample=budget.subsample(session),
             target=domain_gradients.Target(targets.of_mixtures(session, store), config.doge.target_batch),
             bar=session.part(name),
         )

@@ -8,9 +8,10 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doremi
 from doremi_train.model import folders
-from doremi_train.stages import language_model, prepare, reference, reference_losses
+from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import Proxy, training_identity
+from doremi_train.stages.runs import budget, language_model, reference, reference_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 from doremi_train.train import Task, Trainer
@@ -55,9 +56,9 @@ def recipe(session: Session, store: TokenStore, reference_folder: Path, index: i
             "accumulation": options.accumulation,
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
-            "seed": language_model.proxy_seed(session, index),
+            "seed": budget.proxy_seed(session, index),
         }
-        | language_model.described(language_model.subsample(session))
+        | budget.described(budget.subsample(session))
         | ({"reference_losses": "cached"} if reference_losses.cached(session) else {}),  # rounded
     )
 
@@ -77,18 +78,16 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             objective=doremi,
             objective_options=algorithm(config.proxy),
             store=store,
-            seed=language_model.proxy_seed(session, index),
+            seed=budget.proxy_seed(session, index),
             training=config.training,
             evaluation=config.evaluation,
             accumulation=config.proxy.accumulation,
             reference=reference_losses.of(session, store, run, reference_folder),
-            subsample=language_model.subsample(session),
+            subsample=budget.subsample(session),
             bar=session.part(name),
         )
         shape = language_model.resolved_model(session, store)
-        built = folders.build(
-            shape, language_model.proxy_seed(session, index), config.training.activation_checkpointing
-        )
+        built = folders.build(shape, budget.proxy_seed(session, index), config.training.activation_checkpointing)
         language_model.finish(session, task, Trainer(task, built, session.place))
     return run
 

@@ -6,8 +6,8 @@ from doremi_train import mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.exports import convert, formats
-from doremi_train.stages import language_model
-from doremi_train.stages.language_model import main_steps
+from doremi_train.stages.runs import budget
+from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session
 
 
@@ -21,7 +21,7 @@ def given(session: Session, store: TokenStore) -> mixture.Mixture:
         return imported(session, store, Path(options.path), options.format)
     if options.path is not None:
         return mixture.load(Path(options.path), store.domains, options.normalize)
-    sized = language_model.heuristic(session, store, options.method, main_steps(session))
+    sized = budget.heuristic(session, store, options.method, main_steps(session))
     return mixture.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
 
 

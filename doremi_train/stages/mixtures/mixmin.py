@@ -21,7 +21,8 @@ from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model, prepare, submit, targets
+from doremi_train.stages import prepare
+from doremi_train.stages.runs import budget, language_model, submit, targets
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 from doremi_train.train import Options
@@ -81,7 +82,7 @@ def _ingredients(session: Session, store: TokenStore) -> tuple[dict[str, Any], T
     """What an expert is trained from: model, its one domain, training options and part of the data."""
     shape = language_model.resolved_model(session, store)
     one = torch.ones(1, dtype=torch.float64)
-    return shape, one, session.config.training, language_model.subsample(session)
+    return shape, one, session.config.training, budget.subsample(session)
 
 
 def _train(session: Session, store: TokenStore) -> list[Run]:
@@ -134,7 +135,7 @@ def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) 
     found = mixmin.solve(losses, within)
     point = box.on_grid(found.weights, within)
     even = np.full(len(point), 1 / len(point))
-    natural = language_model.heuristic(session, store, "natural", language_model.main_steps(session)).numpy()
+    natural = budget.heuristic(session, store, "natural", budget.main_steps(session)).numpy()
     provenance = {
         "mixmin": search.folder.name,
         "experts_loss": found.loss,
@@ -152,4 +153,4 @@ def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) 
 
 
 def _box(session: Session, store: TokenStore) -> Box:
-    return language_model.caps(session, store, session.config.mixmin.floor, "mixmin.floor")
+    return budget.caps(session, store, session.config.mixmin.floor, "mixmin.floor")

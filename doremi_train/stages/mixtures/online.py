@@ -19,9 +19,10 @@ from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model, prepare, reference
-from doremi_train.stages.language_model import main_steps
+from doremi_train.stages import prepare
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.runs import budget, language_model, reference
+from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.train import Options, Task, Trainer
@@ -111,9 +112,9 @@ def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> 
             f"mixture={method}: looks at the plain losses of whole batches; leave training.loss_weighting and "
             "batch_selection at none"
         )
-    within = language_model.caps(session, store, asked.floor, "online.floor")
+    within = budget.caps(session, store, asked.floor, "online.floor")
     common: dict[str, Any] = {
-        "prior": tuple(language_model.heuristic(session, store, asked.prior, steps).tolist()),
+        "prior": tuple(budget.heuristic(session, store, asked.prior, steps).tolist()),
         "high": tuple(within.high.tolist()),
         "floor": asked.floor,
         "warmup": asked.warmup,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import language_model, submit
+from doremi_train.stages.runs import budget, submit
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
@@ -41,7 +41,7 @@ def submitted(session: Session, runs: Sequence[Run], number: int, **changes: Any
                 session,
                 session.run_dir / f"proxy/round-{number}/jobs/seed-{index}",
                 stage="proxy",
-                seed=language_model.proxy_seed(session, index),
+                seed=budget.proxy_seed(session, index),
                 **{"proxy.seeds": 1, "proxy.rounds": 1} | changes,
             )
     submit.submit(session, children)

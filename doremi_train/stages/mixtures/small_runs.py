@@ -12,7 +12,7 @@ from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.console import Bar, Part
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import language_model, reference, submit
+from doremi_train.stages.runs import language_model, reference, submit
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 

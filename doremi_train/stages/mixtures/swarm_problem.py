@@ -12,7 +12,7 @@ from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, swarm
 from doremi_train.methods.box import Box, Floats, Space
-from doremi_train.stages import language_model
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 
 
@@ -43,14 +43,14 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
             "swarm.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or take log_linear or "
             "gaussian_process"
         )
-    within = language_model.caps(session, store, options.floor, "swarm.floor")
+    within = budget.caps(session, store, options.floor, "swarm.floor")
     space = box.space(_frozen(options.frozen, store.domains))
     try:
         inside = space.box(within)
     except ValueError as error:
         raise UserError(f"mixture=swarm: {error}") from None
-    steps = language_model.main_steps(session)
-    natural, prior = (language_model.heuristic(session, store, name, steps) for name in ("natural", options.prior))
+    steps = budget.main_steps(session)
+    natural, prior = (budget.heuristic(session, store, name, steps) for name in ("natural", options.prior))
     draws = options.runs or swarm.RUNS_PER_DOMAIN * len(space.spread)
     return Problem(list(store.domains), natural.numpy(), space, space.reduce(prior.numpy()), within, inside, draws)
 

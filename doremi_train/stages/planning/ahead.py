@@ -4,47 +4,22 @@ K domains.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from doremi_train import files
 from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
-from doremi_train.stages import language_model, main, mixtures, reference, reference_losses, weighting
+from doremi_train.stages import main
 from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, seeds, small_runs, swarm
 from doremi_train.stages.planning import missing_losses
+from doremi_train.stages.runs import budget, language_model, reference, reference_losses, weighting
+from doremi_train.stages.runs.ahead import Ahead, Found
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
-
-
-class Ahead(NamedTuple):
-    """One run of the pipeline."""
-
-    name: str  # its folder under run_dir
-    kind: str  # reference, proxy, doge, expert, swarm or main
-    config: dict[str, Any]  # of its model
-    steps: int
-    done: int  # steps that are in the store already
-    same_as: str | None  # an earlier run of the pipeline, which is this very one
-    missing: float = 0.0  # sequences for which a frozen model is still to be run, where its losses are cached
-
-    @property
-    def left(self) -> float:
-        """Part that is still to be done."""
-        return 0.0 if self.same_as else 1 - self.done / self.steps
-
-    @property
-    def state(self) -> str:
-        """new, begun, done, or same."""
-        if self.same_as:
-            return "same"
-        return "new" if self.done == 0 else "begun" if self.left else "done"
 
 
 def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | None]:
@@ -53,8 +28,8 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     What depends on a run that is not finished is taken for not begun, and every round for one that will be needed.
     Raises UserError where mixture.max_epochs leaves no mixture.
     """
-    found = _Found(session)
-    mixtures.within(session, store)
+    found = Found(session)
+    budget.within(session, store)
     learned: Tensor | None
     if online.asked(session):
         learned = None
@@ -71,7 +46,7 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         learned = _swarm(session, store, found)
     else:
         learned = given.given(session, store).tensor(store.domains)
-    learned = None if learned is None else mixtures.capped(session, store, learned)
+    learned = None if learned is None else budget.capped(session, store, learned)
     weighed = _weighting(session, store, found)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     read = np.zeros(len(store.domains), dtype=np.int64)
@@ -100,7 +75,7 @@ def _models(session: Session, weighed: language_model.Weighting | None) -> Seque
     return known
 
 
-def _adapted(session: Session, store: TokenStore, found: "_Found") -> Run | None:
+def _adapted(session: Session, store: TokenStore, found: "Found") -> Run | None:
     """The main run that adapts its mixture; a reference whose losses it needs is a run too."""
     target = online.known_target(session, store)
     config = session.config
@@ -112,7 +87,7 @@ def _adapted(session: Session, store: TokenStore, found: "_Found") -> Run | None
     return None if target is None else online.recipe(session, store, online.options_of(session, store, target))
 
 
-def _weighting(session: Session, store: TokenStore, found: "_Found") -> language_model.Weighting | None:
+def _weighting(session: Session, store: TokenStore, found: "Found") -> language_model.Weighting | None:
     """How the main runs weigh their tokens, where that is known by now; the models it needs are runs too."""
     policy, given = session.config.training.loss_weighting, session.config.reference.path
     if policy == "none":
@@ -128,7 +103,7 @@ def _weighting(session: Session, store: TokenStore, found: "_Found") -> language
     return weighting.against(session, store, folders + [run.folder / "model"] * (name is not None))
 
 
-def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+def _search(session: Session, store: TokenStore, found: "Found") -> Tensor | None:
     """References and proxies of all rounds, followed through those that are finished; ᾱ (K,) if all are."""
     options, steps = session.config.proxy, session.config.training.steps
     shape = language_model.resolved_model(session, store)
@@ -162,7 +137,7 @@ def _search(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
     return before
 
 
-def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+def _doge(session: Session, store: TokenStore, found: "Found") -> Tensor | None:
     """Its seeds; their mean average (K,) if all are finished."""
     recipes, shape = doge.recipes(session, store), language_model.resolved_model(session, store)
     for index, run in enumerate(recipes):
@@ -172,7 +147,7 @@ def _doge(session: Session, store: TokenStore, found: "_Found") -> Tensor | None
     return statistics.summarize([seeds.average(run, store) for run in recipes])[0]
 
 
-def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+def _mixmin(session: Session, store: TokenStore, found: "Found") -> Tensor | None:
     """The expert of every domain; the mixture (K,) if it is solved."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     for name, run in mixmin.experts(session, store).items():
@@ -183,14 +158,14 @@ def _mixmin(session: Session, store: TokenStore, found: "_Found") -> Tensor | No
     return doremi_train_mixture.Mixture("mixmin", search.result()["weights"]).tensor(store.domains)
 
 
-def _random(session: Session, store: TokenStore, found: "_Found") -> None:
+def _random(session: Session, store: TokenStore, found: "Found") -> None:
     """The runs of a random search, of which the best is not known before."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     for name, mixed in search.mixtures(session, store).items():
         found.add(name, "swarm", shape, steps, small_runs.recipe(session, store, mixed))
 
 
-def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | None:
+def _swarm(session: Session, store: TokenStore, found: "Found") -> Tensor | None:
     """The runs of a swarm: those that depend on a fit are not known before it."""
     problem, search = swarm.state(session, store)
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
@@ -201,24 +176,3 @@ def _swarm(session: Session, store: TokenStore, found: "_Found") -> Tensor | Non
     if not search.finished:
         return None
     return doremi_train_mixture.Mixture("swarm", search.result()["weights"]).tensor(store.domains)
-
-
-@dataclass
-class _Found:
-    session: Session
-    runs: list[Ahead] = field(default_factory=list)
-    names: dict[Path, str] = field(default_factory=dict)  # of runs whose address is known
-
-    def add(self, name: str, kind: str, config: dict[str, Any], steps: int, run: Run | None) -> None:
-        """`run` is None where it depends on one that is not finished."""
-        same_as = self.names.setdefault(run.folder, name) if run is not None else name
-        done = self._done(run, steps) if run is not None else 0
-        self.runs.append(Ahead(name, kind, config, steps, done, same_as if same_as != name else None))
-
-    def _done(self, run: Run, steps: int) -> int:
-        mirror = self.session.mirror
-        if run.finished or (mirror is not None and mirror.at("runs", run.folder.name).has("result.json")):
-            return steps
-        status = run.folder / "status.json"
-        saved = (run.folder / "checkpoints").exists() and status.exists()
-        return (files.read_json(status)["step"] or 0) if saved else 0

@@ -12,8 +12,8 @@ from doremi_train.config import fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import costs
 from doremi_train.parallel import comm
-from doremi_train.stages import reference_losses, weighting
-from doremi_train.stages.planning.ahead import Ahead
+from doremi_train.stages.runs import reference_losses, weighting
+from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from doremi_train import losses
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import language_model, reference_losses
+from doremi_train.stages.runs import budget, reference_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
@@ -40,7 +40,7 @@ def missing_of_main(
     training = session.config.training
     whole = store.sequences("train", training.sequence_length)
     drawing = Sampler(whole, store.domains, training.batch_size, session.config.seed)
-    steps = language_model.main_steps(session)
+    steps = budget.main_steps(session)
     count = np.minimum(drawing.counts_before(steps, mixed.numpy()), drawing.sizes)
     known = np.minimum(count, before)
     left = sum(

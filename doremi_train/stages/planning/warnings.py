@@ -5,7 +5,7 @@ from typing import Any
 
 from doremi_train.evaluation import detectors
 from doremi_train.methods import simplex
-from doremi_train.stages import language_model
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 
 # Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
@@ -38,7 +38,7 @@ def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict
     absent = detectors.missing_by_quota(training.batch_size, simplex.uniform(len(names)).numpy())
     for finding in [*detectors.absent(names, absent), *detectors.repeated(names, epochs), *mismatched]:
         found.setdefault(finding.kind, []).append(finding.message)
-    longer = language_model.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
+    longer = budget.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
     if mismatched and longer and not options.match_repetition:
         hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
         found["mismatched"].insert(0, hint)

@@ -5,16 +5,16 @@ K domains.
 
 from pathlib import Path
 
-from doremi_train import losses
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages import language_model
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run
+from doremi_train.training.frozen import Cached, Live, Reference, Table, recipe
 
 
 def needed(session: Session) -> bool:
@@ -31,25 +31,25 @@ def weighing_cached(session: Session) -> bool:
     return session.config.training.loss_weighting != "none" and session.config.reference.losses == "cached"
 
 
-def of(session: Session, store: TokenStore, run: Run, folder: Path) -> losses.Reference | None:
+def of(session: Session, store: TokenStore, run: Run, folder: Path) -> Reference | None:
     """Those that the proxy `run` trains against, of the model in `folder`."""
     return frozen(session, store, run, folder, run.recipe["reference"]) if needed(session) else None
 
 
-def frozen(session: Session, store: TokenStore, run: Run, folder: Path, fingerprint: str) -> losses.Reference:
+def frozen(session: Session, store: TokenStore, run: Run, folder: Path, fingerprint: str) -> Reference:
     """Those of any model `folder` with this fingerprint, for `run`."""
     if session.config.reference.losses == "live":
         return live(session, store, folder)
     pending = run.folder / checkpoint.FOLDER / f"losses-{fingerprint}-{comm.world().rank}.pending"
-    table = losses.Table(session.store, store, recipe_of(session, store, fingerprint))
-    return losses.Cached(table, lambda: live(session, store, folder), session.place.device, pending)
+    table = Table(session.store, store, recipe_of(session, store, fingerprint))
+    return Cached(table, lambda: live(session, store, folder), session.place.device, pending)
 
 
 def sampler(session: Session, store: TokenStore, index: int) -> Sampler:
     """What the proxy of seed `index` draws with."""
-    training, seed = session.config.training, language_model.proxy_seed(session, index)
+    training, seed = session.config.training, budget.proxy_seed(session, index)
     whole = store.sequences("train", training.sequence_length)
-    return Sampler(whole, store.domains, training.batch_size, seed, language_model.subsample(session))
+    return Sampler(whole, store.domains, training.batch_size, seed, budget.subsample(session))
 
 
 def draws(session: Session, sampler: Sampler) -> Ints:
@@ -57,11 +57,11 @@ def draws(session: Session, sampler: Sampler) -> Ints:
     return sampler.counts_before(session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy())
 
 
-def live(session: Session, store: TokenStore, folder: Path) -> losses.Live:
+def live(session: Session, store: TokenStore, folder: Path) -> Live:
     frozen = folders.load(folder, store.vocabulary_size, "reference.path")
-    return losses.Live(frozen, session.place.device, session.config.training.precision)
+    return Live(frozen, session.place.device, session.config.training.precision)
 
 
 def recipe_of(session: Session, store: TokenStore, fingerprint: str) -> dict[str, str | int]:
     training = session.config.training
-    return losses.recipe(fingerprint, store, training.sequence_length, training.precision)
+    return recipe(fingerprint, store, training.sequence_length, training.precision)

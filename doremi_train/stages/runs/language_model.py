@@ -2,28 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from doremi_train import batch_selection, losses
-from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import HEURISTICS, box, cross_entropy, importance
+from doremi_train.methods import cross_entropy, importance
 from doremi_train.model import configs, folders
+from doremi_train.model.configs import ModelOptions
 from doremi_train.parallel import comm
 from doremi_train.stages.options import training_identity
+from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run, set_status
-from doremi_train.train import Options, Position, Task, Trainer
-
-SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
+from doremi_train.training import batch_selection, frozen
+from doremi_train.training.task import Position, Task, TrainingOptions
+from doremi_train.training.trainer import Trainer
 
 
 class Weighting(NamedTuple):
@@ -31,7 +28,7 @@ class Weighting(NamedTuple):
 
     options: importance.Options  # but for the mixture, which is the run's
     recipe: dict[str, Any]  # what it adds to that of the run
-    reference: Callable[[Run], losses.Reference]
+    reference: Callable[[Run], frozen.Reference]
 
 
 def recipe(
@@ -39,7 +36,7 @@ def recipe(
     store: TokenStore,
     config: dict[str, Any],
     weights: Tensor,
-    training: Options,
+    training: TrainingOptions,
     part: Subsample | None = None,
     weighting: Weighting | None = None,
     selection: batch_selection.Setting | None = None,
@@ -56,7 +53,7 @@ def recipe(
             "evaluation": session.plain["evaluation"],
             "seed": session.config.seed,
         }
-        | described(part)
+        | budget.described(part)
         | (weighting.recipe if weighting else {})
         | batch_selection.described(selection),
     )
@@ -68,7 +65,7 @@ def train(
     name: str,
     config: dict[str, Any],
     weights: Tensor,
-    training: Options,
+    training: TrainingOptions,
     part: Subsample | None = None,
     weighting: Weighting | None = None,
     selection: batch_selection.Setting | None = None,
@@ -151,60 +148,9 @@ def _write(
     return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **learned}
 
 
-def main_steps(session: Session) -> int:
-    return session.config.main.steps or session.config.training.steps
-
-
-def final_tokens(session: Session) -> int:
-    """Tokens of the run that the mixture is for."""
-    training = session.config.training
-    return session.config.main.tokens or main_steps(session) * training.batch_size * training.sequence_length
-
-
-def proxy_seed(session: Session, index: int) -> int:
-    """Of proxy number `index` of a command."""
-    return session.config.seed + SEEDS_APART * index
-
-
-def subsample(session: Session) -> Subsample | None:
-    """The part of every domain that reference and proxy read; None: all. At equal weights they pass over it as often as
-    the final run passes over the whole. It is the same for every proxy seed of a command."""
-    training = session.config.training
-    part = Fraction(training.steps * training.batch_size * training.sequence_length, final_tokens(session))
-    if not session.config.proxy.match_repetition or part >= 1:
-        return None
-    return Subsample(part, session.config.seed % SEEDS_APART)
-
-
-def described(part: Subsample | None) -> dict[str, Any]:
-    """What a sub-sample adds to the recipe of a run; nothing where all is read."""
-    return {} if part is None else {"subsample": {"part": str(part.part), "seed": part.seed}}
-
-
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:
     """The proxy's transformers config, or that of the preset `name`."""
-    options = session.config.model if name is None else configs.Options(**configs.preset(name, "main.model"))
+    options = session.config.model if name is None else ModelOptions(**configs.preset(name, "main.model"))
     length = session.config.training.sequence_length
     key = "model" if name is None else "main.model"
     return configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
-
-
-def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:
-    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at least `floor` (of
-    this key). Raises UserError where that leaves none."""
-    sizes = np.asarray(store.sizes("train"), dtype=np.float64)
-    try:
-        return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
-    except ValueError as error:
-        raise UserError(f"mixture={session.config.mixture.method}: {error}") from None
-
-
-def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:
-    """(K,) a mixture from sizes, for a run of `steps` steps. Raises UserError where it cannot be met."""
-    training = session.config.training
-    budget = steps * training.batch_size * training.sequence_length
-    sizes = torch.from_numpy(np.asarray(store.sizes("train"), dtype=np.float64))
-    try:
-        return HEURISTICS[name](sizes, budget, session.config.mixture)
-    except ValueError as error:
-        raise UserError(f"mixture {name}: {error}") from None

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train.batch_selection import Setting
 from doremi_train.config import UserError
 from doremi_train.data import options
 from doremi_train.data.batches import Store, fixed_sequences, read
 from doremi_train.data.corpus import opening, reading, sources
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import tokenizer
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages.session import Session
+from doremi_train.training.batch_selection import Setting
 
 
 class _Wanted(NamedTuple):
@@ -98,7 +99,7 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
 def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[str, ...]) -> Tensor:
     """(M, T + 1) from the start of the target's files, packed as training text is."""
     length = session.config.training.sequence_length
-    where = options.Options(
+    where = DataOptions(
         embedded=None,
         domains={"target": options.Split(train=files)},
         text_key=session.config.data.text_key,
@@ -126,7 +127,7 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
     return torch.from_numpy(target).unfold(0, length + 1, length).clone()
 
 
-def _documents(where: options.Options, store: TokenStore) -> Iterator[list[int]]:
+def _documents(where: DataOptions, store: TokenStore) -> Iterator[list[int]]:
     encoder, bad = store.tokenizer(), opening.BadLines(where)
     for source in sources.resolve(where):
         for piece in reading.read(source, where, bad):

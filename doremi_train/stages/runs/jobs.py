@@ -1,8 +1,4 @@
-"""Child runs side by side, each the command itself on a configuration of its own: processes here, or a Slurm array.
-
-What a child computes is found by its content address afterwards, so a child that was done before is not sent again, and
-the parent needs nothing from a child but that it ended well.
-"""
+"""One child run as a process here or as a job of Slurm: started, watched, stopped, and what became of it."""
 
 import contextlib
 import os
@@ -15,15 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from doremi_train.config import UserError
-from doremi_train.parallel import comm, slurm
+from doremi_train.parallel import slurm
 from doremi_train.stages.options import Submit
 from doremi_train.stages.session import Session
-from doremi_train.storage import runs
 from doremi_train.storage.runs import Preempted
-from doremi_train.train import TrainingFailed
+from doremi_train.training.task import TrainingFailed
 
 _MINUTES_OF_A_YEAR = 525_600
-SECONDS_BETWEEN_LOOKS = 10.0  # into Slurm's queue
 _LINES_OF_A_LOG = 15
 
 
@@ -50,65 +44,7 @@ class Child(Again):
         return self.run(dict(self.plain))
 
 
-def submit(
-    session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None] = lambda: None
-) -> None:
-    """Run composed configurations, named for messages, `submit.parallel` at a time; return when all ended well.
-    `watch` is called now and then meanwhile.
-
-    Raises Preempted when told to stop, after the children saved, and the error of the first child that failed, after
-    the others saved. Called on every rank; rank 0 submits.
-    """
-    comm.on_first(lambda: _submit(session, children, watch))
-
-
-def configured(session: Session, folder: Path, **changes: Any) -> dict[str, Any]:
-    """This session's configuration for a child with a run_dir of its own; a change is a key such as "proxy.seeds"."""
-    places = {"run_dir": str(folder), "store": str(session.store.resolve()), "submit.cluster": "none"}
-    places |= session.tracking.of_part(folder.relative_to(session.run_dir).as_posix())
-    plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in session.plain.items()}
-    for key, value in (places | changes).items():
-        group, _, name = key.rpartition(".")
-        (plain[group] if group else plain)[name] = value
-    return plain
-
-
-def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None]) -> None:
-    options = session.config.submit
-    waiting, running = dict(children), dict[str, tuple[Any, int]]()  # running: a job, and its slot
-    slots = list(range(options.parallel))
-    failure: Exception | None = None
-    looked = told = 0.0
-    if options.cluster == "slurm" and waiting:
-        for name, job in _array(session, waiting).items():
-            running[name] = job, 0
-            session.say(f"{name:<22} is job {job.job_id} (slurm)")
-        waiting = {}
-    while running or (waiting and not failure):
-        while waiting and slots and not failure:
-            name = next(iter(waiting))
-            running[name] = _start(session, waiting.pop(name), slots[-1]), slots.pop()
-            session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
-        look = time.monotonic() > looked + SECONDS_BETWEEN_LOOKS
-        looked = time.monotonic() if look else looked
-        for name, (job, slot) in list(running.items()):
-            if ended(job, look):
-                failure = failure or failure_of(name, job)
-                slots.append(slot)
-                del running[name]
-        if runs.stop.requested:
-            failure = failure or Preempted("told to stop; the jobs saved, and the same command continues them")
-        if failure and time.monotonic() > told + 2:  # again and again: a child that is just starting does not listen
-            told = time.monotonic()
-            for job, _ in running.values():
-                _stop(job)
-        watch()
-        time.sleep(0.2)
-    if failure:
-        raise failure
-
-
-def _start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
+def start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
     """One child as a process here."""
     import submitit
 
@@ -129,7 +65,7 @@ def _start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
         return executor.submit(Child(session.child, plain))
 
 
-def _array(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def array_of(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All children as one array of Slurm, `submit.parallel` of them at once."""
     options = session.config.submit
     logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
@@ -229,7 +165,7 @@ def _log(task: Any) -> str:
     return f"; it left no log ({task.paths.stderr})"
 
 
-def _stop(job: Any) -> None:
+def tell_to_stop(job: Any) -> None:
     """Tell a job to save and stop; one that has not started is taken out of the queue."""
     if hasattr(job, "_process"):
         job._process.send_signal(signal.SIGTERM)  # which hands it to its tasks

@@ -5,14 +5,14 @@ model of the data itself, which is trained as a reference would be.
 from dataclasses import asdict
 from pathlib import Path
 
-from doremi_train import losses
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model.folders import folder_fingerprint
-from doremi_train.stages import language_model, reference, reference_losses
-from doremi_train.stages.language_model import Weighting
+from doremi_train.stages.runs import language_model, reference, reference_losses
+from doremi_train.stages.runs.language_model import Weighting
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
+from doremi_train.training.frozen import LogRatio, Reference
 
 DATA_MODEL = "data_model"  # under run_dir
 
@@ -43,11 +43,11 @@ def against(session: Session, store: TokenStore, folders: list[Path]) -> Weighti
     if config.reference.losses == "cached":
         described["losses"] = "cached"  # rounded
 
-    def frozen(run: Run) -> losses.Reference:
+    def frozen(run: Run) -> Reference:
         columns = [
             reference_losses.frozen(session, store, run, folder, fingerprint)
             for folder, fingerprint in zip(folders, fingerprints, strict=True)
         ]
-        return losses.LogRatio(*columns) if len(columns) == 2 else columns[0]
+        return LogRatio(*columns) if len(columns) == 2 else columns[0]
 
     return Weighting(options, {"weighting": described}, frozen)

@@ -1,0 +1,80 @@
+"""Steps, tokens and parts of the data that runs of a command have in common, and the limits of its mixtures."""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from doremi_train.config import UserError
+from doremi_train.data.sampler import Subsample
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.methods import HEURISTICS, box
+from doremi_train.methods.box import inside, project
+from doremi_train.stages.session import Session
+
+SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
+
+
+def main_steps(session: Session) -> int:
+    return session.config.main.steps or session.config.training.steps
+
+
+def final_tokens(session: Session) -> int:
+    """Tokens of the run that the mixture is for."""
+    training = session.config.training
+    return session.config.main.tokens or main_steps(session) * training.batch_size * training.sequence_length
+
+
+def proxy_seed(session: Session, index: int) -> int:
+    """Of proxy number `index` of a command."""
+    return session.config.seed + SEEDS_APART * index
+
+
+def subsample(session: Session) -> Subsample | None:
+    """The part of every domain that reference and proxy read; None: all. At equal weights they pass over it as often as
+    the final run passes over the whole. It is the same for every proxy seed of a command."""
+    training = session.config.training
+    part = Fraction(training.steps * training.batch_size * training.sequence_length, final_tokens(session))
+    if not session.config.proxy.match_repetition or part >= 1:
+        return None
+    return Subsample(part, session.config.seed % SEEDS_APART)
+
+
+def described(part: Subsample | None) -> dict[str, Any]:
+    """What a sub-sample adds to the recipe of a run; nothing where all is read."""
+    return {} if part is None else {"subsample": {"part": str(part.part), "seed": part.seed}}
+
+
+def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:
+    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at least `floor` (of
+    this key). Raises UserError where that leaves none."""
+    sizes = np.asarray(store.sizes("train"), dtype=np.float64)
+    try:
+        return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
+    except ValueError as error:
+        raise UserError(f"mixture={session.config.mixture.method}: {error}") from None
+
+
+def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:
+    """(K,) a mixture from sizes, for a run of `steps` steps. Raises UserError where it cannot be met."""
+    training = session.config.training
+    budget = steps * training.batch_size * training.sequence_length
+    sizes = torch.from_numpy(np.asarray(store.sizes("train"), dtype=np.float64))
+    try:
+        return HEURISTICS[name](sizes, budget, session.config.mixture)
+    except ValueError as error:
+        raise UserError(f"mixture {name}: {error}") from None
+
+
+def within(session: Session, store: TokenStore) -> box.Box | None:
+    """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave stay as they are.
+    Raises UserError where it leaves none."""
+    return None if session.config.mixture.method == "file" else caps(session, store, 0.0, "")
+
+
+def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
+    """(K,) within mixture.max_epochs: what a domain has too much goes to the others in proportion."""
+    box, point = within(session, store), found.numpy()
+    return found if box is None or inside(point, box) else torch.from_numpy(project(point, box))
