@@ -20,14 +20,15 @@ import torch
 
 from benchmarks import common, step
 from benchmarks.step import DOMAINS, STEPS, Setting, Steps
-from doremi_train import batch_selection
-from doremi_train.batch_selection import Options
 from doremi_train.data.batches import read
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy, greats
 from doremi_train.model import folders, optim
 from doremi_train.storage.runs import Run
-from doremi_train.train import Position, Task, Trainer
+from doremi_train.training import batch_selection
+from doremi_train.training.batch_selection import Options
+from doremi_train.training.task import Position, Task
+from doremi_train.training.trainer import Trainer
 
 
 def training(of: Setting, label: str, selection: Options | None, parts: int = 1) -> Steps:

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from doremi_train import batch_selection
-from doremi_train.batch_selection import Options
 from doremi_train.data import options as data_options
 from doremi_train.data.batches import read
 from doremi_train.data.corpus import opening, reading, sources
@@ -34,8 +32,11 @@ from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, costs, folders
 from doremi_train.parallel import launcher, place
 from doremi_train.storage.runs import Run
-from doremi_train.train import Options as Training
-from doremi_train.train import Position, Task, Trainer
+from doremi_train.training import batch_selection
+from doremi_train.training.batch_selection import Options
+from doremi_train.training.task import Options as Training
+from doremi_train.training.task import Position, Task
+from doremi_train.training.trainer import Trainer
 
 LENGTH, PICKS, CANDIDATES, VOCABULARY = 64, 16, 32, 512
 COPIES = 16  # distinct sequences among the duplicates

@@ -30,8 +30,9 @@ from doremi_train.reports import charts
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
 from doremi_train.storage.runs import Run
-from doremi_train.train import Options as Training
-from doremi_train.train import Position, Task, Trainer
+from doremi_train.training.task import Options as Training
+from doremi_train.training.task import Position, Task
+from doremi_train.training.trainer import Trainer
 
 LENGTH, BATCH, VOCABULARY = 64, 16, 1024
 SERVED = 10  # documents that stand for the target

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks import common
-from doremi_train import losses
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses as evaluating
 from doremi_train.methods import Objective, cross_entropy, doremi
@@ -28,7 +27,9 @@ from doremi_train.model import configs, costs, folders
 from doremi_train.parallel import launcher, place
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Run
-from doremi_train.train import Options, Position, Task, Trainer
+from doremi_train.training import frozen
+from doremi_train.training.task import Options, Position, Task
+from doremi_train.training.trainer import Trainer
 
 DOMAINS = 8
 STEPS = 1 << 20  # of the schedule: no side comes to its end
@@ -67,7 +68,7 @@ class Setting(NamedTuple):
 # ── The sides ───────────────────────────────────────────────────────────────────────
 
 
-def ours(of: Setting, label: str, objective: Objective, options: Any, reference: losses.Reference | None) -> Steps:
+def ours(of: Setting, label: str, objective: Objective, options: Any, reference: frozen.Reference | None) -> Steps:
     """The trainer, with its sampler, its logs and everything but evaluations and checkpoints."""
     task = Task(
         label=label,
@@ -95,19 +96,19 @@ def plain(of: Setting, label: str = "plain") -> Steps:
 
 
 def live(of: Setting) -> Steps:
-    reference = losses.Live(folders.build(of.config, 1), of.place.device, of.training.precision)
+    reference = frozen.Live(folders.build(of.config, 1), of.place.device, of.training.precision)
     return ours(of, "live", doremi, doremi.Options(), reference)
 
 
 def cached(of: Setting) -> Steps:
     """Every loss is in the table, as in a run after another one that filled it."""
     length = of.training.sequence_length
-    table = losses.Table(of.folder, of.store, losses.recipe("some", of.store, length, of.training.precision))
+    table = frozen.Table(of.folder, of.store, frozen.recipe("some", of.store, length, of.training.precision))
     table.write(np.arange(len(table)), np.full((len(table), length), 9.0, np.float16))
-    return ours(of, "cached", doremi, doremi.Options(), losses.Cached(table, _no_model, of.place.device))
+    return ours(of, "cached", doremi, doremi.Options(), frozen.Cached(table, _no_model, of.place.device))
 
 
-def _no_model() -> losses.Live:
+def _no_model() -> frozen.Live:
     raise AssertionError("a loss was not in the table")
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
-from doremi_train.losses import Live
 from doremi_train.methods import doremi
 from doremi_train.model import configs, folders, language_model
 from doremi_train.parallel import comm, engine, place
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Preempted, Run, stop
-from doremi_train.train import Options, Task, Trainer
+from doremi_train.training.frozen import Live
+from doremi_train.training.task import Options, Task
+from doremi_train.training.trainer import Trainer
 
 STEPS = 12
 LENGTH = 32

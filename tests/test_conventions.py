@@ -174,7 +174,6 @@ def test_every_yaml_says_what_it_is() -> None:
 
 
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
-    from doremi_train import train
     from doremi_train.data import options as data
     from doremi_train.evaluation import losses
     from doremi_train.methods import importance, mixmin, vocabulary
@@ -196,6 +195,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Swarm,
         Target,
     )
+    from doremi_train.training import task
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
@@ -207,7 +207,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
     assert (config.data, config.evaluation) == (data.Options(), losses.Options())
     assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())
-    paper = train.Options()
+    paper = task.Options()
     for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
         assert getattr(config.training, name) == getattr(paper, name), name
 

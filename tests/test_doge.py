@@ -13,10 +13,10 @@ from test_factored import build
 from torch import Tensor
 
 from doremi_train.data.batches import MicroBatch
-from doremi_train.domain_gradients import DomainGradients, Target
 from doremi_train.methods import doge
 from doremi_train.methods.doge import Options, Stats
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.training.domain_gradients import DomainGradients, Target
 
 K, T = 3, 5
 

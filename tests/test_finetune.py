@@ -280,16 +280,16 @@ def test_a_second_command_finds_it_done(tuned: Path, tuning: list[str], command:
 def test_a_stopped_run_continues_with_the_same_bits(
     tuned: Path, tuning: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from doremi_train import train
     from doremi_train.storage.runs import stop
+    from doremi_train.training import task, trainer
 
-    really: Callable[..., Any] = train.Trainer.step
+    really: Callable[..., Any] = trainer.Trainer.step
 
-    def step(self: train.Trainer, position: train.Position) -> Any:
+    def step(self: trainer.Trainer, position: task.Position) -> Any:
         stop.requested = position.step == 6
         return really(self, position)
 
-    monkeypatch.setattr(train.Trainer, "step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     assert command(*tuning).code == 75
     checkpoint = next((tmp_path / "run" / "finetune" / "checkpoints").glob("*.pt"))
     assert all("lora" in name for name in torch.load(checkpoint, weights_only=True)["model"])

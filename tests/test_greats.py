@@ -11,12 +11,12 @@ from conftest import Command, Outcome, documents, write_jsonl
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from doremi_train import batch_selection
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.gradients import capture, directional, products
 from doremi_train.methods import greats
 from doremi_train.model import configs, folders
+from doremi_train.training import batch_selection
 
 # ── The greedy ──────────────────────────────────────────────────────────────────────
 

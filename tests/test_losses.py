@@ -17,15 +17,15 @@ import torch
 from conftest import LONG, Command, environment, run_here, write_jsonl
 from running import lines, read, same_bits, same_numbers
 
-from doremi_train import losses
 from doremi_train.config import UserError
 from doremi_train.data.batches import Batches, MicroBatch
 from doremi_train.data.batches import read as read_batch
 from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.losses import Cached, Live, Table
 from doremi_train.model import configs, folders
 from doremi_train.stages.runs import reference_losses
+from doremi_train.training import frozen
+from doremi_train.training.frozen import Cached, Live, Table
 
 LENGTH = 32  # of conftest's TINY
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def data(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> TokenStor
 
 @pytest.fixture
 def table(data: TokenStore, tmp_path: Path) -> Table:
-    return Table(tmp_path, data, losses.recipe("a model", data, LENGTH, "fp32"))
+    return Table(tmp_path, data, frozen.recipe("a model", data, LENGTH, "fp32"))
 
 
 class Counted(Live):
@@ -69,12 +69,12 @@ def micro_batch(data: TokenStore, *where: tuple[int, int]) -> MicroBatch:
 
 def test_a_stored_loss_is_near_never_zero_and_says_when_it_is_not_a_number() -> None:
     exact = torch.tensor([[0.0, -1e-9, 1e-7, 0.3, 3.0, 11.0, 1e6], [torch.nan, torch.inf, -torch.inf, 1, 1, 1, 1]])
-    found = losses.rounded(exact)
+    found = frozen.rounded(exact)
     assert found.dtype == np.float16 and (found != 0).all()
     assert np.abs(found[0, :3]).max() < 1e-4 and found[0, -1] == 65504
     assert (np.abs(found[0, 3:6] / exact[0, 3:6].numpy() - 1) < 2**-11).all()
     assert np.isnan(found[1, 0]) and found[1, 1] == np.inf and found[1, 2] == -np.inf
-    assert losses.there(found).all()
+    assert frozen.there(found).all()
 
 
 def test_rows_and_sequences_are_the_same_thing(data: TokenStore, table: Table) -> None:
@@ -93,8 +93,8 @@ def test_a_table_takes_room_for_what_is_written_and_is_seen_by_others(data: Toke
     rows = np.array([0, 7, len(table) - 1])
     values = np.arange(1, 1 + 3 * LENGTH, dtype=np.float16).reshape(3, LENGTH)
     table.write(rows, values)
-    assert (other.read(rows) == values).all() and losses.there(other.read(rows)).all()
-    assert not losses.there(other.read(np.array([1, 6, 8]))).any()
+    assert (other.read(rows) == values).all() and frozen.there(other.read(rows)).all()
+    assert not frozen.there(other.read(np.array([1, 6, 8]))).any()
     assert table.path.stat().st_blocks * 512 <= 3 * 4096
 
 
@@ -122,7 +122,7 @@ def test_a_torn_row_is_computed_again(data: TokenStore, table: Table) -> None:
         file.write(bytes(6))
     live.seen.clear()
     found = Cached(table, lambda: live, CPU).losses(micro_batch(data, *where))
-    assert live.seen == [(0, 1)] and losses.there(table.read(np.array([1]))).all()
+    assert live.seen == [(0, 1)] and frozen.there(table.read(np.array([1]))).all()
     assert found.numpy() == pytest.approx(whole.numpy(), rel=2**-9)
 
 
@@ -131,7 +131,7 @@ def test_what_another_wrote_after_the_batch_was_read_ahead_is_taken(data: TokenS
     mine = Cached(table, lambda: pytest.fail("the model was loaded"), CPU)
     ahead = ahead._replace(reference=mine.stored(ahead.domain.numpy(), ahead.sequence.numpy()))
     written = Cached(table, lambda: Counted(data), CPU).losses(ahead._replace(reference=None))
-    assert not losses.there(ahead.reference.numpy()).any()
+    assert not frozen.there(ahead.reference.numpy()).any()
     assert torch.equal(mine.losses(ahead), written)
 
 
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_seen_and_not_stored(data: TokenStore, tabl
     live._model.register_forward_hook(lambda _, tokens, out: out.where(torch.arange(len(out))[:, None] != 1, torch.nan))
     found = Cached(table, lambda: live, CPU).losses(where)
     assert found[0].isfinite().all() and found[1].isnan().all()
-    assert losses.there(table.read(np.array([0, 1]))).tolist() == [True, False]
+    assert frozen.there(table.read(np.array([0, 1]))).tolist() == [True, False]
 
 
 def test_loading_the_model_leaves_random_numbers_alone(data: TokenStore, table: Table) -> None:
@@ -200,7 +200,7 @@ def test_no_room_is_an_error_that_names_the_file(table: Table) -> None:
     with files_end_at(2 * LENGTH + 10), pytest.raises(OSError, match="losses.f16") as caught:
         table.write(rows, values)
     assert caught.value.errno == errno.EFBIG
-    assert losses.there(table.read(rows)).tolist() == [True, False, False]
+    assert frozen.there(table.read(rows)).tolist() == [True, False, False]
 
 
 # ── The command ─────────────────────────────────────────────────────────────────────
@@ -267,7 +267,7 @@ def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(fresh:
             drawn |= set(zip(draw.domain.tolist(), draw.sequence.tolist(), strict=True))
     (folder,) = tables(tmp_path / "store")
     table = Table(tmp_path / "store", store, read(folder / "recipe.json"))
-    rows = np.flatnonzero(losses.there(table.read(np.arange(len(table)))))
+    rows = np.flatnonzero(frozen.there(table.read(np.arange(len(table)))))
     assert set(zip(*(part.tolist() for part in table.sequences(rows)), strict=True)) == drawn
     assert (counts > store.sequences("train", LENGTH)).tolist() == [True, False, False]
     assert f"{len(drawn)} sequences" in outcome.out and f"{len(drawn)} of them computed now" in outcome.out

@@ -8,7 +8,7 @@ import pytest
 from conftest import Command, run_here
 from running import lines, read
 
-from doremi_train import losses
+from doremi_train.training import frozen
 
 POLICIES = ("none", "rho", "dimp", "imp")
 UNIFORM = ("mixture=uniform", "main.comparisons=[]", "stage=main")
@@ -96,7 +96,7 @@ def test_the_plan_counts_the_losses_that_are_not_cached(fresh: list[str], refere
     (file,) = (tmp_path / "store").glob("losses/*/losses.f16")
     rows = np.fromfile(file, np.float16).reshape(-1, 32)
     # A step costs a forward of the reference more on each of its sequences, unless its losses are there.
-    assert (new - plain) / (live - plain) == pytest.approx(losses.there(rows).sum() / (12 * 8))
+    assert (new - plain) / (live - plain) == pytest.approx(frozen.there(rows).sum() / (12 * 8))
     assert flops("reference.losses=cached", "weighting.power=0.5") == plain  # draws what is there
     assert plain < flops("reference.losses=cached", "seed=5") <= new
 

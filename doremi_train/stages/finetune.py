@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import batch_selection
 from doremi_train.config import UserError
 from doremi_train.data import chat, instructions, options
 from doremi_train.data.batches import read
@@ -37,7 +36,9 @@ from doremi_train.stages.runs import targets
 from doremi_train.stages.runs.language_model import finish
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.train import Task, Trainer
+from doremi_train.training import batch_selection
+from doremi_train.training.task import Task
+from doremi_train.training.trainer import Trainer
 
 
 @once

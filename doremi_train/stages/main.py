@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from doremi_train.batch_selection import Setting
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages import mixtures as stages_mixtures
 from doremi_train.stages import prepare
@@ -12,7 +11,8 @@ from doremi_train.stages.mixtures import online
 from doremi_train.stages.runs import budget, language_model, reference, targets, weighting
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.train import Options
+from doremi_train.training.batch_selection import Setting
+from doremi_train.training.task import Options
 
 
 @once

@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import trackers, train
-from doremi_train.batch_selection import Options as BatchSelection
+from doremi_train import trackers
 from doremi_train.classification.models import Options as ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
 from doremi_train.data import options as data_options
@@ -21,6 +20,8 @@ from doremi_train.model import configs
 from doremi_train.model.lora import Options as LoraOptions
 from doremi_train.parallel import launcher
 from doremi_train.selection import options as selection_options
+from doremi_train.training import task
+from doremi_train.training.batch_selection import Options as BatchSelection
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -157,7 +158,7 @@ class Config:
     seed: Count
     data: data_options.Options
     model: configs.Options
-    training: train.Options
+    training: task.Options
     weighting: importance.Weighting
     engine: launcher.Options
     evaluation: losses.Options
@@ -266,7 +267,7 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def training_identity(options: train.Options) -> dict[str, Any]:
+def training_identity(options: task.Options) -> dict[str, Any]:
     """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
     what, is said by themselves."""
     return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train import losses
 from doremi_train.console import Bar
 from doremi_train.data.batches import read
 from doremi_train.data.sampler import Ints
@@ -19,6 +18,7 @@ from doremi_train.stages import prepare
 from doremi_train.stages.runs import reference, reference_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Preempted, stop
+from doremi_train.training import frozen
 
 _LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
 _AT_ONCE = 1 << 20  # draws, so that their numbers take little memory
@@ -48,21 +48,21 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
     if session.config.proxy.objective == "resample":
         session.say("reference losses       not computed ahead: with proxy.objective=resample the draws follow α")
         return
-    table = losses.Table(
+    table = frozen.Table(
         session.store, store, reference_losses.recipe_of(session, store, folders.folder_fingerprint(folder))
     )
     rows, world = _drawn(session, store, table), comm.world()
     training, device = session.config.training, session.place.device
     batch = _LARGER * world.largest(training.batch_size, training.micro_batch_size) * world.size
-    live: losses.Live | None = None
+    live: frozen.Live | None = None
     total = 0
     with Bar("reference losses", len(rows) * table.length, show=world.first) as bar:
         for at in range(0, len(rows), batch):
             mine = rows[at : at + batch][world.rank :: world.size]
-            mine = mine[~losses.there(table.read(mine))]
+            mine = mine[~frozen.there(table.read(mine))]
             if len(mine):
                 live = live or reference_losses.live(session, store, folder)
-                found = losses.rounded(live.losses(read(store, "train", *table.sequences(mine), table.length)))
+                found = frozen.rounded(live.losses(read(store, "train", *table.sequences(mine), table.length)))
                 sound = np.isfinite(found).all(1)
                 table.write(mine[sound], found[sound])
             computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
@@ -76,7 +76,7 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
     session.say(f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now")
 
 
-def _drawn(session: Session, store: TokenStore, table: losses.Table) -> Ints:
+def _drawn(session: Session, store: TokenStore, table: frozen.Table) -> Ints:
     """Rows that the proxies of all seeds draw, each once, in the order of the file."""
     wanted = np.zeros(len(table), dtype=bool)
     for index in range(session.config.proxy.seeds):

@@ -13,7 +13,7 @@ from doremi_train.stages.options import Submit
 from doremi_train.stages.runs import jobs
 from doremi_train.stages.runs.jobs import Again
 from doremi_train.stages.runs.submit import SECONDS_BETWEEN_LOOKS
-from doremi_train.train import TrainingFailed
+from doremi_train.training.task import TrainingFailed
 
 
 @dataclass(frozen=True)

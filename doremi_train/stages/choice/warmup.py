@@ -33,7 +33,8 @@ from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run
 from doremi_train.storage.steady import one_line
-from doremi_train.train import Task, Trainer
+from doremi_train.training.task import Task
+from doremi_train.training.trainer import Trainer
 
 
 class Warm(NamedTuple):

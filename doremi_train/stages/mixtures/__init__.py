@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from doremi_train import __version__, mixture
 from doremi_train import mixture as doremi_train_mixture

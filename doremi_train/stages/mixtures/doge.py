@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from doremi_train import domain_gradients, mixture
+from doremi_train import mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
@@ -14,7 +14,9 @@ from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget, language_model, targets
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.train import Task, Trainer
+from doremi_train.training import domain_gradients
+from doremi_train.training.task import Task
+from doremi_train.training.trainer import Trainer
 
 
 @once

@@ -14,7 +14,8 @@ from doremi_train.stages.options import Proxy, training_identity
 from doremi_train.stages.runs import budget, language_model, reference, reference_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
-from doremi_train.train import Task, Trainer
+from doremi_train.training.task import Task
+from doremi_train.training.trainer import Trainer
 
 
 def reference_name(number: int) -> str:

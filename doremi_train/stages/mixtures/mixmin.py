@@ -25,7 +25,7 @@ from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget, language_model, submit, targets
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
-from doremi_train.train import Options
+from doremi_train.training.task import Options
 
 
 class Losses(NamedTuple):

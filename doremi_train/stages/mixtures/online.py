@@ -25,7 +25,8 @@ from doremi_train.stages.runs import budget, language_model, reference
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.train import Options, Task, Trainer
+from doremi_train.training.task import Options, Task
+from doremi_train.training.trainer import Trainer
 
 STAGES = 50  # of a schedule, at most
 

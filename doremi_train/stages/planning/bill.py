@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from doremi_train import files
-from doremi_train.batch_selection import Effort, effort
 from doremi_train.config import fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import costs
@@ -15,6 +14,7 @@ from doremi_train.parallel import comm
 from doremi_train.stages.runs import reference_losses, weighting
 from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
+from doremi_train.training.batch_selection import Effort, effort
 
 
 class Bill:

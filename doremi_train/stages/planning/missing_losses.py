@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_train import losses
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages.runs import budget, reference_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
+from doremi_train.training import frozen
 
 _LOOKED_AT = 1024  # draws of a proxy, spread over domains and time, that tell the plan how much is there
 
@@ -56,12 +56,12 @@ def _absent(
     """(K,) how many of the first `count` (K,) draws have no loss of this model."""
     domains = len(count)
     recipe = None if fingerprint is None else reference_losses.recipe_of(session, store, fingerprint)
-    if recipe is None or not losses.exists(session.store, recipe):
+    if recipe is None or not frozen.exists(session.store, recipe):
         return count.astype(np.float64)
-    table = losses.Table(session.store, store, recipe)
+    table = frozen.Table(session.store, store, recipe)
     looked = np.minimum(count, max(1, _LOOKED_AT // domains))  # (K,)
     domain = np.repeat(np.arange(domains), looked)
     nth = np.arange(len(domain)) - np.repeat(np.cumsum(looked) - looked, looked)
     number = nth * count[domain] // looked[domain]
-    found = losses.there(table.read(table.rows(domain, drawing.sequence(domain, number))))
+    found = frozen.there(table.read(table.rows(domain, drawing.sequence(domain, number))))
     return count * (1 - np.bincount(domain, found, domains) / np.maximum(looked, 1))

@@ -4,87 +4,27 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
-from doremi_train import batch_selection, domain_gradients, files
-from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
 from doremi_train.console import Bar, console
-from doremi_train.data.batches import Batch, Batches, MicroBatch, Store, some
-from doremi_train.data.sampler import Draw, Ints, Subsample
+from doremi_train.data.batches import Batch, Batches, MicroBatch, some
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
-from doremi_train.losses import Reference
-from doremi_train.methods import Objective
 from doremi_train.model import optim
 from doremi_train.model.folders import save
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm, engine, place
 from doremi_train.storage import checkpoint
-from doremi_train.storage.runs import Preempted, Run, set_status, stop
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options(optim.Options):
-    steps: Positive = 400
-    batch_size: Positive = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: Positive | None = None  # most sequences per process and forward; null: all of its share
-    sequence_length: Positive = 128  # tokens
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
-    activation_checkpointing: bool = False
-    checkpoint_every: Positive = 100  # steps
-    keep_checkpoints: Positive = 2
-    log_every: Positive = 10  # steps between lines of metrics.jsonl
-    snapshots: Count = 0  # models kept on the way, evenly spread over the steps, for downstream.tasks
-    loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
-    timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
-    threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on. Exit code 1, one message, no traceback."""
-
-    exit_code = 1
-
-
-class Task(NamedTuple):
-    """What to train, on what, towards what."""
-
-    label: str
-    run: Run
-    objective: Objective
-    objective_options: Any
-    store: Store
-    seed: int
-    training: Options
-    evaluation: losses.Options
-    accumulation: Literal["exact", "lagged"] = "lagged"
-    reference: Reference | None = None
-    subsample: Subsample | None = None  # the part of every domain that is read; None: all
-    selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
-    target: domain_gradients.Target | None = None  # of an objective that looks at every domain's gradient; None: losses
-    bar: Bar | None = None  # that this run moves on; None: one of its own
-
-
-class Position(NamedTuple):
-    """Where a run is, beside its model and optimiser."""
-
-    step: int  # optimiser steps done
-    state: Any  # of the objective
-    counts: Ints  # (K,) sequences drawn
-    skipped: int = 0  # batches left out because a loss was not finite
-
-
-Watch = Callable[[Mapping[str, Any]], None]  # gets every line of the logs as it is written
+from doremi_train.storage.runs import Preempted, set_status, stop
+from doremi_train.training import batch_selection, domain_gradients, selector
+from doremi_train.training.logs import Logs
+from doremi_train.training.task import Position, Task, TrainingFailed, Watch, refuse_accumulation
 
 
 class Trainer:
@@ -96,7 +36,7 @@ class Trainer:
         drawn = task.selection.candidates if task.selection is not None else training.batch_size
         self._rows = self.world.rows(drawn, training.micro_batch_size)
         if len(self.world.rows(training.batch_size, training.micro_batch_size)) > 1:
-            _refuse_accumulation(task, model, place)
+            refuse_accumulation(task, model, place)
         self.micro = self.world.largest(drawn, training.micro_batch_size)
         stored = task.reference.stored if task.reference is not None else None
         self.batches = Batches(
@@ -121,7 +61,7 @@ class Trainer:
             self.engine_used += f"; {self.selector}"
         if self.world.first and task.bar is None:
             console.print(f"{task.label:<22} {self.engine_used}")
-        self._chosen: batch_selection.Chosen | None = None
+        self._chosen: selector.Chosen | None = None
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
     def fit(self, watch: Watch = lambda line: None) -> Position:
@@ -225,14 +165,14 @@ class Trainer:
             gradients.write(self.task.objective.weigh(state, domains, batch.tokens, self.task.objective_options)[:, 0])
         return state, stats, stopping, sound
 
-    def _selector(self, place: place.Place) -> batch_selection.Selector:
+    def _selector(self, place: place.Place) -> selector.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
         task, training = self.task, self.task.training
         assert task.selection is not None
         batch_selection.check(task.selection, training.batch_size, len(self._rows), place.strategy, place.compile)
         # Several micro-batches, and layers that are computed again, are there to save the memory that factors take.
         one_pass = len(self._rows) == 1 and not training.activation_checkpointing
-        return batch_selection.Selector(
+        return selector.Selector(
             task.selection,
             training.batch_size,
             self.bare,
@@ -248,7 +188,7 @@ class Trainer:
             self.engine.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.device
         )
 
-    def _select(self, selector: batch_selection.Selector, batch: Batch, number: int) -> Batch:
+    def _select(self, selector: selector.Selector, batch: Batch, number: int) -> Batch:
         """The picks of a batch of candidates. In one pass their losses are there already, and their gradient comes from
         the stored factors; else they are an ordinary batch."""
         training = self.task.training
@@ -370,8 +310,8 @@ class Trainer:
         whole = self.task.training.steps * tokens
         return self.task.bar or Bar(self.task.label, whole, step * tokens, show=self.world.first)
 
-    def _logs(self, step: int, watch: Watch) -> "contextlib.AbstractContextManager[_Logs]":
-        return _Logs(self.task.run.folder if self.world.first else None, step, watch)
+    def _logs(self, step: int, watch: Watch) -> "contextlib.AbstractContextManager[Logs]":
+        return Logs(self.task.run.folder if self.world.first else None, step, watch)
 
     def _save(self, position: Position) -> None:
         """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not there."""
@@ -427,93 +367,6 @@ class Trainer:
 class _Loss(NamedTuple):
     total: Tensor  # () nats
     tokens: Tensor  # ()
-
-
-class _Logs:
-    """The JSON lines of a run, on the first rank; nothing on the others."""
-
-    def __init__(self, folder: Path | None, step: int, watch: Watch) -> None:
-        self._folder, self._step, self._watch = folder, step, watch
-        self._files: dict[str, files.JsonLines] = {}
-
-    def __enter__(self) -> "_Logs":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def metrics(self, **line: float) -> None:
-        self._write("metrics", line)
-
-    def evaluation(self, step: int, measured: dict[str, Any]) -> None:
-        losses = {name: figures["loss"] for name, figures in measured["domains"].items()}
-        self._write("evaluations", {"step": step, "mean_loss": measured["mean_loss"], "domains": losses})
-
-    def trace(self, task: Task, position: Position, stats: Any, skipped: bool) -> None:
-        columns = task.objective.record(position.state, stats)
-        if columns:
-            named = {
-                key: dict(zip(task.store.domains, column.tolist(), strict=True)) if column.dim() else column.item()
-                for key, column in columns.items()
-            }
-            mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
-            self._write("domain_weights", {"step": position.step, **named, **mark})
-
-    def selection(self, domains: tuple[str, ...], step: int, candidates: Draw, chosen: batch_selection.Chosen) -> None:
-        def count(drawn: Draw) -> dict[str, int]:
-            return dict(zip(domains, np.bincount(drawn.domain, minlength=len(domains)).tolist(), strict=True))
-
-        def one(at: int) -> dict[str, Any]:
-            domain, sequence = domains[int(candidates.domain[at])], int(candidates.sequence[at])
-            return {"domain": domain, "sequence": sequence, "score": float(chosen.scores[at])}
-
-        order = chosen.scores.nan_to_num(nan=-math.inf).argsort(stable=True)
-        line = {
-            "step": step,
-            "candidates": count(candidates),
-            "picked": count(some(candidates, chosen.picked.numpy())),
-            "penalty_to_score": chosen.ratio,
-            "highest": one(int(order[-1])),
-            "lowest": one(int(order[0])),
-        }
-        self._write("batch_selection", line)
-
-    def sync(self) -> None:
-        for file in self._files.values():
-            file.sync()
-
-    def _write(self, name: str, line: dict[str, Any]) -> None:
-        if self._folder is None:
-            return
-        if name not in self._files:
-            self._files[name] = files.JsonLines(self._folder / f"{name}.jsonl", self._step)
-        self._files[name].write(line)
-        self._watch(line)
-
-
-def _refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) -> None:
-    """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
-    if task.accumulation == "exact" and has_dropout(model):
-        raise UserError(
-            f"{task.label}: its weights are those of the whole batch, so with several micro-batches "
-            "(proxy.accumulation=exact, or training.loss_weighting) every forward runs twice, which must agree: the "
-            "model may not have dropout; set its dropout to 0, raise training.micro_batch_size so that one is enough, "
-            "or use proxy.accumulation=lagged or weighting.normalize=false"
-        )
-    if task.accumulation == "lagged" and task.training.on_nonfinite == "skip" and place.strategy.startswith("zero"):
-        raise UserError(
-            f"training.on_nonfinite=skip: {place.strategy} has divided the gradients of the first micro-batches "
-            "before the last one's loss is known; raise training.micro_batch_size so that one is enough, or use "
-            "engine=fsdp2 or ddp"
-        )
-
-
-def has_dropout(model: LanguageModel) -> bool:
-    """Whether two forwards of the model in training mode may differ: a dropout layer, or dropout inside attention."""
-    config = model.inner.config
-    attention = [getattr(config, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop", "attn_dropout")]
-    return any(attention) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def _add(parts: Any) -> Any:

@@ -1,0 +1,99 @@
+"""What is trained, on what, and how: everything a trainer is given."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
+from doremi_train.console import Bar
+from doremi_train.data.batches import Store
+from doremi_train.data.sampler import Ints, Subsample
+from doremi_train.evaluation import losses
+from doremi_train.methods import Objective
+from doremi_train.model import optim
+from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import place
+from doremi_train.storage.runs import Run
+from doremi_train.training import batch_selection, domain_gradients
+from doremi_train.training.frozen import Reference
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options(optim.Options):
+    steps: Positive = 400
+    batch_size: Positive = 32  # sequences per optimiser step, over all processes
+    micro_batch_size: Positive | None = None  # most sequences per process and forward; null: all of its share
+    sequence_length: Positive = 128  # tokens
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
+    activation_checkpointing: bool = False
+    checkpoint_every: Positive = 100  # steps
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 10  # steps between lines of metrics.jsonl
+    snapshots: Count = 0  # models kept on the way, evenly spread over the steps, for downstream.tasks
+    loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
+    timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
+    threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on. Exit code 1, one message, no traceback."""
+
+    exit_code = 1
+
+
+class Task(NamedTuple):
+    """What to train, on what, towards what."""
+
+    label: str
+    run: Run
+    objective: Objective
+    objective_options: Any
+    store: Store
+    seed: int
+    training: Options
+    evaluation: losses.Options
+    accumulation: Literal["exact", "lagged"] = "lagged"
+    reference: Reference | None = None
+    subsample: Subsample | None = None  # the part of every domain that is read; None: all
+    selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
+    target: domain_gradients.Target | None = None  # of an objective that looks at every domain's gradient; None: losses
+    bar: Bar | None = None  # that this run moves on; None: one of its own
+
+
+class Position(NamedTuple):
+    """Where a run is, beside its model and optimiser."""
+
+    step: int  # optimiser steps done
+    state: Any  # of the objective
+    counts: Ints  # (K,) sequences drawn
+    skipped: int = 0  # batches left out because a loss was not finite
+
+
+Watch = Callable[[Mapping[str, Any]], None]  # gets every line of the logs as it is written
+
+
+def refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) -> None:
+    """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
+    if task.accumulation == "exact" and has_dropout(model):
+        raise UserError(
+            f"{task.label}: its weights are those of the whole batch, so with several micro-batches "
+            "(proxy.accumulation=exact, or training.loss_weighting) every forward runs twice, which must agree: the "
+            "model may not have dropout; set its dropout to 0, raise training.micro_batch_size so that one is enough, "
+            "or use proxy.accumulation=lagged or weighting.normalize=false"
+        )
+    if task.accumulation == "lagged" and task.training.on_nonfinite == "skip" and place.strategy.startswith("zero"):
+        raise UserError(
+            f"training.on_nonfinite=skip: {place.strategy} has divided the gradients of the first micro-batches "
+            "before the last one's loss is known; raise training.micro_batch_size so that one is enough, or use "
+            "engine=fsdp2 or ddp"
+        )
+
+
+def has_dropout(model: LanguageModel) -> bool:
+    """Whether two forwards of the model in training mode may differ: a dropout layer, or dropout inside attention."""
+    config = model.inner.config
+    attention = [getattr(config, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop", "attn_dropout")]
+    return any(attention) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
