@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from helpers.command import Command
 
 pytestmark = pytest.mark.acceptance
 

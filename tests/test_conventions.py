@@ -7,12 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import hydra
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from helpers.configuration import compose
 
 from doremi_train.config import conf_dir, load
 
@@ -22,14 +20,11 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 # What a file imports stands on a lower rung, or in its own folder.
 RUNGS = {
-    0: "config files console projection",
-    1: "methods model storage exports mixture world launcher slurm detectors remote optim lora",
-    1.5: "costs checkpoint runs",
-    2: "gradients data parallel comm",
-    2.5: "engine",
-    3: "selection classification evaluation trackers charts losses classifier batch_selection domain_gradients "
-    "downstream results",
-    4: "training train",
+    0: "config files console",
+    1: "methods model storage exports mixture",
+    2: "gradients data parallel",
+    3: "selection classification evaluation trackers",
+    4: "training",
     5: "reports",
     6: "stages",
     7: "command",
@@ -105,6 +100,12 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def test_tests_mirror_the_tree() -> None:
+    """A folder of tests is a folder of the package; what is tested at the top has no room of its own, or all of them."""
+    rooms = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert all((PACKAGE / room).is_dir() for room in rooms - {"benchmarks"})
+
+
 def test_no_files_import_each_other_in_a_circle() -> None:
     assert circles({module: ours(PACKAGE / name) for module, name in NAMES.items()}) == []
 
@@ -140,13 +141,6 @@ def test_randomness_is_never_python_s_hash_or_a_global_generator(name: str) -> N
 
 
 # Configuration
-
-
-def compose(*overrides: str) -> dict[str, Any]:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = hydra.compose("config", overrides=list(overrides))
-    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return plain
 
 
 OPTIONS = sorted(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_here
+from helpers.command import run_here
 
 SHORT = (
     "data.vocabulary_size=300", "training.sequence_length=32", "training.batch_size=8", "training.steps=8",

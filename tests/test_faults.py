@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import forked
 import pytest
-from conftest import Command, environment, start
-from running import STEPS, checkpoints, ended, lines, reached, read, same_bits, same_numbers, wait_for
+from helpers import forked
+from helpers.command import Command, environment, start
+from helpers.processes import STEPS, checkpoints, ended, lines, reached, read, same_bits, same_numbers, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -158,8 +158,8 @@ def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(prepared: 
 
 ALIVE = """
 import sys, time
-from doremi_train import comm, engine
-engine.start(engine.Options(), "fp32", timeout=5)
+from doremi_train.parallel import comm, launcher, place
+place.start(launcher.Options(), "fp32", timeout=5)
 slow = lambda: time.sleep(float(sys.argv[1])) or "done"
 assert comm.on_first(slow) == "done"
 try:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY, documents, run_here, write_jsonl
+from helpers.command import TINY, run_here
+from helpers.corpus import documents, write_jsonl
 
 from doremi_train.config import UserError, redact
 

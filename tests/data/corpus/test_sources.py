@@ -1,0 +1,528 @@
+"""Sources: every format gives the same texts, and every mistake one clear message."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from helpers.sources import (
+    TEXTS,
+    jsonl,
+    one,
+    options,
+    pieces,
+    refused,
+    texts,
+    write_as,
+    write_megatron,
+    write_parquet,
+    write_tar,
+)
+
+from doremi_train.config import UserError
+from doremi_train.data.corpus import formats, records
+from doremi_train.data.corpus.opening import BadLines
+from doremi_train.data.corpus.reading import read
+from doremi_train.data.corpus.records import PIECE
+from doremi_train.data.corpus.sources import resolve, signature
+
+PROJECT = Path(__file__).parents[3]
+SHARED = PROJECT.parent / "shared"
+
+
+# Formats
+
+
+@pytest.mark.parametrize("ending", [ending for ending in formats.READERS if ending != ".bin"])
+def test_every_format_gives_the_same_texts(tmp_path, ending):
+    write_as(tmp_path / "root" / "a", ending)
+    given = options(root=str(tmp_path / "root"))
+    assert texts(given) == TEXTS
+    assert {(piece.domain, piece.split, piece.last) for piece in pieces(given)} == {("a", None, True)}
+    assert all(source.size > 0 and source.version.isdigit() for source in resolve(given))
+
+
+def test_jsonl_line_ends_blank_lines_byte_order_mark_and_empty_texts(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl(["a", "", "b"], newline="\r\n\r\n") + b"\n  \n" + jsonl(["c"]))
+    assert texts(one(path)) == ["a", "b", "c"]
+    path.write_bytes(b"")
+    assert texts(one(path)) == []
+
+
+def test_tar_of_json_members_and_metadata(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(
+        path,
+        [
+            ("./d/0.json", b'{"text": "from json",\n "source": "s"}'),
+            ("d/1.json", b'{"source": "s"}'),
+            ("d/1.txt", b"from txt"),
+            ("d/2.cls", b"7"),
+            ("d/2.txt", b"also txt"),
+            ("d/2.json", b'{"source": "s", "text": "not this"}'),
+            ("d/3.json", b'{"text": "last"}'),
+        ],
+    )
+    assert texts(one(path)) == ["from json", "from txt", "also txt", "last"]
+
+
+def test_tar_reads_regular_files_only_and_extracts_nothing(tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            info = tarfile.TarInfo("link.txt")
+            info.type, info.linkname = kind, str(secret)
+            archive.addfile(info)
+        info = tarfile.TarInfo("x.txt")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"text"))
+    before = sorted(tmp_path.rglob("*"))
+    assert texts(one(path)) == ["text"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_webdataset_written_by_webdataset(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for index, text in enumerate(TEXTS):
+            writer.write({"__key__": f"{index:06}", "txt": text, "json": {"source": f"s{index % 2}"}})
+    assert texts(one(tmp_path / "x.tar")) == TEXTS
+    given = options(files=[str(tmp_path / "x.tar")], domain_key="source")
+    assert [(piece.domain, piece.text) for piece in pieces(given)] == [(f"s{i % 2}", t) for i, t in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+def test_megatron(tmp_path, code, dtype):
+    write_megatron(tmp_path / "x", [[[1, 2, 3], [4]], [[]], [[5, 6]], [], [[7], [], [8]]], code, dtype)
+    result = pieces(one(tmp_path / "x.bin"))
+    assert [piece.tokens.tolist() for piece in result] == [[1, 2, 3, 4], [5, 6], [7, 8]]
+    assert all(piece.text is None and piece.last for piece in result)
+
+
+def test_megatron_trailing_empty_documents_and_remote(tmp_path):
+    write_megatron(tmp_path / "x", [[[1]], [], []])
+    for ending in (".bin", ".idx"):
+        fsspec.filesystem("memory").pipe_file(f"/meg/x{ending}", (tmp_path / f"x{ending}").read_bytes())
+    for url in (tmp_path / "x.bin", "memory://meg/x.bin"):
+        assert [piece.tokens.tolist() for piece in pieces(one(url))] == [[1]]
+    write_megatron(tmp_path / "none", [])
+    assert pieces(one(tmp_path / "none.bin")) == []
+
+
+def test_megatron_giant_document_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PIECE", 3)
+    write_megatron(tmp_path / "x", [[[0, 1, 2, 3], [4, 5, 6]], [[7, 8, 9]]])
+    result = [(piece.tokens.tolist(), piece.last) for piece in pieces(one(tmp_path / "x.bin"))]
+    assert result == [([0, 1, 2], False), ([3, 4, 5], False), ([6], True), ([7, 8, 9], True)]
+
+
+# Which files
+
+
+def test_root_takes_train_and_validation_files_of_its_folders(tmp_path):
+    for name in ("b/train-1.jsonl", "b/train-0.jsonl", "a/train.jsonl", "a/validation.jsonl", "b/.train.jsonl.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "README.md").write_text("no domain")
+    (tmp_path / "a" / "notes.md").write_text("no data")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    given = options(root=str(tmp_path))
+    refused(given, "listed twice", "domain 'a' (train)", "domain 'linked' (train)")
+    (tmp_path / "linked").unlink()
+    expected = [
+        ("a", "train", "a/train.jsonl"),
+        ("a", "validation", "a/validation.jsonl"),
+        ("b", None, "b/train-0.jsonl"),
+        ("b", None, "b/train-1.jsonl"),
+    ]
+    assert [piece[:3] for piece in pieces(given)] == expected
+    assert [piece[:3] for piece in pieces(options(root=f"file://{tmp_path}/"))] == expected
+    assert [piece[:3] for piece in pieces(options(root=os.path.relpath(tmp_path)))] == expected
+
+
+def test_a_linked_folder_is_a_domain(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "train.txt").write_text("text")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere")
+    assert texts(options(root=str(tmp_path / "root"))) == ["text"]
+
+
+def test_domains_take_globs_and_validation(tmp_path):
+    for name in ("0.txt", "1.txt", "v.txt", "odd [name]?.txt", ".hidden.txt"):
+        (tmp_path / name).write_text(name)
+    given = options(
+        domains={
+            "x": {"train": [f"{tmp_path}/[01].txt"], "validation": [f"file://{tmp_path}/v.txt"]},
+            "<y>": {"train": [f"{tmp_path}/odd [name]?.txt"]},
+        }
+    )
+    assert [piece[:3] for piece in pieces(given)] == [
+        ("<y>", None, "odd [name]?.txt"),
+        ("x", "train", "0.txt"),
+        ("x", "train", "1.txt"),
+        ("x", "validation", "v.txt"),
+    ]
+    assert texts(one(f"{tmp_path}/*d*.txt")) == ["odd [name]?.txt"]
+    assert all(source.url.startswith("/") for source in resolve(given))
+
+
+def test_one_stream_divided_by_a_key(tmp_path):
+    write_parquet(tmp_path / "x.parquet", TEXTS)
+    lines = [{"body": {"content": text}, "meta": {"source": f"s{i % 2}"}} for i, text in enumerate(TEXTS)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    expected = [(f"s{index % 2}", None, text) for index, text in enumerate(TEXTS)]
+    parquet = options(files=[f"{tmp_path}/*.parquet"], domain_key="meta.source")
+    assert [piece[:3] for piece in pieces(parquet)] == expected
+    nested = options(files=[f"{tmp_path}/*.jsonl"], domain_key="meta.source", text_key="body.content")
+    assert [piece[:3] for piece in pieces(nested)] == expected
+
+
+def test_a_key_that_holds_a_dot(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a.b": "dotted", "a": {"b": "nested"}}')
+    assert texts(one(tmp_path / "x.jsonl", text_key="a.b")) == ["dotted"]
+
+
+def test_memory_urls():
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/corpus/a/train-0.jsonl.zst", zstandard.compress(jsonl(TEXTS)))
+    memory.pipe_file("/corpus/a/validation-0.txt", b"held out")
+    given = options(root="memory://corpus")
+    assert [piece[1:3] for piece in pieces(given)] == [("train", text) for text in TEXTS] + [("validation", "held out")]
+    assert texts(one("memory://corpus/*/train*")) == TEXTS
+    assert texts(one("memory://corpus/a/train-0.jsonl.zst")) == TEXTS
+    assert all(source.url.startswith("memory://") and source.version for source in resolve(given))
+    refused(one("memory://corpus/a/nothing*.txt"), "data.domains.a.train", "nothing*.txt")
+
+
+def test_signature_follows_files_and_moves_with_root(tmp_path):
+    write_as(tmp_path / "root" / "a", ".jsonl")
+    given = options(root=str(tmp_path / "root"))
+    first = signature(given, resolve(given))
+    assert json.loads(json.dumps(first)) == first
+    assert list(first["files"]) == ["a/train-0.jsonl"]
+    (tmp_path / "root").rename(tmp_path / "moved")
+    moved = options(root=str(tmp_path / "moved"))
+    assert signature(moved, resolve(moved)) == first
+    assert signature(options(root=str(tmp_path / "moved"), text_key="id"), resolve(moved)) != first
+    os.utime(tmp_path / "moved" / "a" / "train-0.jsonl", (1, 1))
+    assert signature(moved, resolve(moved)) != first
+
+
+def test_the_order_is_the_same_in_two_processes(tmp_path):
+    for domain in "zyxw":
+        write_as(tmp_path / domain, ".txt")
+    program = (
+        "import sys; from doremi_train.data.options import Options\n"
+        "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
+        "from doremi_train.data.corpus.sources import *\n"
+        "o = Options(root=sys.argv[1]); s = resolve(o); print(signature(o, s), s)\n"
+        "print([p for x in s for p in read(x, o, BadLines(o))])"
+    )
+    outputs = set()
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(PROJECT)}
+        outputs.add(subprocess.check_output([sys.executable, "-c", program, str(tmp_path)], env=environment))
+    assert len(outputs) == 1
+
+
+def test_real_corpus():
+    root = SHARED / "corpora" / "debpile"
+    if not root.is_dir():
+        pytest.skip("../shared/corpora/debpile is not here")
+    given = options(root=str(root))
+    found = resolve(given)
+    assert len(found) == 16
+    assert {source.split for source in found} == {"train", "validation"}
+    validation = [source for source in found if source.split == "validation"]
+    assert all(next(read(source, given, BadLines(given))).text for source in validation)
+
+
+# Giant documents
+
+
+def test_pieces_do_not_depend_on_chunks(monkeypatch):
+    monkeypatch.setattr(records, "PIECE", 10)
+    text = "one two three four five six_seven_eight nine"
+    for size in (1, 3, 7, 100):
+        chunks = [text[start : start + size] for start in range(0, len(text), size)]
+        result = list(records.document("a", None, chunks))
+        assert [piece.text for piece in result] == ["one two ", "three ", "four five ", "six_seven_", "eight nine"]
+        assert [piece.last for piece in result] == [False] * 4 + [True]
+
+
+def test_giant_text_in_pieces_with_bounded_memory(tmp_path):
+    line = "The quick brown fox jumps over the lazy dog, äöü. "
+    path = tmp_path / "giant.txt"
+    path.write_text(line * (30_000_000 // len(line.encode())))
+    given = one(path)
+    tracemalloc.start()
+    try:
+        result, last = [], []
+        for source in resolve(given):
+            for piece in read(source, given, BadLines(given)):
+                assert piece.text is not None and len(piece.text) <= PIECE
+                result.append(hash(piece.text))
+                last.append(piece.last)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert last == [False] * (len(last) - 1) + [True] and len(last) > 5
+    assert peak < 40_000_000
+    whole = path.read_text()
+    assert "".join(str(piece.text) for piece in pieces(given)) == whole
+    (tmp_path / "giant.jsonl").write_bytes(jsonl([whole]))
+    assert [hash(piece.text) for piece in pieces(one(tmp_path / "giant.jsonl"))] == result
+
+
+@pytest.mark.slow
+def test_large_files_stay_within_memory(tmp_path):
+    """200 MB of records in one parquet row group and in one zst frame; the whole process stays below 300 MB."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
+    records = ["word " * 2000 + str(index) for index in range(20_000)]
+    pq.write_table(pa.table({"text": records}), tmp_path / "x.parquet", row_group_size=len(records))
+    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(jsonl(records)))
+    program = (
+        "import re, sys; from pathlib import Path; from doremi_train.data.options import *\n"
+        "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
+        "from doremi_train.data.corpus.sources import *\n"
+        "o = Options(domains={'a': Split((sys.argv[1],))})\n"
+        "n = sum(1 for s in resolve(o) for p in read(s, o, BadLines(o)))\n"
+        "print(n, int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024)"
+    )
+    for name in ("x.parquet", "x.jsonl.zst"):
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        count, megabytes = map(int, subprocess.check_output(command, env=environment).split())
+        assert count == len(records)
+        assert megabytes < 300
+
+
+# Bad input: which files
+
+
+def test_more_than_one_source(tmp_path):
+    refused(options(root=str(tmp_path), files=["x"]), "data.root", "data.files", "only one")
+    refused(options(root=str(tmp_path), domain_key="x"), "data.domain_key", "data.files")
+    refused(options(embedded=None), "nothing to read", "data.root")
+    refused(options(files=["x.jsonl"]), "data.domain_key", "missing")
+
+
+def test_bad_root(tmp_path):
+    refused(options(root=str(tmp_path / "nowhere")), "data.root", "nowhere", "no such folder")
+    refused(options(root=""), "data.root=''")
+    refused(options(root=str(tmp_path)), "no domain", ".jsonl")
+    (tmp_path / "empty").mkdir()
+    refused(options(root=str(tmp_path)), "'empty'", "no train* file")
+    (tmp_path / "empty" / "train.csv").write_text("a,b")
+    refused(options(root=str(tmp_path)), "train.csv", "unknown ending", ".jsonl.zst", ".parquet")
+
+
+def test_bad_domains(tmp_path):
+    refused(one(tmp_path / "*.jsonl"), "data.domains.a.train", f"{tmp_path}/*.jsonl", "matches none")
+    refused(one(tmp_path / "x.jsonl"), "data.domains.a.train", "no such file")
+    refused(one(tmp_path), "a folder")
+    refused(options(domains={}), "data.domains")
+    refused(options(domains={"a": {"train": []}}), "data.domains.a.train=[]")
+    refused(options(files=[], domain_key="x"), "data.files=[]")
+    (tmp_path / "x.txt").write_text("x")
+    (tmp_path / "x.csv").write_text("x")
+    refused(one(tmp_path / "x.csv"), "data.domains.a.train", "x.csv", "unknown ending")
+    refused(options(files=[str(tmp_path / "x.txt")], domain_key="x"), "x.txt", "data.domains")
+    validation = options(domains={"a": {"train": [f"{tmp_path}/x.txt"], "validation": ["v*"]}})
+    refused(validation, "data.domains.a.validation", "'v*'")
+
+
+def test_a_file_listed_twice(tmp_path):
+    path = str(tmp_path / "x.txt")
+    Path(path).write_text("x")
+    (tmp_path / "link.txt").symlink_to(path)
+    refused(options(domains={"a": {"train": [path, f"{tmp_path}/x*"]}}), path, "listed twice", "overlap")
+    refused(options(domains={"a": {"train": [path]}, "b": {"train": [f"file://{path}"]}}), path, "'a'", "'b'")
+    refused(options(domains={"a": {"train": [path], "validation": [path]}}), "(train)", "(validation)")
+    refused(one(f"{tmp_path}/*.txt"), "listed twice")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["pipe:echo hello", "simplecache::memory://x.txt", "exec://ls", "zip://x.txt::file:///x.zip", "reference://x"],
+)
+def test_urls_that_may_run_commands(url):
+    refused(one(url), url, "may run a command", "data.allow_pipe=true")
+    refused(options(files=[url], domain_key="x"), url, "data.allow_pipe=true")
+    if not url.startswith("pipe:"):
+        refused(options(root=url), "data.root", url)
+
+
+def test_a_protocol_that_is_not_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    refused(one("s3://bucket/x.jsonl"), "s3://bucket/x.jsonl", "pip install 's3fs'")
+
+
+def test_pipe_where_allowed(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(jsonl(TEXTS))
+    assert texts(one(f"pipe:cat '{tmp_path}/x.jsonl' | cat", allow_pipe=True)) == TEXTS
+    told = "kill -TERM $$; kill -USR1 $$"  # with everybody else: who reads decides when to stop
+    assert texts(one(f"pipe:{told}; cat '{tmp_path}/x.jsonl'", allow_pipe=True)) == TEXTS
+    refused(one(f"pipe:cat '{tmp_path}/x.jsonl'; exit 3", allow_pipe=True), "status 3", "exit 3")
+    refused(one("pipe:false | cat", allow_pipe=True), "status 1")
+    given = one('pipe:yes \'{"text": "y"}\'', allow_pipe=True)
+    stream = read(resolve(given)[0], given, BadLines(given))
+    assert next(stream).text == "y"
+    stream.close()  # ends the endless command
+
+
+# Bad input: what is in them
+
+
+BROKEN = {
+    "broken": b'{"text": "x"',
+    "list": b'["text"]',
+    "number": b"7",
+    "utf8": b'{"text": "\xff"}',
+    "surrogate": b'{"text": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_lines_are_counted_up_to_the_limit(tmp_path, name):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(jsonl(["a"]) + b"\n" + BROKEN[name] + b"\n" + jsonl(["b"]) + b"\n" + BROKEN[name])
+    refused(one(path), str(path), "line 2", "data.max_bad_lines")
+    refused(one(path, max_bad_lines=1), "line 4")
+    given = one(path, max_bad_lines=2)
+    bad = BadLines(given)
+    assert [piece.text for source in resolve(given) for piece in read(source, given, bad)] == ["a", "b"]
+    assert bad.count == 2
+
+
+def test_a_line_too_long_is_a_broken_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LINE", 100)
+    for length in (99, 100, 101, 199, 200, 201, 300, 350):
+        long = b'{"text": "' + b"x" * (length - 12) + b'"}'
+        (tmp_path / "x.jsonl").write_bytes(jsonl(["a"]) + b"\n" + long + b"\n" + jsonl(["b"]))
+        if length == 99:  # and the line end
+            assert len(texts(one(tmp_path / "x.jsonl"))) == 3
+        else:
+            assert texts(one(tmp_path / "x.jsonl", max_bad_lines=1)) == ["a", "b"]
+            refused(one(tmp_path / "x.jsonl"), "line 2", "longer than 100 bytes")
+
+
+def test_wrong_keys(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "meta": {"source": "s"}}\n{"content": "b", "meta": {"n": 1}}')
+    refused(one(path), "data.text_key='text'", f"{path}, line 2", "content, meta.n")
+    refused(one(path, text_key="meta"), "data.text_key='meta'", "line 1", "dict")
+    refused(options(files=[str(path)], domain_key="meta.source", text_key="meta.n"), "data.text_key", "line 1")
+    refused(options(files=[str(path)], domain_key="meta.set"), "data.domain_key='meta.set'", "line 1", "meta.source")
+    path.write_text('{"text": "a", "domain": 3}')
+    refused(options(files=[str(path)], domain_key="domain"), "data.domain_key='domain'", "a string is needed", "int")
+    path.write_text('{"text": "a", "domain": ""}')
+    refused(options(files=[str(path)], domain_key="domain"), "data.domain_key='domain'", "empty", "line 1")
+    path.write_text('{"text": null}')
+    refused(one(path), "data.text_key='text'", "NoneType")
+    write_parquet(tmp_path / "x.parquet", ["a"])
+    refused(one(tmp_path / "x.parquet", text_key="body"), "data.text_key='body'", "meta.source, text")
+    refused(one(tmp_path / "x.parquet", text_key="meta.n"), "data.text_key='meta.n'", "row 1", "int")
+    write_tar(tmp_path / "x.tar", [("0.json", b'{"body": "a"}'), ("1.json", b'{"text": "a"}')])
+    refused(one(tmp_path / "x.tar"), "data.text_key='text'", "member '0.json'", "body")
+    refused(options(files=[f"{tmp_path}/x.tar"], domain_key="d"), "data.domain_key='d'", "member '0.json'")
+    for domain, word in (('{"d": ""}', "empty"), ('{"e": "s"}', "no such key")):
+        write_tar(tmp_path / "y.tar", [("0.json", domain.encode()), ("0.txt", b"a")])
+        refused(options(files=[f"{tmp_path}/y.tar"], domain_key="d"), "data.domain_key='d'", "member '0.txt'", word)
+
+
+def test_invalid_utf8_in_text(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_bytes("ä".encode() * 700_000 + b"\xff" + b"more")
+    refused(one(path), str(path), "invalid UTF-8", "byte 1400000")
+    path.write_bytes("ä".encode()[:1])
+    refused(one(path), "invalid UTF-8", "byte 0")
+    write_tar(tmp_path / "x.tar", [("0.txt", b"\xff")])
+    refused(one(tmp_path / "x.tar"), "x.tar, member '0.txt'", "invalid UTF-8")
+
+
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.gz", ".parquet", ".tar"])
+def test_truncated_files(tmp_path, ending):
+    write_as(tmp_path / "a", ending)
+    path = tmp_path / "a" / f"train-0{ending}"
+    whole = path.read_bytes()
+    shorter = 512 * 4 + 100 if ending == ".tar" else len(whole) - 3
+    for size in (shorter, len(whole) // 3, 0):
+        path.write_bytes(whole[:size])
+        refused(one(path), str(path), "truncated or corrupt")
+
+
+def test_a_tar_cut_between_members_is_truncated(tmp_path):
+    write_tar(tmp_path / "x.tar", [(f"{index}.txt", b"x" * 512) for index in range(3)])
+    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:2048])
+    refused(one(tmp_path / "x.tar"), "truncated or corrupt", "end of the archive")
+
+
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.gz", ".parquet", ".tar"])
+def test_corrupt_files(tmp_path, ending):
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(b"this is something else entirely " * 100)
+    refused(one(path), str(path), "truncated or corrupt")
+
+
+@pytest.mark.parametrize("name", ["/etc/x.txt", "../x.txt", "a/../../x.txt"])
+def test_tar_members_outside_are_refused(tmp_path, name):
+    write_tar(tmp_path / "x.tar", [(name, b"x")])
+    refused(one(tmp_path / "x.tar"), "x.tar", name, "outside")
+
+
+def test_a_tar_without_texts(tmp_path):
+    write_tar(tmp_path / "x.tar", [("0.jpg", b"x")])
+    refused(one(tmp_path / "x.tar"), "x.tar", "no KEY.txt")
+
+
+def test_a_broken_json_member_counts_as_a_line(tmp_path):
+    write_tar(tmp_path / "x.tar", [("0.json", b"{"), ("1.json", b'{"text": "a"}')])
+    refused(one(tmp_path / "x.tar"), "member '0.json'", "data.max_bad_lines")
+    assert texts(one(tmp_path / "x.tar", max_bad_lines=1)) == ["a"]
+
+
+def test_bad_megatron(tmp_path):
+    write_megatron(tmp_path / "x", [[[1, 2, 3], [4]], [[5]]])
+    index, tokens = (tmp_path / "x.idx").read_bytes(), (tmp_path / "x.bin").read_bytes()
+    given = one(tmp_path / "x.bin")
+    refused(options(files=[str(tmp_path / "x.bin")], domain_key="x"), "x.bin", "data.domains")
+    for wrong in (b"", index[:20], index[:-1], index + b"12345", b"X" + index[1:], index[:17] + b"\x06" + index[18:]):
+        (tmp_path / "x.idx").write_bytes(wrong)
+        refused(given, "x.idx", "corrupt index")
+    for place, value in ((34, 9), (34 + 12 + 8, 7), (34 + 36 + 8, 5), (34 + 36 + 16, 2)):  # sizes, pointers, bounds
+        (tmp_path / "x.idx").write_bytes(index[:place] + bytes([value]) + index[place + 1 :])
+        refused(given, "x.idx", "corrupt index")
+    (tmp_path / "x.idx").write_bytes(index + bytes(3))  # one mode per sequence, as multimodal writers append
+    assert len(pieces(given)) == 2
+    (tmp_path / "x.bin").write_bytes(tokens[:-2])
+    refused(given, "x.bin", "truncated or corrupt")
+    (tmp_path / "x.idx").unlink()
+    refused(given, "x.bin", "x.idx")
+    write_megatron(tmp_path / "n", [[[1, -2]]], 4, "<i4")
+    refused(one(tmp_path / "n.bin"), "n.bin", "-2 is negative")
+
+
+def test_a_file_that_vanished_or_is_unreadable(tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    given = one(tmp_path / "x.txt")
+    found = resolve(given)
+    (tmp_path / "x.txt").unlink()
+    with pytest.raises(UserError, match=r"x\.txt.*cannot be read"):
+        list(read(found[0], given, BadLines(given)))

@@ -1,0 +1,126 @@
+"""Tokenisers: learned ones are deterministic and lossless, loaded ones are used as the data needs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from doremi_train.config import UserError
+from doremi_train.data.tokens import tokenizer as tokenizers
+
+TEXTS = [
+    f"The {a} house of number {i}, said the {b}.\n" for i in range(40) for a in ("red", "blue") for b in ("cat", "ox")
+]
+LEARN = """
+from doremi_train.data.tokens import tokenizer
+texts = [f"the {a} and {b} of {a}{b} {i * i}" for i in range(300) for a in "xyzuvw" for b in ("foo", "bar", "qux")]
+print(tokenizer.fingerprint(tokenizer.learn(texts, 400)))
+"""
+
+
+@pytest.fixture(scope="module")
+def learned() -> tokenizers.Tokenizer:
+    return tokenizers.learn(TEXTS, 300)
+
+
+def save(tokenizer: tokenizers.Tokenizer, path: Path) -> str:
+    path.write_text(tokenizers.serialise(tokenizer), encoding="utf-8")
+    return str(path)
+
+
+def test_end_of_document_is_id_0_of_a_learned_tokeniser(learned: tokenizers.Tokenizer) -> None:
+    assert tokenizers.end_of_document(learned) == learned.token_to_id("<|endoftext|>") == 0
+    assert tokenizers.vocabulary_size(learned) == 300
+
+
+@given(st.text())
+def test_any_text_comes_back(text: str) -> None:
+    tokenizer = tokenizers.learn(TEXTS[:3], 270)
+    ids = tokenizers.encode(tokenizer, [text])[0]
+    assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+
+
+def test_the_end_of_document_written_in_a_text_is_text(learned: tokenizers.Tokenizer) -> None:
+    ids = tokenizers.encode(learned, ["a<|endoftext|>b"])[0]
+    assert 0 not in ids
+    assert learned.decode(ids.tolist()) == "a<|endoftext|>b"
+
+
+def test_learning_depends_on_neither_hash_seed_nor_threads() -> None:
+    found = set()
+    for seed, threads, parallel in (("1", "1", "true"), ("2", "4", "true"), ("3", "1", "false")):
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "RAYON_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": parallel,
+            "PYTHONPATH": str(Path(__file__).parents[3]),
+        }
+        run = subprocess.run([sys.executable, "-c", LEARN], env=environment, capture_output=True, text=True, check=True)
+        found.add(run.stdout.strip())
+    assert len(found) == 1
+
+
+def test_loading_gives_the_same_tokeniser_from_file_and_folder(learned: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    file = save(learned, tmp_path / "tokenizer.json")
+    for name in (file, str(tmp_path)):
+        assert tokenizers.fingerprint(tokenizers.load(name)) == tokenizers.fingerprint(learned)
+
+
+def test_truncation_padding_and_dropout_of_a_file_are_off(learned: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    changed = tokenizers.parse(tokenizers.serialise(learned))
+    changed.enable_truncation(3)
+    changed.enable_padding(length=50)
+    changed.model.dropout = 0.5
+    loaded = tokenizers.load(save(changed, tmp_path / "tokenizer.json"))
+    assert tokenizers.fingerprint(loaded) == tokenizers.fingerprint(learned)
+    for text, ids in zip(TEXTS, tokenizers.encode(loaded, TEXTS), strict=True):
+        np.testing.assert_array_equal(ids, tokenizers.encode(learned, [text])[0])
+
+
+def test_fingerprint_is_of_the_content(learned: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(tokenizers.serialise(learned)), indent=7, sort_keys=True))
+    assert tokenizers.fingerprint(tokenizers.load(str(file))) == tokenizers.fingerprint(learned)
+    assert tokenizers.fingerprint(tokenizers.learn(TEXTS[:80], 290)) != tokenizers.fingerprint(learned)
+
+
+def test_a_folder_with_slow_files_only_is_converted(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = tokenizers.load(str(tmp_path))
+    assert tokenizers.encode(tokenizer, ["the cats"])[0].tolist() == [5, 6, 7]
+    assert tokenizers.end_of_document(tokenizer) == 3  # [SEP]
+
+
+def test_end_of_document_by_name_and_its_errors(learned: tokenizers.Tokenizer) -> None:
+    a = learned.token_to_id("a")
+    assert tokenizers.end_of_document(learned, "a") == a
+    with pytest.raises(UserError, match=r"data.end_of_document='</s>': not a token.*<\|endoftext\|>"):
+        tokenizers.end_of_document(learned, "</s>")
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    with pytest.raises(UserError, match=r"data.end_of_document=None: not given"):
+        tokenizers.end_of_document(plain)
+
+
+def test_vocabulary_size_covers_gaps() -> None:
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a"))
+    assert tokenizers.vocabulary_size(plain) == 70_001
+
+
+def test_what_is_no_tokeniser_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.tokenizer='gpt2': no such file or folder"):
+        tokenizers.load("gpt2")  # a hub name: never downloaded
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"data.tokenizer=.*neither"):
+        tokenizers.load(str(tmp_path / "empty"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"data.tokenizer=.*not a readable tokenizer.json"):
+        tokenizers.load(str(tmp_path))

@@ -1,0 +1,1 @@
+"""What tests share: a small corpus, two ways to run the command, real processes, servers and peers."""

@@ -1,0 +1,187 @@
+"""Started by test_engines on every rank: proxies of every cut on one engine, one after another.
+
+    torchrun … tests/helpers/engines.py ENGINE OUT DATA REFERENCE
+
+writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.evaluation import losses
+from doremi_train.methods import doremi
+from doremi_train.model import configs, folders, language_model
+from doremi_train.parallel import comm, engine, place
+from doremi_train.parallel.place import start
+from doremi_train.storage.runs import Preempted, Run, stop
+from doremi_train.training.frozen import Live
+from doremi_train.training.task import Options, Task
+from doremi_train.training.trainer import Trainer
+
+STEPS = 12
+LENGTH = 32
+CONFIG = {
+    "model_type": "gpt_neox",
+    "hidden_size": 32,
+    "intermediate_size": 67,  # divides by no number of processes
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+class Case(NamedTuple):
+    """One proxy run."""
+
+    batch: int = 16
+    parts: int = 1  # micro-batches of every rank
+    accumulation: str = "exact"
+    precision: str = "fp32"
+    logits: int | None = None  # that may exist at once: the projection is fused with the loss
+    stopped: int | None = None  # told to stop in this step, and continued
+    broken_step: int | None = None  # one sequence of this step, counted from 0, has a loss that is not a number
+
+
+CASES = {
+    **{f"{how}-{parts}": Case(parts=parts, accumulation=how) for how in ("exact", "lagged") for parts in (1, 2, 4)},
+    "uneven": Case(batch=13, parts=2),  # 7 and 6 rows for two ranks; some ranks of four have none in a micro-batch
+    "bf16": Case(precision="bf16"),
+    "fused": Case(parts=2, logits=20 * 300),
+    "broken": Case(broken_step=4),
+    "resumed": Case(stopped=5),
+}
+
+
+# Four processes on two cores take long: there, what differs from two of them.
+FEW = ("exact-1", "exact-4", "lagged-2", "uneven", "resumed")
+
+
+def cases(world: int) -> dict[str, Case]:
+    return CASES if world < 4 else {name: CASES[name] for name in FEW}
+
+
+def options(case: Case, world: int) -> Options:
+    return Options(
+        steps=STEPS,
+        batch_size=case.batch,
+        micro_batch_size=-(-case.batch // (case.parts * world)),
+        sequence_length=LENGTH,
+        learning_rate=1e-3,
+        precision=case.precision,  # type: ignore[arg-type]
+        checkpoint_every=10 * STEPS,
+        log_every=1,
+        on_nonfinite="skip" if case.broken_step else "stop",
+    )
+
+
+def shape(store: TokenStore) -> dict[str, Any]:
+    return configs.resolve(configs.Options(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
+
+
+def train(case: Case, out: Path, place: place.Place, store: TokenStore, reference: Path) -> None:
+    task = Task(
+        label=out.name,
+        run=Run(out, "proxy", {}),
+        objective=doremi,
+        objective_options=doremi.Options(),
+        store=store,
+        seed=0,
+        training=options(case, comm.world().size),
+        evaluation=losses.Options(sequences=4, every=STEPS),
+        accumulation=case.accumulation,  # type: ignore[arg-type]
+        reference=Live(folders.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
+    )
+    built = folders.build(shape(store), 1)
+    if case.broken_step is not None:
+        break_one(built, store, case)
+    if case.stopped is not None:
+        with pytest.raises(Preempted, match=f"saved at step {case.stopped} of {STEPS}"):
+            fit(task, built, place, case.stopped)
+        stop.requested = False
+        built = folders.build(shape(store), 2)  # another one: what counts is in the checkpoint
+    fit(task, built, place)
+
+
+def fit(task: Task, built: language_model.LanguageModel, place: place.Place, stopped: int | None = None) -> None:
+    trainer = Trainer(task, built, place)
+    if stopped is not None:
+        stop_in(built, stopped)
+    try:
+        trainer.fit()
+    finally:
+        trainer.engine.close()
+
+
+def stop_in(built: language_model.LanguageModel, step: int) -> None:
+    """Set the flag that a signal sets, on the last rank alone, in the forward of this step."""
+    forwards = itertools.count(1)
+
+    def hook(*_: Any) -> None:
+        last = comm.world().rank == comm.world().size - 1
+        stop.requested = next(forwards) == step and last
+
+    built.register_forward_pre_hook(hook)
+
+
+def break_one(built: language_model.LanguageModel, store: TokenStore, case: Case) -> None:
+    """Wherever the first sequence of the broken step turns up, its loss is not a number."""
+    from doremi_train.data.batches import Batches
+
+    step = case.broken_step or 0
+    with Batches(store, LENGTH, case.batch, [slice(0, 1)], seed=0) as batches:
+        weights = torch.full((len(store.domains),), 1 / len(store.domains), dtype=torch.float64)
+        counts = batches.sampler.counts_before(step, weights.numpy())
+        broken = batches.get(step, weights, counts).micro[0].tokens
+
+    def hook(_: Any, inputs: tuple[Tensor], losses: Tensor) -> Tensor:
+        bad = (inputs[0] == broken).all(1, keepdim=True)
+        return torch.where(bad, torch.nan, losses)
+
+    built.register_forward_hook(hook)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Elements of every sum of float64 over the ranks: what our own code exchanges."""
+    sizes: list[int] = []
+    really = torch.distributed.all_reduce
+
+    def all_reduce(tensor: Tensor, *more: Any, **named: Any) -> Any:
+        if tensor.dtype == torch.float64:
+            sizes.append(tensor.numel())
+        return really(tensor, *more, **named)
+
+    torch.distributed.all_reduce = all_reduce
+    try:
+        yield sizes
+    finally:
+        torch.distributed.all_reduce = really
+
+
+def main() -> None:
+    strategy, out, data, reference = sys.argv[1], *map(Path, sys.argv[2:5])
+    torch.set_num_threads(1)
+    place = start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
+    store = TokenStore.open(data)
+    for name, case in cases(comm.world().size).items():
+        with pytest.MonkeyPatch.context() as patch, counted() as exchanges:
+            patch.setattr(language_model, "_NARROW_ON_CPU", 0)  # plain logits in all cases but one
+            if case.logits is not None:
+                patch.setattr(language_model, "_LOGITS_ON_CPU", case.logits)
+            train(case, out / name, place, store, reference)
+        if comm.world().first:
+            (out / name / "exchanges.json").write_text(json.dumps(exchanges))
+    comm.leave()
+
+
+if __name__ == "__main__":
+    main()
