@@ -21,17 +21,17 @@ import torch
 from benchmarks import common, step
 from benchmarks.step import DOMAINS, STEPS, Setting, Steps
 from doremi_train.data.batches import read
-from doremi_train.evaluation import losses
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import cross_entropy, greats
 from doremi_train.model import folders, optim
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection
-from doremi_train.training.batch_selection import Options
+from doremi_train.training.batch_selection import BatchSelectionOptions
 from doremi_train.training.task import Position, Task
 from doremi_train.training.trainer import Trainer
 
 
-def training(of: Setting, label: str, selection: Options | None, parts: int = 1) -> Steps:
+def training(of: Setting, label: str, selection: BatchSelectionOptions | None, parts: int = 1) -> Steps:
     """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it takes two passes."""
     count = of.training.batch_size
     shown = np.arange(count // 2)  # as many validation sequences as picks
@@ -46,7 +46,7 @@ def training(of: Setting, label: str, selection: Options | None, parts: int = 1)
         training=replace(
             of.training, batch_size=count // 2 if selection else count, micro_batch_size=-(-count // parts)
         ),
-        evaluation=losses.Options(every=STEPS),
+        evaluation=EvaluationOptions(every=STEPS),
         selection=batch_selection.Setting(selection, count, target) if selection else None,
     )
     trainer = Trainer(task, folders.build(of.config, 0), of.place)
@@ -82,9 +82,9 @@ def naive(of: Setting) -> Steps:
 
 SIDES: dict[str, Callable[[Setting], Steps]] = {
     "plain": lambda of: training(of, "plain", None),
-    "sketched": lambda of: training(of, "sketched", Options(method="greats")),
-    "exact": lambda of: training(of, "exact", Options(method="greats", route="exact")),
-    "two_passes": lambda of: training(of, "two_passes", Options(method="greats"), parts=2),
+    "sketched": lambda of: training(of, "sketched", BatchSelectionOptions(method="greats")),
+    "exact": lambda of: training(of, "exact", BatchSelectionOptions(method="greats", route="exact")),
+    "two_passes": lambda of: training(of, "two_passes", BatchSelectionOptions(method="greats"), parts=2),
     "naive": naive,
 }
 

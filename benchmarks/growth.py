@@ -35,7 +35,7 @@ from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import doremi
 from doremi_train.model.projection import Projection
-from doremi_train.parallel import launcher
+from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
 from doremi_train.parallel.world import World
 from doremi_train.reports import charts
@@ -187,7 +187,7 @@ def plain_session(folder: Path, *overrides: str) -> Session:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = hydra.compose("config", overrides=[f"run_dir={folder}", *overrides])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
-    place = start(launcher.Options(device="cpu"), "fp32", timeout=60)
+    place = start(EngineOptions(device="cpu"), "fp32", timeout=60)
     return Session(load(Config, plain), plain, place, child)
 
 

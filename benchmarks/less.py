@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks import common
 from doremi_train.methods import less
 from doremi_train.model import language_model, lora
+from doremi_train.model.lora import LoraOptions
 from doremi_train.selection.examples import influence
 from doremi_train.selection.examples.influence import Checkpoint, Coded
 
@@ -94,7 +95,7 @@ def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> S
         tie_word_embeddings=True,
     )  # fmt: skip
     inner = AutoModelForCausalLM.from_config(config)
-    options = lora.Options(rank=rank, alpha=4.0 * rank, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    options = LoraOptions(rank=rank, alpha=4.0 * rank, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
     lora.add(inner, options, 0, "rank")
     tuning = language_model.CompletionModel(inner).to(device)
     random = np.random.default_rng(0)

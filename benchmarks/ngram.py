@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 from benchmarks import common
 from benchmarks.prepare import corpus, texts
 from doremi_train.data.corpus import opening, reading, sources
-from doremi_train.data.options import Options as Data
+from doremi_train.data.options import DataOptions
 from doremi_train.selection.documents import engines, kernels, parts, tasks
 from doremi_train.selection.documents.scorers import halves
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 TARGET = 20  # documents of the first domain
 SHARD = 64.0  # MB of text of a usual file, the work of a task
 WORKERS, NOTHINGS = 2, 400  # at once, and tasks that are done already, to see what a task costs beyond its work
 
 
-def work(data: Data, folder: Path) -> list[tasks.Task]:
+def work(data: DataOptions, folder: Path) -> list[tasks.Task]:
     """A task for every file; what they write goes into the folder."""
     found = enumerate(sources.resolve(data))
-    return [tasks.Task(folder, number, source, data, Options(method="ngram")) for number, source in found]
+    return [tasks.Task(folder, number, source, data, SelectionOptions(method="ngram")) for number, source in found]
 
 
 def estimated(all_: list[tasks.Task], target: list[bytes]) -> None:
@@ -86,7 +86,7 @@ class Peer:
         self._process.wait()
 
 
-def laid_out(given: Data, megabytes: float, folder: Path) -> list[str]:
+def laid_out(given: DataOptions, megabytes: float, folder: Path) -> list[str]:
     """About so much of the text, as one jsonl.zst of a domain, in both splits."""
     documents, size = [], 0
     for text in texts(given):
@@ -128,7 +128,7 @@ def measure(given: argparse.Namespace) -> common.Result:
         few = laid_out(corpus_, 1 if given.quick else 4, folder / "small")
         target = [text.encode() for text in few[:TARGET]]
         large, small = (
-            work(Data(embedded=None, root=str(folder / name)), folder / name / "scores")[:1]
+            work(DataOptions(embedded=None, root=str(folder / name)), folder / name / "scores")[:1]
             for name in ("large", "small")
         )
         estimated(large, target)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.planted_tasks import write
-from doremi_train.data import options
 from doremi_train.data.corpus import opening, reading, sources
+from doremi_train.data.options import DataOptions
 
 LENGTH = 128  # tokens of a sequence
 BEGINNING, END = 60, 240  # characters of a prompt and of its completion, at most
@@ -23,7 +23,7 @@ _HEADING = re.compile(r"\n(?=[A-Z][A-Z ]{3,}\n)")
 
 def examples(root: Path, domain: str, split: str) -> Iterator[dict[str, Any]]:
     """Two of a document, so that pages are many."""
-    where = options.Options(embedded=None, root=str(root))
+    where = DataOptions(embedded=None, root=str(root))
     for source in sources.resolve(where):
         if (source.domain, source.split) == (domain, split):
             for piece in reading.read(source, where, opening.BadLines(where)):

@@ -22,20 +22,21 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from doremi_train.data import options as data_options
 from doremi_train.data.batches import read
 from doremi_train.data.corpus import opening, reading, sources
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import shards, tokenizer, writing
-from doremi_train.evaluation import losses
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.evaluation.statistics import paired
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, costs, folders
-from doremi_train.parallel import launcher, place
+from doremi_train.model.configs import ModelOptions
+from doremi_train.parallel import place
+from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection
-from doremi_train.training.batch_selection import Options
-from doremi_train.training.task import Options as Training
-from doremi_train.training.task import Position, Task
+from doremi_train.training.batch_selection import BatchSelectionOptions
+from doremi_train.training.task import Position, Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 LENGTH, PICKS, CANDIDATES, VOCABULARY = 64, 16, 32, 512
@@ -43,15 +44,17 @@ COPIES = 16  # distinct sequences among the duplicates
 TARGET_SEQUENCES, EVALUATED = 16, 64  # of the target's validation text: what policies see, what is reported
 WARM_STEPS, RATE = 800, 3e-3  # the rate is the best of random's, on a seed that is not reported
 CURVE = 6  # losses of a run
-PUBLISHED = Options(method="greats", curvature="identity", cosine_cap=None, preconditioned=False, validation_every=1)
+PUBLISHED = BatchSelectionOptions(
+    method="greats", curvature="identity", cosine_cap=None, preconditioned=False, validation_every=1
+)
 POLICIES = {
     "all": None,  # every candidate is trained on: twice the data a step
-    "random": Options(method="random"),
-    "max_loss": Options(method="max_loss"),
-    "grad_norm": Options(method="grad_norm"),
-    "topk": Options(method="topk"),
+    "random": BatchSelectionOptions(method="random"),
+    "max_loss": BatchSelectionOptions(method="max_loss"),
+    "grad_norm": BatchSelectionOptions(method="grad_norm"),
+    "topk": BatchSelectionOptions(method="topk"),
     "greats_published": PUBLISHED,
-    "greats": Options(method="greats"),
+    "greats": BatchSelectionOptions(method="greats"),
 }
 # What each of the differences between ours and the published form is worth. The published second term is not among
 # them: it is inert, and with it ours without a cap is topk.
@@ -59,12 +62,12 @@ PARTS = {
     "random": POLICIES["random"],
     "topk": POLICIES["topk"],
     "greats": POLICIES["greats"],
-    "no cap": Options(method="greats", cosine_cap=None),
-    "plain gradients": Options(method="greats", preconditioned=False),
-    "fresh validation": Options(method="greats", validation_every=1),
+    "no cap": BatchSelectionOptions(method="greats", cosine_cap=None),
+    "plain gradients": BatchSelectionOptions(method="greats", preconditioned=False),
+    "fresh validation": BatchSelectionOptions(method="greats", validation_every=1),
     "published": PUBLISHED,
-    "published, cap": replace(PUBLISHED, cosine_cap=Options().cosine_cap),
-    "published, cap, curvature": Options(method="greats", preconditioned=False, validation_every=1),
+    "published, cap": replace(PUBLISHED, cosine_cap=BatchSelectionOptions().cosine_cap),
+    "published, cap, curvature": BatchSelectionOptions(method="greats", preconditioned=False, validation_every=1),
 }
 
 
@@ -81,7 +84,7 @@ class Trained(NamedTuple):
 
 def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
     """Clean domains, `noise`, and `copies`: a few sequences over and over, so that many of them meet in a batch."""
-    where = data_options.Options(embedded=None, root=str(root)) if root else data_options.Options()
+    where = DataOptions(embedded=None, root=str(root)) if root else DataOptions()
     texts: dict[str, dict[str, list[str]]] = {}
     for source in sources.resolve(where):
         assert source.domain is not None and source.split is not None
@@ -139,7 +142,7 @@ def _task(store: shards.TokenStore, name: str, seed: int, steps: int, folder: Pa
         objective_options=cross_entropy.Options(weights=mixture(store)),
         store=store,
         seed=seed,
-        training=Training(
+        training=TrainingOptions(
             steps=steps,
             batch_size=count,
             sequence_length=LENGTH,
@@ -147,16 +150,16 @@ def _task(store: shards.TokenStore, name: str, seed: int, steps: int, folder: Pa
             end_learning_rate=RATE / 10,
             checkpoint_every=10 * steps,
         ),
-        evaluation=losses.Options(sequences=1, every=10 * steps),  # the target's loss is measured here
+        evaluation=EvaluationOptions(sequences=1, every=10 * steps),  # the target's loss is measured here
     )
 
 
 def _trainer(task: Task, store: shards.TokenStore, seed: int) -> Trainer:
     shape = configs.resolve(
-        configs.Options(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+        ModelOptions(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        return Trainer(task, folders.build(shape, seed), place.start(launcher.Options(device="cpu"), "fp32", 60))
+        return Trainer(task, folders.build(shape, seed), place.start(EngineOptions(device="cpu"), "fp32", 60))
 
 
 def _begin(task: Task) -> Position:
@@ -169,7 +172,7 @@ def trained(
     store: shards.TokenStore,
     target: str,
     policy: str,
-    options: Options | None,
+    options: BatchSelectionOptions | None,
     seed: int,
     steps: int,
     start: dict[str, torch.Tensor],
@@ -228,7 +231,7 @@ def _picked(trainer: Trainer, store: shards.TokenStore) -> Iterator[tuple[str, i
         yield name, sequence % COPIES if name == "copies" else sequence
 
 
-def flops(options: Options | None, steps: int, shape: costs.Shape) -> list[float]:
+def flops(options: BatchSelectionOptions | None, steps: int, shape: costs.Shape) -> list[float]:
     """Of each step: a forward is 1 a sequence, a backward 2, one for activations alone 1."""
     one = costs.forward(shape, LENGTH) * LENGTH
     if options is None:
@@ -254,7 +257,7 @@ def measure(given: argparse.Namespace) -> common.Result:
             for policy, chosen in policies.items():
                 runs[policy].append(trained(store, target, policy, chosen, seed, steps, start, folder))
                 print(seed, policy, runs[policy][-1].losses[-1], flush=True)
-        shape = costs.shape(configs.resolve(configs.Options(**configs.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
+        shape = costs.shape(configs.resolve(ModelOptions(**configs.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
     figures: dict[str, Any] = {
         policy: {
             "losses": [run.losses for run in of],

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import common
 from doremi_train.data.corpus import opening, reading, sources
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import prepare, tokenizer
 
 VOCABULARY = 8192
@@ -40,11 +40,11 @@ def took(work: Callable[[], object]) -> Took:
     return Took(seconds, cpu, int(status.partition("VmHWM:")[2].split()[0]) / 1000)
 
 
-def ours(options: Options, folder: Path) -> Took:
+def ours(options: DataOptions, folder: Path) -> Took:
     return took(lambda: prepare.prepare(options, folder))
 
 
-def alone(options: Options, method: str) -> Took:
+def alone(options: DataOptions, method: str) -> Took:
     """A method of the library on all documents, which are in memory before."""
     batches: list[list[str]] = [[]]
     size = 0
@@ -63,15 +63,15 @@ def alone(options: Options, method: str) -> Took:
     return took(whole)
 
 
-def texts(options: Options) -> Iterator[str]:
+def texts(options: DataOptions) -> Iterator[str]:
     for source in sources.resolve(options):
         for piece in reading.read(source, options, opening.BadLines(options)):
             yield piece.text or ""
 
 
-def corpus(root: Path | None, size: int, folder: Path) -> Options:
+def corpus(root: Path | None, size: int, folder: Path) -> DataOptions:
     """Files of about `size` bytes of text: as much of every domain as it takes, under more names where it has less."""
-    given = Options(root=str(root)) if root is not None else Options()
+    given = DataOptions(root=str(root)) if root is not None else DataOptions()
     found = sources.resolve(given)
     share, written = size // len({source.domain for source in found}), 0
     for source in found:
@@ -86,7 +86,7 @@ def corpus(root: Path | None, size: int, folder: Path) -> Options:
         for path in folder.glob("*/train-00000.jsonl"):
             shutil.copyfile(path, path.with_name(f"train-{turn:05d}.jsonl"))
     learned = folder / "tokenizer.json"
-    whole = Options(root=str(folder), tokenizer=str(learned))
+    whole = DataOptions(root=str(folder), tokenizer=str(learned))
     parts = [text for n, text in enumerate(texts(whole)) if n % max(written // SAMPLE, 1) == 0]
     learned.write_text(tokenizer.serialise(tokenizer.learn(parts, VOCABULARY)))
     return whole

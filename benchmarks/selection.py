@@ -18,20 +18,22 @@ import torch
 
 from benchmarks import common
 from benchmarks.growth import drawn, plain_session
-from doremi_train.data import options as data_options
 from doremi_train.data.corpus import opening, reading, sources
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import cross_entropy
 from doremi_train.model import configs, folders
-from doremi_train.parallel import launcher, place
+from doremi_train.model.configs import ModelOptions
+from doremi_train.parallel import place
+from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.reports import charts
 from doremi_train.stages import prepare
 from doremi_train.stages.vocabulary import run as made_vocabulary
 from doremi_train.storage.runs import Run
-from doremi_train.training.task import Options as Training
-from doremi_train.training.task import Position, Task
+from doremi_train.training.task import Position, Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 LENGTH, BATCH, VOCABULARY = 64, 16, 1024
@@ -41,7 +43,7 @@ EVALUATIONS = 3  # of a run
 
 
 def texts(root: Path, domain: str, split: str, characters: float) -> Iterator[str]:
-    where = data_options.Options(embedded=None, root=str(root))
+    where = DataOptions(embedded=None, root=str(root))
     for source in sources.resolve(where):
         if (source.domain, source.split) == (domain, split):
             for piece in reading.read(source, where, opening.BadLines(where)):
@@ -108,9 +110,9 @@ def trained(
 ) -> list[tuple[float, float]]:
     """Loss of the target, and mean loss of the other domains, at EVALUATIONS steps; nats per token."""
     shape = configs.resolve(
-        configs.Options(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+        ModelOptions(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
     )
-    training = Training(
+    training = TrainingOptions(
         steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=4e-3, end_learning_rate=4e-4,
         checkpoint_every=10 * steps,
     )  # fmt: skip
@@ -122,15 +124,15 @@ def trained(
         store=store,
         seed=seed,
         training=training,
-        evaluation=losses.Options(sequences=1, every=10 * steps),
+        evaluation=EvaluationOptions(sequences=1, every=10 * steps),
     )
     network = folders.build(shape, seed)
-    trainer = Trainer(task, network, place.start(launcher.Options(device="cpu"), "fp32", 60))
+    trainer = Trainer(task, network, place.start(EngineOptions(device="cpu"), "fp32", 60))
     found = []
     start = cross_entropy.init(1, steps, task.objective_options)
     for step, _ in enumerate(trainer.steps(Position(0, start, np.zeros(1, np.int64))), 1):
         if step % (steps // EVALUATIONS) == 0:
-            options = losses.Options(sequences=32)
+            options = EvaluationOptions(sequences=32)
             domains = losses.measure(network, evaluated, LENGTH, 64, options, torch.device("cpu"))["domains"]
             others = statistics.fmean(figures["loss"] for name, figures in domains.items() if name != target)
             found.append((domains[target]["loss"], others))

@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 
 from benchmarks import common
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.evaluation import losses as evaluating
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.model import configs, costs, folders
-from doremi_train.parallel import launcher, place
+from doremi_train.model.configs import ModelOptions
+from doremi_train.parallel import place
+from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Run
 from doremi_train.training import frozen
-from doremi_train.training.task import Options, Position, Task
+from doremi_train.training.task import Position, Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 DOMAINS = 8
@@ -51,7 +53,7 @@ class Setting(NamedTuple):
     """What all sides have in common."""
 
     config: dict[str, Any]  # of transformers
-    training: Options
+    training: TrainingOptions
     store: TokenStore
     place: place.Place
     folder: Path
@@ -78,7 +80,7 @@ def ours(of: Setting, label: str, objective: Objective, options: Any, reference:
         store=of.store,
         seed=0,
         training=of.training,
-        evaluation=evaluating.Options(every=STEPS),
+        evaluation=EvaluationOptions(every=STEPS),
         accumulation="exact",
         reference=reference,
     )
@@ -252,7 +254,7 @@ def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Rat
 def setting(name: str, given: argparse.Namespace, folder: Path) -> Setting:
     usual = SIZES.get(name, SIZES["small"])
     size = Size(*(mine or its for mine, its in zip((given.vocabulary, given.batch, given.length), usual, strict=True)))
-    training = Options(
+    training = TrainingOptions(
         steps=STEPS,
         batch_size=size.batch,
         sequence_length=size.length,
@@ -260,9 +262,9 @@ def setting(name: str, given: argparse.Namespace, folder: Path) -> Setting:
         precision=given.precision,
         threads=given.threads,
     )
-    place = start(launcher.Options(device=given.device), given.precision, timeout=60)
+    place = start(EngineOptions(device=given.device), given.precision, timeout=60)
     store = common.token_store(folder / "data", DOMAINS, 512 * (size.length + 1), size.vocabulary)
-    preset = configs.Options(**configs.preset(name, "--model"))
+    preset = ModelOptions(**configs.preset(name, "--model"))
     config = configs.resolve(preset, store.vocabulary_size, store.end_of_document, size.length)
     return Setting(config, training, store, place, folder)
 

@@ -21,7 +21,7 @@ from doremi_train.parallel import comm
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class TrackingOptions:
     backend: Literal["none", "wandb", "tensorboard"] = "none"
     mode: Literal["auto", "online", "offline"] = "auto"  # auto: online where a login is found without asking
     project: str = "doremi-train"
@@ -58,7 +58,7 @@ class Tracker(Protocol):
 class Tracking:
     """As what, and where, a command's runs are tracked. The first process does it; on the others nothing happens."""
 
-    def __init__(self, options: Options, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, options: TrackingOptions, run_dir: Path, config: Mapping[str, Any]) -> None:
         self.options, self.config = options, redact(config)
         self.folder = Path(options.path or run_dir)
         self.failed = False
@@ -256,7 +256,7 @@ class _Wandb:
             self._run.finish(exit_code=exit_code)
 
 
-def _mode(options: Options) -> Any:
+def _mode(options: TrackingOptions) -> Any:
     """online, offline, or None: as the environment and wandb's own settings say. Asks nobody, and uses no network."""
     import wandb
 

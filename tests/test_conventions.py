@@ -168,10 +168,10 @@ def test_every_yaml_says_what_it_is() -> None:
 
 
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
-    from doremi_train.data import options as data
-    from doremi_train.evaluation import losses
+    from doremi_train.data.options import DataOptions
+    from doremi_train.evaluation.losses import EvaluationOptions
     from doremi_train.methods import importance, mixmin, vocabulary
-    from doremi_train.selection import options as selection
+    from doremi_train.selection.options import SelectionOptions
     from doremi_train.stages.options import (
         Classify,
         Compare,
@@ -189,7 +189,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Swarm,
         Target,
     )
-    from doremi_train.training import task
+    from doremi_train.training.task import TrainingOptions
 
     config = load(Config, compose())
     assert config.proxy == Proxy()
@@ -199,9 +199,9 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
     assert config.finetune == Finetune()
     assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
-    assert (config.data, config.evaluation) == (data.Options(), losses.Options())
-    assert (config.selection, config.vocabulary) == (selection.Options(), vocabulary.Options())
-    paper = task.Options()
+    assert (config.data, config.evaluation) == (DataOptions(), EvaluationOptions())
+    assert (config.selection, config.vocabulary) == (SelectionOptions(), vocabulary.Options())
+    paper = TrainingOptions()
     for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
         assert getattr(config.training, name) == getattr(paper, name), name
 

@@ -159,7 +159,7 @@ def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(prepared: 
 ALIVE = """
 import sys, time
 from doremi_train.parallel import comm, launcher, place
-place.start(launcher.Options(), "fp32", timeout=5)
+place.start(launcher.EngineOptions(), "fp32", timeout=5)
 slow = lambda: time.sleep(float(sys.argv[1])) or "done"
 assert comm.on_first(slow) == "done"
 try:

@@ -24,7 +24,7 @@ from helpers.processes import ended, lines, reached, read, reaped, same_bits, wa
 from doremi_train import trackers
 from doremi_train.config import UserError
 from doremi_train.stages.options import Config, identity
-from doremi_train.trackers import Options, Tracking, flat
+from doremi_train.trackers import Tracking, TrackingOptions, flat
 
 KEY = "0123456789abcdef" * 3  # of the right form, and nobody's
 
@@ -190,7 +190,7 @@ def test_tracked_or_not_the_bits_are_the_same(tiny: list[str], job: Path, tmp_pa
 @pytest.mark.slow
 def test_the_report_is_an_artifact(job: Path) -> None:
     before = set((job / "wandb").glob("offline-run-*"))
-    Tracking(Options(backend="wandb"), job, {"seed": 0}).report(job / "report.html")
+    Tracking(TrackingOptions(backend="wandb"), job, {"seed": 0}).report(job / "report.html")
     (new,) = set((job / "wandb").glob("offline-run-*")) - before
     kept = inspect(next(new.glob("*.wandb")))
     assert (kept.run["job_type"], kept.run["run_group"]) == ("report", "run")
@@ -407,21 +407,21 @@ def test_who_is_logged_in_is_online(
     with trackers._contained(tmp_path):
         if mode is UserError:
             with pytest.raises(UserError, match="tracking.mode=online"):
-                trackers._mode(Options(mode=asked))
+                trackers._mode(TrackingOptions(mode=asked))
         else:
-            assert trackers._mode(Options(mode=asked)) == mode
+            assert trackers._mode(TrackingOptions(mode=asked)) == mode
 
 
 def test_a_login_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with trackers._contained(tmp_path):
-        assert trackers._mode(Options(mode="online")) == "online"
+        assert trackers._mode(TrackingOptions(mode="online")) == "online"
 
 
 def test_wandb_switched_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with Tracking(Options(backend="wandb"), tmp_path, {}).run("main", "x") as tracked:
+    with Tracking(TrackingOptions(backend="wandb"), tmp_path, {}).run("main", "x") as tracked:
         tracked.line({"step": 1, "loss": 2.0})
         tracked.summary({"mean_loss": 2.0})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -436,7 +436,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclass() -> None:
 
     from doremi_train.config import load
 
-    assert load(Config, compose()).tracking == Options()
+    assert load(Config, compose()).tracking == TrackingOptions()
 
 
 # ── Two backends, the same lines ────────────────────────────────────────────────────
@@ -459,7 +459,9 @@ ODD = (
 def write(backend: Any, folder: Path) -> list[dict[str, Any]]:
     """Three steps over domains with odd names; returns what was written, flat."""
     kept = []
-    with Tracking(Options(backend=backend, name="odd"), folder, {"a": {"b.c": [1, None]}}).run("proxy", "odd-1") as run:
+    with Tracking(TrackingOptions(backend=backend, name="odd"), folder, {"a": {"b.c": [1, None]}}).run(
+        "proxy", "odd-1"
+    ) as run:
         for step in (1, 2, 3):
             columns = {key: {name: step / (3 + k) for k, name in enumerate(ODD)} for key in ("weights", "excess_loss")}
             line = {"step": step, **columns, "tokens": dict.fromkeys(ODD, 7 * step), "skipped": True}
@@ -488,7 +490,7 @@ def test_odd_names_of_domains_are_kept_apart_in_tensorboard(tmp_path: Path) -> N
 
 
 def test_steps_that_come_again_replace_those_of_a_killed_run(tmp_path: Path) -> None:
-    shown = Tracking(Options(backend="tensorboard"), tmp_path, {})
+    shown = Tracking(TrackingOptions(backend="tensorboard"), tmp_path, {})
     with pytest.raises(RuntimeError), shown.run("proxy", "x") as tracked:
         for step in range(1, 26):
             tracked.line({"step": step, "loss": 1.0})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from doremi_train.classification import figures
-from doremi_train.classification.models import Kind, Options, Table
+from doremi_train.classification.models import ClassifierOptions, Kind, Table
 from doremi_train.methods import importance
 
 
@@ -22,7 +22,7 @@ def fit(
     kind: Kind,
     classes: int,
     table: Table,
-    options: Options,
+    options: ClassifierOptions,
     weighting: importance.Options,
     seed: int,
     device: torch.device,

@@ -26,7 +26,7 @@ _VOCABULARY, _WIDTH, _LAYERS = 4096, 128, 2  # of an encoder from scratch
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class ClassifierOptions:
     model: str = "ngrams"  # ngrams: logistic regression on words and pairs; encoder: a small transformer; or a folder
     length: Positive = 128  # tokens of a text that are read (of ngrams: words)
     epochs: Positive = 8
@@ -61,7 +61,7 @@ class Kind(NamedTuple):
         return Table(ids, torch.tensor([len(one) for one in found]), torch.from_numpy(labels))
 
 
-def kind(options: Options, texts: Sequence[str]) -> Kind:
+def kind(options: ClassifierOptions, texts: Sequence[str]) -> Kind:
     """The family of `options.model`; what it has to learn of the language first, such as a vocabulary, it learns from
     `texts`. Raises UserError where the model is neither known nor a folder that transformers loads."""
     if options.model == "ngrams":
@@ -104,7 +104,7 @@ class _Transformer(nn.Module):
         return self.inner(input_ids=ids, attention_mask=mask.long()).logits.float()
 
 
-def _small_encoder(options: Options, texts: Sequence[str]) -> Kind:
+def _small_encoder(options: ClassifierOptions, texts: Sequence[str]) -> Kind:
     from transformers import BertConfig, BertForSequenceClassification
 
     learned = tokenizer.learn(texts, _VOCABULARY)  # id 0 ends a document: here it begins every text, and fills
@@ -127,7 +127,7 @@ def _small_encoder(options: Options, texts: Sequence[str]) -> Kind:
     return Kind(encode, build)
 
 
-def _folder(options: Options) -> Kind:
+def _folder(options: ClassifierOptions) -> Kind:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging

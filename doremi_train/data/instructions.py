@@ -34,7 +34,7 @@ from doremi_train.data.chat import Encoder, Example, Ints
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import resolve, signature
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens.prepare import locked, silent
 from doremi_train.data.tokens.shards import SPLITS
 from doremi_train.files import read_json, replacing, write_json
@@ -56,7 +56,7 @@ class Read(NamedTuple):
     example: Example
 
 
-def examples(sources: list[Source], options: Options, encoder: Encoder, bad: BadLines) -> Iterator[Read]:
+def examples(sources: list[Source], options: DataOptions, encoder: Encoder, bad: BadLines) -> Iterator[Read]:
     """Every example of the sources, in their order, whole.
 
     Raises UserError naming file and line for one that is none.
@@ -67,7 +67,7 @@ def examples(sources: list[Source], options: Options, encoder: Encoder, bad: Bad
 
 
 def prepare(
-    options: Options, encoder: Encoder, length: int, folder: Path, check: Callable[[], None] = lambda: None
+    options: DataOptions, encoder: Encoder, length: int, folder: Path, check: Callable[[], None] = lambda: None
 ) -> Path:
     """`folder`/<address> with the examples of these files, cut to `length` + 1 tokens: made, or found there.
 
@@ -97,7 +97,7 @@ def prepare(
 class _Collected:
     """Examples in memory, before they are written: about 4 bytes a token."""
 
-    def __init__(self, options: Options, length: int) -> None:
+    def __init__(self, options: DataOptions, length: int) -> None:
         self.options, self.length = options, length
         self.found: dict[tuple[str, str], list[tuple[NDArray[np.int32], int, int]]] = {}  # (tokens, file, line)
         self.files: list[str] = []

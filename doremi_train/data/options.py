@@ -17,7 +17,7 @@ class Split:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class DataOptions:
     """Exactly one source is read: `root`, else `domains`, else `files` split by `domain_key`, else `embedded`."""
 
     embedded: Literal["installed", "planted"] | None = "installed"

@@ -18,7 +18,7 @@ from doremi_train.parallel import comm
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class EvaluationOptions:
     sequences: Positive = 32  # per domain, evenly spread over its validation split
     every: Positive | None = None  # steps between evaluations while training; null: a 20th of the run
 
@@ -34,7 +34,7 @@ def measure(
     store: Store,
     length: int,
     batch: int,
-    options: Options,
+    options: EvaluationOptions,
     device: torch.device,
     trained_on: tuple[Ints, Ints] | None = None,
 ) -> dict[str, Any]:

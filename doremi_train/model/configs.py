@@ -13,7 +13,7 @@ from doremi_train.config import STRICT, UserError, conf_dir
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class ModelOptions:
     """A model is a transformers config, as a mapping with `model_type` or as a local folder or config.json."""
 
     config: dict[str, Any] | None = None
@@ -31,7 +31,7 @@ def preset(name: str, key: str) -> dict[str, Any]:
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
 
 
-def resolve(options: Options, vocabulary: int, end: int, length: int, key: str = "model") -> dict[str, Any]:
+def resolve(options: ModelOptions, vocabulary: int, end: int, length: int, key: str = "model") -> dict[str, Any]:
     """The complete transformers config as plain JSON: what a run is addressed by and built from.
 
     `vocabulary` is its size and `end` the id that ends a document, both the tokeniser's.

@@ -9,14 +9,14 @@ from doremi_train.config import STRICT, Fraction, Positive, PositiveFloat, UserE
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class LoraOptions:
     rank: Positive | None = 16  # r; null: no LoRA, all parameters are trained
     alpha: PositiveFloat = 32.0  # what is added is scaled by alpha / rank
     dropout: Fraction = 0.0
     targets: tuple[str, ...] | None = None  # ends of module names; null: every linear layer but the head
 
 
-def add(inner: Any, options: Options, seed: int, key: str) -> Any:
+def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
     """Put adapters into a transformers model, in place: it begins as it was. Returns peft's view of it, which saves and
     merges them. The same for the same seed. Raises UserError where `options`, given as `key`, do not fit the model."""
     try:

@@ -11,7 +11,7 @@ from doremi_train.config import STRICT, Fraction, NonNegativeFloat, PositiveFloa
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class OptimizerOptions:
     """Defaults are DoReMi's, but for the optimiser (Adafactor there)."""
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
@@ -29,7 +29,7 @@ class Options:
             raise ValueError("an exponential decay never reaches end_learning_rate=0; raise it, or take cosine")
 
 
-def learning_rate(step: int, steps: int, options: Options) -> float:
+def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
     """Learning rate of step 1 … steps: linear warmup, then decay that reaches the end value at the last step.
 
     Exponential with 6 % warmup from 1e-3 to 1e-4 passes 7.1e-4 at 20 % and 3.4e-4 at 50 % of the run, as DoReMi's does.
@@ -46,7 +46,7 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     return start
 
 
-def build(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimiser over `model`'s parameters; decay on matrices alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

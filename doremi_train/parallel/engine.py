@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from doremi_train.config import UserError
-from doremi_train.model import language_model, optim
+from doremi_train.model import language_model
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel.native import Native
 from doremi_train.parallel.place import Place
 from doremi_train.parallel.zero import Zero
@@ -50,7 +51,7 @@ class Engine(Protocol):
 
 
 def build(
-    place: Place, model: LanguageModel, training: optim.Options, state: Mapping[str, Any] | None = None
+    place: Place, model: LanguageModel, training: OptimizerOptions, state: Mapping[str, Any] | None = None
 ) -> Engine:
     """Spread a model that is complete on every process, after taking over what `state` of any engine on any number of
     processes gave. Raises UserError for what the strategy cannot do exactly."""

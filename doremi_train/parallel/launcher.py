@@ -16,7 +16,7 @@ Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class EngineOptions:
     strategy: Strategy = "auto"  # auto: what accelerate's configuration asks for, else ddp
     processes: Positive | None = None  # how many there must be; null: as many as were started
     device: Literal["auto", "cpu"] = "auto"
@@ -24,7 +24,7 @@ class Options:
     deepspeed: str | None = None  # a JSON file with more of DeepSpeed's own settings
 
 
-def asked(options: Options, precision: str) -> tuple[str, str | None]:
+def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
     """Strategy and DeepSpeed's file, from our key and from what `accelerate launch` put into the environment."""
     environment = os.environ
     # accelerate would start this very command as one process, or as several that never meet, and exit 0.

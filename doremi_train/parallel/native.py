@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from doremi_train.model import language_model, optim
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
 
@@ -16,7 +17,9 @@ from doremi_train.parallel.place import Place
 class Native:
     """torch's own: one process, DDP, or FSDP2, which shards every block and the rest."""
 
-    def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, place: Place, model: LanguageModel, training: OptimizerOptions, moments: Mapping[str, Any]
+    ) -> None:
         self._bare, self._training, self._strategy = model, training, place.strategy
         self.model: nn.Module = model
         if place.strategy == "fsdp2":

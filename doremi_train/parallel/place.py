@@ -7,7 +7,7 @@ import torch
 
 from doremi_train.config import UserError
 from doremi_train.parallel import comm, launcher
-from doremi_train.parallel.launcher import Options
+from doremi_train.parallel.launcher import EngineOptions
 
 
 class Place(NamedTuple):
@@ -24,7 +24,7 @@ class Place(NamedTuple):
         return f"{self.strategy}, {size} process{'es' * (size > 1)} on {self.device.type} ({backend}){compiled}"
 
 
-def start(options: Options, precision: str, timeout: float) -> Place:
+def start(options: EngineOptions, precision: str, timeout: float) -> Place:
     """Join the processes that the launcher started. `timeout` in seconds is how long one may wait for another.
 
     Raises UserError where what was asked for, here or by accelerate's configuration, is not what would run.

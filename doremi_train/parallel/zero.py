@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from doremi_train.config import UserError
 from doremi_train.model import language_model, optim
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
 
@@ -21,7 +22,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Zero:
     """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided among the processes."""
 
-    def __init__(self, place: Place, model: LanguageModel, training: optim.Options, moments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, place: Place, model: LanguageModel, training: OptimizerOptions, moments: Mapping[str, Any]
+    ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", place.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed

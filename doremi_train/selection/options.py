@@ -33,7 +33,7 @@ class Less(less.Options):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options:
+class SelectionOptions:
     """One budget is given, as a number or as {domain: number}; none: a tenth of the tokens, or with
     less 5 % of the examples."""
 

@@ -29,7 +29,7 @@ from doremi_train import files
 from doremi_train.classification import figures, fit, labelled, models
 from doremi_train.classification.figures import Judged
 from doremi_train.classification.labelled import Examples
-from doremi_train.classification.models import Kind, Table
+from doremi_train.classification.models import ClassifierOptions, Kind, Table
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import console
 from doremi_train.evaluation.statistics import spread, student_t
@@ -110,8 +110,8 @@ def _read(session: Session) -> Data:
     return Data(examples, tables, known, kind, prints)
 
 
-def _training(options: Classify) -> models.Options:
-    return models.Options(**{name: getattr(options, name) for name in asdict(models.Options())})
+def _training(options: Classify) -> ClassifierOptions:
+    return ClassifierOptions(**{name: getattr(options, name) for name in asdict(ClassifierOptions())})
 
 
 def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:

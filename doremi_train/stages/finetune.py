@@ -25,6 +25,7 @@ from doremi_train.data.batches import read
 from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus import opening, sources
 from doremi_train.data.instructions import Instructions
+from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
 from doremi_train.model import folders, language_model
@@ -134,7 +135,7 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
     """(M, n) the first examples of the files in batch_selection.validation."""
     asked, length = session.config.batch_selection, session.config.training.sequence_length
     assert asked.validation is not None
-    where = options.Options(
+    where = DataOptions(
         embedded=None,
         domains={"target": options.Split(train=asked.validation)},
         allow_pipe=session.config.data.allow_pipe,

@@ -12,7 +12,7 @@ from doremi_train.stages.runs import budget, language_model, reference, targets,
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.training.batch_selection import Setting
-from doremi_train.training.task import Options
+from doremi_train.training.task import TrainingOptions
 
 
 @once
@@ -40,7 +40,7 @@ def run(session: Session) -> dict[str, Run]:
     }
 
 
-def training(session: Session) -> Options:
+def training(session: Session) -> TrainingOptions:
     """The training options of the main runs."""
     return replace(session.config.training, steps=budget.main_steps(session))
 

@@ -9,19 +9,21 @@ from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train import trackers
-from doremi_train.classification.models import Options as ClassifierOptions
+from doremi_train.classification.models import ClassifierOptions
 from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
-from doremi_train.data import options as data_options
-from doremi_train.evaluation import downstream, losses
+from doremi_train.data.options import DataOptions
+from doremi_train.evaluation import downstream
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.exports import formats
 from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
-from doremi_train.model import configs
-from doremi_train.model.lora import Options as LoraOptions
-from doremi_train.parallel import launcher
+from doremi_train.model.configs import ModelOptions
+from doremi_train.model.lora import LoraOptions
+from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.selection import options as selection_options
-from doremi_train.training import task
-from doremi_train.training.batch_selection import Options as BatchSelection
+from doremi_train.selection.options import SelectionOptions
+from doremi_train.trackers import TrackingOptions
+from doremi_train.training.batch_selection import BatchSelectionOptions
+from doremi_train.training.task import TrainingOptions
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -156,12 +158,12 @@ class Config:
     store: str | None
     remote: str | None  # path or fsspec URL
     seed: Count
-    data: data_options.Options
-    model: configs.Options
-    training: task.Options
+    data: DataOptions
+    model: ModelOptions
+    training: TrainingOptions
     weighting: importance.Weighting
-    engine: launcher.Options
-    evaluation: losses.Options
+    engine: EngineOptions
+    evaluation: EvaluationOptions
     reference: Reference
     proxy: Proxy
     doge: Doge
@@ -171,16 +173,16 @@ class Config:
     swarm: Swarm
     mixture: MixtureOptions
     main: Main
-    selection: selection_options.Options
+    selection: SelectionOptions
     vocabulary: vocabulary.Options
-    batch_selection: BatchSelection
+    batch_selection: BatchSelectionOptions
     classify: Classify
     compare: Compare
     finetune: Finetune
     downstream: Downstream
     export: Export
     submit: Submit
-    tracking: trackers.Options
+    tracking: TrackingOptions
 
     def __post_init__(self) -> None:
         if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
@@ -267,7 +269,7 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def training_identity(options: task.Options) -> dict[str, Any]:
+def training_identity(options: TrainingOptions) -> dict[str, Any]:
     """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
     what, is said by themselves."""
     return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}

@@ -6,7 +6,7 @@ from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.console import Bar
 from doremi_train.data.batches import require_sequences
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import prepare, second_home
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.parallel import comm
@@ -32,7 +32,7 @@ def run(session: Session) -> TokenStore:
     return store
 
 
-def _prepare(session: Session, options: Options) -> Path:
+def _prepare(session: Session, options: DataOptions) -> Path:
     link = session.run_dir / "prepare"
     mirror = session.mirror.at("data") if session.mirror else None
     if session.mirror:

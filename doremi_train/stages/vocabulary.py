@@ -8,7 +8,7 @@ from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.sources import resolve, signature
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
 from doremi_train.stages.choice import target_files
@@ -70,7 +70,7 @@ def _picture(log: list[dict[str, Any]]) -> str:
     return selection_page.utility(log).replace(">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1)
 
 
-def _sample(sources: list[Source], data: Options, size: int) -> list[bytes]:
+def _sample(sources: list[Source], data: DataOptions, size: int) -> list[bytes]:
     """The first training documents of every source, `size` bytes in all."""
     from doremi_train.selection.documents import parts
 

@@ -25,7 +25,7 @@ KEPT = 1 << 26  # numbers of per-example gradients that the exact route keeps un
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options(greats.Options):
+class BatchSelectionOptions(greats.Options):
     method: Literal["none", "greats", "topk", "max_loss", "grad_norm", "random"] = "none"
     candidates: Positive | None = None  # N of a step; null: twice training.batch_size
     route: Literal["sketch", "exact"] = "sketch"  # of inner products
@@ -42,7 +42,7 @@ class Options(greats.Options):
 class Setting(NamedTuple):
     """What a run selects by."""
 
-    options: Options
+    options: BatchSelectionOptions
     candidates: int  # N
     validation: Tensor  # (M, T + 1) tokens that scores look at
 
@@ -87,7 +87,7 @@ class Effort(NamedTuple):
     look: float  # forwards alone
 
 
-def effort(options: Options, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
+def effort(options: BatchSelectionOptions, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
     """Of picking `count` of the candidates by `validation` sequences (0: it looks at none), once the first steps are
     done. A backward for activations alone, and the weights' part of one, are half a backward each; exact inner products
     of all candidates are as much as their weights' part, and sketches are not counted; nor that the picks' part is

@@ -10,10 +10,10 @@ from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserErro
 from doremi_train.console import Bar
 from doremi_train.data.batches import Store
 from doremi_train.data.sampler import Ints, Subsample
-from doremi_train.evaluation import losses
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import Objective
-from doremi_train.model import optim
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import place
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection, domain_gradients
@@ -21,7 +21,7 @@ from doremi_train.training.frozen import Reference
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options(optim.Options):
+class TrainingOptions(OptimizerOptions):
     steps: Positive = 400
     batch_size: Positive = 32  # sequences per optimiser step, over all processes
     micro_batch_size: Positive | None = None  # most sequences per process and forward; null: all of its share
@@ -53,8 +53,8 @@ class Task(NamedTuple):
     objective_options: Any
     store: Store
     seed: int
-    training: Options
-    evaluation: losses.Options
+    training: TrainingOptions
+    evaluation: EvaluationOptions
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all

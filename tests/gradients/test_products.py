@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from doremi_train.gradients import capture, directional, factors, products
 from doremi_train.model import optim
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.model.optim import OptimizerOptions
 
 
 def batch(rows: int = N) -> Tensor:
@@ -310,7 +311,7 @@ def test_a_step_from_factors_is_adamw_s_on_the_subset() -> None:
     stepped = []
     for subset in (False, True):
         model = build("gpt_neox")
-        optimizer = optim.build(model, optim.Options(gradient_clip=None))
+        optimizer = optim.build(model, OptimizerOptions(gradient_clip=None))
         for _ in range(3):
             of_step = case._replace(model=model, losses=lambda model=model: language_losses(model, batch()))
             if subset:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.evaluation import losses
+from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import doremi
 from doremi_train.model import configs, folders, language_model
+from doremi_train.model.configs import ModelOptions
 from doremi_train.parallel import comm, engine, place
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Preempted, Run, stop
 from doremi_train.training.frozen import Live
-from doremi_train.training.task import Options, Task
+from doremi_train.training.task import Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 STEPS = 12
@@ -69,8 +70,8 @@ def cases(world: int) -> dict[str, Case]:
     return CASES if world < 4 else {name: CASES[name] for name in FEW}
 
 
-def options(case: Case, world: int) -> Options:
-    return Options(
+def options(case: Case, world: int) -> TrainingOptions:
+    return TrainingOptions(
         steps=STEPS,
         batch_size=case.batch,
         micro_batch_size=-(-case.batch // (case.parts * world)),
@@ -84,7 +85,7 @@ def options(case: Case, world: int) -> Options:
 
 
 def shape(store: TokenStore) -> dict[str, Any]:
-    return configs.resolve(configs.Options(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
+    return configs.resolve(ModelOptions(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
 
 
 def train(case: Case, out: Path, place: place.Place, store: TokenStore, reference: Path) -> None:
@@ -96,7 +97,7 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
         store=store,
         seed=0,
         training=options(case, comm.world().size),
-        evaluation=losses.Options(sequences=4, every=STEPS),
+        evaluation=EvaluationOptions(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
         reference=Live(folders.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
     )

@@ -19,13 +19,13 @@ from doremi_train.config import UserError, load
 from doremi_train.data.corpus.opening import BadLines, Piece
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.sources import resolve
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 
 TEXTS = ["first\r\nwith two lines", "zweiter: ÄÖÜ €", "третий 🦊", "  kept  \n", "null \x00 byte"]
 
 
-def options(**values: Any) -> Options:
-    return load(Options, values, "data")
+def options(**values: Any) -> DataOptions:
+    return load(DataOptions, values, "data")
 
 
 def jsonl(texts: list[str], key: str = "text", newline: str = "\n") -> bytes:
@@ -56,23 +56,23 @@ def write_megatron(prefix: Path, documents: list[list[list[int]]], code: int = 8
     prefix.with_suffix(".idx").write_bytes(header + sizes.tobytes() + pointers.tobytes() + bounds.tobytes())
 
 
-def pieces(given: Options) -> list[Piece]:
+def pieces(given: DataOptions) -> list[Piece]:
     bad = BadLines(given)
     return [piece for source in resolve(given) for piece in read(source, given, bad)]
 
 
-def texts(given: Options) -> list[str | None]:
+def texts(given: DataOptions) -> list[str | None]:
     return [piece.text for piece in pieces(given)]
 
 
-def one(path: Path | str, **values: Any) -> Options:
+def one(path: Path | str, **values: Any) -> DataOptions:
     return options(domains={"a": {"train": [str(path)]}}, **values)
 
 
-def refused(given: Options | Callable[[], Options], *words: str) -> None:
+def refused(given: DataOptions | Callable[[], DataOptions], *words: str) -> None:
     """Resolving and reading ends in one message that holds every word."""
     with pytest.raises(UserError) as error:
-        pieces(given if isinstance(given, Options) else given())
+        pieces(given if isinstance(given, DataOptions) else given())
     message = str(error.value)
     assert "\n" not in message
     for word in words:

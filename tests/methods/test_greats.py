@@ -17,7 +17,9 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.gradients import capture, directional, products
 from doremi_train.methods import greats
 from doremi_train.model import configs, folders
+from doremi_train.model.configs import ModelOptions
 from doremi_train.training import batch_selection
+from doremi_train.training.batch_selection import BatchSelectionOptions
 
 # ── The greedy ──────────────────────────────────────────────────────────────────────
 
@@ -80,7 +82,7 @@ def test_a_near_duplicate_is_refused_while_others_are_left() -> None:
 
 def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
     """gain (16,), gram (16, 16) and λ of eight examples and their exact duplicates, on a real model."""
-    options = configs.Options(**configs.preset("tiny", "model"))
+    options = ModelOptions(**configs.preset("tiny", "model"))
     built = folders.build(configs.resolve(options, 300, 0, 32), 0)
     tokens = torch.randint(300, (16, 33), generator=torch.Generator().manual_seed(0))
     validation, tokens = tokens[8:], tokens[:8].repeat(2, 1)
@@ -258,19 +260,19 @@ def test_engines_that_cut_the_model_are_refused_by_name(strategy: str) -> None:
     """No process has whole layers there, whose inputs scores are made of; picks at random need none."""
     tokens = torch.zeros(2, 9, dtype=torch.int64)
     for method in ("greats", "topk", "grad_norm", "max_loss"):
-        setting = batch_selection.Setting(batch_selection.Options(method=method), 8, tokens)
+        setting = batch_selection.Setting(BatchSelectionOptions(method=method), 8, tokens)
         with pytest.raises(UserError, match=f"batch_selection={method}.*use engine=ddp"):
             batch_selection.check(setting, 4, 1, strategy, compiled=False)
         batch_selection.check(setting, 4, 1, "ddp", compiled=False)
     batch_selection.check(
-        batch_selection.Setting(batch_selection.Options(method="random"), 8, tokens), 4, 1, strategy, compiled=False
+        batch_selection.Setting(BatchSelectionOptions(method="random"), 8, tokens), 4, 1, strategy, compiled=False
     )
 
 
 def test_scores_are_of_the_examples_own_mean_loss() -> None:
     """Oracle of what the loop scores by: ⟨g_i, g_val⟩ by autograd, one example at a time."""
     gain, gram, _ = pairs_of_examples()
-    options = configs.Options(**configs.preset("tiny", "model"))
+    options = ModelOptions(**configs.preset("tiny", "model"))
     built = folders.build(configs.resolve(options, 300, 0, 32), 0)
     tokens = torch.randint(300, (16, 33), generator=torch.Generator().manual_seed(0))
 

@@ -179,7 +179,7 @@ def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path:
     from doremi_train.methods import ngram
     from doremi_train.selection.documents.registry import METHODS
     from doremi_train.selection.documents.scorers import whole
-    from doremi_train.selection.options import Options
+    from doremi_train.selection.options import SelectionOptions
 
     tokens = [*vocabulary.BYTES, b"of", b" the", b"of the", b"of the end"]
     print_ = granular.save(tmp_path / "v.json", tokens)
@@ -194,7 +194,7 @@ def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path:
     table = np.random.default_rng(0).normal(size=(997, 1))
     given = {"features": "granular", "vocabulary": str(tmp_path / "v.json"), "buckets": 997}
     for granularity, grains in (("every", expected), ("longest", expected[-1:])):
-        scorer: Any = METHODS["ngram"](Options("ngram", granularity=granularity, **given))
+        scorer: Any = METHODS["ngram"](SelectionOptions("ngram", granularity=granularity, **given))
         sums, grams = np.zeros((3, 1)), np.zeros(3)
         for (hashes, first), parts in zip(scorer.grains(whole(texts)), grains, strict=True):
             salted = np.array([i for part in parts for i in part], np.uint64) ^ np.uint64(int(print_, 16))

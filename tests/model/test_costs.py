@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from doremi_train.config import conf_dir
 from doremi_train.model import configs, costs, folders, language_model
 from doremi_train.model import language_model as lm
+from doremi_train.model.configs import ModelOptions
 
 LENGTH, ROWS, VOCABULARY = 48, 4, 512
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ MODELS = {"tiny": TINY, "llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2}
 
 
 def config(values: dict[str, Any]) -> dict[str, Any]:
-    return configs.resolve(configs.Options(config=dict(values)), VOCABULARY, 0, LENGTH)
+    return configs.resolve(ModelOptions(config=dict(values)), VOCABULARY, 0, LENGTH)
 
 
 def built(values: dict[str, Any], checkpointing: bool = False) -> tuple[language_model.LanguageModel, torch.Tensor]:
@@ -112,9 +113,10 @@ def test_states_are_divided_as_the_engine_divides_them(strategy: str, parts: tup
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_optimiser_states_are_those_that_torch_keeps(name: Any) -> None:
     from doremi_train.model import optim
+    from doremi_train.model.optim import OptimizerOptions
 
     language_model, tokens = built(TINY)
-    optimizer = optim.build(language_model, optim.Options(optimizer=name))
+    optimizer = optim.build(language_model, OptimizerOptions(optimizer=name))
     language_model(tokens).sum().backward()
     optimizer.step()
     kept = sum(v.numel() * 4 for state in optimizer.state.values() for v in state.values() if v.ndim)

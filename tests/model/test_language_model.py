@@ -15,7 +15,7 @@ from doremi_train.config import UserError
 from doremi_train.data.tokens import tokenizer
 from doremi_train.model import configs, folders, language_model
 from doremi_train.model import language_model as lm
-from doremi_train.model.configs import Options
+from doremi_train.model.configs import ModelOptions
 from doremi_train.model.language_model import LanguageModel
 
 TINY: dict[str, Any] = {
@@ -30,7 +30,7 @@ TOKENS = torch.randint(300, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
 def build(config: dict[str, Any] = TINY, vocabulary: int = 300, **options: Any) -> LanguageModel:
-    return folders.build(configs.resolve(Options(config=config), vocabulary, 0, 16), 0, **options)
+    return folders.build(configs.resolve(ModelOptions(config=config), vocabulary, 0, 16), 0, **options)
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, logits: int = 900) -> None:
@@ -139,7 +139,7 @@ SIZES = {  # layers, heads, head size, d_model, d_ff of the paper
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(name: str, vocabulary: int) -> None:
     layers, heads, head, width, inner = SIZES[name]
-    config = configs.resolve(Options(**configs.preset(name, "model")), vocabulary, 0, 4096)
+    config = configs.resolve(ModelOptions(**configs.preset(name, "model")), vocabulary, 0, 4096)
     total, body = configs.parameters(config)
     assert heads * head == width
     assert config["num_attention_heads"] == heads and config["vocab_size"] == vocabulary
@@ -156,34 +156,34 @@ def test_an_unknown_preset_is_told_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("options", "length", "named"),
     [
-        (Options(), 16, "give one of"),
-        (Options(config=TINY, path="x"), 16, "give one of"),
-        (Options(config={**TINY, "model_type": "gpt_noex"}), 16, "model.config.model_type='gpt_noex'"),
-        (Options(config={"num_hidden_layers": 1}), 16, "model.config.model_type=None"),
-        (Options(config={**TINY, "num_layers_hidden": 3}), 16, "model.config.num_layers_hidden"),
-        (Options(config={**TINY, "max_position_embeddings": 8}), 16, "training.sequence_length=16"),
-        (Options(path="/nowhere/at/all"), 16, "model.path=/nowhere/at/all"),
+        (ModelOptions(), 16, "give one of"),
+        (ModelOptions(config=TINY, path="x"), 16, "give one of"),
+        (ModelOptions(config={**TINY, "model_type": "gpt_noex"}), 16, "model.config.model_type='gpt_noex'"),
+        (ModelOptions(config={"num_hidden_layers": 1}), 16, "model.config.model_type=None"),
+        (ModelOptions(config={**TINY, "num_layers_hidden": 3}), 16, "model.config.num_layers_hidden"),
+        (ModelOptions(config={**TINY, "max_position_embeddings": 8}), 16, "training.sequence_length=16"),
+        (ModelOptions(path="/nowhere/at/all"), 16, "model.path=/nowhere/at/all"),
     ],
 )
-def test_a_wrong_config_is_refused_by_name(options: Options, length: int, named: str) -> None:
+def test_a_wrong_config_is_refused_by_name(options: ModelOptions, length: int, named: str) -> None:
     with pytest.raises(UserError) as error:
         configs.resolve(options, 300, 0, length)
     assert named in str(error.value)
 
 
 def test_positions_grow_with_the_sequence_where_nobody_chose_them() -> None:
-    assert configs.resolve(Options(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
+    assert configs.resolve(ModelOptions(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
 
 
 def test_a_config_from_a_folder_or_a_file_is_the_mapping(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    expected = configs.resolve(Options(config=TINY), 300, 0, 16)
+    expected = configs.resolve(ModelOptions(config=TINY), 300, 0, 16)
     for path in (tmp_path, tmp_path / "config.json"):
-        assert configs.resolve(Options(path=str(path)), 300, 0, 16) == expected
+        assert configs.resolve(ModelOptions(path=str(path)), 300, 0, 16) == expected
 
 
 def test_a_resolved_config_is_plain_and_has_the_tokeniser_s_vocabulary_and_end() -> None:
-    config = configs.resolve(Options(config=TINY), 321, 7, 16)
+    config = configs.resolve(ModelOptions(config=TINY), 321, 7, 16)
     assert json.loads(json.dumps(config)) == config
     assert config["vocab_size"] == 321 and config["model_type"] == "gpt_neox"
     inner = folders.build(config, 0).inner
@@ -191,7 +191,7 @@ def test_a_resolved_config_is_plain_and_has_the_tokeniser_s_vocabulary_and_end()
 
 
 def test_the_same_seed_gives_the_same_parameters() -> None:
-    config = configs.resolve(Options(config=TINY), 300, 0, 16)
+    config = configs.resolve(ModelOptions(config=TINY), 300, 0, 16)
     states = [folders.build(config, seed).state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])

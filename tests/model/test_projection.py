@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doremi_train.model import configs, folders, optim
+from doremi_train.model.configs import ModelOptions
+from doremi_train.model.optim import OptimizerOptions
 from doremi_train.model.projection import Projection
 
 N, D, V = 7, 5, 11
@@ -134,11 +136,11 @@ def test_peak_memory_of_a_step_does_not_depend_on_the_vocabulary(fused: bool) ->
     """Without the embedding's own gradient. The same measure sees how it grows where logits are plain."""
     peaks = []
     for vocabulary in (1 << 13, 1 << 17):
-        options = configs.Options(**configs.preset("nano", "model"))
+        options = ModelOptions(**configs.preset("nano", "model"))
         language_model = folders.build(configs.resolve(options, vocabulary, 0, 128), 0)
         if not fused:
             language_model.projection = None
-        optimizer = optim.build(language_model, optim.Options())
+        optimizer = optim.build(language_model, OptimizerOptions())
         tokens = torch.randint(vocabulary, (8, 129), generator=torch.Generator().manual_seed(0))
 
         def step(of: nn.Module = language_model, by: torch.optim.Optimizer = optimizer, on: Tensor = tokens) -> None:

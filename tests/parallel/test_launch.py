@@ -127,13 +127,13 @@ def test_adafactor_is_refused_where_matrices_are_cut(strategy: str) -> None:
     import torch
 
     from doremi_train.config import UserError
-    from doremi_train.model import optim
+    from doremi_train.model.optim import OptimizerOptions
     from doremi_train.parallel import engine
     from doremi_train.parallel.place import Place
 
     place = Place(strategy, torch.device("cpu"), False, {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="training.optimizer=adafactor.*engine=ddp"):
-        engine.build(place, torch.nn.Linear(2, 2), optim.Options(optimizer="adafactor"))  # type: ignore[arg-type]
+        engine.build(place, torch.nn.Linear(2, 2), OptimizerOptions(optimizer="adafactor"))  # type: ignore[arg-type]
 
 
 @pytest.mark.acceptance

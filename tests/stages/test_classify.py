@@ -17,7 +17,7 @@ from helpers.command import Command, run_here
 from helpers.processes import lines, read
 
 from doremi_train.classification import figures, fit, labelled, models
-from doremi_train.classification.models import Kind, Table
+from doremi_train.classification.models import ClassifierOptions, Kind, Table
 from doremi_train.methods import importance
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list
         from doremi_train.data.tokens import tokenizer
 
         texts = [text for text, _ in planted(1, 300, 0.0)]
-        kind = models.kind(models.Options(model="encoder", length=32), texts)
+        kind = models.kind(ClassifierOptions(model="encoder", length=32), texts)
         name = str(tmp_path / "model")
         kind.build(5).inner.save_pretrained(name)  # another number of classes: the head is new
         PreTrainedTokenizerFast(tokenizer_object=tokenizer.learn(texts, 400)).save_pretrained(name)
@@ -208,7 +208,7 @@ def table(pairs: list[Pair], kind: Kind) -> Table:
 
 def test_parity_is_a_plain_loop_bit_for_bit() -> None:
     """Without clip and normalisation DIMP is ten lines of torch, to the last bit of every parameter."""
-    options = models.Options(epochs=2, least_steps=0, batch_size=32)
+    options = ClassifierOptions(epochs=2, least_steps=0, batch_size=32)
     kind = models.kind(options, [])
     data = table(planted(1, 128, 0.4), kind)
     checker = torch.rand(128, generator=torch.Generator().manual_seed(0)) * 3

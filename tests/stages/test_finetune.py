@@ -17,12 +17,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from doremi_train.config import UserError
-from doremi_train.data import instructions, options
+from doremi_train.data import instructions
 from doremi_train.data.chat import Encoder, Example, coded, padded
 from doremi_train.data.instructions import Instructions
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import tokenizer
 from doremi_train.gradients import capture, products
 from doremi_train.model import configs, folders, language_model, lora
+from doremi_train.model.configs import ModelOptions
+from doremi_train.model.lora import LoraOptions
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -56,7 +59,7 @@ def write(path: Path, records: list[Any]) -> Path:
 def save_model(folder: Path, name: str = "tiny") -> Path:
     """A model of this project, initialised, as a run writes it."""
     spoken = tokenizer.learn([f"{one['prompt']} {one['completion']}" for one in pairs(1, 200)], 300)
-    shape = configs.resolve(configs.Options(**configs.preset(name, "model")), tokenizer.vocabulary_size(spoken), 0, 64)
+    shape = configs.resolve(ModelOptions(**configs.preset(name, "model")), tokenizer.vocabulary_size(spoken), 0, 64)
     built = folders.build(shape, 0)
     folders.save(built, dict(built.named_parameters()), folder, spoken, 0)
     return folder
@@ -163,7 +166,7 @@ def test_a_file_of_another_kind_is_refused(base: Path, tmp_path: Path) -> None:
 
 
 def prepared(base: Path, file: Path, store: Path, held_out: float = 0.03) -> Instructions:
-    where = options.Options(embedded=None, root=str(file.parents[1]), validation_fraction=held_out)
+    where = DataOptions(embedded=None, root=str(file.parents[1]), validation_fraction=held_out)
     return Instructions(instructions.prepare(where, Encoder(str(base), "finetune.model"), 48, store))
 
 
@@ -221,7 +224,7 @@ def test_losses_are_those_of_completions_alone(base: Path) -> None:
 def test_gradients_of_examples_through_lora_are_autograd_s(base: Path, dropout: float) -> None:
     """Masks, LoRA's scale and its dropout: what GREATS scores by is what training would do."""
     inner = folders.read(base, "finetune.model")
-    lora.add(inner, lora.Options(rank=3, alpha=7.0, dropout=dropout), 0, "finetune.lora")
+    lora.add(inner, LoraOptions(rank=3, alpha=7.0, dropout=dropout), 0, "finetune.lora")
     built = language_model.CompletionModel(inner.double())
     named = {name: p for name, p in built.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)

@@ -24,6 +24,7 @@ from doremi_train.data.batches import read as read_batch
 from doremi_train.data.sampler import Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import configs, folders
+from doremi_train.model.configs import ModelOptions
 from doremi_train.stages.runs import reference_losses
 from doremi_train.training import frozen
 from doremi_train.training.frozen import Cached, Live, Table
@@ -53,7 +54,7 @@ class Counted(Live):
 
     def __init__(self, data: TokenStore, seed: int = 0) -> None:
         config = {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-        options = configs.Options(config=config | {"num_attention_heads": 2})
+        options = ModelOptions(config=config | {"num_attention_heads": 2})
         shape = configs.resolve(options, data.vocabulary_size, data.end_of_document, LENGTH)
         super().__init__(folders.build(shape, seed), CPU, "fp32")
         self.seen: list[tuple[int, int]] = []

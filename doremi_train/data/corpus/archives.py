@@ -8,10 +8,10 @@ from typing import Any, BinaryIO, cast
 from doremi_train.config import UserError
 from doremi_train.data.corpus import opening, records
 from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 
 
-def read_tar(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     """A webdataset: KEY.txt is the text of a sample, else the text key of KEY.json; nothing is written to disk."""
     samples = 0
     with opening.open_file(source.url, options) as stream:

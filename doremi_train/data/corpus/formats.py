@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 from doremi_train.config import UserError
 from doremi_train.data.corpus import archives, installed, megatron, opening, planted, records
 from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE
 
 BATCH = 1 << 24  # bytes of parquet rows decoded together, about
@@ -19,12 +19,12 @@ INSTALLED = "installed:"
 PLANTED = "planted:"
 
 
-def read_jsonl(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def read_jsonl(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     for number, record in objects(source, options, bad):
         yield from records.record_text(record, source, options, f"{source.url}, line {number}")
 
 
-def objects(source: Source, options: Options, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(source: Source, options: DataOptions, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
     with opening.open_file(source.url, options) as stream:
         for number, line in _lines(stream):
             record = records.parse(line, source.url, number, bad)
@@ -46,7 +46,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _read_parquet(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     columns = [options.text_key] if source.domain is not None else [options.text_key, str(options.domain_key)]
     with opening.open_file(source.url, options) as stream:
         file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed, not row groups
@@ -68,12 +68,12 @@ def _rows(metadata: pq.FileMetaData) -> int:
     return int(min(max(BATCH / max(mean, 1), 1), 1024))
 
 
-def _read_text(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def _read_text(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     with opening.open_file(source.url, options) as stream:
         yield from records.document(str(source.domain), source.split, records.decode(stream, source.url))
 
 
-def _read_megatron(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     path = index_of(source.url)
     try:
         index = megatron.open_index(_bytes_of(path, options))
@@ -89,7 +89,7 @@ def _read_megatron(source: Source, options: Options, bad: BadLines) -> Iterator[
             raise UserError(f"{source.url}: {error}; tokens are ids from 0; write the file again") from error
 
 
-def _bytes_of(url: str, options: Options) -> np.ndarray:
+def _bytes_of(url: str, options: DataOptions) -> np.ndarray:
     """(n,) uint8: memory-mapped where the file is local."""
     fs, path = opening.file_system(url, "data", options)
     if isinstance(fs, LocalFileSystem) and fs.size(path):
@@ -97,19 +97,19 @@ def _bytes_of(url: str, options: Options) -> np.ndarray:
     return np.frombuffer(fs.cat_file(path), np.uint8)
 
 
-def _read_installed(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def _read_installed(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     domain, split = source.url.removeprefix(INSTALLED).split("/")
     for _, text in installed.texts(installed.listing(domain, split, options.validation_fraction)):
         yield from records.document(domain, split, [text])
 
 
-def _read_planted(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def _read_planted(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     domain, split = source.url.removeprefix(PLANTED).split("/")
     for text in planted.texts(domain, split, options.validation_fraction):
         yield from records.document(domain, split, [text])
 
 
-def reader(url: str) -> Callable[[Source, Options, BadLines], Iterator[Piece]]:
+def reader(url: str) -> Callable[[Source, DataOptions, BadLines], Iterator[Piece]]:
     if url.startswith(INSTALLED):
         return _read_installed
     if url.startswith(PLANTED):
@@ -117,7 +117,7 @@ def reader(url: str) -> Callable[[Source, Options, BadLines], Iterator[Piece]]:
     return read_jsonl if url.startswith(PIPE) else READERS[str(ending_of(url))]
 
 
-READERS: dict[str, Callable[[Source, Options, BadLines], Iterator[Piece]]] = {
+READERS: dict[str, Callable[[Source, DataOptions, BadLines], Iterator[Piece]]] = {
     ".jsonl": read_jsonl,
     ".jsonl.zst": read_jsonl,
     ".jsonl.gz": read_jsonl,

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from doremi_train.config import UserError
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
 READER = 1  # raise when the same files would give other documents: data prepared before is then not reused
@@ -46,7 +46,7 @@ class Source:
 class BadLines:
     """Counts broken JSON lines over the whole preparation."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: DataOptions) -> None:
         self.most = options.max_bad_lines
         self.count = 0
 
@@ -60,14 +60,14 @@ class BadLines:
             )
 
 
-def file_system(url: str, key: str, options: Options) -> tuple[Any, str]:
+def file_system(url: str, key: str, options: DataOptions) -> tuple[Any, str]:
     """(file system, path in it). Raises UserError for a protocol that may run code, or that is not installed."""
     if not harmless(url):
         refuse_command(url, key, options)
     return filesystem(url, key, odd=True)
 
 
-def refuse_command(url: str, key: str, options: Options) -> None:
+def refuse_command(url: str, key: str, options: DataOptions) -> None:
     if not options.allow_pipe:
         raise UserError(
             f"{key}={url!r}: refused, because it may run a command on this machine; allowed are paths and "
@@ -76,7 +76,7 @@ def refuse_command(url: str, key: str, options: Options) -> None:
 
 
 @contextmanager
-def open_file(url: str, options: Options) -> Iterator[BinaryIO]:
+def open_file(url: str, options: DataOptions) -> Iterator[BinaryIO]:
     """Bytes of a file, decompressed by its ending, or of a command."""
     if url.startswith(PIPE):
         with _command(url) as stream:

@@ -12,11 +12,11 @@ from doremi_train.data.corpus import formats
 from doremi_train.data.corpus.formats import READERS
 from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.records import domain_of
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.storage.steady import one_line
 
 
-def read(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
+def read(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     """The documents of one source, in its order; empty ones are skipped.
 
     Raises UserError for a file that is truncated, corrupt, unreadable or not as the options say.
@@ -25,7 +25,7 @@ def read(source: Source, options: Options, bad: BadLines) -> Iterator[Piece]:
         yield from formats.reader(source.url)(source, options, bad)
 
 
-def records(source: Source, options: Options, bad: BadLines) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def records(source: Source, options: DataOptions, bad: BadLines) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Domain, line (from 1) and JSON object of every line of a source of JSON lines.
 
     Raises UserError as `read` does, and for a file of another kind.

@@ -8,7 +8,7 @@ import orjson
 
 from doremi_train.config import UserError, flatten
 from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.storage.steady import one_line
 
 PIECE = 4_000_000  # characters (or tokens) of a document handed on together
@@ -51,13 +51,13 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, place: str, posit
         ) from error
 
 
-def record_text(record: dict[str, Any], source: Source, options: Options, place: str) -> Iterator[Piece]:
+def record_text(record: dict[str, Any], source: Source, options: DataOptions, place: str) -> Iterator[Piece]:
     domain = domain_of(record, source, options, place)
     text = _field(record, options.text_key, "data.text_key", place)
     yield from document(domain, source.split, [text])
 
 
-def domain_of(record: dict[str, Any], source: Source, options: Options, place: str) -> str:
+def domain_of(record: dict[str, Any], source: Source, options: DataOptions, place: str) -> str:
     """The source's domain, else the one that the record names."""
     if source.domain is not None:
         return source.domain

@@ -9,7 +9,7 @@ from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.sidecar import Selected
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 
 
 class Router:
@@ -19,7 +19,7 @@ class Router:
     domain), then given training files. A document equal to a validation document met before is dropped and counted.
     """
 
-    def __init__(self, options: Options, sources: list[Source]) -> None:
+    def __init__(self, options: DataOptions, sources: list[Source]) -> None:
         self.options = options
         self.sources = sources
         rank = {"validation": 0, None: 1, "train": 2}
@@ -67,7 +67,7 @@ class Router:
         return "train"
 
 
-def held_out(piece: Piece, options: Options) -> bool:
+def held_out(piece: Piece, options: DataOptions) -> bool:
     """Whether the document that begins with this piece is for validation, by its source or by its hash."""
     return piece.split == "validation" or (piece.split is None and _key(piece) < _threshold(options))
 
@@ -77,7 +77,7 @@ def _key(piece: Piece) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _threshold(options: Options) -> float:
+def _threshold(options: DataOptions) -> float:
     return options.validation_fraction * 2.0**64
 
 

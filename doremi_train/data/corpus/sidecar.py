@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.corpus.opening import Piece, Source
 from doremi_train.data.corpus.sources import names, signature
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 
 COLUMNS = ("shard", "row", "start", "end", "selected")
 
 
-def identity(options: Options, sources: list[Source]) -> Any:
+def identity(options: DataOptions, sources: list[Source]) -> Any:
     """A JSON value that changes with the selection. Raises UserError where it is none, or one of other files."""
     path = Path(str(options.selection))
     try:
@@ -38,7 +38,7 @@ def identity(options: Options, sources: list[Source]) -> Any:
     return [metadata.get("selection"), path.stat().st_size]
 
 
-def domains(options: Options) -> frozenset[str] | None:
+def domains(options: DataOptions) -> frozenset[str] | None:
     """The domains that something was chosen from: the others are left out. None where the sidecar does not say."""
     if options.selection is None:
         return None
@@ -53,7 +53,7 @@ def _metadata(path: Path) -> dict[str, str]:
 class Selected:
     """The chosen parts of one source, to be taken out of its pieces in their order."""
 
-    def __init__(self, options: Options, sources: list[Source], source: Source) -> None:
+    def __init__(self, options: DataOptions, sources: list[Source], source: Source) -> None:
         shard = names(options, sources)[sources.index(source)]
         mine = [("shard", "==", shard), ("selected", "==", True)]
         table = pq.read_table(str(options.selection), columns=["row", "start", "end"], filters=mine)

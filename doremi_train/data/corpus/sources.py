@@ -10,11 +10,11 @@ from doremi_train.config import UserError, redact
 from doremi_train.data.corpus import installed, planted
 from doremi_train.data.corpus.formats import INSTALLED, PLANTED, READERS, ending_of, index_of
 from doremi_train.data.corpus.opening import READER, Source, file_system, refuse_command
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, reaching
 
 
-def resolve(options: Options) -> list[Source]:
+def resolve(options: DataOptions) -> list[Source]:
     """The files to read, sorted by domain, split and name.
 
     Raises UserError for everything wrong that can be seen without reading them.
@@ -45,7 +45,7 @@ def resolve(options: Options) -> list[Source]:
     return sources
 
 
-def signature(options: Options, sources: list[Source]) -> dict[str, Any]:
+def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
     """A JSON value that changes with any source file or reading option: the content address of what is prepared.
 
     Files of data.root are named relative to it, so that the folder may move.
@@ -57,7 +57,7 @@ def signature(options: Options, sources: list[Source]) -> dict[str, Any]:
     return {"reader": READER, "text_key": options.text_key, "domain_key": options.domain_key, "files": files}
 
 
-def names(options: Options, sources: list[Source]) -> list[str]:
+def names(options: DataOptions, sources: list[Source]) -> list[str]:
     """A name for every source: its URL, or its path in data.root, so that the folder may move."""
     found: dict[str, None] = {}
     for source in sources:
@@ -72,7 +72,7 @@ def names(options: Options, sources: list[Source]) -> list[str]:
 # Which files
 
 
-def _from_root(root: str, options: Options) -> list[Source]:
+def _from_root(root: str, options: DataOptions) -> list[Source]:
     fs, path = file_system(root, "data.root", options)
     with reaching(root, "data.root"):
         if not root or not fs.isdir(path):
@@ -106,7 +106,7 @@ def _from_folder(fs: Any, folder: str) -> list[Source]:
     return [_source(fs, path, domain, splits[split], "data.root") for split in found for path in found[split]]
 
 
-def _from_domains(options: Options) -> list[Source]:
+def _from_domains(options: DataOptions) -> list[Source]:
     sources = []
     for domain, files in (options.domains or {}).items():
         splits = _splits(bool(files.validation))
@@ -120,7 +120,7 @@ def _from_domains(options: Options) -> list[Source]:
     return sources
 
 
-def _from_files(options: Options) -> list[Source]:
+def _from_files(options: DataOptions) -> list[Source]:
     if not options.files:
         raise UserError("data.files=[]: nothing to read; give globs, paths or URLs")
     if options.domain_key is None:
@@ -137,7 +137,7 @@ def _from_files(options: Options) -> list[Source]:
     return sources
 
 
-def _from_installed(options: Options) -> list[Source]:
+def _from_installed(options: DataOptions) -> list[Source]:
     sources = []
     for domain in installed.domains():
         for split in ("train", "validation"):
@@ -162,7 +162,7 @@ def _splits(validation_given: bool) -> dict[str, str | None]:
     return {"train": "train" if validation_given else None, "validation": "validation"}
 
 
-def _match(pattern: str, domain: str | None, split: str | None, key: str, options: Options) -> list[Source]:
+def _match(pattern: str, domain: str | None, split: str | None, key: str, options: DataOptions) -> list[Source]:
     """Files of a path, glob or URL. Raises UserError where there is none."""
     if pattern.startswith(PIPE):
         refuse_command(pattern, key, options)

@@ -21,7 +21,7 @@ from doremi_train.data.corpus.routing import Router
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
 from doremi_train.data.corpus.sidecar import identity
 from doremi_train.data.corpus.sources import resolve, signature
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
@@ -39,7 +39,7 @@ def silent(description: str, done: int, total: int | None) -> None:
     """Show no progress."""
 
 
-def request(options: Options) -> Request:
+def request(options: DataOptions) -> Request:
     """What decides the tokens: files (by size and time of change), reading options, tokeniser. Reads no text."""
     return _request(options, resolve(options))
 
@@ -65,7 +65,7 @@ def explain_change(old: Request, new: Request) -> str:
     return "; ".join(parts)
 
 
-def prepare(options: Options, folder: Path, progress: Progress = silent, mirror: Mirror | None = None) -> Path:
+def prepare(options: DataOptions, folder: Path, progress: Progress = silent, mirror: Mirror | None = None) -> Path:
     """The finished token store `folder`/<address> of these options: made, continued or found there, or in `mirror`,
     where it is then too.
 
@@ -86,7 +86,7 @@ def prepare(options: Options, folder: Path, progress: Progress = silent, mirror:
     return target
 
 
-def _request(options: Options, sources: list[Source]) -> Request:
+def _request(options: DataOptions, sources: list[Source]) -> Request:
     if options.tokenizer == "train":
         tokenizer: Request = {"vocabulary_size": options.vocabulary_size, "tokenizer_sample": options.tokenizer_sample}
     else:
@@ -122,7 +122,7 @@ def locked(path: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _refuse_bad_lines(target: Path, options: Options) -> None:
+def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
     """max_bad_lines is not part of the address, so a store made under a looser one may be found."""
     bad = orjson.loads((target / "manifest.json").read_bytes())["bad_lines"]
     if bad > options.max_bad_lines:
@@ -135,7 +135,7 @@ def _refuse_bad_lines(target: Path, options: Options) -> None:
 # ── The stages of a preparation ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fill(target: Path, options: Options, sources: list[Source], wanted: Request, progress: Progress) -> None:
+def _fill(target: Path, options: DataOptions, sources: list[Source], wanted: Request, progress: Progress) -> None:
     target.mkdir(exist_ok=True)
     tokenizer = sample.sampled_tokenizer(target, options, sources, progress)
     end = tokenizers.end_of_document(tokenizer, options.end_of_document)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress
 from doremi_train.files import write_bytes
@@ -16,7 +16,7 @@ from doremi_train.files import write_bytes
 READ_AHEAD = 4  # how many times the tokeniser's sample is read in search of domains, where the files do not name them
 
 
-def sampled_tokenizer(target: Path, options: Options, sources: list[Source], progress: Progress) -> Tokenizer:
+def sampled_tokenizer(target: Path, options: DataOptions, sources: list[Source], progress: Progress) -> Tokenizer:
     """The store's tokeniser: given, or learned once; its file also serves a continued preparation."""
     file = target / "tokenizer.json"
     if file.exists():
@@ -30,7 +30,7 @@ def sampled_tokenizer(target: Path, options: Options, sources: list[Source], pro
     return tokenizer
 
 
-def _sample(options: Options, sources: list[Source], meter: Meter) -> list[str]:
+def _sample(options: DataOptions, sources: list[Source], meter: Meter) -> list[str]:
     """The first training documents of each domain, up to an even share of data.tokenizer_sample characters.
 
     Where the files do not name the domains, a share shrinks whenever a new domain is met, and at most READ_AHEAD times
@@ -50,7 +50,7 @@ def _sample(options: Options, sources: list[Source], meter: Meter) -> list[str]:
 
 
 def _sample_texts(
-    options: Options, sources: list[Source], shares: dict[str, "_Share"], meter: Meter
+    options: DataOptions, sources: list[Source], shares: dict[str, "_Share"], meter: Meter
 ) -> Iterator[tuple[str, str]]:
     """(domain, text) of training pieces, passing over the rest of a named domain once its share is full."""
     router, bad = Router(options, sources), BadLines(options)
@@ -70,7 +70,7 @@ def _sample_texts(
                 break
 
 
-def _even(options: Options, shares: dict[str, "_Share"]) -> int:
+def _even(options: DataOptions, shares: dict[str, "_Share"]) -> int:
     return max(options.tokenizer_sample // len(shares), 1)
 
 

@@ -19,7 +19,7 @@ from doremi_train.config import UserError
 from doremi_train.files import replacing
 from doremi_train.methods import ngram
 from doremi_train.selection.documents.tasks import BENCHMARK, COPY, ELIGIBLE, SHORT
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 REFUSED = {SHORT: "short", COPY: "copy", BENCHMARK: "benchmark"}
 LENGTHS = 24  # powers of two
@@ -81,7 +81,7 @@ def _by_domain(table: pa.Table) -> dict[str, NDArray[np.int64]]:
     return {name: np.flatnonzero(codes == code) for code, name in enumerate(encoded.dictionary.to_pylist())}
 
 
-def budgets(options: Options, found: Totals) -> tuple[dict[str, int], NDArray[np.int64]]:
+def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], NDArray[np.int64]]:
     """(group of each domain, budgets (G,) in documents or tokens).
 
     Raises UserError where a domain is unknown or not named, or has less than is asked for.

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError
-from doremi_train.data import options as data_options
 from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.routing import held_out
+from doremi_train.data.options import DataOptions
 from doremi_train.methods import ngram
 from doremi_train.selection.documents import kernels
 
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
         return self.text[self.start[number] : self.end[number]].tobytes()
 
 
-def batches(source: Source, data: data_options.Options, bad: BadLines, chunk: int | None) -> Iterator[Batch]:
+def batches(source: Source, data: DataOptions, bad: BadLines, chunk: int | None) -> Iterator[Batch]:
     """The training documents of one source, cut into parts of at most `chunk` tokens; None: not cut. The tokens of a
     batch hold until the next is asked for."""
     waiting: list[Document] = []
@@ -59,7 +59,7 @@ def batches(source: Source, data: data_options.Options, bad: BadLines, chunk: in
         yield batch(waiting, chunk, room)
 
 
-def documents(source: Source, data: data_options.Options, bad: BadLines, whole: bool) -> Iterator[Document]:
+def documents(source: Source, data: DataOptions, bad: BadLines, whole: bool) -> Iterator[Document]:
     """What of a source is for training; a giant document in pieces, or `whole`."""
     row, base, kept = -1, 0, False
     parts: list[bytes] = []
@@ -104,7 +104,7 @@ def batch(documents: list[Document], chunk: int | None, room: kernels.Room | Non
     return Batch(documents, text, tokens, np.append(first, tokens.first[-1]), document, start, end)
 
 
-def texts(sources: Iterable[Source], data: data_options.Options, key: str) -> list[bytes]:
+def texts(sources: Iterable[Source], data: DataOptions, key: str) -> list[bytes]:
     """All documents of target or benchmark files, which fit the memory. Raises UserError where there is none."""
     found: list[bytes] = []
     for source in sources:

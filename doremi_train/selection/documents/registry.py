@@ -12,11 +12,11 @@ from doremi_train.selection.documents.scorers import (
     TokenGrams,
     WordGrams,
 )
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 FEATURES: dict[str, type[NGrams]] = {"words": WordGrams, "tokens": TokenGrams, "granular": GranularGrams}
 
-METHODS: dict[str, Callable[[Options], Scorer]] = {
+METHODS: dict[str, Callable[[SelectionOptions], Scorer]] = {
     "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),
     "random": Random,
     "bm25": BM25,

@@ -16,7 +16,7 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.methods import ngram
 from doremi_train.selection.documents import granular, kernels
 from doremi_train.selection.documents.parts import Batch, Document, batch
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 Arrays = dict[str, NDArray]
 Targets = Mapping[str, list[bytes]]  # documents of every column
@@ -54,7 +54,7 @@ class Scorer(Protocol):
 class Random:
     """Every part alike: the baseline of baselines."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: SelectionOptions) -> None:
         self.options = options
 
     def sums(self) -> Arrays:

@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from doremi_train.data import options as data_options
 from doremi_train.data.corpus.opening import BadLines, Source
+from doremi_train.data.options import DataOptions
 from doremi_train.files import replacing, write_bytes
 from doremi_train.methods import ngram
 from doremi_train.selection.documents import kernels
 from doremi_train.selection.documents.parts import Batch, batches
 from doremi_train.selection.documents.registry import METHODS
 from doremi_train.selection.documents.scorers import BUCKETS, Arrays, Scorer, Targets, token_ids, whole
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 ROWS = 2**16  # of a row group
 ELIGIBLE, SHORT, COPY, BENCHMARK = range(4)
@@ -33,8 +33,8 @@ class Task:
     folder: Path  # of the scores
     number: int  # of the source
     source: Source
-    data: data_options.Options
-    options: Options
+    data: DataOptions
+    options: SelectionOptions
 
     @property
     def counts(self) -> Path:
@@ -154,7 +154,7 @@ def summed(tasks: list[Task]) -> Arrays:
     return total
 
 
-def fit(options: Options, columns: Targets, sums: Arrays, forbidden: Targets) -> Arrays:
+def fit(options: SelectionOptions, columns: Targets, sums: Arrays, forbidden: Targets) -> Arrays:
     """The content of `model.npz`: the names of the columns, the method's model, and the runs of tokens that a part must
     not share with documents of the kinds in `forbidden`."""
     model = {"names": np.array(list(columns)), **METHODS[options.method](options).fit(columns, sums)}

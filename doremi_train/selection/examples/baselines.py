@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train.selection.examples.influence import Coded, batches
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 _TOGETHER = 1000  # texts that are split into words together
 _TEMPERATURE = 0.1  # of n-gram resampling, in standard deviations of the score
@@ -33,7 +33,7 @@ def by_words(method: str, pool: Sequence[bytes], targets: Mapping[str, list[byte
     from doremi_train.selection.documents.registry import METHODS  # numba is an extra
     from doremi_train.selection.documents.scorers import whole
 
-    scorer = METHODS[method](Options(method=method))
+    scorer = METHODS[method](SelectionOptions(method=method))
     found = [whole(list(pool[first : first + _TOGETHER])) for first in range(0, len(pool), _TOGETHER)]
     sums = scorer.sums()
     for batch in found:

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from doremi_train.config import UserError
 from doremi_train.data import options as data_options
+from doremi_train.data.options import DataOptions
 from doremi_train.stages import choice
 from doremi_train.stages.choice import target_files
 from doremi_train.stages.session import Session
 
 
-def data(session: Session) -> data_options.Options:
+def data(session: Session) -> DataOptions:
     """The data options of this run: with its own selection, where it makes one."""
     options = session.config.data
     if session.config.selection.method == "none":

@@ -6,6 +6,7 @@ from doremi_train.config import UserError
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus.opening import Source
 from doremi_train.data.corpus.sources import resolve
+from doremi_train.data.options import DataOptions
 from doremi_train.stages.session import Session
 
 
@@ -44,7 +45,7 @@ def files_of(session: Session, patterns: tuple[str, ...], key: str) -> list[Sour
         raise UserError(str(error).replace("data.domains.text.train", key)) from None
 
 
-def text_options(session: Session, patterns: tuple[str, ...] = ()) -> data_options.Options:
+def text_options(session: Session, patterns: tuple[str, ...] = ()) -> DataOptions:
     """Options that read targets and benchmarks as the data is read."""
     return replace(
         session.config.data, embedded=None, root=None, files=None, domain_key=None, selection=None,

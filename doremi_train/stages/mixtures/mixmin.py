@@ -25,7 +25,7 @@ from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget, language_model, submit, targets
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
-from doremi_train.training.task import Options
+from doremi_train.training.task import TrainingOptions
 
 
 class Losses(NamedTuple):
@@ -78,7 +78,9 @@ def _name(domain: str) -> str:
     return f"mixmin/experts/{domain_folder(domain)}"
 
 
-def _ingredients(session: Session, store: TokenStore) -> tuple[dict[str, Any], Tensor, Options, Subsample | None]:
+def _ingredients(
+    session: Session, store: TokenStore
+) -> tuple[dict[str, Any], Tensor, TrainingOptions, Subsample | None]:
     """What an expert is trained from: model, its one domain, training options and part of the data."""
     shape = language_model.resolved_model(session, store)
     one = torch.ones(1, dtype=torch.float64)

@@ -25,7 +25,7 @@ from doremi_train.stages.runs import budget, language_model, reference
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.training.task import Options, Task
+from doremi_train.training.task import Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 STAGES = 50  # of a schedule, at most
@@ -159,5 +159,5 @@ def _by_domain(figures: Mapping[str, Any], store: TokenStore) -> list[float]:
     return [figures["domains"][name]["loss"] for name in store.domains]
 
 
-def _training(session: Session) -> Options:
+def _training(session: Session) -> TrainingOptions:
     return replace(session.config.training, steps=main_steps(session))

@@ -13,7 +13,7 @@ from doremi_train.data.corpus import installed
 from doremi_train.data.corpus.opening import BadLines
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.sources import resolve
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 
 PROJECT = Path(__file__).parents[3]
 DIGEST = """
@@ -99,7 +99,7 @@ def test_long_documents_end_with_a_line():
 
 
 def test_read_as_sources():
-    options = Options()
+    options = DataOptions()
     sources = resolve(options)
     assert {source.split for source in sources} == {"train", "validation"}
     assert len({source.domain for source in sources}) == len(installed.domains())

@@ -226,10 +226,10 @@ def test_the_order_is_the_same_in_two_processes(tmp_path):
     for domain in "zyxw":
         write_as(tmp_path / domain, ".txt")
     program = (
-        "import sys; from doremi_train.data.options import Options\n"
+        "import sys; from doremi_train.data.options import DataOptions\n"
         "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
         "from doremi_train.data.corpus.sources import *\n"
-        "o = Options(root=sys.argv[1]); s = resolve(o); print(signature(o, s), s)\n"
+        "o = DataOptions(root=sys.argv[1]); s = resolve(o); print(signature(o, s), s)\n"
         "print([p for x in s for p in read(x, o, BadLines(o))])"
     )
     outputs = set()
@@ -300,7 +300,7 @@ def test_large_files_stay_within_memory(tmp_path):
         "import re, sys; from pathlib import Path; from doremi_train.data.options import *\n"
         "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
         "from doremi_train.data.corpus.sources import *\n"
-        "o = Options(domains={'a': Split((sys.argv[1],))})\n"
+        "o = DataOptions(domains={'a': Split((sys.argv[1],))})\n"
         "n = sum(1 for s in resolve(o) for p in read(s, o, BadLines(o)))\n"
         "print(n, int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024)"
     )

@@ -22,7 +22,7 @@ from helpers.processes import documents_of
 
 from doremi_train.config import UserError, load
 from doremi_train.data.corpus import routing
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import encoding
 from doremi_train.data.tokens import prepare as preparation
 from doremi_train.data.tokens import tokenizer as tokenizers
@@ -78,8 +78,8 @@ def write(folder: Path, split: str, documents: list[str], form: str) -> None:
         (folder / f"{split}.{form}").write_bytes(compress(jsonl(documents)))
 
 
-def options(root: Path | None = None, **more: Any) -> Options:
-    return load(Options, SMALL | ({"root": str(root)} if root else {}) | more, "data")
+def options(root: Path | None = None, **more: Any) -> DataOptions:
+    return load(DataOptions, SMALL | ({"root": str(root)} if root else {}) | more, "data")
 
 
 def corpus(root: Path, form: str = "jsonl", domains: str = "ab") -> Path:
@@ -294,7 +294,7 @@ import json, os, signal, sys
 from pathlib import Path
 from doremi_train.config import load
 from doremi_train.data.tokens import encoding, prepare
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 
 calls, most = 0, int(sys.argv[3])
 def progress(description, done, total):
@@ -304,7 +304,7 @@ def progress(description, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 encoding.BATCH_PIECES = 10
-prepare.prepare(load(Options, json.loads(sys.argv[1]), "data"), Path(sys.argv[2]), progress)
+prepare.prepare(load(DataOptions, json.loads(sys.argv[1]), "data"), Path(sys.argv[2]), progress)
 """
 
 
@@ -388,10 +388,10 @@ MEMORY = """
 import json, re, sys
 from pathlib import Path
 from doremi_train.config import load
-from doremi_train.data.options import Options
+from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens.prepare import prepare
 
-prepare(load(Options, json.loads(sys.argv[1]), "data"), Path(sys.argv[2]))
+prepare(load(DataOptions, json.loads(sys.argv[1]), "data"), Path(sys.argv[2]))
 # Not ru_maxrss, which a child inherits from the process that started it.
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
 """

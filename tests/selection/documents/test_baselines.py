@@ -14,7 +14,7 @@ from scipy import optimize
 from doremi_train.selection.documents import baselines
 from doremi_train.selection.documents.registry import METHODS
 from doremi_train.selection.documents.scorers import whole
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 pytest.importorskip("numba")
 
@@ -22,7 +22,7 @@ pytest.importorskip("numba")
 def test_bm25_is_lucene_s() -> None:
     corpus = [text.split() for text in documents(1, "abcdefgh", 60, 20_000)]
     queries = [text.split()[:20] for text in documents(7, "abcdefgh", 60, 1000)] + [corpus[3][:5]]
-    scorer = METHODS["bm25"](Options(method="bm25"))
+    scorer = METHODS["bm25"](SelectionOptions(method="bm25"))
     sums, batch = scorer.sums(), whole([" ".join(words).encode() for words in corpus])
     scorer.observe(batch, sums)
     model = scorer.fit({"t": [" ".join(words).encode() for words in queries]}, sums)
@@ -76,7 +76,7 @@ def test_a_classifier_finds_what_is_hidden(place: list[str], tmp_path: Path) -> 
 def test_a_classifier_is_the_minimum_of_its_loss_whatever_the_division() -> None:
     corpus = [text.encode() for text in documents(1, "abcdefgh", 60, 20_000)]
     target = {"t": [text.encode() for text in documents(2, "cdefghij", 60, 3000)]}
-    scorer = METHODS["classifier"](Options(method="classifier", buckets=50))
+    scorer = METHODS["classifier"](SelectionOptions(method="classifier", buckets=50))
     sums = [scorer.sums() for _ in range(3)]
     for some, part in zip(sums, (corpus, corpus[:20], corpus[20:]), strict=True):
         scorer.observe(whole(part), some)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doremi_train.methods import ngram
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 kernels = pytest.importorskip("doremi_train.selection.documents.kernels")
 scorers = pytest.importorskip("doremi_train.selection.documents.scorers")
@@ -107,14 +107,14 @@ def test_counts_and_scores_are_those_of_every_gram() -> None:
 
 
 def test_counts_of_the_method_tell_those_of_the_diagnostics() -> None:
-    scorer = scorers.WordGrams(Options(method="ngram"))
+    scorer = scorers.WordGrams(SelectionOptions(method="ngram"))
     sums, counted = scorer.sums(), np.zeros(scorers.BUCKETS, np.int64)
     batch = scorers.whole([text.encode() for text in TEXTS])
     scorer.observe(batch, sums)
     kernels.count(batch.tokens.hashes, batch.bounds, counted)
     told = scorer.words(sums)
     assert told is not None and counted.any() and told.tolist() == counted.tolist()
-    other = scorers.WordGrams(Options(method="ngram", buckets=10_000))
+    other = scorers.WordGrams(SelectionOptions(method="ngram", buckets=10_000))
     assert other.words(other.sums()) is None  # not a multiple: counted beside
 
 

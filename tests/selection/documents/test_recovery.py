@@ -13,7 +13,7 @@ from helpers.corpus import write_jsonl
 
 from doremi_train.selection.documents.registry import METHODS
 from doremi_train.selection.documents.scorers import whole
-from doremi_train.selection.options import Options
+from doremi_train.selection.options import SelectionOptions
 
 pytest.importorskip("numba")
 
@@ -92,12 +92,12 @@ def test_domains_on_which_nothing_was_tuned(few: int) -> None:
     pile = {path.parent.name: [d["text"] for d in read(path)] for path in (CORPORA / "debpile").glob("*/train-*.zst")}
     pile = {name: [text[:1500].encode() for text in texts if len(text) > 1500][:150] for name, texts in pile.items()}
     ways = {
-        "default": Options("ngram"),
-        "10 000 buckets": Options("ngram", buckets=10_000),
-        "mixed": Options("ngram", mixing="held_out"),
-        "exact": Options("ngram", exact=True),
-        "classifier": Options("classifier"),
-        "bm25": Options("bm25"),
+        "default": SelectionOptions("ngram"),
+        "10 000 buckets": SelectionOptions("ngram", buckets=10_000),
+        "mixed": SelectionOptions("ngram", mixing="held_out"),
+        "exact": SelectionOptions("ngram", exact=True),
+        "classifier": SelectionOptions("classifier"),
+        "bm25": SelectionOptions("bm25"),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for domain, seed in itertools.product(HELD_OUT, range(3)):

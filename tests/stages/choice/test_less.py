@@ -13,6 +13,7 @@ from helpers.command import Command, start
 from benchmarks import planted_tasks
 from benchmarks.planted_tasks import TASKS, records, write
 from doremi_train.model import optim
+from doremi_train.model.optim import OptimizerOptions
 
 pytest.importorskip("numba", reason="the baselines by words need the extra select")
 
@@ -91,7 +92,7 @@ def test_weights_of_checkpoints_are_the_mean_rates_of_the_recorded_schedule(chos
     metrics = {line["step"]: line["learning_rate"] for line in lines(chosen / "warmup/metrics.jsonl")}
     assert warm["examples"] == 6 and recipe["epoch"] == 1 and len(warm["learning_rates"]) == 2
     schedule = {key: recipe["training"][key] for key in ("learning_rate", "end_learning_rate", "schedule", "warmup")}
-    expected = [optim.learning_rate(step, 2, optim.Options(**schedule)) for step in (1, 2)]
+    expected = [optim.learning_rate(step, 2, OptimizerOptions(**schedule)) for step in (1, 2)]
     assert warm["learning_rates"] == pytest.approx(expected, rel=1e-12)
     assert metrics[2] == pytest.approx(warm["learning_rates"][1])
     assert len(list((chosen / "warmup/epochs").glob("*.pt"))) == 2
