@@ -88,11 +88,18 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def token_store(
-    folder: Path, domains: int, tokens: int, vocabulary: int, member_tokens: int = 1 << 20, members_per_shard: int = 64
+    folder: Path,
+    domains: int,
+    tokens: int,
+    vocabulary: int,
+    member_tokens: int = 1 << 20,
+    members_per_shard: int = 64,
 ) -> shards.TokenStore:
     """A finished store of random tokens: as many in each domain for training, a hundredth for validation."""
     words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
-    writer = writing.ShardWriter(folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard)
+    writer = writing.ShardWriter(
+        folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard
+    )
     random = np.random.default_rng(0)
     for domain in range(domains):
         for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
@@ -135,7 +142,9 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) 
     for n, column in enumerate(columns):
         shown.add_column(column, justify="right" if n else "left", no_wrap=True)
     for row in rows:
-        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
+        shown.add_row(
+            *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row)
+        )
     console = Console()
     if not console.is_terminal:
         console.width = 120

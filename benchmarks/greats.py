@@ -31,11 +31,15 @@ from doremi_train.training.task import Position, Task
 from doremi_train.training.trainer import Trainer
 
 
-def training(of: Setting, label: str, selection: BatchSelectionOptions | None, parts: int = 1) -> Steps:
+def training(
+    of: Setting, label: str, selection: BatchSelectionOptions | None, parts: int = 1
+) -> Steps:
     """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it takes two passes."""
     count = of.training.batch_size
     shown = np.arange(count // 2)  # as many validation sequences as picks
-    target = read(of.store, "train", np.zeros_like(shown), shown, of.training.sequence_length).tokens
+    target = read(
+        of.store, "train", np.zeros_like(shown), shown, of.training.sequence_length
+    ).tokens
     task = Task(
         label=label,
         run=Run(of.folder / label, "greats", {}),
@@ -44,7 +48,9 @@ def training(of: Setting, label: str, selection: BatchSelectionOptions | None, p
         store=of.store,
         seed=0,
         training=replace(
-            of.training, batch_size=count // 2 if selection else count, micro_batch_size=-(-count // parts)
+            of.training,
+            batch_size=count // 2 if selection else count,
+            micro_batch_size=-(-count // parts),
         ),
         evaluation=EvaluationOptions(every=STEPS),
         selection=batch_selection.Setting(selection, count, target) if selection else None,
@@ -63,14 +69,18 @@ def naive(of: Setting) -> Steps:
     optimizer = optim.build(lm, of.training)
 
     def gradient(tokens: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part.flatten() for part in torch.autograd.grad(lm(tokens).mean(), parameters)])
+        return torch.cat(
+            [part.flatten() for part in torch.autograd.grad(lm(tokens).mean(), parameters)]
+        )
 
     at = 0
     while True:
         domain, sequence = np.zeros(count, np.int64), (at + np.arange(count)) % 512
         tokens = read(of.store, "train", domain, sequence, length).tokens.to(device)
         rows = torch.stack([gradient(tokens[i : i + 1]) for i in range(count)])
-        picks = greats.pick(rows @ gradient(tokens[:2]), rows @ rows.T, count // 2, 1e-3, 1.0, 0.95).picked
+        picks = greats.pick(
+            rows @ gradient(tokens[:2]), rows @ rows.T, count // 2, 1e-3, 1.0, 0.95
+        ).picked
         del rows
         lm(tokens[picks]).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -83,8 +93,12 @@ def naive(of: Setting) -> Steps:
 SIDES: dict[str, Callable[[Setting], Steps]] = {
     "plain": lambda of: training(of, "plain", None),
     "sketched": lambda of: training(of, "sketched", BatchSelectionOptions(method="greats")),
-    "exact": lambda of: training(of, "exact", BatchSelectionOptions(method="greats", route="exact")),
-    "two_passes": lambda of: training(of, "two_passes", BatchSelectionOptions(method="greats"), parts=2),
+    "exact": lambda of: training(
+        of, "exact", BatchSelectionOptions(method="greats", route="exact")
+    ),
+    "two_passes": lambda of: training(
+        of, "two_passes", BatchSelectionOptions(method="greats"), parts=2
+    ),
     "naive": naive,
 }
 
@@ -100,7 +114,9 @@ def measure(given: argparse.Namespace) -> common.Result:
     return common.Result(found | ratios, figures)
 
 
-def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Ratio], dict[str, Any]]:
+def of_model(
+    name: str, given: argparse.Namespace
+) -> tuple[dict[str, common.Ratio], dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # what the trainers say
@@ -113,15 +129,25 @@ def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Rat
             # Ten steps of a run have one gradient of the validation loss.
             turns[side] = step._turn(device, steps, 10 if side != "naive" else 1)
         clock = time.process_time if given.clock == "cpu" else time.perf_counter
-        times = common.alternate(turns, given.rounds or (3 if given.quick else 10), warm_up=1, clock=clock)
-    seconds = {side: statistics.median(found) / (10 if side != "naive" else 1) for side, found in times.items()}
+        times = common.alternate(
+            turns, given.rounds or (3 if given.quick else 10), warm_up=1, clock=clock
+        )
+    seconds = {
+        side: statistics.median(found) / (10 if side != "naive" else 1)
+        for side, found in times.items()
+    }
     memory = {side: _peak(name, side, given) for side in sides}
     common.table(
         f"{name}: {of.training.batch_size} candidates of {of.training.sequence_length} tokens",
         ("side", "ms a step", "over plain", "peak MB"),
-        [(side, 1e3 * seconds[side], seconds[side] / seconds["plain"], memory[side]) for side in sides],
+        [
+            (side, 1e3 * seconds[side], seconds[side] / seconds["plain"], memory[side])
+            for side in sides
+        ],
     )
-    per_step = {side: [t / (10 if side != "naive" else 1) for t in found] for side, found in times.items()}
+    per_step = {
+        side: [t / (10 if side != "naive" else 1) for t in found] for side, found in times.items()
+    }
     found = {
         f"{side}_over_plain_on_candidates": common.ratio(per_step[side], per_step["plain"])
         for side in sides
@@ -132,8 +158,22 @@ def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Rat
 
 def _peak(name: str, side: str, given: argparse.Namespace) -> float:
     """Peak memory in MB of a process that takes a few steps of one side, above what it has before them."""
-    command = [sys.executable, "-m", "benchmarks.greats", "--model", name, "--peak", side, "--device", given.device]
-    sizes = [f"--{key}={value}" for key in ("vocabulary", "batch", "length") if (value := getattr(given, key))]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.greats",
+        "--model",
+        name,
+        "--peak",
+        side,
+        "--device",
+        given.device,
+    ]
+    sizes = [
+        f"--{key}={value}"
+        for key in ("vocabulary", "batch", "length")
+        if (value := getattr(given, key))
+    ]
     done = subprocess.run(
         [*command, *sizes, f"--precision={given.precision}", f"--threads={given.threads}"],
         check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1],
@@ -145,7 +185,9 @@ def _peak_here(side: str, given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         of = step.setting(given.model[0], given, Path(folder))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after the store was written
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the peak begins anew, after the store was written
         before = _resident()
         with contextlib.closing(SIDES[side](of)) as steps:
             for _ in range(3):
@@ -158,14 +200,22 @@ def _peak_here(side: str, given: argparse.Namespace) -> None:
 
 def _resident() -> float:
     """Peak resident memory of this process in MB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return float(line.split()[1]) / 1e3
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     step.options(parser)
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="plain is always one")
-    parser.add_argument("--peak", choices=list(SIDES), help="print the peak memory of one side alone, in MB")
+    parser.add_argument(
+        "--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="plain is always one"
+    )
+    parser.add_argument(
+        "--peak", choices=list(SIDES), help="print the peak memory of one side alone, in MB"
+    )
 
 
 if __name__ == "__main__":

@@ -94,7 +94,12 @@ def processes(count: int, folder: Path) -> Parts:
     """What one of them does for a global batch of so many times 8 sequences of 8 domains."""
     path = folder / "read"
     store = TokenStore.open(path) if path.exists() else common.token_store(path, 8, 1 << 17, 1000)
-    batch, weights, drawn, steps = 8 * count, np.full(8, 1 / 8), [np.zeros(8, np.int64)], iter(range(10**9))
+    batch, weights, drawn, steps = (
+        8 * count,
+        np.full(8, 1 / 8),
+        [np.zeros(8, np.int64)],
+        iter(range(10**9)),
+    )
     sampler = Sampler(store.sequences("train", LENGTH), store.domains, batch, SEED)
 
     def draw() -> None:
@@ -147,7 +152,9 @@ WORDS = 8  # of a document: so short, as only their number counts here
 TOGETHER, FILE = 10**4, 10**5  # documents that come as parts of a long one; documents of a file
 
 
-def documents(sizes: tuple[int, ...], folder: Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def documents(
+    sizes: tuple[int, ...], folder: Path
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds and bytes of commands that select a tenth of so many documents, and that choose another tenth of them."""
     times: dict[str, list[float]] = {"select": [], "choose again": []}
     memory: dict[str, list[float]] = {"select": [], "choose again": []}
@@ -155,13 +162,18 @@ def documents(sizes: tuple[int, ...], folder: Path) -> tuple[dict[str, list[floa
     for size in sizes:
         home = folder / f"{size}"
         for file in range(-(-size // FILE)):
-            random, path = np.random.default_rng(file), home / "raw" / "d" / f"train-{file:05d}.jsonl"
+            random, path = (
+                np.random.default_rng(file),
+                home / "raw" / "d" / f"train-{file:05d}.jsonl",
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as out:
                 for _ in range(min(size, FILE) // TOGETHER):
                     words = vocabulary[random.choice(5000, TOGETHER * WORDS, p=zipf / zipf.sum())]
                     out.write(json.dumps({"text": " ".join(words.tolist())}) + "\n")
-        (home / "target.jsonl").write_text(json.dumps({"text": " ".join(vocabulary[100:200])}) + "\n")
+        (home / "target.jsonl").write_text(
+            json.dumps({"text": " ".join(vocabulary[100:200])}) + "\n"
+        )
         for seed, part in enumerate(times):
             seconds_, peak_ = command(
                 "stage=select", "selection=ngram", f"selection.targets={{t: [{home / 'target.jsonl'}]}}",
@@ -176,10 +188,14 @@ def documents(sizes: tuple[int, ...], folder: Path) -> tuple[dict[str, list[floa
 
 def command(*overrides: str) -> tuple[float, float]:
     """Processor seconds and peak bytes of a command."""
-    started = subprocess.Popen([sys.executable, "-m", "doremi_train", *overrides], stdout=subprocess.DEVNULL)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "doremi_train", *overrides], stdout=subprocess.DEVNULL
+    )
     _, status, used = os.wait4(started.pid, 0)
     if status:
-        sys.exit(f"doremi-train {' '.join(overrides)}: ended with {os.waitstatus_to_exitcode(status)}")
+        sys.exit(
+            f"doremi-train {' '.join(overrides)}: ended with {os.waitstatus_to_exitcode(status)}"
+        )
     return used.ru_utime + used.ru_stime, 1024.0 * used.ru_maxrss
 
 
@@ -195,7 +211,9 @@ AXES = {
     "domains": Axis("domains", (8, 32, 128, 512, 2048, 10_000), domains),
     "processes": Axis("processes, 8 sequences each", (1, 4, 16, 64, 256, 1024), processes),
     "sequences": Axis("sequences in a domain", (10**3, 10**5, 10**7, 10**9), sequences),
-    "vocabulary": Axis("entries of the vocabulary", (1 << 10, 1 << 12, 1 << 14, 1 << 17), vocabulary),
+    "vocabulary": Axis(
+        "entries of the vocabulary", (1 << 10, 1 << 12, 1 << 14, 1 << 17), vocabulary
+    ),
 }
 
 
@@ -245,7 +263,9 @@ def measure(given: argparse.Namespace) -> common.Result:
             memory: dict[str, list[float]] = {}
             for size in sizes:
                 for part, function in axis.parts(size, Path(folder)).items():
-                    times.setdefault(part, []).append(seconds(function, 0.02 if given.quick else 0.2))
+                    times.setdefault(part, []).append(
+                        seconds(function, 0.02 if given.quick else 0.2)
+                    )
                     memory.setdefault(part, []).append(peak(function))
             figures[name] = shown(axis.label, name, sizes, times, memory, given.pictures)
         if given.only in (None, "documents"):
@@ -301,7 +321,11 @@ def picture(label: str, found: Mapping[str, Any]) -> str:
         part: charts.Curve(values["sizes"], [[1e6 * value for value in values["seconds"]]])
         for part, values in found.items()
     }
-    return drawn(charts.lines(f"Time with {label}", label, "µs", curves, settings=True, logarithmic=True, powers=True))
+    return drawn(
+        charts.lines(
+            f"Time with {label}", label, "µs", curves, settings=True, logarithmic=True, powers=True
+        )
+    )
 
 
 def drawn(chart: str) -> str:
@@ -315,7 +339,9 @@ def drawn(chart: str) -> str:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw growth-NAME.svg there")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="draw growth-NAME.svg there"
+    )
     parser.add_argument("--only", choices=[*AXES, "documents"], help="one of them alone")
 
 

@@ -21,7 +21,11 @@ from doremi_train.model.lora import LoraOptions
 from doremi_train.selection.examples import influence
 from doremi_train.selection.examples.influence import Checkpoint, Coded
 
-SIZE, TOGETHER, BLOCK = 8192, 16, 4096  # of a projection; examples, and numbers of a gradient, projected at once
+SIZE, TOGETHER, BLOCK = (
+    8192,
+    16,
+    4096,
+)  # of a projection; examples, and numbers of a gradient, projected at once
 OPTIONS = less.Options()
 
 
@@ -79,8 +83,15 @@ def of_rank(rank: int, given: argparse.Namespace) -> tuple[dict[str, common.Rati
         "one_at_a_time_dense_over_direct": common.ratio(times["published"], times["direct"]),
         "one_at_a_time_over_ours": common.ratio(times["one_at_a_time"], ours),
     }
-    of_growth = {name: float(np.median(found)) / float(np.median(growth["pool"])) for name, found in growth.items()}
-    return found, {"seconds_per_example": seconds, "parameters": [numbers(of), every(of)], "over_pool": of_growth}
+    of_growth = {
+        name: float(np.median(found)) / float(np.median(growth["pool"]))
+        for name, found in growth.items()
+    }
+    return found, {
+        "seconds_per_example": seconds,
+        "parameters": [numbers(of), every(of)],
+        "over_pool": of_growth,
+    }
 
 
 def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> Setting:
@@ -95,11 +106,16 @@ def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> S
         tie_word_embeddings=True,
     )  # fmt: skip
     inner = AutoModelForCausalLM.from_config(config)
-    options = LoraOptions(rank=rank, alpha=4.0 * rank, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    options = LoraOptions(
+        rank=rank, alpha=4.0 * rank, targets=("q_proj", "k_proj", "v_proj", "o_proj")
+    )
     lora.add(inner, options, 0, "rank")
     tuning = language_model.CompletionModel(inner).to(device)
     random = np.random.default_rng(0)
-    pool = [random.integers(0, given.vocabulary, length).astype(np.int32) for length in random.integers(32, 161, count)]
+    pool = [
+        random.integers(0, given.vocabulary, length).astype(np.int32)
+        for length in random.integers(32, 161, count)
+    ]
     optimizer = torch.optim.AdamW([p for p in tuning.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(2):
         for _, batch in influence.batches(pool[:8], 1 << 12, device):
@@ -107,7 +123,9 @@ def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> S
         optimizer.step()
         optimizer.zero_grad()
     at = Checkpoint(tuning.eval(), influence.moments(tuning, optimizer))
-    drawn = [{name: torch.randn_like(m.first) for name, m in at.moments.items()} for _ in range(targets)]
+    drawn = [
+        {name: torch.randn_like(m.first) for name, m in at.moments.items()} for _ in range(targets)
+    ]
     return Setting(at, pool, drawn, given.tokens, device)
 
 
@@ -126,14 +144,21 @@ def direct(of: Setting, targets: int) -> None:
 def published(of: Setting, matrix: Tensor | None) -> None:
     """A backward for every example, its whole direction as one vector, and 16 of these projected by a dense matrix."""
     named = {name: p for name, p in of.at.model.named_parameters() if p.requires_grad}
-    moments = [torch.cat([getattr(of.at.moments[n], key).flatten() for n in named]) for key in ("first", "second")]
+    moments = [
+        torch.cat([getattr(of.at.moments[n], key).flatten() for n in named])
+        for key in ("first", "second")
+    ]
     one = next(iter(of.at.moments.values()))
     waiting: list[Tensor] = []
     for number, example in enumerate(of.pool, 1):
         batch = torch.from_numpy(example).long()[None].to(of.device)
-        gradient = torch.autograd.grad(influence.losses(of.at.model, batch).sum(), list(named.values()))
+        gradient = torch.autograd.grad(
+            influence.losses(of.at.model, batch).sum(), list(named.values())
+        )
         whole = torch.cat([part.flatten() for part in gradient])
-        waiting.append(less.direction(whole, one._replace(first=moments[0], second=moments[1]), OPTIONS))
+        waiting.append(
+            less.direction(whole, one._replace(first=moments[0], second=moments[1]), OPTIONS)
+        )
         if matrix is not None and (len(waiting) == TOGETHER or number == len(of.pool)):
             rows = torch.stack(waiting)
             total = rows.new_zeros(len(rows), SIZE)
@@ -161,7 +186,9 @@ def every(of: Setting) -> int:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", nargs="+", type=int, default=[128, 16], help="of LoRA, on q, k, v, o")
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=[128, 16], help="of LoRA, on q, k, v, o"
+    )
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -170,7 +197,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process, on a busy machine"
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: of this process, on a busy machine",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -51,13 +51,26 @@ def measure(given: argparse.Namespace) -> common.Result:
             )
             for method, losses in methods.items()
         ]
-        common.table(f"{target}: nats per token", ("trained on", "mean", "deviation", "better than all"), rows)
+        common.table(
+            f"{target}: nats per token",
+            ("trained on", "mean", "deviation", "better than all"),
+            rows,
+        )
     for target, methods in right.items():
-        every: list[tuple[object, ...]] = [(m, statistics.mean(parts), min(parts)) for m, parts in methods.items()]
-        common.table(f"{target}: right answers of its task among the choice", ("by", "mean", "least"), every)
+        every: list[tuple[object, ...]] = [
+            (m, statistics.mean(parts), min(parts)) for m, parts in methods.items()
+        ]
+        common.table(
+            f"{target}: right answers of its task among the choice", ("by", "mean", "least"), every
+        )
     if given.picture:
         given.picture.write_text(drawn(_picture(found, given.seeds)))
-    figures = {"steps": given.steps, "seeds": given.seeds, "held_out_loss": found, "precision": right}
+    figures = {
+        "steps": given.steps,
+        "seeds": given.seeds,
+        "held_out_loss": found,
+        "precision": right,
+    }
     return common.Result({}, figures)
 
 
@@ -85,7 +98,9 @@ def _picture(found: dict[str, dict[str, list[float]]], seeds: int) -> str:
     points = {}
     for target, methods in found.items():
         gains = [_gains(methods, name) for name in names]
-        points[target] = [charts.Point(statistics.mean(gain), min(gain), max(gain)) for gain in gains]
+        points[target] = [
+            charts.Point(statistics.mean(gain), min(gain), max(gain)) for gain in gains
+        ]
     title = f"Better than training on all data, over {seeds} seeds"
     return charts.rows(title, "nats per token of the target", names, points, zero=True)
 
@@ -99,7 +114,9 @@ def _coded(*overrides: str) -> Any:
     return _Coded
 
 
-def _target(target: str, folder: Path, overrides: list[str], given: argparse.Namespace) -> dict[str, list[float]]:
+def _target(
+    target: str, folder: Path, overrides: list[str], given: argparse.Namespace
+) -> dict[str, list[float]]:
     sweep = folder / "runs" / target
     command(
         *("-m", "stage=finetune", *overrides, f"run_dir={sweep}", f"store={folder}/store"),
@@ -127,13 +144,23 @@ def _right(target: str, folder: Path) -> dict[str, list[float]]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--corpus", type=Path, help="a folder of domains with train* and validation* files: real text")
-    parser.add_argument("--targets", nargs="+", help="default: all planted tasks, or of a corpus the domain man_en")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        help="a folder of domains with train* and validation* files: real text",
+    )
+    parser.add_argument(
+        "--targets", nargs="+", help="default: all planted tasks, or of a corpus the domain man_en"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--pretraining", type=int, help="steps of the model that is fine-tuned")
-    parser.add_argument("--pool", type=int, help="examples of each planted task, or of each domain at most")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="write what each is better by there, as SVG")
+    parser.add_argument(
+        "--pool", type=int, help="examples of each planted task, or of each domain at most"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="write what each is better by there, as SVG"
+    )
 
 
 if __name__ == "__main__":

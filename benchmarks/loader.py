@@ -39,7 +39,10 @@ RATE = 1_000_000  # tokens a second that a fast consumer takes
 
 def in_process(store: TokenStore) -> Iterator[object]:
     """The draw of a step and its tokens, on this thread."""
-    sampler, weights = Sampler(store.sequences("train", LENGTH), store.domains, BATCH, 0), even(store)
+    sampler, weights = (
+        Sampler(store.sequences("train", LENGTH), store.domains, BATCH, 0),
+        even(store),
+    )
     counts = np.zeros(len(weights), np.int64)
     for step in range(FAR):
         draw = sampler.draw(step, weights, counts)
@@ -60,7 +63,10 @@ def read_ahead(store: TokenStore, length: int = LENGTH) -> Generator[Batch, None
 def memmap_gather(store: TokenStore) -> Iterator[object]:
     """Windows of one array a domain at random places: no index, no epochs, no bounds, nothing to resume."""
     length = int(store.sequences("train", LENGTH).min())
-    maps = [np.memmap(path, np.uint16, "r").view(np.ndarray) for path in sorted(store.path.glob("train/*/00000.tar"))]
+    maps = [
+        np.memmap(path, np.uint16, "r").view(np.ndarray)
+        for path in sorted(store.path.glob("train/*/00000.tar"))
+    ]
     random = np.random.default_rng(0)
     while True:
         domain = random.integers(len(maps), size=BATCH)
@@ -89,7 +95,9 @@ class Peers:
     def __init__(self, interpreter: str, store: TokenStore, folder: Path) -> None:
         for k, domain in enumerate(store.domains):
             sequences = np.arange(store.sequences("train", LENGTH)[k])
-            tokens = store.gather("train", np.full_like(sequences, k), sequences, LENGTH).astype(np.uint16)
+            tokens = store.gather("train", np.full_like(sequences, k), sequences, LENGTH).astype(
+                np.uint16
+            )
             (folder / domain).mkdir(parents=True)
             np.save(folder / domain / "tokens.npy", tokens)
         script = Path(__file__).parent / "peers" / "loaders.py"
@@ -124,7 +132,9 @@ class Peers:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"--peers: the process ended; its last words:\n{Path(self._log.name).read_text()[-2000:]}")
+            sys.exit(
+                f"--peers: the process ended; its last words:\n{Path(self._log.name).read_text()[-2000:]}"
+            )
         return line
 
 
@@ -144,13 +154,16 @@ def seek(store: TokenStore) -> float:
 def wide_store(folder: Path, domains: int, shards: int, linked: bool = True) -> Path:
     """A finished store of that many domains with that many tiny shards each: one real domain's, linked again and again,
     or only described."""
-    one = common.token_store(folder / "one", 1, shards << 16, 1000, member_tokens=1 << 16, members_per_shard=1)
+    one = common.token_store(
+        folder / "one", 1, shards << 16, 1000, member_tokens=1 << 16, members_per_shard=1
+    )
     path = folder / "wide"
     manifest = json.loads((one.path / "manifest.json").read_text())
     described = manifest["domains"][one.domains[0]]
     names = [f"domain-{k:05d}" for k in range(domains)]
     manifest["domains"] = {
-        name: {split: {**described[split], "folder": f"{split}/{name}"} for split in SPLITS} for name in names
+        name: {split: {**described[split], "folder": f"{split}/{name}"} for split in SPLITS}
+        for name in names
     }
     index, parts = np.load(one.path / "index.npy"), []
     for stream, split in enumerate(SPLITS):
@@ -183,7 +196,9 @@ def opening(path: Path) -> dict[str, float]:
     maps = sum(line.endswith(".tar") for line in Path("/proc/self/maps").read_text().splitlines())
     return {
         "domains": len(store.domains),
-        "shards": sum(store.manifest["domains"][domain]["train"]["shards"] for domain in store.domains),
+        "shards": sum(
+            store.manifest["domains"][domain]["train"]["shards"] for domain in store.domains
+        ),
         "seconds_to_first_batch": first,
         "seconds_a_batch_after": (time.perf_counter() - began - first) / 40,
         "open_maps": maps,
@@ -250,24 +265,38 @@ def measure(given: argparse.Namespace) -> common.Result:
         }
         peers: list[str] = []
         if given.peers:
-            others = stack.enter_context(contextlib.closing(Peers(given.peers, store, folder / "peers")))
+            others = stack.enter_context(
+                contextlib.closing(Peers(given.peers, store, folder / "peers"))
+            )
             peers = others.names
             for name, why in others.missing.items():
                 print(f"{name}: not measured ({why})")
             for name in peers:
-                sides |= {name: others.turn(name, 0, each), f"{name} worker": others.turn(name, 1, each)}
+                sides |= {
+                    name: others.turn(name, 0, each),
+                    f"{name} worker": others.turn(name, 1, each),
+                }
         else:
-            print("the other libraries are not measured: --peers names the interpreter of an environment that has them")
+            print(
+                "the other libraries are not measured: --peers names the interpreter of an environment that has them"
+            )
         times = common.alternate(sides, rounds, warm_up=1)
         sizes = 1 << 22, 1 << 25
-        sized = [(n, common.token_store(folder / f"{n}", DOMAINS, n // DOMAINS, VOCABULARY).path) for n in sizes]
+        sized = [
+            (n, common.token_store(folder / f"{n}", DOMAINS, n // DOMAINS, VOCABULARY).path)
+            for n in sizes
+        ]
         figures: dict[str, Any] = {
             "million_tokens_per_second": {
-                side: each * BATCH * LENGTH / statistics.median(found) / 1e6 for side, found in times.items()
+                side: each * BATCH * LENGTH / statistics.median(found) / 1e6
+                for side, found in times.items()
             },
             "seek": {"ms": 1e3 * min(seek(store) for _ in range(5))},
             "start_up": common.fresh(opening, wide_store(folder, 1000, 10 if given.quick else 100)),
-            "memory_mb": {f"{size >> 20}M tokens": common.fresh(anonymous_memory, path) for size, path in sized},
+            "memory_mb": {
+                f"{size >> 20}M tokens": common.fresh(anonymous_memory, path)
+                for size, path in sized
+            },
             "proportions": proportions(store, 1000 if given.quick else 20_000),
             "waiting": waiting(store, 30 if given.quick else 300),
         }
@@ -279,17 +308,25 @@ def measure(given: argparse.Namespace) -> common.Result:
     common.table(
         "beside it",
         ("what", "found"),
-        [(f"{what} {key}", value) for what in list(figures)[1:] for key, value in figures[what].items()],
+        [
+            (f"{what} {key}", value)
+            for what in list(figures)[1:]
+            for key, value in figures[what].items()
+        ],
     )
     ratios = {"of_memmap_gather": common.ratio(times["memmap_gather"], times["in_process"])}
     for name in peers:
         ratios[f"over_{name}"] = common.ratio(times[name], times["in_process"])
-        ratios[f"over_{name}_one_worker"] = common.ratio(times[f"{name} worker"], times["one_worker"])
+        ratios[f"over_{name}_one_worker"] = common.ratio(
+            times[f"{name} worker"], times["one_worker"]
+        )
     return common.Result(ratios, figures)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter of the environment with the other libraries")
+    parser.add_argument(
+        "--peers", metavar="PYTHON", help="interpreter of the environment with the other libraries"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ from doremi_train.model.projection import Projection
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler talks
 
 VOCABULARIES = (1 << 10, 1 << 13, 1 << 15, 1 << 17)
-SHAPES = [(tokens, width, vocabulary) for tokens in (1024, 4096) for width in (64, 256) for vocabulary in VOCABULARIES]
+SHAPES = [
+    (tokens, width, vocabulary)
+    for tokens in (1024, 4096)
+    for width in (64, 256)
+    for vocabulary in VOCABULARIES
+]
 LARGEST = 1 << 28  # logits that the plain side of a shape may have
 
 
@@ -31,16 +36,22 @@ def measure(given: argparse.Namespace) -> common.Result:
     torch.set_num_threads(given.threads)
     ratios: dict[str, common.Ratio] = {}
     peaks = {
-        vocabulary: _peaks(vocabulary, given) for vocabulary in (VOCABULARIES[1::2] if given.quick else VOCABULARIES)
+        vocabulary: _peaks(vocabulary, given)
+        for vocabulary in (VOCABULARIES[1::2] if given.quick else VOCABULARIES)
     }
     for side in ("fused", "plain"):
-        exact = peaks[1 << 17][side] / peaks[1 << 13][side]  # counted, not measured: it has no spread
+        exact = (
+            peaks[1 << 17][side] / peaks[1 << 13][side]
+        )  # counted, not measured: it has no spread
         name = "" if side == "fused" else "_plain"
         ratios[f"peak_128k_over_8k_vocabulary{name}"] = common.Ratio(exact, exact, exact)
     common.table(
         f"peak memory of a step of {given.model}, MB",
         ("vocabulary", "fused", "plain"),
-        [(vocabulary, found["fused"] / 1e6, found["plain"] / 1e6) for vocabulary, found in peaks.items()],
+        [
+            (vocabulary, found["fused"] / 1e6, found["plain"] / 1e6)
+            for vocabulary, found in peaks.items()
+        ],
     )
     rows = []
     for shape in SHAPES[1:6:4] if given.quick else SHAPES:
@@ -48,8 +59,19 @@ def measure(given: argparse.Namespace) -> common.Result:
             times = _times(*shape, given)
             found = common.ratio(times["fused"], times["plain"])
             ratios["fused_over_plain_{}x{}x{}".format(*shape)] = found
-            taken = "fused" if language_model.fuses(shape[0], shape[2], shape[1], _device(given).type) else "plain"
-            rows.append((*shape, *(1e3 * statistics.median(times[side]) for side in ("fused", "plain")), found, taken))
+            taken = (
+                "fused"
+                if language_model.fuses(shape[0], shape[2], shape[1], _device(given).type)
+                else "plain"
+            )
+            rows.append(
+                (
+                    *shape,
+                    *(1e3 * statistics.median(times[side]) for side in ("fused", "plain")),
+                    found,
+                    taken,
+                )
+            )
     common.table(
         "projection, loss and backward",
         ("tokens", "width", "vocabulary", "fused ms", "plain ms", "ratio", "taken"),
@@ -87,10 +109,14 @@ def _peak(steps: step.Steps, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         next(steps)
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         next(steps)
     found = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"
+    )
     now = most = 0
     for _, change in changes:
         now += change

@@ -31,13 +31,19 @@ from doremi_train.selection.options import SelectionOptions
 
 TARGET = 20  # documents of the first domain
 SHARD = 64.0  # MB of text of a usual file, the work of a task
-WORKERS, NOTHINGS = 2, 400  # at once, and tasks that are done already, to see what a task costs beyond its work
+WORKERS, NOTHINGS = (
+    2,
+    400,
+)  # at once, and tasks that are done already, to see what a task costs beyond its work
 
 
 def work(data: DataOptions, folder: Path) -> list[tasks.Task]:
     """A task for every file; what they write goes into the folder."""
     found = enumerate(sources.resolve(data))
-    return [tasks.Task(folder, number, source, data, SelectionOptions(method="ngram")) for number, source in found]
+    return [
+        tasks.Task(folder, number, source, data, SelectionOptions(method="ngram"))
+        for number, source in found
+    ]
 
 
 def estimated(all_: list[tasks.Task], target: list[bytes]) -> None:
@@ -61,8 +67,12 @@ def handled(done: tasks.Task, rounds: int) -> dict[str, list[float]]:
         engine.run(tasks.score, [done] * NOTHINGS, lambda _: None)
 
     with engines.Processes(WORKERS) as pool, engines.Ray(WORKERS) as ray:
-        times = common.alternate({"processes": partial(turn, pool), "ray": partial(turn, ray)}, rounds)
-    return {name: [seconds * WORKERS / NOTHINGS for seconds in took] for name, took in times.items()}
+        times = common.alternate(
+            {"processes": partial(turn, pool), "ray": partial(turn, ray)}, rounds
+        )
+    return {
+        name: [seconds * WORKERS / NOTHINGS for seconds in took] for name, took in times.items()
+    }
 
 
 class Peer:
@@ -94,10 +104,14 @@ def laid_out(given: DataOptions, megabytes: float, folder: Path) -> list[str]:
         size += len(text.encode())
         if size > megabytes * 1e6:
             break
-    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
+    content = "".join(
+        json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents
+    ).encode()
     (folder / "d").mkdir(parents=True)
     for split in ("train", "validation"):
-        (folder / "d" / f"{split}.jsonl.zst").write_bytes(zstandard.ZstdCompressor(3).compress(content))
+        (folder / "d" / f"{split}.jsonl.zst").write_bytes(
+            zstandard.ZstdCompressor(3).compress(content)
+        )
     return documents
 
 
@@ -114,7 +128,9 @@ def in_memory(documents: list[str], table: NDArray) -> Callable[[], object]:
     def turn() -> None:
         for text, offsets in batches:
             tokens = kernels.split(text, offsets)
-            kernels.score(tokens.hashes, tokens.first, table, np.zeros((len(offsets) - 1, table.shape[1])))
+            kernels.score(
+                tokens.hashes, tokens.first, table, np.zeros((len(offsets) - 1, table.shape[1]))
+            )
 
     return turn
 
@@ -164,7 +180,9 @@ def measure(given: argparse.Namespace) -> common.Result:
             peer = stack.enter_context(contextlib.closing(Peer(given.peer, folder / "small")))
             sides |= {"ours_on_less": whole(small, fit=True), "data_selection": peer.turn}
         else:
-            print("data-selection is not measured: --peer names the interpreter of an environment that has it")
+            print(
+                "data-selection is not measured: --peer names the interpreter of an environment that has it"
+            )
         rounds = given.rounds or (3 if given.quick else 9)
         times = common.alternate(sides, rounds, clock=time.process_time)
         beyond = handled(large[0], rounds) if given.ray else {}
@@ -174,15 +192,24 @@ def measure(given: argparse.Namespace) -> common.Result:
         / statistics.median(took)
         for side, took in times.items()
     }
-    common.table(f"{size:.0f} MB of text, {less:.0f} beside the package", ("", "MB/s and core"), list(speed.items()))
+    common.table(
+        f"{size:.0f} MB of text, {less:.0f} beside the package",
+        ("", "MB/s and core"),
+        list(speed.items()),
+    )
     ratios = {"of_reading": common.ratio(times["reading"], times["end_to_end"])}
     if given.peer:
         ratios["over_data_selection"] = common.ratio(times["data_selection"], times["ours_on_less"])
     figures = {"text_mb": size, **speed}
     if beyond:
-        figures |= {f"{engine}_ms_per_task": 1e3 * statistics.median(took) for engine, took in beyond.items()}
+        figures |= {
+            f"{engine}_ms_per_task": 1e3 * statistics.median(took)
+            for engine, took in beyond.items()
+        }
         bare = SHARD / speed["end_to_end_mb_per_s_core"]
-        ray, processes = ([bare + seconds for seconds in beyond[engine]] for engine in ("ray", "processes"))
+        ray, processes = (
+            [bare + seconds for seconds in beyond[engine]] for engine in ("ray", "processes")
+        )
         ratios["ray_over_processes"] = common.ratio(ray, processes)
         common.table(
             f"beyond the work of a task, of {bare:.2f} s for {SHARD:.0f} MB",
@@ -196,8 +223,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="text: a folder of domains, as data.root")
     parser.add_argument("--megabytes", type=float, help="of text; default: 60")
     parser.add_argument("--rounds", type=int, help="turns of every side")
-    parser.add_argument("--ray", action="store_true", help="also what a task costs on Ray (extra ray)")
-    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with data-selection 1.0.3")
+    parser.add_argument(
+        "--ray", action="store_true", help="also what a task costs on Ray (extra ray)"
+    )
+    parser.add_argument(
+        "--peer", metavar="PYTHON", help="interpreter of an environment with data-selection 1.0.3"
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,10 @@ def selecting(folder: Path, base: Path, root: Path, target: str, count: int) -> 
             held += itertools.islice(examples(root, domain, "validation"), 4)
         write(folder / f"pool/{domain}.jsonl", picked[:count])
     write(folder / "held.jsonl", held)
-    write(folder / f"test/{target}.jsonl", list(itertools.islice(examples(root, target, "validation"), TESTED)))
+    write(
+        folder / f"test/{target}.jsonl",
+        list(itertools.islice(examples(root, target, "validation"), TESTED)),
+    )
     return [
         *("selection=less", f"finetune.model={base}", *_TRAINING, "training.batch_size=16"),
         *("training.schedule=constant", "training.learning_rate=0.001", "finetune.lora.rank=null"),
@@ -68,14 +71,29 @@ def selecting(folder: Path, base: Path, root: Path, target: str, count: int) -> 
     ]
 
 
-_TRAINING = ("training.threads=1", f"training.sequence_length={LENGTH}", f"evaluation.sequences={TESTED}")
+_TRAINING = (
+    "training.threads=1",
+    f"training.sequence_length={LENGTH}",
+    f"evaluation.sequences={TESTED}",
+)
 
 
 def pretraining(folder: Path, root: Path, steps: int) -> tuple[list[str], Path]:
     """The command that makes a base model of all domains, and where it leaves it."""
     run_dir = folder / "base"
     return [
-        *("stage=reference", f"run_dir={run_dir}", f"data.root={root}", "data.vocabulary_size=2048", "model=tiny"),
-        *(*_TRAINING, "evaluation.sequences=8", "training.batch_size=16", f"training.steps={steps}"),
+        *(
+            "stage=reference",
+            f"run_dir={run_dir}",
+            f"data.root={root}",
+            "data.vocabulary_size=2048",
+            "model=tiny",
+        ),
+        *(
+            *_TRAINING,
+            "evaluation.sequences=8",
+            "training.batch_size=16",
+            f"training.steps={steps}",
+        ),
         "training.learning_rate=0.004",
     ], run_dir / "reference/model"

@@ -18,7 +18,9 @@ TASKS = ("amber", "birch", "cedar", "drift", "ember")
 LENGTH = 6  # letters of a prompt
 
 
-def records(seed: int, count: int, noise: float, tasks: tuple[str, ...] = TASKS) -> list[dict[str, Any]]:
+def records(
+    seed: int, count: int, noise: float, tasks: tuple[str, ...] = TASKS
+) -> list[dict[str, Any]]:
     """`count` examples of each task, in random order; `clean` says which answers are right."""
     random = np.random.default_rng(seed)
     ciphers = _ciphers()
@@ -50,7 +52,9 @@ def untrained(folder: Path, width: int = 64, layers: int = 1) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["<end>", *LETTERS])}, unk_token="<end>"))
+    words = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(["<end>", *LETTERS])}, unk_token="<end>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
@@ -73,8 +77,17 @@ def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int
     write(folder / "train.jsonl", records(3, 2000, 0.0))
     write(folder / "held.jsonl", records(2, 20, 0.0))
     outcome = command(
-        *("stage=finetune", f"run_dir={folder}/run", f"finetune.model={untrained(folder / 'untrained', width)}"),
-        *(*TRAINING, "training.batch_size=64", f"training.steps={steps}", "training.learning_rate=0.003"),
+        *(
+            "stage=finetune",
+            f"run_dir={folder}/run",
+            f"finetune.model={untrained(folder / 'untrained', width)}",
+        ),
+        *(
+            *TRAINING,
+            "training.batch_size=64",
+            f"training.steps={steps}",
+            "training.learning_rate=0.003",
+        ),
         f"data.domains={{all: {{train: [{folder}/train.jsonl], validation: [{folder}/held.jsonl]}}}}",
     )
     assert outcome.code == 0, outcome
@@ -92,11 +105,15 @@ def selecting(folder: Path, base: Path, count: int = 200) -> list[str]:
         *("selection=less", f"finetune.model={base}", *TRAINING, "training.batch_size=16"),
         *("training.schedule=constant", "training.learning_rate=0.003"),
         f"data.domains={{pool: {{train: [{folder}/pool.jsonl], validation: [{folder}/held.jsonl]}}}}",
-        "selection.targets={" + ", ".join(f"{task}: [{folder}/target/{task}.jsonl]" for task in TASKS) + "}",
+        "selection.targets={"
+        + ", ".join(f"{task}: [{folder}/target/{task}.jsonl]" for task in TASKS)
+        + "}",
     ]
 
 
-def recovered(command: Callable[..., Any], folder: Path, base: Path, *more: str) -> dict[str, dict[str, float]]:
+def recovered(
+    command: Callable[..., Any], folder: Path, base: Path, *more: str
+) -> dict[str, dict[str, float]]:
     """{task: {method: part of its choice that is of that task and clean}}."""
     outcome = command("stage=select", f"run_dir={folder}/run", *selecting(folder, base), *more)
     assert outcome.code == 0, outcome
@@ -107,5 +124,7 @@ def precision(choices: Path, task: str) -> dict[str, float]:
     found = {}
     for path in sorted(choices.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[path.stem] = sum(line["task"] == task and line["clean"] for line in lines) / len(lines)
+        found[path.stem] = sum(line["task"] == task and line["clean"] for line in lines) / len(
+            lines
+        )
     return found

@@ -41,7 +41,10 @@ from doremi_train.training.trainer import Trainer
 
 LENGTH, PICKS, CANDIDATES, VOCABULARY = 64, 16, 32, 512
 COPIES = 16  # distinct sequences among the duplicates
-TARGET_SEQUENCES, EVALUATED = 16, 64  # of the target's validation text: what policies see, what is reported
+TARGET_SEQUENCES, EVALUATED = (
+    16,
+    64,
+)  # of the target's validation text: what policies see, what is reported
 WARM_STEPS, RATE = 800, 3e-3  # the rate is the best of random's, on a seed that is not reported
 CURVE = 6  # losses of a run
 PUBLISHED = BatchSelectionOptions(
@@ -67,7 +70,9 @@ PARTS = {
     "fresh validation": BatchSelectionOptions(method="greats", validation_every=1),
     "published": PUBLISHED,
     "published, cap": replace(PUBLISHED, cosine_cap=BatchSelectionOptions().cosine_cap),
-    "published, cap, curvature": BatchSelectionOptions(method="greats", preconditioned=False, validation_every=1),
+    "published, cap, curvature": BatchSelectionOptions(
+        method="greats", preconditioned=False, validation_every=1
+    ),
 }
 
 
@@ -95,7 +100,9 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
             left -= len(held[-1])
             if left < 0:
                 break
-    words = tokenizer.learn((text for splits in texts.values() for text in splits["train"][:20]), VOCABULARY)
+    words = tokenizer.learn(
+        (text for splits in texts.values() for text in splits["train"][:20]), VOCABULARY
+    )
     shuffle = random.Random(0)
     noise: dict[str, list[str]] = {"train": [], "validation": []}
     for splits in texts.values():
@@ -106,7 +113,9 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
         for split, found in splits.items():
             for ids in tokenizer.encode(words, found):
                 writer.append((split, domain), np.append(ids, 0), True, None)
-    whole = np.concatenate([tokenizer.encode(words, [s["train"][-1]])[0][: 4 * LENGTH] for s in texts.values()])
+    whole = np.concatenate(
+        [tokenizer.encode(words, [s["train"][-1]])[0][: 4 * LENGTH] for s in texts.values()]
+    )
     block = np.resize(whole, COPIES * LENGTH)
     for split in ("train", "validation"):
         writer.append((split, "copies"), np.tile(block, 200), True, None)
@@ -121,20 +130,26 @@ def mixture(store: shards.TokenStore) -> tuple[float, ...]:
     return tuple(0.3 if name in ("noise", "copies") else 0.4 / clean for name in store.domains)
 
 
-def warmed(store: shards.TokenStore, target: str, steps: int, folder: Path) -> dict[str, torch.Tensor]:
+def warmed(
+    store: shards.TokenStore, target: str, steps: int, folder: Path
+) -> dict[str, torch.Tensor]:
     """A model that has seen the clean domains but the target."""
     others = [name not in ("noise", "copies", target) for name in store.domains]
     task = _task(store, "start", 0, steps, folder)._replace(
         objective_options=cross_entropy.Options(weights=tuple(one / sum(others) for one in others))
     )
-    task = task._replace(training=replace(task.training, learning_rate=1e-2, end_learning_rate=1e-3))
+    task = task._replace(
+        training=replace(task.training, learning_rate=1e-2, end_learning_rate=1e-3)
+    )
     trainer = _trainer(task, store, 0)
     for _ in trainer.steps(_begin(task)):
         pass
     return {name: tensor.clone() for name, tensor in trainer.bare.state_dict().items()}
 
 
-def _task(store: shards.TokenStore, name: str, seed: int, steps: int, folder: Path, count: int = PICKS) -> Task:
+def _task(
+    store: shards.TokenStore, name: str, seed: int, steps: int, folder: Path, count: int = PICKS
+) -> Task:
     return Task(
         label=name,
         run=Run(folder / f"{name}-{seed}", "policies", {}),
@@ -150,16 +165,23 @@ def _task(store: shards.TokenStore, name: str, seed: int, steps: int, folder: Pa
             end_learning_rate=RATE / 10,
             checkpoint_every=10 * steps,
         ),
-        evaluation=EvaluationOptions(sequences=1, every=10 * steps),  # the target's loss is measured here
+        evaluation=EvaluationOptions(
+            sequences=1, every=10 * steps
+        ),  # the target's loss is measured here
     )
 
 
 def _trainer(task: Task, store: shards.TokenStore, seed: int) -> Trainer:
     shape = configs.resolve(
-        ModelOptions(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+        ModelOptions(**configs.preset("tiny", "model")),
+        store.vocabulary_size,
+        store.end_of_document,
+        LENGTH,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        return Trainer(task, folders.build(shape, seed), place.start(EngineOptions(device="cpu"), "fp32", 60))
+        return Trainer(
+            task, folders.build(shape, seed), place.start(EngineOptions(device="cpu"), "fp32", 60)
+        )
 
 
 def _begin(task: Task) -> Position:
@@ -183,7 +205,9 @@ def trained(
     shown = np.arange(EVALUATED) * size // EVALUATED
     free = np.setdiff1d(np.arange(size), shown)
     chosen = free[np.arange(TARGET_SEQUENCES) * len(free) // TARGET_SEQUENCES]
-    looked_at, reported = (read(store, "validation", np.full(len(s), k), s, LENGTH).tokens for s in (chosen, shown))
+    looked_at, reported = (
+        read(store, "validation", np.full(len(s), k), s, LENGTH).tokens for s in (chosen, shown)
+    )
     task = _task(store, policy, seed, steps, folder, PICKS if options else CANDIDATES)
     if options:
         task = task._replace(selection=batch_selection.Setting(options, CANDIDATES, looked_at))
@@ -218,7 +242,9 @@ def trained(
         losses,
         statistics.fmean(clean),
         statistics.fmean(distinct),
-        statistics.fmean([abs(line["penalty_to_score"]) for line in lines("batch_selection")] or [0.0]),
+        statistics.fmean(
+            [abs(line["penalty_to_score"]) for line in lines("batch_selection")] or [0.0]
+        ),
         seconds,
     )
 
@@ -227,7 +253,10 @@ def _picked(trainer: Trainer, store: shards.TokenStore) -> Iterator[tuple[str, i
     if trainer._chosen is None:
         return
     for at in trainer._chosen.picked.tolist():
-        name, sequence = store.domains[trainer._candidates.domain[at]], int(trainer._candidates.sequence[at])
+        name, sequence = (
+            store.domains[trainer._candidates.domain[at]],
+            int(trainer._candidates.sequence[at]),
+        )
         yield name, sequence % COPIES if name == "copies" else sequence
 
 
@@ -239,7 +268,9 @@ def flops(options: BatchSelectionOptions | None, steps: int, shape: costs.Shape)
     scored = {"random": 0, "max_loss": 1}.get(options.method, 2) * CANDIDATES
     learned = PICKS * (3 if options.method in ("random", "max_loss") else 1)
     looked = 3 * TARGET_SEQUENCES if options.method in ("greats", "topk") else 0
-    due = [batch_selection.looks_ahead(step, options.validation_every) for step in range(1, steps + 1)]
+    due = [
+        batch_selection.looks_ahead(step, options.validation_every) for step in range(1, steps + 1)
+    ]
     return [float(scored + learned + looked * now) * one for now in due]
 
 
@@ -250,14 +281,20 @@ def measure(given: argparse.Namespace) -> common.Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = pool(given.root, 100_000 if given.quick else 400_000, folder / "data")
-        target = given.target or next((name for name in store.domains if "python" in name), store.domains[0])
+        target = given.target or next(
+            (name for name in store.domains if "python" in name), store.domains[0]
+        )
         start = warmed(store, target, 20 if given.quick else WARM_STEPS, folder)
         runs: dict[str, list[Trained]] = {policy: [] for policy in policies}
         for seed in seeds:
             for policy, chosen in policies.items():
-                runs[policy].append(trained(store, target, policy, chosen, seed, steps, start, folder))
+                runs[policy].append(
+                    trained(store, target, policy, chosen, seed, steps, start, folder)
+                )
                 print(seed, policy, runs[policy][-1].losses[-1], flush=True)
-        shape = costs.shape(configs.resolve(ModelOptions(**configs.preset("tiny", "model")), VOCABULARY, 0, LENGTH))
+        shape = costs.shape(
+            configs.resolve(ModelOptions(**configs.preset("tiny", "model")), VOCABULARY, 0, LENGTH)
+        )
     figures: dict[str, Any] = {
         policy: {
             "losses": [run.losses for run in of],
@@ -287,7 +324,14 @@ def measure(given: argparse.Namespace) -> common.Result:
 
     common.table(
         f"loss of {target} after {steps} steps, {len(seeds)} seeds",
-        ("policy", "loss", "above greats", "above random", "… at equal FLOPs", "… at equal seconds"),
+        (
+            "policy",
+            "loss",
+            "above greats",
+            "above random",
+            "… at equal FLOPs",
+            "… at equal seconds",
+        ),
         list(
             zip(
                 figures,
@@ -305,7 +349,11 @@ def measure(given: argparse.Namespace) -> common.Result:
         "parts of its picks, and what its steps cost over those of random",
         ("policy", *keys, "FLOPs", "seconds"),
         [
-            (policy, *(f[key] for key in keys), *(sum(f[k]) / sum(figures["random"][k]) for k in ("flops", "seconds")))
+            (
+                policy,
+                *(f[key] for key in keys),
+                *(sum(f[k]) / sum(figures["random"][k]) for k in ("flops", "seconds")),
+            )
             for policy, f in figures.items()
         ],
     )
@@ -331,7 +379,9 @@ def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
         spent = (np.cumsum([0, *found[key]])[steps] for key in ("flops", "seconds"))
         for axis, across in zip(axes, (steps, *spent), strict=True):
             (line,) = axis.plot(across, losses.mean(0), label=policy)
-            axis.fill_between(across, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15)
+            axis.fill_between(
+                across, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15
+            )
     for axis, title in zip(axes, ("steps", "FLOPs", "seconds of one core"), strict=True):
         axis.set_xlabel(title)
     axes[0].set_ylabel(f"loss of {target}, nats per token")
@@ -343,12 +393,18 @@ def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--root", type=Path, help="a folder of domains with train* and validation* files; default: installed text"
+        "--root",
+        type=Path,
+        help="a folder of domains with train* and validation* files; default: installed text",
     )
-    parser.add_argument("--target", help="the domain whose loss counts; default: the first with python in its name")
+    parser.add_argument(
+        "--target", help="the domain whose loss counts; default: the first with python in its name"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--parts", action="store_true", help="GREATS and its switches instead of all policies")
+    parser.add_argument(
+        "--parts", action="store_true", help="GREATS and its switches instead of all policies"
+    )
     parser.add_argument("--picture", type=Path, help="write the curves there, as SVG")
 
 

@@ -79,7 +79,9 @@ def corpus(root: Path | None, size: int, folder: Path) -> DataOptions:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             for piece in reading.read(source, given, opening.BadLines(given)):
-                written += file.write(json.dumps({"text": piece.text}, ensure_ascii=False).encode() + b"\n")
+                written += file.write(
+                    json.dumps({"text": piece.text}, ensure_ascii=False).encode() + b"\n"
+                )
                 if file.tell() > share:
                     break
     for turn in range(1, round(size / written)):
@@ -112,7 +114,10 @@ def measure(given: argparse.Namespace) -> common.Result:
         sides = {side: partial(turn, side) for side in found}
         times = common.alternate(sides, given.rounds or (2 if given.quick else 5), warm_up=0)
         smaller = common.fresh(ours, quarter, folder / "store").peak
-    medians = {side: Took(*map(statistics.median, zip(*turns, strict=True))) for side, turns in found.items()}
+    medians = {
+        side: Took(*map(statistics.median, zip(*turns, strict=True)))
+        for side, turns in found.items()
+    }
     figures: dict[str, Any] = {
         "text_mb": size / 1e6,
         "mb_per_second": {side: size / 1e6 / middle.seconds for side, middle in medians.items()},

@@ -64,14 +64,19 @@ def laid_out(root: Path, target: str, characters: int, folder: Path) -> dict[str
     domains = sorted(path.name for path in root.iterdir() if path.is_dir())
     pool: list[str] = []
     for domain in domains:
-        documents = list(texts(root, domain, "train", characters * (LITTLE if domain == target else 1)))
+        documents = list(
+            texts(root, domain, "train", characters * (LITTLE if domain == target else 1))
+        )
         if domain == target:
             after = list(texts(root, domain, "train", np.inf))[len(documents) :]
             lines(folder / "target.jsonl", after[:SERVED])
         pool += documents
-        lines(folder / "evaluated" / domain / "train.jsonl", documents[:5])  # as a domain has to have some
         lines(
-            folder / "evaluated" / domain / "validation.jsonl", list(texts(root, domain, "validation", characters / 5))
+            folder / "evaluated" / domain / "train.jsonl", documents[:5]
+        )  # as a domain has to have some
+        lines(
+            folder / "evaluated" / domain / "validation.jsonl",
+            list(texts(root, domain, "validation", characters / 5)),
         )
     order = np.random.default_rng(0).permutation(len(pool))
     lines(folder / "raw" / "pool" / "train.jsonl", [pool[n] for n in order])
@@ -79,10 +84,16 @@ def laid_out(root: Path, target: str, characters: int, folder: Path) -> dict[str
     return {name: folder / name for name in ("raw", "evaluated", "target.jsonl")}
 
 
-def stores(at: dict[str, Path], folder: Path, encoder: str | None) -> tuple[dict[str, TokenStore], TokenStore]:
+def stores(
+    at: dict[str, Path], folder: Path, encoder: str | None
+) -> tuple[dict[str, TokenStore], TokenStore]:
     """The training data of every method, and what all are evaluated on."""
     tokenizer = folder / "all" / "prepare" / "tokenizer.json"
-    served = [f"selection.targets={{t: [{at['target.jsonl']}]}}", "selection.workers=1", f"store={folder / 'store'}"]
+    served = [
+        f"selection.targets={{t: [{at['target.jsonl']}]}}",
+        "selection.workers=1",
+        f"store={folder / 'store'}",
+    ]
     pool, words = f"data.root={at['raw']}", f"data.tokenizer={tokenizer}"
 
     def prepared(name: str, *overrides: str) -> TokenStore:
@@ -90,13 +101,27 @@ def stores(at: dict[str, Path], folder: Path, encoder: str | None) -> tuple[dict
 
     found = {"all": prepared("all", pool, f"data.vocabulary_size={VOCABULARY}")}
     granular = made_vocabulary(
-        plain_session(folder / "vocabulary", pool, *served, f"vocabulary.start={tokenizer}", "vocabulary.size=3000")
+        plain_session(
+            folder / "vocabulary",
+            pool,
+            *served,
+            f"vocabulary.start={tokenizer}",
+            "vocabulary.size=3000",
+        )
     )
     methods = {
         "random": ["selection=random"],
         "words": ["selection=ngram"],
-        "tokens": ["selection=ngram", "selection.features=tokens", f"selection.tokenizer={tokenizer}"],
-        "granular": ["selection=ngram", "selection.features=granular", f"selection.vocabulary={granular}"],
+        "tokens": [
+            "selection=ngram",
+            "selection.features=tokens",
+            f"selection.tokenizer={tokenizer}",
+        ],
+        "granular": [
+            "selection=ngram",
+            "selection.features=granular",
+            f"selection.vocabulary={granular}",
+        ],
         "bm25": ["selection=bm25"],
         "classifier": ["selection=classifier"],
     } | ({"embedding": ["selection=embedding", f"selection.encoder={encoder}"]} if encoder else {})
@@ -110,7 +135,10 @@ def trained(
 ) -> list[tuple[float, float]]:
     """Loss of the target, and mean loss of the other domains, at EVALUATIONS steps; nats per token."""
     shape = configs.resolve(
-        ModelOptions(**configs.preset("tiny", "model")), store.vocabulary_size, store.end_of_document, LENGTH
+        ModelOptions(**configs.preset("tiny", "model")),
+        store.vocabulary_size,
+        store.end_of_document,
+        LENGTH,
     )
     training = TrainingOptions(
         steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=4e-3, end_learning_rate=4e-4,
@@ -133,8 +161,12 @@ def trained(
     for step, _ in enumerate(trainer.steps(Position(0, start, np.zeros(1, np.int64))), 1):
         if step % (steps // EVALUATIONS) == 0:
             options = EvaluationOptions(sequences=32)
-            domains = losses.measure(network, evaluated, LENGTH, 64, options, torch.device("cpu"))["domains"]
-            others = statistics.fmean(figures["loss"] for name, figures in domains.items() if name != target)
+            domains = losses.measure(network, evaluated, LENGTH, 64, options, torch.device("cpu"))[
+                "domains"
+            ]
+            others = statistics.fmean(
+                figures["loss"] for name, figures in domains.items() if name != target
+            )
             found.append((domains[target]["loss"], others))
     return found
 
@@ -144,12 +176,21 @@ def measure(given: argparse.Namespace) -> common.Result:
     seeds, steps = (2, 20) if given.quick else (given.seeds, given.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        at = laid_out(given.root, given.target, 100_000 if given.quick else given.characters, folder)
+        at = laid_out(
+            given.root, given.target, 100_000 if given.quick else given.characters, folder
+        )
         trained_on, evaluated = stores(at, folder, given.encoder)
         losses: dict[str, list[list[tuple[float, float]]]] = {method: [] for method in trained_on}
         for seed in range(seeds):
             for method, store in trained_on.items():
-                run = trained(store, evaluated, given.target, seed, steps, folder / "runs" / f"{method}-{seed}")
+                run = trained(
+                    store,
+                    evaluated,
+                    given.target,
+                    seed,
+                    steps,
+                    folder / "runs" / f"{method}-{seed}",
+                )
                 losses[method].append(run)
                 print(seed, method, run[-1], flush=True)
         sizes = {method: int(store.sizes("train").sum()) for method, store in trained_on.items()}
@@ -160,7 +201,8 @@ def measure(given: argparse.Namespace) -> common.Result:
         gain = found[:, -1] - np.array(losses["random"])[:, -1]
         figures[method] = {"losses": found.tolist(), "tokens": sizes[method]}
         cells = [
-            f"{mean:.4f} ± {half:.4f}" for mean, half in map(student_t, [*found[:, -1].T.tolist(), *gain.T.tolist()])
+            f"{mean:.4f} ± {half:.4f}"
+            for mean, half in map(student_t, [*found[:, -1].T.tolist(), *gain.T.tolist()])
         ]
         rows.append((method, f"{sizes[method]:,}", *cells))
     common.table(
@@ -170,22 +212,34 @@ def measure(given: argparse.Namespace) -> common.Result:
     )
     if given.picture:
         at_steps = [(n + 1) * (steps // EVALUATIONS) for n in range(EVALUATIONS)]
-        curves = {method: charts.Curve(at_steps, np.array(runs)[:, :, 0]) for method, runs in losses.items()}
+        curves = {
+            method: charts.Curve(at_steps, np.array(runs)[:, :, 0])
+            for method, runs in losses.items()
+        }
         title = f"Loss of {given.target}, trained on a tenth chosen by"
-        given.picture.write_text(drawn(charts.lines(title, "step", "nats per token", curves, settings=True)))
+        given.picture.write_text(
+            drawn(charts.lines(title, "step", "nats per token", curves, settings=True))
+        )
     return common.Result({}, figures)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--root", type=Path, required=True, help="a folder of domains with train* and validation* files"
+        "--root",
+        type=Path,
+        required=True,
+        help="a folder of domains with train* and validation* files",
     )
     parser.add_argument("--target", default="man_en", help="the domain to serve")
-    parser.add_argument("--characters", type=int, default=500_000, help="of each domain in the pool")
+    parser.add_argument(
+        "--characters", type=int, default=500_000, help="of each domain in the pool"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--encoder", help="a local sentence encoder, for selection=embedding")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the target's curves there, as SVG")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="write the target's curves there, as SVG"
+    )
 
 
 if __name__ == "__main__":

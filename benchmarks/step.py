@@ -46,7 +46,11 @@ class Size(NamedTuple):
     length: int  # tokens
 
 
-SIZES = {"tiny": Size(1024, 32, 128), "small": Size(16384, 8, 128), "280m": Size(32768, 16, 1024)}  # 0.2M, 9M, 110M
+SIZES = {
+    "tiny": Size(1024, 32, 128),
+    "small": Size(16384, 8, 128),
+    "280m": Size(32768, 16, 1024),
+}  # 0.2M, 9M, 110M
 
 
 class Setting(NamedTuple):
@@ -70,7 +74,9 @@ class Setting(NamedTuple):
 # ── The sides ───────────────────────────────────────────────────────────────────────
 
 
-def ours(of: Setting, label: str, objective: Objective, options: Any, reference: frozen.Reference | None) -> Steps:
+def ours(
+    of: Setting, label: str, objective: Objective, options: Any, reference: frozen.Reference | None
+) -> Steps:
     """The trainer, with its sampler, its logs and everything but evaluations and checkpoints."""
     task = Task(
         label=label,
@@ -105,9 +111,13 @@ def live(of: Setting) -> Steps:
 def cached(of: Setting) -> Steps:
     """Every loss is in the table, as in a run after another one that filled it."""
     length = of.training.sequence_length
-    table = frozen.Table(of.folder, of.store, frozen.recipe("some", of.store, length, of.training.precision))
+    table = frozen.Table(
+        of.folder, of.store, frozen.recipe("some", of.store, length, of.training.precision)
+    )
     table.write(np.arange(len(table)), np.full((len(table), length), 9.0, np.float16))
-    return ours(of, "cached", doremi, doremi.Options(), frozen.Cached(table, _no_model, of.place.device))
+    return ours(
+        of, "cached", doremi, doremi.Options(), frozen.Cached(table, _no_model, of.place.device)
+    )
 
 
 def _no_model() -> frozen.Live:
@@ -118,7 +128,9 @@ def handwritten(of: Setting) -> Steps:
     """The shortest loop: one stream of tokens, nothing to resume, no logs."""
     device, length, stream = of.place.device, of.training.sequence_length, of.tokens()
     lm = folders.build(of.config, 0).inner.to(device)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        lm.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99999)
     random = np.random.default_rng(0)
     while True:
@@ -224,36 +236,56 @@ def measure(given: argparse.Namespace) -> common.Result:
     return common.Result(found | ratios, figures)
 
 
-def of_model(name: str, given: argparse.Namespace) -> tuple[dict[str, common.Ratio], dict[str, Any]]:
+def of_model(
+    name: str, given: argparse.Namespace
+) -> tuple[dict[str, common.Ratio], dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # what the trainers say
         of = setting(name, given, folder)
-        steps = {side: stack.enter_context(contextlib.closing(make(of))) for side, make in SIDES.items()}
+        steps = {
+            side: stack.enter_context(contextlib.closing(make(of))) for side, make in SIDES.items()
+        }
         figures: dict[str, Any] = {}
         if given.compile:
-            steps["compiled"] = plain(of._replace(place=of.place._replace(compile=True)), "compiled")
+            steps["compiled"] = plain(
+                of._replace(place=of.place._replace(compile=True)), "compiled"
+            )
             began = time.perf_counter()
             next(steps["compiled"])
             figures["first_compiled_step_seconds"] = time.perf_counter() - began
-        each = 10 if of.place.device.type == "cuda" else 1  # steps a turn: a GPU is to be asked ahead
+        each = (
+            10 if of.place.device.type == "cuda" else 1
+        )  # steps a turn: a GPU is to be asked ahead
         turns = {side: _turn(of.place.device, its, each) for side, its in steps.items()}
         clock = time.process_time if given.clock == "cpu" else time.perf_counter
-        times = common.alternate(turns, given.rounds or (5 if given.quick else 40), warm_up=3, clock=clock)
+        times = common.alternate(
+            turns, given.rounds or (5 if given.quick else 40), warm_up=3, clock=clock
+        )
     seconds = {side: statistics.median(found) / each for side, found in times.items()}
     figures |= described(of, seconds)
     common.table(
         f"{name}: {figures['parameters'] / 1e6:.1f}M parameters, {figures['tokens_per_step']} tokens a step",
         ("side", "ms a step", "tokens/s"),
-        [(side, 1e3 * took, round(figures["tokens_per_step"] / took)) for side, took in seconds.items()],
+        [
+            (side, 1e3 * took, round(figures["tokens_per_step"] / took))
+            for side, took in seconds.items()
+        ],
     )
     pairs = {key: pair for key, pair in RATIOS.items() if set(pair) <= set(times)}
-    return {key: common.ratio(times[above], times[below]) for key, (above, below) in pairs.items()}, figures
+    return {
+        key: common.ratio(times[above], times[below]) for key, (above, below) in pairs.items()
+    }, figures
 
 
 def setting(name: str, given: argparse.Namespace, folder: Path) -> Setting:
     usual = SIZES.get(name, SIZES["small"])
-    size = Size(*(mine or its for mine, its in zip((given.vocabulary, given.batch, given.length), usual, strict=True)))
+    size = Size(
+        *(
+            mine or its
+            for mine, its in zip((given.vocabulary, given.batch, given.length), usual, strict=True)
+        )
+    )
     training = TrainingOptions(
         steps=STEPS,
         batch_size=size.batch,
@@ -286,7 +318,11 @@ def described(of: Setting, seconds: dict[str, float]) -> dict[str, Any]:
     forward = costs.forward(shape, length)
     step = forward + costs.backward(shape, rows, length, False, device.type)
     achieved = 3 * forward * rows * length / seconds["plain"]  # without what is computed again
-    peak = [peak for name, peak in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()]
+    peak = [
+        peak
+        for name, peak in PEAK.items()
+        if device.type == "cuda" and name in torch.cuda.get_device_name()
+    ]
     return {
         "parameters": shape.parameters,
         "tokens_per_step": rows * length,
@@ -300,11 +336,15 @@ def described(of: Setting, seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", default=["tiny", "small"], help="presets; default: tiny small")
+    parser.add_argument(
+        "--model", nargs="+", default=["tiny", "small"], help="presets; default: tiny small"
+    )
     parser.add_argument("--vocabulary", type=int, help="default: the model's usual one here")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--length", type=int, help="tokens a sequence")
-    parser.add_argument("--compile", action="store_true", help="the trainer under torch.compile as well")
+    parser.add_argument(
+        "--compile", action="store_true", help="the trainer under torch.compile as well"
+    )
     common_options(parser)
 
 
@@ -314,7 +354,10 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU; default: 1")
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of this process, on a busy machine"
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: of this process, on a busy machine",
     )
 
 

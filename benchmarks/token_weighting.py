@@ -76,17 +76,26 @@ def _texts(corpus: Path | None, domain: str, split: str) -> Iterator[str]:
 
 def write(corpus: Path | None, out: Path) -> None:
     """OUT/clean and OUT/noisy, and OUT/spans.jsonl: noisy documents with the places of their noise."""
-    domains = installed.domains() if corpus is None else sorted(path.name for path in corpus.iterdir() if path.is_dir())
+    domains = (
+        installed.domains()
+        if corpus is None
+        else sorted(path.name for path in corpus.iterdir() if path.is_dir())
+    )
     with (out / "spans.jsonl").open("w") as kept:
         for domain in domains:
             generator = random.Random(domain)
             for split in ("train", "validation"):
                 for kind in ("clean", "noisy"):
                     (out / kind / domain).mkdir(parents=True, exist_ok=True)
-                clean, noisy = ((out / kind / domain / f"{split}.jsonl").open("w") for kind in ("clean", "noisy"))
+                clean, noisy = (
+                    (out / kind / domain / f"{split}.jsonl").open("w")
+                    for kind in ("clean", "noisy")
+                )
                 with clean, noisy:
                     for text in documents(corpus, domain, split):
-                        changed, spans = shuffled(text, generator) if split == "train" else (text, [])
+                        changed, spans = (
+                            shuffled(text, generator) if split == "train" else (text, [])
+                        )
                         clean.write(json.dumps({"text": text}) + "\n")
                         noisy.write(json.dumps({"text": changed}) + "\n")
                         if split == "train":
@@ -110,7 +119,9 @@ def sequences(out: Path, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tens
         ids, offsets = encoded.ids, encoded.offsets  # each is made anew when it is asked for
         for start in range(0, len(ids) - LENGTH, LENGTH):
             tokens.append(ids[start : start + LENGTH + 1])
-            noise.append([bool(marked[a:b].any()) for a, b in offsets[start + 1 : start + LENGTH + 1]])
+            noise.append(
+                [bool(marked[a:b].any()) for a, b in offsets[start + 1 : start + LENGTH + 1]]
+            )
     chosen = generator.sample(range(len(tokens)), SEQUENCES)
     return torch.tensor([tokens[i] for i in chosen]), torch.tensor([noise[i] for i in chosen])
 
@@ -122,19 +133,25 @@ def losses(folder: Path, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
     return torch.cat([loaded(part) for part in tokens.split(32)])
 
 
-def clean_mass(policy: Any, run: Path, reference: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor) -> float:
+def clean_mass(
+    policy: Any, run: Path, reference: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor
+) -> float:
     """Part of the weight that falls on clean tokens, in batches of 32, with the trained model as it is at the end."""
     vocabulary = int(files.read_json(run / "main" / "model" / "config.json")["vocab_size"])
     own, column = losses(run / "main" / "model", tokens, vocabulary), reference
     if policy == "imp":
-        column = importance.log_ratio(reference, losses(run / "data_model" / "model", tokens, vocabulary))
+        column = importance.log_ratio(
+            reference, losses(run / "data_model" / "model", tokens, vocabulary)
+        )
     options = importance.Options(**asdict(importance.Weighting()), policy=policy)
     found = []
     for rows in torch.arange(len(tokens)).split(32):
         domain = torch.zeros(len(rows), dtype=torch.int64)
         stats = importance.observe(own[rows], column[rows], domain, 1, options)
         state = importance.update(importance.init(1, 1, options), stats, options)
-        found.append(importance.weigh(state, domain, stats.tokens, options, own[rows], column[rows]))
+        found.append(
+            importance.weigh(state, domain, stats.tokens, options, own[rows], column[rows])
+        )
     weights = torch.cat(found)
     return float(weights[~noise].sum() / weights.sum())
 
@@ -152,9 +169,20 @@ def measure(given: argparse.Namespace) -> common.Result:
 def _measure(given: argparse.Namespace, out: Path) -> common.Result:
     write(given.corpus, out)
     seeds, steps = (range(2), 20) if given.quick else (range(3), 150)
-    shared = [*HOW, f"training.steps={steps}", f"evaluation.every={steps}", f"store={out / 'store'}"]
+    shared = [
+        *HOW,
+        f"training.steps={steps}",
+        f"evaluation.every={steps}",
+        f"store={out / 'store'}",
+    ]
     longer = f"training.steps={given.reference_steps or 4 * steps}"
-    train(*shared, f"data.root={out / 'clean'}", f"run_dir={out / 'clean-run'}", "stage=reference", longer)
+    train(
+        *shared,
+        f"data.root={out / 'clean'}",
+        f"run_dir={out / 'clean-run'}",
+        "stage=reference",
+        longer,
+    )
     tokenizer = out / "clean-run" / "prepare" / "tokenizer.json"
     reference = out / "clean-run" / "reference" / "model"
     train(
@@ -171,7 +199,10 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
     found: dict[str, Any] = {"noise tokens": float(noise.float().mean())}
     rows: list[tuple[object, ...]] = []
     for policy in POLICIES:
-        held_out = [files.read_json(runs[policy, seed] / "evaluation.json")["main"]["mean_loss"] for seed in seeds]
+        held_out = [
+            files.read_json(runs[policy, seed] / "evaluation.json")["main"]["mean_loss"]
+            for seed in seeds
+        ]
         mass = [clean_mass(policy, runs[policy, seed], frozen, tokens, noise) for seed in seeds]
         found[policy] = {"held-out loss": held_out, "weight on clean tokens": mass}
         less = [a - b for a, b in zip(found["none"]["held-out loss"], held_out, strict=True)]
@@ -182,8 +213,14 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference-steps", type=int, help="of the reference; default: four times those of the others")
-    parser.add_argument("--corpus", type=Path, help="a folder a domain, with train* and validation*.jsonl.zst in it")
+    parser.add_argument(
+        "--reference-steps",
+        type=int,
+        help="of the reference; default: four times those of the others",
+    )
+    parser.add_argument(
+        "--corpus", type=Path, help="a folder a domain, with train* and validation*.jsonl.zst in it"
+    )
 
 
 if __name__ == "__main__":

@@ -16,17 +16,23 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole, and we say them in one message
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # errors reach us whole, and we say them in one message
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(command.task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
+            command.task
+        )()
     except (HydraException, OmegaConfBaseException) as error:
         command.die(f"{error}\nsee `doremi-train --help` for the keys and groups that exist", 2)
     except Exception as error:
         if hasattr(error, "exit_code"):  # of a sweep's job in another process
             command.die(str(error), error.exit_code)
-        if type(error).__module__.startswith("submitit."):  # such a job was killed, or could not be submitted
+        if type(error).__module__.startswith(
+            "submitit."
+        ):  # such a job was killed, or could not be submitted
             command.die(str(error), 1)
         raise
 

@@ -24,15 +24,25 @@ from doremi_train.stages import STAGES
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-_PLACES = ("run_dir", "store", "stage")  # where and which, not what: no part of a sweep's folder names
+_PLACES = (
+    "run_dir",
+    "store",
+    "stage",
+)  # where and which, not what: no part of a sweep's folder names
 
 
 def sweep_name(overrides: list[str]) -> str:
     """The folder of one job of a sweep, such as seed=0,proxy.step_size=0.1; of a path its last part."""
     parts = (override.split("=", 1) for override in overrides)
-    named = [f"{key}={redact(value).rstrip('/').rpartition('/')[2]}" for key, value in parts if key not in _PLACES]
+    named = [
+        f"{key}={redact(value).rstrip('/').rpartition('/')[2]}"
+        for key, value in parts
+        if key not in _PLACES
+    ]
     name = quote(",".join(named), safe="=,.+[]{}:") or "default"
-    if len(name) > 200:  # file systems end at 255: the last overrides, where a sweep usually stands, and a hash of all
+    if (
+        len(name) > 200
+    ):  # file systems end at 255: the last overrides, where a sweep usually stands, and a hash of all
         name = f"{name[-150:].partition(',')[2]},{fingerprint(named)}".lstrip(",")
     return name
 
@@ -50,7 +60,9 @@ def task(composed: Any) -> None:
 
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder, and all share one store
+    if (
+        job.mode == RunMode.MULTIRUN
+    ):  # each job of a sweep has its own folder, and all share one store
         plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
         shown = plain["tracking"]
         shown["path"] = shown["path"] or plain["run_dir"]
@@ -82,7 +94,9 @@ def run(plain: dict[str, Any]) -> None:
         raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
     stage = STAGES[plain["stage"]]
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
     from doremi_train.parallel import comm
     from doremi_train.stages.session import open_session
     from doremi_train.storage import runs
@@ -135,7 +149,9 @@ def _listen(stop: Any) -> Callable[[], None]:
         for handler in asked:
             slurm.outlive_requeue()
             handler()
-            sys.exit(0)  # not the first task, which puts the job back: nothing is wrong with this one
+            sys.exit(
+                0
+            )  # not the first task, which puts the job back: nothing is wrong with this one
 
     return requeue
 
@@ -149,4 +165,8 @@ def die(message: str, code: int, alone: bool = False) -> None:
 def say(message: str, alone: bool = False) -> None:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if alone or rank == "0":
-        print(f"doremi-train: {f'process {rank}: ' * alone}{redact(message)}", file=sys.stderr, flush=True)
+        print(
+            f"doremi-train: {f'process {rank}: ' * alone}{redact(message)}",
+            file=sys.stderr,
+            flush=True,
+        )

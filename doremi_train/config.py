@@ -40,13 +40,17 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).
         return TypeAdapter(cls).validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(entry, key, values) for entry in error.errors())) from None
+        raise UserError(
+            "\n".join(_explain(entry, key, values) for entry in error.errors())
+        ) from None
 
 
 def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
     where = ".".join([key] * bool(key) + [str(part) for part in entry["loc"]])
     if entry["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: unknown key; remove it, or see `doremi-train --help` for the keys that exist"
+        return (
+            f"{where}: unknown key; remove it, or see `doremi-train --help` for the keys that exist"
+        )
     if entry["type"] in ("missing", "missing_argument"):
         return f"{where}: missing; give it as {where}=…"
     return f"{where}={entry['input']!r}: {entry['msg']}"

@@ -17,7 +17,9 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Bar:
     """Progress of one stage, with its rate and the time left. Only the first rank shows it."""
 
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "tok", show: bool = True) -> None:
+    def __init__(
+        self, label: str, total: int, done: int = 0, unit: str = "tok", show: bool = True
+    ) -> None:
         self.label, self.total, self.unit, self.show = label, max(total, 1), unit, show
         self.done = self._started_at = done
         self._start = self._last_line = time.monotonic()
@@ -38,7 +40,10 @@ class Bar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar:
             self._bar.stop()
@@ -62,7 +67,11 @@ class Bar:
             self._line(f"{done / self.total:4.0%}  {note}  {left}after")
 
     def _line(self, text: str) -> None:
-        print(f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}", file=sys.stdout, flush=True)
+        print(
+            f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}",
+            file=sys.stdout,
+            flush=True,
+        )
 
 
 class Part(Bar):

@@ -41,7 +41,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Atomic, indented; floats read back exactly; a NaN is an error and not a file nobody can read."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    write_bytes(
+        path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    )
 
 
 def read_json(path: Path) -> Any:

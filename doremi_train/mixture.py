@@ -19,10 +19,16 @@ class Mixture:
 
     method: str
     weights: dict[str, float]  # sum 1
-    interval: dict[str, tuple[float, float]] | None = None  # 95 %, Student-t over proxy seeds; None for one seed
-    epochs: dict[str, float] = field(default_factory=dict)  # passes over each domain in the final run
+    interval: dict[str, tuple[float, float]] | None = (
+        None  # 95 %, Student-t over proxy seeds; None for one seed
+    )
+    epochs: dict[str, float] = field(
+        default_factory=dict
+    )  # passes over each domain in the final run
     provenance: dict[str, Any] = field(default_factory=dict)
-    schedule: Sequence[tuple[int, dict[str, float]]] | None = None  # weights from each step on, where they changed
+    schedule: Sequence[tuple[int, dict[str, float]]] | None = (
+        None  # weights from each step on, where they changed
+    )
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
         """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that already, the bits stay: a
@@ -45,17 +51,24 @@ def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture
     try:
         content = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"mixture.path={path}: not a JSON file that can be read ({error})") from None
+        raise UserError(
+            f"mixture.path={path}: not a JSON file that can be read ({error})"
+        ) from None
     values = content
     for key in ("weights", "train_domain_weights"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             values = content[key]
     if not isinstance(values, Mapping):
         raise UserError(f'mixture.path={path}: must hold {{"weights": {{domain: weight}}}}')
-    return Mixture(str(content.get("method", "file")), checked(values, domains, f"mixture.path={path}", normalize))
+    return Mixture(
+        str(content.get("method", "file")),
+        checked(values, domains, f"mixture.path={path}", normalize),
+    )
 
 
-def checked(values: Mapping[str, Any], domains: Sequence[str], where: str, normalize: bool = False) -> dict[str, float]:
+def checked(
+    values: Mapping[str, Any], domains: Sequence[str], where: str, normalize: bool = False
+) -> dict[str, float]:
     """Weights in the order of `domains` that sum to 1.
 
     Raises UserError, starting with `where`, as `load` does.
@@ -63,14 +76,25 @@ def checked(values: Mapping[str, Any], domains: Sequence[str], where: str, norma
     for name, weight in values.items():
         if name not in domains:
             raise UserError(f"{where}: unknown domain {name!r}; the data has {', '.join(domains)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            raise UserError(f"{where}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not math.isfinite(weight)
+            or weight < 0
+        ):
+            raise UserError(
+                f"{where}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0"
+            )
     missing = [name for name in domains if name not in values]
     if missing:
-        raise UserError(f"{where}: no weight for {', '.join(missing)}; write 0 to leave a domain out")
+        raise UserError(
+            f"{where}: no weight for {', '.join(missing)}; write 0 to leave a domain out"
+        )
     total = math.fsum(values.values())
     if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
-        raise UserError(f"{where}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true")
+        raise UserError(
+            f"{where}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true"
+        )
     return dict(zip(domains, _normal([values[name] for name in domains]), strict=True))
 
 

@@ -23,7 +23,9 @@ from doremi_train.parallel import comm
 @dataclass(frozen=True, config=STRICT)
 class TrackingOptions:
     backend: Literal["none", "wandb", "tensorboard"] = "none"
-    mode: Literal["auto", "online", "offline"] = "auto"  # auto: online where a login is found without asking
+    mode: Literal["auto", "online", "offline"] = (
+        "auto"  # auto: online where a login is found without asking
+    )
     project: str = "doremi-train"
     entity: str | None = None
     group: str | None = None  # null: the name of the folder
@@ -69,7 +71,10 @@ class Tracking:
 
     def check(self) -> None:
         """Raise UserError where what is asked for cannot be had, before anything runs."""
-        if self.options.backend == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        if (
+            self.options.backend == "tensorboard"
+            and importlib.util.find_spec("tensorboard") is None
+        ):
             raise UserError(
                 "tracking=tensorboard: TensorBoard is not installed; "
                 "pip install -c constraints.txt -e '.[tensorboard]', or use tracking=wandb"
@@ -84,7 +89,9 @@ class Tracking:
         tracked = Tracked(self)
         if self.options.backend != "none":
             subject = Subject(self._named(label), _stage(label), id, step)
-            comm.on_first(lambda: tracked.open(subject))  # the others wait in peace: it may wait for a network
+            comm.on_first(
+                lambda: tracked.open(subject)
+            )  # the others wait in peace: it may wait for a network
         try:
             yield tracked
         except BaseException as error:
@@ -203,7 +210,9 @@ def _headline(run_dir: Path) -> dict[str, float]:
 class _Wandb:
     def __init__(self, tracking: Tracking, subject: Subject) -> None:
         options = tracking.options
-        (tracking.folder / "wandb").mkdir(parents=True, exist_ok=True)  # wandb would silently take another folder
+        (tracking.folder / "wandb").mkdir(
+            parents=True, exist_ok=True
+        )  # wandb would silently take another folder
         with contextlib.ExitStack() as stack:
             stack.enter_context(_contained(tracking.folder))
             import wandb
@@ -234,7 +243,11 @@ class _Wandb:
             # The axis is ours: after a kill some steps come again, and wandb's own count would drop them.
             self._run.define_metric("*", step_metric="step")
             self._closing = stack.pop_all()
-        where = "disabled" if self._run.disabled else self._run.url or f"offline, {Path(self._run.dir).parent}"
+        where = (
+            "disabled"
+            if self._run.disabled
+            else self._run.url or f"offline, {Path(self._run.dir).parent}"
+        )
         self.place = f"wandb: {where}"
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -285,7 +298,12 @@ def _contained(folder: Path) -> Iterator[None]:
     import wandb
 
     own = str(folder.resolve() / "wandb")
-    given = {"WANDB_DATA_DIR": own, "WANDB_CACHE_DIR": own, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    given = {
+        "WANDB_DATA_DIR": own,
+        "WANDB_CACHE_DIR": own,
+        "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false",
+    }
     before = {name: os.environ.get(name) for name in given}
     hooks = sys.exit, sys.excepthook
     os.environ |= given
@@ -326,4 +344,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-_BACKENDS: dict[str, Callable[[Tracking, Subject], Tracker]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
+_BACKENDS: dict[str, Callable[[Tracking, Subject], Tracker]] = {
+    "wandb": _Wandb,
+    "tensorboard": _TensorBoard,
+}

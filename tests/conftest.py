@@ -13,7 +13,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three domains of 200, 100 and 50 kB: few words, many words, and digits."""
     root = tmp_path_factory.mktemp("corpus")
     write_jsonl(root / "plain" / "train.jsonl", documents(1, "abcdefgh", 50, 200_000))
-    write_jsonl(root / "rich" / "train.jsonl", documents(2, "abcdefghijklmnopqrstuvwxyz", 3000, 100_000))
+    write_jsonl(
+        root / "rich" / "train.jsonl", documents(2, "abcdefghijklmnopqrstuvwxyz", 3000, 100_000)
+    )
     write_jsonl(root / "digits" / "train.jsonl", documents(3, "0123456789", 200, 50_000))
     return root
 
@@ -64,7 +66,11 @@ def command() -> Command:
 def doremi() -> Command:
     """`doremi(*overrides, processes=1, cwd=…)` runs the command in processes of its own, to its end."""
 
-    def run(*overrides: str, processes: int = 1, timeout: float = 900, cwd: Path | None = None) -> Outcome:
-        return Outcome(*forked.ended(forked.ranks(processes, overrides, environment(), cwd), timeout))
+    def run(
+        *overrides: str, processes: int = 1, timeout: float = 900, cwd: Path | None = None
+    ) -> Outcome:
+        return Outcome(
+            *forked.ended(forked.ranks(processes, overrides, environment(), cwd), timeout)
+        )
 
     return run

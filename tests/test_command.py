@@ -16,7 +16,9 @@ from helpers.corpus import documents, write_jsonl
 def refused(outcome: Outcome, *fragments: str) -> None:
     """Exit code 2, and one message with all the fragments."""
     assert outcome.code == 2, outcome
-    assert outcome.err.startswith("doremi-train: ") and outcome.err.count("doremi-train: ") == 1, outcome.err
+    assert outcome.err.startswith("doremi-train: ") and outcome.err.count("doremi-train: ") == 1, (
+        outcome.err
+    )
     assert "Traceback" not in outcome.err
     for fragment in fragments:
         assert fragment in outcome.err, f"{fragment!r} is not in: {outcome.err}"
@@ -26,7 +28,14 @@ def nothing_half_written(folder: Path) -> None:
     """What looks like a result is none of: half a file, a manifest, weights, a model, a page."""
     left = {path.name for path in folder.rglob("*")} if folder.exists() else set()
     assert not [name for name in left if name.endswith(".partial")]
-    assert not left & {"manifest.json", "weights.json", "result.json", "evaluation.json", "report.html", "model"}
+    assert not left & {
+        "manifest.json",
+        "weights.json",
+        "result.json",
+        "evaluation.json",
+        "report.html",
+        "model",
+    }
 
 
 def texts(seed: int = 1, characters: int = 20_000) -> list[str]:
@@ -86,7 +95,9 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("overrides", "fragments"), VALUES, ids=[" ".join(o) for o, _ in VALUES])
-def test_a_wrong_value(overrides: list[str], fragments: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_a_wrong_value(
+    overrides: list[str], fragments: list[str], tiny: list[str], tmp_path: Path
+) -> None:
     refused(run_here(*tiny, f"run_dir={tmp_path / 'run'}", *overrides), *fragments)
     nothing_half_written_in_run(tmp_path / "run")
 
@@ -100,11 +111,17 @@ def nothing_half_written_in_run(folder: Path) -> None:
 
 
 def test_a_missing_value_of_a_required_key(tiny: list[str], tmp_path: Path) -> None:
-    refused(run_here(*tiny, f"run_dir={tmp_path}", "training.steps=null"), "training.steps=None", "integer")
+    refused(
+        run_here(*tiny, f"run_dir={tmp_path}", "training.steps=null"),
+        "training.steps=None",
+        "integer",
+    )
 
 
 def test_every_wrong_key_is_in_the_one_message(tiny: list[str], tmp_path: Path) -> None:
-    outcome = run_here(*tiny, f"run_dir={tmp_path}", "training.steps=-1", "proxy.smoothing=2", "seed=-1")
+    outcome = run_here(
+        *tiny, f"run_dir={tmp_path}", "training.steps=-1", "proxy.smoothing=2", "seed=-1"
+    )
     refused(outcome, "training.steps=-1", "proxy.smoothing=2", "seed=-1")
 
 
@@ -112,7 +129,9 @@ def test_every_wrong_key_is_in_the_one_message(tiny: list[str], tmp_path: Path) 
 
 
 def prepare(root: Path, *more: str) -> Outcome:
-    return run_here(*TINY, f"data.root={root}", f"run_dir={root.parent / 'run'}", "stage=prepare", *more)
+    return run_here(
+        *TINY, f"data.root={root}", f"run_dir={root.parent / 'run'}", "stage=prepare", *more
+    )
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
@@ -125,7 +144,9 @@ def test_a_folder_without_domains(tmp_path: Path) -> None:
     refused(prepare(tmp_path / "bare"), "data.root", str(tmp_path / "bare"))
 
 
-@pytest.mark.parametrize("content", ["", "\n", '{"text": ""}\n'], ids=["no byte", "no line", "no text"])
+@pytest.mark.parametrize(
+    "content", ["", "\n", '{"text": ""}\n'], ids=["no byte", "no line", "no text"]
+)
 def test_an_empty_domain(own: Path, content: str) -> None:
     (own / "void").mkdir()
     (own / "void" / "train.jsonl").write_text(content)
@@ -142,13 +163,17 @@ def test_a_domain_smaller_than_one_sequence(own: Path) -> None:
     write_jsonl(own / "short" / "train.jsonl", ["abc"])
     write_jsonl(own / "short" / "validation.jsonl", texts(9))
     run = own.parent / "run"
-    refused(run_here(*TINY, f"data.root={own}", f"run_dir={run}"), "short", "training.sequence_length")
+    refused(
+        run_here(*TINY, f"data.root={own}", f"run_dir={run}"), "short", "training.sequence_length"
+    )
     assert not (run / "weights.json").exists() and not list(run.rglob("model"))
 
 
 def test_a_validation_split_smaller_than_one_sequence(own: Path) -> None:
     write_jsonl(own / "good" / "validation.jsonl", ["abc"])
-    refused(run_here(*TINY, f"data.root={own}", f"run_dir={own.parent / 'run'}"), "good", "validation")
+    refused(
+        run_here(*TINY, f"data.root={own}", f"run_dir={own.parent / 'run'}"), "good", "validation"
+    )
 
 
 def test_a_broken_line_is_named_and_skipped_when_allowed(own: Path) -> None:
@@ -158,7 +183,9 @@ def test_a_broken_line_is_named_and_skipped_when_allowed(own: Path) -> None:
     refused(prepare(own), f"{file}", "line 3", "data.max_bad_lines")
     nothing_half_written(own.parent / "run")
     assert prepare(own, "data.max_bad_lines=1").code == 0
-    assert json.loads((own.parent / "run" / "prepare" / "manifest.json").read_text())["bad_lines"] == 1
+    assert (
+        json.loads((own.parent / "run" / "prepare" / "manifest.json").read_text())["bad_lines"] == 1
+    )
 
 
 def test_invalid_utf8(own: Path) -> None:
@@ -189,7 +216,9 @@ def test_an_unknown_ending(own: Path) -> None:
 def test_a_url_that_runs_a_command(url: str, own: Path) -> None:
     marker = own.parent / "ran"
     source = f"{url} | tee {marker}"
-    outcome = run_here(*TINY, f"run_dir={own.parent / 'run'}", f"data.domains={{a:{{train:['{source}']}}}}")
+    outcome = run_here(
+        *TINY, f"run_dir={own.parent / 'run'}", f"data.domains={{a:{{train:['{source}']}}}}"
+    )
     refused(outcome, "data.domains")
     assert not marker.exists()
 
@@ -199,7 +228,12 @@ def test_a_changed_source_in_the_same_run_dir(own: Path) -> None:
     file = own / "good" / "train.jsonl"
     file.write_text(file.read_text() + '{"text": "one more"}\n')
     os.utime(file, (time.time() + 5, time.time() + 5))
-    refused(prepare(own), f"run_dir={own.parent / 'run'}", "changed files: good/train.jsonl", "another run_dir")
+    refused(
+        prepare(own),
+        f"run_dir={own.parent / 'run'}",
+        "changed files: good/train.jsonl",
+        "another run_dir",
+    )
 
 
 # ── Weights and references ──────────────────────────────────────────────────────────
@@ -217,22 +251,33 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize(("weights", "fragments"), WEIGHTS, ids=[f[0] for _, f in WEIGHTS])
-def test_a_wrong_weights_file(weights: object, fragments: list[str], tiny: list[str], tmp_path: Path) -> None:
+def test_a_wrong_weights_file(
+    weights: object, fragments: list[str], tiny: list[str], tmp_path: Path
+) -> None:
     file, run = tmp_path / "weights.json", tmp_path / "run"
     file.write_text("{" if weights is None else json.dumps(weights))
-    refused(run_here(*tiny, f"run_dir={run}", "mixture=file", f"mixture.path={file}"), "mixture.path", *fragments)
+    refused(
+        run_here(*tiny, f"run_dir={run}", "mixture=file", f"mixture.path={file}"),
+        "mixture.path",
+        *fragments,
+    )
     nothing_half_written_in_run(run)
 
 
 def test_a_missing_weights_file(tiny: list[str], tmp_path: Path) -> None:
-    refused(run_here(*tiny, f"run_dir={tmp_path}", "mixture=file", "mixture.path=/nowhere.json"), "/nowhere.json")
+    refused(
+        run_here(*tiny, f"run_dir={tmp_path}", "mixture=file", "mixture.path=/nowhere.json"),
+        "/nowhere.json",
+    )
 
 
 def test_a_reference_of_another_vocabulary(tiny: list[str], own: Path, tmp_path: Path) -> None:
     assert run_here(*tiny, f"run_dir={tmp_path / 'one'}", "stage=reference").code == 0
     model = tmp_path / "one" / "reference" / "model"
     other = [f"data.root={own}", "data.vocabulary_size=280", f"run_dir={tmp_path / 'two'}"]
-    refused(run_here(*TINY, *other, f"reference.path={model}"), f"reference.path={model}", "300", "280")
+    refused(
+        run_here(*TINY, *other, f"reference.path={model}"), f"reference.path={model}", "300", "280"
+    )
     assert not (tmp_path / "two" / "weights.json").exists()
 
 
@@ -242,8 +287,16 @@ def test_a_reference_of_another_vocabulary(tiny: list[str], own: Path, tmp_path:
 def test_another_configuration_in_the_same_run_dir(tiny: list[str], tmp_path: Path) -> None:
     assert run_here(*tiny, f"run_dir={tmp_path}", "stage=prepare").code == 0
     before = (tmp_path / "config.yaml").read_bytes()
-    outcome = run_here(*tiny, f"run_dir={tmp_path}", "stage=prepare", "seed=7", "proxy.step_size=0.5")
-    refused(outcome, f"run_dir={tmp_path}", "seed: 0 there, 7 now", "proxy.step_size: 1.0 there, 0.5 now", "another")
+    outcome = run_here(
+        *tiny, f"run_dir={tmp_path}", "stage=prepare", "seed=7", "proxy.step_size=0.5"
+    )
+    refused(
+        outcome,
+        f"run_dir={tmp_path}",
+        "seed: 0 there, 7 now",
+        "proxy.step_size: 1.0 there, 0.5 now",
+        "another",
+    )
     assert (tmp_path / "config.yaml").read_bytes() == before
     # How to compute is free; what to compute is not.
     free = ["training.micro_batch_size=4", "training.checkpoint_every=3", "stage=plan"]
@@ -254,7 +307,9 @@ def test_another_configuration_in_the_same_run_dir(tiny: list[str], tmp_path: Pa
 
 
 def test_domains_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
-    domains = ",".join(f"{name}:{{train:['{corpus}/{name}/*.jsonl']}}" for name in ("plain", "rich"))
+    domains = ",".join(
+        f"{name}:{{train:['{corpus}/{name}/*.jsonl']}}" for name in ("plain", "rich")
+    )
     outcome = run_here(*TINY, f"run_dir={tmp_path}", "stage=plan", f"data.domains={{{domains}}}")
     assert outcome.code == 0, outcome
     assert list(json.loads((tmp_path / "plan.json").read_text())["domains"]) == ["plain", "rich"]
@@ -262,12 +317,21 @@ def test_domains_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
 
 def test_one_stream_split_by_a_key_of_its_records(tmp_path: Path) -> None:
     file = tmp_path / "all.jsonl"
-    records = [{"text": text, "meta": {"set": f"set {i % 2}"}} for i, text in enumerate(texts(5, 60_000))]
+    records = [
+        {"text": text, "meta": {"set": f"set {i % 2}"}} for i, text in enumerate(texts(5, 60_000))
+    ]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    overrides = [f"data.files=['{file}']", "data.domain_key=meta.set", f"run_dir={tmp_path / 'run'}"]
+    overrides = [
+        f"data.files=['{file}']",
+        "data.domain_key=meta.set",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     outcome = run_here(*TINY, "stage=plan", *overrides)
     assert outcome.code == 0, outcome
-    assert list(json.loads((tmp_path / "run" / "plan.json").read_text())["domains"]) == ["set 0", "set 1"]
+    assert list(json.loads((tmp_path / "run" / "plan.json").read_text())["domains"]) == [
+        "set 0",
+        "set 1",
+    ]
     refused(run_here(*TINY, *overrides[:1], f"run_dir={tmp_path / 'two'}"), "data.domain_key")
 
 
@@ -277,28 +341,59 @@ def test_one_stream_split_by_a_key_of_its_records(tmp_path: Path) -> None:
 def test_help_shows_stages_groups_and_examples(command: Command) -> None:
     outcome = command("--help")
     assert outcome.code == 0
-    for wanted in ("stage=", "prepare", "Examples", "accelerate launch", "Groups", "model: ", "280m", "proxy:"):
+    for wanted in (
+        "stage=",
+        "prepare",
+        "Examples",
+        "accelerate launch",
+        "Groups",
+        "model: ",
+        "280m",
+        "proxy:",
+    ):
         assert wanted in outcome.out
 
 
 @pytest.mark.slow
-def test_a_mistake_in_a_process_of_its_own(doremi: Command, tiny: list[str], tmp_path: Path) -> None:
+def test_a_mistake_in_a_process_of_its_own(
+    doremi: Command, tiny: list[str], tmp_path: Path
+) -> None:
     refused(doremi(*tiny, f"run_dir={tmp_path}", "training.steps=-1"), "training.steps=-1")
 
 
 @pytest.mark.slow
-def test_a_mistake_on_two_processes_is_said_once(doremi: Command, tiny: list[str], tmp_path: Path) -> None:
-    outcome = doremi(*tiny, f"run_dir={tmp_path}", "training.batch_size=1", "stage=plan", processes=2)
+def test_a_mistake_on_two_processes_is_said_once(
+    doremi: Command, tiny: list[str], tmp_path: Path
+) -> None:
+    outcome = doremi(
+        *tiny, f"run_dir={tmp_path}", "training.batch_size=1", "stage=plan", processes=2
+    )
     assert outcome.code == 2
     assert outcome.err.count("doremi-train: ") == 1 and "training.batch_size=1" in outcome.err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(tiny: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny, f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'run'}", "stage=reference"]
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    overrides = [
+        *tiny,
+        f"store={tmp_path / 'store'}",
+        f"run_dir={tmp_path / 'run'}",
+        "stage=reference",
+    ]
     outcome = run_here(*overrides, "training.learning_rate=1e30", "training.warmup=0.0")
     assert outcome.code == 1 and "Traceback" not in outcome.err
-    found = re.search(r"not finite at step (\d+), domain (.*) \(its sequences in this batch: \{'.*\}\)", outcome.err)
-    assert found and 1 < int(found[1]) < 12 and set(found[2].split(", ")) <= {"digits", "plain", "rich"}, outcome.err
-    assert all(remedy in outcome.err for remedy in ("training.learning_rate", "training.on_nonfinite=skip"))
+    found = re.search(
+        r"not finite at step (\d+), domain (.*) \(its sequences in this batch: \{'.*\}\)",
+        outcome.err,
+    )
+    assert (
+        found
+        and 1 < int(found[1]) < 12
+        and set(found[2].split(", ")) <= {"digits", "plain", "rich"}
+    ), outcome.err
+    assert all(
+        remedy in outcome.err for remedy in ("training.learning_rate", "training.on_nonfinite=skip")
+    )
     status = json.loads((tmp_path / "run" / "reference" / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["message"]

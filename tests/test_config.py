@@ -106,7 +106,8 @@ def test_fingerprints_do_not_depend_on_the_hash_seed_of_python() -> None:
     root = str(Path(__file__).parents[1])
     outputs = {
         subprocess.check_output(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": s, "PYTHONPATH": root}
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": s, "PYTHONPATH": root},
         )
         for s in ("1", "2")
     }
@@ -119,7 +120,11 @@ def test_a_nan_has_no_fingerprint() -> None:
 
 
 def test_flatten_names_leaves_by_their_whole_path() -> None:
-    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {
+        "a.b": 1,
+        "a.c.d": [1, 2],
+        "e": {},
+    }
 
 
 def test_the_configuration_folder_is_found() -> None:

@@ -32,7 +32,10 @@ RUNGS = {
 }
 RUNG = {part: rung for rung, parts in RUNGS.items() for part in parts.split()}
 RUNG[""] = -1  # the package itself: its version
-NAMES = {".".join(["doremi_train", *Path(n).with_suffix("").parts]).removesuffix(".__init__"): n for n in MODULES}
+NAMES = {
+    ".".join(["doremi_train", *Path(n).with_suffix("").parts]).removesuffix(".__init__"): n
+    for n in MODULES
+}
 
 
 def part_of(module: str) -> str:
@@ -50,7 +53,9 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"doremi_train(\.\w+)+\.?", str(node.value)):
+        elif isinstance(node, ast.Constant) and re.fullmatch(
+            r"doremi_train(\.\w+)+\.?", str(node.value)
+        ):
             yield from [node.value.removesuffix(".")] * (id(node) not in documented)
 
 
@@ -66,10 +71,14 @@ def ours(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_from_lower_rungs_only(name: str) -> None:
-    own = part_of("doremi_train." + name.removesuffix(".py").replace("/", ".")).removeprefix("__init__")
+    own = part_of("doremi_train." + name.removesuffix(".py").replace("/", ".")).removeprefix(
+        "__init__"
+    )
     assert own in RUNG, f"{name} has no rung: add it to the ladder here and in the design"
     for other in map(part_of, ours(PACKAGE / name)):
-        assert other == own or RUNG[other] < RUNG[own] or RUNG[own] == RUNG[other] == 0, f"{name} imports {other}"
+        assert other == own or RUNG[other] < RUNG[own] or RUNG[own] == RUNG[other] == 0, (
+            f"{name} imports {other}"
+        )
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
@@ -102,7 +111,10 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 def test_tests_mirror_the_tree() -> None:
     """A folder of tests is a folder of the package; what is tested at the top has no room of its own, or all of them."""
-    rooms = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    rooms = {
+        path.parent.relative_to(ROOT / "tests").as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+    }
     assert all((PACKAGE / room).is_dir() for room in rooms - {"benchmarks"})
 
 
@@ -116,11 +128,25 @@ def test_a_circle_would_be_found() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("methods/")])
 def test_methods_are_pure(name: str) -> None:
-    impure = ("torch.distributed", "accelerate", "hydra", "omegaconf", "pathlib", "os", "io", "random", "doremi_train")
+    impure = (
+        "torch.distributed",
+        "accelerate",
+        "hydra",
+        "omegaconf",
+        "pathlib",
+        "os",
+        "io",
+        "random",
+        "doremi_train",
+    )
     for module in imports(PACKAGE / name):
         allowed = module.startswith(("doremi_train.methods", "doremi_train.config"))
-        assert allowed or not any(module == i or module.startswith(i + ".") for i in impure), f"{name}: {module}"
-    calls = [n.func for n in ast.walk(ast.parse((PACKAGE / name).read_text())) if isinstance(n, ast.Call)]
+        assert allowed or not any(module == i or module.startswith(i + ".") for i in impure), (
+            f"{name}: {module}"
+        )
+    calls = [
+        n.func for n in ast.walk(ast.parse((PACKAGE / name).read_text())) if isinstance(n, ast.Call)
+    ]
     assert "open" not in {call.id for call in calls if isinstance(call, ast.Name)}
 
 
@@ -137,7 +163,9 @@ def test_randomness_is_never_python_s_hash_or_a_global_generator(name: str) -> N
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called != "hash", f"{name}:{node.lineno}"
-            assert not called.startswith(("random.", "np.random.rand", "np.random.seed", "np.random.shuffle"))
+            assert not called.startswith(
+                ("random.", "np.random.rand", "np.random.seed", "np.random.shuffle")
+            )
 
 
 # Configuration
@@ -164,7 +192,9 @@ def test_every_option_of_every_group_composes_and_loads_strictly(option: str) ->
 def test_every_yaml_says_what_it_is() -> None:
     for path in conf_dir().rglob("*.yaml"):
         assert yaml.safe_load(path.read_text()), path
-        assert path.parent.name == "mixture" or path.read_text().startswith("# "), f"{path}: no comment on top"
+        assert path.parent.name == "mixture" or path.read_text().startswith("# "), (
+            f"{path}: no comment on top"
+        )
 
 
 def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
@@ -195,21 +225,42 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
-    assert (config.mixmin, config.compare, config.downstream) == (mixmin.Options(), Compare(), Downstream())
+    assert (config.mixmin, config.compare, config.downstream) == (
+        mixmin.Options(),
+        Compare(),
+        Downstream(),
+    )
     assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
     assert config.finetune == Finetune()
-    assert (config.reference, config.main, config.mixture) == (Reference(), Main(), MixtureOptions())
+    assert (config.reference, config.main, config.mixture) == (
+        Reference(),
+        Main(),
+        MixtureOptions(),
+    )
     assert (config.data, config.evaluation) == (DataOptions(), EvaluationOptions())
     assert (config.selection, config.vocabulary) == (SelectionOptions(), vocabulary.Options())
     paper = TrainingOptions()
-    for name in ("schedule", "warmup", "weight_decay", "gradient_clip", "adam_betas", "adam_epsilon", "optimizer"):
+    for name in (
+        "schedule",
+        "warmup",
+        "weight_decay",
+        "gradient_clip",
+        "adam_betas",
+        "adam_epsilon",
+        "optimizer",
+    ):
         assert getattr(config.training, name) == getattr(paper, name), name
 
 
 def test_defaults_of_the_proxy_are_the_paper_s() -> None:
     proxy = compose()["proxy"]
     assert (proxy["step_size"], proxy["smoothing"], proxy["average_from"]) == (1.0, 1e-3, 0.0)
-    assert (proxy["clip"], proxy["score"], proxy["objective"], proxy["rounds"]) == ("token", "excess", "weight", 1)
+    assert (proxy["clip"], proxy["score"], proxy["objective"], proxy["rounds"]) == (
+        "token",
+        "excess",
+        "weight",
+        1,
+    )
 
 
 def test_the_paper_s_training_is_there_by_name() -> None:
@@ -251,9 +302,16 @@ def test_help_is_quick_and_shows_stages_groups_and_examples(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("argument", "named"),
-    [("proxy.stepsize=1", "stepsize"), ("model=huge", "huge"), ("mixture=magic", "magic"), ("stage=cook", "cook")],
+    [
+        ("proxy.stepsize=1", "stepsize"),
+        ("model=huge", "huge"),
+        ("mixture=magic", "magic"),
+        ("stage=cook", "cook"),
+    ],
 )
-def test_a_mistake_in_the_command_is_quick_and_one_message(tmp_path: Path, argument: str, named: str) -> None:
+def test_a_mistake_in_the_command_is_quick_and_one_message(
+    tmp_path: Path, argument: str, named: str
+) -> None:
     done = command(tmp_path, argument)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr and "Traceback" not in done.stderr

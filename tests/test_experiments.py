@@ -18,7 +18,11 @@ RECIPES = {
     "equal": (["model=nano,tiny", "seed=0"], 2, "parameters of the proxy"),
     "larger": (["main.model=nano,tiny", "seed=0"], 2, "parameters of the final model"),
     "rounds": (["proxy.rounds=1,2", "seed=0"], 2, "proxy.rounds"),
-    "sensitivity": (["proxy.step_size=0.1,1.0", "proxy.smoothing=0.001,0.01"], 4, "proxy.step_size"),
+    "sensitivity": (
+        ["proxy.step_size=0.1,1.0", "proxy.smoothing=0.001,0.01"],
+        4,
+        "proxy.step_size",
+    ),
 }
 
 
@@ -30,16 +34,24 @@ def test_every_recipe_is_tested() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name == "rounds" else pytest.mark.acceptance) for name in RECIPES],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "rounds" else pytest.mark.acceptance)
+        for name in RECIPES
+    ],
 )
 def test_a_recipe_is_one_command_with_its_picture(name: str, corpus: Path, tmp_path: Path) -> None:
     changes, count, title = RECIPES[name]
-    outcome = run_here(f"experiment={name}", f"data.root={corpus}", *SHORT, f"run_dir={tmp_path}", *changes)
+    outcome = run_here(
+        f"experiment={name}", f"data.root={corpus}", *SHORT, f"run_dir={tmp_path}", *changes
+    )
     assert outcome.code == 0, outcome.err
     runs = [path.parent for path in tmp_path.glob("*/evaluation.json")]
     assert len(runs) == count
     page = (tmp_path / "report.html").read_text()
     assert title in page and f"{count} runs of" in page
     assert "lowest mean loss" in outcome.out
-    sizes = {json.loads((run / "main" / "model" / "config.json").read_text())["hidden_size"] for run in runs}
+    sizes = {
+        json.loads((run / "main" / "model" / "config.json").read_text())["hidden_size"]
+        for run in runs
+    }
     assert len(sizes) == (2 if name in ("equal", "larger") else 1)

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from helpers import forked
 from helpers.command import Command, environment, start
-from helpers.processes import STEPS, checkpoints, ended, lines, reached, read, same_bits, same_numbers, wait_for
+from helpers.processes import (
+    STEPS,
+    checkpoints,
+    ended,
+    lines,
+    reached,
+    read,
+    same_bits,
+    same_numbers,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +45,20 @@ def ranks(count: int, *overrides: str) -> Iterator[list[forked.Forked]]:
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize(
-    ("kills", "processes", "engine"), [(14, 1, "auto"), (2, 2, "ddp"), (2, 2, "fsdp2"), (2, 2, "zero2")]
+    ("kills", "processes", "engine"),
+    [(14, 1, "auto"), (2, 2, "ddp"), (2, 2, "fsdp2"), (2, 2, "zero2")],
 )
 def test_killed_at_random_steps_again_and_again(
     kills: int, processes: int, engine: str, prepared: list[str], doremi: Command, tmp_path: Path
 ) -> None:
     """Twenty kills in all. Wherever they fall, the run ends in the bits of one that was never killed."""
     overrides = [*prepared, "stage=proxy", f"engine={engine}"]
-    never = doremi(*overrides, f"store={other_store(tmp_path)}", f"run_dir={tmp_path / 'never'}", processes=processes)
+    never = doremi(
+        *overrides,
+        f"store={other_store(tmp_path)}",
+        f"run_dir={tmp_path / 'never'}",
+        processes=processes,
+    )
     assert never.code == 0, never
     overrides += [f"run_dir={tmp_path / 'killed'}"]
     dice = random.Random(f"{processes} {engine}")
@@ -52,13 +68,21 @@ def test_killed_at_random_steps_again_and_again(
         stage = "reference" if kill < kills // 2 else "proxy"
         step = dice.randint(1, STEPS - 2)
         with ranks(processes, *overrides) as started:  # and all are killed
-            wait_for(lambda stage=stage, step=step: at_work(tmp_path / "killed" / stage, step), started[0])
+            wait_for(
+                lambda stage=stage, step=step: at_work(tmp_path / "killed" / stage, step),
+                started[0],
+            )
         fell.append(f"{stage} {checkpoints(tmp_path / 'killed' / stage)}")
     continued = doremi(*overrides, processes=processes)
     assert continued.code == 0, continued
-    names = ["proxy/domain_weights.jsonl", *(f"{s}/model/model.safetensors" for s in ("reference", "proxy"))]
+    names = [
+        "proxy/domain_weights.jsonl",
+        *(f"{s}/model/model.safetensors" for s in ("reference", "proxy")),
+    ]
     for name in names:
-        assert (tmp_path / "never" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), (name, fell)
+        assert (tmp_path / "never" / name).read_bytes() == (
+            tmp_path / "killed" / name
+        ).read_bytes(), (name, fell)
 
 
 def other_store(tmp_path: Path) -> Path:
@@ -77,7 +101,9 @@ def at_work(stage: Path, step: int) -> bool:
 
 
 @pytest.mark.acceptance
-def test_rounds_and_seeds_continue_where_they_were_killed(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_rounds_and_seeds_continue_where_they_were_killed(
+    prepared: list[str], doremi: Command, tmp_path: Path
+) -> None:
     overrides = [*prepared, "stage=main", "main.comparisons=[]", "training.steps=30"]
     overrides += ["proxy.rounds=2", "proxy.seeds=2", "proxy.round_tolerance=0"]
     never = doremi(*overrides, f"store={other_store(tmp_path)}", f"run_dir={tmp_path / 'never'}")
@@ -90,14 +116,18 @@ def test_rounds_and_seeds_continue_where_they_were_killed(prepared: list[str], d
         process.communicate()
     continued = doremi(*overrides, f"run_dir={run_dir}")
     assert continued.code == 0, continued
-    assert continued.out.count("is in the store already") >= 4  # nothing that was finished is done again
+    assert (
+        continued.out.count("is in the store already") >= 4
+    )  # nothing that was finished is done again
     traces = [f"proxy/round-{r}/seed-{s}/domain_weights.jsonl" for r in (1, 2) for s in (0, 1)]
     for name in ("weights.json", "main/model/model.safetensors", *traces):
         assert (tmp_path / "never" / name).read_bytes() == (run_dir / name).read_bytes(), name
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize(("first", "then"), [((2, "fsdp2"), (1, "auto")), ((1, "auto"), (2, "zero3"))])
+@pytest.mark.parametrize(
+    ("first", "then"), [((2, "fsdp2"), (1, "auto")), ((1, "auto"), (2, "zero3"))]
+)
 def test_continued_on_another_number_of_processes(
     first: tuple[int, str],
     then: tuple[int, str],
@@ -135,10 +165,16 @@ def test_a_vanished_process_ends_the_others_with_a_message(
         both[gone].kill()
         left = ended(both[1 - gone])
     assert left.code == 1, left
-    assert "another process ended" in left.err and "training.timeout" in left.err and "Traceback" not in left.err
+    assert (
+        "another process ended" in left.err
+        and "training.timeout" in left.err
+        and "Traceback" not in left.err
+    )
     if gone == 1:  # the first process writes how it ended
         found = [read(path) for path in (tmp_path / "run").glob("*/status.json")]
-        (failed,) = (status for status in found if status["state"] == "failed")  # the proxy, or main after it
+        (failed,) = (
+            status for status in found if status["state"] == "failed"
+        )  # the proxy, or main after it
         assert "another process ended" in failed["message"]
     outcome = doremi(*overrides, processes=2)
     assert outcome.code == 0, outcome
@@ -146,7 +182,9 @@ def test_a_vanished_process_ends_the_others_with_a_message(
 
 
 @pytest.mark.acceptance
-def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(prepared: list[str], tmp_path: Path) -> None:
+def test_a_process_that_does_not_answer_is_given_up_after_the_timeout(
+    prepared: list[str], tmp_path: Path
+) -> None:
     overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=reference", "training.timeout=15"]
     with ranks(2, *overrides, "training.steps=50000", "evaluation.every=50000") as (left, frozen):
         wait_for(lambda: reached(tmp_path / "run" / "reference", 7), left)
@@ -175,7 +213,14 @@ def test_long_work_of_the_first_process_is_waited_for(tmp_path: Path) -> None:
     """Tokenising takes hours, and the timeout is for processes that are gone."""
     script = tmp_path / "alive.py"
     script.write_text(ALIVE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
         [*launch, str(script), "12"],
         env=environment(), capture_output=True, text=True, timeout=120, check=False,

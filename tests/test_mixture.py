@@ -31,9 +31,13 @@ def written(folder: Path, content: Any) -> Path:
 def test_weights_are_written_exactly_and_read_back_as_a_mixture(tmp_path: Path) -> None:
     values = torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = dict(zip("abcdefg", (values / values.sum()).tolist(), strict=True))
-    mixture = Mixture("doremi", given, interval={"a": (0.1, 0.2)}, epochs={"a": 1.5}, provenance={"seed": 0})
+    mixture = Mixture(
+        "doremi", given, interval={"a": (0.1, 0.2)}, epochs={"a": 1.5}, provenance={"seed": 0}
+    )
     doremi_train_mixture.save(tmp_path / "weights.json", mixture)
-    assert json.loads((tmp_path / "weights.json").read_text())["weights"] == given  # every bit of it
+    assert (
+        json.loads((tmp_path / "weights.json").read_text())["weights"] == given
+    )  # every bit of it
     loaded = doremi_train_mixture.load(tmp_path / "weights.json", tuple("abcdefg"))
     assert loaded.method == "doremi"
     assert list(loaded.weights.values()) == pytest.approx(list(given.values()), rel=1e-15)
@@ -41,7 +45,10 @@ def test_weights_are_written_exactly_and_read_back_as_a_mixture(tmp_path: Path) 
 
 
 def test_the_file_is_the_one_others_rely_on(tmp_path: Path) -> None:
-    mixture.save(tmp_path / "weights.json", Mixture("doremi", {"a": 0.25, "b": 0.75}, interval={"a": (0.1, 0.4)}))
+    mixture.save(
+        tmp_path / "weights.json",
+        Mixture("doremi", {"a": 0.25, "b": 0.75}, interval={"a": (0.1, 0.4)}),
+    )
     content = json.loads((tmp_path / "weights.json").read_text())
     assert content == {
         "schema": 1, "unit": "token", "method": "doremi", "weights": {"a": 0.25, "b": 0.75},
@@ -54,7 +61,10 @@ def test_the_file_is_the_one_others_rely_on(tmp_path: Path) -> None:
     [
         {"a": 0.25, "b": 0.75},
         {"weights": {"b": 0.75, "a": 0.25}, "schema": 1},
-        {"train_domain_weights": {"a": 0.25, "b": 0.75}, "eval_domain_weights": {"a": 0.5, "b": 0.5}},
+        {
+            "train_domain_weights": {"a": 0.25, "b": 0.75},
+            "eval_domain_weights": {"a": 0.5, "b": 0.5},
+        },
     ],
 )
 def test_our_own_a_plain_and_the_original_form_are_read(tmp_path: Path, content: Any) -> None:
@@ -77,7 +87,9 @@ def test_our_own_a_plain_and_the_original_form_are_read(tmp_path: Path, content:
         ('{"a": 0.5', "not a JSON file"),
     ],
 )
-def test_every_mistake_is_one_message_that_names_it(tmp_path: Path, content: Any, named: str) -> None:
+def test_every_mistake_is_one_message_that_names_it(
+    tmp_path: Path, content: Any, named: str
+) -> None:
     path = written(tmp_path, content)
     with pytest.raises(UserError) as error:
         mixture.load(path, DOMAINS)
@@ -122,9 +134,13 @@ def test_one_value_has_no_interval() -> None:
 
 
 def test_several_seeds_give_their_mean_and_an_interval_within_zero_and_one() -> None:
-    samples = [torch.tensor(w, dtype=torch.float64) for w in ([0.01, 0.99], [0.05, 0.95], [0.0, 1.0])]
+    samples = [
+        torch.tensor(w, dtype=torch.float64) for w in ([0.01, 0.99], [0.05, 0.95], [0.0, 1.0])
+    ]
     mean, interval = statistics.summarize(samples)
     assert mean.tolist() == pytest.approx([0.02, 0.98]) and interval is not None
     low, high = interval
-    assert bool((low >= 0).all() and (high <= 1).all() and (low <= mean).all() and (mean <= high).all())
+    assert bool(
+        (low >= 0).all() and (high <= 1).all() and (low <= mean).all() and (mean <= high).all()
+    )
     assert float(high[0]) == pytest.approx(0.02 + statistics.student_t([0.01, 0.05, 0.0])[1])

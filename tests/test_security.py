@@ -69,7 +69,9 @@ def web(tmp_path: Path) -> Iterator[str]:
     """host:port of a server of the files in `tmp_path/web`."""
     pytest.importorskip("aiohttp", reason="extra `test` brings it")
     write_jsonl(tmp_path / "web" / "x.jsonl", documents(1, "abcdefgh", 50, 40_000))
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "web")) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "web")
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{server.server_address[1]}"
         server.shutdown()
@@ -86,7 +88,13 @@ def test_secrets_stand_nowhere_and_another_one_is_the_same_run(web: str, tmp_pat
     def run(password: str, name: str = "x.jsonl", stage: str = "reference") -> Any:
         url = f"http://ann:{password}@{web}/{name}?token={password}2"
         domains = f"data.domains={{a: {{train: ['{url}']}}}}"
-        return run_here(*TINY, domains, f"run_dir={tmp_path / 'run'}", f"stage={stage}", "data.validation_fraction=0.1")
+        return run_here(
+            *TINY,
+            domains,
+            f"run_dir={tmp_path / 'run'}",
+            f"stage={stage}",
+            "data.validation_fraction=0.1",
+        )
 
     first, second = run("hush"), run("mum")
     assert first.code == 0 and second.code == 0, (first.err, second.err)
@@ -112,7 +120,11 @@ def test_secrets_stand_nowhere_and_another_one_is_the_same_run(web: str, tmp_pat
 def test_credentials_in_an_object_store_s_url_are_refused_unseen(tmp_path: Path) -> None:
     for key in ("remote", "data.root"):
         outcome = run_here(*TINY, f"{key}='s3://AKIA:hush@bucket/x'", f"run_dir={tmp_path / key}")
-        assert outcome.code == 2 and f"{key}='s3://***@bucket/x'" in outcome.err and "AWS_ACCESS_KEY_ID" in outcome.err
+        assert (
+            outcome.code == 2
+            and f"{key}='s3://***@bucket/x'" in outcome.err
+            and "AWS_ACCESS_KEY_ID" in outcome.err
+        )
         assert "hush" not in outcome.out + outcome.err
 
 
@@ -146,14 +158,23 @@ def test_no_key_runs_a_command(
     monkeypatch.chdir(tmp_path)
     given = tiny[1:] if key.startswith("data.") and key != "data.tokenizer" else tiny
     given = [o for o in given if not (key == "model.path" and o.startswith("model."))]
-    outcome = run_here(*given, *(part.format(url) for part in KEYS[key]), f"run_dir={tmp_path / 'run'}", "stage=main")
+    outcome = run_here(
+        *given,
+        *(part.format(url) for part in KEYS[key]),
+        f"run_dir={tmp_path / 'run'}",
+        "stage=main",
+    )
     assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
-    assert key.split()[0] in outcome.err and url.replace("//", "/") in outcome.err.replace("//", "/")
+    assert key.split()[0] in outcome.err and url.replace("//", "/") in outcome.err.replace(
+        "//", "/"
+    )
     assert not list(tmp_path.rglob("ran"))
 
 
 def test_remote_takes_no_command_even_where_data_may(tiny: list[str], tmp_path: Path) -> None:
-    outcome = run_here(*tiny, "remote='pipe:ls'", "data.allow_pipe=true", f"run_dir={tmp_path / 'run'}")
+    outcome = run_here(
+        *tiny, "remote='pipe:ls'", "data.allow_pipe=true", f"run_dir={tmp_path / 'run'}"
+    )
     assert outcome.code == 2 and "remote='pipe:ls': refused" in outcome.err
 
 
@@ -174,7 +195,13 @@ class Bomb:
 def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """Overrides of a reference run, and its run_dir once it has finished."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    overrides = [*tiny, f"store={run_dir}/store", "seed=77", f"run_dir={run_dir}", "stage=reference"]
+    overrides = [
+        *tiny,
+        f"store={run_dir}/store",
+        "seed=77",
+        f"run_dir={run_dir}",
+        "stage=reference",
+    ]
     outcome = run_here(*overrides)
     assert outcome.code == 0, outcome.err
     return overrides, run_dir
@@ -195,7 +222,9 @@ def test_a_pickle_is_no_checkpoint(trained: tuple[list[str], Path], tmp_path: Pa
         bomb.unlink()
         (run / "result.json").write_bytes(result)
     assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
-    assert bomb.name in outcome.err and "could run code" in outcome.err and "delete it" in outcome.err
+    assert (
+        bomb.name in outcome.err and "could run code" in outcome.err and "delete it" in outcome.err
+    )
     assert not (tmp_path / "ran").exists()
     torch.load(_saved(Bomb(tmp_path / "ran"), tmp_path), weights_only=False)  # the bomb is one
     assert (tmp_path / "ran").exists()
@@ -206,13 +235,19 @@ def _saved(value: Any, folder: Path) -> Path:
     return folder / "bomb.pt"
 
 
-def test_a_model_as_a_pickle_is_refused(trained: tuple[list[str], Path], tiny: list[str], tmp_path: Path) -> None:
+def test_a_model_as_a_pickle_is_refused(
+    trained: tuple[list[str], Path], tiny: list[str], tmp_path: Path
+) -> None:
     _, run_dir = trained
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_bytes((run_dir / "reference" / "model" / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(
+        (run_dir / "reference" / "model" / "config.json").read_bytes()
+    )
     torch.save(Bomb(tmp_path / "ran"), folder / "pytorch_model.bin")
-    outcome = run_here(*tiny, f"reference.path={folder}", f"run_dir={tmp_path / 'run'}", "stage=proxy")
+    outcome = run_here(
+        *tiny, f"reference.path={folder}", f"run_dir={tmp_path / 'run'}", "stage=proxy"
+    )
     assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
     assert f"reference.path={folder}" in outcome.err
     assert "only safetensors" in outcome.err and "save_pretrained" in outcome.err
@@ -229,11 +264,20 @@ def test_code_that_comes_with_a_model_is_not_run(
     for path in (run_dir / "reference" / "model").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": kind, "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    config |= {
+        "model_type": kind,
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    outcome = run_here(*tiny, f"reference.path={folder}", f"run_dir={tmp_path / 'run'}", "stage=proxy")
-    assert outcome.code == (0 if kind == "gpt_neox" else 2) and "Traceback" not in outcome.err, outcome
+    (folder / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    )
+    outcome = run_here(
+        *tiny, f"reference.path={folder}", f"run_dir={tmp_path / 'run'}", "stage=proxy"
+    )
+    assert outcome.code == (0 if kind == "gpt_neox" else 2) and "Traceback" not in outcome.err, (
+        outcome
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -273,8 +317,14 @@ def test_names_of_domains_are_text_in_the_report_and_in_paths(tmp_path: Path) ->
     ]
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    overrides = [f"data.files=['{file}']", "data.domain_key=set", f"run_dir={tmp_path / 'in' / 'run'}"]
-    outcome = run_here(*TINY, *overrides, "main.comparisons=[uniform]", "data.validation_fraction=0.1")
+    overrides = [
+        f"data.files=['{file}']",
+        "data.domain_key=set",
+        f"run_dir={tmp_path / 'in' / 'run'}",
+    ]
+    outcome = run_here(
+        *TINY, *overrides, "main.comparisons=[uniform]", "data.validation_fraction=0.1"
+    )
     assert outcome.code == 0, outcome.err
     text = (tmp_path / "in" / "run" / "report.html").read_text()
     page = Page(text)

@@ -62,17 +62,29 @@ def inspect(path: Path) -> Kept:
     )  # fmt: skip
     records = [json.loads(line) for line in shown.stdout.splitlines()]
     of: Callable[[str], list[Any]] = lambda kind: [r[kind] for r in records if r["type"] == kind]  # noqa: E731
-    history = [{k: v for k, v in row["item"].items() if not k.startswith("_")} for row in of("history")]
+    history = [
+        {k: v for k, v in row["item"].items() if not k.startswith("_")} for row in of("history")
+    ]
     summary: dict[str, Any] = {}
     for update in of("summary"):
         summary |= update["update"]
     ends = of("exit")
-    return Kept(of("run")[0], history, summary, of("artifact"), of("metric"), ends[-1]["exit_code"] if ends else None)
+    return Kept(
+        of("run")[0],
+        history,
+        summary,
+        of("artifact"),
+        of("metric"),
+        ends[-1]["exit_code"] if ends else None,
+    )
 
 
 def wandb_runs(folder: Path) -> list[Kept]:
     """Every wandb run below `folder/wandb`, oldest first."""
-    return [inspect(next(run.glob("*.wandb"))) for run in sorted((folder / "wandb").glob("offline-run-*"))]
+    return [
+        inspect(next(run.glob("*.wandb")))
+        for run in sorted((folder / "wandb").glob("offline-run-*"))
+    ]
 
 
 def named(runs: list[Kept], name: str) -> list[Kept]:
@@ -84,7 +96,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def logged(run: Path) -> Iterator[dict[str, Any]]:
@@ -97,7 +112,9 @@ def logged(run: Path) -> Iterator[dict[str, Any]]:
 def services() -> list[int]:
     """wandb's own processes that this one started."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [
+        int(pid) for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
 
 
 def same_curves(kept: list[dict[str, Any]], run: Path) -> None:
@@ -114,8 +131,14 @@ def job(tiny: list[str], tmp_path_factory: pytest.TempPathFactory, doremi: Comma
     """A tracked pipeline in a store of its own, started where nothing may be left."""
     folder = tmp_path_factory.mktemp("tracked")
     (folder / "cwd").mkdir()
-    more = ["tracking=wandb", "tracking.tags=[small, fast]", "submit.extra={url: 'https://me:s3cr3t@h/x?token=s3cr3t'}"]
-    outcome = doremi(*tiny, *more, f"run_dir={folder / 'run'}", f"store={folder / 'store'}", cwd=folder / "cwd")
+    more = [
+        "tracking=wandb",
+        "tracking.tags=[small, fast]",
+        "submit.extra={url: 'https://me:s3cr3t@h/x?token=s3cr3t'}",
+    ]
+    outcome = doremi(
+        *tiny, *more, f"run_dir={folder / 'run'}", f"store={folder / 'store'}", cwd=folder / "cwd"
+    )
     assert outcome.code == 0, outcome
     assert not list((folder / "cwd").iterdir())
     assert "wandb: offline, " in outcome.out and "wandb" not in outcome.err, outcome
@@ -129,8 +152,17 @@ def runs(job: Path) -> list[Kept]:
 
 @pytest.mark.slow
 def test_every_training_run_is_one_of_the_group(runs: list[Kept]) -> None:
-    found = {kept.run["display_name"]: kept.run["job_type"] for kept in runs if kept.run["job_type"] != "report"}
-    assert found == {"reference": "reference", "proxy": "proxy", "main": "main", "uniform": "main"}  # baseline is there
+    found = {
+        kept.run["display_name"]: kept.run["job_type"]
+        for kept in runs
+        if kept.run["job_type"] != "report"
+    }
+    assert found == {
+        "reference": "reference",
+        "proxy": "proxy",
+        "main": "main",
+        "uniform": "main",
+    }  # baseline is there
     for kept in runs:
         assert (kept.run["run_group"], kept.run["project"], kept.run["tags"]) == (
             "run",
@@ -146,7 +178,9 @@ def test_every_training_run_is_one_of_the_group(runs: list[Kept]) -> None:
 def test_the_curves_are_the_json_lines(name: str, job: Path, runs: list[Kept]) -> None:
     (kept,) = named(runs, name)
     same_curves(kept.history, job / name)
-    assert kept.metrics == [{"glob_name": "*", "options": kept.metrics[0]["options"], "step_metric": "step"}]
+    assert kept.metrics == [
+        {"glob_name": "*", "options": kept.metrics[0]["options"], "step_metric": "step"}
+    ]
 
 
 @pytest.mark.slow
@@ -198,13 +232,20 @@ def test_the_report_is_an_artifact(job: Path) -> None:
     assert artifact["type"] == "report" and artifact["name"] == kept.run["run_id"]
     held = {file["path"]: Path(file["local_path"]) for file in artifact["manifest"]["contents"]}
     assert held.keys() == {"report.html", "weights.json", "evaluation.json", "plan.json"}
-    for name, copy in held.items():  # copies, under run_dir: a later report does not change them before they are sent
+    for (
+        name,
+        copy,
+    ) in (
+        held.items()
+    ):  # copies, under run_dir: a later report does not change them before they are sent
         assert job in copy.parents and copy.read_bytes() == (job / name).read_bytes()
     evaluation, weights = read(job / "evaluation.json"), read(job / "weights.json")["weights"]
     assert {
         f"mean_loss/{name}": model["mean_loss"] for name, model in evaluation.items()
     }.items() <= kept.summary.items()
-    assert {f"weights/{name}": weight for name, weight in weights.items()}.items() <= kept.summary.items()
+    assert {
+        f"weights/{name}": weight for name, weight in weights.items()
+    }.items() <= kept.summary.items()
 
 
 @pytest.mark.acceptance
@@ -246,7 +287,9 @@ def test_told_to_stop_it_closes_and_continues_the_same_wandb_run(
     outcome = doremi(*overrides)
     assert outcome.code == 0, outcome
     for name in ("domain_weights.jsonl", "evaluations.jsonl", "model/model.safetensors"):
-        assert (run_dir / "proxy" / name).read_bytes() == (uninterrupted / "proxy" / name).read_bytes(), name
+        assert (run_dir / "proxy" / name).read_bytes() == (
+            uninterrupted / "proxy" / name
+        ).read_bytes(), name
     first, second = named(wandb_runs(run_dir), "proxy")
     assert first.run["run_id"] == second.run["run_id"] and second.run["resume"]
     assert (first.exit_code, second.exit_code) == (75, 0)
@@ -254,9 +297,17 @@ def test_told_to_stop_it_closes_and_continues_the_same_wandb_run(
 
 
 @pytest.mark.acceptance
-def test_killed_tensorboard_curves_are_not_doubled(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_killed_tensorboard_curves_are_not_doubled(
+    prepared: list[str], doremi: Command, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    overrides = [*prepared, f"run_dir={run_dir}", "stage=proxy", "tracking=tensorboard", "training.checkpoint_every=20"]
+    overrides = [
+        *prepared,
+        f"run_dir={run_dir}",
+        "stage=proxy",
+        "tracking=tensorboard",
+        "training.checkpoint_every=20",
+    ]
     process = start(*overrides)
     with reaped(process):
         wait_for(lambda: reached(run_dir / "proxy", 20), process)
@@ -282,7 +333,9 @@ def same_tensorboard(found: dict[str, list[tuple[int, float]]], run: Path) -> No
 
 
 @pytest.mark.slow
-def test_when_wandb_s_process_dies_the_training_does_not(prepared: list[str], tmp_path: Path) -> None:
+def test_when_wandb_s_process_dies_the_training_does_not(
+    prepared: list[str], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
 
     def kill() -> None:
@@ -296,20 +349,26 @@ def test_when_wandb_s_process_dies_the_training_does_not(prepared: list[str], tm
     outcome = run_here(*prepared, f"run_dir={run_dir}", "stage=proxy", "tracking=wandb")
     killer.join(1)
     assert outcome.code == 0 and not killer.is_alive(), outcome
-    assert outcome.out.count("tracking ends, the run goes on") == 1 and "Traceback" not in outcome.err, outcome
+    assert (
+        outcome.out.count("tracking ends, the run goes on") == 1 and "Traceback" not in outcome.err
+    ), outcome
     assert [line["step"] for line in lines(run_dir / "reference" / "metrics.jsonl")][-1] == 60
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["wandb", "tensorboard"])
-def test_a_folder_that_cannot_be_written_is_said_once(backend: str, tiny: list[str], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_said_once(
+    backend: str, tiny: list[str], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / backend).write_text("in the way")
     own = [f"run_dir={run_dir}", f"store={tmp_path / 'store'}"]
     outcome = run_here(*tiny, *own, "stage=main", "main.comparisons=[]", f"tracking={backend}")
     assert outcome.code == 0, outcome
-    assert outcome.out.count(f"tracking={backend}: ") == 1 and "the run goes on" in outcome.out, outcome.out
+    assert outcome.out.count(f"tracking={backend}: ") == 1 and "the run goes on" in outcome.out, (
+        outcome.out
+    )
     assert (run_dir / "main/model/model.safetensors").exists()
 
 
@@ -317,12 +376,20 @@ def test_a_folder_that_cannot_be_written_is_said_once(backend: str, tiny: list[s
 def test_logged_in_without_a_network_the_training_goes_on(
     fresh: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"API_KEY": KEY, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "2"}.items():
+    for name, value in {
+        "API_KEY": KEY,
+        "BASE_URL": "http://127.0.0.1:9",
+        "INIT_TIMEOUT": "2",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     outcome = run_here(*fresh, f"run_dir={tmp_path / 'run'}", "stage=reference", "tracking=wandb")
     assert outcome.code == 0, outcome
     assert outcome.out.count("tracking=wandb: ") == 1 and KEY not in outcome.out + outcome.err
-    held = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    held = [
+        path
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
     assert held == []
 
 
@@ -340,7 +407,9 @@ def test_two_processes_are_one_run(fresh: list[str], doremi: Command, tmp_path: 
 
 
 @pytest.mark.acceptance
-def test_children_stand_in_their_parent_s_group_and_folder(fresh: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_children_stand_in_their_parent_s_group_and_folder(
+    fresh: list[str], doremi: Command, tmp_path: Path
+) -> None:
     seeds = ["stage=proxy", "proxy.seeds=2", "submit.cluster=local", "tracking=wandb"]
     outcome = doremi(*fresh, *seeds, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome
@@ -353,8 +422,17 @@ def test_children_stand_in_their_parent_s_group_and_folder(fresh: list[str], dor
 
 
 @pytest.mark.slow
-def test_jobs_of_a_sweep_stand_in_its_folder_each_by_its_name(fresh: list[str], tmp_path: Path) -> None:
-    sweep = ["-m", *fresh, f"run_dir={tmp_path / 'sweep'}", "stage=reference", "seed=0,1", "tracking=tensorboard"]
+def test_jobs_of_a_sweep_stand_in_its_folder_each_by_its_name(
+    fresh: list[str], tmp_path: Path
+) -> None:
+    sweep = [
+        "-m",
+        *fresh,
+        f"run_dir={tmp_path / 'sweep'}",
+        "stage=reference",
+        "seed=0,1",
+        "tracking=tensorboard",
+    ]
     assert run_here(*sweep).code == 0
     for seed in (0, 1):
         (run_dir,) = (tmp_path / "sweep").glob(f"*seed={seed}*/reference")
@@ -365,17 +443,25 @@ def test_jobs_of_a_sweep_stand_in_its_folder_each_by_its_name(fresh: list[str], 
 # ── What is asked for ───────────────────────────────────────────────────────────────
 
 
-def test_online_without_a_login_is_refused_before_anything_is_written(tiny: list[str], tmp_path: Path) -> None:
-    outcome = run_here(*tiny, f"run_dir={tmp_path / 'run'}", "tracking=wandb", "tracking.mode=online")
+def test_online_without_a_login_is_refused_before_anything_is_written(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    outcome = run_here(
+        *tiny, f"run_dir={tmp_path / 'run'}", "tracking=wandb", "tracking.mode=online"
+    )
     assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
-    assert "tracking.mode=online: no login was found" in outcome.err and "WANDB_API_KEY" in outcome.err
+    assert (
+        "tracking.mode=online: no login was found" in outcome.err and "WANDB_API_KEY" in outcome.err
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_that_is_not_installed_is_refused_with_the_remedy(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as the interpreter has what cannot be imported
+    monkeypatch.setitem(
+        sys.modules, "tensorboard", None
+    )  # as the interpreter has what cannot be imported
     outcome = run_here(*tiny, f"run_dir={tmp_path / 'run'}", "tracking=tensorboard")
     assert outcome.code == 2 and "'.[tensorboard]'" in outcome.err, outcome
     assert not (tmp_path / "run").exists()
@@ -397,7 +483,12 @@ def test_tensorboard_that_is_not_installed_is_refused_with_the_remedy(
     ],
 )
 def test_who_is_logged_in_is_online(
-    asked: Any, key: str, environment: str, mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: Any,
+    key: str,
+    environment: str,
+    mode: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in {"WANDB_API_KEY": key, "WANDB_MODE": environment}.items():
         if value:
@@ -459,12 +550,20 @@ ODD = (
 def write(backend: Any, folder: Path) -> list[dict[str, Any]]:
     """Three steps over domains with odd names; returns what was written, flat."""
     kept = []
-    with Tracking(TrackingOptions(backend=backend, name="odd"), folder, {"a": {"b.c": [1, None]}}).run(
-        "proxy", "odd-1"
-    ) as run:
+    with Tracking(
+        TrackingOptions(backend=backend, name="odd"), folder, {"a": {"b.c": [1, None]}}
+    ).run("proxy", "odd-1") as run:
         for step in (1, 2, 3):
-            columns = {key: {name: step / (3 + k) for k, name in enumerate(ODD)} for key in ("weights", "excess_loss")}
-            line = {"step": step, **columns, "tokens": dict.fromkeys(ODD, 7 * step), "skipped": True}
+            columns = {
+                key: {name: step / (3 + k) for k, name in enumerate(ODD)}
+                for key in ("weights", "excess_loss")
+            }
+            line = {
+                "step": step,
+                **columns,
+                "tokens": dict.fromkeys(ODD, 7 * step),
+                "skipped": True,
+            }
             run.line(line)
             kept.append(flat(line))
         run.line({"step": 3, "mean_loss": 1.5, "domains": dict.fromkeys(ODD, 0.1)})
@@ -476,7 +575,11 @@ def test_odd_names_of_domains_are_kept_apart_in_wandb(tmp_path: Path) -> None:
     written = write("wandb", tmp_path / "run")
     (kept,) = wandb_runs(tmp_path / "run")
     assert kept.history == written
-    assert (kept.run["display_name"], kept.run["job_type"], kept.run["run_id"]) == ("odd/proxy", "proxy", "odd-1")
+    assert (kept.run["display_name"], kept.run["job_type"], kept.run["run_id"]) == (
+        "odd/proxy",
+        "proxy",
+        "odd-1",
+    )
     assert kept.run["config"]["update"]["a"] == {"b.c": [1, None]}
 
 
@@ -498,18 +601,32 @@ def test_steps_that_come_again_replace_those_of_a_killed_run(tmp_path: Path) -> 
     with shown.run("proxy", "x", step=20) as tracked:
         for step in range(21, 31):
             tracked.line({"step": step, "loss": 2.0})
-    assert scalars(tmp_path / "tensorboard/proxy")["loss"] == [(step, 1.0 + (step > 20)) for step in range(1, 31)]
+    assert scalars(tmp_path / "tensorboard/proxy")["loss"] == [
+        (step, 1.0 + (step > 20)) for step in range(1, 31)
+    ]
 
 
 @pytest.mark.parametrize("backend", ["wandb", "tensorboard"])
-def test_tracking_leaves_the_process_as_it_was(backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_leaves_the_process_as_it_was(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
 
     def state() -> list[Any]:
-        handlers = [signal.getsignal(number) for number in signal.valid_signals() if number not in (9, 19)]
+        handlers = [
+            signal.getsignal(number) for number in signal.valid_signals() if number not in (9, 19)
+        ]
         draws = [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()]  # noqa: NPY002
-        return [*draws, handlers, sys.exit, sys.excepthook, sys.stdout, dict(os.environ), Path.cwd()]
+        return [
+            *draws,
+            handlers,
+            sys.exit,
+            sys.excepthook,
+            sys.stdout,
+            dict(os.environ),
+            Path.cwd(),
+        ]
 
     if backend == "wandb":
         __import__("wandb")  # the import itself sets a variable of its own
@@ -522,7 +639,9 @@ def test_tracking_leaves_the_process_as_it_was(backend: Any, tmp_path: Path, mon
 
 def test_backends_are_imported_only_when_asked_for() -> None:
     code = "import sys, doremi_train.stages, doremi_train.stages.report; print(*sys.modules)"
-    modules = subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True, cwd=ROOT).split()
+    modules = subprocess.check_output(
+        [sys.executable, "-c", code], env=environment(), text=True, cwd=ROOT
+    ).split()
     assert "doremi_train.trackers" in modules
     assert not {"wandb", "tensorboard"} & {name.partition(".")[0] for name in modules}
 

@@ -29,7 +29,9 @@ def tokens(domain: str) -> np.ndarray:
 
 
 def collate(rows: list[tuple[np.ndarray, int]]) -> Batch:
-    return torch.from_numpy(np.stack([row for row, _ in rows]).astype(np.int64)), torch.tensor([d for _, d in rows])
+    return torch.from_numpy(np.stack([row for row, _ in rows]).astype(np.int64)), torch.tensor(
+        [d for _, d in rows]
+    )
 
 
 def webdataset(workers: int) -> Iterable[Batch]:
@@ -44,14 +46,18 @@ def webdataset(workers: int) -> Iterable[Batch]:
         if not path.exists():
             with wds.TarWriter(str(path)) as writer:
                 for i, row in enumerate(tokens(domain)):
-                    writer.write({"__key__": f"{i:08d}", "tokens": row.tobytes(), "domain": str(n).encode()})
+                    writer.write(
+                        {"__key__": f"{i:08d}", "tokens": row.tobytes(), "domain": str(n).encode()}
+                    )
         parts.append(wds.WebDataset([str(path)], shardshuffle=False, resampled=True).map(decoded))
 
     class Mixed(IterableDataset):
         def __iter__(self) -> Iterator[Any]:
             return iter(wds.RandomMix(parts, EVEN))
 
-    return DataLoader(Mixed(), BATCH, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    return DataLoader(
+        Mixed(), BATCH, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+    )
 
 
 def mosaicml_streaming(workers: int) -> Iterable[Batch]:
@@ -61,7 +67,9 @@ def mosaicml_streaming(workers: int) -> Iterable[Batch]:
     for n, domain in enumerate(DOMAINS):
         out = FOLDER / domain / "mosaicml"
         if not out.exists():
-            with MDSWriter(out=str(out), columns={"tokens": "ndarray:uint16", "domain": "int"}) as writer:
+            with MDSWriter(
+                out=str(out), columns={"tokens": "ndarray:uint16", "domain": "int"}
+            ) as writer:
                 for row in tokens(domain):
                     writer.write({"tokens": np.array(row), "domain": n})
         streams.append(Stream(local=str(out), proportion=EVEN[n]))
@@ -76,7 +84,13 @@ def mosaicml_streaming(workers: int) -> Iterable[Batch]:
 
 
 def litdata(workers: int) -> Iterable[Batch]:
-    from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset, TokensLoader, optimize
+    from litdata import (
+        CombinedStreamingDataset,
+        StreamingDataLoader,
+        StreamingDataset,
+        TokensLoader,
+        optimize,
+    )
 
     class Domain(StreamingDataset):
         number = 0
@@ -105,7 +119,11 @@ def litdata(workers: int) -> Iterable[Batch]:
         parts.append(part)
     mixed = CombinedStreamingDataset(parts, weights=EVEN, iterate_over_all=False)
     return StreamingDataLoader(
-        mixed, batch_size=BATCH, num_workers=workers, collate_fn=together, persistent_workers=workers > 0
+        mixed,
+        batch_size=BATCH,
+        num_workers=workers,
+        collate_fn=together,
+        persistent_workers=workers > 0,
     )
 
 
@@ -120,7 +138,9 @@ def datasets(workers: int) -> Iterable[Batch]:
     parts = []
     for n, domain in enumerate(DOMAINS):
         values = tokens(domain)
-        features = Features({"tokens": List(Value("uint16"), length=values.shape[1]), "domain": Value("int64")})
+        features = Features(
+            {"tokens": List(Value("uint16"), length=values.shape[1]), "domain": Value("int64")}
+        )
         out = FOLDER / domain / "datasets"
         if not out.exists():
             rows = {"tokens": list(values), "domain": [n] * len(values)}
@@ -133,7 +153,9 @@ def datasets(workers: int) -> Iterable[Batch]:
 
         def __getitem__(self, rows: list[int]) -> Batch:
             found = mixed[rows]
-            return torch.from_numpy(np.asarray(found["tokens"]).astype(np.int64)), torch.from_numpy(found["domain"])
+            return torch.from_numpy(np.asarray(found["tokens"]).astype(np.int64)), torch.from_numpy(
+                found["domain"]
+            )
 
     order = [list(range(i, i + BATCH)) for i in range(0, len(mixed) - BATCH + 1, BATCH)]
     return DataLoader(
@@ -169,13 +191,19 @@ def main() -> None:
             for workers in (0, 1):
                 running[name, workers] = endless(peer(workers))
                 batch, domain = next(running[name, workers])
-                assert batch.shape == (BATCH, tokens(DOMAINS[0]).shape[1]) and batch.dtype == torch.int64
+                assert (
+                    batch.shape == (BATCH, tokens(DOMAINS[0]).shape[1])
+                    and batch.dtype == torch.int64
+                )
                 assert domain.shape == (BATCH,) and len(set(domain.tolist())) > 1
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}"
             with contextlib.suppress(KeyError):
                 del running[name, 0]
-    answers.write(json.dumps({"peers": [name for name in PEERS if name not in missing], "missing": missing}) + "\n")
+    answers.write(
+        json.dumps({"peers": [name for name in PEERS if name not in missing], "missing": missing})
+        + "\n"
+    )
     for line in sys.stdin:
         asked, processes, count = line.split()
         loader = running[asked, int(processes)]

@@ -28,7 +28,11 @@ def temperature(logs: Tensor, label: Tensor) -> float:
     def loss(logarithm: float) -> float:
         return float(judge(logs, label, math.exp(logarithm)).loss.mean())
 
-    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x)
+    return math.exp(
+        scipy.optimize.minimize_scalar(
+            loss, bounds=(-math.log(20), math.log(20)), method="bounded"
+        ).x
+    )
 
 
 def label_probabilities(logs: Tensor, label: Tensor) -> Tensor:
@@ -53,7 +57,9 @@ def calibration_error(logs: Tensor, label: Tensor, bins: int = 15) -> float:
     confidence, predicted = logs.exp().max(1)
     place = (confidence * bins).long().clamp_max(bins - 1)
     gap = (predicted == label).double() - confidence
-    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gap).abs().sum() / len(label))
+    return float(
+        torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gap).abs().sum() / len(label)
+    )
 
 
 def figures(logs: Tensor, label: Tensor) -> dict[str, float]:

@@ -39,7 +39,9 @@ def fit(
     torch.manual_seed(seed)
     model = kind.build(classes).to(device)
     decay = options.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=decay, fused=True
+    )
     state, step = importance.init(1, 0, weighting), 0
     in_epoch = math.ceil(len(table.label) / options.batch_size)
     epochs = max(options.epochs, math.ceil(options.least_steps / in_epoch))
@@ -47,7 +49,9 @@ def fit(
     for epoch in range(1, epochs + 1):
         model.train()
         for rows in order(len(table.label), seed, epoch).split(options.batch_size):
-            losses = _losses(model, table, rows, device)[:, None]  # (B, 1): a label is a sequence of one token
+            losses = _losses(model, table, rows, device)[
+                :, None
+            ]  # (B, 1): a label is a sequence of one token
             column = None if reference is None else reference[rows, None].to(device)
             domain = torch.zeros(len(rows), dtype=torch.int64, device=device)
             stats = importance.observe(losses, column, domain, 1, weighting)
@@ -55,7 +59,9 @@ def fit(
             state = importance.update(state, stats, weighting)
             weights = importance.weigh(state, domain, stats.tokens, weighting, losses, column)
             loss = (weights * losses).sum()
-            optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / (epochs * in_epoch))
+            optimizer.param_groups[0]["lr"] = options.learning_rate * (
+                1 - step / (epochs * in_epoch)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -104,10 +110,15 @@ def _batch(table: Table, rows: Tensor, device: torch.device) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def log_probabilities(model: nn.Module, table: Table, device: torch.device, batch: int = 256) -> Tensor:
+def log_probabilities(
+    model: nn.Module, table: Table, device: torch.device, batch: int = 256
+) -> Tensor:
     """(N, C) float64 on the host, the model in evaluation mode."""
     training = model.training
     model.eval()
-    parts = [model(*_batch(table, rows, device)).double().cpu() for rows in torch.arange(len(table.label)).split(batch)]
+    parts = [
+        model(*_batch(table, rows, device)).double().cpu()
+        for rows in torch.arange(len(table.label)).split(batch)
+    ]
     model.train(training)
     return torch.cat(parts).log_softmax(1)

@@ -31,7 +31,9 @@ class Examples:
         return len(self.texts)
 
     def take(self, rows: NDArray[np.int64]) -> "Examples":
-        return Examples([self.texts[i] for i in rows.tolist()], [self.labels[i] for i in rows.tolist()])
+        return Examples(
+            [self.texts[i] for i in rows.tolist()], [self.labels[i] for i in rows.tolist()]
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -44,7 +46,9 @@ def find(root: str, name: str) -> str | None:
         fs, inside = filesystem(root, "classify.root")
         found = [ending for ending in ENDINGS if fs.isfile(f"{inside.rstrip('/')}/{name}{ending}")]
     if len(found) > 1:
-        raise UserError(f"classify.root={root}: {' and '.join(name + ending for ending in found)} are there; keep one")
+        raise UserError(
+            f"classify.root={root}: {' and '.join(name + ending for ending in found)} are there; keep one"
+        )
     return f"{root.rstrip('/')}/{name}{found[0]}" if found else None
 
 
@@ -57,12 +61,22 @@ def read(path: str, text_key: str, label_key: str) -> Examples:
         fs, inside = filesystem(path, "classify.root")
         content = fs.cat_file(inside)
     try:
-        rows = _parquet(content) if path.endswith(".parquet") else _csv(content) if path.endswith(".csv") else None
+        rows = (
+            _parquet(content)
+            if path.endswith(".parquet")
+            else _csv(content)
+            if path.endswith(".csv")
+            else None
+        )
         rows = _jsonl(content, path) if rows is None else rows
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {path.rpartition('.')[2]} ({one_line(error)}); mend it") from None
+        raise UserError(
+            f"{path}: cannot be read as {path.rpartition('.')[2]} ({one_line(error)}); mend it"
+        ) from None
     if not rows:
-        raise UserError(f"{path}: has no example; give at least one with {text_key} and {label_key}")
+        raise UserError(
+            f"{path}: has no example; give at least one with {text_key} and {label_key}"
+        )
     pairs = [_example(row, number, path, text_key, label_key) for number, row in enumerate(rows, 1)]
     return Examples([text for text, _ in pairs], [label for _, label in pairs])
 
@@ -72,12 +86,16 @@ def _example(row: Any, number: int, path: str, text_key: str, label_key: str) ->
     for option, key in (("classify.text_key", text_key), ("classify.label_key", label_key)):
         if key not in found:
             there = ", ".join(sorted(found)) or "none"
-            raise UserError(f"{option}={key!r}: no such key in {path}, row {number}; the keys there: {there}")
+            raise UserError(
+                f"{option}={key!r}: no such key in {path}, row {number}; the keys there: {there}"
+            )
     text, label = found[text_key], found[label_key]
     if not isinstance(text, str):
         raise UserError(f"{path}, row {number}: {text_key} must be text, not {text!r}")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise UserError(f"{path}, row {number}: {label_key} must be text or a whole number, not {label!r}")
+        raise UserError(
+            f"{path}, row {number}: {label_key} must be text or a whole number, not {label!r}"
+        )
     return text, str(label)
 
 
@@ -88,9 +106,13 @@ def _parquet(content: bytes) -> list[Any]:
 def _csv(content: bytes) -> list[Any]:
     """With a header; every field is text."""
     names = pa.csv.open_csv(io.BytesIO(content)).schema.names
-    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    convert = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+    )
     parse = pa.csv.ParseOptions(newlines_in_values=True)
-    return pa.csv.read_csv(io.BytesIO(content), convert_options=convert, parse_options=parse).to_pylist()
+    return pa.csv.read_csv(
+        io.BytesIO(content), convert_options=convert, parse_options=parse
+    ).to_pylist()
 
 
 def _jsonl(content: bytes, path: str) -> list[Any]:
@@ -129,7 +151,9 @@ def numbered(labels: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
     return np.array([place[label] for label in labels], np.int64)
 
 
-def split(numbers: NDArray[np.int64], part: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split(
+    numbers: NDArray[np.int64], part: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows that stay, and rows (about `part` of every label) that are held out; a label's last example stays."""
     generator = np.random.Generator(np.random.PCG64(seed))
     held: list[int] = []

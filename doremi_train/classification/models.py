@@ -107,7 +107,9 @@ class _Transformer(nn.Module):
 def _small_encoder(options: ClassifierOptions, texts: Sequence[str]) -> Kind:
     from transformers import BertConfig, BertForSequenceClassification
 
-    learned = tokenizer.learn(texts, _VOCABULARY)  # id 0 ends a document: here it begins every text, and fills
+    learned = tokenizer.learn(
+        texts, _VOCABULARY
+    )  # id 0 ends a document: here it begins every text, and fills
 
     def build(classes: int) -> nn.Module:
         shape: dict[str, Any] = {
@@ -145,14 +147,18 @@ def _folder(options: ClassifierOptions) -> Kind:
     def build(classes: int) -> nn.Module:
         how = local | {"use_safetensors": True, "dtype": torch.float32, "num_labels": classes}
         return _Transformer(
-            AutoModelForSequenceClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **how)
+            AutoModelForSequenceClassification.from_pretrained(
+                folder, ignore_mismatched_sizes=True, **how
+            )
         )
 
     try:
         words = AutoTokenizer.from_pretrained(folder, **local)
         build(2)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"classify.model={options.model!r}: not an encoder that transformers loads ({error})") from None
+        raise UserError(
+            f"classify.model={options.model!r}: not an encoder that transformers loads ({error})"
+        ) from None
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return words(list(texts), truncation=True, max_length=options.length)["input_ids"]

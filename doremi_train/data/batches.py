@@ -42,7 +42,9 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (B, T + 1) int64: inputs are all but the last, targets all but the first; see Store.gather
     domain: Tensor  # (B,) int64
     sequence: Tensor  # (B,) int64 index within the domain
-    reference: Tensor | None = None  # (B, T) float16 losses of the reference, as far as they are stored
+    reference: Tensor | None = (
+        None  # (B, T) float16 losses of the reference, as far as they are stored
+    )
 
     @property
     def carrying(self) -> Tensor:
@@ -71,10 +73,14 @@ class Batches:
     ) -> None:
         self.store, self.length = store, length
         require_sequences(store, "train", length)
-        self.sampler = Sampler(store.sequences("train", length), store.domains, batch, seed, subsample)
+        self.sampler = Sampler(
+            store.sequences("train", length), store.domains, batch, seed, subsample
+        )
         self.sizes = self.sampler.sizes  # (K,) sequences that may be drawn
         self._rows = rows  # of the global batch: this rank's, one slice a micro-batch
-        self._stored = stored  # the reference's losses of (domain, sequence), to be read with the tokens
+        self._stored = (
+            stored  # the reference's losses of (domain, sequence), to be read with the tokens
+        )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, bytes, Future[Batch]] | None = None
 
@@ -116,7 +122,11 @@ class Batches:
 
     def _micro(self, domain: Ints, sequence: Ints) -> MicroBatch:
         found = read(self.store, "train", domain, sequence, self.length)
-        return found if self._stored is None else found._replace(reference=self._stored(domain, sequence))
+        return (
+            found
+            if self._stored is None
+            else found._replace(reference=self._stored(domain, sequence))
+        )
 
 
 def some(draw: Draw, index: Ints) -> Draw:
@@ -127,13 +137,19 @@ def some(draw: Draw, index: Ints) -> Draw:
 def read(store: Store, split: str, domain: Ints, sequence: Ints, length: int) -> MicroBatch:
     """The named sequences as tensors."""
     tokens = store.gather(split, domain, sequence, length)
-    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(domain), torch.from_numpy(sequence))
+    return MicroBatch(
+        torch.from_numpy(tokens), torch.from_numpy(domain), torch.from_numpy(sequence)
+    )
 
 
 def require_sequences(store: Store, split: str, length: int) -> None:
     """Raise UserError naming a domain whose split is shorter than one sequence of `length` + 1 tokens."""
-    remedy = "add text" if split == "train" else "give validation files, raise data.validation_fraction"
-    for name, size, tokens in zip(store.domains, store.sequences(split, length), store.sizes(split), strict=True):
+    remedy = (
+        "add text" if split == "train" else "give validation files, raise data.validation_fraction"
+    )
+    for name, size, tokens in zip(
+        store.domains, store.sequences(split, length), store.sizes(split), strict=True
+    ):
         if size == 0:
             raise UserError(
                 f"domain {name!r}: {tokens} {split} tokens are less than one sequence of "

@@ -17,7 +17,9 @@ Ints = NDArray[np.int64]
 
 class Example(NamedTuple):
     ids: NDArray[np.int32]  # (n,)
-    carries: NDArray[np.bool_]  # (n,) tokens that carry a loss: those of answers, but never the first
+    carries: NDArray[
+        np.bool_
+    ]  # (n,) tokens that carry a loss: those of answers, but never the first
 
 
 def coded(example: Example, length: int) -> NDArray[np.int32]:
@@ -49,7 +51,9 @@ class Encoder:
         from transformers import AutoTokenizer
 
         try:
-            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            found: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # it fails in many ways
             raise UserError(
                 f"{key}={folder}: has no tokeniser that transformers loads ({one_line(error)[:300]}); give a model "
@@ -61,13 +65,17 @@ class Encoder:
                 "name one in its tokenizer_config.json"
             )
         self.tokenizer, self.end = found, int(found.eos_token_id)
-        self._begin = [found.bos_token_id] if found("").input_ids[:1] == [found.bos_token_id] else []
+        self._begin = (
+            [found.bos_token_id] if found("").input_ids[:1] == [found.bos_token_id] else []
+        )
 
     @property
     def fingerprint(self) -> str:
         """Content address of what decides the ids: changes with the vocabulary, its rules and the chat template."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        whole = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        whole = (
+            backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        )
         return fingerprint([whole, self.tokenizer.chat_template, self._begin, self.end])
 
     def encode(self, record: Mapping[str, Any], place: str) -> Example:
@@ -78,18 +86,25 @@ class Encoder:
         carries = [False] * len(ids)
         for piece in pieces:
             found = self.tokenizer(
-                piece.text, add_special_tokens=False, split_special_tokens=not piece.special, verbose=False
+                piece.text,
+                add_special_tokens=False,
+                split_special_tokens=not piece.special,
+                verbose=False,
             )
             added = [*found.input_ids, *[self.end] * piece.ended]
             ids += added
-            carries += [piece.carries and piece.text != ""] * len(added)  # an empty answer is no answer
+            carries += [piece.carries and piece.text != ""] * len(
+                added
+            )  # an empty answer is no answer
         carries[:1] = [False] * len(carries[:1])  # nothing comes before it
         return Example(np.array(ids, np.int32), np.array(carries, bool))
 
     def rendered(self, messages: list[dict[str, str]], place: str, asking: bool) -> str:
         """By the chat template; `asking` for the next answer."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asking
+            )
         except Exception as error:  # of the template
             raise UserError(
                 f"{place}: the tokeniser's chat template refuses these messages ({one_line(error)[:300]}); mend them"
@@ -104,7 +119,11 @@ def _pieces(record: Mapping[str, Any], place: str, encoder: Encoder) -> list[Pie
         )
     if "messages" in record:
         messages = _messages(record["messages"], place)
-        return _templated(messages, place, encoder) if encoder.tokenizer.chat_template else _plain(messages, place)
+        return (
+            _templated(messages, place, encoder)
+            if encoder.tokenizer.chat_template
+            else _plain(messages, place)
+        )
     for key in ("prompt", "completion"):
         if not isinstance(record.get(key), str):
             raise UserError(f"{place}: {key} must be text, not {record.get(key)!r:.100}")
@@ -118,7 +137,9 @@ def _messages(found: Any, place: str) -> list[dict[str, str]]:
         given = message if isinstance(message, dict) else {}
         for key in ("role", "content"):
             if not isinstance(given.get(key), str):
-                raise UserError(f"{place}, message {nth}: needs role and content, both text; it is {message!r:.100}")
+                raise UserError(
+                    f"{place}, message {nth}: needs role and content, both text; it is {message!r:.100}"
+                )
     return found
 
 
@@ -127,7 +148,9 @@ def _plain(messages: list[dict[str, str]], place: str) -> list[Piece]:
     for nth, message in enumerate(messages, 1):
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise UserError(f"{place}, message {nth}: role={role!r}: unknown; allowed: {', '.join(ROLES)}")
+            raise UserError(
+                f"{place}, message {nth}: role={role!r}: unknown; allowed: {', '.join(ROLES)}"
+            )
         if role == "assistant":
             pieces += [Piece(f"{asked}<|assistant|>\n", False), Piece(content, True, ended=True)]
             asked = "\n"
@@ -150,6 +173,9 @@ def _templated(messages: list[dict[str, str]], place: str, encoder: Encoder) -> 
                 "follow, so this answer cannot be told from the rest; give each answer as an example of its own"
             )
         answer = after[len(before) :] if message["content"] else ""
-        pieces += [Piece(before[len(done) :], False, special=True), Piece(answer, True, special=True)]
+        pieces += [
+            Piece(before[len(done) :], False, special=True),
+            Piece(answer, True, special=True),
+        ]
         done = after
     return pieces

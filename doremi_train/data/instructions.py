@@ -56,7 +56,9 @@ class Read(NamedTuple):
     example: Example
 
 
-def examples(sources: list[Source], options: DataOptions, encoder: Encoder, bad: BadLines) -> Iterator[Read]:
+def examples(
+    sources: list[Source], options: DataOptions, encoder: Encoder, bad: BadLines
+) -> Iterator[Read]:
     """Every example of the sources, in their order, whole.
 
     Raises UserError naming file and line for one that is none.
@@ -67,7 +69,11 @@ def examples(sources: list[Source], options: DataOptions, encoder: Encoder, bad:
 
 
 def prepare(
-    options: DataOptions, encoder: Encoder, length: int, folder: Path, check: Callable[[], None] = lambda: None
+    options: DataOptions,
+    encoder: Encoder,
+    length: int,
+    folder: Path,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """`folder`/<address> with the examples of these files, cut to `length` + 1 tokens: made, or found there.
 
@@ -90,7 +96,9 @@ def prepare(
             _write(target, _Collected(options, length).fill(sources, encoder, check), request)
     bad = read_json(target / "manifest.json")["bad_lines"]
     if bad > options.max_bad_lines:
-        raise UserError(f"data.max_bad_lines={options.max_bad_lines}: but {bad} lines are broken; mend the files")
+        raise UserError(
+            f"data.max_bad_lines={options.max_bad_lines}: but {bad} lines are broken; mend the files"
+        )
     return target
 
 
@@ -99,20 +107,26 @@ class _Collected:
 
     def __init__(self, options: DataOptions, length: int) -> None:
         self.options, self.length = options, length
-        self.found: dict[tuple[str, str], list[tuple[NDArray[np.int32], int, int]]] = {}  # (tokens, file, line)
+        self.found: dict[
+            tuple[str, str], list[tuple[NDArray[np.int32], int, int]]
+        ] = {}  # (tokens, file, line)
         self.files: list[str] = []
         self.bad = BadLines(options)
         self.left_out: list[str] = []  # places
         self.counts: Counter[str] = Counter()
         self._validation: set[bytes] = set()
 
-    def fill(self, sources: list[Source], encoder: Encoder, check: Callable[[], None]) -> "_Collected":
+    def fill(
+        self, sources: list[Source], encoder: Encoder, check: Callable[[], None]
+    ) -> "_Collected":
         # First what is for validation: what comes again in training is left out there.
         ordered = sorted(sources, key=lambda source: source.split != "validation")
         for read in examples(ordered, self.options, encoder, self.bad):
             check()
             self._add(read)
-        for domain in sorted({domain for _, domain in self.found} | {s.domain for s in sources if s.domain}):
+        for domain in sorted(
+            {domain for _, domain in self.found} | {s.domain for s in sources if s.domain}
+        ):
             for split in SPLITS:
                 if (split, domain) not in self.found:
                     raise UserError(self._nothing(split, domain))
@@ -136,7 +150,9 @@ class _Collected:
             return
         if not self.files or self.files[-1] != url:
             self.files.append(url)
-        self.found.setdefault((split, read.domain), []).append((tokens, len(self.files) - 1, read.line))
+        self.found.setdefault((split, read.domain), []).append(
+            (tokens, len(self.files) - 1, read.line)
+        )
 
     def _nothing(self, split: str, domain: str) -> str:
         because = (
@@ -167,20 +183,28 @@ def _write(target: Path, collected: _Collected, request: Mapping[str, Any]) -> N
     for name, values in (("tokens", tokens), ("examples", index)):
         with replacing(target / f"{name}.npy") as aside, aside.open("wb") as file:
             np.save(file, values, allow_pickle=False)
-    content = hashlib.sha256(tokens.tobytes() + index["stream"].tobytes() + index["end"].tobytes()).hexdigest()
+    content = hashlib.sha256(
+        tokens.tobytes() + index["stream"].tobytes() + index["end"].tobytes()
+    ).hexdigest()
     write_json(
         target / "manifest.json",
         {
-            "fingerprint": fingerprint({"content": content, "domains": domains, "tokenizer": request["tokenizer"]}),
+            "fingerprint": fingerprint(
+                {"content": content, "domains": domains, "tokenizer": request["tokenizer"]}
+            ),
             "domains": domains,
             "files": collected.files,
             "sequence_length": collected.length,
             "examples": {
-                domain: {split: len(collected.found[split, domain]) for split in SPLITS} for domain in domains
+                domain: {split: len(collected.found[split, domain]) for split in SPLITS}
+                for domain in domains
             },
             "cut": collected.counts["cut"],
             "also_in_validation": collected.counts["also_in_validation"],
-            "without_loss": {"examples": len(collected.left_out), "first": collected.left_out[:_NAMED]},
+            "without_loss": {
+                "examples": len(collected.left_out),
+                "first": collected.left_out[:_NAMED],
+            },
             "bad_lines": collected.bad.count,
             "request": request,
         },
@@ -197,7 +221,9 @@ class Instructions:
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
         self._index = np.load(folder / "examples.npy", allow_pickle=False)
         self._ends = np.concatenate([[0], self._index["end"]])
-        self._first = np.searchsorted(self._index["stream"], np.arange(len(SPLITS) * len(self.domains) + 1))
+        self._first = np.searchsorted(
+            self._index["stream"], np.arange(len(SPLITS) * len(self.domains) + 1)
+        )
 
     def sizes(self, split: str) -> Ints:
         """(K,) tokens."""
@@ -210,7 +236,9 @@ class Instructions:
     def gather(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
         """(B, n) tokens, padded to the longest of them."""
         self._require(length)
-        return chat.padded([self._stored(row) for row in self._rows(split, domain, sequence).tolist()])
+        return chat.padded(
+            [self._stored(row) for row in self._rows(split, domain, sequence).tolist()]
+        )
 
     def carrying(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
         """(B,) tokens that carry a loss."""
@@ -241,4 +269,6 @@ class Instructions:
 
     def _require(self, length: int) -> None:
         if length != self.manifest["sequence_length"]:
-            raise ValueError(f"sequences of {length}: these were prepared for {self.manifest['sequence_length']}")
+            raise ValueError(
+                f"sequences of {length}: these were prepared for {self.manifest['sequence_length']}"
+            )

@@ -45,7 +45,10 @@ class Subsample(NamedTuple):
 
     def sizes(self, whole: Ints) -> Ints:
         """(K,) sequences of each domain that are kept: the part, rounded up, so that none is left empty."""
-        return np.array([-(-int(n) * self.part.numerator // self.part.denominator) for n in whole], dtype=np.int64)
+        return np.array(
+            [-(-int(n) * self.part.numerator // self.part.denominator) for n in whole],
+            dtype=np.int64,
+        )
 
 
 class Sampler:
@@ -56,7 +59,12 @@ class Sampler:
     """
 
     def __init__(
-        self, whole: Ints, names: tuple[str, ...], batch: int, seed: int, subsample: Subsample | None = None
+        self,
+        whole: Ints,
+        names: tuple[str, ...],
+        batch: int,
+        seed: int,
+        subsample: Subsample | None = None,
     ) -> None:
         self._whole = self.sizes = np.asarray(whole, dtype=np.int64)
         self.batch = batch
@@ -64,7 +72,9 @@ class Sampler:
         self._kept: NDArray[np.uint64] | None = None
         if subsample is not None:
             self.sizes = subsample.sizes(self._whole)
-            self._kept = np.array([_key(subsample.seed, f"subsample\0{name}") for name in names], dtype=np.uint64)
+            self._kept = np.array(
+                [_key(subsample.seed, f"subsample\0{name}") for name in names], dtype=np.uint64
+            )
         none = np.zeros(len(names) + 1, dtype=np.int64)
         self._ahead = none[1:], none, none[:0]  # see `_upcoming`
 
@@ -85,19 +95,29 @@ class Sampler:
         # Spread every domain over the batch, so that ranks and micro-batches see similar shares.
         order = ((nth + 0.5) / quota[domain]).argsort(kind="stable")
         domain, nth = domain[order], nth[order]
-        return Draw(domain, self._upcoming(domain, counts[domain] + nth, counts, quota, weights), counts + quota)
+        return Draw(
+            domain,
+            self._upcoming(domain, counts[domain] + nth, counts, quota, weights),
+            counts + quota,
+        )
 
     def sequence(self, domain: Ints, number: Ints) -> Ints:
         """(B,) the sequence that is draw `number` (B,), from 0, of `domain` (B,)."""
         epoch, position = np.divmod(number, self.sizes[domain])
-        sequence = _permute(position, self.sizes[domain], self._keys[domain] ^ _mix(epoch.astype(np.uint64)))
+        sequence = _permute(
+            position, self.sizes[domain], self._keys[domain] ^ _mix(epoch.astype(np.uint64))
+        )
         if self._kept is not None:
             sequence = _permute(sequence, self._whole[domain], self._kept[domain])
         return sequence
 
-    def _upcoming(self, domain: Ints, number: Ints, counts: Ints, quota: Ints, weights: NDArray[np.float64]) -> Ints:
+    def _upcoming(
+        self, domain: Ints, number: Ints, counts: Ints, quota: Ints, weights: NDArray[np.float64]
+    ) -> Ints:
         """(B,) as `sequence`. Where one is not known yet, computes those of the next _AHEAD draws as well."""
-        first, edges, known = self._ahead  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
+        first, edges, known = (
+            self._ahead
+        )  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
         at = (edges[:-1] - first)[domain] + number
         if ((at < edges[domain]) | (at >= edges[domain + 1])).any():
             ahead = quota + np.ceil(_AHEAD * weights).astype(np.int64)  # (K,)
@@ -131,7 +151,9 @@ def _floor_sum(n: int, m: int, a: int, b: Ints) -> Ints:
 
 
 def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little"
+    )
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -21,14 +21,18 @@ FEW = 2.0  # effective number of domains below which a mixture of many is one of
 HOPS = 0.65  # effective number in a step, as a part of that of the steps' average: 0.75 to 1 where runs were sound
 ABSENT = 0.05  # part of the batches that may miss a domain
 EPOCHS = 4.0  # passes that are worth nearly as much as fresh text (Muennighoff et al. 2023, arXiv 2305.16264)
-MISMATCH = 4.0  # ratio of passes between proxy and final run, where one of them repeats more than EPOCHS
+MISMATCH = (
+    4.0  # ratio of passes between proxy and final run, where one of them repeats more than EPOCHS
+)
 GAIN = 0.05  # part of the context-free loss: a small model soon saves more on any language
 FLAT = 0.02  # part of the loss that a domain which is still being learned loses over the second half of a run
 TRIVIAL = 0.1  # nats per token: each is foreseen with 90 %
 OVERFIT = 0.1  # part of the validation loss that is missing on training text; an uneven split makes up to as much
 SAME = 0.1  # distance beyond that of two halves, as a part of it, up to which two domains are one language
 UNSURE = 0.3  # distance of two halves of one domain, beyond which the sample is too small to compare languages
-COPIED = 0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
+COPIED = (
+    0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
+)
 LEVEL = 0.95  # of the test whether seeds agree on a difference
 
 
@@ -48,7 +52,9 @@ def effective_number(weights: ArrayLike) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def one_hot(names: Sequence[str], weights: ArrayLike, traces: Sequence[ArrayLike] = ()) -> list[Finding]:
+def one_hot(
+    names: Sequence[str], weights: ArrayLike, traces: Sequence[ArrayLike] = ()
+) -> list[Finding]:
     """The average weights (K,) are those of one domain, or the weights of the steps (T, K), one array a seed, jump
     from one domain to another: each step has far fewer domains than the average of the steps, past the start-up."""
     average = _floats(weights)
@@ -119,10 +125,14 @@ def repeated(names: Sequence[str], proxy_epochs: ArrayLike) -> list[Finding]:
     ]
 
 
-def mismatched(names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: ArrayLike) -> list[Finding]:
+def mismatched(
+    names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: ArrayLike
+) -> list[Finding]:
     """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of the final run."""
     found = []
-    for (name, proxy), final in zip(_pairs(names, proxy_epochs), _floats(final_epochs).tolist(), strict=True):
+    for (name, proxy), final in zip(
+        _pairs(names, proxy_epochs), _floats(final_epochs).tolist(), strict=True
+    ):
         low, high = sorted((proxy, final))
         if high > EPOCHS and high > MISMATCH * low:
             message = (
@@ -142,7 +152,9 @@ def unigram_entropy(counts: ArrayLike) -> float:
     seen = _floats(counts)
     seen = seen[seen > 0]
     total = seen.sum()
-    return float(np.log(total) - (seen * np.log(seen)).sum() / total + (len(seen) - 1) / (2 * total))
+    return float(
+        np.log(total) - (seen * np.log(seen)).sum() / total + (len(seen) - 1) / (2 * total)
+    )
 
 
 def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike]) -> list[Finding]:
@@ -193,7 +205,10 @@ def trivial(names: Sequence[str], losses: ArrayLike) -> list[Finding]:
 
 
 def overfit(
-    names: Sequence[str], training: ArrayLike, validation: ArrayLike, epochs: ArrayLike | None = None
+    names: Sequence[str],
+    training: ArrayLike,
+    validation: ArrayLike,
+    epochs: ArrayLike | None = None,
 ) -> list[Finding]:
     """Domains that the reference knows by heart, from its losses (K,) on training and on validation text. One that it
     passed over less than once, where its `epochs` (K,) are known, has but an uneven split."""
@@ -207,12 +222,16 @@ def overfit(
             "the reference for fewer steps or on less of this domain.",
             float(unseen - seen),
         )
-        for (name, seen), unseen, times in zip(_pairs(names, training), _floats(validation), passes, strict=True)
+        for (name, seen), unseen, times in zip(
+            _pairs(names, training), _floats(validation), passes, strict=True
+        )
         if unseen - seen > max(OVERFIT * unseen, TRIVIAL) and times > 1
     ]
 
 
-def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None = None) -> list[Finding]:
+def duplicate(
+    names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None = None
+) -> list[Finding]:
     """Pairs of domains that hold the same language, or the same text.
 
     `halves` (K, 2, H): counts of hashed bigrams in two halves of a sample of each domain. `shared` (K, K): part of the
@@ -247,7 +266,9 @@ def duplicate(names: Sequence[str], halves: ArrayLike, shared: ArrayLike | None 
     return found
 
 
-def seed_spread(names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]) -> list[Finding]:
+def seed_spread(
+    names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]
+) -> list[Finding]:
     """The named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable, as one finding.
 
     Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where

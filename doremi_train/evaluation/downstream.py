@@ -29,8 +29,14 @@ from doremi_train.data.tokens.shards import TokenStore
 
 _QUESTION = ("Q: {{question}}\nA:", "{{answers}}")
 _LAST_WORD = ("{{text.split(' ')[:-1]|join(' ')}}", "{{text.split(' ')[-1]}}")
-_WORD = {"name": "answer", "filter": [{"function": "regex", "regex_pattern": r"^\s*(\S+)"}, {"function": "take_first"}]}
-_LINE = {"name": "answer", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+_WORD = {
+    "name": "answer",
+    "filter": [{"function": "regex", "regex_pattern": r"^\s*(\S+)"}, {"function": "take_first"}],
+}
+_LINE = {
+    "name": "answer",
+    "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+}
 
 # Prompt, answer, filter of what was generated, and tokens that may be generated.
 FORMS: dict[str, tuple[str, str, dict[str, Any], int]] = {
@@ -65,7 +71,9 @@ def define(name: str, folder: Path, path: Path) -> None:
         "task": f"doremi_{name}",
         "dataset_path": "json",
         "dataset_kwargs": {
-            "data_files": {part: str((folder / f"{part}.jsonl").resolve()) for part in ("test", "train")}
+            "data_files": {
+                part: str((folder / f"{part}.jsonl").resolve()) for part in ("test", "train")
+            }
         },
         "test_split": "test",
         "fewshot_split": "train",
@@ -92,7 +100,9 @@ def define(name: str, folder: Path, path: Path) -> None:
 def require() -> None:
     """Raise UserError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("downstream.tasks: needs lm-evaluation-harness; install doremi-train[eval], or leave it empty")
+        raise UserError(
+            "downstream.tasks: needs lm-evaluation-harness; install doremi-train[eval], or leave it empty"
+        )
 
 
 def measure(
@@ -106,7 +116,9 @@ def measure(
 
     disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = HFLM(str(model), device=str(device), batch_size=16, dtype="float32", trust_remote_code=False)
+    loaded = HFLM(
+        str(model), device=str(device), batch_size=16, dtype="float32", trust_remote_code=False
+    )
     found: Mapping[str, Any] | None = simple_evaluate(
         loaded,
         tasks=[f"doremi_{name}" for name in names],
@@ -120,7 +132,10 @@ def measure(
 
 
 def _accuracy(found: Mapping[str, Any], task: str) -> Accuracy:
-    value, count = found["results"][task]["exact_match,answer"], found["n-samples"][task]["effective"]
+    value, count = (
+        found["results"][task]["exact_match,answer"],
+        found["n-samples"][task]["effective"],
+    )
     return Accuracy(float(value), float((value * (1 - value) / count) ** 0.5), int(count))
 
 

@@ -20,7 +20,9 @@ from doremi_train.parallel import comm
 @dataclass(frozen=True, config=STRICT)
 class EvaluationOptions:
     sequences: Positive = 32  # per domain, evenly spread over its validation split
-    every: Positive | None = None  # steps between evaluations while training; null: a 20th of the run
+    every: Positive | None = (
+        None  # steps between evaluations while training; null: a 20th of the run
+    )
 
 
 class Sums(NamedTuple):
@@ -48,7 +50,9 @@ def measure(
     mine = np.arange(world.rank, len(domain), world.size)
     # Every rank makes the same number of calls, because under sharding each is a collective; repeats count 0.
     calls = math.ceil(math.ceil(len(domain) / world.size) / batch)
-    sums = Sums(torch.zeros(domains, dtype=torch.float64), torch.zeros(domains, dtype=torch.float64))
+    sums = Sums(
+        torch.zeros(domains, dtype=torch.float64), torch.zeros(domains, dtype=torch.float64)
+    )
     training = model.training
     model.eval()
     for call in range(calls):
@@ -70,7 +74,13 @@ def summary(store: Store, loss: Tensor, tokens: Tensor) -> dict[str, Any]:
     """
     means = (loss / tokens).tolist()
     figures: dict[str, Any] = {}
-    for k, (name, width) in enumerate(zip(store.domains, store.bytes_per_token("validation"), strict=True)):
+    for k, (name, width) in enumerate(
+        zip(store.domains, store.bytes_per_token("validation"), strict=True)
+    ):
         bits = means[k] / math.log(2) / width if width > 0 else None
         figures[name] = {"loss": means[k], "bits_per_byte": bits, "tokens": int(tokens[k])}
-    return {"domains": figures, "mean_loss": math.fsum(means) / len(means), "worst_loss": max(means)}
+    return {
+        "domains": figures,
+        "mean_loss": math.fsum(means) / len(means),
+        "worst_loss": max(means),
+    }

@@ -14,7 +14,14 @@ from doremi_train.evaluation.statistics import listed, student_t
 from doremi_train.methods import ONLINE
 from doremi_train.model import configs
 
-_ORDER = ("main", "baseline", "natural", "uniform", "temperature", "unimax")  # then others; reference and proxy last
+_ORDER = (
+    "main",
+    "baseline",
+    "natural",
+    "uniform",
+    "temperature",
+    "unimax",
+)  # then others; reference and proxy last
 _BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
 TRACE_POINTS = 400  # of a curve over steps: more cannot be seen
 
@@ -27,9 +34,13 @@ class Result(NamedTuple):
     mixture: dict[str, Any]  # weights.json
     figures: dict[str, Any]  # evaluation.json
     curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
-    traces: list[list[dict[str, Any]]]  # domain_weights.jsonl of each proxy of the last round, or of the main run
+    traces: list[
+        list[dict[str, Any]]
+    ]  # domain_weights.jsonl of each proxy of the last round, or of the main run
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
-    picks: list[dict[str, Any]]  # batch_selection.jsonl of the final model; empty where it took every sequence
+    picks: list[
+        dict[str, Any]
+    ]  # batch_selection.jsonl of the final model; empty where it took every sequence
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
     downstream: dict[str, Any]  # downstream.json; empty where there is none
@@ -48,7 +59,9 @@ class Result(NamedTuple):
 class Setting(NamedTuple):
     """Runs that differ in their seed only."""
 
-    varying: dict[str, Any]  # keys that differ between the settings of a sweep, and this one's values
+    varying: dict[
+        str, Any
+    ]  # keys that differ between the settings of a sweep, and this one's values
     size: int  # parameters of the proxy, without embeddings
     main_size: int  # of the final model
     results: list[Result]
@@ -62,9 +75,16 @@ class Setting(NamedTuple):
     def models(self) -> dict[str, str]:
         """The name that a reader sees of every trained model. Models that are the same run are one."""
         same: dict[tuple[float, ...], list[str]] = {}
-        known = [name for name in self.results[0].figures if all(name in run.figures for run in self.results)]
+        known = [
+            name
+            for name in self.results[0].figures
+            if all(name in run.figures for run in self.results)
+        ]
         order = {
-            name: place for place, name in enumerate((*_ORDER, *sorted(set(known) - {*_ORDER, *_BESIDE}), *_BESIDE))
+            name: place
+            for place, name in enumerate(
+                (*_ORDER, *sorted(set(known) - {*_ORDER, *_BESIDE}), *_BESIDE)
+            )
         }
         for name in sorted(known, key=lambda name: order[name]):
             same.setdefault(tuple(self.losses(name)), []).append(name)
@@ -96,7 +116,9 @@ class Setting(NamedTuple):
 def read(folder: Path, config: dict[str, Any]) -> Result:
     """A run_dir that was evaluated; what other stages left is taken where it is there."""
     figures = files.read_json(folder / "evaluation.json")
-    numbers = sorted(folder.glob("proxy/round-*"), key=lambda path: int(path.name.partition("-")[2]))
+    numbers = sorted(
+        folder.glob("proxy/round-*"), key=lambda path: int(path.name.partition("-")[2])
+    )
     proxies = sorted(numbers[-1].glob("seed-*")) if numbers else [folder / "proxy"]
     online = config.get("mixture.method") in ONLINE  # learned by the main run itself
     learners = [folder / "main"] if online else proxies
@@ -111,7 +133,9 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         config=config,
         mixture=files.read_json(folder / "weights.json"),
         figures=figures,
-        curves={name: list(files.read_lines(folder / name / "evaluations.jsonl")) for name in figures},
+        curves={
+            name: list(files.read_lines(folder / name / "evaluations.jsonl")) for name in figures
+        },
         traces=[trace for trace in traces if trace],
         rounds=rounds if len(rounds) > 1 else [],
         picks=list(files.read_lines(folder / "main" / "batch_selection.jsonl")),
@@ -147,13 +171,18 @@ def settings(results: Sequence[Result]) -> list[Setting]:
         else:
             shown = values
         found.setdefault(repr(values), Setting(shown, size, main_size, [])).results.append(run)
-    return sorted(found.values(), key=lambda setting: (setting.size, setting.main_size, _sortable(setting.varying)))
+    return sorted(
+        found.values(),
+        key=lambda setting: (setting.size, setting.main_size, _sortable(setting.varying)),
+    )
 
 
 def _sortable(varying: dict[str, Any]) -> list[tuple[int, float, str]]:
     numeric = (int, float)
     return [
-        (0, float(value), "") if isinstance(value, numeric) and not isinstance(value, bool) else (1, 0.0, str(value))
+        (0, float(value), "")
+        if isinstance(value, numeric) and not isinstance(value, bool)
+        else (1, 0.0, str(value))
         for value in varying.values()
     ]
 

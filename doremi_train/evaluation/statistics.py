@@ -18,7 +18,9 @@ def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] 
     mean = stacked.mean(0) / stacked.mean(0).sum()
     if len(samples) == 1:
         return mean, None
-    half = torch.tensor([student_t(column)[1] for column in stacked.T.tolist()], dtype=torch.float64)
+    half = torch.tensor(
+        [student_t(column)[1] for column in stacked.T.tolist()], dtype=torch.float64
+    )
     return mean, ((mean - half).clamp(0, 1), (mean + half).clamp(0, 1))
 
 
@@ -28,7 +30,9 @@ def student_t(values: Sequence[float], level: float = 0.95) -> tuple[float, floa
     if len(values) == 1:
         return mean, math.inf
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean, float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(
+        len(values)
+    )
 
 
 class Paired(NamedTuple):
@@ -72,6 +76,10 @@ def spread(values: Sequence[float | None], digits: int = 4) -> str:
     if not known:
         return "never" if values else ""
     mean, half = student_t(known)
-    missing = f", {len(values) - len(known)} of {len(values)} never" if len(known) < len(values) else ""
-    shown = f"{mean:.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:.{digits}f}"
+    missing = (
+        f", {len(values) - len(known)} of {len(values)} never" if len(known) < len(values) else ""
+    )
+    shown = (
+        f"{mean:.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:.{digits}f}"
+    )
     return shown + missing

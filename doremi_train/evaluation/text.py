@@ -35,7 +35,9 @@ def sample(store: TokenStore, length: int) -> list[Tokens]:
 def _bigrams(tokens: Tokens) -> Tokens:
     """(BUCKETS,) counts of hashed pairs of neighbours in (n, T + 1)."""
     pairs = tokens.astype(np.uint64)
-    hashed = (pairs[:, :-1] * MULTIPLIER + pairs[:, 1:]) * MULTIPLIER >> np.uint64(64 - BUCKETS.bit_length() + 1)
+    hashed = (pairs[:, :-1] * MULTIPLIER + pairs[:, 1:]) * MULTIPLIER >> np.uint64(
+        64 - BUCKETS.bit_length() + 1
+    )
     return np.bincount(hashed.ravel().astype(np.int64), minlength=BUCKETS)
 
 

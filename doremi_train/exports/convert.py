@@ -12,10 +12,19 @@ from doremi_train.exports import formats
 from doremi_train.exports.formats import Source, Stage
 
 WHOLE = 10**12  # parts that are shared out: 12 decimals
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError)  # a file of another form
+_MALFORMED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    RecursionError,
+)  # a file of another form
 
 
-def shares(weights: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
+def shares(
+    weights: Mapping[str, float], tokens_per_document: Mapping[str, float] | None
+) -> dict[str, float]:
     """Parts of a trainer's draws, without domains that get none, from parts of the tokens.
 
     Decimals of 12 digits that sum to exactly 1, by largest remainder. `tokens_per_document` is the mean of each
@@ -33,9 +42,14 @@ def shares(weights: Mapping[str, float], tokens_per_document: Mapping[str, float
     return {name: count / WHOLE for name, count in counts.items() if count}
 
 
-def weights(drawn: Mapping[str, float], tokens_per_document: Mapping[str, float] | None) -> dict[str, float]:
+def weights(
+    drawn: Mapping[str, float], tokens_per_document: Mapping[str, float] | None
+) -> dict[str, float]:
     """Parts of the tokens from parts of a trainer's draws: the inverse of `shares`."""
-    tokens = {name: part * (tokens_per_document[name] if tokens_per_document else 1) for name, part in drawn.items()}
+    tokens = {
+        name: part * (tokens_per_document[name] if tokens_per_document else 1)
+        for name, part in drawn.items()
+    }
     return {name: value / math.fsum(tokens.values()) for name, value in tokens.items()}
 
 
@@ -60,13 +74,18 @@ def write(
         )
 
     def found(drawn: Mapping[str, float]) -> list[Source]:
-        return [Source(name, paths.get(name, name), weight, epochs.get(name, 0.0)) for name, weight in drawn.items()]
+        return [
+            Source(name, paths.get(name, name), weight, epochs.get(name, 0.0))
+            for name, weight in drawn.items()
+        ]
 
     sources = found(drawn)
     for source in sources:
         same = [other.domain for other in sources if other.path == source.path]
         if len(same) > 1:
-            raise UserError(f"export.paths: {' and '.join(same)} both have {source.path!r}; give each its own")
+            raise UserError(
+                f"export.paths: {' and '.join(same)} both have {source.path!r}; give each its own"
+            )
         if to == "megatron" and source.path.split() != [source.path]:
             raise UserError(
                 f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use another path"
@@ -76,7 +95,9 @@ def write(
     return form.write(sources)
 
 
-def read(to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], where: str) -> dict[str, Any]:
+def read(
+    to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], where: str
+) -> dict[str, Any]:
     """The weights {domain: weight} of a text for the trainer `to`, in its unit and unchecked; a domain not in it has 0.
 
     Raises UserError that starts with `where` for a text of another form, or a source that is no domain.

@@ -56,7 +56,9 @@ class Format(NamedTuple):
     write: Callable[[Sequence[Source]], str]
     read: Callable[[str], Mapping[str, Any]]  # {path or domain: weight}
     paths: bool = True  # False: sources go by name, so export.paths is not needed
-    write_stages: Callable[[Sequence["Stage"]], str] | None = None  # None: it knows one mixture for the whole run
+    write_stages: Callable[[Sequence["Stage"]], str] | None = (
+        None  # None: it knows one mixture for the whole run
+    )
 
 
 # Forms
@@ -64,7 +66,9 @@ class Format(NamedTuple):
 
 def _pairs(flat: Sequence[Any]) -> dict[str, float]:
     """[weight, path, weight, path, …]"""
-    return _once((str(path), float(weight)) for weight, path in zip(flat[::2], flat[1::2], strict=True))
+    return _once(
+        (str(path), float(weight)) for weight, path in zip(flat[::2], flat[1::2], strict=True)
+    )
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,7 +82,9 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _only(stages: Sequence[Any]) -> Any:
     if len(stages) != 1:
-        raise ValueError(f"it has {len(stages)} stages, and a mixture is one; keep the one that is meant")
+        raise ValueError(
+            f"it has {len(stages)} stages, and a mixture is one; keep the one that is meant"
+        )
     return stages[0]
 
 
@@ -108,7 +114,12 @@ def _read_megatron(text: str) -> dict[str, float]:
 
 
 def _nemo(sources: Sequence[Source]) -> str:
-    return json.dumps([part for source in sources for part in (str(source.weight), source.path)], indent=1) + "\n"
+    return (
+        json.dumps(
+            [part for source in sources for part in (str(source.weight), source.path)], indent=1
+        )
+        + "\n"
+    )
 
 
 def _gpt_neox(sources: Sequence[Source]) -> str:
@@ -142,7 +153,9 @@ def _read_nanotron(text: str) -> dict[str, Any]:
 
 def _mosaicml_streaming(sources: Sequence[Source]) -> str:
     """For llm-foundry's dataset, or Stream(**fields) for each."""
-    return _yaml({"streams": {s.domain: {"remote": s.path, "proportion": s.weight} for s in sources}})
+    return _yaml(
+        {"streams": {s.domain: {"remote": s.path, "proportion": s.weight} for s in sources}}
+    )
 
 
 def _read_mosaicml_streaming(text: str) -> dict[str, Any]:
@@ -167,7 +180,10 @@ def _olmo_core(sources: Sequence[Source]) -> str:
 
 
 def _read_olmo_core(text: str) -> dict[str, Any]:
-    return _once((source["source_name"], source["target_ratio"]) for source in yaml.safe_load(text)["sources"])
+    return _once(
+        (source["source_name"], source["target_ratio"])
+        for source in yaml.safe_load(text)["sources"]
+    )
 
 
 def _levanter(sources: Sequence[Source]) -> str:
@@ -175,7 +191,9 @@ def _levanter(sources: Sequence[Source]) -> str:
 
 
 def _levanter_stages(stages: Sequence[Stage]) -> str:
-    return _yaml({"data": {"train_weights": [[step, _by_path(sources)] for step, sources in stages]}})
+    return _yaml(
+        {"data": {"train_weights": [[step, _by_path(sources)] for step, sources in stages]}}
+    )
 
 
 def _read_levanter(text: str) -> dict[str, Any]:
@@ -194,7 +212,9 @@ def _read_lingua(text: str) -> dict[str, Any]:
 
 def _doremi(sources: Sequence[Source]) -> str:
     found = _by_path(sources)
-    return json.dumps({"train_domain_weights": found, "eval_domain_weights": found}, indent=1) + "\n"
+    return (
+        json.dumps({"train_domain_weights": found, "eval_domain_weights": found}, indent=1) + "\n"
+    )
 
 
 def _read_doremi(text: str) -> dict[str, Any]:
@@ -262,13 +282,19 @@ FORMATS: dict[str, Format] = {
     "megatron": Format("sequences", "txt", _megatron, _read_megatron),
     "nemo": Format("sequences", "json", _nemo, lambda text: _pairs(yaml.safe_load(text))),
     "gpt_neox": Format("sequences", "yml", _gpt_neox, _read_gpt_neox),
-    "nanotron": Format("sequences", "yaml", _nanotron, _read_nanotron, write_stages=_nanotron_stages),
-    "mosaicml_streaming": Format("sequences", "yaml", _mosaicml_streaming, _read_mosaicml_streaming),
+    "nanotron": Format(
+        "sequences", "yaml", _nanotron, _read_nanotron, write_stages=_nanotron_stages
+    ),
+    "mosaicml_streaming": Format(
+        "sequences", "yaml", _mosaicml_streaming, _read_mosaicml_streaming
+    ),
     "datasets": Format("documents", "py", _datasets, _read_module),
     "olmo_core": Format("sequences", "yaml", _olmo_core, _read_olmo_core),
     "torchtitan": Format("sequences", "py", _torchtitan, _read_module),
     "litdata": Format("sequences", "py", _litdata, _read_module),
-    "levanter": Format("sequences", "yaml", _levanter, _read_levanter, paths=False, write_stages=_levanter_stages),
+    "levanter": Format(
+        "sequences", "yaml", _levanter, _read_levanter, paths=False, write_stages=_levanter_stages
+    ),
     "lingua": Format("documents", "yaml", _lingua, _read_lingua, paths=False),
     "webdataset": Format("documents", "py", _webdataset, _read_module),
     "doremi": Format("sequences", "json", _doremi, _read_doremi, paths=False),

@@ -34,7 +34,9 @@ class _Use(NamedTuple):
     output: Tensor
     dtype: torch.dtype  # in which matrices are multiplied there
     also: Also | None = None
-    sketched: list[Tensor] | None = None  # products of the input and of the gradient with their sides of a sketch
+    sketched: list[Tensor] | None = (
+        None  # products of the input and of the gradient with their sides of a sketch
+    )
 
 
 # Numbers of the gradient of the logits that are kept; beyond, what is asked of it computes it again.
@@ -66,7 +68,9 @@ def capture(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if isinstance(module, Projection) and not verify:  # which, unlike torch's own, computes what is not asked for
+        if (
+            isinstance(module, Projection) and not verify
+        ):  # which, unlike torch's own, computes what is not asked for
             frozen.extend(p for p in module.parameters() if p.requires_grad)
             module.requires_grad_(False)
             module.also = Also(keep=_KEPT)
@@ -89,7 +93,9 @@ def capture(
             frozen.pop().requires_grad_(True)
         if output.requires_grad:
             kind = output.device.type
-            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
+            autocast = (
+                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
+            )
             uses.append(_Use(module, inputs, output, autocast, also))
             if sketch is not None and not verify and _rule(module) is _linear:
                 uses[-1] = _sketched_on_the_way(uses[-1], names[id(module.weight)], sketch)
@@ -115,13 +121,23 @@ def capture(
                     name = names[id(parameter)]
                     found[name] = (*found.get(name, ()), factor)
         if expected is not None:
-            _verify(found, expected, shape[0], min((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize))
+            _verify(
+                found,
+                expected,
+                shape[0],
+                min((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize),
+            )
     return Captured(losses.detach(), found)
 
 
 def require_factored(model: nn.Module) -> None:
     """Raise NotFactored where the gradient of a trainable parameter cannot be captured."""
-    covered = {id(p) for module in model.modules() if _rule(module) for p in module.parameters(recurse=False)}
+    covered = {
+        id(p)
+        for module in model.modules()
+        if _rule(module)
+        for p in module.parameters(recurse=False)
+    }
     odd = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if odd:
         raise NotFactored(
@@ -134,13 +150,18 @@ def _gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Of a scalar, by autograd; the graph stays."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), found, strict=True)
+    }
 
 
 # ── Rules ───────────────────────────────────────────────────────────────────────────
 
 Found = Iterator[tuple[nn.Parameter, Factor]]
-Rule = Callable[[_Use, Tensor, tuple[int, int]], Found]  # of a call, the gradient of its output, and (n, T)
+Rule = Callable[
+    [_Use, Tensor, tuple[int, int]], Found
+]  # of a call, the gradient of its output, and (n, T)
 
 
 def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
@@ -150,7 +171,10 @@ def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
     if use.sketched is not None:
         of_input, of_gradient = (_by_token(side, shape) for side in use.sketched)
         known = (of_gradient, of_input) if _is_linear(use.module) else (of_input, of_gradient)
-    yield use.module.weight, Outer(left, right, known) if _is_linear(use.module) else Outer(right, left, known)
+    yield (
+        use.module.weight,
+        Outer(left, right, known) if _is_linear(use.module) else Outer(right, left, known),
+    )
     if use.module.bias is not None:
         yield use.module.bias, Sum(left)
 
@@ -165,11 +189,15 @@ def _sketched_on_the_way(use: _Use, name: str, sketch: int) -> _Use:
     x, weight = use.inputs[0].detach(), use.module.weight
     if x.dtype != use.output.dtype:  # under autocast: the factor is a copy, which is not there yet
         return use
-    left, right = signs(name, tuple(weight.shape), sketch, x.device, torch.promote_types(x.dtype, torch.float32))
+    left, right = signs(
+        name, tuple(weight.shape), sketch, x.device, torch.promote_types(x.dtype, torch.float32)
+    )
     assert right is not None
     of_input, of_gradient = (right, left) if _is_linear(use.module) else (left, right)
     products = [x @ of_input.to(x.dtype)]
-    use.output.register_hook(lambda gradient: products.append(gradient @ of_gradient.to(gradient.dtype)))
+    use.output.register_hook(
+        lambda gradient: products.append(gradient @ of_gradient.to(gradient.dtype))
+    )
     return use._replace(sketched=products)
 
 
@@ -183,7 +211,11 @@ def _embedding(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
 def _norm(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
     module, x = use.module, use.inputs[0].detach()
     if isinstance(module, nn.LayerNorm):
-        x = F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), module.normalized_shape, eps=module.eps)
+        x = F.layer_norm(
+            x.to(torch.promote_types(x.dtype, torch.float32)),
+            module.normalized_shape,
+            eps=module.eps,
+        )
     elif isinstance(module, nn.RMSNorm):
         x = F.rms_norm(x, module.normalized_shape, eps=module.eps)
     else:  # transformers' own are in float32, whatever the model is in
@@ -197,7 +229,11 @@ def _norm(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
 
 def _by_position(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     """(n, T, d), the heads of a token added up."""
-    return tensor if tensor.shape[:-1] == shape else tensor.reshape(*shape, -1, tensor.shape[-1]).sum(2)
+    return (
+        tensor
+        if tensor.shape[:-1] == shape
+        else tensor.reshape(*shape, -1, tensor.shape[-1]).sum(2)
+    )
 
 
 def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
@@ -208,8 +244,14 @@ def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
     if bias is not None:
         right = right + bias[targets]
     normalizers = use.output.detach() + right  # the loss is log Σ exp(logits) − the target's logit
-    seen = [field.reshape(*shape, *field.shape[1:]) for field in (hidden, targets, normalizers, gradient)]
-    also = (None if use.also is None else use.also.gradient, None if use.also is None else use.also.product)
+    seen = [
+        field.reshape(*shape, *field.shape[1:])
+        for field in (hidden, targets, normalizers, gradient)
+    ]
+    also = (
+        None if use.also is None else use.also.gradient,
+        None if use.also is None else use.also.product,
+    )
     whole, known = (None if part is None else part.to(use.dtype).view(*shape, -1) for part in also)
     factor = Softmax(seen[0], seen[1], seen[2], seen[3], weight, bias, known, whole)
     yield module.weight, factor
@@ -219,7 +261,9 @@ def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
 
 def _rule(module: nn.Module) -> Rule | None:
     kind = type(module)  # and no subclass: what it does otherwise is not known
-    if kind in (nn.LayerNorm, nn.RMSNorm) or (kind.__name__.endswith("RMSNorm") and _is_rms_norm(module)):
+    if kind in (nn.LayerNorm, nn.RMSNorm) or (
+        kind.__name__.endswith("RMSNorm") and _is_rms_norm(module)
+    ):
         return _norm
     if _is_linear(module) or kind.__name__ == "Conv1D":
         return _linear
@@ -253,7 +297,8 @@ def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype)
     if square == 0:
         return
     errors = {
-        f"Σ g_i of {name}": _distance(summed.get(name), gradient) / square**0.5 for name, gradient in expected.items()
+        f"Σ g_i of {name}": _distance(summed.get(name), gradient) / square**0.5
+        for name, gradient in expected.items()
     }
     known = {name: gradient for name, gradient in expected.items() if name in examples}
     found = products.products(examples, (known,))
@@ -261,8 +306,12 @@ def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype)
     errors["1ᵀK1"] = abs(float(found.gram.double().sum()) / square - 1)
     for what, error in errors.items():
         if not error <= tolerance:
-            raise ArithmeticError(f"per-example gradients: {what} is off by {error:.1e}, more than {tolerance:.0e}")
+            raise ArithmeticError(
+                f"per-example gradients: {what} is off by {error:.1e}, more than {tolerance:.0e}"
+            )
 
 
 def _distance(found: Tensor | None, expected: Tensor) -> float:
-    return float((expected.double() - (0 if found is None else found.double())).square().sum()) ** 0.5
+    return (
+        float((expected.double() - (0 if found is None else found.double())).square().sum()) ** 0.5
+    )

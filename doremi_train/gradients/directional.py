@@ -19,7 +19,9 @@ def forward_derivative(
     parameters = {name: p.detach() for name, p in model.named_parameters() if name in direction}
 
     def at(values: dict[str, Tensor]) -> Tensor:
-        return losses(lambda *inputs, **named: torch.func.functional_call(model, values, inputs, named))
+        return losses(
+            lambda *inputs, **named: torch.func.functional_call(model, values, inputs, named)
+        )
 
     # The fused kernels of attention have no forward derivative.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -36,14 +38,18 @@ def forward_difference(
     return (above - below) / (2 * epsilon)
 
 
-def curvature(model: nn.Module, gradient: Callable[[], Direction], along: Direction, size: float = 1e-3) -> float:
+def curvature(
+    model: nn.Module, gradient: Callable[[], Direction], along: Direction, size: float = 1e-3
+) -> float:
     """⟨G, H G⟩ for G = `along`, from the slopes ⟨gradient(), G⟩ at θ ± ε G with |ε G| = size · |θ|."""
     epsilon = relative_step(model, along, size)
 
     def slope() -> Tensor:
         with torch.enable_grad():
             found = gradient()
-        return torch.stack([(found[name].double() * part).sum() for name, part in along.items()]).sum()
+        return torch.stack(
+            [(found[name].double() * part).sum() for name, part in along.items()]
+        ).sum()
 
     above, below = (_moved(model, along, step, slope) for step in (epsilon, -epsilon))
     return float(above - below) / (2 * epsilon)
@@ -61,7 +67,9 @@ def relative_step(model: nn.Module, direction: Direction, size: float) -> float:
     return size * length / along
 
 
-def _moved(model: nn.Module, direction: Direction, step: float, function: Callable[[], Tensor]) -> Tensor:
+def _moved(
+    model: nn.Module, direction: Direction, step: float, function: Callable[[], Tensor]
+) -> Tensor:
     """function() at θ + step · G; θ is put back bit for bit."""
     parameters = dict(model.named_parameters())
     kept = {name: parameters[name].detach().clone() for name in direction}

@@ -39,7 +39,9 @@ class Factor(Protocol):
         """Examples (m, L) of the tokens `index` into (n · T), as far as they are `present`."""
 
 
-Examples = Mapping[str, tuple[Factor, ...]]  # the gradients of n examples: all uses of every parameter, by its name
+Examples = Mapping[
+    str, tuple[Factor, ...]
+]  # the gradients of n examples: all uses of every parameter, by its name
 Direction = Mapping[str, Tensor]  # one vector as long as the parameters, by their names
 
 
@@ -48,7 +50,9 @@ class Outer(NamedTuple):
 
     left: Tensor  # (n, T, p)
     right: Tensor  # (n, T, d)
-    known: tuple[Tensor, Tensor] | None = None  # (n, T, r) each: their products with the sides of a sketch
+    known: tuple[Tensor, Tensor] | None = (
+        None  # (n, T, r) each: their products with the sides of a sketch
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,10 +79,16 @@ class Outer(NamedTuple):
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         assert right is not None
-        if self.known is not None and [side.shape[-1] for side in self.known] == [left.shape[1], right.shape[1]]:
+        if self.known is not None and [side.shape[-1] for side in self.known] == [
+            left.shape[1],
+            right.shape[1],
+        ]:
             of_left, of_right = self.known
         else:  # of no sketch, or of one of another size
-            of_left, of_right = self.left @ left.to(self.left.dtype), self.right @ right.to(self.right.dtype)
+            of_left, of_right = (
+                self.left @ left.to(self.left.dtype),
+                self.right @ right.to(self.right.dtype),
+            )
         return of_left.mT @ of_right
 
     def at(self, examples: Tensor) -> "Outer":
@@ -156,7 +166,10 @@ class Sum(NamedTuple):
         return _dot(self.values, direction)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        rows, chosen = self.rows(slice(0, None)), weights.nonzero()[:, 0]  # others may not be finite: not even 0 times
+        rows, chosen = (
+            self.rows(slice(0, None)),
+            weights.nonzero()[:, 0],
+        )  # others may not be finite: not even 0 times
         return weights[chosen].to(rows.dtype) @ rows[chosen]
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:

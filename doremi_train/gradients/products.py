@@ -24,10 +24,22 @@ import torch
 from torch import Tensor
 
 from doremi_train.gradients import factors
-from doremi_train.gradients.factors import Direction, Examples, Factor, Lookup, Outer, Sum, blocks, in_place, wide
+from doremi_train.gradients.factors import (
+    Direction,
+    Examples,
+    Factor,
+    Lookup,
+    Outer,
+    Sum,
+    blocks,
+    in_place,
+    wide,
+)
 from doremi_train.gradients.softmax import Softmax, SoftmaxBias
 
-Kept = Mapping[str, tuple[Tensor, ...]]  # gradients (n, rows, …) themselves, a block of rows after the other
+Kept = Mapping[
+    str, tuple[Tensor, ...]
+]  # gradients (n, rows, …) themselves, a block of rows after the other
 
 
 class Products(NamedTuple):
@@ -72,13 +84,19 @@ def dot(examples: Examples, *directions: Direction) -> Tensor:
 
 def tokens(examples: Examples, direction: Direction) -> Tensor:
     """(n, T) what every token adds to ⟨g_i, G⟩; summed over a packed document, that document's own."""
-    return torch.stack([use.tokens(direction[name]) for name, uses in examples.items() for use in uses]).sum(0)
+    return torch.stack(
+        [use.tokens(direction[name]) for name, uses in examples.items() for use in uses]
+    ).sum(0)
 
 
 def norm2(examples: Examples) -> Tensor:
     """(n,) |g_i|²."""
     return torch.stack(
-        [part.flatten(1).to(wide(part)).square().sum(1) for uses in examples.values() for part in _materialised(uses)]
+        [
+            part.flatten(1).to(wide(part)).square().sum(1)
+            for uses in examples.values()
+            for part in _materialised(uses)
+        ]
     ).sum(0)
 
 
@@ -96,12 +114,16 @@ def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> d
         first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))
         found = part(first).to(wide(_first(first)))
         for use in rest:
-            found = use.at(chosen).added(found, some) if isinstance(use, Lookup) else found + part(use)
+            found = (
+                use.at(chosen).added(found, some) if isinstance(use, Lookup) else found + part(use)
+            )
         return found
 
     kept = kept or {}
     return {
-        name: torch.cat([_sum(part, weights) for part in kept[name]]) if name in kept else total(uses)
+        name: torch.cat([_sum(part, weights) for part in kept[name]])
+        if name in kept
+        else total(uses)
         for name, uses in examples.items()
     }
 
@@ -134,7 +156,9 @@ def signs(
     """The sides (p, r) and (d, r) of a parameter's sketch: random signs, or the identity where that is no longer. Of a
     vector (p, r²)."""
     width = size if len(shape) == 2 else size * size
-    sides = [_signs(f"{name} {side}", length, width, device, dtype) for side, length in enumerate(shape)]
+    sides = [
+        _signs(f"{name} {side}", length, width, device, dtype) for side, length in enumerate(shape)
+    ]
     return sides[0], sides[1] if len(sides) == 2 else None
 
 
@@ -152,18 +176,25 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
     count = int(flat.max()) + 1
     order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
     lengths = torch.bincount(flat[flat >= 0], minlength=count)
-    position = torch.arange(len(order), device=flat.device) - (lengths.cumsum(0) - lengths)[flat[order]]
+    position = (
+        torch.arange(len(order), device=flat.device) - (lengths.cumsum(0) - lengths)[flat[order]]
+    )
     index = torch.zeros(count, int(lengths.max()), dtype=torch.int64, device=flat.device)
     present = torch.zeros_like(index, dtype=torch.bool)
     index[flat[order], position] = order
     present[flat[order], position] = True
-    return {name: tuple(use.regrouped(index, present) for use in uses) for name, uses in examples.items()}
+    return {
+        name: tuple(use.regrouped(index, present) for use in uses)
+        for name, uses in examples.items()
+    }
 
 
 def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
     """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
     p, *d = uses[0].shape
-    first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))  # which is added to what a tied head gave
+    first, *rest = sorted(
+        uses, key=lambda use: isinstance(use, Lookup)
+    )  # which is added to what a tied head gave
     for rows in blocks(p, _examples(first) * (d[0] if d else 1)):
         found = first.rows(rows)
         for use in rest:
@@ -199,9 +230,16 @@ def _pairs_by_row(
             kept.append(part)
         flat = part.flatten(1).to(wide(part))  # (n, numbers)
         met.append(flat @ flat.T)
-        against = [direction[start : start + part.shape[1]].flatten().to(flat.dtype) for direction in of_dots]
+        against = [
+            direction[start : start + part.shape[1]].flatten().to(flat.dtype)
+            for direction in of_dots
+        ]
         # A direction is as long as one of the rows: to put several of them into one matrix would be to copy them.
-        dots.append(torch.stack([flat @ one for one in against], 1) if against else flat.new_zeros(len(flat), 0))
+        dots.append(
+            torch.stack([flat @ one for one in against], 1)
+            if against
+            else flat.new_zeros(len(flat), 0)
+        )
         start += part.shape[1]
     return torch.stack(met).sum(0), torch.stack(dots).sum(0)
 

@@ -21,7 +21,9 @@ class Softmax(NamedTuple):
     gradient: Tensor  # (n, T) of the token's loss
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
-    known: Tensor | None = None  # (n, T, r) its product with the left side of a sketch, where a backward left it
+    known: Tensor | None = (
+        None  # (n, T, r) its product with the left side of a sketch, where a backward left it
+    )
     whole: Tensor | None = None  # (n, T, V) itself, where a backward left it
 
     @property
@@ -45,7 +47,10 @@ class Softmax(NamedTuple):
         return self.left(rows).mT @ self.hidden
 
     def tokens(self, direction: Tensor) -> Tensor:
-        return sum((Outer(self.left(r), self.hidden).tokens(direction[r]) for r in self._blocks()), torch.tensor(0.0))
+        return sum(
+            (Outer(self.left(r), self.hidden).tokens(direction[r]) for r in self._blocks()),
+            torch.tensor(0.0),
+        )
 
     def weighted(self, weights: Tensor) -> Tensor:
         if self.whole is not None:
@@ -59,12 +64,17 @@ class Softmax(NamedTuple):
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         of_left = self.known
         if of_left is None or of_left.shape[-1] != left.shape[1]:
-            of_left = sum((self.left(r) @ left[r].to(self.hidden.dtype) for r in self._blocks()), torch.tensor(0.0))
+            of_left = sum(
+                (self.left(r) @ left[r].to(self.hidden.dtype) for r in self._blocks()),
+                torch.tensor(0.0),
+            )
         assert right is not None
         return of_left.mT @ (self.hidden @ right.to(self.hidden.dtype))
 
     def at(self, examples: Tensor) -> "Softmax":
-        hidden, targets, normalizers, gradient = (field.index_select(0, examples) for field in self[:4])
+        hidden, targets, normalizers, gradient = (
+            field.index_select(0, examples) for field in self[:4]
+        )
         whole = None if self.whole is None else self.whole.index_select(0, examples)
         return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias, whole=whole)
 
@@ -91,13 +101,19 @@ class SoftmaxBias(NamedTuple):
         return self.of.left(rows).sum(1)
 
     def tokens(self, direction: Tensor) -> Tensor:
-        return sum((Sum(self.of.left(r)).tokens(direction[r]) for r in self.of._blocks()), torch.tensor(0.0))
+        return sum(
+            (Sum(self.of.left(r)).tokens(direction[r]) for r in self.of._blocks()),
+            torch.tensor(0.0),
+        )
 
     def weighted(self, weights: Tensor) -> Tensor:
         return torch.cat([Sum(self.of.left(r)).weighted(weights) for r in self.of._blocks()])
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
-        return sum((Sum(self.of.left(r)).sketched(left[r], None) for r in self.of._blocks()), torch.tensor(0.0))
+        return sum(
+            (Sum(self.of.left(r)).sketched(left[r], None) for r in self.of._blocks()),
+            torch.tensor(0.0),
+        )
 
     def at(self, examples: Tensor) -> "SoftmaxBias":
         return SoftmaxBias(self.of.at(examples))

@@ -27,7 +27,9 @@ class Objective(Protocol):
     def init(self, domains: int, steps: int, options: Any) -> Any:
         """State (a NamedTuple of tensors) before step 1."""
 
-    def observe(self, losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Any) -> Any:
+    def observe(
+        self, losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Any
+    ) -> Any:
         """Stats (a NamedTuple of sums with K entries each, `tokens` among them) of losses (B, T), reference (B, T),
         domain (B,)."""
 

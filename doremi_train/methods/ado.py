@@ -27,7 +27,9 @@ PIECES = 100  # of a run, N
 RECENT, SMOOTH = 0.9, 0.9  # of h, and the part of ρ̄ in π
 EXPONENTS = torch.linspace(0.01, 0.8, 80, dtype=torch.float64)  # (A,)
 LEAST_EXPONENT = 0.05
-_SAME = 1e-10  # of the sum of squares: errors that are no nearer to each other than losses are rounded
+_SAME = (
+    1e-10  # of the sum of squares: errors that are no nearer to each other than losses are rounded
+)
 
 __all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
 
@@ -57,7 +59,9 @@ def init(domains: int, steps: int, options: Options) -> State:
     prior = torch.tensor(options.prior, dtype=torch.float64)
     pieces = torch.zeros(PIECES, domains, dtype=torch.float64)
     law = torch.zeros(3, domains, dtype=torch.float64)
-    return State(weights, *drawn, prior, prior, torch.zeros_like(prior), law, torch.tensor(0), pieces, pieces)
+    return State(
+        weights, *drawn, prior, prior, torch.zeros_like(prior), law, torch.tensor(0), pieces, pieces
+    )
 
 
 def update(state: State, stats: Stats, options: Options) -> State:
@@ -115,7 +119,12 @@ def fit(n: Tensor, loss: Tensor, tokens: Tensor, now: float) -> Law:
     above = torch.where(floor < 0, of_xy / of_xx.clamp_min(1e-300), above)
     floor = floor.clamp_min(0)
     error = (
-        of_yy - 2 * floor * of_y - 2 * above * of_xy + floor**2 * total + 2 * floor * above * of_x + above**2 * of_xx
+        of_yy
+        - 2 * floor * of_y
+        - 2 * above * of_xy
+        + floor**2 * total
+        + 2 * floor * above * of_x
+        + above**2 * of_xx
     )
     # Through two pieces goes a law of every α: the slowest that fits as well is taken, not what rounding puts first.
     best = (error <= error.amin(0) + _SAME * of_yy).int().argmax(0)  # (K,)

@@ -15,7 +15,9 @@ class Box(NamedTuple):
     high: Floats  # (K,)
 
 
-def box(sizes: Floats, budget: float, max_epochs: float, floor: float, key: str = "swarm.floor") -> Box:
+def box(
+    sizes: Floats, budget: float, max_epochs: float, floor: float, key: str = "swarm.floor"
+) -> Box:
     """At most `max_epochs` passes over each of `sizes` (K,) tokens in a run of `budget` tokens, and at least `floor`
     where the cap leaves it.
 
@@ -29,7 +31,9 @@ def box(sizes: Floats, budget: float, max_epochs: float, floor: float, key: str 
             f"{sizes.sum():.3g} tokens; raise it, or train for fewer tokens"
         )
     if low.sum() > 1:
-        raise ValueError(f"{key}={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / domains")
+        raise ValueError(
+            f"{key}={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / domains"
+        )
     return Box(low, high)
 
 
@@ -51,7 +55,9 @@ def on_grid(point: Floats, within: Box) -> Floats:
     has the same address on machines whose last bits differ."""
     units = np.floor(point * 2.0**45)
     short = round(2.0**45 - units.sum())
-    units[np.argsort(point - within.high, kind="stable")[:short]] += 1  # where there is most room below the cap
+    units[np.argsort(point - within.high, kind="stable")[:short]] += (
+        1  # where there is most room below the cap
+    )
     return units * 2.0**-45
 
 
@@ -95,7 +101,9 @@ class Space(NamedTuple):
         low = np.where(inside, within.low / ratio, 0).max(1)
         high = np.where(inside, within.high / ratio, np.inf).min(1)
         if (low > high).any() or low.sum() > 1 or high.sum() < 1:
-            raise ValueError("what swarm.frozen keeps together does not fit within mixture.max_epochs and swarm.floor")
+            raise ValueError(
+                "what swarm.frozen keeps together does not fit within mixture.max_epochs and swarm.floor"
+            )
         return Box(low, np.minimum(high, 1))
 
 

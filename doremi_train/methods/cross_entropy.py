@@ -35,11 +35,15 @@ def init(domains: int, steps: int, options: Options) -> State:
     return State(torch.tensor(options.weights, dtype=torch.float64))
 
 
-def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
+def observe(
+    losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
+) -> Stats:
     rows = losses.detach().double().sum(1)
     loss = rows.new_zeros(domains).index_add_(0, domain, rows)
     # Counted by adding: torch.bincount would make the host wait for the device.
-    return Stats(loss, torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1])))
+    return Stats(
+        loss, torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1]))
+    )
 
 
 def update(state: State, stats: Stats, options: Options) -> State:

@@ -31,7 +31,9 @@ from doremi_train.methods import simplex
 class Options:
     step_size: NonNegativeFloat = 0.1  # η/μ
     smoothing: Fraction = 1e-3  # c, towards the uniform mixture; 0 in the paper
-    normalize: bool = True  # divide W by the mean norm of the domains' gradients, as the paper's code does
+    normalize: bool = (
+        True  # divide W by the mean norm of the domains' gradients, as the paper's code does
+    )
 
 
 class Stats(NamedTuple):
@@ -55,7 +57,9 @@ def init(domains: int, steps: int, options: Options) -> State:
     return State(simplex.uniform(domains), zeros, zeros, torch.tensor(0))
 
 
-def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
+def observe(
+    losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
+) -> Stats:
     """Sums of a batch: losses (B, T), domain (B,) ids below K."""
     rows = losses.detach().double().sum(1)
     loss = rows.new_zeros(domains).index_add_(0, domain, rows)

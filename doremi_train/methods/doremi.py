@@ -26,12 +26,20 @@ class Options:
 
     step_size: NonNegativeFloat = 1.0  # η; 0 keeps α uniform
     smoothing: Fraction = 1e-3  # c, towards the uniform mixture
-    clip: Literal["token", "domain"] = "token"  # where max(·, 0) is taken; `domain`: after the domain's mean
-    absent: Literal["zero", "hold"] | None = None  # excess of a domain not in the batch; null: hold for resample only
+    clip: Literal["token", "domain"] = (
+        "token"  # where max(·, 0) is taken; `domain`: after the domain's mean
+    )
+    absent: Literal["zero", "hold"] | None = (
+        None  # excess of a domain not in the batch; null: hold for resample only
+    )
     warmup: Fraction = 0.0  # part of the run in which α stays uniform; it is left out of ᾱ
     average_from: Fraction = 0.0  # part of the run left out of ᾱ at its start
-    objective: Literal["weight", "resample"] = "weight"  # weight the loss by α_t, or draw the next batch from α_t
-    score: Literal["excess", "hardest", "easiest"] = "excess"  # ℓ_θ − ℓ_ref clipped; or ℓ_θ, or −ℓ_ref, both unclipped
+    objective: Literal["weight", "resample"] = (
+        "weight"  # weight the loss by α_t, or draw the next batch from α_t
+    )
+    score: Literal["excess", "hardest", "easiest"] = (
+        "excess"  # ℓ_θ − ℓ_ref clipped; or ℓ_θ, or −ℓ_ref, both unclipped
+    )
 
     @property
     def holds(self) -> bool:
@@ -73,10 +81,14 @@ def init(domains: int, steps: int, options: Options) -> State:
     )
 
 
-def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
+def observe(
+    losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
+) -> Stats:
     """Sums of a batch: losses (B, T) of the proxy, reference (B, T), domain (B,) ids below K."""
     if reference is None and options.score != "hardest":
-        raise ValueError("the excess loss needs the reference's losses; without them this would be the raw loss")
+        raise ValueError(
+            "the excess loss needs the reference's losses; without them this would be the raw loss"
+        )
     if options.score == "hardest":
         score = losses
     elif options.score == "easiest":
@@ -101,7 +113,9 @@ def update(state: State, stats: Stats, options: Options) -> State:
     excess = stats.excess / stats.tokens.clamp_min(1)
     if options.clip == "domain" and options.score == "excess":
         excess = excess.clamp_min(0)
-    excess = torch.where(present, excess, state.excess if options.holds else torch.zeros_like(excess))
+    excess = torch.where(
+        present, excess, state.excess if options.holds else torch.zeros_like(excess)
+    )
     step = state.step + 1
     moved = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
     # At the start, excess is what the reference has learned already: largest where there was most to learn quickly.

@@ -44,7 +44,9 @@ class State(NamedTuple):
 def init(domains: int, steps: int, options: Options) -> State:
     weights, drawn = online.start(options, steps)
     zeros = torch.zeros(domains, dtype=torch.float64)
-    return State(weights, *drawn, torch.tensor(options.prior, dtype=torch.float64), zeros, zeros, zeros)
+    return State(
+        weights, *drawn, torch.tensor(options.prior, dtype=torch.float64), zeros, zeros, zeros
+    )
 
 
 def update(state: State, stats: Stats, options: Options) -> State:

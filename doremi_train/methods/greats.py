@@ -26,7 +26,9 @@ from doremi_train.config import STRICT, PositiveFloat
 @dataclass(frozen=True, config=STRICT)
 class Options:
     curvature: Literal["calibrated", "identity"] = "calibrated"  # identity: as published
-    cosine_cap: PositiveFloat | None = 0.95  # a candidate more alike to a pick is refused while others are left
+    cosine_cap: PositiveFloat | None = (
+        0.95  # a candidate more alike to a pick is refused while others are left
+    )
 
 
 class Picks(NamedTuple):
@@ -40,13 +42,22 @@ class Picks(NamedTuple):
         return float(self.penalty.sum() / self.score.abs().sum().clamp_min(1e-300))
 
 
-def pick(gain: Tensor, gram: Tensor, count: int, step_size: float, curvature: float, cosine_cap: float | None) -> Picks:
+def pick(
+    gain: Tensor,
+    gram: Tensor,
+    count: int,
+    step_size: float,
+    curvature: float,
+    cosine_cap: float | None,
+) -> Picks:
     """The greedy, from gain (N,) = ⟨g_i, g_val⟩ and gram (N, N).
 
     `step_size` is what one pick counts. A candidate without gradient (no token carries a loss) or with one that is not
     finite is never picked, so there may be fewer than `count` picks.
     """
-    values, products = (tensor.double().cpu().numpy() for tensor in (gain, gram))  # of so few, torch is slower
+    values, products = (
+        tensor.double().cpu().numpy() for tensor in (gain, gram)
+    )  # of so few, torch is slower
     norms = np.sqrt(products.diagonal())
     left = np.isfinite(values) & np.isfinite(norms) & (norms > 0)
     apart = left.copy()  # from every pick
@@ -69,6 +80,8 @@ def pick(gain: Tensor, gram: Tensor, count: int, step_size: float, curvature: fl
 def top(scores: Tensor, count: int) -> Picks:
     """The highest of scores (N,); ties go to the first, and what is not finite is never picked."""
     scores = scores.double().cpu()
-    order = torch.where(torch.isfinite(scores), scores, -torch.inf).argsort(descending=True, stable=True)
+    order = torch.where(torch.isfinite(scores), scores, -torch.inf).argsort(
+        descending=True, stable=True
+    )
     picked = order[torch.isfinite(scores)[order]][:count]
     return Picks(picked, scores[picked], torch.zeros(len(picked), dtype=torch.float64))

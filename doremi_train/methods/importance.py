@@ -32,7 +32,10 @@ from torch import Tensor
 
 from doremi_train.config import STRICT, NonNegativeFloat, PositiveFloat
 
-BINS, _PER_NAT = 2048, 64  # of RHO's histogram: e from −16 to 16 nats, the outermost bins hold what lies beyond
+BINS, _PER_NAT = (
+    2048,
+    64,
+)  # of RHO's histogram: e from −16 to 16 nats, the outermost bins hold what lies beyond
 _TINY = 1e-300  # where every weight is 0, so is the loss
 
 
@@ -80,7 +83,9 @@ def ratio(excess: Tensor, options: Weighting) -> Tensor:
     if options.power == 0:
         return torch.ones_like(excess)
     logarithm = options.power * excess.detach()
-    return (logarithm if options.clip is None else logarithm.clamp_max(math.log(options.clip))).exp()
+    return (
+        logarithm if options.clip is None else logarithm.clamp_max(math.log(options.clip))
+    ).exp()
 
 
 def focal(excess: Tensor, options: Weighting) -> Tensor:
@@ -98,12 +103,16 @@ def init(domains: int, steps: int, options: Options) -> State:
     return State(mixture, *torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
 
 
-def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
+def observe(
+    losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
+) -> Stats:
     """Sums of a batch: losses (B, T), domain (B,) ids below K, reference (B, T): ℓ_ref, or of imp its `log_ratio`."""
     rho = options.policy == "rho"
     excess = _excess(losses.detach(), reference, options)
     weights = torch.zeros_like(excess) if rho else _weights(excess, None, options)
-    columns = torch.stack([losses.detach(), torch.ones_like(excess), weights, weights**2]).double().sum(2)  # (4, B)
+    columns = (
+        torch.stack([losses.detach(), torch.ones_like(excess), weights, weights**2]).double().sum(2)
+    )  # (4, B)
     loss, tokens, weight, square = columns.new_zeros(4, domains).index_add_(1, domain, columns)
     bins = BINS if rho else 0
     histogram = torch.zeros(domains, bins, dtype=torch.float64, device=losses.device)
@@ -136,7 +145,9 @@ def weigh(
 ) -> Tensor:
     """(B, T) token weights, divided by the batch's tokens (K,) and, where asked for, by their global mean."""
     if losses is None:
-        raise ValueError("importance weights are a function of the losses (B, T), which are missing")
+        raise ValueError(
+            "importance weights are a function of the losses (B, T), which are missing"
+        )
     weights = _weights(_excess(losses, reference, options), state, options)
     return weights / (state.scale * tokens.sum())
 
@@ -148,7 +159,11 @@ def sampling(state: State, options: Options) -> Tensor:
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """How much each domain's tokens count on average, and how many tokens do the work."""
     mean = _sums(state, stats)[0] / stats.tokens.clamp_min(1) / state.scale
-    return {"loss_weight": mean, "tokens": stats.tokens.long(), "effective_sample_size": state.effective}
+    return {
+        "loss_weight": mean,
+        "tokens": stats.tokens.long(),
+        "effective_sample_size": state.effective,
+    }
 
 
 # ── Parts ───────────────────────────────────────────────────────────────────────────
@@ -159,7 +174,9 @@ def _excess(losses: Tensor, reference: Tensor | None, options: Options) -> Tenso
     if options.policy in ("none", "focal"):
         return losses
     if reference is None:
-        raise ValueError(f"{options.policy} weighs against a reference: its losses (B, T) are missing")
+        raise ValueError(
+            f"{options.policy} weighs against a reference: its losses (B, T) are missing"
+        )
     return -reference if options.policy == "imp" else -log_ratio(reference, losses)
 
 
@@ -168,7 +185,9 @@ def _weights(excess: Tensor, state: State | None, options: Options) -> Tensor:
     if options.policy == "rho":
         assert state is not None
         place = _bin(excess)
-        return (place > state.boundary).to(excess.dtype) + (place == state.boundary) * state.share.to(excess.dtype)
+        return (place > state.boundary).to(excess.dtype) + (
+            place == state.boundary
+        ) * state.share.to(excess.dtype)
     if options.policy == "none":
         return torch.ones_like(excess)
     return focal(excess, options) if options.policy == "focal" else ratio(excess, options)

@@ -30,7 +30,9 @@ class Options:
 
     epsilon: Literal["outside", "inside"] = "outside"  # √v̂ + ε as AdamW does, or √(v̂ + ε)
     bias_correction: bool = True
-    cosine: Literal["of_mean", "mean"] = "of_mean"  # with the mean of a subtask's gradients, or the mean of the cosines
+    cosine: Literal["of_mean", "mean"] = (
+        "of_mean"  # with the mean of a subtask's gradients, or the mean of the cosines
+    )
 
 
 class Moments(NamedTuple):
@@ -48,7 +50,9 @@ def direction(gradient: Tensor, moments: Moments, options: Options) -> Tensor:
     (one, two), t = moments.betas, moments.step + 1
     of_first, of_second = (1 - one**t, 1 - two**t) if options.bias_correction else (1.0, 1.0)
     found = torch.add(moments.first * (one / of_first), gradient, alpha=(1 - one) / of_first)
-    root = torch.addcmul(moments.second * (two / of_second), gradient, gradient, value=(1 - two) / of_second)
+    root = torch.addcmul(
+        moments.second * (two / of_second), gradient, gradient, value=(1 - two) / of_second
+    )
     if options.epsilon == "inside":
         return found.div_(root.add_(moments.epsilon).sqrt_())
     return found.div_(root.sqrt_().add_(moments.epsilon))
@@ -66,7 +70,9 @@ def score(influences: Tensor) -> Tensor:
 
 def top(scores: Tensor, count: int) -> Tensor:
     """(≤ count,) indices of the highest finite scores, highest first; of equal ones the lower index."""
-    order = scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argsort(descending=True, stable=True)
+    order = scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argsort(
+        descending=True, stable=True
+    )
     return order[: min(count, int(scores.isfinite().sum()))]
 
 
@@ -82,7 +88,9 @@ class Projection:
     """Adds up the projections (N, k) of vectors of N examples, given parameter by parameter in pieces, in order."""
 
     def __init__(self, count: int, size: int, seed: int, like: Tensor) -> None:
-        self._sums = like.new_zeros(count, 2 * size)  # the second half holds what goes over the end of the first
+        self._sums = like.new_zeros(
+            count, 2 * size
+        )  # the second half holds what goes over the end of the first
         self.size, self._seed = size, seed
 
     def add(self, name: str, numbers: int, start: int, values: Tensor) -> None:
@@ -115,7 +123,9 @@ def _shifts(name: str, seed: int, rows: int, size: int) -> list[int]:
 
 
 def _key(name: str, seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little"
+    )
 
 
 _MASK = 2**32 - 1

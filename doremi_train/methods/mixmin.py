@@ -34,7 +34,9 @@ class Found(NamedTuple):
 def solve(losses: Floats, within: Box) -> Found:
     """From losses (K, N) of every expert on the target's tokens."""
     best = losses.min(0)
-    likelihood = np.exp(best - losses)  # (K, N) relative to the best expert of each token: no overflow
+    likelihood = np.exp(
+        best - losses
+    )  # (K, N) relative to the best expert of each token: no overflow
     weights = project(np.full(len(losses), 1 / len(losses)), within)
     for _ in range(STEPS):
         share = weights * (likelihood / (weights @ likelihood)).mean(1)

@@ -72,11 +72,16 @@ def held_out_mixing(halves: tuple[NDArray, NDArray], raw: NDArray) -> float:
     """
     q = raw / raw.sum() + FLOOR
     p = [half / half.sum() for half in halves]
-    terms = [(halves[1], q - p[0], p[0]), (halves[0], q - p[1], p[1])]  # counts held out; rise and base of their p̂
+    terms = [
+        (halves[1], q - p[0], p[0]),
+        (halves[0], q - p[1], p[1]),
+    ]  # counts held out; rise and base of their p̂
     low, high = 1e-3, 0.999
     for _ in range(40):
         middle = (low + high) / 2
-        slope = sum(float((held * rise / (base + middle * rise)).sum()) for held, rise, base in terms)
+        slope = sum(
+            float((held * rise / (base + middle * rise)).sum()) for held, rise, base in terms
+        )
         low, high = (middle, high) if slope > 0 else (low, middle)
     return (low + high) / 2
 
@@ -150,7 +155,9 @@ def narrow(cut: Cut, sums: Integers) -> Cut:
     return Cut(cut.prefix << np.uint64(DIGIT) | digit.astype(np.uint64), left, cut.bits + DIGIT)
 
 
-def chosen(cut: Cut, order: Hashes, group: Integers, cost: Integers) -> tuple[NDArray[np.bool_], Cut]:
+def chosen(
+    cut: Cut, order: Hashes, group: Integers, cost: Integers
+) -> tuple[NDArray[np.bool_], Cut]:
     """(N,) which documents are in, by a cut whose 64 bits are settled; and the cut for the documents after them.
 
     Keys above the cut are in. Equal ones (copies of one text) are, in their order, as long as they fit.
@@ -186,7 +193,9 @@ def together(first: Mass, second: Mass) -> Mass:
     if low.weights == 0:
         return high
     shrink = np.exp(low.top - high.top)
-    return Mass(high.top, high.weights + low.weights * shrink, high.squares + low.squares * shrink**2)
+    return Mass(
+        high.top, high.weights + low.weights * shrink, high.squares + low.squares * shrink**2
+    )
 
 
 def effective_sample_size(of: Mass) -> float:

@@ -53,7 +53,9 @@ def update(state: State, stats: Stats, options: Options) -> State:
         wanted = torch.tensor(options.prior, dtype=torch.float64)
     else:
         explored = exploration(t + 1, domains)
-        wanted = (1 - domains * explored) * torch.softmax(exploration(t, domains) * reward, 0) + explored
+        wanted = (1 - domains * explored) * torch.softmax(
+            exploration(t, domains) * reward, 0
+        ) + explored
     return State(online.within(wanted, drawn, options), *drawn, reward)
 
 

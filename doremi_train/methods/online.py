@@ -19,7 +19,9 @@ from doremi_train.methods.box import Box, project
 @dataclass(frozen=True, config=STRICT)
 class Options:
     prior: tuple[float, ...] = ()  # (K,) where it begins
-    high: tuple[float, ...] = ()  # (K,) largest part of the run's tokens: what mixture.max_epochs allows
+    high: tuple[
+        float, ...
+    ] = ()  # (K,) largest part of the run's tokens: what mixture.max_epochs allows
     floor: Fraction = 0.01  # least weight of a domain at any time, as far as `high` leaves it
     warmup: Fraction = 0.05  # part of the run on the prior
     every: Positive = 10  # steps between updates of ado's fits, and of dro's weights
@@ -58,11 +60,15 @@ class Running(Protocol):
     def steps(self) -> Tensor: ...  # () of the whole run
 
 
-def observe(losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options) -> Stats:
+def observe(
+    losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
+) -> Stats:
     """Sums of a batch: losses (B, T), domain (B,) ids below K."""
     rows = losses.detach().double().sum(1)
     loss = rows.new_zeros(domains).index_add_(0, domain, rows)
-    return Stats(loss, torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1])))
+    return Stats(
+        loss, torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1]))
+    )
 
 
 def weigh(
@@ -108,7 +114,9 @@ def within(wanted: Tensor, drawn: Drawn, options: Options) -> Tensor:
     if done >= 1:
         return wanted
     used = drawn.share * done if drawn.step else drawn.tokens
-    high = ((torch.tensor(options.high, dtype=torch.float64) - used).clamp_min(0) / (1 - done)).clamp_max(1)
+    high = (
+        (torch.tensor(options.high, dtype=torch.float64) - used).clamp_min(0) / (1 - done)
+    ).clamp_max(1)
     high = high / high.sum().clamp_max(1)  # a sequence that was rounded up is missing at the end
     low = high.clamp_max(options.floor)
     return torch.from_numpy(project(wanted.numpy(), Box(low.numpy(), high.numpy())))

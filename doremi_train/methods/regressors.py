@@ -50,7 +50,9 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
     hardly count (Cauchy), since a run that went wrong must not bend the others."""
     lowest, spread = losses.min(), max(1.4826 * scipy.stats.median_abs_deviation(losses), 1e-9)
     domains = points.shape[1]
-    ridge = 1e-3 * (np.eye(domains) - 1 / domains)  # holds t of a domain that no run shows at the others' mean
+    ridge = 1e-3 * (
+        np.eye(domains) - 1 / domains
+    )  # holds t of a domain that no run shows at the others' mean
 
     def above(x: Floats) -> Floats:
         return np.exp(np.minimum(points @ x[1:], 50))  # a trial step may go far
@@ -60,18 +62,32 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
 
     def jacobian(x: Floats) -> Floats:
         slopes = above(x)[:, None] * points / spread
-        return np.block([[np.full((len(points), 1), 1 / spread), slopes], [np.zeros((domains, 1)), ridge]])
+        return np.block(
+            [[np.full((len(points), 1), 1 / spread), slopes], [np.zeros((domains, 1)), ridge]]
+        )
 
     tried = []
-    for gap in (0.1, 1.0, 10.0):  # of c below the lowest loss; for a given c, log(L − c) is linear in p
+    for gap in (
+        0.1,
+        1.0,
+        10.0,
+    ):  # of c below the lowest loss; for a given c, log(L − c) is linear in p
         floor = np.clip(lowest - gap * spread, 0.01 * lowest, lowest - 1e-3 * spread)
         rows = np.vstack([points, 0.1 * (np.eye(domains) - 1 / domains)])
-        start = scipy.linalg.lstsq(rows, np.concatenate([np.log(losses - floor), np.zeros(domains)]))[0]
+        start = scipy.linalg.lstsq(
+            rows, np.concatenate([np.log(losses - floor), np.zeros(domains)])
+        )[0]
         lower, upper = np.full(1 + domains, -np.inf), np.full(1 + domains, np.inf)
         lower[0], upper[0] = 0, lowest  # a loss is never below 0
         tried.append(
             scipy.optimize.least_squares(
-                residuals, [floor, *start], jacobian, (lower, upper), loss="cauchy", f_scale=0.1, max_nfev=200
+                residuals,
+                [floor, *start],
+                jacobian,
+                (lower, upper),
+                loss="cauchy",
+                f_scale=0.1,
+                max_nfev=200,
             )
         )
     return min(tried, key=lambda result: result.cost).x
@@ -107,7 +123,9 @@ def _gaussian_process(points: Floats, losses: Floats) -> Callable[[Floats], Floa
 
     def factor(logs: Floats) -> tuple[Floats, bool]:
         length, noise = np.exp(logs)
-        return scipy.linalg.cho_factor(kernel(points, length) + (noise + 1e-10) * np.eye(len(points)))
+        return scipy.linalg.cho_factor(
+            kernel(points, length) + (noise + 1e-10) * np.eye(len(points))
+        )
 
     def cost(logs: Floats) -> float:
         """−2 log likelihood, at the variance that suits it best."""
@@ -118,7 +136,8 @@ def _gaussian_process(points: Floats, losses: Floats) -> Callable[[Floats], Floa
     bounds = [(np.log(0.05), np.log(20)), (np.log(1e-6), np.log(10))]
     starts = [np.log([length, noise]) for length in (0.3, 1.0, 3.0) for noise in (1e-4, 1e-1)]
     best = min(
-        (scipy.optimize.minimize(cost, s, bounds=bounds, method="L-BFGS-B") for s in starts), key=lambda r: r.fun
+        (scipy.optimize.minimize(cost, s, bounds=bounds, method="L-BFGS-B") for s in starts),
+        key=lambda r: r.fun,
     ).x
     weights = scipy.linalg.cho_solve(factor(best), losses - mean)
     return lambda others: mean + kernel(others, np.exp(best[0])) @ weights

@@ -22,7 +22,9 @@ def normalize(values: Tensor | Sequence[float]) -> Tensor:
     """
     point = torch.as_tensor(values, dtype=torch.float64)
     if not torch.isfinite(point).all() or (point < 0).any() or point.sum() <= 0:
-        raise ValueError(f"not a mixture: {point.tolist()}; entries must be finite and ≥ 0, with one above 0")
+        raise ValueError(
+            f"not a mixture: {point.tolist()}; entries must be finite and ≥ 0, with one above 0"
+        )
     return point / point.sum()
 
 

@@ -34,7 +34,9 @@ LEAST_SPEARMAN = 0.5  # below, out of fold, a fit is no guide
 @dataclass(frozen=True, config=STRICT)
 class Options:
     regressor: Literal["log_linear", "lightgbm", "gaussian_process"] = "log_linear"
-    runs: Positive | None = None  # drawn in every round, beside the anchors; null: 3 for each domain
+    runs: Positive | None = (
+        None  # drawn in every round, beside the anchors; null: 3 for each domain
+    )
     kl: NonNegativeFloat = 0.05  # λ: nats of loss per nat of KL(p‖prior)
     floor: Fraction = 0.0  # least weight of a domain
 
@@ -45,12 +47,16 @@ class Options:
 def design(prior: Floats, within: Box, count: int, generator: np.random.Generator) -> Floats:
     """(N, K) mixtures from sparse to even, within the box."""
     strengths = np.geomspace(*STRENGTHS, count) if count > 1 else np.ones(1)
-    drawn = generator.standard_gamma(strengths[:, None] * np.sqrt(prior)) + 1e-300 * prior  # never all 0
+    drawn = (
+        generator.standard_gamma(strengths[:, None] * np.sqrt(prior)) + 1e-300 * prior
+    )  # never all 0
     # A trace of the prior, so that what a cap takes from the only domain has somewhere to go.
     return box.project((1 - 1e-6) * drawn / drawn.sum(1, keepdims=True) + 1e-6 * prior, within)
 
 
-def explore(fit: "Fit", prior: Floats, within: Box, kl: float, count: int, generator: np.random.Generator) -> Floats:
+def explore(
+    fit: "Fit", prior: Floats, within: Box, kl: float, count: int, generator: np.random.Generator
+) -> Floats:
     """(N, K) of a further round: from the simulated mixtures that the fit takes for the best."""
     best = _best_simulated(fit, prior, within, kl, max(BEST, count), generator)
     return best[generator.permutation(len(best))[:count]]
@@ -59,7 +65,9 @@ def explore(fit: "Fit", prior: Floats, within: Box, kl: float, count: int, gener
 # ── Optimum ─────────────────────────────────────────────────────────────────────────
 
 
-def solve(fit: Fit, prior: Floats, within: Box, kl: float, generator: np.random.Generator) -> Floats:
+def solve(
+    fit: Fit, prior: Floats, within: Box, kl: float, generator: np.random.Generator
+) -> Floats:
     """(K,) the mixture of least mean loss + λ KL(p‖prior) within the box."""
     if isinstance(fit, LogLinear):
         return _convex(fit, prior, within, kl)
@@ -97,12 +105,16 @@ def _best_simulated(
 # ── Trust ───────────────────────────────────────────────────────────────────────────
 
 
-def out_of_fold(points: Floats, losses: Floats, regressor: str, generator: np.random.Generator) -> Floats:
+def out_of_fold(
+    points: Floats, losses: Floats, regressor: str, generator: np.random.Generator
+) -> Floats:
     """(N, M) what fits to the other runs predict for each."""
     predicted = np.empty_like(losses)
     for fold in np.array_split(generator.permutation(len(points)), min(FOLDS, len(points))):
         others = np.setdiff1d(np.arange(len(points)), fold)
-        predicted[fold] = regressors.REGRESSORS[regressor](points[others], losses[others]).predict(points[fold])
+        predicted[fold] = regressors.REGRESSORS[regressor](points[others], losses[others]).predict(
+            points[fold]
+        )
     return predicted
 
 
@@ -131,7 +143,9 @@ def interval(predicted: float, near: Floats, errors: Floats) -> tuple[float, flo
     """95 % Student-t interval of the mean loss of a new run, from the errors (N,) out of fold of the half of the runs
     that is nearest; `near` (N,) is their distance from it. Errors at far corners say little about it."""
     half = errors[np.argsort(near, kind="stable")[: max(len(near) // 2, min(len(near), 8))]]
-    width = float(scipy.stats.t.ppf(0.975, len(half)) * np.sqrt((half**2).mean() * (1 + 1 / len(half))))
+    width = float(
+        scipy.stats.t.ppf(0.975, len(half)) * np.sqrt((half**2).mean() * (1 + 1 / len(half)))
+    )
     return predicted - width, predicted + width
 
 
@@ -142,14 +156,18 @@ def gates(found: Diagnostics, point: Floats, points: Floats) -> list[str]:
     nearest = box.distance(points, point).min()
     refused = []
     if found.spearman < LEAST_SPEARMAN:
-        refused.append(f"out of fold the fit ranks runs with a Spearman correlation of {found.spearman:.2f} only")
+        refused.append(
+            f"out of fold the fit ranks runs with a Spearman correlation of {found.spearman:.2f} only"
+        )
     if found.regret_at_1 > found.blind_regret:
         refused.append(
             f"the run that the fit would choose is {found.regret_at_1:.4f} nats per token above the best, and an "
             f"average run only {found.blind_regret:.4f}"
         )
     if nearest > lonely:
-        refused.append(f"it is farther from every run ({nearest:.2f}) than any run is from its nearest ({lonely:.2f})")
+        refused.append(
+            f"it is farther from every run ({nearest:.2f}) than any run is from its nearest ({lonely:.2f})"
+        )
     return refused
 
 
@@ -157,4 +175,6 @@ def confirm(realised: float, between: tuple[float, float]) -> list[str]:
     """Why a proposal is refused once it was trained. A loss below the interval is a surprise, but no reason."""
     if realised <= between[1]:
         return []
-    return [f"it reached {realised:.4f} nats per token, above the {between[0]:.4f} to {between[1]:.4f} predicted"]
+    return [
+        f"it reached {realised:.4f} nats per token, above the {between[0]:.4f} to {between[1]:.4f} predicted"
+    ]

@@ -49,7 +49,11 @@ def phrases(texts: Iterable[str], options: Options) -> Counter[bytes]:
             for many in range(1, options.words + 1):
                 found.update("".join(words[i : i + many]) for i in range(len(words) - many + 1))
     return Counter(
-        {phrase.encode(): n for phrase, n in found.items() if n >= options.count and len(phrase) <= options.characters}
+        {
+            phrase.encode(): n
+            for phrase, n in found.items()
+            if n >= options.count and len(phrase) <= options.characters
+        }
     )
 
 
@@ -81,7 +85,9 @@ def changes(frequencies: Floats, lengths: Integers, length: str = "plain") -> Fl
     return np.where(np.isfinite(found), found, np.inf)
 
 
-def prune(tokens: Sequence[bytes], frequencies: Floats, size: int, length: str = "plain") -> list[bytes]:
+def prune(
+    tokens: Sequence[bytes], frequencies: Floats, size: int, length: str = "plain"
+) -> list[bytes]:
     """The `size` tokens that are left, in their order; single bytes are never removed. Equal changes: the later token
     in the order of bytes goes first. Raises ValueError where the size has no room for the bytes."""
     if size < len(BYTES):
@@ -89,7 +95,9 @@ def prune(tokens: Sequence[bytes], frequencies: Floats, size: int, length: str =
     lengths = np.array([len(token) for token in tokens])
     change = changes(frequencies, lengths, length)
     removable = sorted(
-        (j for j in range(len(tokens)) if lengths[j] > 1), key=lambda j: (-change[j], tokens[j]), reverse=True
+        (j for j in range(len(tokens)) if lengths[j] > 1),
+        key=lambda j: (-change[j], tokens[j]),
+        reverse=True,
     )
     gone = set(removable[: max(len(tokens) - size, 0)])
     return [token for j, token in enumerate(tokens) if j not in gone]
@@ -98,5 +106,8 @@ def prune(tokens: Sequence[bytes], frequencies: Floats, size: int, length: str =
 def mixture(target: Integers, raw: Integers, share: float) -> Floats:
     """P (K,) of counts (K,) in the target and in a sample of the raw corpus."""
     parts = [(share, target), (1 - share, raw)]
-    total = sum((weight * counts / counts.sum() for weight, counts in parts if counts.sum()), np.zeros(len(target)))
+    total = sum(
+        (weight * counts / counts.sum() for weight, counts in parts if counts.sum()),
+        np.zeros(len(target)),
+    )
     return total / total.sum()

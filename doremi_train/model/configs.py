@@ -31,7 +31,9 @@ def preset(name: str, key: str) -> dict[str, Any]:
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
 
 
-def resolve(options: ModelOptions, vocabulary: int, end: int, length: int, key: str = "model") -> dict[str, Any]:
+def resolve(
+    options: ModelOptions, vocabulary: int, end: int, length: int, key: str = "model"
+) -> dict[str, Any]:
     """The complete transformers config as plain JSON: what a run is addressed by and built from.
 
     `vocabulary` is its size and `end` the id that ends a document, both the tokeniser's.
@@ -42,7 +44,9 @@ def resolve(options: ModelOptions, vocabulary: int, end: int, length: int, key: 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if (options.config is None) == (options.path is None):
-        raise UserError(f"{key}: give one of {key}.config and {key}.path, or a preset such as {key}=tiny")
+        raise UserError(
+            f"{key}: give one of {key}.config and {key}.path, or a preset such as {key}=tiny"
+        )
     values = dict(options.config) if options.config else _read_config(Path(str(options.path)), key)
     kind = values.pop("model_type", None)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -53,10 +57,14 @@ def resolve(options: ModelOptions, vocabulary: int, end: int, length: int, key: 
     values |= {"vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end}
     known = AutoConfig.for_model(kind).to_dict()
     for name in options.config or {}:
-        if name not in known | {"model_type": kind}:  # transformers would keep it and never look at it
+        if name not in known | {
+            "model_type": kind
+        }:  # transformers would keep it and never look at it
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{key}.config.{name}: not an option of {kind} models in transformers{hint}")
+            raise UserError(
+                f"{key}.config.{name}: not an option of {kind} models in transformers{hint}"
+            )
     try:
         config = AutoConfig.for_model(kind, **values)
     except (TypeError, ValueError) as error:
@@ -70,7 +78,9 @@ def resolve(options: ModelOptions, vocabulary: int, end: int, length: int, key: 
             )
         config.max_position_embeddings = length
     plain = json.loads(config.to_json_string(use_diff=True))
-    plain.pop("transformers_version", None)  # the same model under another version is the same model
+    plain.pop(
+        "transformers_version", None
+    )  # the same model under another version is the same model
     return plain | {"vocab_size": vocabulary, "model_type": kind}
 
 
@@ -79,7 +89,9 @@ def _read_config(path: Path, key: str) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}.path={path}: not a transformers config.json or a folder with one ({error})") from None
+        raise UserError(
+            f"{key}.path={path}: not a transformers config.json or a folder with one ({error})"
+        ) from None
 
 
 def skeleton(config: dict[str, Any]) -> Any:
@@ -88,12 +100,16 @@ def skeleton(config: dict[str, Any]) -> Any:
 
     values = dict(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(values.pop("model_type"), **values)
+        )
 
 
 def parameters(config: dict[str, Any]) -> tuple[int, int]:
     """(all, without embeddings) parameter counts, from shapes alone."""
     inner = skeleton(config)
     total = sum(p.numel() for p in inner.parameters())
-    embeddings = {id(m.weight): m.weight.numel() for m in inner.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in inner.modules() if isinstance(m, nn.Embedding)
+    }
     return total, total - sum(embeddings.values())

@@ -42,7 +42,9 @@ def shape(config: dict[str, Any]) -> Shape:
     text = whole.config.get_text_config()
     output = whole.get_output_embeddings()
     head = output.weight.numel() if output is not None else 0
-    aside = {id(m.weight) for m in whole.modules() if isinstance(m, nn.Embedding)} | {id(getattr(output, "weight", 0))}
+    aside = {id(m.weight) for m in whole.modules() if isinstance(m, nn.Embedding)} | {
+        id(getattr(output, "weight", 0))
+    }
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     used = (getattr(text, "num_experts_per_tok", None) or 1) / max(experts, 1)
     matrices = sum(
@@ -62,7 +64,8 @@ def shape(config: dict[str, Any]) -> Shape:
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         factors=sum(
-            p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel() for p in whole.parameters()
+            p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()
+            for p in whole.parameters()
         ),
     )
 
@@ -79,7 +82,9 @@ def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str
     """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
     that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
     layers = 2 * of.matrices + 4 * length * of.attention
-    again = layers * checkpointing + 2 * of.head * language_model.fuses(rows * length, of.vocabulary, of.hidden, device)
+    again = layers * checkpointing + 2 * of.head * language_model.fuses(
+        rows * length, of.vocabulary, of.hidden, device
+    )
     return 2 * forward(of, length) + again
 
 
@@ -114,9 +119,14 @@ def memory(
     `strategy` is an engine's: FSDP2 and ZeRO 3 divide all states among the processes, ZeRO 2 keeps whole parameters,
     ZeRO 1 also whole gradients; and ZeRO updates a copy of the parameters.
     """
-    whole, moments = 4 * of.parameters, 4 * (of.factors if optimizer == "adafactor" else 2 * of.parameters)
+    whole, moments = (
+        4 * of.parameters,
+        4 * (of.factors if optimizer == "adafactor" else 2 * of.parameters),
+    )
     zero = int(strategy[-1]) if strategy.startswith("zero") else 0
-    divided = [strategy == "fsdp2" or zero >= least for least in (3, 2, 1)]  # parameters, gradients, optimiser
+    divided = [
+        strategy == "fsdp2" or zero >= least for least in (3, 2, 1)
+    ]  # parameters, gradients, optimiser
     states = [whole, whole, moments + whole * (zero > 0)]
     parameters, gradients, kept = (
         -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
@@ -125,7 +135,9 @@ def memory(
     return Memory(parameters, gradients, kept, 4 * reference, activated)
 
 
-def activations(of: Shape, rows: int, length: int, precision: str, checkpointing: bool, device: str = "cpu") -> int:
+def activations(
+    of: Shape, rows: int, length: int, precision: str, checkpointing: bool, device: str = "cpu"
+) -> int:
     """Bytes kept for the backward of a micro-batch, about: 12 d + 4 f numbers a token and layer (seen in GPT-NeoX,
     GPT-2, Llama and Qwen), a layer's input alone where it is computed again; and logits with their log-softmax."""
     tokens = rows * length
@@ -145,7 +157,12 @@ class Pace(NamedTuple):
 
 
 def measure(
-    config: dict[str, Any], rows: int, length: int, precision: str, checkpointing: bool, device: torch.device
+    config: dict[str, Any],
+    rows: int,
+    length: int,
+    precision: str,
+    checkpointing: bool,
+    device: torch.device,
 ) -> Pace | str:
     """The pace of a micro-batch of `rows` sequences, from a few that are really computed; or why it was not measured.
 
@@ -153,17 +170,23 @@ def measure(
     rows are tried where all would take too long. The random state stays as it was, and no memory is held.
     """
     of = shape(config)
-    cost = length * (forward(of, length) + backward(of, rows, length, checkpointing, device.type))  # of one sequence
+    cost = length * (
+        forward(of, length) + backward(of, rows, length, checkpointing, device.type)
+    )  # of one sequence
     tried = rows
     if device.type == "cpu":
         tried = min(rows, int(_CPU_FLOPS / cost))
         if tried == 0:
             return f"one sequence is {cost:.1e} FLOPs, too many to try on a CPU"
     else:
-        needed = 8 * of.parameters + activations(of, rows, length, precision, checkpointing, device.type)
+        needed = 8 * of.parameters + activations(
+            of, rows, length, precision, checkpointing, device.type
+        )
         free = torch.cuda.mem_get_info(device)[0]
         if needed > free:
-            return f"the whole model needs about {needed / 1e9:.0f} GB and {free / 1e9:.0f} are free"
+            return (
+                f"the whole model needs about {needed / 1e9:.0f} GB and {free / 1e9:.0f} are free"
+            )
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -178,11 +201,19 @@ def measure(
 
 
 def _try(
-    config: dict[str, Any], rows: int, length: int, precision: str, checkpointing: bool, device: torch.device
+    config: dict[str, Any],
+    rows: int,
+    length: int,
+    precision: str,
+    checkpointing: bool,
+    device: torch.device,
 ) -> Pace:
     built = folders.build(config, 0, checkpointing).to(device).train()
     built.precision = precision
-    tokens = torch.arange(rows * (length + 1), device=device).view(rows, length + 1) % config["vocab_size"]
+    tokens = (
+        torch.arange(rows * (length + 1), device=device).view(rows, length + 1)
+        % config["vocab_size"]
+    )
 
     def clock() -> float:
         if device.type == "cuda":
@@ -201,4 +232,7 @@ def _try(
         paces.append(Pace(learned - before, clock() - learned))
         built.zero_grad(set_to_none=True)
     later = paces[1:] or paces
-    return Pace(statistics.median(pace.learn for pace in later), statistics.median(pace.look for pace in later))
+    return Pace(
+        statistics.median(pace.learn for pace in later),
+        statistics.median(pace.look for pace in later),
+    )

@@ -16,13 +16,17 @@ from doremi_train.config import UserError
 from doremi_train.model.language_model import LanguageModel
 
 
-def build(config: dict[str, Any], seed: int, activation_checkpointing: bool = False) -> LanguageModel:
+def build(
+    config: dict[str, Any], seed: int, activation_checkpointing: bool = False
+) -> LanguageModel:
     """A freshly initialised model: the same parameters for the same config and seed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
     torch.manual_seed(seed)
-    inner = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    inner = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(values.pop("model_type"), **values)
+    )
     return LanguageModel(inner.float(), activation_checkpointing)
 
 
@@ -62,14 +66,24 @@ def read(folder: Path, key: str) -> Any:
         )
         inner, loaded = found
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{key}={folder}: not a model folder that transformers loads ({error})") from None
+        raise UserError(
+            f"{key}={folder}: not a model folder that transformers loads ({error})"
+        ) from None
     absent = sorted(loaded["missing_keys"])
     if absent:  # transformers would fill them with random numbers
-        raise UserError(f"{key}={folder}: its files lack {', '.join(absent[:5])}; give a complete model folder")
+        raise UserError(
+            f"{key}={folder}: its files lack {', '.join(absent[:5])}; give a complete model folder"
+        )
     return inner
 
 
-def save(model: LanguageModel, tensors: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer, end: int) -> None:
+def save(
+    model: LanguageModel,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    tokenizer: Tokenizer,
+    end: int,
+) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a document.
 
     `tensors` are the model's, whole and by name: its own may be in parts on many processes.
@@ -81,7 +95,9 @@ def save(model: LanguageModel, tensors: Mapping[str, Tensor], folder: Path, toke
     with naming_the_disk(folder):
         model.inner.save_pretrained(folder, state_dict=of_inner(tensors))
     token = tokenizer.id_to_token(end)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=token, eos_token=token).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=token, eos_token=token
+    ).save_pretrained(folder)
 
 
 def of_inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

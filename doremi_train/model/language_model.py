@@ -32,7 +32,9 @@ class LanguageModel(nn.Module):
         if activation_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})
         self.precision = "fp32"  # of the forward and backward; parameters stay float32
-        self.projection = Projection(inner.get_output_embeddings()) if _head_is_plain(inner) else None
+        self.projection = (
+            Projection(inner.get_output_embeddings()) if _head_is_plain(inner) else None
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens (B, T + 1)."""
@@ -47,7 +49,11 @@ class LanguageModel(nn.Module):
 
     def _losses(self, tokens: Tensor) -> Tensor:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        vocabulary, device, project = self.inner.config.vocab_size, tokens.device.type, self.projection
+        vocabulary, device, project = (
+            self.inner.config.vocab_size,
+            tokens.device.type,
+            self.projection,
+        )
         if project is None or not fuses(targets.numel(), vocabulary, project.hidden_size, device):
             return _cross_entropy(self.inner(input_ids=inputs).logits, targets)
         hidden = self.inner.base_model(input_ids=inputs).last_hidden_state  # (B, T, d)
@@ -60,7 +66,11 @@ class CompletionModel(LanguageModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         carrying = tokens >= 0
-        return super().forward(torch.where(carrying, tokens, ~tokens)).masked_fill(~carrying[:, 1:], 0.0)
+        return (
+            super()
+            .forward(torch.where(carrying, tokens, ~tokens))
+            .masked_fill(~carrying[:, 1:], 0.0)
+        )
 
 
 def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:
@@ -88,7 +98,9 @@ def _head_is_plain(inner: Any) -> bool:
     with torch.no_grad(), contextlib.suppress(AttributeError, TypeError):
         hidden = inner.base_model(input_ids=probe).last_hidden_state
         head = inner.get_output_embeddings()
-        plain = isinstance(head, nn.Linear) and torch.equal(head(hidden), inner(input_ids=probe).logits)
+        plain = isinstance(head, nn.Linear) and torch.equal(
+            head(hidden), inner(input_ids=probe).logits
+        )
         inner.train(was_training)
         return plain
     inner.train(was_training)

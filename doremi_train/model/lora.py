@@ -13,7 +13,9 @@ class LoraOptions:
     rank: Positive | None = 16  # r; null: no LoRA, all parameters are trained
     alpha: PositiveFloat = 32.0  # what is added is scaled by alpha / rank
     dropout: Fraction = 0.0
-    targets: tuple[str, ...] | None = None  # ends of module names; null: every linear layer but the head
+    targets: tuple[str, ...] | None = (
+        None  # ends of module names; null: every linear layer but the head
+    )
 
 
 def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
@@ -38,7 +40,11 @@ def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
     try:
         return peft.get_peft_model(inner, config)
     except ValueError as error:
-        layers = (name for name, module in inner.named_modules() if getattr(module, "weight", None) is not None)
+        layers = (
+            name
+            for name, module in inner.named_modules()
+            if getattr(module, "weight", None) is not None
+        )
         names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise UserError(
             f"{key}.targets={list(options.targets or ())}: {str(error)[:200]}; this model's layers end in {names}"

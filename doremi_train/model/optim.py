@@ -26,7 +26,9 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         if self.schedule == "exponential" and self.end_learning_rate == 0:
-            raise ValueError("an exponential decay never reaches end_learning_rate=0; raise it, or take cosine")
+            raise ValueError(
+                "an exponential decay never reaches end_learning_rate=0; raise it, or take cosine"
+            )
 
 
 def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
@@ -57,5 +59,9 @@ def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
         return torch.optim.Adafactor(groups, lr=options.learning_rate)
     # One pass over the states, without copies of them; on a CPU 0.5 ms instead of 2.5 for the 27 tensors of `tiny`.
     return torch.optim.AdamW(
-        groups, lr=options.learning_rate, betas=options.adam_betas, eps=options.adam_epsilon, fused=True
+        groups,
+        lr=options.learning_rate,
+        betas=options.adam_betas,
+        eps=options.adam_epsilon,
+        fused=True,
     )

@@ -53,7 +53,9 @@ class Projection(nn.Module):
         if self.also is None:
             losses = _CrossEntropy.apply(hidden, self.weight, self.bias, targets, logits, dtype)
         else:
-            losses = _OfHiddenAlone.apply(hidden, self.weight, self.bias, targets, logits, dtype, self.also)
+            losses = _OfHiddenAlone.apply(
+                hidden, self.weight, self.bias, targets, logits, dtype, self.also
+            )
         return losses
 
 
@@ -69,15 +71,23 @@ class _CrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.tiles, ctx.dtype = _tiles(len(hidden), len(weight), logits), dtype
-        cast, head, bias_ = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        cast, head, bias_ = (
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
         wide = torch.promote_types(dtype, torch.float32)
         right = torch.zeros(len(hidden), dtype=wide, device=hidden.device)  # logits of the targets
         normalizers = torch.full_like(right, -math.inf)  # log Σ exp(logits), of every token
         for rows, columns in ctx.tiles:
-            z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(wide)
+            z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(
+                wide
+            )
             place, inside = _place(targets[rows], columns)
             right[rows] += torch.where(inside, z.gather(1, place)[:, 0], 0)
-            top = z.amax(1, keepdim=True).clamp_min(torch.finfo(wide).min)  # a tile may be −∞ throughout
+            top = z.amax(1, keepdim=True).clamp_min(
+                torch.finfo(wide).min
+            )  # a tile may be −∞ throughout
             part = z.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
             normalizers[rows] = torch.logaddexp(normalizers[rows], part)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
@@ -88,14 +98,20 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         dtype = ctx.dtype
-        cast, head, bias_ = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        cast, head, bias_ = (
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
         for rows, columns in ctx.tiles:
             # ∂/∂logits = (softmax − 1 at the target) · gradient of the token's loss
-            z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(gradient.dtype)
+            z = F.linear(cast[rows], head[columns], None if bias_ is None else bias_[columns]).to(
+                gradient.dtype
+            )
             z.sub_(normalizers[rows, None]).exp_()
             place, inside = _place(targets[rows], columns)
             z.scatter_add_(1, place, -inside[:, None].to(z.dtype)).mul_(gradient[rows, None])
@@ -125,14 +141,20 @@ class _OfHiddenAlone(torch.autograd.Function):
         dtype: torch.dtype,
         also: Also,
     ) -> Tensor:
-        cast, head, bias_ = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        cast, head, bias_ = (
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
         wide = torch.promote_types(dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         width = hidden.shape[1]
         # One product gives both: that with a few columns alone would take as long.
         sides = head if also.right is None else torch.cat([head, also.right.to(dtype)], 1)
         products = cast.new_empty(len(hidden), sides.shape[1])
-        also.gradient = cast.new_empty(len(hidden), len(head)) if len(hidden) * len(head) <= also.keep else None
+        also.gradient = (
+            cast.new_empty(len(hidden), len(head)) if len(hidden) * len(head) <= also.keep else None
+        )
         for rows in _slices(len(hidden), _rows(len(head), logits, hidden.device.type)):
             into = also.gradient[rows] if also.gradient is not None and dtype == wide else None
             z = torch.mm(cast[rows], head.T, out=into)
@@ -180,7 +202,9 @@ _ROWS_ON_CPU, _CACHED_ON_CPU = 64, 1 << 18
 def _tiles(tokens: int, vocabulary: int, logits: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the tiles of (N, V) that have at most so many logits."""
     columns = min(vocabulary, max(math.isqrt(logits), logits // tokens))
-    return list(itertools.product(_slices(tokens, max(1, logits // columns)), _slices(vocabulary, columns)))
+    return list(
+        itertools.product(_slices(tokens, max(1, logits // columns)), _slices(vocabulary, columns))
+    )
 
 
 def _slices(size: int, length: int) -> list[slice]:

@@ -37,7 +37,9 @@ class _Together(NamedTuple):
 
     group: Any = None  # for rank 0's work and objects: gloo, on the host
     timeout: float = 0.0
-    environment: Mapping[str, str] = MappingProxyType({})  # what accelerate's launcher said, to be put back
+    environment: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # what accelerate's launcher said, to be put back
 
 
 _together = _Together()
@@ -49,13 +51,17 @@ def join(cpu: bool, timeout: float) -> torch.device:
 
     global _together
     cpu = (
-        cpu or not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        cpu
+        or not torch.accelerator.is_available()
+        or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     )
     # How to wrap is the engine's business: neither accelerate nor transformers must act on these by themselves.
     said = {name: os.environ.pop(name) for name in _WRAPPING if name in os.environ}
     limit = datetime.timedelta(seconds=timeout)
     place = PartialState(cpu=cpu, timeout=limit)
-    _together = _Together(dist.new_group(backend="gloo", timeout=limit) if _many() else None, timeout, said)
+    _together = _Together(
+        dist.new_group(backend="gloo", timeout=limit) if _many() else None, timeout, said
+    )
     return place.device
 
 
@@ -93,12 +99,16 @@ def all_reduce_sum(sums: Sums, flag: bool = False) -> tuple[Sums, bool]:
     fields: tuple[Tensor, ...] = tuple(sums)
     if not _many() and fields[0].device.type == "cpu":
         return sums, flag
-    flat = torch.cat([*(field.double().flatten() for field in fields), fields[0].new_tensor([flag]).double()])
+    flat = torch.cat(
+        [*(field.double().flatten() for field in fields), fields[0].new_tensor([flag]).double()]
+    )
     if _many():
         dist.all_reduce(flat)
     flat = flat.cpu()
     parts = flat[:-1].split([field.numel() for field in fields])
-    return type(sums)(*(p.view_as(f) for p, f in zip(parts, fields, strict=True))), bool(flat[-1] > 0)
+    return type(sums)(*(p.view_as(f) for p, f in zip(parts, fields, strict=True))), bool(
+        flat[-1] > 0
+    )
 
 
 def average(tensors: Sequence[Tensor]) -> None:
@@ -107,7 +117,9 @@ def average(tensors: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(dist.get_world_size())
     dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, mean in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(mean.view_as(tensor))
 
 
@@ -181,7 +193,8 @@ def explain(error: BaseException) -> BaseException:
         return error
     text = str(error)
     gone = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "NCCL", "Connection closed by peer"))
+        isinstance(error, RuntimeError)
+        and any(sign in text for sign in ("gloo", "NCCL", "Connection closed by peer"))
     )
     if not gone:
         return error

@@ -51,7 +51,10 @@ class Engine(Protocol):
 
 
 def build(
-    place: Place, model: LanguageModel, training: OptimizerOptions, state: Mapping[str, Any] | None = None
+    place: Place,
+    model: LanguageModel,
+    training: OptimizerOptions,
+    state: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Spread a model that is complete on every process, after taking over what `state` of any engine on any number of
     processes gave. Raises UserError for what the strategy cannot do exactly."""

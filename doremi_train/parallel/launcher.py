@@ -28,7 +28,11 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
     """Strategy and DeepSpeed's file, from our key and from what `accelerate launch` put into the environment."""
     environment = os.environ
     # accelerate would start this very command as one process, or as several that never meet, and exit 0.
-    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+    if (
+        "ACCELERATE_MIXED_PRECISION" in environment
+        and "MASTER_ADDR" in environment
+        and "WORLD_SIZE" not in environment
+    ):
         raise UserError(
             "accelerate launch: was asked for several processes and started one, as it does with --cpu and with "
             "distributed_type MULTI_CPU; use --config_file launch/accelerate/cpu.yaml, or torchrun"
@@ -48,7 +52,9 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
         for name, (default, ours, remedy) in _FSDP_OURS.items():
             given = environment.get(name, default).lower()
             if given != ours:
-                raise UserError(f"accelerate launch: {name.lower()}: {given} is asked for, but only {ours} {remedy}")
+                raise UserError(
+                    f"accelerate launch: {name.lower()}: {given} is asked for, but only {ours} {remedy}"
+                )
         wanted = "fsdp2"
     elif environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         file = file or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
@@ -66,7 +72,9 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
         )
     strategy = options.strategy if options.strategy != "auto" else wanted
     if options.deepspeed is not None and not strategy.startswith("zero"):
-        raise UserError(f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not {strategy}")
+        raise UserError(
+            f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not {strategy}"
+        )
     return strategy, file
 
 
@@ -74,8 +82,16 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
 _FSDP_OURS = {
     "FSDP_VERSION": ("1", "2", "is here; set fsdp_version: 2"),
     "FSDP_OFFLOAD_PARAMS": ("false", "false", "is here; take more processes, or a smaller model"),
-    "FSDP_RESHARD_AFTER_FORWARD": ("true", "true", "is here; with room for whole parameters take engine=ddp"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "false", "goes there; set training.activation_checkpointing=true"),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        "true",
+        "true",
+        "is here; with room for whole parameters take engine=ddp",
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false",
+        "false",
+        "goes there; set training.activation_checkpointing=true",
+    ),
 }
 
 # What the trainer decides; the same key in DeepSpeed's file would be a second word on it.
@@ -100,15 +116,25 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
     for name, key in _DEEPSPEED_OURS.items():
         given = settings.pop(name, "auto")
         if given != "auto":
-            raise UserError(f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or at auto")
+            raise UserError(
+                f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or at auto"
+            )
     zero = dict(settings.pop("zero_optimization", {}))
     if zero.get("stage", stage) != stage:
-        raise UserError(f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make them agree")
+        raise UserError(
+            f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make them agree"
+        )
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device", "none") != "none":
-            raise UserError(f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more processes")
-    if stage != 2 and zero.setdefault("overlap_comm", False):  # with free accumulation only stage 2 has it
-        raise UserError(f"engine.deepspeed={file}: overlap_comm goes with stage 2 only; set it to false")
+            raise UserError(
+                f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more processes"
+            )
+    if stage != 2 and zero.setdefault(
+        "overlap_comm", False
+    ):  # with free accumulation only stage 2 has it
+        raise UserError(
+            f"engine.deepspeed={file}: overlap_comm goes with stage 2 only; set it to false"
+        )
     return settings | {"zero_optimization": zero | {"stage": stage}}
 
 

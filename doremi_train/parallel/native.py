@@ -18,7 +18,11 @@ class Native:
     """torch's own: one process, DDP, or FSDP2, which shards every block and the rest."""
 
     def __init__(
-        self, place: Place, model: LanguageModel, training: OptimizerOptions, moments: Mapping[str, Any]
+        self,
+        place: Place,
+        model: LanguageModel,
+        training: OptimizerOptions,
+        moments: Mapping[str, Any],
     ) -> None:
         self._bare, self._training, self._strategy = model, training, place.strategy
         self.model: nn.Module = model
@@ -38,7 +42,9 @@ class Native:
         self._parameters = list(model.parameters())
         self.optimizer = optim.build(model, training)
         for name, tensor in model.named_parameters():
-            if name in moments:  # scalars are torch's count of steps: fused AdamW keeps it beside the parameter
+            if (
+                name in moments
+            ):  # scalars are torch's count of steps: fused AdamW keeps it beside the parameter
                 home = tensor.device if training.optimizer == "adamw" else "cpu"
                 self.optimizer.state[tensor] = {
                     key: comm.share(value, tensor) if value.ndim else value.to(home, copy=True)
@@ -57,7 +63,11 @@ class Native:
     def accumulating(self, last: bool) -> Iterator[None]:
         if self._strategy == "fsdp2":
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        with self.model.no_sync() if self._strategy == "ddp" and not last else contextlib.nullcontext():  # type: ignore[operator]
+        with (
+            self.model.no_sync()
+            if self._strategy == "ddp" and not last
+            else contextlib.nullcontext()
+        ):  # type: ignore[operator]
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -79,11 +89,17 @@ class Native:
         model, optimizer = {}, {}
         for name, tensor in language_model.tensors_of(self._bare):
             whole = comm.whole(tensor)
-            states = {key: comm.whole(value) for key, value in self.optimizer.state.get(tensor, {}).items()}
+            states = {
+                key: comm.whole(value)
+                for key, value in self.optimizer.state.get(tensor, {}).items()
+            }
             if keep:
                 model[name] = whole.cpu()
                 optimizer[name] = {key: value.cpu() for key, value in states.items()}
-        return {"model": model, "optimizer": {name: states for name, states in optimizer.items() if states}}
+        return {
+            "model": model,
+            "optimizer": {name: states for name, states in optimizer.items() if states},
+        }
 
     def close(self) -> None:
         self.discard()

@@ -31,7 +31,11 @@ def start(options: EngineOptions, precision: str, timeout: float) -> Place:
     """
     asked, file = launcher.asked(options, precision)
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    absent = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     device = comm.join(options.device == "cpu", timeout) if started == 1 or not absent else None
     size = comm.world().size
     if device is None or size != started:

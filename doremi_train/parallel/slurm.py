@@ -19,7 +19,9 @@ def export_ranks() -> None:
     get = os.environ.get
     if "RANK" in os.environ:
         return
-    local = get("SUBMITIT_EXECUTOR") == "local"  # also inside a Slurm job, whose variables it inherits
+    local = (
+        get("SUBMITIT_EXECUTOR") == "local"
+    )  # also inside a Slurm job, whose variables it inherits
 
     def number(ours: str, slurm: str) -> int:
         return int(get(f"SUBMITIT_LOCAL_{ours}" if local else f"SLURM_{slurm}", "0"))
@@ -27,7 +29,11 @@ def export_ranks() -> None:
     size = number("NTASKS", "STEP_NUM_TASKS")
     if size < 2:
         return
-    local_size = size if local else _each(os.environ["SLURM_STEP_TASKS_PER_NODE"])[int(os.environ["SLURM_NODEID"])]
+    local_size = (
+        size
+        if local
+        else _each(os.environ["SLURM_STEP_TASKS_PER_NODE"])[int(os.environ["SLURM_NODEID"])]
+    )
     job = 101 * number("JOB_ID", "JOB_ID") + (0 if local else int(os.environ["SLURM_STEP_ID"]))
     os.environ |= {
         "RANK": str(number("GLOBALID", "PROCID")),
@@ -54,12 +60,16 @@ def _each(compressed: str) -> list[int]:
 
 def _first_node() -> str:
     """The host of rank 0. Where its name does not resolve, the address under which Slurm knows it."""
-    name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[0]  # n[03-05,7],m1 → n03
+    name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[
+        0
+    ]  # n[03-05,7],m1 → n03
     try:
         socket.getaddrinfo(name, None)
     except OSError:
         with contextlib.suppress(OSError):  # no scontrol inside this container
-            shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=False)
+            shown = subprocess.run(
+                ["scontrol", "show", "node", name], capture_output=True, text=True, check=False
+            )
             found = re.search(r"NodeAddr=(\S+)", shown.stdout)
             return found[1] if found else name
     return name

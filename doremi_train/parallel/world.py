@@ -32,10 +32,15 @@ class World(NamedTuple):
             )
         parts = -(-batch // ((micro or batch) * self.size))
         slots = [part * self.size + self.rank for part in range(parts)]
-        return [slice(slot * batch // (parts * self.size), (slot + 1) * batch // (parts * self.size)) for slot in slots]
+        return [
+            slice(slot * batch // (parts * self.size), (slot + 1) * batch // (parts * self.size))
+            for slot in slots
+        ]
 
     def largest(self, batch: int, micro: int | None) -> int:
         """Rows of the largest micro-batch of any rank."""
         return max(
-            part.stop - part.start for rank in range(self.size) for part in World(rank, self.size).rows(batch, micro)
+            part.stop - part.start
+            for rank in range(self.size)
+            for part in World(rank, self.size).rows(batch, micro)
         )

@@ -23,7 +23,11 @@ class Zero:
     """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided among the processes."""
 
     def __init__(
-        self, place: Place, model: LanguageModel, training: OptimizerOptions, moments: Mapping[str, Any]
+        self,
+        place: Place,
+        model: LanguageModel,
+        training: OptimizerOptions,
+        moments: Mapping[str, Any],
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", place.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -36,7 +40,9 @@ class Zero:
         if place.compile and self._stage < 3:
             model.compile()
         elif place.compile:
-            raise UserError("engine.compile=true: not with zero3, which gathers parameters by hooks; use engine=fsdp2")
+            raise UserError(
+                "engine.compile=true: not with zero3, which gathers parameters by hooks; use engine=fsdp2"
+            )
         settings = place.deepspeed | {
             "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own counts
             "gradient_accumulation_steps": 1,
@@ -46,7 +52,10 @@ class Zero:
             "steps_per_print": 1 << 62,
         }
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optim.build(model, training), config=settings, dist_init_required=False
+            model=model,
+            optimizer=optim.build(model, training),
+            config=settings,
+            dist_init_required=False,
         )
         self.model: nn.Module = self._engine
         if moments:
@@ -83,7 +92,11 @@ class Zero:
                     model[name] = tensor.cpu()
                 continue
             whole = safe_get_full_fp32_param(tensor)
-            moments = {key: safe_get_full_optimizer_state(tensor, key) for key in _MOMENTS} if steps else {}
+            moments = (
+                {key: safe_get_full_optimizer_state(tensor, key) for key in _MOMENTS}
+                if steps
+                else {}
+            )
             if keep:
                 model[name] = whole.cpu().clone()
                 moments = {key: value.cpu().clone() for key, value in moments.items()}
@@ -97,7 +110,9 @@ class Zero:
         step = next(iter(moments.values()))["step"]
         for flat in self._flat():  # the states that torch would make at the first step
             zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            self._optimizer.optimizer.state[flat] = zeros | {"step": step.to(flat.device, copy=True)}
+            self._optimizer.optimizer.state[flat] = zeros | {
+                "step": step.to(flat.device, copy=True)
+            }
         self._link()
         for name, tensor in self._bare.named_parameters():
             for key in _MOMENTS:
@@ -118,7 +133,11 @@ class Zero:
     def _flat(self) -> list[Tensor]:
         """The flat parts of this process that the optimiser really updates."""
         optimizer = self._optimizer
-        return optimizer.single_partition_of_fp32_groups if self._stage < 3 else optimizer.fp32_partitioned_groups_flat
+        return (
+            optimizer.single_partition_of_fp32_groups
+            if self._stage < 3
+            else optimizer.fp32_partitioned_groups_flat
+        )
 
     def _link(self) -> int:
         """Updates done so far, after making every parameter's optimiser state findable by name."""

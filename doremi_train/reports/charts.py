@@ -83,18 +83,30 @@ def lines(
                 color=color,
             )
             if len(values) > 1 and not grey:
-                axes.fill_between(curve.x, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0, zorder=1)
+                axes.fill_between(
+                    curve.x,
+                    values.min(0),
+                    values.max(0),
+                    color=color,
+                    alpha=0.18,
+                    linewidth=0,
+                    zorder=1,
+                )
         if settings:
             if logarithmic:
                 axes.set_xscale("log")
-            ticks = sorted({float(value) for curve in curves.values() for value in np.asarray(curve.x)})
+            ticks = sorted(
+                {float(value) for curve in curves.values() for value in np.asarray(curve.x)}
+            )
             axes.set_xticks(ticks, [short(value) for value in ticks])
             axes.minorticks_off()
         for mark in marks:
             _mark(axes, mark)
         if powers:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: short(value))  # matplotlib's own is mathematical markup
+            axes.yaxis.set_major_formatter(
+                lambda value, _: short(value)
+            )  # matplotlib's own is mathematical markup
             axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.margins(x=0.03 if settings else 0)
@@ -129,7 +141,9 @@ def rows(
                 ],
                 dtype=float,
             ).reshape(-1, 2)
-            axes.hlines(height + offset, ends[:, 0], ends[:, 1], color=color, linewidth=2.2, alpha=0.5)
+            axes.hlines(
+                height + offset, ends[:, 0], ends[:, 1], color=color, linewidth=2.2, alpha=0.5
+            )
             axes.plot(values, height + offset, "o", markersize=6, color=color, label=f" {kind}")
         if len(points) > 1 and not zero:
             values = np.array([[point.value for point in found] for found in points.values()])
@@ -150,7 +164,10 @@ def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
         return values
     total = np.cumsum(np.concatenate([np.zeros_like(values[..., :1, :]), values], axis=-2), axis=-2)
     steps = np.arange(values.shape[-2])
-    first, last = np.maximum(steps - width // 2, 0), np.minimum(steps + width // 2 + 1, values.shape[-2])
+    first, last = (
+        np.maximum(steps - width // 2, 0),
+        np.minimum(steps + width // 2 + 1, values.shape[-2]),
+    )
     return (total[..., last, :] - total[..., first, :]) / (last - first)[:, None]
 
 
@@ -196,11 +213,18 @@ def _mark(axes: Any, mark: Mark) -> None:
     if mark.y is not None:
         axes.axhline(mark.y, **how)
         axes.annotate(
-            f" {mark.text}", (1, mark.y), xycoords=("axes fraction", "data"), va="bottom", ha="right", fontsize=9
+            f" {mark.text}",
+            (1, mark.y),
+            xycoords=("axes fraction", "data"),
+            va="bottom",
+            ha="right",
+            fontsize=9,
         )
     if mark.x is not None:
         axes.axvline(mark.x, **how)
-        axes.annotate(f" {mark.text}", (mark.x, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
+        axes.annotate(
+            f" {mark.text}", (mark.x, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9
+        )
 
 
 def _clip(name: str, characters: int = 40) -> str:

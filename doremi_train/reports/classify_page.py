@@ -37,9 +37,15 @@ def write(
         verdict=verdict(figures),
         chart=_chart(figures),
         columns=[column.replace("_", " ") for column in columns],
-        rows=[(name, [spread(found[column]["seeds"]) for column in columns]) for name, found in figures.items()],
+        rows=[
+            (name, [spread(found[column]["seeds"]) for column in columns])
+            for name, found in figures.items()
+        ],
         seeds=len(next(iter(figures.values()))["accuracy"]["seeds"]),
-        methods=[(name, _note(found), _sides(examples, found, quality)) for name, found in weights.items()],
+        methods=[
+            (name, _note(found), _sides(examples, found, quality))
+            for name, found in weights.items()
+        ],
     )
 
 
@@ -85,7 +91,14 @@ def _sides(
     ]
 
 
-def _shown(examples: Examples, weights: NDArray[np.float64], quality: NDArray[np.float64], i: int) -> dict[str, str]:
+def _shown(
+    examples: Examples, weights: NDArray[np.float64], quality: NDArray[np.float64], i: int
+) -> dict[str, str]:
     text, label = examples.texts[i], examples.labels[i]
     cut = text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} …"
-    return {"label": label, "weight": f"{weights[i]:.3g}", "quality": f"{quality[i]:.3f}", "text": cut}
+    return {
+        "label": label,
+        "weight": f"{weights[i]:.3g}",
+        "quality": f"{quality[i]:.3f}",
+        "text": cut,
+    }

@@ -46,7 +46,13 @@ def _target(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         for method, found in methods.items()
     ]
     pairs = [tuple(map(_shown, pair)) for pair in zip_longest(part["top"], part["bottom"])]
-    return {"name": name, "subtasks": part["subtasks"], "methods": list(methods), "rows": rows, "pairs": pairs}
+    return {
+        "name": name,
+        "subtasks": part["subtasks"],
+        "methods": list(methods),
+        "rows": rows,
+        "pairs": pairs,
+    }
 
 
 def _shown(example: Mapping[str, Any] | None) -> dict[str, str] | None:

@@ -13,7 +13,9 @@ DOMAINS = 30  # in the table; of more, the smallest and the largest
 MESSAGES = 5  # of one kind of warning; all are in plan.json
 
 
-def show(plan: Mapping[str, Any], warned: Mapping[str, Sequence[str]], store: Path, budget: int | None) -> None:
+def show(
+    plan: Mapping[str, Any], warned: Mapping[str, Sequence[str]], store: Path, budget: int | None
+) -> None:
     """Print it. `budget` is main.tokens."""
     console.print(_runs(plan))
     console.print(_domains(plan["domains"], budget))
@@ -23,7 +25,9 @@ def show(plan: Mapping[str, Any], warned: Mapping[str, Sequence[str]], store: Pa
         for message in messages[:MESSAGES]:
             console.print(escape(f"plan: warning: {message}"))
         if len(messages) > MESSAGES:
-            console.print(f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json")
+            console.print(
+                f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json"
+            )
     console.print(escape(f"plan: the store is {store}"))
 
 
@@ -48,8 +52,12 @@ def _runs(plan: Mapping[str, Any]) -> Table:
         )
     evaluation = plan["evaluation"]
     flops = f"{evaluation['flops']:.2g}"
-    table.add_row(f"evaluate × {evaluation['models']}", "", "", flops, "", human(evaluation["seconds"]))
-    table.add_row("all", "", "", f"{plan['total_flops']:.2g}", "", human(plan["total_seconds"]), style="bold")
+    table.add_row(
+        f"evaluate × {evaluation['models']}", "", "", flops, "", human(evaluation["seconds"])
+    )
+    table.add_row(
+        "all", "", "", f"{plan['total_flops']:.2g}", "", human(plan["total_seconds"]), style="bold"
+    )
     return table
 
 
@@ -65,7 +73,12 @@ def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Ta
             continue
         epochs = [domain["proxy_epochs"], *domain["final_epochs"].values()]
         shown = ["–" if value is None else f"{value:.3g}" for value in epochs]
-        table.add_row(escape(name), short(domain["training_tokens"]), f"{domain['natural_weight']:.4f}", *shown)
+        table.add_row(
+            escape(name),
+            short(domain["training_tokens"]),
+            f"{domain['natural_weight']:.4f}",
+            *shown,
+        )
     if hidden:
         table.caption = f"the smallest and the largest; {len(hidden)} more are in plan.json"
     return table
@@ -90,21 +103,33 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             f"{price['exact_over_lagged']:.2f} times what lagged does{cost}"
         )
     elif price:
-        found.append("a step is one micro-batch, with which proxy.accumulation=exact costs nothing more than lagged")
+        found.append(
+            "a step is one micro-batch, with which proxy.accumulation=exact costs nothing more than lagged"
+        )
     found += [
         f"{name} looks at {short(run['candidates'])} tokens, of which it is trained on {short(run['tokens'])}"
         for name, run in plan["stages"].items()
         if run["candidates"] > run["tokens"]
     ]
     if losses and "missing" in losses:
-        left = f"computed for {short(losses['missing'])} sequences" if losses["missing"] else "all there"
+        left = (
+            f"computed for {short(losses['missing'])} sequences"
+            if losses["missing"]
+            else "all there"
+        )
         found.append(f"reference losses, cached: {size(losses['bytes'])} of fp16, {left}")
     elif losses:
         found.append(f"reference losses, if cached: {size(losses['bytes'])} of fp16")
     if absent:
         floor = absent["at_floor"]
-        at_floor = f", of {floor:.1%} where its weight is as small as smoothing allows" if floor is not None else ""
-        found.append(f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}")
+        at_floor = (
+            f", of {floor:.1%} where its weight is as small as smoothing allows"
+            if floor is not None
+            else ""
+        )
+        found.append(
+            f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}"
+        )
     return found
 
 

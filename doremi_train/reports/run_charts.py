@@ -21,11 +21,16 @@ CHOSEN = 10  # domains that get a colour and a name in a chart over steps
 _MOST_ROWS = 40  # of a chart with a row a domain: those that moved most
 _MOVES = {  # what weights follow, by its name in a trace: title and unit
     "excess_loss": ("Excess loss over the reference", "nats per token"),
-    "learning_speed": ("What a step teaches of each domain, by the law of its losses", "nats per token"),
+    "learning_speed": (
+        "What a step teaches of each domain, by the law of its losses",
+        "nats per token",
+    ),
     "reward": ("Reward of each domain", "nats per token"),
     "alignment": ("Alignment of a domain's gradient with its target's", "⟨g, target⟩"),
 }
-MODEL_COLORS = dict(zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True))
+MODEL_COLORS = dict(
+    zip(("main", "uniform", "natural", "unimax", "temperature"), COLORS[:5], strict=True)
+)
 MODEL_COLORS["baseline"] = "#8b919c"
 
 
@@ -49,13 +54,25 @@ def mixture(setting: Setting, free: dict[str, dict[str, float]], prefix: str) ->
     """The mixture before and after: the free mixtures, and the learned one with its interval."""
     points = mixture_points(setting)
     start = free.get("natural") or {name: 1 / len(points) for name in points}
-    moved = sorted(points, key=lambda name: abs(points[name].value - start[name]), reverse=True)[:_MOST_ROWS]
+    moved = sorted(points, key=lambda name: abs(points[name].value - start[name]), reverse=True)[
+        :_MOST_ROWS
+    ]
     names = sorted(moved, key=lambda name: start[name] - points[name].value)
-    kinds = {name: [Point(weights[domain]) for domain in names] for name, weights in free.items() if name != "unimax"}
+    kinds = {
+        name: [Point(weights[domain]) for domain in names]
+        for name, weights in free.items()
+        if name != "unimax"
+    }
     learned = setting.models["main"]
-    title = "Weights before and after" + (f": the {len(names)} that moved most" if len(moved) < len(points) else "")
+    title = "Weights before and after" + (
+        f": the {len(names)} that moved most" if len(moved) < len(points) else ""
+    )
     shown = {**kinds, learned: [points[name] for name in names]}
-    colors = {"natural": MODEL_COLORS["natural"], "uniform": MODEL_COLORS["uniform"], learned: MODEL_COLORS["main"]}
+    colors = {
+        "natural": MODEL_COLORS["natural"],
+        "uniform": MODEL_COLORS["uniform"],
+        learned: MODEL_COLORS["main"],
+    }
     return rows(f"{prefix}{title}", "part of the tokens", names, shown, colors)
 
 
@@ -67,7 +84,8 @@ def picks(setting: Setting, prefix: str) -> list[str]:
     steps = min(len(trace) for trace in traces)
     names = list(traces[0][0]["picked"])
     picked, drawn = (
-        smooth(_column(traces, key, names, steps), max(1, steps // 20)) for key in ("picked", "candidates")
+        smooth(_column(traces, key, names, steps), max(1, steps // 20))
+        for key in ("picked", "candidates")
     )  # (S, T, K)
     kept = np.unique(np.linspace(0, steps - 1, results.TRACE_POINTS).astype(np.int64))
     part = picked[:, kept] / np.maximum(drawn[:, kept], 1e-9)
@@ -106,11 +124,20 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
     def by_domain(values: NDArray[np.float64]) -> dict[str, Curve]:
         colors = iter(COLORS)
         return {
-            name: Curve(x, values[:, kept, k], next(colors) if k in chosen else "grey") for k, name in enumerate(names)
+            name: Curve(x, values[:, kept, k], next(colors) if k in chosen else "grey")
+            for k, name in enumerate(names)
         }
 
-    one, many = ("proxy", "proxies") if setting.results[0].mixture["method"] in ("doremi", "doge") else ("run", "runs")
-    band = f"mean of {len(traces)} {many}, band from lowest to highest" if len(traces) > 1 else f"one {one}"
+    one, many = (
+        ("proxy", "proxies")
+        if setting.results[0].mixture["method"] in ("doremi", "doge")
+        else ("run", "runs")
+    )
+    band = (
+        f"mean of {len(traces)} {many}, band from lowest to highest"
+        if len(traces) > 1
+        else f"one {one}"
+    )
     effective = np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(-1))  # (S, T)
     charts = [
         lines(f"{prefix}Domain weights α ({band})", "step", "weight", by_domain(weights)),
@@ -137,7 +164,10 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
                 "round",
                 "weight",
                 {
-                    name: Curve(np.arange(1, count + 1), [[r[name] for r in found[:count]] for found in rounds])
+                    name: Curve(
+                        np.arange(1, count + 1),
+                        [[r[name] for r in found[:count]] for found in rounds],
+                    )
                     for k, name in enumerate(names)
                     if k in chosen
                 },
@@ -147,9 +177,13 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
     return charts
 
 
-def _column(traces: Sequence[list[dict[str, Any]]], key: str, names: Sequence[str], steps: int) -> NDArray[np.float64]:
+def _column(
+    traces: Sequence[list[dict[str, Any]]], key: str, names: Sequence[str], steps: int
+) -> NDArray[np.float64]:
     """(S, T, K); a skipped step has no excess, and counts as 0."""
-    rows_ = [[[line[key][name] or 0.0 for name in names] for line in trace[:steps]] for trace in traces]
+    rows_ = [
+        [[line[key][name] or 0.0 for name in names] for line in trace[:steps]] for trace in traces
+    ]
     return np.array(rows_, dtype=np.float64)
 
 
@@ -161,11 +195,17 @@ def learning(setting: Setting, prefix: str) -> list[str]:
         points = min(len(curve) for curve in found)
         if points:
             x = np.array([line["step"] for line in found[0][:points]])
-            y = np.array([[line["mean_loss"] for line in curve[:points]] for curve in found])  # (S, N)
+            y = np.array(
+                [[line["mean_loss"] for line in curve[:points]] for curve in found]
+            )  # (S, N)
             curves[name] = Curve(x, y, MODEL_COLORS.get(name))
     if not curves:
         return []
-    band = f" (band: lowest to highest of {len(setting.results)} seeds)" if len(setting.results) > 1 else ""
+    band = (
+        f" (band: lowest to highest of {len(setting.results)} seeds)"
+        if len(setting.results) > 1
+        else ""
+    )
     labels, x_label, y_label = setting.candidates, "step of the final run", "nats per token"
     named = {labels[name]: curve for name, curve in curves.items()}
     title = f"{prefix}Learning curves: mean validation loss{band}"
@@ -174,7 +214,9 @@ def learning(setting: Setting, prefix: str) -> list[str]:
     if goal in curves and len(curves) > 1:
         # Seed by seed, because the spread of the curves themselves hides how they differ.
         ahead = {
-            labels[name]: Curve(curve.x, np.asarray(curves[goal].y) - np.asarray(curve.y), curve.color)
+            labels[name]: Curve(
+                curve.x, np.asarray(curves[goal].y) - np.asarray(curve.y), curve.color
+            )
             for name, curve in curves.items()
             if name != goal and np.shape(curve.y) == np.shape(curves[goal].y)
         }
@@ -194,17 +236,23 @@ def downstream(setting: Setting, prefix: str) -> list[str]:
             points = min(len(curve) for curve in found)
             if points:
                 x = np.array([line["step"] for line in found[0][:points]])
-                y = np.array([[100 * line["accuracy"] for line in curve[:points]] for curve in found])  # (S, N)
+                y = np.array(
+                    [[100 * line["accuracy"] for line in curve[:points]] for curve in found]
+                )  # (S, N)
                 curves[label] = Curve(x, y, MODEL_COLORS.get(name))
         if curves:
             axes = ("step of the final run", "exact match, %")
-            charts.append(lines(f"{prefix}Accuracy on {task}, one shot", *axes, curves, settings=True))
+            charts.append(
+                lines(f"{prefix}Accuracy on {task}, one shot", *axes, curves, settings=True)
+            )
     return charts
 
 
 def _goal(setting: Setting) -> str:
     """The model that others are measured against, or nothing."""
-    return next((name for name in ("baseline", "natural", "uniform") if name in setting.candidates), "")
+    return next(
+        (name for name in ("baseline", "natural", "uniform") if name in setting.candidates), ""
+    )
 
 
 def _goal_marks(setting: Setting) -> list[Mark]:
@@ -216,7 +264,11 @@ def _goal_marks(setting: Setting) -> list[Mark]:
     reached = [run.figures["main"].get("steps_to_baseline") for run in setting.results]
     known = [step for step in reached if step is not None]
     if known:
-        never = f", {len(reached) - len(known)} of {len(reached)} runs never" if len(known) < len(reached) else ""
+        never = (
+            f", {len(reached) - len(known)} of {len(reached)} runs never"
+            if len(known) < len(reached)
+            else ""
+        )
         marks.append(Mark(f"reached at step {fmean(known):.0f}{never}", x=fmean(known)))
     return marks
 
@@ -235,7 +287,8 @@ def domain_losses(setting: Setting, prefix: str) -> list[str]:
         points[label] = []
         for domain in domains:
             found = [
-                run.figures[name]["domains"][domain]["loss"] - run.figures[goal]["domains"][domain]["loss"]
+                run.figures[name]["domains"][domain]["loss"]
+                - run.figures[goal]["domains"][domain]["loss"]
                 for run in setting.results
             ]
             mean, half = student_t(found)

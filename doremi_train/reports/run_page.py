@@ -34,7 +34,11 @@ COLUMNS = ("model", "mean loss", "worst domain", "domains better than baseline",
 def selection_of(run: Result) -> dict[str, Any]:
     """What the run chose of its corpus; empty where it took everything, or a choice made elsewhere."""
     folder = run.folder / "select"
-    return selection_page.content(folder, run.config.get("selection.vocabulary")) if folder.exists() else {}
+    return (
+        selection_page.content(folder, run.config.get("selection.vocabulary"))
+        if folder.exists()
+        else {}
+    )
 
 
 def overall(settings: Sequence[Setting]) -> str:
@@ -94,7 +98,10 @@ def _free_mixtures(run: Result, store: TokenStore | None) -> dict[str, dict[str,
         return {}
     config = run.config
     steps = config.get("main.steps") or config["training.steps"]
-    budget = config.get("main.tokens") or steps * config["training.batch_size"] * config["training.sequence_length"]
+    budget = (
+        config.get("main.tokens")
+        or steps * config["training.batch_size"] * config["training.sequence_length"]
+    )
     sizes = torch.from_numpy(store.sizes("train").astype(np.float64))
     options = heuristics.Options(max_epochs=config["mixture.max_epochs"])
     found = {}
@@ -119,12 +126,24 @@ def _cards(setting: Setting) -> list[tuple[str, str]]:
     figures = [run.figures["main"] for run in seeds]
     if "domains_better_than_baseline" in figures[0] and "baseline" in models:
         better = spread([f["domains_better_than_baseline"] for f in figures], 1).replace(".0", "")
-        cards.append((f"{better} of {len(seeds[0].weights)}", f"domains better than {models['baseline']}"))
+        cards.append(
+            (f"{better} of {len(seeds[0].weights)}", f"domains better than {models['baseline']}")
+        )
     if "steps_to_baseline" in figures[0] and "baseline" in models:
         steps = spread([f["steps_to_baseline"] for f in figures], 0)
-        cards.append((f"{steps} of {figures[0]['steps']}", f"steps to the final loss of {models['baseline']}"))
+        cards.append(
+            (
+                f"{steps} of {figures[0]['steps']}",
+                f"steps to the final loss of {models['baseline']}",
+            )
+        )
     effective = [float(effective_number(np.array(list(run.weights.values())))) for run in seeds]
-    cards.append((f"{spread(effective, 2)} of {len(seeds[0].weights)}", "effective number of domains, exp(H(α))"))
+    cards.append(
+        (
+            f"{spread(effective, 2)} of {len(seeds[0].weights)}",
+            "effective number of domains, exp(H(α))",
+        )
+    )
     return cards
 
 
@@ -138,7 +157,10 @@ def warnings_of(setting: Setting) -> list[str]:
             if warning not in (finding["message"] for finding in run.findings):
                 said.setdefault((warning,), []).append(warning)
     total = len(setting.results)
-    return [messages[0] + (f" (in {len(messages)} of {total} runs)" if total > 1 else "") for messages in said.values()]
+    return [
+        messages[0] + (f" (in {len(messages)} of {total} runs)" if total > 1 else "")
+        for messages in said.values()
+    ]
 
 
 def _swarm(run: Result) -> dict[str, Any]:
@@ -161,9 +183,14 @@ def _swarm(run: Result) -> dict[str, Any]:
     keys = ("loss", "fitted", "out_of_fold", "distance")
     return {
         "verdict": run.swarm["verdict"],
-        "diagnostics": {name.replace("_", " "): f"{value:.4f}" for name, value in run.swarm["diagnostics"].items()},
+        "diagnostics": {
+            name.replace("_", " "): f"{value:.4f}"
+            for name, value in run.swarm["diagnostics"].items()
+        },
         "tried": tried,
-        "columns": ["run", *keys, *(f"weight of {name}" for name in run.weights)][: 1 + len(keys) + _MOST_WEIGHTS],
+        "columns": ["run", *keys, *(f"weight of {name}" for name in run.weights)][
+            : 1 + len(keys) + _MOST_WEIGHTS
+        ],
         "runs": [
             [
                 line["run"].removeprefix("swarm/"),
@@ -176,13 +203,19 @@ def _swarm(run: Result) -> dict[str, Any]:
     }
 
 
-def _domain_rows(setting: Setting, free: dict[str, dict[str, float]], store: TokenStore | None) -> list[dict[str, Any]]:
+def _domain_rows(
+    setting: Setting, free: dict[str, dict[str, float]], store: TokenStore | None
+) -> list[dict[str, Any]]:
     points = run_charts.mixture_points(setting)
     sizes = dict(zip(store.domains, store.sizes("train").tolist(), strict=True)) if store else {}
     largest = max(point.value for point in points.values()) or 1.0
     found = []
     for name, point in points.items():
-        epochs = [run.mixture["epochs"][name] for run in setting.results if name in run.mixture.get("epochs", {})]
+        epochs = [
+            run.mixture["epochs"][name]
+            for run in setting.results
+            if name in run.mixture.get("epochs", {})
+        ]
         found.append(
             {
                 "name": name,
@@ -190,7 +223,9 @@ def _domain_rows(setting: Setting, free: dict[str, dict[str, float]], store: Tok
                 "free": [f"{weights[name]:.4f}" for weights in free.values()],
                 "weight": f"{point.value:.4f}",
                 "width": f"{100 * point.value / largest:.1f}",
-                "interval": f"{point.low:.4f} – {point.high:.4f}" if point.low is not None else "one seed",
+                "interval": f"{point.low:.4f} – {point.high:.4f}"
+                if point.low is not None
+                else "one seed",
                 "epochs": spread(epochs, 2) if epochs else "",
             }
         )
@@ -206,7 +241,9 @@ def loss_rows(setting: Setting) -> list[dict[str, Any]]:
             figures = [run.figures[name]["domains"].get(domain, {}) for run in setting.results]
             values = [figure["loss"] for figure in figures if figure]
             bits = [figure["bits_per_byte"] for figure in figures if figure.get("bits_per_byte")]
-            cells.append({"value": fmean(values) if values else None, "text": spread(values), "bits": bits})
+            cells.append(
+                {"value": fmean(values) if values else None, "text": spread(values), "bits": bits}
+            )
         known = [cell["value"] for cell in cells if cell["value"] is not None]
         for cell in cells:
             cell["best"] = bool(known) and cell["value"] == min(known)
@@ -219,7 +256,11 @@ def _model_rows(setting: Setting) -> list[list[str]]:
     found = []
     for name, label in setting.models.items():
         figures = [run.figures[name] for run in setting.results]
-        row = [label, spread([f["mean_loss"] for f in figures]), spread([f["worst_loss"] for f in figures])]
+        row = [
+            label,
+            spread([f["mean_loss"] for f in figures]),
+            spread([f["worst_loss"] for f in figures]),
+        ]
         for key, digits in (("domains_better_than_baseline", 1), ("steps_to_baseline", 0)):
             row.append(spread([f[key] for f in figures], digits) if key in figures[0] else "")
         pairs = zip(setting.losses(name), setting.losses("main"), strict=True)
@@ -233,9 +274,13 @@ def _task_rows(setting: Setting) -> list[list[str]]:
     found = []
     for name, label in setting.candidates.items():
         for task in setting.results[0].downstream.get(name, {}):
-            last = [run.downstream[name][task][-1] for run in setting.results if name in run.downstream]
+            last = [
+                run.downstream[name][task][-1] for run in setting.results if name in run.downstream
+            ]
             accuracy = spread([100 * line["accuracy"] for line in last], 1)
-            error = f" (standard error {100 * last[0]['standard_error']:.1f})" if len(last) == 1 else ""
+            error = (
+                f" (standard error {100 * last[0]['standard_error']:.1f})" if len(last) == 1 else ""
+            )
             found.append([task, label, f"{accuracy}{error}", str(last[0]["examples"])])
     return sorted(found)
 
@@ -279,7 +324,11 @@ def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
 
 def summary(settings: Sequence[Setting]) -> dict[str, Any]:
     """A row for each setting: the loss of every model, and what the learned mixture gained over each."""
-    labels = {name: label for name, label in sweep_charts.shared_models(settings).items() if name != "proxy"}
+    labels = {
+        name: label
+        for name, label in sweep_charts.shared_models(settings).items()
+        if name != "proxy"
+    }
     names, others = list(labels), [name for name in labels if name != "main"]
     found = []
     for setting in settings:
@@ -287,7 +336,15 @@ def summary(settings: Sequence[Setting]) -> dict[str, Any]:
         for name in others:
             mean, half = setting.gain(name)
             gains.append(f"{mean:+.4f}" + (f" ± {half:.4f}" if len(setting.results) > 1 else ""))
-        row = [setting.label, str(len(setting.results)), *(spread(setting.losses(name)) for name in names), *gains]
+        row = [
+            setting.label,
+            str(len(setting.results)),
+            *(spread(setting.losses(name)) for name in names),
+            *gains,
+        ]
         found.append(row)
     gained = [f"gained over {labels[name]}" for name in others]
-    return {"columns": ["setting", "seeds", *(labels[name] for name in names), *gained], "rows": found}
+    return {
+        "columns": ["setting", "seeds", *(labels[name] for name in names), *gained],
+        "rows": found,
+    }

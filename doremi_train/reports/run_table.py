@@ -15,10 +15,14 @@ def domains_table(setting: Setting) -> Table:
     table = Table("domain", "weight", *models.values())
     table.title = "The mixture, and validation loss in nats per token"
     for row in run_page.loss_rows(setting):
-        losses = (f"{cell['value']:.4f}" if cell["value"] is not None else "" for cell in row["cells"])
+        losses = (
+            f"{cell['value']:.4f}" if cell["value"] is not None else "" for cell in row["cells"]
+        )
         table.add_row(plain(row["name"]), f"{points[row['name']].value:.4f}", *losses)
     for name, key in (("mean", "mean_loss"), ("worst", "worst_loss")):
-        losses = (f"{fmean(run.figures[model][key] for run in setting.results):.4f}" for model in models)
+        losses = (
+            f"{fmean(run.figures[model][key] for run in setting.results):.4f}" for model in models
+        )
         table.add_row(name, "", *losses, style="bold" if name == "mean" else None)
     return table
 

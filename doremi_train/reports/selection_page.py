@@ -22,11 +22,15 @@ def content(folder: Path, vocabulary: str | None) -> dict[str, Any]:
     made = Path(vocabulary).parent / "result.json" if vocabulary is not None else None
     steps = files.read_json(made).get("steps") if made is not None and made.exists() else None
     return {
-        "eligible": {unit: f"{_sum(result['eligible'], unit):,}" for unit in ("documents", "tokens")},
+        "eligible": {
+            unit: f"{_sum(result['eligible'], unit):,}" for unit in ("documents", "tokens")
+        },
         "refused": {why: count for why, count in result["refused"].items() if count},
         "bad_lines": result["bad_lines"],
         "vocabulary": utility(steps) if steps else None,
-        "targets": [_target(name, part, result["eligible"]) for name, part in result["targets"].items()],
+        "targets": [
+            _target(name, part, result["eligible"]) for name, part in result["targets"].items()
+        ],
     }
 
 
@@ -36,8 +40,14 @@ def _target(name: str, part: Mapping[str, Any], eligible: Mapping[str, Any]) -> 
         "name": name,
         "cards": [
             (f"{part['documents']:,}", f"documents, by {part['target_documents']:,} of the target"),
-            (short(part["tokens"]), f"tokens, {part['tokens'] / max(all_, 1):.1%} of what is eligible"),
-            (f"{part['effective_sample_size']:.1f}", "documents, effective sample size of the weights"),
+            (
+                short(part["tokens"]),
+                f"tokens, {part['tokens'] / max(all_, 1):.1%} of what is eligible",
+            ),
+            (
+                f"{part['effective_sample_size']:.1f}",
+                "documents, effective sample size of the weights",
+            ),
             (f"{part['overlap_with_top_k']:.1%}", "are those of plain top-k"),
             (
                 f"{kl['reduction']:.3f}",
@@ -57,17 +67,22 @@ def _lengths(name: str, lengths: Mapping[str, Mapping[str, int]]) -> str:
         for which, row in lengths.items()
     }
     title = f"{name}: lengths, from each up to its double"
-    return charts.lines(title, "tokens", "part of the documents", curves, settings=True, logarithmic=True)
+    return charts.lines(
+        title, "tokens", "part of the documents", curves, settings=True, logarithmic=True
+    )
 
 
 def _domains(name: str, part: Mapping[str, Any], eligible: Mapping[str, Any]) -> str:
     shares = {
         which: [
-            Point(domains.get(domain, {"tokens": 0})["tokens"] / max(_sum(domains, "tokens"), 1)) for domain in eligible
+            Point(domains.get(domain, {"tokens": 0})["tokens"] / max(_sum(domains, "tokens"), 1))
+            for domain in eligible
         ]
         for which, domains in (("eligible", eligible), ("chosen", part["domains"]))
     }
-    return charts.rows(f"{name}: where the tokens are from", "part of the tokens", list(eligible), shares)
+    return charts.rows(
+        f"{name}: where the tokens are from", "part of the tokens", list(eligible), shares
+    )
 
 
 def utility(log: Sequence[Mapping[str, Any]]) -> str:
@@ -75,9 +90,14 @@ def utility(log: Sequence[Mapping[str, Any]]) -> str:
     tokens = [line["tokens"] for line in log]
     curves = {
         name: charts.Curve(tokens, [[line[key] for line in log]])
-        for name, key in (("mean length of the tokens", "utility_plain"), ("length as used", "utility_used"))
+        for name, key in (
+            ("mean length of the tokens", "utility_plain"),
+            ("length as used", "utility_used"),
+        )
     }
-    return charts.lines("Utility of the vocabulary", "tokens", "H_v, nats per byte", curves, logarithmic=True)
+    return charts.lines(
+        "Utility of the vocabulary", "tokens", "H_v, nats per byte", curves, logarithmic=True
+    )
 
 
 def _sum(domains: Mapping[str, Any], unit: str) -> int:

@@ -19,13 +19,21 @@ def compare(settings: Sequence[Setting]) -> list[str]:
 
 def _setting_rows(settings: Sequence[Setting]) -> list[str]:
     labels = shared_models(settings)
-    colors = {label: run_charts.MODEL_COLORS[name] for name, label in labels.items() if name in run_charts.MODEL_COLORS}
+    colors = {
+        label: run_charts.MODEL_COLORS[name]
+        for name, label in labels.items()
+        if name in run_charts.MODEL_COLORS
+    }
     losses = {
-        label: [run_charts.interval(setting.losses(name)) for setting in settings] for name, label in labels.items()
+        label: [run_charts.interval(setting.losses(name)) for setting in settings]
+        for name, label in labels.items()
     }
     domains = _shared_domains(settings)
     weights = {
-        d: [run_charts.interval([run.weights[d] for run in setting.results]) for setting in settings] for d in domains
+        d: [
+            run_charts.interval([run.weights[d] for run in setting.results]) for setting in settings
+        ]
+        for d in domains
     }
     names = [setting.label for setting in settings]
     return [
@@ -38,11 +46,15 @@ def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str)
     labels = shared_models(settings)
     groups: dict[str, list[Setting]] = {}
     for setting in settings:
-        rest = ", ".join(f"{name}={value}" for name, value in setting.varying.items() if name != key)
+        rest = ", ".join(
+            f"{name}={value}" for name, value in setting.varying.items() if name != key
+        )
         groups.setdefault(rest, []).append(setting)
     seeds = min(len(setting.results) for setting in settings)
     losses, weights = dict[str, Curve](), dict[str, Curve]()
-    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}  # by model and group: (S, N)
+    found: dict[str, dict[str, NDArray[np.float64]]] = {
+        name: {} for name in labels
+    }  # by model and group: (S, N)
     for rest, group in groups.items():
         after = f" ({rest})" if rest else ""
         places = [place(setting) for setting in group]
@@ -51,16 +63,29 @@ def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str)
             if any(np.array_equal(values, other) for other in found[name].values()):
                 continue  # what does not depend on the keys of the groups is drawn once
             found[name][rest] = values
-            color = run_charts.MODEL_COLORS.get(name) if len(groups) == 1 or name != "main" else None
-            losses[label + (after if name == "main" else "")] = Curve(places, values, color, dashed=name != "main")
+            color = (
+                run_charts.MODEL_COLORS.get(name) if len(groups) == 1 or name != "main" else None
+            )
+            losses[label + (after if name == "main" else "")] = Curve(
+                places, values, color, dashed=name != "main"
+            )
         for domain in _shared_domains(settings):
-            values = np.array([[run.weights[domain] for run in setting.results[:seeds]] for setting in group]).T
+            values = np.array(
+                [[run.weights[domain] for run in setting.results[:seeds]] for setting in group]
+            ).T
             weights[domain + after] = Curve(places, values)
     band = f" (band: lowest to highest of {seeds} seeds)" if seeds > 1 else ""
     ticks = [place(setting) for setting in settings]
     wide = min(ticks) > 0 and max(ticks) / min(ticks) > 5
     return [
-        lines(f"Mean validation loss{band}", x, "nats per token", losses, settings=True, logarithmic=wide),
+        lines(
+            f"Mean validation loss{band}",
+            x,
+            "nats per token",
+            losses,
+            settings=True,
+            logarithmic=wide,
+        ),
         lines(f"Weights{band}", x, "weight", weights, settings=True, logarithmic=wide),
     ]
 
@@ -76,7 +101,9 @@ def shared_models(settings: Sequence[Setting]) -> dict[str, str]:
 def _shared_domains(settings: Sequence[Setting]) -> list[str]:
     """The domains that are drawn: those of the first setting that all have, since settings may differ in their data."""
     runs = [run for setting in settings for run in setting.results]
-    return [name for name in runs[0].weights if all(name in run.weights for run in runs)][: run_charts.CHOSEN]
+    return [name for name in runs[0].weights if all(name in run.weights for run in runs)][
+        : run_charts.CHOSEN
+    ]
 
 
 def _axis(settings: Sequence[Setting]) -> tuple[str, Place, str] | None:
@@ -84,11 +111,18 @@ def _axis(settings: Sequence[Setting]) -> tuple[str, Place, str] | None:
     if len({setting.size for setting in settings}) > 1:
         return "proxy", lambda setting: setting.size, "parameters of the proxy, without embeddings"
     if len({setting.main_size for setting in settings}) > 1:
-        return "main.model", lambda setting: setting.main_size, "parameters of the final model, without embeddings"
+        return (
+            "main.model",
+            lambda setting: setting.main_size,
+            "parameters of the final model, without embeddings",
+        )
     counts = {
         key: len({setting.varying[key] for setting in settings})
         for key in settings[0].varying
-        if all(isinstance(s.varying[key], int | float) and not isinstance(s.varying[key], bool) for s in settings)
+        if all(
+            isinstance(s.varying[key], int | float) and not isinstance(s.varying[key], bool)
+            for s in settings
+        )
     }
     if not counts:
         return None

@@ -70,14 +70,26 @@ def run(session: Session) -> dict[str, Any]:
     data = _read(session)
     numbers = [session.config.seed + index for index in range(options.seeds)]
     paths = {number: _columns(session, data, number) for number in numbers}
-    _share([partial(_check, session, data, number, paths[number]) for number in numbers], [*paths.values()])
+    _share(
+        [partial(_check, session, data, number, paths[number]) for number in numbers],
+        [*paths.values()],
+    )
     seeds = [_seed(session, data, number, paths[number]) for number in numbers]
-    todo = [(_recipe(session, data, method, seed.number), method, seed) for seed in seeds for method in options.methods]
-    _share([partial(_train, session, data, *one) for one in todo], [run.folder / "result.json" for run, _, _ in todo])
+    todo = [
+        (_recipe(session, data, method, seed.number), method, seed)
+        for seed in seeds
+        for method in options.methods
+    ]
+    _share(
+        [partial(_train, session, data, *one) for one in todo],
+        [run.folder / "result.json" for run, _, _ in todo],
+    )
     runs: dict[tuple[str, int], Run] = {(method, seed.number): run for run, method, seed in todo}
     found: dict[str, Any] = {}
     for method in options.methods:
-        found[method] = _over_seeds([runs[method, number].result()["figures"] for number in numbers])
+        found[method] = _over_seeds(
+            [runs[method, number].result()["figures"] for number in numbers]
+        )
     comm.on_first(lambda: _write(session, data, seeds[0], runs, found))
     return found
 
@@ -88,7 +100,9 @@ def run(session: Session) -> dict[str, Any]:
 def _read(session: Session) -> Data:
     options = session.config.classify
     if options.root is None:
-        raise UserError("classify.root: missing; give a folder with generated.*, real.* and test.* as classify.root=…")
+        raise UserError(
+            "classify.root: missing; give a folder with generated.*, real.* and test.* as classify.root=…"
+        )
     examples = {}
     for name in ("generated", "real", "test", "validation"):
         path = labelled.find(options.root, name)
@@ -96,14 +110,19 @@ def _read(session: Session) -> Data:
             examples[name] = labelled.read(path, options.text_key, options.label_key)
         elif name != "validation":
             allowed = ", ".join(labelled.ENDINGS)
-            raise UserError(f"classify.root={options.root}: has no file {name}.* with one of the endings {allowed}")
+            raise UserError(
+                f"classify.root={options.root}: has no file {name}.* with one of the endings {allowed}"
+            )
     known = labelled.classes(examples["real"], examples)
     if options.folds > len(examples["generated"]):
         raise UserError(
             f"classify.folds={options.folds}: more than the {len(examples['generated'])} generated examples"
         )
     kind = models.kind(_training(options), [*examples["generated"].texts, *examples["real"].texts])
-    tables = {name: kind.table(one.texts, labelled.numbered(one.labels, known)) for name, one in examples.items()}
+    tables = {
+        name: kind.table(one.texts, labelled.numbered(one.labels, known))
+        for name, one in examples.items()
+    }
     prints: dict[str, Any] = {name: one.fingerprint for name, one in examples.items()}
     if options.model not in ("ngrams", "encoder"):
         prints["model"] = folders.folder_fingerprint(Path(options.model))
@@ -111,7 +130,9 @@ def _read(session: Session) -> Data:
 
 
 def _training(options: Classify) -> ClassifierOptions:
-    return ClassifierOptions(**{name: getattr(options, name) for name in asdict(ClassifierOptions())})
+    return ClassifierOptions(
+        **{name: getattr(options, name) for name in asdict(ClassifierOptions())}
+    )
 
 
 def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
@@ -119,7 +140,9 @@ def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
     real = data.tables["real"]
     if "validation" in data.tables:
         return real, data.tables["validation"]
-    kept, held = labelled.split(real.label.numpy(), session.config.classify.validation_fraction, seed)
+    kept, held = labelled.split(
+        real.label.numpy(), session.config.classify.validation_fraction, seed
+    )
     if not len(held):
         raise UserError(
             f"classify.validation_fraction={session.config.classify.validation_fraction}: of {len(real.label)} real "
@@ -140,10 +163,16 @@ def _columns(session: Session, data: Data, seed: int) -> Path:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"classify.columns={folder}: no such folder can be made ({error}); give another") from None
+        raise UserError(
+            f"classify.columns={folder}: no such folder can be made ({error}); give another"
+        ) from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"classify.columns={folder}: nothing may be written there; give another folder")
-    return Path(folder) / f"generated.importance-{fingerprint(_said_by(session, data, seed))}.parquet"
+        raise UserError(
+            f"classify.columns={folder}: nothing may be written there; give another folder"
+        )
+    return (
+        Path(folder) / f"generated.importance-{fingerprint(_said_by(session, data, seed))}.parquet"
+    )
 
 
 def _said_by(session: Session, data: Data, seed: int) -> dict[str, Any]:
@@ -151,7 +180,10 @@ def _said_by(session: Session, data: Data, seed: int) -> dict[str, Any]:
     options = session.config.classify
     prints = {name: value for name, value in data.fingerprints.items() if name != "test"}
     checkers: dict[str, Any] = {"folds": options.folds} if "imp" in options.methods else {}
-    checkers |= {"temperature": options.temperature, "validation_fraction": options.validation_fraction}
+    checkers |= {
+        "temperature": options.temperature,
+        "validation_fraction": options.validation_fraction,
+    }
     return {"data": prints, "training": asdict(_training(options)), "seed": seed} | checkers
 
 
@@ -180,12 +212,16 @@ def _diversity(session: Session, data: Data, seed: int) -> Judged:
     options, generated = session.config.classify, data.tables["generated"]
     count = len(generated.label)
     if options.folds == 1:
-        return figures.judge(_fitted(session, data, generated, seed)(generated), generated.label, 1.0)
+        return figures.judge(
+            _fitted(session, data, generated, seed)(generated), generated.label, 1.0
+        )
     fold = labelled.folds(count, options.folds, seed)
     logs = torch.empty(count, len(data.classes), dtype=torch.float64)
     for number in range(options.folds):
         rest, own = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        logs[torch.from_numpy(own)] = _fitted(session, data, generated.take(rest), seed)(generated.take(own))
+        logs[torch.from_numpy(own)] = _fitted(session, data, generated.take(rest), seed)(
+            generated.take(own)
+        )
     heat = figures.temperature(logs, generated.label) if options.temperature else 1.0
     return figures.judge(logs, generated.label, heat)
 
@@ -197,7 +233,15 @@ def _fitted(
     device, plain = session.place.device, importance.Options()
     training, check = _training(session.config.classify), partial(stop.check, "classify")
     fitted = fit.fit(
-        data.kind, len(data.classes), table, training, plain, seed, device, validation=validation, check=check
+        data.kind,
+        len(data.classes),
+        table,
+        training,
+        plain,
+        seed,
+        device,
+        validation=validation,
+        check=check,
     )
     return lambda other: fit.log_probabilities(fitted.model, other, device)
 
@@ -206,18 +250,28 @@ def _seed(session: Session, data: Data, seed: int, path: Path) -> Seed:
     """The columns of a seed, read back. Raises UserError where they are of something else."""
     try:
         table = pq.read_table(path)
-        same = json.loads((table.schema.metadata or {})[b"doremi_train"]) == _said_by(session, data, seed)
+        same = json.loads((table.schema.metadata or {})[b"doremi_train"]) == _said_by(
+            session, data, seed
+        )
         if not same or table["label"].to_pylist() != data.examples["generated"].labels:
             raise ValueError("it is not of these examples and checkers")
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path}: cannot be used ({error}); delete it, and it is computed again") from None
+        raise UserError(
+            f"{path}: cannot be used ({error}); delete it, and it is computed again"
+        ) from None
 
     def column(name: str) -> Tensor:
         return -torch.from_numpy(table[name].to_numpy().copy())
 
     agrees = torch.from_numpy(table["agrees"].to_numpy(zero_copy_only=False).copy())
-    diversity = Judged(column("log_diversity"), agrees, 1.0) if "imp" in session.config.classify.methods else None
-    return Seed(seed, *_split(session, data, seed), Judged(column("log_quality"), agrees, 1.0), diversity)
+    diversity = (
+        Judged(column("log_diversity"), agrees, 1.0)
+        if "imp" in session.config.classify.methods
+        else None
+    )
+    return Seed(
+        seed, *_split(session, data, seed), Judged(column("log_quality"), agrees, 1.0), diversity
+    )
 
 
 # ── Methods ─────────────────────────────────────────────────────────────────────────
@@ -252,7 +306,9 @@ def _train(session: Session, data: Data, run: Run, method: str, seed: Seed) -> N
         )  # fmt: skip
         log.close()
         if policy != "none":
-            own = figures.judge(fit.log_probabilities(fitted.model, table, device), table.label, 1.0).loss
+            own = figures.judge(
+                fit.log_probabilities(fitted.model, table, device), table.label, 1.0
+            ).loss
             np.save(run.folder / "weights.npy", _final_weights(own, reference, weighting).numpy())
         test = data.tables["test"]
         found = figures.figures(fit.log_probabilities(fitted.model, test, device), test.label)
@@ -274,11 +330,17 @@ def _ingredients(data: Data, method: str, seed: Seed) -> tuple[Table, str, Tenso
     if method == "filter":
         kept = np.flatnonzero(seed.quality.agrees.numpy())
         if not len(kept):
-            raise UserError("classify.methods: filter keeps nothing, since the checker agrees with no generated label")
+            raise UserError(
+                "classify.methods: filter keeps nothing, since the checker agrees with no generated label"
+            )
         return generated.take(kept), "none", None
     if method == "imp":
         assert seed.diversity is not None
-        return generated, "imp", importance.log_ratio(seed.quality.loss, seed.diversity.loss).float()
+        return (
+            generated,
+            "imp",
+            importance.log_ratio(seed.quality.loss, seed.diversity.loss).float(),
+        )
     # The checker of quality alone is imp with a model of the data that finds every label certain.
     policy = {"generated": "none", "focal": "focal", "quality": "imp", "dimp": "dimp"}[method]
     return generated, policy, loss if policy in ("imp", "dimp") else None
@@ -286,8 +348,12 @@ def _ingredients(data: Data, method: str, seed: Seed) -> tuple[Table, str, Tenso
 
 def _joined(one: Table, two: Table) -> Table:
     width = max(one.ids.shape[1], two.ids.shape[1])
-    ids = [torch.nn.functional.pad(table.ids, (0, width - table.ids.shape[1])) for table in (one, two)]
-    return Table(torch.cat(ids), torch.cat([one.length, two.length]), torch.cat([one.label, two.label]))
+    ids = [
+        torch.nn.functional.pad(table.ids, (0, width - table.ids.shape[1])) for table in (one, two)
+    ]
+    return Table(
+        torch.cat(ids), torch.cat([one.length, two.length]), torch.cat([one.label, two.label])
+    )
 
 
 def _final_weights(own: Tensor, reference: Tensor | None, weighting: importance.Options) -> Tensor:
@@ -319,18 +385,32 @@ def _over_seeds(figures: Sequence[dict[str, float]]) -> dict[str, Any]:
     for name in figures[0]:
         values = [one[name] for one in figures]
         mean, half = student_t(values)
-        found[name] = {"mean": mean, "half_width": half if math.isfinite(half) else None, "seeds": values}
+        found[name] = {
+            "mean": mean,
+            "half_width": half if math.isfinite(half) else None,
+            "seeds": values,
+        }
     return found
 
 
 def _write(
-    session: Session, data: Data, seed: Seed, runs: Mapping[tuple[str, int], Run], found: dict[str, Any]
+    session: Session,
+    data: Data,
+    seed: Seed,
+    runs: Mapping[tuple[str, int], Run],
+    found: dict[str, Any],
 ) -> None:
     files.write_json(session.run_dir / "classify.json", found)
     columns = {"accuracy": 4, "macro_f1": 4, "calibration_error": 4, "loss": 4}
-    printed = Printed("method", *columns, title="On the test set; mean ± half-width of the 95 % interval over seeds")
+    printed = Printed(
+        "method",
+        *columns,
+        title="On the test set; mean ± half-width of the 95 % interval over seeds",
+    )
     for method, line in found.items():
-        printed.add_row(method, *(spread(line[name]["seeds"], digits) for name, digits in columns.items()))
+        printed.add_row(
+            method, *(spread(line[name]["seeds"], digits) for name, digits in columns.items())
+        )
     console.print(printed)
     weights: dict[str, NDArray[np.float64]] = {}
     for (method, number), one in runs.items():

@@ -64,13 +64,17 @@ def run(session: Session) -> dict[str, Any]:
     """Train what is not trained yet, and compare. Raises UserError where a method cannot be."""
     prepare.run(session)
     questions, failures = comm.on_first(lambda: _questions(session))
-    found = {one.folder: one for question in questions for one in (question.method, *question.others)}
+    found = {
+        one.folder: one for question in questions for one in (question.method, *question.others)
+    }
     children = {
         f"{name}/seed-{seed}": _configured(session, one, seed)
         for name, one in found.items()
         for seed in range(session.config.compare.seeds)
     }
-    _train(session, children, {name: found[name.partition("/")[0]].cost.tokens for name in children})
+    _train(
+        session, children, {name: found[name.partition("/")[0]].cost.tokens for name in children}
+    )
     content: dict[str, Any] = comm.on_first(lambda: _conclude(session, questions, failures))
     return content
 
@@ -99,7 +103,9 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
             for name, changes in tried:
                 try:
                     others.append(Contender(name, changes, _cost(session, name, changes)))
-                except UserError as error:  # such as UniMax, where the longer run needs more text than it allows
+                except (
+                    UserError
+                ) as error:  # such as UniMax, where the longer run needs more text than it allows
                     failures.append(f"{name} beside {method}: {error}")
             found.append(Question(title, Contender(method, {}, cost), others))
     return found, failures
@@ -108,7 +114,9 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
 def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     """As in a store where nothing is done yet, so that it is the same at any time. Runs that are one count once."""
     nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
-    child = _session(session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere)
+    child = _session(
+        session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere
+    )
     store = TokenStore.open(session.run_dir / "prepare", only=session.config.data.only)
     bill, before, final, tokens = Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
@@ -124,7 +132,11 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
 def _configured(session: Session, one: Contender, seed: int) -> dict[str, Any]:
     """The configuration of a contender's seed, a command of its own."""
     folder = session.run_dir / "compare" / one.folder / f"seed-{seed}"
-    changes = {"mixture.method": one.method, "main.comparisons": [], "seed": session.config.seed + seed}
+    changes = {
+        "mixture.method": one.method,
+        "main.comparisons": [],
+        "seed": session.config.seed + seed,
+    }
     changes["swarm.reuse"] = False  # a swarm would fit runs that others have paid for
     return jobs.configured(session, folder, stage="main", **changes, **one.changes)
 
@@ -133,14 +145,22 @@ def _session(session: Session, plain: Mapping[str, Any], **more: Any) -> Session
     return Session(load(Config, plain), plain, session.place, **more)
 
 
-def _train(session: Session, children: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int]) -> None:
+def _train(
+    session: Session, children: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int]
+) -> None:
     """Every child's main stage, one after another or as jobs; one bar over all."""
     whole = session.over("compare", sum(tokens.values()))
     apart = session.config.submit.cluster != "none"
 
     def watch() -> None:
-        finished = [name for name in children if (session.run_dir / "compare" / name / "main/result.json").exists()]
-        whole.update(sum(tokens[name] for name in finished), f"{len(finished)} of {len(children)} done")
+        finished = [
+            name
+            for name in children
+            if (session.run_dir / "compare" / name / "main/result.json").exists()
+        ]
+        whole.update(
+            sum(tokens[name] for name in finished), f"{len(finished)} of {len(children)} done"
+        )
 
     with whole:
         if apart:
@@ -163,14 +183,21 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
     found = {one.folder: _outcome(session, one) for q in questions for one in (q.method, *q.others)}
     lowest = [min(outcome["losses"][seed] for outcome in found.values()) for seed in range(seeds)]
     for outcome in found.values():
-        outcome["regret"] = fmean(loss - best for loss, best in zip(outcome["losses"], lowest, strict=True))
+        outcome["regret"] = fmean(
+            loss - best for loss, best in zip(outcome["losses"], lowest, strict=True)
+        )
     answers = []
     for question in questions:
         method, names = question.method.folder, [other.folder for other in question.others]
-        gains = {name: statistics.paired(found[name]["losses"], found[method]["losses"]) for name in names}
+        gains = {
+            name: statistics.paired(found[name]["losses"], found[method]["losses"])
+            for name in names
+        }
         said = [statistics.judged(method, name, gain, seeds) for name, gain in gains.items()]
         against = {name: gain._asdict() for name, gain in gains.items()}
-        answers.append({"title": question.title, "method": method, "against": against, "said": said})
+        answers.append(
+            {"title": question.title, "method": method, "against": against, "said": said}
+        )
     content = {"seeds": seeds, "contenders": found, "questions": answers, "failures": failures}
     files.write_json(session.run_dir / "compare" / "compare.json", content)
     _show(session, content)
@@ -179,10 +206,17 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
 
 def _outcome(session: Session, one: Contender) -> dict[str, Any]:
     """What the seeds of a contender reached; losses in nats per token."""
-    folders = [session.run_dir / "compare" / one.folder / f"seed-{n}" for n in range(session.config.compare.seeds)]
+    folders = [
+        session.run_dir / "compare" / one.folder / f"seed-{n}"
+        for n in range(session.config.compare.seeds)
+    ]
     reached = [files.read_json(folder / "main/result.json")["evaluation"] for folder in folders]
     mixtures = [files.read_json(folder / "weights.json") for folder in folders]
-    known = [mixture["provenance"] for mixture in mixtures if "proposal_realised" in mixture["provenance"]]
+    known = [
+        mixture["provenance"]
+        for mixture in mixtures
+        if "proposal_realised" in mixture["provenance"]
+    ]
     return {
         "losses": [entry["mean_loss"] for entry in reached],
         "worst": [entry["worst_loss"] for entry in reached],
@@ -201,13 +235,31 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
     """One table and one picture a question, on a page and in the terminal."""
     sections = []
     for answer in content["questions"]:
-        method, gains = answer["method"], {name: Paired(**gain) for name, gain in answer["against"].items()}
+        method, gains = (
+            answer["method"],
+            {name: Paired(**gain) for name, gain in answer["against"].items()},
+        )
         title = answer["title"]
-        table = [_row(name, content["contenders"][name], gains.get(name)) for name in (method, *gains)]
-        ends = [() if gain.half is None else (gain.mean - gain.half, gain.mean + gain.half) for gain in gains.values()]
+        table = [
+            _row(name, content["contenders"][name], gains.get(name)) for name in (method, *gains)
+        ]
+        ends = [
+            () if gain.half is None else (gain.mean - gain.half, gain.mean + gain.half)
+            for gain in gains.values()
+        ]
         points = [Point(gain.mean, *end) for gain, end in zip(gains.values(), ends, strict=True)]
-        chart = rows(title, "nats per token", list(gains), {method: points}, zero=True) if gains else ""
-        sections.append({"title": title, "said": answer["said"], "columns": _COLUMNS, "rows": table, "chart": chart})
+        chart = (
+            rows(title, "nats per token", list(gains), {method: points}, zero=True) if gains else ""
+        )
+        sections.append(
+            {
+                "title": title,
+                "said": answer["said"],
+                "columns": _COLUMNS,
+                "rows": table,
+                "chart": chart,
+            }
+        )
         shown = Table(*_COLUMNS, title=title)
         for row in table:
             shown.add_row(*row)
@@ -216,8 +268,13 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
             console.print(sentence)
     for failure in content["failures"]:
         console.print(f"not compared: {failure}", markup=False)
-    page, shared = session.run_dir / "compare.html", {"seeds": content["seeds"], "failures": content["failures"]}
-    report.write_page(page, "compare.html.jinja", title=str(session.run_dir), sections=sections, **shared)
+    page, shared = (
+        session.run_dir / "compare.html",
+        {"seeds": content["seeds"], "failures": content["failures"]},
+    )
+    report.write_page(
+        page, "compare.html.jinja", title=str(session.run_dir), sections=sections, **shared
+    )
     console.print(f"compare: {page}", markup=False)
 
 

@@ -46,24 +46,40 @@ def run(session: Session) -> dict[str, Any]:
             if known == name:
                 figures[name] = _measure(session, store, folder, training_too=name == "reference")
             else:
-                figures[name] = {key: figures[known][key] for key in ("domains", "mean_loss", "worst_loss")}
+                figures[name] = {
+                    key: figures[known][key] for key in ("domains", "mean_loss", "worst_loss")
+                }
             bar.update(done + 1, name)
-    compare(figures, {name: list(files.read_lines(run.folder / "evaluations.jsonl")) for name, run in trained.items()})
+    compare(
+        figures,
+        {
+            name: list(files.read_lines(run.folder / "evaluations.jsonl"))
+            for name, run in trained.items()
+        },
+    )
     run_tasks(session, trained)
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 
 
-def _measure(session: Session, store: TokenStore, folder: Path, training_too: bool) -> dict[str, Any]:
+def _measure(
+    session: Session, store: TokenStore, folder: Path, training_too: bool
+) -> dict[str, Any]:
     """`training_too`: also the loss on training sequences, which is far below where a domain is known by heart."""
-    training, options, device = session.config.training, session.config.evaluation, session.place.device
+    training, options, device = (
+        session.config.training,
+        session.config.evaluation,
+        session.place.device,
+    )
     loaded = folders.load(folder, store.vocabulary_size, "model").to(device)
     loaded.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     figures = losses.measure(loaded, store, training.sequence_length, batch, options, device)
     if training_too:
         drawn = _trained_on(session, store)
-        seen = losses.measure(loaded, store, training.sequence_length, batch, options, device, drawn)["domains"]
+        seen = losses.measure(
+            loaded, store, training.sequence_length, batch, options, device, drawn
+        )["domains"]
         figures["training_loss"] = {domain: entry["loss"] for domain, entry in seen.items()}
     return figures
 
@@ -85,9 +101,13 @@ def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]])
     goal = curves["baseline"][-1]["mean_loss"]
     for name, curve in curves.items():
         mine = figures[name]["domains"]
-        figures[name]["domains_better_than_baseline"] = sum(mine[d]["loss"] < baseline[d]["loss"] for d in baseline)
+        figures[name]["domains_better_than_baseline"] = sum(
+            mine[d]["loss"] < baseline[d]["loss"] for d in baseline
+        )
         figures[name]["steps"] = curve[-1]["step"]
-        figures[name]["steps_to_baseline"] = next((line["step"] for line in curve if line["mean_loss"] <= goal), None)
+        figures[name]["steps_to_baseline"] = next(
+            (line["step"] for line in curve if line["mean_loss"] <= goal), None
+        )
 
 
 def run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
@@ -101,31 +121,48 @@ def _run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
     asked, folder = session.config.downstream, session.run_dir / "downstream"
     described = {}
     for name in asked.tasks:
-        place = _cloze(session, folder / "cloze") if name == "cloze" else Path((asked.files or {})[name])
+        place = (
+            _cloze(session, folder / "cloze")
+            if name == "cloze"
+            else Path((asked.files or {})[name])
+        )
         downstream.define(name, place, folder / "tasks" / f"{name}.yaml")
-        described[name] = [fingerprint((place / f"{part}.jsonl").read_text()) for part in ("test", "train")]
+        described[name] = [
+            fingerprint((place / f"{part}.jsonl").read_text()) for part in ("test", "train")
+        ]
     runs = {one.folder: one for one in trained.values()}
     with Bar("downstream", len(runs), unit="model") as bar:
         for done, one in enumerate(runs.values()):
             _measure_tasks(session, one, described, folder / "tasks")
             bar.update(done + 1)
-    content = {name: _state_of_tasks(session, one, described).result() for name, one in trained.items()}
+    content = {
+        name: _state_of_tasks(session, one, described).result() for name, one in trained.items()
+    }
     files.write_json(session.run_dir / "downstream.json", content)
 
 
 def _state_of_tasks(session: Session, one: Run, described: Mapping[str, Any]) -> Run:
     limit = session.config.downstream.examples
-    recipe = {"model": one.folder.name, "tasks": described, "examples": limit, "steps": sorted(_models(one))}
+    recipe = {
+        "model": one.folder.name,
+        "tasks": described,
+        "examples": limit,
+        "steps": sorted(_models(one)),
+    }
     return Run(session.store, "downstream", recipe)
 
 
 def _models(one: Run) -> dict[int, Path]:
     """Of a run: those kept on the way and the final one, by step."""
-    kept = {int(path.name.removeprefix("step-")): path for path in one.folder.glob("snapshots/step-*")}
+    kept = {
+        int(path.name.removeprefix("step-")): path for path in one.folder.glob("snapshots/step-*")
+    }
     return kept | {int(one.result()["steps"]): one.folder / "model"}
 
 
-def _measure_tasks(session: Session, one: Run, described: Mapping[str, Any], definitions: Path) -> None:
+def _measure_tasks(
+    session: Session, one: Run, described: Mapping[str, Any], definitions: Path
+) -> None:
     state = _state_of_tasks(session, one, described)
     if state.finished:
         return
@@ -133,7 +170,9 @@ def _measure_tasks(session: Session, one: Run, described: Mapping[str, Any], def
     for step, model in sorted(_models(one).items()):
         stop.check("downstream")
         limit, device = session.config.downstream.examples, session.place.device
-        for name, accuracy in downstream.measure(model, definitions, list(described), device, limit).items():
+        for name, accuracy in downstream.measure(
+            model, definitions, list(described), device, limit
+        ).items():
             line = {"step": step, "accuracy": accuracy.value, "standard_error": accuracy.error}
             found[name].append(line | {"examples": accuracy.examples})
     state.begin()
@@ -143,7 +182,9 @@ def _measure_tasks(session: Session, one: Run, described: Mapping[str, Any], def
 def _cloze(session: Session, folder: Path) -> Path:
     """The files of the cloze task: passages of validation text, as many of every domain as there are, in turn."""
     store, wanted = prepare.run(session), session.config.downstream.examples + _SHOTS
-    length = (session.config.training.sequence_length - _ANSWER) // 2  # so that shot and question fit the model
+    length = (
+        session.config.training.sequence_length - _ANSWER
+    ) // 2  # so that shot and question fit the model
     if length < downstream.LEAST_PASSAGES:
         raise UserError(
             f"downstream.tasks: cloze needs sequences of {2 * downstream.LEAST_PASSAGES + _ANSWER} tokens at least, not "
@@ -151,12 +192,16 @@ def _cloze(session: Session, folder: Path) -> Path:
         )
     passages = [downstream.passages(store, k, length) for k in range(len(store.domains))]
     found: list[str] = []
-    for together in itertools.zip_longest(*passages):  # of every domain the first, then of every domain the second, …
+    for together in itertools.zip_longest(
+        *passages
+    ):  # of every domain the first, then of every domain the second, …
         found += [passage for passage in together if passage is not None]
         if len(found) >= wanted:
             break
     if len(found) <= _SHOTS:
-        raise UserError(f"downstream.tasks: the validation text has {len(found)} passages for cloze; give more")
+        raise UserError(
+            f"downstream.tasks: the validation text has {len(found)} passages for cloze; give more"
+        )
     for part, texts in (("train", found[:_SHOTS]), ("test", found[_SHOTS:wanted])):
         lines = b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
         files.write_bytes(folder / f"{part}.jsonl", lines)

@@ -24,16 +24,22 @@ def run(session: Session) -> Path:
     store = prepare.run(session)
     unknown = [name for name in paths if name not in store.domains]
     if unknown:
-        raise UserError(f"export.paths: unknown domain {unknown[0]!r}; the data has {', '.join(store.domains)}")
+        raise UserError(
+            f"export.paths: unknown domain {unknown[0]!r}; the data has {', '.join(store.domains)}"
+        )
     for name, place in paths.items():
         if redact(place) != place:
-            raise UserError(f"export.paths.{name}={place}: holds a password; leave it out, and give it to the trainer")
+            raise UserError(
+                f"export.paths.{name}={place}: holds a password; leave it out, and give it to the trainer"
+            )
     chosen = mixtures.run(session)
     means = given.tokens_per_document(session, store, to)
     drawn = convert.shares(chosen.weights, means)
     schedule = [(step, convert.shares(mixed, means)) for step, mixed in chosen.schedule or []]
     text = convert.write(to, drawn, paths, chosen.epochs, schedule)
-    path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{formats.FORMATS[to].ending}")
+    path = Path(
+        options.path or session.run_dir / "export" / f"mixture_{to}.{formats.FORMATS[to].ending}"
+    )
     left_out = [name for name in store.domains if name not in drawn]
     beside = {
         "to": to,
@@ -48,7 +54,9 @@ def run(session: Session) -> Path:
     unit = "documents, so weights are divided by mean tokens per document" if means else "sequences"
     session.say(f"export: {path}, for a trainer that draws {unit}")
     if schedule and formats.FORMATS[to].write_stages:
-        session.say(f"export: {len(schedule)} stages, for a run of {budget.main_steps(session)} steps")
+        session.say(
+            f"export: {len(schedule)} stages, for a run of {budget.main_steps(session)} steps"
+        )
     elif schedule:
         session.say(f"export: the mean of the schedule; {to} knows one mixture for the whole run")
     if left_out:

@@ -53,7 +53,10 @@ def run(session: Session) -> Run:
         if not todo:
             session.say(f"finetune               is in the store already: {tuned.folder.name}")
             return tuned
-        training, sizes = session.config.training, data.sequences("train", session.config.training.sequence_length)
+        training, sizes = (
+            session.config.training,
+            data.sequences("train", session.config.training.sequence_length),
+        )
         task = Task(
             label="finetune",
             run=tuned,
@@ -73,7 +76,9 @@ def run(session: Session) -> Run:
         said = {"before": before, "data": {key: data.manifest[key] for key in _REPORTED}}
         finish(session, task, Trainer(task, tuning, session.place), save, said)
         after = tuned.result()["evaluation"]["mean_loss"]
-        session.say(f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats per token")
+        session.say(
+            f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats per token"
+        )
     return tuned
 
 
@@ -101,7 +106,9 @@ def recipe(session: Session, data: Instructions, selection: batch_selection.Sett
 def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
     positions = getattr(inner.config, "max_position_embeddings", None)
     if positions is not None and positions < length:
-        raise UserError(f"training.sequence_length={length}: the model has only {positions} positions; shorten it")
+        raise UserError(
+            f"training.sequence_length={length}: the model has only {positions} positions; shorten it"
+        )
     tokens, entries = len(encoder.tokenizer), inner.config.vocab_size
     if tokens > entries:
         raise UserError(
@@ -110,18 +117,24 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
         )
 
 
-def _measured(session: Session, tuning: language_model.CompletionModel, data: Instructions) -> dict[str, Any]:
+def _measured(
+    session: Session, tuning: language_model.CompletionModel, data: Instructions
+) -> dict[str, Any]:
     """The held-out loss of the model before it is trained."""
     training, device = session.config.training, session.place.device
     tuning.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    return losses.measure(tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device)
+    return losses.measure(
+        tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device
+    )
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
     """Into a model as it was at the beginning, since the trained one may be in parts on many processes."""
     inner, adapters = tuning.build(session)
-    inner.load_state_dict(folders.of_inner(tensors), strict=False)  # tied tensors come under one of their names
+    inner.load_state_dict(
+        folders.of_inner(tensors), strict=False
+    )  # tied tensors come under one of their names
     folder = tuned.folder / "model"
     with folders.naming_the_disk(folder):
         if adapters is not None:
@@ -141,7 +154,9 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
         allow_pipe=session.config.data.allow_pipe,
     )
     found, wanted = [], asked.validation_sequences
-    for one in instructions.examples(sources.resolve(where), where, encoder, opening.BadLines(where)):
+    for one in instructions.examples(
+        sources.resolve(where), where, encoder, opening.BadLines(where)
+    ):
         tokens = chat.coded(one.example, length)
         found += [tokens] if (tokens >= 0).any() else []
         if len(found) == wanted:

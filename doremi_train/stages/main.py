@@ -54,6 +54,8 @@ def comparisons(session: Session, store: TokenStore) -> dict[str, Tensor]:
     """The mixtures (K,) that the learned one has to beat, by name."""
     steps = budget.main_steps(session)
     return {
-        name: reference.mixture(session, store) if name == "baseline" else budget.heuristic(session, store, name, steps)
+        name: reference.mixture(session, store)
+        if name == "baseline"
+        else budget.heuristic(session, store, name, steps)
         for name in session.config.comparisons
     }

@@ -10,12 +10,31 @@ from typing import Any, Literal, get_args
 from pydantic.dataclasses import dataclass
 
 from doremi_train.classification.models import ClassifierOptions
-from doremi_train.config import STRICT, Count, Fraction, NonNegativeFloat, Positive, PositiveFloat, UserError, flatten
+from doremi_train.config import (
+    STRICT,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    UserError,
+    flatten,
+)
 from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import downstream
 from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.exports import formats
-from doremi_train.methods import HEURISTICS, ONLINE, doge, doremi, heuristics, importance, mixmin, swarm, vocabulary
+from doremi_train.methods import (
+    HEURISTICS,
+    ONLINE,
+    doge,
+    doremi,
+    heuristics,
+    importance,
+    mixmin,
+    swarm,
+    vocabulary,
+)
 from doremi_train.model.configs import ModelOptions
 from doremi_train.model.lora import LoraOptions
 from doremi_train.parallel.launcher import EngineOptions
@@ -28,23 +47,33 @@ from doremi_train.training.task import TrainingOptions
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
+    mixture: str = (
+        "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
+    )
     path: str | None = None  # an existing model folder instead of training one
-    losses: Literal["live", "cached"] = "live"  # computed with every batch, or once for all in the store, in float16
+    losses: Literal["live", "cached"] = (
+        "live"  # computed with every batch, or once for all in the store, in float16
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Proxy(doremi.Options):
-    accumulation: Literal["exact", "lagged"] = "exact"  # which α weighs the loss when a batch comes in several parts
+    accumulation: Literal["exact", "lagged"] = (
+        "exact"  # which α weighs the loss when a batch comes in several parts
+    )
     rounds: Positive = 1
     round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
     seeds: Positive = 1
-    match_repetition: bool = False  # read as much less of every domain as the run is shorter than the final one
+    match_repetition: bool = (
+        False  # read as much less of every domain as the run is shorter than the final one
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Doge(doge.Options):
-    target_batch: Positive = 8  # sequences of the target that a step looks at, where target.* names one
+    target_batch: Positive = (
+        8  # sequences of the target that a step looks at, where target.* names one
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,25 +81,35 @@ class Online:
     prior: str = "natural"  # a mixture computed from sizes: where the run begins
     floor: Fraction = 0.01  # least weight of a domain, as far as mixture.max_epochs leaves it
     warmup: Fraction = 0.05  # part of the run on the prior
-    every: Positive | None = None  # steps between fits of ado, and changes of dro; null: a 50th of the run
+    every: Positive | None = (
+        None  # steps between fits of ado, and changes of dro; null: a 50th of the run
+    )
     step_size: NonNegativeFloat = 1.0  # η of dro
-    target_losses: dict[str, PositiveFloat] | None = None  # of dro, nats per token; null: those of the reference
+    target_losses: dict[str, PositiveFloat] | None = (
+        None  # of dro, nats per token; null: those of the reference
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
 class Target:
     files: tuple[str, ...] | None = None  # paths, globs or URLs
-    domains: tuple[str, ...] | None = None  # or the validation text of these, apart from what is evaluated
+    domains: tuple[str, ...] | None = (
+        None  # or the validation text of these, apart from what is evaluated
+    )
     sequences: Positive = 64
 
 
 @dataclass(frozen=True, config=STRICT)
 class Swarm(swarm.Options):
-    prior: str = "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
+    prior: str = (
+        "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
+    )
     rounds: Positive = 1  # of draws; from the second on where the fit expects low losses
     candidates: Positive = 2  # proposals that are trained, each next one nearer to the prior
     reuse: bool = True  # fit also the runs in the store that differ in their mixture only
-    frozen: str | None = None  # a weights.json, whose domains keep their proportions among themselves
+    frozen: str | None = (
+        None  # a weights.json, whose domains keep their proportions among themselves
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,8 +125,12 @@ class MixtureOptions(heuristics.Options):
 class Main:
     model: str | None = None  # a preset; null: the proxy's
     steps: Positive | None = None  # null: training.steps
-    tokens: Positive | None = None  # of the final run this mixture is for; null: what main.steps makes
-    comparisons: tuple[str, ...] | None = None  # trained beside it at its size; null: see Config.comparisons
+    tokens: Positive | None = (
+        None  # of the final run this mixture is for; null: what main.steps makes
+    )
+    comparisons: tuple[str, ...] | None = (
+        None  # trained beside it at its size; null: see Config.comparisons
+    )
 
 
 Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
@@ -98,7 +141,9 @@ class Classify(ClassifierOptions):
     root: str | None = (
         None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
     )
-    validation_fraction: Fraction = 0.2  # of the real examples of every label, where there is no validation file
+    validation_fraction: Fraction = (
+        0.2  # of the real examples of every label, where there is no validation file
+    )
     text_key: str = "text"
     label_key: str = "label"
     methods: tuple[Method, ...] = get_args(Method)
@@ -112,21 +157,29 @@ class Classify(ClassifierOptions):
 @dataclass(frozen=True, config=STRICT)
 class Compare:
     methods: tuple[str, ...] = ("doremi", "swarm")
-    baselines: tuple[str, ...] = ("natural", "uniform", "unimax")  # longer by what small runs cost, and as long
+    baselines: tuple[str, ...] = (
+        "natural",
+        "uniform",
+        "unimax",
+    )  # longer by what small runs cost, and as long
     search: bool = True  # random search with as many small runs too
     seeds: Positive = 3  # end to end: each derives the weights anew
 
 
 @dataclass(frozen=True, config=STRICT)
 class Finetune:
-    model: str | None = None  # local transformers folder with its tokeniser, or a model folder of an earlier run
+    model: str | None = (
+        None  # local transformers folder with its tokeniser, or a model folder of an earlier run
+    )
     lora: LoraOptions = LoraOptions()
 
 
 @dataclass(frozen=True, config=STRICT)
 class Downstream:
     tasks: tuple[str, ...] = ()  # of downstream.FORMS
-    files: dict[str, str] | None = None  # {task: folder with test.jsonl and train.jsonl}; cloze needs none
+    files: dict[str, str] | None = (
+        None  # {task: folder with test.jsonl and train.jsonl}; cloze needs none
+    )
     examples: Positive = 200  # of each, at most
 
 
@@ -140,9 +193,13 @@ class Export:
 
 @dataclass(frozen=True, config=STRICT)
 class Submit:
-    cluster: Literal["none", "local", "slurm"] = "none"  # where child runs go; none: one after another in this process
+    cluster: Literal["none", "local", "slurm"] = (
+        "none"  # where child runs go; none: one after another in this process
+    )
     parallel: Positive = 4  # at once
-    timeout_minutes: Positive = 240  # of one Slurm job, which saves and is requeued until it is done
+    timeout_minutes: Positive = (
+        240  # of one Slurm job, which saves and is requeued until it is done
+    )
     nodes: Positive = 1  # of one child, as the keys below
     tasks_per_node: Positive = 1
     gpus_per_node: Count = 0
@@ -185,8 +242,12 @@ class Config:
     tracking: TrackingOptions
 
     def __post_init__(self) -> None:
-        if not self.run_dir.strip():  # would be the current folder, and this is most likely an unset variable
-            raise UserError("run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine")
+        if (
+            not self.run_dir.strip()
+        ):  # would be the current folder, and this is most likely an unset variable
+            raise UserError(
+                "run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine"
+            )
         _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
         learned = ["doremi", "doge", *ONLINE, "mixmin", "swarm", "search"]
         _one_of("mixture", self.mixture.method, [*learned, "file", *HEURISTICS])
@@ -207,17 +268,23 @@ class Config:
                 f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
                 "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
             )
-        if self.reference.mixture == "file" and (self.mixture.method != "file" or self.mixture.format is not None):
+        if self.reference.mixture == "file" and (
+            self.mixture.method != "file" or self.mixture.format is not None
+        ):
             raise UserError(
                 "reference.mixture=file: is the weights.json or the weights of mixture=file; write mixture=file "
                 "mixture.path=weights.json, without mixture.format"
             )
         if self.stage == "swarm" and self.mixture.method != "swarm":
-            raise UserError(f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too")
+            raise UserError(
+                f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too"
+            )
         if self.mixture.format is not None:
             _one_of("mixture.format", self.mixture.format, list(formats.FORMATS))
             if self.mixture.path is None:
-                raise UserError(f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing")
+                raise UserError(
+                    f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing"
+                )
         for name in self.downstream.tasks:
             _one_of("downstream.tasks", name, list(downstream.FORMS))
             if name != "cloze" and name not in (self.downstream.files or {}):
@@ -239,7 +306,11 @@ class Config:
         """What the final model has to beat: baseline is α_ref, and natural and uniform are never missing."""
         if self.main.comparisons is not None:
             return self.main.comparisons
-        return ("baseline", "uniform") if self.reference.mixture == "natural" else ("baseline", "natural", "uniform")
+        return (
+            ("baseline", "uniform")
+            if self.reference.mixture == "natural"
+            else ("baseline", "natural", "uniform")
+        )
 
 
 def _one_of(key: str, value: str, allowed: list[str]) -> None:
@@ -272,4 +343,8 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
 def training_identity(options: TrainingOptions) -> dict[str, Any]:
     """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
     what, is said by themselves."""
-    return {key: value for key, value in asdict(options).items() if key not in (*_FREE_TRAINING, "loss_weighting")}
+    return {
+        key: value
+        for key, value in asdict(options).items()
+        if key not in (*_FREE_TRAINING, "loss_weighting")
+    }

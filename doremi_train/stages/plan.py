@@ -37,7 +37,9 @@ def run(session: Session) -> dict[str, Any]:
     shape = (rows, training.sequence_length, training.precision, training.activation_checkpointing)
     paces = {  # on all processes at once, since they may share a machine
         address: costs.measure(config, *shape, session.place.device)
-        for address, config in {fingerprint(run.config): run.config for run in runs if run.left}.items()
+        for address, config in {
+            fingerprint(run.config): run.config for run in runs if run.left
+        }.items()
     }
     return comm.on_first(lambda: _write(session, store, runs, learned, paces))
 
@@ -79,7 +81,11 @@ def _write(
 def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dict[str, Any]:
     """For each domain its size, and how often every run passes over it: those here, and the one of `main.tokens`."""
     training, count = session.config.training, len(store.domains)
-    length, sizes, validation = training.sequence_length, store.sizes("train"), store.sizes("validation")
+    length, sizes, validation = (
+        training.sequence_length,
+        store.sizes("train"),
+        store.sizes("validation"),
+    )
     sampler = reference_losses.sampler(session, store, 0)
     proxy_epochs = reference_losses.draws(session, sampler) / sampler.sizes
     known = learned.numpy() if learned is not None else None
@@ -100,16 +106,21 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
             "reference_weight": float(reference_weights[k]),
             "proxy_sequences": int(sampler.sizes[k]) if proxies else None,  # that it may read
             "proxy_epochs": float(proxy_epochs[k]) if proxies else None,
-            "main_epochs": {way: float(weights[k] * tokens / once[k]) for way, weights in here.items()},
+            "main_epochs": {
+                way: float(weights[k] * tokens / once[k]) for way, weights in here.items()
+            },
             "final_epochs": {
-                way: float(weights[k] * budget.final_tokens(session) / once[k]) for way, weights in final.items()
+                way: float(weights[k] * budget.final_tokens(session) / once[k])
+                for way, weights in final.items()
             },
         }
         for k, name in enumerate(store.domains)
     }
 
 
-def _reference_losses(session: Session, store: TokenStore, runs: Sequence[Ahead]) -> dict[str, int] | None:
+def _reference_losses(
+    session: Session, store: TokenStore, runs: Sequence[Ahead]
+) -> dict[str, int] | None:
     """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read, for every round;
     where they are cached, also for how many sequences of any run they are missing.
 
@@ -119,9 +130,15 @@ def _reference_losses(session: Session, store: TokenStore, runs: Sequence[Ahead]
     if session.config.mixture.method != "doremi" or not reference_losses.needed(session):
         return None
     sampler = reference_losses.sampler(session, store, 0)
-    read = np.minimum(reference_losses.draws(session, sampler) / sampler.sizes, 1)  # (K,) part that one seed reads
+    read = np.minimum(
+        reference_losses.draws(session, sampler) / sampler.sizes, 1
+    )  # (K,) part that one seed reads
     sequences = round(float((sampler.sizes * (1 - (1 - read) ** options.seeds)).sum()))
-    size = {"sequences": sequences, "rounds": options.rounds, "bytes": 2 * length * sequences * options.rounds}
+    size = {
+        "sequences": sequences,
+        "rounds": options.rounds,
+        "bytes": 2 * length * sequences * options.rounds,
+    }
     if reference_losses.cached(session):
         size["missing"] = round(sum(run.missing for run in runs))
     return size
@@ -133,5 +150,7 @@ def _absent(session: Session, domains: int) -> dict[str, float | None] | None:
     options, batch = session.config.proxy, session.config.training.batch_size
     if session.config.mixture.method != "doremi":
         return None
-    uniform, floor = detectors.missing_by_quota(batch, [1 / domains, options.smoothing / domains]).tolist()
+    uniform, floor = detectors.missing_by_quota(
+        batch, [1 / domains, options.smoothing / domains]
+    ).tolist()
     return {"uniform": uniform, "at_floor": floor if options.objective == "resample" else None}

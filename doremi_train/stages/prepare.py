@@ -25,8 +25,12 @@ def run(session: Session) -> TokenStore:
     folder = comm.on_first(lambda: _prepare(session, options))
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:
-        second_home.fetch(folder, mirror)  # also where this process is on another machine than the first one
-    store = TokenStore.open(folder, mirror.at(folder.name) if mirror is not None else None, options.only)
+        second_home.fetch(
+            folder, mirror
+        )  # also where this process is on another machine than the first one
+    store = TokenStore.open(
+        folder, mirror.at(folder.name) if mirror is not None else None, options.only
+    )
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     return store

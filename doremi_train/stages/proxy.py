@@ -14,5 +14,9 @@ from doremi_train.stages.session import Session, once
 def run(session: Session) -> mixture.Mixture:
     """Reference and proxy, round after round, until the mixture stays where it was."""
     train = doge.run if session.config.mixture.method == "doge" else doremi.rounds
-    with session.reporting(session.run_dir / "proxy") if seeds.several(session) else contextlib.nullcontext():
+    with (
+        session.reporting(session.run_dir / "proxy")
+        if seeds.several(session)
+        else contextlib.nullcontext()
+    ):
         return train(session)

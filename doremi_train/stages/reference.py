@@ -46,10 +46,14 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
     Raises Preempted when told to stop: what was computed is kept.
     """
     if session.config.proxy.objective == "resample":
-        session.say("reference losses       not computed ahead: with proxy.objective=resample the draws follow α")
+        session.say(
+            "reference losses       not computed ahead: with proxy.objective=resample the draws follow α"
+        )
         return
     table = frozen.Table(
-        session.store, store, reference_losses.recipe_of(session, store, folders.folder_fingerprint(folder))
+        session.store,
+        store,
+        reference_losses.recipe_of(session, store, folders.folder_fingerprint(folder)),
     )
     rows, world = _drawn(session, store, table), comm.world()
     training, device = session.config.training, session.place.device
@@ -62,7 +66,9 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
             mine = mine[~frozen.there(table.read(mine))]
             if len(mine):
                 live = live or reference_losses.live(session, store, folder)
-                found = frozen.rounded(live.losses(read(store, "train", *table.sequences(mine), table.length)))
+                found = frozen.rounded(
+                    live.losses(read(store, "train", *table.sequences(mine), table.length))
+                )
                 sound = np.isfinite(found).all(1)
                 table.write(mine[sound], found[sound])
             computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
@@ -73,7 +79,9 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
             bar.update(min(at + batch, len(rows)) * table.length, f"{total} computed")
             if stopping:
                 raise Preempted("reference losses: told to stop; the same command continues")
-    session.say(f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now")
+    session.say(
+        f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now"
+    )
 
 
 def _drawn(session: Session, store: TokenStore, table: frozen.Table) -> Ints:
@@ -81,7 +89,9 @@ def _drawn(session: Session, store: TokenStore, table: frozen.Table) -> Ints:
     wanted = np.zeros(len(table), dtype=bool)
     for index in range(session.config.proxy.seeds):
         drawing = reference_losses.sampler(session, store, index)
-        for domain, count in enumerate(np.minimum(reference_losses.draws(session, drawing), drawing.sizes).tolist()):
+        for domain, count in enumerate(
+            np.minimum(reference_losses.draws(session, drawing), drawing.sizes).tolist()
+        ):
             for number in _pieces(count):
                 which = np.full(len(number), domain)
                 wanted[table.rows(which, drawing.sequence(which, number))] = True

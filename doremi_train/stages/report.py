@@ -59,8 +59,14 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         sections=[run_page.section(setting, number) for number, setting in enumerate(settings)],
         selection=run_page.selection_of(settings[0].results[0]),
     )
-    console.print(run_table.settings_table(settings) if len(settings) > 1 else run_table.domains_table(settings[0]))
-    for finding in {warning: None for setting in settings for warning in run_page.warnings_of(setting)}:
+    console.print(
+        run_table.settings_table(settings)
+        if len(settings) > 1
+        else run_table.domains_table(settings[0])
+    )
+    for finding in {
+        warning: None for setting in settings for warning in run_page.warnings_of(setting)
+    }:
         console.print(f"[yellow]warning:[/yellow] {run_table.plain(finding)}")
     console.print(run_table.plain(verdict))
     console.print(f"report: {run_table.plain(str(page))}")
@@ -98,14 +104,20 @@ def _of_the_proxies(session: Session, store: TokenStore) -> list[Finding]:
     tokens = [_trace(names, folder, "tokens") for folder in folders]
     others = {}
     for name in ("uniform", "natural", "unimax"):
-        with contextlib.suppress(UserError):  # unimax, where the final run needs more text than it allows
-            others[name] = budget.heuristic(session, store, name, budget.main_steps(session)).numpy()
+        with contextlib.suppress(
+            UserError
+        ):  # unimax, where the final run needs more text than it allows
+            others[name] = budget.heuristic(
+                session, store, name, budget.main_steps(session)
+            ).numpy()
     return [
         *detectors.one_hot(names, _row(names, mixed["weights"]), alphas),
         *detectors.absent(names, detectors.missing_by_trace(np.concatenate(tokens))),
         *detectors.repeated(names, epochs),
         *detectors.mismatched(names, epochs, _row(names, mixed["epochs"])),
-        *detectors.seed_spread(names, [_row(names, result["weights"]) for result in results], others),
+        *detectors.seed_spread(
+            names, [_row(names, result["weights"]) for result in results], others
+        ),
     ]
 
 
@@ -132,19 +144,25 @@ def _of_the_models(
 
 def proxies(run_dir: Path) -> list[Path]:
     """Folders of the proxies that the weights come from: the seeds of the last round, or the one there is."""
-    rounds = sorted(run_dir.glob("proxy/round-*"), key=lambda folder: int(folder.name.removeprefix("round-")))
+    rounds = sorted(
+        run_dir.glob("proxy/round-*"), key=lambda folder: int(folder.name.removeprefix("round-"))
+    )
     folders = sorted(rounds[-1].glob("seed-*")) if rounds else [run_dir / "proxy"]
     return [folder for folder in folders if (folder / "result.json").exists()]
 
 
 def _trace(names: Sequence[str], folder: Path, key: str) -> Floats:
     """(T, K) of the steps of a proxy."""
-    return _columns(names, (line[key] for line in files.read_lines(folder / "domain_weights.jsonl")))
+    return _columns(
+        names, (line[key] for line in files.read_lines(folder / "domain_weights.jsonl"))
+    )
 
 
 def _columns(names: Sequence[str], rows: Iterable[Mapping[str, float]]) -> Floats:
     """(T, K) of T rows by domain, read one by one: a long run has many."""
-    return np.fromiter((row[name] for row in rows for name in names), np.float64).reshape(-1, len(names))
+    return np.fromiter((row[name] for row in rows for name in names), np.float64).reshape(
+        -1, len(names)
+    )
 
 
 def _row(names: Sequence[str], values: Mapping[str, float]) -> Floats:

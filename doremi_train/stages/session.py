@@ -27,7 +27,9 @@ class Session:
     config: Config
     plain: Mapping[str, Any]
     place: place.Place
-    child: Callable[[dict[str, Any]], tuple[int, str]]  # runs a configuration in another process, which imports it
+    child: Callable[
+        [dict[str, Any]], tuple[int, str]
+    ]  # runs a configuration in another process, which imports it
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
     bar: Bar | None = None  # over many commands, of which this is one
 
@@ -51,7 +53,11 @@ class Session:
 
     def over(self, label: str, total: int) -> Bar:
         """The progress of several runs, `total` tokens: a bar of their own, or a share of the one over all."""
-        return Part(self.bar, label) if self.bar is not None else Bar(label, total, show=comm.world().first)
+        return (
+            Part(self.bar, label)
+            if self.bar is not None
+            else Bar(label, total, show=comm.world().first)
+        )
 
     def part(self, label: str) -> Bar | None:
         """A run's share of the bar over all; None where it shows its own."""
@@ -79,7 +85,9 @@ class Session:
         """
         folder = self.run_dir / stage
         with contextlib.ExitStack() as stack:
-            comm.on_first(lambda: stack.enter_context(runs.lock(folder, str(self.run_dir.resolve()))))
+            comm.on_first(
+                lambda: stack.enter_context(runs.lock(folder, str(self.run_dir.resolve())))
+            )
             with self.reporting(folder):
                 yield
 
@@ -92,7 +100,9 @@ class Session:
         except BaseException as error:
             preempted = isinstance(error, runs.Preempted | KeyboardInterrupt)
             with contextlib.suppress(OSError):  # a full disk is best named by the first error
-                self._status(folder, "preempted" if preempted else "failed", str(comm.explain(error)))
+                self._status(
+                    folder, "preempted" if preempted else "failed", str(comm.explain(error))
+                )
             raise
         self._status(folder, "finished")
 
@@ -138,7 +148,9 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
     return run
 
 
-def open_session(plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]) -> Session:
+def open_session(
+    plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]
+) -> Session:
     """Check the composed configuration, join the processes, and claim the run folder for this configuration."""
     config = load(Config, plain)
     slurm.export_ranks()
@@ -167,7 +179,9 @@ def claim(session: Session) -> None:
         if changed:
             lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
             raise UserError(
-                f"run_dir={session.run_dir}: holds a run with another configuration\n" + "\n".join(lines) + "\n"
+                f"run_dir={session.run_dir}: holds a run with another configuration\n"
+                + "\n".join(lines)
+                + "\n"
                 "take another run_dir, or give the same configuration"
             )
     text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)

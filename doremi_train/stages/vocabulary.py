@@ -38,12 +38,19 @@ def run(session: Session) -> Path:
 def _recipe(session: Session) -> dict[str, Any]:
     from doremi_train.selection.documents import granular
 
-    options, raw, text = session.config.vocabulary, session.config.data, target_files.text_options(session)
+    options, raw, text = (
+        session.config.vocabulary,
+        session.config.data,
+        target_files.text_options(session),
+    )
     start = options.start and fingerprint([token.hex() for token in granular.start(options.start)])
     return asdict(options) | {
         "start": start,
         "data": signature(raw, resolve(raw)) | {"validation_fraction": raw.validation_fraction},
-        "targets": {name: signature(text, sources) for name, sources in target_files.targets(session).items()},
+        "targets": {
+            name: signature(text, sources)
+            for name, sources in target_files.targets(session).items()
+        },
     }
 
 
@@ -67,7 +74,9 @@ def _make(session: Session, folder: Path) -> dict[str, Any]:
 
 def _picture(log: list[dict[str, Any]]) -> str:
     """The chart as a file of its own."""
-    return selection_page.utility(log).replace(">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1)
+    return selection_page.utility(log).replace(
+        ">", "><style>svg {--ink: #222; --soft: #666; --line: #ccc}</style>", 1
+    )
 
 
 def _sample(sources: list[Source], data: DataOptions, size: int) -> list[bytes]:

@@ -29,9 +29,13 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException as error:  # the checkpoints before it stay, and what was written of this one makes room
+    except (
+        BaseException
+    ) as error:  # the checkpoints before it stay, and what was written of this one makes room
         aside.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides a full disk in its own
+        cause = (
+            error.__context__ if isinstance(error, RuntimeError) else error
+        )  # torch hides a full disk in its own
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
@@ -56,8 +60,14 @@ def read(path: Path) -> dict[str, Any]:
     """One checkpoint. Raises UserError where its checksum does not hold, and for one that holds more than tensors and
     plain values: loading it could run code."""
     checksum = path.with_suffix(".sha256")
-    if not path.exists() or not checksum.exists() or checksum.read_bytes() != _digest(path).encode():
-        raise UserError(f"{path}: missing, torn or corrupt; delete {path.parent.parent}, and it is computed again")
+    if (
+        not path.exists()
+        or not checksum.exists()
+        or checksum.read_bytes() != _digest(path).encode()
+    ):
+        raise UserError(
+            f"{path}: missing, torn or corrupt; delete {path.parent.parent}, and it is computed again"
+        )
     return _load(path)
 
 
@@ -83,13 +93,19 @@ def push(run: Path, mirror: Mirror) -> None:
     kept = [f"{path.parent.name}/{path.name}" for path in _paths(run / FOLDER)]
     checksums = [_checksum(name) for name in kept]
     mirror.push(run, [*_logs(run), "recipe.json", kept[-1], checksums[-1]])
-    mirror.remove(name for name in mirror.sizes() if name.startswith(FOLDER) and name not in (*kept, *checksums))
+    mirror.remove(
+        name
+        for name in mirror.sizes()
+        if name.startswith(FOLDER) and name not in (*kept, *checksums)
+    )
 
 
 def fetch(run: Path, mirror: Mirror) -> None:
     """Bring the newest sound checkpoint and the logs, where the one in the folder `run` is older or there is none."""
     here, there = _newest(run / FOLDER), mirror.sizes()
-    for name in sorted((name for name in there if name.startswith(FOLDER) and name.endswith(".pt")), reverse=True):
+    for name in sorted(
+        (name for name in there if name.startswith(FOLDER) and name.endswith(".pt")), reverse=True
+    ):
         if here is not None and Path(name).name <= here.name:
             return
         checksum = mirror.read(_checksum(name))
@@ -102,7 +118,10 @@ def fetch(run: Path, mirror: Mirror) -> None:
             mirror.pull(run, name, sha256=checksum.decode())
         except Torn as error:
             (run / _checksum(name)).unlink(missing_ok=True)
-            print(f"{mirror.url}/{name}: torn or corrupt (it {error}); the one before it is used", flush=True)
+            print(
+                f"{mirror.url}/{name}: torn or corrupt (it {error}); the one before it is used",
+                flush=True,
+            )
             continue
         print(f"{run.name}: continues from {mirror.url}/{name}", flush=True)
         return
@@ -113,7 +132,10 @@ def _newest(folder: Path) -> Path | None:
         checksum = path.with_suffix(".sha256")
         if checksum.exists() and checksum.read_bytes() == _digest(path).encode():
             return path
-        print(f"{path}: torn or corrupt (its checksum does not hold); the one before it is used", flush=True)
+        print(
+            f"{path}: torn or corrupt (its checksum does not hold); the one before it is used",
+            flush=True,
+        )
     return None
 
 

@@ -38,7 +38,9 @@ class Mirror:
         with urls.reaching(self.url, self.key):
             if isinstance(self._fs, LocalFileSystem):
                 self._fs.makedirs(self._path, exist_ok=True)
-            self._fs.pipe_file(f"{self._path}/.doremi", b"A second home of token shards and runs.\n")
+            self._fs.pipe_file(
+                f"{self._path}/.doremi", b"A second home of token shards and runs.\n"
+            )
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file there, by its name relative to the folder."""
@@ -76,9 +78,14 @@ class Mirror:
                 else:
                     self._fs.put_file(str(folder / name), target)
 
-    def pull(self, folder: Path, name: str, size: int | None = None, sha256: str | None = None) -> None:
+    def pull(
+        self, folder: Path, name: str, size: int | None = None, sha256: str | None = None
+    ) -> None:
         """Copy name to `folder`/name. Raises Torn where it has not the size or the checksum that it must have."""
-        with urls.reaching(f"{self.url}/{name}", self.key), self._fs.open(f"{self._path}/{name}", "rb") as source:
+        with (
+            urls.reaching(f"{self.url}/{name}", self.key),
+            self._fs.open(f"{self._path}/{name}", "rb") as source,
+        ):
             _write_aside(folder / name, source, size, sha256)
 
     def remove(self, names: Iterable[str]) -> None:

@@ -73,10 +73,16 @@ class Run:
         """Copy a finished run to its second home, result.json last, unless it is there."""
         if self.mirror is None or self.mirror.has("result.json"):
             return
-        paths = (path for path in self.folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        paths = (
+            path
+            for path in self.folder.rglob("*")
+            if path.is_file() and not path.name.startswith(".")
+        )
         names = (path.relative_to(self.folder).as_posix() for path in paths)
         wanted = [name for name in names if not name.startswith(("checkpoints/", "status.json"))]
-        self.mirror.push(self.folder, sorted(wanted, key=lambda name: (name == "result.json", name)))
+        self.mirror.push(
+            self.folder, sorted(wanted, key=lambda name: (name == "result.json", name))
+        )
         self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
 
     def fetch(self) -> None:
@@ -96,7 +102,9 @@ def set_status(folder: Path, state: str, step: int | None = None, message: str =
     path = folder / "status.json"
     if step is None and path.exists():
         step = files.read_json(path)["step"]
-    files.write_json(path, {"state": state, "step": step, "message": redact(message), "time": time.time()})
+    files.write_json(
+        path, {"state": state, "step": step, "message": redact(message), "time": time.time()}
+    )
 
 
 @contextmanager
@@ -112,10 +120,14 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip()
             if holder.startswith(f"{owner} "):
-                raise UserError(f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir")
+                raise UserError(
+                    f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir"
+                )
             print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
             while not files.try_lock(file):
-                stop.check(f"waiting for {folder.name}")  # a job at its time limit must not wait past it
+                stop.check(
+                    f"waiting for {folder.name}"
+                )  # a job at its time limit must not wait past it
                 time.sleep(0.2)
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")

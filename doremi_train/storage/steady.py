@@ -12,10 +12,25 @@ from typing import Any, TypeVar
 from doremi_train.config import UserError, redact
 
 ATTEMPTS = 5
-FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds; each wait is twice the one before, less up to half of it by chance
+FIRST_WAIT, LONGEST_WAIT = (
+    0.5,
+    8.0,
+)  # seconds; each wait is twice the one before, less up to half of it by chance
 CHUNK = 1 << 20  # bytes read together
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-NETWORK = ("aiohttp", "botocore", "aiobotocore", "requests", "urllib3")  # their errors are not all OSErrors
+LASTING = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
+NETWORK = (
+    "aiohttp",
+    "botocore",
+    "aiobotocore",
+    "requests",
+    "urllib3",
+)  # their errors are not all OSErrors
 T = TypeVar("T")
 
 
@@ -92,13 +107,19 @@ class Steady:
         return self._type(path) == "file"
 
     def isdir(self, path: str) -> bool:
-        kind = self._type(path)  # to HTTP everything is a file, and a page of links may also be listed
-        return kind == "directory" or (kind == "file" and path.startswith("http") and self._fs.isdir(path))
+        kind = self._type(
+            path
+        )  # to HTTP everything is a file, and a page of links may also be listed
+        return kind == "directory" or (
+            kind == "file" and path.startswith("http") and self._fs.isdir(path)
+        )
 
     def glob(self, path: str) -> list[str]:
         """Paths that match. fsspec would leave out a folder whose listing failed."""
         try:
-            return steadily(self._fs.unstrip_protocol(path), lambda: self._fs.glob(path, on_error="raise"))
+            return steadily(
+                self._fs.unstrip_protocol(path), lambda: self._fs.glob(path, on_error="raise")
+            )
         except FileNotFoundError:
             return []
 
@@ -122,7 +143,9 @@ class SteadyFile(io.RawIOBase):
         self._fs, self._path, self.name = fs, path, fs.unstrip_protocol(path)
         self._file: Any = None
         self._position = 0
-        self._seen: tuple[Any, ...] | None = None  # size and version of the file that was opened first
+        self._seen: tuple[Any, ...] | None = (
+            None  # size and version of the file that was opened first
+        )
         steadily(self.name, self._reopen)
 
     def readable(self) -> bool:
@@ -138,7 +161,9 @@ class SteadyFile(io.RawIOBase):
         size = self._seen[0] if self._seen else None
         if whence == os.SEEK_END and size is None:
             raise io.UnsupportedOperation(f"{self.name}: its size is not known")
-        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: size or 0}[whence]
+        position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: size or 0}[whence]
+        )
         if position != self._position:
             self._position = position
             if self._file is not None:
@@ -173,9 +198,14 @@ class SteadyFile(io.RawIOBase):
         self._fs.invalidate_cache()
         self._file = self._fs.open(self._path, "rb")
         details = getattr(self._file, "details", None) or {}
-        seen = (getattr(self._file, "size", None), *(details.get(k) for k in ("ETag", "LastModified", "mtime")))
+        seen = (
+            getattr(self._file, "size", None),
+            *(details.get(k) for k in ("ETag", "LastModified", "mtime")),
+        )
         if self._seen not in (None, seen):
-            raise UserError(f"{self.name}: changed while it was read; run again when nobody writes it")
+            raise UserError(
+                f"{self.name}: changed while it was read; run again when nobody writes it"
+            )
         self._seen = seen
         self._place()
 
@@ -185,7 +215,10 @@ class SteadyFile(io.RawIOBase):
             return
         try:
             self._file.seek(self._position)
-        except (ValueError, io.UnsupportedOperation):  # a server that knows no ranges: from the start again
+        except (
+            ValueError,
+            io.UnsupportedOperation,
+        ):  # a server that knows no ranges: from the start again
             if self._file.tell() > self._position:
                 self._file.close()
                 self._file = self._fs.open(self._path, "rb")

@@ -20,7 +20,14 @@ PROTOCOLS = (
     *("s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "oci", "oss", "tos", "hf", "hdfs", "webhdfs"),
 )
 PIPE = "pipe:"
-EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+EXTRAS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 # All retries are ours, so that each is said and their number is bounded.
 SETTINGS: dict[str, dict[str, Any]] = {
     name: {"config_kwargs": {"retries": {"total_max_attempts": 1}}} for name in ("s3", "s3a")
@@ -62,9 +69,13 @@ def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
     except ImportError as error:
         package = EXTRAS.get(scheme)
         remedy = f"pip install {package!r}" if package else "install the package of this protocol"
-        raise UserError(f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); {remedy}") from error
+        raise UserError(
+            f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); {remedy}"
+        ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); correct the URL") from error
+        raise UserError(
+            f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); correct the URL"
+        ) from error
     if isinstance(fs, LocalFileSystem):
         return fs, path
     if scheme in SETTINGS:

@@ -21,7 +21,9 @@ from doremi_train.methods import greats
 from doremi_train.parallel import comm
 
 GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
-KEPT = 1 << 26  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32
+KEPT = (
+    1 << 26
+)  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -31,10 +33,14 @@ class BatchSelectionOptions(greats.Options):
     route: Literal["sketch", "exact"] = "sketch"  # of inner products
     sketch: Positive = 16  # numbers a side: a matrix becomes 16 × 16
     preconditioned: bool = True  # score the step that AdamW would take, not the gradient's
-    validation: tuple[str, ...] | None = None  # files of the target; null: drawn from the validation split
+    validation: tuple[str, ...] | None = (
+        None  # files of the target; null: drawn from the validation split
+    )
     domains: tuple[str, ...] | None = None  # it is drawn from these; null: all
     validation_sequences: Positive = 16  # M
-    validation_every: Positive = 10  # steps between gradients of the validation loss; the first so many take one each
+    validation_every: Positive = (
+        10  # steps between gradients of the validation loss; the first so many take one each
+    )
     curvature_every: Positive = 100  # steps between measurements of λ
     verify: bool = False  # check the identities of per-example gradients at every step; slow
 
@@ -53,7 +59,10 @@ def described(setting: Setting | None) -> dict[str, Any]:
         return {}
     free = ("validation", "verify")  # where the target is, not what
     options = {key: value for key, value in asdict(setting.options).items() if key not in free}
-    shown = {"candidates": setting.candidates, "validation": fingerprint(setting.validation.tolist())}
+    shown = {
+        "candidates": setting.candidates,
+        "validation": fingerprint(setting.validation.tolist()),
+    }
     return {"batch_selection": options | shown}
 
 
@@ -73,7 +82,11 @@ def check(setting: Setting, count: int, parts: int, strategy: str, compiled: boo
             f"batch_selection={options.method}: scores candidates layer by layer on whole, uncompiled models; "
             "use engine=ddp without engine.compile"
         )
-    if options.method == "greats" and options.route == "exact" and (parts > 1 or comm.world().size > 1):
+    if (
+        options.method == "greats"
+        and options.route == "exact"
+        and (parts > 1 or comm.world().size > 1)
+    ):
         raise UserError(
             "batch_selection.route=exact: needs all candidates in one micro-batch of one process; "
             "use batch_selection.route=sketch, or raise training.micro_batch_size"
@@ -87,7 +100,9 @@ class Effort(NamedTuple):
     look: float  # forwards alone
 
 
-def effort(options: BatchSelectionOptions, candidates: int, count: int, validation: int, one_pass: bool) -> Effort:
+def effort(
+    options: BatchSelectionOptions, candidates: int, count: int, validation: int, one_pass: bool
+) -> Effort:
     """Of picking `count` of the candidates by `validation` sequences (0: it looks at none), once the first steps are
     done. A backward for activations alone, and the weights' part of one, are half a backward each; exact inner products
     of all candidates are as much as their weights' part, and sketches are not counted; nor that the picks' part is
@@ -99,7 +114,11 @@ def effort(options: BatchSelectionOptions, candidates: int, count: int, validati
         return Effort(1.0, share)
     half = 0.5 * share
     exactly = half if options.route == "exact" else 0.0
-    learn, look = (half + exactly + 0.5, half - exactly - 0.5) if one_pass else (half + exactly + 1.0, half - exactly)
+    learn, look = (
+        (half + exactly + 0.5, half - exactly - 0.5)
+        if one_pass
+        else (half + exactly + 1.0, half - exactly)
+    )
     if options.method in ("greats", "topk"):
         learn += validation / count / options.validation_every
     if options.method == "greats" and options.curvature == "calibrated":

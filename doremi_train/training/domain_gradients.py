@@ -30,13 +30,17 @@ class Target(NamedTuple):
 class DomainGradients:
     """At work beside a model on this process."""
 
-    def __init__(self, model: nn.Module, domains: int, target: Target, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, domains: int, target: Target, device: torch.device
+    ) -> None:
         self._model, self._domains, self._target, self._device = model, domains, target, device
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, Tensor] = {}  # (K, P) by parameter
 
     def begin(self) -> None:
-        self._sums = {name: p.new_zeros(self._domains, p.numel()) for name, p in self._named.items()}
+        self._sums = {
+            name: p.new_zeros(self._domains, p.numel()) for name, p in self._named.items()
+        }
 
     def add(self, micro: MicroBatch) -> Tensor:
         """Losses (n, T) of a micro-batch, without a graph; its gradients are added to the sums."""
@@ -44,7 +48,9 @@ class DomainGradients:
         if not len(micro.tokens):  # of an uneven batch
             return torch.zeros(0, length, device=self._device)
         tokens = micro.tokens.to(self._device, non_blocking=True)
-        found = capture.capture(self._model, functools.partial(self._model, tokens), (len(tokens), length))
+        found = capture.capture(
+            self._model, functools.partial(self._model, tokens), (len(tokens), length)
+        )
         with torch.no_grad():
             for k in micro.domain.unique().tolist():
                 ones = (micro.domain == k).to(self._device, found.losses.dtype)

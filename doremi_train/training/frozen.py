@@ -102,21 +102,29 @@ class Table:
         """Open it, or begin it. Raises UserError where what is there is something else."""
         self.path = _path(folder, recipe)
         self.length = int(recipe["sequence_length"])
-        self._first = np.concatenate([[0], np.cumsum(store.sequences("train", self.length))])  # (K + 1,)
+        self._first = np.concatenate(
+            [[0], np.cumsum(store.sequences("train", self.length))]
+        )  # (K + 1,)
         said = self.path.with_name("recipe.json")
         if not said.exists():
             files.write_json(said, recipe)
         elif _read(said) != recipe:
-            raise self._damaged(f"{said} is not of the reference, data, sequence length and precision of this run")
+            raise self._damaged(
+                f"{said} is not of the reference, data, sequence length and precision of this run"
+            )
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._file)
         size = 2 * self.length * int(self._first[-1])
         if os.fstat(self._file).st_size == 0:
             os.truncate(self.path, size)  # takes no room until rows are written
         elif os.fstat(self._file).st_size != size:
-            raise self._damaged(f"{self.path} has {self.path.stat().st_size} bytes instead of {size}")
+            raise self._damaged(
+                f"{self.path} has {self.path.stat().st_size} bytes instead of {size}"
+            )
         mapped = mmap.mmap(self._file, size, prot=mmap.PROT_READ)
-        mapped.madvise(mmap.MADV_RANDOM)  # a batch's rows lie far apart: what is beside them is not wanted
+        mapped.madvise(
+            mmap.MADV_RANDOM
+        )  # a batch's rows lie far apart: what is beside them is not wanted
         self._rows: Halves = np.frombuffer(mapped, _HALF).reshape(-1, self.length)  # (N, T)
 
     def __len__(self) -> int:
@@ -145,7 +153,11 @@ class Table:
                     left, at = left[written:], at + written
         except OSError as error:
             if not comm.world().first:  # which speaks for all, and does not know
-                print(f"process {comm.world().rank}: {self.path}: {error}", file=sys.stderr, flush=True)
+                print(
+                    f"process {comm.world().rank}: {self.path}: {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _damaged(self, what: str) -> UserError:
@@ -188,7 +200,11 @@ class Cached:
     """
 
     def __init__(
-        self, table: Table, load: Callable[[], Live], device: torch.device, pending: Path | None = None
+        self,
+        table: Table,
+        load: Callable[[], Live],
+        device: torch.device,
+        pending: Path | None = None,
     ) -> None:
         self._table, self._load, self._device, self._pending = table, load, device, pending
         self._live: Live | None = None

@@ -32,21 +32,31 @@ class Logs:
 
     def evaluation(self, step: int, measured: dict[str, Any]) -> None:
         losses = {name: figures["loss"] for name, figures in measured["domains"].items()}
-        self._write("evaluations", {"step": step, "mean_loss": measured["mean_loss"], "domains": losses})
+        self._write(
+            "evaluations", {"step": step, "mean_loss": measured["mean_loss"], "domains": losses}
+        )
 
     def trace(self, task: Task, position: Position, stats: Any, skipped: bool) -> None:
         columns = task.objective.record(position.state, stats)
         if columns:
             named = {
-                key: dict(zip(task.store.domains, column.tolist(), strict=True)) if column.dim() else column.item()
+                key: dict(zip(task.store.domains, column.tolist(), strict=True))
+                if column.dim()
+                else column.item()
                 for key, column in columns.items()
             }
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
             self._write("domain_weights", {"step": position.step, **named, **mark})
 
-    def selection(self, domains: tuple[str, ...], step: int, candidates: Draw, chosen: selector.Chosen) -> None:
+    def selection(
+        self, domains: tuple[str, ...], step: int, candidates: Draw, chosen: selector.Chosen
+    ) -> None:
         def count(drawn: Draw) -> dict[str, int]:
-            return dict(zip(domains, np.bincount(drawn.domain, minlength=len(domains)).tolist(), strict=True))
+            return dict(
+                zip(
+                    domains, np.bincount(drawn.domain, minlength=len(domains)).tolist(), strict=True
+                )
+            )
 
         def one(at: int) -> dict[str, Any]:
             domain, sequence = domains[int(candidates.domain[at])], int(candidates.sequence[at])

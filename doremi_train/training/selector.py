@@ -30,7 +30,9 @@ class Chosen(NamedTuple):
     scores: Tensor  # (N,) that the policy looked at
     ratio: float  # penalties over scores
     local: Tensor | None = None  # (…,) of the picks those on this process, into its candidates
-    losses: Tensor | None = None  # (…, T) of these, whose backward writes the gradient; None: a second pass is needed
+    losses: Tensor | None = (
+        None  # (…, T) of these, whose backward writes the gradient; None: a second pass is needed
+    )
 
 
 class Scores(NamedTuple):
@@ -77,7 +79,9 @@ class Selector:
             self._look_ahead(step)
         found, losses, examples, exact = self._score(batch, rows)
         if options.method == "greats":
-            length = float(batch.tokens.sum()) / self.candidates  # tokens of a candidate, on average
+            length = (
+                float(batch.tokens.sum()) / self.candidates
+            )  # tokens of a candidate, on average
             gram = found.sketch @ found.sketch.T if exact is None else exact.gram
             own = options.curvature == "identity"
             picks = greats.pick(
@@ -103,7 +107,9 @@ class Selector:
 
     # ── Scores ──────────────────────────────────────────────────────────────────────
 
-    def _score(self, batch: Batch, rows: list[slice]) -> tuple[Scores, Tensor | None, Examples | None, Products | None]:
+    def _score(
+        self, batch: Batch, rows: list[slice]
+    ) -> tuple[Scores, Tensor | None, Examples | None, Products | None]:
         """Scores of all candidates; and in one pass losses (n, T), factors and, by GREATS's exact route, products."""
         values = torch.zeros(self.candidates, dtype=torch.float64, device=self._device)
         found: list[tuple[slice, Tensor]] = []
@@ -114,7 +120,9 @@ class Selector:
             tokens = micro.tokens.to(self._device, non_blocking=True)
             if self.options.method == "max_loss":
                 with torch.no_grad():
-                    values[where] = self._model(tokens).double().sum(1) / micro.carrying.to(self._device)
+                    values[where] = self._model(tokens).double().sum(1) / micro.carrying.to(
+                        self._device
+                    )
                 continue
             shape = (len(tokens), tokens.shape[1] - 1)
             losses, examples = capture.capture(
@@ -131,7 +139,11 @@ class Selector:
                     sketch = products.sketch(examples, self.options.sketch)
                     found.append((where, sketch))
                     norm = self.options.method == "grad_norm"
-                    value = sketch.square().sum(1) if norm else sketch @ self.state.target[""].to(sketch.dtype)
+                    value = (
+                        sketch.square().sum(1)
+                        if norm
+                        else sketch @ self.state.target[""].to(sketch.dtype)
+                    )
                 values[where] = value.double()
         exchanged = self.options.method == "greats" and self.options.route == "sketch"
         sketches = values.new_zeros(self.candidates, len(self.state.target[""]) if exchanged else 0)
@@ -144,7 +156,9 @@ class Selector:
             return products.norm2(examples), None
         if self.options.method == "topk":
             return products.dot(examples, self.state.target)[:, 0], None
-        found = products.products(examples, (self.state.target,), keep=batch_selection.KEPT if self.one_pass else 0)
+        found = products.products(
+            examples, (self.state.target,), keep=batch_selection.KEPT if self.one_pass else 0
+        )
         return found.dots[:, 0], found
 
     def _look_ahead(self, step: int) -> None:
@@ -189,7 +203,9 @@ class Selector:
         for name, part in gradient.items():
             state, group = self._optimizer.state.get(named[name], {}), groups[id(named[name])]
             keep = group["betas"][1]
-            squares = keep * state.get("exp_avg_sq", torch.zeros_like(part)) + (1 - keep) * part.square()
+            squares = (
+                keep * state.get("exp_avg_sq", torch.zeros_like(part)) + (1 - keep) * part.square()
+            )
             corrected = squares / (1 - keep ** (float(state.get("step", 0.0)) + 1))
             found[name] = part / (corrected.sqrt() + group["eps"])
         return found
@@ -206,7 +222,9 @@ class Selector:
         exact: Products | None = None,
     ) -> Chosen:
         if len(picks.picked) < self.count:
-            raise ArithmeticError(f"only {len(picks.picked)} of {self.candidates} candidates have a finite score")
+            raise ArithmeticError(
+                f"only {len(picks.picked)} of {self.candidates} candidates have a finite score"
+            )
         picked = picks.picked.sort().values
         if not self.one_pass:
             return Chosen(picked, scores.cpu(), picks.ratio, None, None)
@@ -218,7 +236,9 @@ class Selector:
         own: Tensor = _FromFactors.apply(losses[local.to(losses.device)], anchor, write)
         return Chosen(picked, scores.cpu(), picks.ratio, local, own)
 
-    def _writer(self, examples: Examples, kept: Kept, count: int, local: Tensor) -> Callable[[Tensor], None]:
+    def _writer(
+        self, examples: Examples, kept: Kept, count: int, local: Tensor
+    ) -> Callable[[Tensor], None]:
         named = dict(self._model.named_parameters())
 
         def write(weights: Tensor) -> None:
@@ -235,7 +255,9 @@ class _FromFactors(torch.autograd.Function):
     """Losses (n, T) whose backward is `write(weights of the rows)`, instead of one through the model."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, anchor: Tensor, write: Callable[[Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, losses: Tensor, anchor: Tensor, write: Callable[[Tensor], None]
+    ) -> Tensor:
         ctx.write = write
         return losses.clone()
 
@@ -243,6 +265,8 @@ class _FromFactors(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
         (gradient,) = gradients
         if not torch.equal(gradient, gradient[:, :1].expand_as(gradient)):
-            raise ValueError("one pass gives one weight to all tokens of a sequence; this objective weighs each token")
+            raise ValueError(
+                "one pass gives one weight to all tokens of a sequence; this objective weighs each token"
+            )
         ctx.write(gradient[:, 0])
         return None, None, None

@@ -24,17 +24,29 @@ from doremi_train.training.frozen import Reference
 class TrainingOptions(OptimizerOptions):
     steps: Positive = 400
     batch_size: Positive = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: Positive | None = None  # most sequences per process and forward; null: all of its share
+    micro_batch_size: Positive | None = (
+        None  # most sequences per process and forward; null: all of its share
+    )
     sequence_length: Positive = 128  # tokens
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
+    precision: Literal["fp32", "bf16"] = (
+        "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
+    )
     activation_checkpointing: bool = False
     checkpoint_every: Positive = 100  # steps
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps between lines of metrics.jsonl
-    snapshots: Count = 0  # models kept on the way, evenly spread over the steps, for downstream.tasks
-    loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"  # of tokens in the main runs, against the reference
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # where a loss is not finite; skip: leave the batch out
-    timeout: PositiveFloat = 600.0  # seconds to wait for another process before giving it up for lost
+    snapshots: Count = (
+        0  # models kept on the way, evenly spread over the steps, for downstream.tasks
+    )
+    loss_weighting: Literal["none", "imp", "dimp", "rho"] = (
+        "none"  # of tokens in the main runs, against the reference
+    )
+    on_nonfinite: Literal["stop", "skip"] = (
+        "stop"  # where a loss is not finite; skip: leave the batch out
+    )
+    timeout: PositiveFloat = (
+        600.0  # seconds to wait for another process before giving it up for lost
+    )
     threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
 
 
@@ -58,8 +70,12 @@ class Task(NamedTuple):
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
-    selection: batch_selection.Setting | None = None  # of more candidates than are trained on; None: no selection
-    target: domain_gradients.Target | None = None  # of an objective that looks at every domain's gradient; None: losses
+    selection: batch_selection.Setting | None = (
+        None  # of more candidates than are trained on; None: no selection
+    )
+    target: domain_gradients.Target | None = (
+        None  # of an objective that looks at every domain's gradient; None: losses
+    )
     bar: Bar | None = None  # that this run moves on; None: one of its own
 
 
@@ -84,7 +100,11 @@ def refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) ->
             "model may not have dropout; set its dropout to 0, raise training.micro_batch_size so that one is enough, "
             "or use proxy.accumulation=lagged or weighting.normalize=false"
         )
-    if task.accumulation == "lagged" and task.training.on_nonfinite == "skip" and place.strategy.startswith("zero"):
+    if (
+        task.accumulation == "lagged"
+        and task.training.on_nonfinite == "skip"
+        and place.strategy.startswith("zero")
+    ):
         raise UserError(
             f"training.on_nonfinite=skip: {place.strategy} has divided the gradients of the first micro-batches "
             "before the last one's loss is known; raise training.micro_batch_size so that one is enough, or use "
@@ -95,5 +115,8 @@ def refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) ->
 def has_dropout(model: LanguageModel) -> bool:
     """Whether two forwards of the model in training mode may differ: a dropout layer, or dropout inside attention."""
     config = model.inner.config
-    attention = [getattr(config, name, 0.0) or 0.0 for name in ("attention_dropout", "attn_pdrop", "attn_dropout")]
+    attention = [
+        getattr(config, name, 0.0) or 0.0
+        for name in ("attention_dropout", "attn_pdrop", "attn_dropout")
+    ]
     return any(attention) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())

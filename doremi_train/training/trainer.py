@@ -40,7 +40,13 @@ class Trainer:
         self.micro = self.world.largest(drawn, training.micro_batch_size)
         stored = task.reference.stored if task.reference is not None else None
         self.batches = Batches(
-            task.store, training.sequence_length, drawn, self._rows, task.seed, task.subsample, stored
+            task.store,
+            training.sequence_length,
+            drawn,
+            self._rows,
+            task.seed,
+            task.subsample,
+            stored,
         )
         self.bare = model
         model.precision = training.precision
@@ -48,7 +54,9 @@ class Trainer:
         self.begins_at = self._saved["step"] if self._saved is not None else 0
         self.engine = engine.build(place, model, training, self._saved)
         self.engine.warm_up(
-            torch.zeros(self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device)
+            torch.zeros(
+                self.micro, training.sequence_length + 1, dtype=torch.int64, device=self.device
+            )
         )
         self.engine_used = f"{place}, {training.precision}: {self.engine.wrapper}"
         self.selector = self._selector(place) if task.selection is not None else None
@@ -56,7 +64,9 @@ class Trainer:
         if task.target is not None:
             domain_gradients.check(model, place.strategy, place.compile)
             domains = len(task.store.domains)
-            self.domain_gradients = domain_gradients.DomainGradients(model, domains, task.target, self.device)
+            self.domain_gradients = domain_gradients.DomainGradients(
+                model, domains, task.target, self.device
+            )
         if self.selector is not None:
             self.engine_used += f"; {self.selector}"
         if self.world.first and task.bar is None:
@@ -75,14 +85,20 @@ class Trainer:
         """The steps from `position` to the end, each with its logs; gives the position after every one."""
         task, training = self.task, self.task.training
         tokens = training.batch_size * training.sequence_length  # of one step
-        with self._logs(position.step, watch) as logs, self.batches, self._bar(position.step, tokens) as bar:
+        with (
+            self._logs(position.step, watch) as logs,
+            self.batches,
+            self._bar(position.step, tokens) as bar,
+        ):
             while position.step < training.steps:
                 clock = time.perf_counter()
                 before = position.skipped
                 position, stats, stopping = self.step(position)
                 logs.trace(task, position, stats, skipped=position.skipped > before)
                 if self._chosen is not None:
-                    logs.selection(task.store.domains, position.step, self._candidates, self._chosen)
+                    logs.selection(
+                        task.store.domains, position.step, self._candidates, self._chosen
+                    )
                 if position.step % training.log_every == 0 or position.step == training.steps:
                     loss = self._mean_loss()
                     bar.update(position.step * tokens, f"loss {loss:.3f}")
@@ -113,17 +129,23 @@ class Trainer:
         """
         task, options = self.task, self.task.objective_options
         number, state = position.step + 1, position.state
-        batch = self.batches.get(position.step, task.objective.sampling(state, options), position.counts)
+        batch = self.batches.get(
+            position.step, task.objective.sampling(state, options), position.counts
+        )
         self._begin(number)
         if self.selector is not None:
             batch = self._select(self.selector, batch, number)
         *early, last = batch.micro
         if self.domain_gradients is not None:
-            state, stats, stopping, sound = self._by_domain(self.domain_gradients, state, batch, number)
+            state, stats, stopping, sound = self._by_domain(
+                self.domain_gradients, state, batch, number
+            )
         elif task.accumulation == "exact" and early:
             # The weights of this very batch are known only after all of its forwards, so these are done twice.
             with torch.no_grad():
-                _, references, observed = zip(*(self._observe(micro) for micro in batch.micro), strict=True)
+                _, references, observed = zip(
+                    *(self._observe(micro) for micro in batch.micro), strict=True
+                )
             state, stats, stopping, sound = self._learn(state, _add(observed), batch, number)
             for micro, reference in zip(batch.micro, references, strict=True) if sound else ():
                 with self.engine.accumulating(last=micro is last):
@@ -140,7 +162,9 @@ class Trainer:
             with self.engine.accumulating(last=True):
                 losses, reference, stats = self._observe(last)
                 before = state
-                state, stats, stopping, sound = self._learn(state, _add([*parts, stats]), batch, number)
+                state, stats, stopping, sound = self._learn(
+                    state, _add([*parts, stats]), batch, number
+                )
                 if sound:
                     weighing = before if task.accumulation == "lagged" else state
                     self._backward(losses, reference, last, weighing, batch.tokens)
@@ -148,7 +172,11 @@ class Trainer:
             self.engine.step(optim.learning_rate(number, task.training.steps, task.training))
         else:
             self.engine.discard()
-        return Position(number, state, batch.draw.counts, position.skipped + (not sound)), stats, stopping
+        return (
+            Position(number, state, batch.draw.counts, position.skipped + (not sound)),
+            stats,
+            stopping,
+        )
 
     def _by_domain(
         self, gradients: domain_gradients.DomainGradients, state: Any, batch: Batch, number: int
@@ -162,14 +190,20 @@ class Trainer:
         state, stats, stopping, sound = self._learn(state, sums, batch, number)
         if sound:
             domains = torch.arange(len(batch.tokens))
-            gradients.write(self.task.objective.weigh(state, domains, batch.tokens, self.task.objective_options)[:, 0])
+            gradients.write(
+                self.task.objective.weigh(
+                    state, domains, batch.tokens, self.task.objective_options
+                )[:, 0]
+            )
         return state, stats, stopping, sound
 
     def _selector(self, place: place.Place) -> selector.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
         task, training = self.task, self.task.training
         assert task.selection is not None
-        batch_selection.check(task.selection, training.batch_size, len(self._rows), place.strategy, place.compile)
+        batch_selection.check(
+            task.selection, training.batch_size, len(self._rows), place.strategy, place.compile
+        )
         # Several micro-batches, and layers that are computed again, are there to save the memory that factors take.
         one_pass = len(self._rows) == 1 and not training.activation_checkpointing
         return selector.Selector(
@@ -185,7 +219,12 @@ class Trainer:
     def evaluate(self) -> dict[str, Any]:
         task = self.task
         return losses.measure(
-            self.engine.model, task.store, task.training.sequence_length, self.micro, task.evaluation, self.device
+            self.engine.model,
+            task.store,
+            task.training.sequence_length,
+            self.micro,
+            task.evaluation,
+            self.device,
         )
 
     def _select(self, selector: selector.Selector, batch: Batch, number: int) -> Batch:
@@ -208,7 +247,9 @@ class Trainer:
         if self._chosen is not None and self._chosen.losses is not None:
             return self._chosen.losses
         # A rank without rows takes part all the same: under sharding every forward and backward is a collective.
-        tokens = micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
+        tokens = (
+            micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
+        )
         return self.engine.model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
 
     def _observe(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Any]:
@@ -227,7 +268,9 @@ class Trainer:
             losses.detach(), reference, domain, len(task.store.domains), task.objective_options
         )
 
-    def _learn(self, state: Any, stats: Any, batch: Batch, number: int) -> tuple[Any, Any, bool, bool]:
+    def _learn(
+        self, state: Any, stats: Any, batch: Batch, number: int
+    ) -> tuple[Any, Any, bool, bool]:
         """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
 
         α is kept and updated in float64 on the host.
@@ -244,18 +287,27 @@ class Trainer:
         return state, stats, stopping, sound
 
     def _backward(
-        self, losses: Tensor, reference: Tensor | None, micro: MicroBatch, state: Any, tokens: Tensor
+        self,
+        losses: Tensor,
+        reference: Tensor | None,
+        micro: MicroBatch,
+        state: Any,
+        tokens: Tensor,
     ) -> None:
         """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator: weights are already
         divided by global counts, and the number of ranks undoes the average that engines take over them."""
         task = self.task
-        weights = task.objective.weigh(state, micro.domain, tokens, task.objective_options, losses, reference)
+        weights = task.objective.weigh(
+            state, micro.domain, tokens, task.objective_options, losses, reference
+        )
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
         self.engine.backward(total * self.world.size)
 
     def _begin(self, number: int) -> None:
         # Dropout is a function of (seed, step, rank), so a resumed run needs no generator state.
-        mixed = np.random.SeedSequence([self.task.seed, number, self.world.rank]).generate_state(1, np.uint64)
+        mixed = np.random.SeedSequence([self.task.seed, number, self.world.rank]).generate_state(
+            1, np.uint64
+        )
         # Not torch.manual_seed: without a GPU it formats a traceback each time, and keeps it.
         generators = torch.cuda if self.device.type == "cuda" else torch.default_generator
         generators.manual_seed(int(mixed[0]) >> 1)
@@ -264,12 +316,17 @@ class Trainer:
 
     def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
         """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
-        finite = torch.cat([field.view(len(field), -1) for field in stats], dim=1).isfinite().all(1)  # (K,)
+        finite = (
+            torch.cat([field.view(len(field), -1) for field in stats], dim=1).isfinite().all(1)
+        )  # (K,)
         if finite.all():
             return True
         bad = torch.nonzero(~finite)[:, 0].tolist()
         names = [self.task.store.domains[k] for k in bad]
-        drawn = {n: batch.draw.sequence[batch.draw.domain == k].tolist() for k, n in zip(bad, names, strict=True)}
+        drawn = {
+            n: batch.draw.sequence[batch.draw.domain == k].tolist()
+            for k, n in zip(bad, names, strict=True)
+        }
         found = (
             f"{self.task.label}: the loss is not finite at step {number}, domain {', '.join(names)} "
             f"(its sequences in this batch: {drawn})"
@@ -304,7 +361,9 @@ class Trainer:
         tensors, store = self.engine.state()["model"], self.task.store
         assert isinstance(store, TokenStore)
         folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
-        comm.on_first(lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document))
+        comm.on_first(
+            lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document)
+        )
 
     def _bar(self, step: int, tokens: int) -> Bar:
         whole = self.task.training.steps * tokens
@@ -335,7 +394,9 @@ class Trainer:
         """The engine's state without frozen parameters, which a continued run begins with again."""
         state = self.engine.state()
         frozen = {name for name, p in self.bare.named_parameters() if not p.requires_grad}
-        return state | {"model": {name: tensor for name, tensor in state["model"].items() if name not in frozen}}
+        return state | {
+            "model": {name: tensor for name, tensor in state["model"].items() if name not in frozen}
+        }
 
     def _write(self, content: dict[str, Any]) -> None:
         folder, step = self.task.run.folder, content["step"]
@@ -361,7 +422,9 @@ class Trainer:
             self.selector.restore(saved["selection"])
         for part, value in zip(self._loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
-        return Position(step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"])
+        return Position(
+            step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"]
+        )
 
 
 class _Loss(NamedTuple):
@@ -372,4 +435,6 @@ class _Loss(NamedTuple):
 def _add(parts: Any) -> Any:
     """Sums of several micro-batches, added field by field."""
     columns = list(parts)
-    return type(columns[0])(*(sum(fields[1:], start=fields[0]) for fields in zip(*columns, strict=True)))
+    return type(columns[0])(
+        *(sum(fields[1:], start=fields[0]) for fields in zip(*columns, strict=True))
+    )

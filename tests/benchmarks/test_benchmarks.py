@@ -10,18 +10,38 @@ from benchmarks import common
 
 @pytest.mark.acceptance
 def test_step(tmp_path: Path) -> None:
-    size = ("--model", "nano", "--vocabulary", "64", "--batch", "4", "--length", "16", "--rounds", "2")
+    size = (
+        "--model",
+        "nano",
+        "--vocabulary",
+        "64",
+        "--batch",
+        "4",
+        "--length",
+        "16",
+        "--rounds",
+        "2",
+    )
     found = run("step", tmp_path, *size, "--device", "cpu")
-    sides = {"live_over_plain", "cached_over_plain", "plain_over_handwritten", "plain_over_hf_trainer"}
+    sides = {
+        "live_over_plain",
+        "cached_over_plain",
+        "plain_over_handwritten",
+        "plain_over_hf_trainer",
+    }
     assert sides | {f"nano.{side}" for side in sides} == found["ratios"].keys()
     assert found["figures"]["nano"]["tokens_per_step"] == 64
-    assert 1.2 < found["figures"]["nano"]["floor_of_live"] < 4 / 3  # the fused projection is computed twice
+    assert (
+        1.2 < found["figures"]["nano"]["floor_of_live"] < 4 / 3
+    )  # the fused projection is computed twice
 
 
 @pytest.mark.acceptance
 def test_memory(tmp_path: Path) -> None:
     found = run("memory", tmp_path, "--model", "nano", "--rounds", "1", "--device", "cpu")
-    assert found["ratios"]["peak_128k_over_8k_vocabulary"] == pytest.approx(1, abs=0.1)  # counted, so a test may say it
+    assert found["ratios"]["peak_128k_over_8k_vocabulary"] == pytest.approx(
+        1, abs=0.1
+    )  # counted, so a test may say it
     assert found["ratios"]["peak_128k_over_8k_vocabulary_plain"] > 10
 
 
@@ -29,15 +49,34 @@ def test_memory(tmp_path: Path) -> None:
 def test_less(tmp_path: Path) -> None:
     size = ("--width", "32", "--layers", "1", "--vocabulary", "64", "--ranks", "8", "--rounds", "2")
     found = run("less", tmp_path, *size, "--device", "cpu")
-    sides = {"one_at_a_time_dense_over_ours", "one_at_a_time_dense_over_direct", "one_at_a_time_over_ours"}
+    sides = {
+        "one_at_a_time_dense_over_ours",
+        "one_at_a_time_dense_over_direct",
+        "one_at_a_time_over_ours",
+    }
     assert sides | {f"rank_8.{side}" for side in sides} == found["ratios"].keys()
-    assert {"half_the_pool", "32_targets", "2_checkpoints"} <= found["figures"]["rank_8"]["over_pool"].keys()
+    assert {"half_the_pool", "32_targets", "2_checkpoints"} <= found["figures"]["rank_8"][
+        "over_pool"
+    ].keys()
 
 
 @pytest.mark.acceptance
 def test_greats(tmp_path: Path) -> None:
-    size = ("--model", "nano", "--vocabulary", "64", "--batch", "4", "--length", "16", "--rounds", "1")
-    found = run("greats", tmp_path, *size, "--device", "cpu", "--sides", "plain", "sketched", "exact")
+    size = (
+        "--model",
+        "nano",
+        "--vocabulary",
+        "64",
+        "--batch",
+        "4",
+        "--length",
+        "16",
+        "--rounds",
+        "1",
+    )
+    found = run(
+        "greats", tmp_path, *size, "--device", "cpu", "--sides", "plain", "sketched", "exact"
+    )
     sides = {"sketched_over_plain_on_candidates", "exact_over_plain_on_candidates"}
     assert sides | {f"nano.{side}" for side in sides} == found["ratios"].keys()
     assert all(megabytes > 0 for megabytes in found["figures"]["nano"]["peak_megabytes"].values())

@@ -41,7 +41,10 @@ def test_opening_reads_the_index_and_lists_nothing(wide: Path) -> None:
         seen = [(event, path) for event, path in _seen if path.startswith(str(wide))]
     finally:
         _seen = None
-    assert sorted(seen) == [("open", str(wide / "index.npy")), ("open", str(wide / "manifest.json"))]
+    assert sorted(seen) == [
+        ("open", str(wide / "index.npy")),
+        ("open", str(wide / "manifest.json")),
+    ]
 
 
 def test_open_maps_are_bounded_whatever_is_read(tmp_path: Path) -> None:
@@ -54,7 +57,9 @@ def test_open_maps_are_bounded_whatever_is_read(tmp_path: Path) -> None:
             counts = counts + 1
             shards |= set(zip(micro.domain.tolist(), (micro.sequence // 63).tolist(), strict=True))
     assert len(shards) > OPEN_MAPS
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    maps = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    ]
     assert 0 < len(maps) <= OPEN_MAPS
 
 
@@ -75,7 +80,9 @@ def test_the_plan_reads_the_store_as_often_for_many_domains(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, sizes = [], TokenStore.sizes
-    monkeypatch.setattr(TokenStore, "sizes", lambda store, split: calls.append(split) or sizes(store, split))
+    monkeypatch.setattr(
+        TokenStore, "sizes", lambda store, split: calls.append(split) or sizes(store, split)
+    )
     found = plan._domains(growth.plain_session(tmp_path), TokenStore.open(wide), None)
     assert len(found) == 1000 and 0 < len(calls) < 20
 
@@ -84,7 +91,9 @@ def test_the_plan_reads_the_store_as_often_for_many_domains(
 def test_loader(tmp_path: Path) -> None:
     """This environment has some of the other libraries; those it has not are named."""
     found = run("loader", tmp_path, "--peers", sys.executable)
-    assert {"of_memmap_gather", "over_webdataset", "over_webdataset_one_worker"} <= found["ratios"].keys()
+    assert {"of_memmap_gather", "over_webdataset", "over_webdataset_one_worker"} <= found[
+        "ratios"
+    ].keys()
     start_up, proportions = found["figures"]["start_up"], found["figures"]["proportions"]
     assert start_up["shards"] == 10_000 and start_up["open_maps"] <= start_up["most_open_maps"]
     assert proportions["largest_error_in_sequences"] < 4
@@ -105,7 +114,11 @@ def test_growth(tmp_path: Path) -> None:
     assert found.keys() == {*growth.AXES, "documents"}
     for name, parts in found.items():
         drawn = (tmp_path / f"growth-{name}.svg").read_text()
-        assert drawn.startswith("<svg") and len(drawn) < 60_000 and all(part in drawn for part in parts)
+        assert (
+            drawn.startswith("<svg")
+            and len(drawn) < 60_000
+            and all(part in drawn for part in parts)
+        )
         assert "mathdefault" not in drawn  # numbers, not markup
     memory = {part: values["exponent_of_memory"] for part, values in found["domains"].items()}
     assert max(memory.values()) < 1.2, json.dumps(memory)
@@ -118,6 +131,10 @@ def test_ngram(tmp_path: Path) -> None:
     beside = ("--peer", peer) if peer else ()
     ray = ("--ray",) if importlib.util.find_spec("ray") else ()
     found = run("ngram", tmp_path, "--megabytes", "2", "--rounds", "2", *beside, *ray)
-    sides = {"of_reading"} | ({"over_data_selection"} if beside else set()) | ({"ray_over_processes"} if ray else set())
+    sides = (
+        {"of_reading"}
+        | ({"over_data_selection"} if beside else set())
+        | ({"ray_over_processes"} if ray else set())
+    )
     assert sides == found["ratios"].keys()
     assert {"kernel_mb_per_s_core", "end_to_end_mb_per_s_core"} <= found["figures"].keys()

@@ -45,7 +45,9 @@ def quota(draw: Draw, domains: int) -> Ints:
 @st.composite
 def mixtures(draw: st.DrawFn) -> Weights:
     """Mixtures of 1 to 8 domains, some of weight 0 or nearly."""
-    parts = draw(st.lists(st.sampled_from([0.0, 1e-6, 0.01]) | st.floats(0, 1), min_size=1, max_size=8))
+    parts = draw(
+        st.lists(st.sampled_from([0.0, 1e-6, 0.01]) | st.floats(0, 1), min_size=1, max_size=8)
+    )
     values = np.array([*parts, 0.5])
     return values / values.sum()
 
@@ -65,8 +67,12 @@ def test_quotas_sum_to_the_batch_and_differ_from_the_weights_by_less_than_one(
     assert (got[weights == 0] == 0).all()
 
 
-@pytest.mark.parametrize(("domains", "batch"), [(2, 2), (3, 12), (7, 56), (22, 22), (8, 512), (23, 23 * 64)])
-def test_uniform_quotas_are_exact_where_the_domains_divide_the_batch(domains: int, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("domains", "batch"), [(2, 2), (3, 12), (7, 56), (22, 22), (8, 512), (23, 23 * 64)]
+)
+def test_uniform_quotas_are_exact_where_the_domains_divide_the_batch(
+    domains: int, batch: int
+) -> None:
     for draw in run(sampler([100] * domains, batch), np.full(domains, 1 / domains), 20):
         assert quota(draw, domains).tolist() == [batch // domains] * domains
 
@@ -84,7 +90,9 @@ def test_a_batch_smaller_than_the_domains_reaches_all_of_them() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(mixtures(), st.integers(1, 40), st.integers(0, 60))
-def test_closed_form_counts_are_the_accumulated_draws(weights: Weights, batch: int, steps: int) -> None:
+def test_closed_form_counts_are_the_accumulated_draws(
+    weights: Weights, batch: int, steps: int
+) -> None:
     source = sampler([5] * len(weights), batch)
     counts = np.zeros(len(weights), dtype=np.int64)
     for step in range(steps):
@@ -93,7 +101,9 @@ def test_closed_form_counts_are_the_accumulated_draws(weights: Weights, batch: i
     assert np.array_equal(counts, source.counts_before(steps, weights))
 
 
-@pytest.mark.parametrize("weights", [[1 / 3] * 3, [0.9, 0.09, 0.01], [1e-6, 0.5 - 1e-6, 0.5], [0.0, 0.25, 0.75]])
+@pytest.mark.parametrize(
+    "weights", [[1 / 3] * 3, [0.9, 0.09, 0.01], [1e-6, 0.5 - 1e-6, 0.5], [0.0, 0.25, 0.75]]
+)
 def test_counts_stay_close_to_the_weights(weights: list[float]) -> None:
     mixture, source = np.array(weights), sampler([50, 60, 70], 10)
     steps = np.unique(np.concatenate([np.arange(0, 20_000, 7), [20_000]]))
@@ -109,7 +119,9 @@ def test_seeking_far_agrees_with_drawing() -> None:
         assert np.array_equal(draw.counts, source.counts_before(step, weights))
     assert source.counts_before(start, weights).sum() == start * 33
     again = source.draw(start + 3, weights, source.counts_before(start + 3, weights))
-    assert np.array_equal(again.sequence, draws[3].sequence) and np.array_equal(again.domain, draws[3].domain)
+    assert np.array_equal(again.sequence, draws[3].sequence) and np.array_equal(
+        again.domain, draws[3].domain
+    )
 
 
 def test_a_step_out_of_range_is_refused() -> None:
@@ -139,8 +151,12 @@ def test_every_sequence_comes_once_per_epoch_for_every_size() -> None:
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 7), (5, 12), (1, 3)])
-def test_every_sequence_comes_once_per_epoch_where_batches_cross_epochs(size: int, batch: int) -> None:
-    drawn = np.concatenate([d.sequence for d in run(sampler([size], batch), np.array([1.0]), size * 3)])
+def test_every_sequence_comes_once_per_epoch_where_batches_cross_epochs(
+    size: int, batch: int
+) -> None:
+    drawn = np.concatenate(
+        [d.sequence for d in run(sampler([size], batch), np.array([1.0]), size * 3)]
+    )
     assert (np.sort(drawn.reshape(-1, size), axis=1) == np.arange(size)).all()
 
 
@@ -169,7 +185,10 @@ def test_adding_a_domain_leaves_the_order_of_the_others_alone() -> None:
     old = run(few, np.array([0.5, 0.5]), 10)
     new = run(more, np.array([0.3, 0.4, 0.3]), 10)
     for k_old, k_new in ((0, 0), (1, 2)):
-        sequences = [np.concatenate([d.sequence[d.domain == k] for d in ds]) for ds, k in ((old, k_old), (new, k_new))]
+        sequences = [
+            np.concatenate([d.sequence[d.domain == k] for d in ds])
+            for ds, k in ((old, k_old), (new, k_new))
+        ]
         shared = min(map(len, sequences))
         assert shared > 50 and np.array_equal(sequences[0][:shared], sequences[1][:shared])
 
@@ -194,7 +213,9 @@ def test_what_was_computed_ahead_is_what_would_be_drawn_now() -> None:
     random, source = np.random.default_rng(0), sampler([13, 4000, 7, 900], 9)
     counts = np.zeros(4, dtype=np.int64)
     for step in range(400):
-        draw = source.draw(step, random.dirichlet([0.3] * 4) if step % 3 else np.full(4, 0.25), counts)
+        draw = source.draw(
+            step, random.dirichlet([0.3] * 4) if step % 3 else np.full(4, 0.25), counts
+        )
         number = counts[draw.domain].copy()
         for k in range(4):
             number[draw.domain == k] += np.arange((draw.domain == k).sum())
@@ -217,7 +238,8 @@ def test_order_does_not_depend_on_the_hash_seed_of_python() -> None:
     root = str(Path(__file__).parents[2])
     outputs = {
         subprocess.check_output(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root}
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": root},
         )
         for seed in ("1", "2")
     }
@@ -227,23 +249,38 @@ def test_order_does_not_depend_on_the_hash_seed_of_python() -> None:
 # Sub-samples
 
 
-def subsampled(sizes: list[int], batch: int, part: Fraction, seed: int = 0, order: int = 0) -> Sampler:
+def subsampled(
+    sizes: list[int], batch: int, part: Fraction, seed: int = 0, order: int = 0
+) -> Sampler:
     return Sampler(np.array(sizes), names(len(sizes)), batch, order, Subsample(part, seed))
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=6), st.integers(1, 10**15), st.integers(0, 10**15))
-def test_a_sub_sample_is_the_part_rounded_up_and_never_empty(sizes: list[int], some: int, more: int) -> None:
+@given(
+    st.lists(st.integers(1, 10**12), min_size=1, max_size=6),
+    st.integers(1, 10**15),
+    st.integers(0, 10**15),
+)
+def test_a_sub_sample_is_the_part_rounded_up_and_never_empty(
+    sizes: list[int], some: int, more: int
+) -> None:
     kept = Subsample(Fraction(some, some + more), 0).sizes(np.array(sizes))
     for size, left in zip(sizes, kept.tolist(), strict=True):
         assert left == math.ceil(Fraction(size * some, some + more)) and 1 <= left <= size
 
 
 def test_a_sub_sample_is_the_same_in_every_epoch_and_comes_once_in_each() -> None:
-    for size, part in ((1, Fraction(1, 9)), (50, Fraction(1, 3)), (101, Fraction(99, 100)), (7, Fraction(1))):
+    for size, part in (
+        (1, Fraction(1, 9)),
+        (50, Fraction(1, 3)),
+        (101, Fraction(99, 100)),
+        (7, Fraction(1)),
+    ):
         source = subsampled([size], 1, part)
         kept = int(source.sizes[0])
-        drawn = np.concatenate([d.sequence for d in run(source, np.array([1.0]), 3 * kept)]).reshape(3, kept)
+        drawn = np.concatenate(
+            [d.sequence for d in run(source, np.array([1.0]), 3 * kept)]
+        ).reshape(3, kept)
         passes = [frozenset(row.tolist()) for row in drawn]
         assert len(passes[0]) == kept and len(set(passes)) == 1 and max(passes[0]) < size
     assert not np.array_equal(drawn[0], drawn[1])  # each in an order of its own
@@ -256,7 +293,9 @@ def test_a_sub_sample_depends_on_its_seed_and_the_domain_s_name_alone() -> None:
 
     half = Fraction(1, 2)
     source = subsampled([200, 300], 20, half)
-    assert kept(source, 0) == kept(subsampled([200, 40, 7], 30, half, order=9), 0)  # whatever the order is drawn by
+    assert kept(source, 0) == kept(
+        subsampled([200, 40, 7], 30, half, order=9), 0
+    )  # whatever the order is drawn by
     assert len(kept(source, 0)) == 100
     assert kept(source, 0) != kept(subsampled([200, 300], 20, half, seed=1), 0)
     assert kept(subsampled([200, 200], 20, half), 0) != kept(subsampled([200, 200], 20, half), 1)
@@ -266,7 +305,10 @@ def test_a_sub_sample_depends_on_its_seed_and_the_domain_s_name_alone() -> None:
 
 def test_any_sequence_may_be_kept() -> None:
     """χ² over the one sequence of 11 that is kept: a false alarm once in ten thousand draws of the seed."""
-    kept = [run(subsampled([11], 1, Fraction(1, 11), seed), np.array([1.0]), 1)[0].sequence[0] for seed in range(2200)]
+    kept = [
+        run(subsampled([11], 1, Fraction(1, 11), seed), np.array([1.0]), 1)[0].sequence[0]
+        for seed in range(2200)
+    ]
     assert stats.chisquare(np.bincount(kept, minlength=11)).pvalue > 1e-4
 
 
@@ -274,7 +316,9 @@ def test_seeking_into_a_sub_sample_agrees_with_drawing() -> None:
     weights, source = np.array([0.7, 0.3]), subsampled([90, 33], 10, Fraction(1, 4))
     draws = run(source, weights, 40)
     for draw, again in zip(draws[25:], run(source, weights, 15, 25), strict=True):
-        assert np.array_equal(draw.sequence, again.sequence) and np.array_equal(draw.counts, again.counts)
+        assert np.array_equal(draw.sequence, again.sequence) and np.array_equal(
+            draw.counts, again.counts
+        )
 
 
 def test_quotas_do_not_see_a_sub_sample() -> None:
@@ -289,17 +333,25 @@ def test_quotas_do_not_see_a_sub_sample() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 8), st.integers(1, 6) | st.none(), st.integers(0, 40))
-def test_ranks_and_micro_batches_cover_the_batch_exactly_once(size: int, micro: int | None, more: int) -> None:
+def test_ranks_and_micro_batches_cover_the_batch_exactly_once(
+    size: int, micro: int | None, more: int
+) -> None:
     batch = size + more
     shares = [World(rank, size).rows(batch, micro) for rank in range(size)]
     parts = {len(share) for share in shares}
     assert len(parts) == 1  # every forward and backward is a collective under sharding
-    assert parts == {math.ceil(batch / (size * (micro or batch)))}  # and there are no more of them than needed
+    assert parts == {
+        math.ceil(batch / (size * (micro or batch)))
+    }  # and there are no more of them than needed
     rows = [row for share in shares for part in share for row in range(batch)[part]]
     assert sorted(rows) == list(range(batch))
     sizes = {part.stop - part.start for share in shares for part in share}
-    assert max(sizes) - min(sizes) <= 1 and max(sizes) == World(0, size).largest(batch, micro) <= (micro or batch)
-    for part in zip(*shares, strict=True):  # micro-batch m of all ranks together is one contiguous block
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) == World(0, size).largest(batch, micro) <= (
+        micro or batch
+    )
+    for part in zip(
+        *shares, strict=True
+    ):  # micro-batch m of all ranks together is one contiguous block
         assert all(a.stop == b.start for a, b in itertools.pairwise(part))
 
 

@@ -21,7 +21,9 @@ def one(found: list[Finding], kind: str, *domains: str) -> Finding:
     return found[0]
 
 
-mixtures = st.lists(st.floats(0, 1), min_size=1, max_size=30).filter(lambda values: sum(values) > 1e-3)
+mixtures = st.lists(st.floats(0, 1), min_size=1, max_size=30).filter(
+    lambda values: sum(values) > 1e-3
+)
 
 
 @given(mixtures)
@@ -49,7 +51,9 @@ def test_a_mixture_of_hardly_two_of_many_domains() -> None:
 
 def test_weights_that_hop_though_their_average_is_even() -> None:
     hops = np.tile(np.eye(4) * 0.96 + 0.01, (25, 1))
-    assert 1 < one(detectors.one_hot(NAMES, hops.mean(0), [hops, hops]), "one_hot", *NAMES).value < 1.3
+    assert (
+        1 < one(detectors.one_hot(NAMES, hops.mean(0), [hops, hops]), "one_hot", *NAMES).value < 1.3
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,10 @@ def test_absent_in_the_steps_that_were_made() -> None:
     tokens[::30, 1] = 0  # 4 of 100
     assert detectors.absent(NAMES, detectors.missing_by_trace(tokens)) == []
     tokens[::3, 2] = 0
-    assert one(detectors.absent(NAMES, detectors.missing_by_trace(tokens)), "absent", "c").value == 0.34
+    assert (
+        one(detectors.absent(NAMES, detectors.missing_by_trace(tokens)), "absent", "c").value
+        == 0.34
+    )
 
 
 def test_the_quota_is_that_of_the_sampler() -> None:
@@ -99,7 +106,9 @@ def test_the_quota_is_that_of_the_sampler() -> None:
         draw = sampler.draw(step, weights, counts)
         seen.append(draw.counts - counts)
         counts = draw.counts
-    assert detectors.missing_by_trace(seen) == pytest.approx(detectors.missing_by_quota(8, weights), abs=0.01)
+    assert detectors.missing_by_trace(seen) == pytest.approx(
+        detectors.missing_by_quota(8, weights), abs=0.01
+    )
 
 
 # repeated, mismatched
@@ -166,7 +175,9 @@ def test_trivial_is_what_the_best_model_foresees() -> None:
 
 
 def test_overfit_is_training_far_below_validation() -> None:
-    finding = one(detectors.overfit(NAMES, [3.4, 4.5, 1.5, 0.0], [3.5, 4.6, 3.5, 0.05]), "overfit", "c")
+    finding = one(
+        detectors.overfit(NAMES, [3.4, 4.5, 1.5, 0.0], [3.5, 4.6, 3.5, 0.05]), "overfit", "c"
+    )
     assert finding.value == 2
     assert detectors.overfit(NAMES, [3.4, 4.7, 3.4, 0.01], [3.5, 4.6, 3.5, 0.03]) == []
     uneven, passes = [3.4, 4.5, 1.5, 0.0], [1.5, 9, 0.2, 1]
@@ -174,7 +185,9 @@ def test_overfit_is_training_far_below_validation() -> None:
 
 
 @given(st.integers(2, 50), st.integers(1000, 20_000), st.integers(0, 2**32))
-def test_the_unigram_entropy_is_that_of_the_distribution(letters: int, count: int, seed: int) -> None:
+def test_the_unigram_entropy_is_that_of_the_distribution(
+    letters: int, count: int, seed: int
+) -> None:
     """Corrected for the sample's size: within four standard deviations or so of the truth."""
     shares = 1 / np.arange(1, letters + 1)
     shares /= shares.sum()
@@ -199,7 +212,10 @@ def sampled(languages: list[int], size: int, buckets: int = 2000) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [3000, 100_000])
 def test_two_domains_of_one_language(size: int) -> None:
-    assert one(detectors.duplicate(NAMES, sampled([1, 2, 3, 2], size)), "duplicate", "b", "d").value < 1.1
+    assert (
+        one(detectors.duplicate(NAMES, sampled([1, 2, 3, 2], size)), "duplicate", "b", "d").value
+        < 1.1
+    )
     assert detectors.duplicate(NAMES, sampled([1, 2, 3, 4], size)) == []
 
 
@@ -211,7 +227,9 @@ def test_samples_too_small_to_tell_are_not_called_equal() -> None:
 def test_a_domain_that_holds_the_text_of_another() -> None:
     shared = np.zeros((4, 4))
     shared[0, 3] = shared[3, 0] = 0.5
-    finding = one(detectors.duplicate(NAMES, sampled([1, 2, 3, 4], 1000), shared), "duplicate", "a", "d")
+    finding = one(
+        detectors.duplicate(NAMES, sampled([1, 2, 3, 4], 1000), shared), "duplicate", "a", "d"
+    )
     assert finding.value == 0.5 and "50 %" in finding.message
     shared[0, 3] = shared[3, 0] = 0.1  # licences
     assert detectors.duplicate(NAMES, sampled([1, 2, 3, 4], 1000), shared) == []
@@ -229,7 +247,11 @@ OTHERS = {"uniform": EVEN, "natural": [0.7, 0.1, 0.1, 0.1]}
 
 
 def test_weights_that_seeds_do_not_agree_on() -> None:
-    finding = one(detectors.seed_spread(NAMES, seeds([0.26, 0.25, 0.25, 0.24], 0.05), OTHERS), "seed_spread", *NAMES)
+    finding = one(
+        detectors.seed_spread(NAMES, seeds([0.26, 0.25, 0.25, 0.24], 0.05), OTHERS),
+        "seed_spread",
+        *NAMES,
+    )
     assert "from uniform:" in finding.message and "natural" not in finding.message
 
 

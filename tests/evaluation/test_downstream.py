@@ -26,7 +26,9 @@ def write(folder: Path, test: list[dict], train: list[dict]) -> Path:
 def test_a_definition_reads_the_user_s_files(form: str, tmp_path: Path) -> None:
     downstream.define(form, write(tmp_path / "mine", [], []), tmp_path / "task.yaml")
     task = yaml.safe_load((tmp_path / "task.yaml").read_text())
-    assert task["dataset_kwargs"]["data_files"]["test"] == str((tmp_path / "mine/test.jsonl").resolve())
+    assert task["dataset_kwargs"]["data_files"]["test"] == str(
+        (tmp_path / "mine/test.jsonl").resolve()
+    )
     assert task["num_fewshot"] == 1 and task["metric_list"][0]["metric"] == "exact_match"
     (tmp_path / "mine/train.jsonl").unlink()
     with pytest.raises(UserError, match=f"downstream.files.{form}=.* has no train.jsonl"):
@@ -42,11 +44,17 @@ def test_a_mistake_is_named(tiny: list[str], command: Command, tmp_path: Path) -
         assert outcome.code == 2 and said in outcome.err, outcome
 
 
-def test_without_the_harness_it_is_said_before_anything_runs(tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_without_the_harness_it_is_said_before_anything_runs(
+    tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     if importlib.util.find_spec("lm_eval") is not None:
         pytest.skip("lm-evaluation-harness is installed")
     outcome = command(*tiny, "downstream.tasks=[cloze]", f"run_dir={tmp_path / 'run'}")
-    assert outcome.code == 2 and "install doremi-train[eval]" in outcome.err and not (tmp_path / "run").exists()
+    assert (
+        outcome.code == 2
+        and "install doremi-train[eval]" in outcome.err
+        and not (tmp_path / "run").exists()
+    )
 
 
 # ── With the harness ────────────────────────────────────────────────────────────────
@@ -72,41 +80,66 @@ def test_accuracy_over_steps_of_both_models_is_in_the_report(done: Path) -> None
     assert set(found) == {"main", "baseline"}
     for curves in found.values():
         assert [line["step"] for line in curves["cloze"]] == [4, 8, 12]
-        assert all(0 <= line["accuracy"] <= 1 and line["examples"] == 12 for line in curves["cloze"])
-    passages = [json.loads(line)["text"] for line in (done / "downstream/cloze/test.jsonl").read_text().splitlines()]
-    assert len(passages) == 12 and all(len(text.split()) >= 8 and text.split()[-1].isalnum() for text in passages)
+        assert all(
+            0 <= line["accuracy"] <= 1 and line["examples"] == 12 for line in curves["cloze"]
+        )
+    passages = [
+        json.loads(line)["text"]
+        for line in (done / "downstream/cloze/test.jsonl").read_text().splitlines()
+    ]
+    assert len(passages) == 12 and all(
+        len(text.split()) >= 8 and text.split()[-1].isalnum() for text in passages
+    )
     page = (done / "report.html").read_text()
     assert "What the models can do" in page and "Accuracy on cloze, one shot" in page
 
 
 @pytest.mark.acceptance
-def test_right_is_what_greedy_decoding_gives(done: Path, tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_right_is_what_greedy_decoding_gives(
+    done: Path, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     """All tasks of the paper, on files of one's own: half of the questions have the model's own answer, in other case
     and among others; the other half do not."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = done / "main" / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
 
     def answer(prompt: str, room: int = 24) -> str:
         tokens = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
         generated = model.generate(tokens, max_new_tokens=room, do_sample=False, pad_token_id=0)
         return tokenizer.decode(generated[0, tokens.shape[1] :]).split("\n")[0].strip()
 
-    words, shot = ("abcd", "hgfe", "dadb", "cafe", "bead", "fade"), {"question": "abc def", "answers": ["ghi"]}
+    words, shot = (
+        ("abcd", "hgfe", "dadb", "cafe", "bead", "fade"),
+        {"question": "abc def", "answers": ["ghi"]},
+    )
     questions = [f"{word} {word}" for word in words]
 
     def asked(before: str, **more: str) -> list[dict]:
-        given = [answer(f"{before}Q: abc def\nA: ghi\n\n{before}Q: {question}\nA:") for question in questions]
+        given = [
+            answer(f"{before}Q: abc def\nA: ghi\n\n{before}Q: {question}\nA:")
+            for question in questions
+        ]
         assert all(given)
         return [
-            {"question": question, "answers": ["never this", text.upper() if number % 2 else "nor this"], **more}
+            {
+                "question": question,
+                "answers": ["never this", text.upper() if number % 2 else "nor this"],
+                **more,
+            }
             for number, (question, text) in enumerate(zip(questions, given, strict=True))
         ]
 
     plain, context = asked(""), {"context": "feed the cab"}
-    with_context = [*asked("feed the cab\n", **context), {"question": "bad", "answers": [], **context}]
+    with_context = [
+        *asked("feed the cab\n", **context),
+        {"question": "bad", "answers": [], **context},
+    ]
     ends = [answer(f"abc def ghi\n\n{question}", 12).split() for question in questions]
     last_words = [
         {"text": f"{question} {end[0].upper() if number % 2 else 'never'}"}
@@ -120,12 +153,18 @@ def test_right_is_what_greedy_decoding_gives(done: Path, tiny: list[str], comman
     places = {name: write(tmp_path / name, test, [train]) for name, (test, train) in lines.items()}
     assert set(places) | {"cloze"} == set(FORMS)
     files = ", ".join(f"{name}: {place}" for name, place in places.items())
-    overrides = [f"downstream.tasks=[{','.join(places)}]", f"downstream.files={{{files}}}", "stage=evaluate"]
+    overrides = [
+        f"downstream.tasks=[{','.join(places)}]",
+        f"downstream.files={{{files}}}",
+        "stage=evaluate",
+    ]
     outcome = command(*tiny, *TASKS, *overrides, f"run_dir={done}")
     assert outcome.code == 0, outcome
     found = {name: curve[-1] for name, curve in read(done / "downstream.json")["main"].items()}
     assert {name: line["examples"] for name, line in found.items()} == {
         name: len(test) for name, (test, _) in lines.items()
     }
-    assert found.pop("squadv2")["accuracy"] == pytest.approx(3 / 7)  # the last has no answer, and one is given
+    assert found.pop("squadv2")["accuracy"] == pytest.approx(
+        3 / 7
+    )  # the last has no answer, and one is given
     assert {name: line["accuracy"] for name, line in found.items()} == dict.fromkeys(found, 0.5)

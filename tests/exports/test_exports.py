@@ -29,19 +29,28 @@ PATHS = {name: f"/d/{name.replace(' & ', '_')}_text_document" for name in WEIGHT
 DOCUMENTS = {"datasets", "lingua", "webdataset"}
 
 finite = st.floats(0, 1e6, allow_nan=False)
-several = st.dictionaries(st.sampled_from("abcdefgh"), finite, min_size=1).filter(lambda w: sum(w.values()) > 1e-6)
+several = st.dictionaries(st.sampled_from("abcdefgh"), finite, min_size=1).filter(
+    lambda w: sum(w.values()) > 1e-6
+)
 
 
 @given(several, st.lists(st.floats(1, 1e6), min_size=8, max_size=8))
 @settings(deadline=None, max_examples=100)
-def test_decimals_sum_to_exactly_one_and_none_is_zero(given: dict[str, float], means: list[float]) -> None:
+def test_decimals_sum_to_exactly_one_and_none_is_zero(
+    given: dict[str, float], means: list[float]
+) -> None:
     for tokens in (None, dict(zip("abcdefgh", means, strict=True))):
         drawn = convert.shares(given, tokens)
         assert sum(Decimal(repr(part)) for part in drawn.values()) == 1
-        assert all(part > 0 for part in drawn.values()) and set(drawn) <= {k for k, v in given.items() if v}
+        assert all(part > 0 for part in drawn.values()) and set(drawn) <= {
+            k for k, v in given.items() if v
+        }
         exact = {name: value / (tokens[name] if tokens else 1) for name, value in given.items()}
         for name in given:  # less than one of the parts that are shared out
-            assert abs(drawn.get(name, 0) - exact[name] / math.fsum(exact.values())) < 1.0001e-12 + 1e-15
+            assert (
+                abs(drawn.get(name, 0) - exact[name] / math.fsum(exact.values()))
+                < 1.0001e-12 + 1e-15
+            )
 
 
 def test_the_largest_remainder_gets_what_rounding_leaves() -> None:
@@ -65,7 +74,9 @@ def test_every_form_goes_there_and_back(to: str) -> None:
     assert {name: weight for name, weight in found.items() if weight} == drawn
     assert sum(Decimal(repr(weight)) for weight in found.values() if weight) == 1
     back = convert.weights(found, means)
-    assert all(math.isclose(back[name], WEIGHTS[name], abs_tol=1e-9, rel_tol=1e-4) for name in WEIGHTS)
+    assert all(
+        math.isclose(back[name], WEIGHTS[name], abs_tol=1e-9, rel_tol=1e-4) for name in WEIGHTS
+    )
     assert "none" not in text
 
 
@@ -86,12 +97,25 @@ FORMS: dict[str, Any] = {
     "nemo": ["0.3", "/d/a", "0.7", "/d/b"],
     "gpt_neox": {"train-data-paths": ["/d/a", "/d/b"], "train-data-weights": [0.3, 0.7]},
     "mosaicml_streaming": {
-        "streams": {"a": {"remote": "/d/a", "proportion": 0.3}, "b": {"remote": "/d/b", "proportion": 0.7}}
+        "streams": {
+            "a": {"remote": "/d/a", "proportion": 0.3},
+            "b": {"remote": "/d/b", "proportion": 0.7},
+        }
     },
     "olmo_core": {
         "sources": [
-            {"source_name": "a", "target_ratio": 0.3, "paths": ["/d/a"], "max_repetition_ratio": 1.0},
-            {"source_name": "b", "target_ratio": 0.7, "paths": ["/d/b"], "max_repetition_ratio": 3.0},
+            {
+                "source_name": "a",
+                "target_ratio": 0.3,
+                "paths": ["/d/a"],
+                "max_repetition_ratio": 1.0,
+            },
+            {
+                "source_name": "b",
+                "target_ratio": 0.7,
+                "paths": ["/d/b"],
+                "max_repetition_ratio": 3.0,
+            },
         ]
     },
     "levanter": {"data": {"train_weights": {"/d/a": 0.3, "/d/b": 0.7}}},
@@ -105,35 +129,55 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("to", FORMS)
 def test_the_form_is_the_trainer_s(to: str) -> None:
-    assert yaml.safe_load(convert.write(to, HALF, AT, {"a": 0.2, "b": 2.5})) == FORMS[to]  # JSON is YAML too
+    assert (
+        yaml.safe_load(convert.write(to, HALF, AT, {"a": 0.2, "b": 2.5})) == FORMS[to]
+    )  # JSON is YAML too
 
 
 def test_the_form_of_megatron_and_nanotron() -> None:
     assert convert.write("megatron", HALF, AT, {}) == "0.3 /d/a\n0.7 /d/b\n"
     stage = yaml.safe_load(convert.write("nanotron", HALF, AT, {}))["data_stages"][0]
-    assert stage["data"]["dataset"] == {"dataset_folder": ["/d/a", "/d/b"], "dataset_weights": [0.3, 0.7]}
+    assert stage["data"]["dataset"] == {
+        "dataset_folder": ["/d/a", "/d/b"],
+        "dataset_weights": [0.3, 0.7],
+    }
 
 
 def test_a_schedule_goes_to_those_who_can_follow_one() -> None:
     later = convert.shares({"a": 0.6, "b": 0.4}, None)
     schedule = [(0, HALF), (100, later)]
-    levanter = yaml.safe_load(convert.write("levanter", HALF, AT, {}, schedule))["data"]["train_weights"]
+    levanter = yaml.safe_load(convert.write("levanter", HALF, AT, {}, schedule))["data"][
+        "train_weights"
+    ]
     assert levanter == [[0, {"/d/a": 0.3, "/d/b": 0.7}], [100, {"/d/a": 0.6, "/d/b": 0.4}]]
     stages = yaml.safe_load(convert.write("nanotron", HALF, AT, {}, schedule))["data_stages"]
     assert [stage["start_training_step"] for stage in stages] == [1, 101]  # it counts from 1
     assert len({stage["name"] for stage in stages}) == 2
-    assert [stage["data"]["dataset"]["dataset_weights"] for stage in stages] == [[0.3, 0.7], [0.6, 0.4]]
+    assert [stage["data"]["dataset"]["dataset_weights"] for stage in stages] == [
+        [0.3, 0.7],
+        [0.6, 0.4],
+    ]
     for to in set(FORMATS) - {"levanter", "nanotron"}:
         assert convert.write(to, HALF, AT, {}, schedule) == convert.write(to, HALF, AT, {})
 
 
-@pytest.mark.parametrize("to", [to for to, form in FORMATS.items() if form.ending in ("yaml", "yml")])
+@pytest.mark.parametrize(
+    "to", [to for to, form in FORMATS.items() if form.ending in ("yaml", "yml")]
+)
 def test_yaml_numbers_are_numbers_even_where_they_are_tiny(to: str) -> None:
     def leaves(value: Any) -> list[Any]:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        inner = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list)
+            else None
+        )
         return [value] if inner is None else [leaf for entry in inner for leaf in leaves(entry)]
 
-    assert 3e-7 in leaves(yaml.safe_load(convert.write(to, convert.shares(WEIGHTS, None), PATHS, {})))
+    assert 3e-7 in leaves(
+        yaml.safe_load(convert.write(to, convert.shares(WEIGHTS, None), PATHS, {}))
+    )
 
 
 OTHERS = [
@@ -184,7 +228,11 @@ def test_a_text_of_another_form_is_named(to: str, text: str, named: str) -> None
         ("nemo", {"a": "/d/a"}, "export.paths: no path for b; export.to=nemo needs one"),
         ("nemo", {"a": "/d/a", "b": "/d/a"}, "a and b both have '/d/a'"),
         ("lingua", {"a": "b"}, "a and b both have 'b'"),
-        ("megatron", {"a": "/d/a b", "b": "/d/b"}, "export.paths.a='/d/a b': Megatron splits at spaces"),
+        (
+            "megatron",
+            {"a": "/d/a b", "b": "/d/b"},
+            "export.paths.a='/d/a b': Megatron splits at spaces",
+        ),
     ],
 )
 def test_a_path_that_cannot_be_is_named(to: str, paths: dict[str, str], named: str) -> None:
@@ -195,7 +243,11 @@ def test_a_path_that_cannot_be_is_named(to: str, paths: dict[str, str], named: s
 
 @pytest.mark.parametrize("to", [to for to, form in FORMATS.items() if form.ending == "py"])
 def test_python_modules_are_python(to: str) -> None:
-    names = [node.name for node in ast.parse(convert.write(to, HALF, AT, {})).body if isinstance(node, ast.FunctionDef)]
+    names = [
+        node.name
+        for node in ast.parse(convert.write(to, HALF, AT, {})).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert names == ["mixture"]
 
 
@@ -206,7 +258,9 @@ def test_webdataset_draws_tokens_as_the_weights_say(tmp_path: Path) -> None:
         with webdataset.TarWriter(paths[name]) as writer:
             for number in range(1500):
                 writer.write({"__key__": f"{number}", "txt": f"{name} " * length})
-    drawn = convert.shares({"short": 0.5, "long": 0.5}, {name: float(length) for name, length in lengths.items()})
+    drawn = convert.shares(
+        {"short": 0.5, "long": 0.5}, {name: float(length) for name, length in lengths.items()}
+    )
     file = tmp_path / "exported.py"
     file.write_text(convert.write("webdataset", drawn, paths, {}))
     mixture = runpy.run_path(str(file))["mixture"]
@@ -217,7 +271,9 @@ def test_webdataset_draws_tokens_as_the_weights_say(tmp_path: Path) -> None:
         tokens[words[0]] += len(words)
         if number == 1500:
             break
-    assert tokens["short"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.05)  # 0.2 if they were taken as they are
+    assert tokens["short"] / sum(tokens.values()) == pytest.approx(
+        0.5, abs=0.05
+    )  # 0.2 if they were taken as they are
 
 
 # The stage
@@ -229,14 +285,18 @@ def exported(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple
     run_dir = tmp_path_factory.mktemp("exported") / "run"
     given = ["mixture=file", "mixture.weights={plain: 0.25, rich: 0.75, digits: 0}", "stage=export"]
     overrides = [*tiny, f"run_dir={run_dir}", *given]
-    outcome = run_here(*overrides, "export.to=webdataset", "export.paths={plain: /d/plain.tar, rich: /d/rich.tar}")
+    outcome = run_here(
+        *overrides, "export.to=webdataset", "export.paths={plain: /d/plain.tar, rich: /d/rich.tar}"
+    )
     assert outcome.code == 0, outcome
     assert "mixture_webdataset.py" in outcome.out and "draws documents" in outcome.out, outcome.out
     assert "left out, as their weight is zero: digits" in outcome.out
     return overrides, run_dir
 
 
-def test_the_stage_makes_the_mixture_and_says_where_it_comes_from(exported: tuple[list[str], Path]) -> None:
+def test_the_stage_makes_the_mixture_and_says_where_it_comes_from(
+    exported: tuple[list[str], Path],
+) -> None:
     _, run_dir = exported
     artefact = json.loads((run_dir / "weights.json").read_text())
     beside = json.loads((run_dir / "export" / "mixture_webdataset.py.provenance.json").read_text())
@@ -249,8 +309,12 @@ def test_the_stage_makes_the_mixture_and_says_where_it_comes_from(exported: tupl
     means = {name: count["tokens"] / count["documents"] for name, count in counts.items()}
     assert beside["tokens_per_document"] == pytest.approx(means)
     text = (run_dir / "export" / "mixture_webdataset.py").read_text()
-    drawn = convert.read("webdataset", text, [*means], {"plain": "/d/plain.tar", "rich": "/d/rich.tar"}, "")
-    assert drawn["plain"] / drawn["rich"] == pytest.approx(0.25 / means["plain"] / (0.75 / means["rich"]))
+    drawn = convert.read(
+        "webdataset", text, [*means], {"plain": "/d/plain.tar", "rich": "/d/rich.tar"}, ""
+    )
+    assert drawn["plain"] / drawn["rich"] == pytest.approx(
+        0.25 / means["plain"] / (0.75 / means["rich"])
+    )
     assert not (run_dir / "proxy").exists() and not (run_dir / "main").exists()
     assert json.loads((run_dir / "export" / "status.json").read_text())["state"] == "finished"
 
@@ -264,7 +328,10 @@ def test_other_trainers_and_places_in_the_same_run_dir(
     assert command(*overrides, "export.to=megatron", f"export.path={file}", paths).code == 0
     assert file.read_text() == "0.25 /d/plain\n0.75 /d/rich\n"
     assert file.with_name("blend.txt.provenance.json").exists()
-    assert command(*overrides, "export.to=lingua", "export.unit=sequences", f"export.path={file}").code == 0
+    assert (
+        command(*overrides, "export.to=lingua", "export.unit=sequences", f"export.path={file}").code
+        == 0
+    )
     assert yaml.safe_load(file.read_text()) == {"data": {"sources": {"plain": 0.25, "rich": 0.75}}}
 
 
@@ -277,44 +344,86 @@ def test_a_trainer_s_file_is_the_mixture_of_another_run(
     paths = "export.paths={plain: /d/plain.tar, rich: /d/rich.tar}"
     file = tmp_path / "out.json"
     outcome = command(
-        *tiny, f"run_dir={tmp_path / 'run'}", *given, paths, "stage=export", "export.to=doremi", f"export.path={file}"
+        *tiny,
+        f"run_dir={tmp_path / 'run'}",
+        *given,
+        paths,
+        "stage=export",
+        "export.to=doremi",
+        f"export.path={file}",
     )
     assert outcome.code == 0, outcome
     artefact = json.loads((tmp_path / "run" / "weights.json").read_text())
-    assert artefact["weights"] == pytest.approx({"plain": 0.25, "rich": 0.75, "digits": 0}, abs=1e-9)
+    assert artefact["weights"] == pytest.approx(
+        {"plain": 0.25, "rich": 0.75, "digits": 0}, abs=1e-9
+    )
     again = ["mixture=file", f"mixture.path={file}", "mixture.format=doremi"]
     content = json.loads(file.read_text())
-    assert content["train_domain_weights"].keys() == {"/d/plain.tar", "/d/rich.tar"}  # as export.paths names them
-    assert command(*tiny, f"run_dir={tmp_path / 'again'}", *again, paths, "stage=export", "export.to=lingua").code == 0
+    assert content["train_domain_weights"].keys() == {
+        "/d/plain.tar",
+        "/d/rich.tar",
+    }  # as export.paths names them
+    assert (
+        command(
+            *tiny,
+            f"run_dir={tmp_path / 'again'}",
+            *again,
+            paths,
+            "stage=export",
+            "export.to=lingua",
+        ).code
+        == 0
+    )
 
 
 REFUSED = [
     ([], ["export.to=None", "allowed: megatron, nemo, gpt_neox"]),
     (["export.to=pax"], ["export.to=pax", "unknown", "lingua, webdataset, doremi"]),
     (["mixture.format=pax"], ["mixture.format=pax", "levanter"]),
-    (["mixture.format=nemo", "export.to=lingua"], ["mixture.format=nemo", "mixture.path, which is missing"]),
+    (
+        ["mixture.format=nemo", "export.to=lingua"],
+        ["mixture.format=nemo", "mixture.path, which is missing"],
+    ),
     (["export.to=nemo"], ["export.paths", "no path for plain, rich", "export.to=nemo"]),
-    (["export.to=nemo", "export.paths={plane: /d}"], ["export.paths", "unknown domain 'plane'", "plain"]),
-    (["export.to=nemo", "export.paths={plain: 's3://me:hush@b/x'}"], ["export.paths.plain", "s3://***@b/x"]),
+    (
+        ["export.to=nemo", "export.paths={plane: /d}"],
+        ["export.paths", "unknown domain 'plane'", "plain"],
+    ),
+    (
+        ["export.to=nemo", "export.paths={plain: 's3://me:hush@b/x'}"],
+        ["export.paths.plain", "s3://***@b/x"],
+    ),
     (["export.to=nemo", "export.unit=tokens"], ["export.unit='tokens'", "sequences", "documents"]),
-    (["export.to=lingua", "mixture.path=x.json"], ["mixture.path=x.json", "mixture.weights", "one of them"]),
+    (
+        ["export.to=lingua", "mixture.path=x.json"],
+        ["mixture.path=x.json", "mixture.weights", "one of them"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("more", "fragments"), REFUSED, ids=[" ".join(more) or "no target" for more, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("more", "fragments"), REFUSED, ids=[" ".join(more) or "no target" for more, _ in REFUSED]
+)
 def test_a_mistake_is_one_message(
     more: list[str], fragments: list[str], exported: tuple[list[str], Path], command: Command
 ) -> None:
     outcome = command(*exported[0], *more)
     assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
-    assert all(fragment in outcome.err for fragment in fragments) and "hush" not in outcome.err, outcome.err
+    assert all(fragment in outcome.err for fragment in fragments) and "hush" not in outcome.err, (
+        outcome.err
+    )
 
 
 @pytest.mark.parametrize(
     ("weights", "named"),
-    [("{plain: 1}", "no weight for digits, rich"), ("{plain: 0.5, rich: 0.4, digits: 0}", "sum to 0.9, not 1")],
+    [
+        ("{plain: 1}", "no weight for digits, rich"),
+        ("{plain: 0.5, rich: 0.4, digits: 0}", "sum to 0.9, not 1"),
+    ],
 )
-def test_given_weights_are_checked(weights: str, named: str, tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_given_weights_are_checked(
+    weights: str, named: str, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     given = ["mixture=file", f"mixture.weights={weights}", "stage=export", "export.to=lingua"]
     outcome = command(*tiny, f"run_dir={tmp_path / 'run'}", *given)
     assert outcome.code == 2 and "mixture.weights: " in outcome.err and named in outcome.err
@@ -328,7 +437,9 @@ def test_the_real_trainers_read_it(tmp_path: Path) -> None:
     """In an environment of their own, since their pins disagree with ours and each other's; `.ci/run` makes it."""
     python = os.environ.get("DOREMI_PEERS")
     if not python:
-        pytest.skip("DOREMI_PEERS does not name a Python with mosaicml-streaming, datasets, litdata, megatron-core")
+        pytest.skip(
+            "DOREMI_PEERS does not name a Python with mosaicml-streaming, datasets, litdata, megatron-core"
+        )
     paths = {name: str(tmp_path / name) for name in ("short", "long")}
     sequences = convert.shares({"short": 0.3, "long": 0.7}, None)
     documents = convert.shares({"short": 0.3, "long": 0.7}, {"short": 10.0, "long": 40.0})
@@ -336,11 +447,17 @@ def test_the_real_trainers_read_it(tmp_path: Path) -> None:
         drawn = documents if to in DOCUMENTS else sequences
         (tmp_path / f"{to}.{FORMATS[to].ending}").write_text(convert.write(to, drawn, paths, {}))
     script = ROOT / "tests" / "helpers" / "peers.py"
-    done = subprocess.run([python, script, tmp_path], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [python, script, tmp_path], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for to in ("megatron", "nemo"):
         assert found[to] == [[paths["short"], paths["long"]], [0.3, 0.7]]
     assert found["mosaicml_streaming proportions"] == pytest.approx([0.3, 0.7])
-    for to in ("mosaicml_streaming", "datasets", "litdata"):  # parts of the tokens that were really drawn
+    for to in (
+        "mosaicml_streaming",
+        "datasets",
+        "litdata",
+    ):  # parts of the tokens that were really drawn
         assert found[to] == pytest.approx(0.3, abs=0.04), found

@@ -30,7 +30,9 @@ def batch(rows: int = N) -> Tensor:
 
 def language_losses(call: Callable[..., Any], tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """(n, T)"""
-    losses = F.cross_entropy(call(input_ids=tokens[:, :-1]).logits.mT, tokens[:, 1:], reduction="none")
+    losses = F.cross_entropy(
+        call(input_ids=tokens[:, :-1]).logits.mT, tokens[:, 1:], reduction="none"
+    )
     return losses if mask is None else losses * mask
 
 
@@ -38,7 +40,9 @@ class Case(NamedTuple):
     model: nn.Module
     losses: Callable[[], Tensor]  # (N, …)
     dropout: bool = False
-    one: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (call, tokens, mask) → () of one example
+    one: Callable[[Any, Tensor, Tensor], Tensor] | None = (
+        None  # (call, tokens, mask) → () of one example
+    )
 
 
 def plain(kind: str, **more: Any) -> Case:
@@ -85,7 +89,9 @@ def lora(kind: str, targets: list[str]) -> Case:
 
 CASES = {
     "llama": lambda: plain("llama"),
-    "llama, biases, tied": lambda: plain("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama, biases, tied": lambda: plain(
+        "llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
     "gpt_neox": lambda: plain("gpt_neox"),
     "gpt_neox, tied": lambda: plain("gpt_neox", tie_word_embeddings=True),
     "gpt2": lambda: plain("gpt2"),
@@ -113,7 +119,9 @@ def oracle(case: Case) -> dict[str, Tensor]:
     if case.one is None:
         losses = case.losses()
         rows = [
-            torch.autograd.grad(loss.sum(), list(named.values()), retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                loss.sum(), list(named.values()), retain_graph=True, allow_unused=True
+            )
             for loss in losses
         ]
         return {name: torch.stack([torch.zeros_like(p) if row[i] is None else row[i] for row in rows])
@@ -140,13 +148,18 @@ def captured(case: Case, verify: bool = False) -> factors.Examples:
 def randomly(model: nn.Module, count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [
-        {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in trained(model).items()}
+        {
+            name: torch.randn(p.shape, dtype=p.dtype, generator=generator)
+            for name, p in trained(model).items()
+        }
         for _ in range(count)
     ]
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max())
+    )
 
 
 def test_every_route_is_vmap_of_grad(case: Case) -> None:
@@ -155,7 +168,9 @@ def test_every_route_is_vmap_of_grad(case: Case) -> None:
     examples = captured(case, verify=True)
     assert set(examples) == set(rows)
     directions = randomly(case.model, 3)
-    expected = torch.stack([whole @ flat({k: v[None] for k, v in along.items()})[0] for along in directions], 1)
+    expected = torch.stack(
+        [whole @ flat({k: v[None] for k, v in along.items()})[0] for along in directions], 1
+    )
     close(products.dot(examples, directions[0]), expected[:, :1])
     close(products.dot(examples, *directions), expected)
     found = products.products(examples, tuple(directions))
@@ -190,7 +205,9 @@ def test_no_more_is_kept_than_asked_for(case: Case) -> None:
         assert sum(sizes[name] for name in some) <= keep and (keep == 0) == (not some)
 
 
-def test_the_token_route_and_the_row_route_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_route_and_the_row_route_agree(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples, (direction,) = captured(case), randomly(case.model, 1)
     monkeypatch.setattr(products, "_short", lambda use: True)
     by_token = products.products(examples, (direction,))
@@ -211,11 +228,15 @@ def test_a_sketch_is_linear_deterministic_and_right_on_average(case: Case) -> No
     rows, examples = oracle(case), captured(case)
     # The identity where a side is no longer than the sketch: then it is the gradient itself.
     close(products.sketch(examples, 64), products.sketch(captured(case), 64))
-    of_rows = torch.stack([products.sketch_of({k: rows[k][i] for k in examples}, 3) for i in range(N)])
+    of_rows = torch.stack(
+        [products.sketch_of({k: rows[k][i] for k in examples}, 3) for i in range(N)]
+    )
     close(products.sketch(examples, 3), of_rows)
     prepared = capture.capture(case.model, case.losses, (N, T), sketch=3).examples
     close(products.sketch(prepared, 3), of_rows)
-    close(products.sketch(prepared, 64), products.sketch(examples, 64))  # which it was not prepared for
+    close(
+        products.sketch(prepared, 64), products.sketch(examples, 64)
+    )  # which it was not prepared for
     exact = products.sketch(examples, 64)
     if max(p.shape[0] for p in trained(case.model).values()) <= 64:
         close(exact @ exact.T, flat(rows) @ flat(rows).T)
@@ -251,7 +272,9 @@ def test_forward_routes_agree_with_factors() -> None:
         case.model, lambda call: language_losses(call, tokens, mask).sum(1), direction
     )
     close(derivative, expected)
-    difference = directional.forward_difference(case.model, lambda: case.losses().sum(1), direction, 1e-5)
+    difference = directional.forward_difference(
+        case.model, lambda: case.losses().sum(1), direction, 1e-5
+    )
     torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -263,12 +286,15 @@ def test_curvature_is_the_hessian_s() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         slope = torch.autograd.grad(case.losses().sum(), list(named.values()), create_graph=True)
     along = torch.autograd.grad(
-        sum((g * direction[name]).sum() for name, g in zip(named, slope, strict=True)), list(named.values())
+        sum((g * direction[name]).sum() for name, g in zip(named, slope, strict=True)),
+        list(named.values()),
     )
     expected = sum(float((h * direction[name]).sum()) for name, h in zip(named, along, strict=True))
 
     def gradient() -> dict[str, Tensor]:
-        return dict(zip(named, torch.autograd.grad(case.losses().sum(), list(named.values())), strict=True))
+        return dict(
+            zip(named, torch.autograd.grad(case.losses().sum(), list(named.values())), strict=True)
+        )
 
     found = directional.curvature(case.model, gradient, direction, 1e-5)
     assert found == pytest.approx(expected, rel=1e-4)
@@ -278,14 +304,20 @@ def test_curvature_is_the_hessian_s() -> None:
 def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
     model = build("llama")
     tokens = batch(2)
-    document = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2]])  # the last token of the first row is padding
-    same = (document[:, :, None] == document[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril()
+    document = torch.tensor(
+        [[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2]]
+    )  # the last token of the first row is padding
+    same = (document[:, :, None] == document[:, None, :]) & torch.ones(
+        T, T, dtype=torch.bool
+    ).tril()
     same |= torch.eye(T, dtype=torch.bool)  # padding sees itself
     attention = torch.where(same, 0.0, -1e9).double()[:, None]
     position = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
 
     def losses() -> Tensor:
-        logits = model(input_ids=tokens[:, :-1], attention_mask=attention, position_ids=position).logits
+        logits = model(
+            input_ids=tokens[:, :-1], attention_mask=attention, position_ids=position
+        ).logits
         return F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none") * (document >= 0)
 
     examples = capture.capture(model, losses, (2, T)).examples
@@ -295,7 +327,9 @@ def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
     for row, span in spans:  # each document as the whole batch
         logits = model(input_ids=tokens[row : row + 1, :-1][:, span]).logits[0]
         loss = F.cross_entropy(logits, tokens[row, 1:][span], reduction="sum")
-        alone.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        alone.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        )
     whole = torch.stack(alone)
     direction = dict(zip(trained(model), randomly(model, 1)[0].values(), strict=True))
     along = torch.cat([direction[name].flatten() for name in trained(model)])
@@ -313,7 +347,9 @@ def test_a_step_from_factors_is_adamw_s_on_the_subset() -> None:
         model = build("gpt_neox")
         optimizer = optim.build(model, OptimizerOptions(gradient_clip=None))
         for _ in range(3):
-            of_step = case._replace(model=model, losses=lambda model=model: language_losses(model, batch()))
+            of_step = case._replace(
+                model=model, losses=lambda model=model: language_losses(model, batch())
+            )
             if subset:
                 (language_losses(model, batch()[[1, 3]]).sum() / 2).backward()
             else:
@@ -330,12 +366,19 @@ def test_bf16_factors_are_summed_in_float32() -> None:
     exact = capture.capture(model, lambda: model(batch()), (N, T)).examples
     model.precision = "bf16"
     rounded = capture.capture(model, lambda: model(batch()), (N, T), verify=True).examples
-    assert any(f.left.dtype == torch.bfloat16 for u in rounded.values() for f in u if isinstance(f, factors.Outer))
+    assert any(
+        f.left.dtype == torch.bfloat16
+        for u in rounded.values()
+        for f in u
+        if isinstance(f, factors.Outer)
+    )
     (direction,) = randomly(model, 1)
     one, two = (products.products(found, (direction,)) for found in (exact, rounded))
     assert two.gram.dtype == two.dots.dtype == torch.float32
     torch.testing.assert_close(two.gram, one.gram, rtol=0, atol=0.05 * float(one.gram.abs().max()))
-    torch.testing.assert_close(two.dots, one.dots, rtol=0, atol=0.05 * float(one.gram.diag().sqrt().max() * D))
+    torch.testing.assert_close(
+        two.dots, one.dots, rtol=0, atol=0.05 * float(one.gram.diag().sqrt().max() * D)
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -345,7 +388,9 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.elements = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, Tensor):
@@ -353,7 +398,9 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_no_tensor_of_all_examples_and_parameters_is_ever_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_of_all_examples_and_parameters_is_ever_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(factors, "NUMBERS", 1000)
     model = build("gpt_neox", intermediate_size=100)
     tokens = batch()

@@ -19,8 +19,19 @@ def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
-    assert {"benchmark", "hardware", "date", "commit", "torch", "ratios", "intervals", "figures"} <= found.keys()
-    assert all(math.isfinite(ratio) and ratio > 0 for ratio in found["ratios"].values()), found["ratios"]
+    assert {
+        "benchmark",
+        "hardware",
+        "date",
+        "commit",
+        "torch",
+        "ratios",
+        "intervals",
+        "figures",
+    } <= found.keys()
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in found["ratios"].values()), found[
+        "ratios"
+    ]
     for key, (low, high) in found["intervals"].items():
         assert low <= found["ratios"][key] <= high and key in done.stdout, key
     return found

@@ -72,7 +72,15 @@ def start(*overrides: str, processes: int = 1) -> Any:
     """The command as one process, or as several under torchrun with gloo; not waited for."""
     if processes == 1:
         return forked.ranks(1, overrides, environment())[0]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        "-m",
+    ]
     return subprocess.Popen(
         [*launch, "doremi_train", *overrides],
         stdout=subprocess.PIPE,

@@ -49,12 +49,20 @@ class Case(NamedTuple):
     precision: str = "fp32"
     logits: int | None = None  # that may exist at once: the projection is fused with the loss
     stopped: int | None = None  # told to stop in this step, and continued
-    broken_step: int | None = None  # one sequence of this step, counted from 0, has a loss that is not a number
+    broken_step: int | None = (
+        None  # one sequence of this step, counted from 0, has a loss that is not a number
+    )
 
 
 CASES = {
-    **{f"{how}-{parts}": Case(parts=parts, accumulation=how) for how in ("exact", "lagged") for parts in (1, 2, 4)},
-    "uneven": Case(batch=13, parts=2),  # 7 and 6 rows for two ranks; some ranks of four have none in a micro-batch
+    **{
+        f"{how}-{parts}": Case(parts=parts, accumulation=how)
+        for how in ("exact", "lagged")
+        for parts in (1, 2, 4)
+    },
+    "uneven": Case(
+        batch=13, parts=2
+    ),  # 7 and 6 rows for two ranks; some ranks of four have none in a micro-batch
     "bf16": Case(precision="bf16"),
     "fused": Case(parts=2, logits=20 * 300),
     "broken": Case(broken_step=4),
@@ -85,7 +93,9 @@ def options(case: Case, world: int) -> TrainingOptions:
 
 
 def shape(store: TokenStore) -> dict[str, Any]:
-    return configs.resolve(ModelOptions(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH)
+    return configs.resolve(
+        ModelOptions(config=CONFIG), store.vocabulary_size, store.end_of_document, LENGTH
+    )
 
 
 def train(case: Case, out: Path, place: place.Place, store: TokenStore, reference: Path) -> None:
@@ -99,7 +109,11 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
         training=options(case, comm.world().size),
         evaluation=EvaluationOptions(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
-        reference=Live(folders.load(reference, store.vocabulary_size, "reference"), place.device, case.precision),
+        reference=Live(
+            folders.load(reference, store.vocabulary_size, "reference"),
+            place.device,
+            case.precision,
+        ),
     )
     built = folders.build(shape(store), 1)
     if case.broken_step is not None:
@@ -112,7 +126,9 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
     fit(task, built, place)
 
 
-def fit(task: Task, built: language_model.LanguageModel, place: place.Place, stopped: int | None = None) -> None:
+def fit(
+    task: Task, built: language_model.LanguageModel, place: place.Place, stopped: int | None = None
+) -> None:
     trainer = Trainer(task, built, place)
     if stopped is not None:
         stop_in(built, stopped)

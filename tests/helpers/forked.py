@@ -23,20 +23,28 @@ import pytest
 
 _context = multiprocessing.get_context("forkserver")
 _folder = tempfile.TemporaryDirectory(prefix="doremi-forked-")  # of what they print
-_context.set_forkserver_preload(["doremi_train.stages.pipeline", "transformers.models.gpt_neox.modeling_gpt_neox"])
+_context.set_forkserver_preload(
+    ["doremi_train.stages.pipeline", "transformers.models.gpt_neox.modeling_gpt_neox"]
+)
 
 
 class Forked:
     """What tests use of subprocess.Popen, of one process."""
 
-    def __init__(self, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None, files: list[Path]) -> None:
+    def __init__(
+        self, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None, files: list[Path]
+    ) -> None:
         self.args, self._files = list(overrides), files
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with pytest.MonkeyPatch.context() as patch:  # read when a library is loaded, so the server must have it
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # read when a library is loaded, so the server must have it
             patch.setenv("OMP_NUM_THREADS", env["OMP_NUM_THREADS"])
             patch.setenv("PYTHONPATH", env["PYTHONPATH"])
             forkserver.ensure_running()
-        self._process = _context.Process(target=_run, args=(self.args, dict(env), str(cwd or Path.cwd()), files, limit))
+        self._process = _context.Process(
+            target=_run, args=(self.args, dict(env), str(cwd or Path.cwd()), files, limit)
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -70,7 +78,9 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def ranks(count: int, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> list[Forked]:
+def ranks(
+    count: int, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
+) -> list[Forked]:
     """The command as one process, or as `count` that know of each other and that no agent watches; they share their
     output."""
     if count == 1:
@@ -81,7 +91,10 @@ def ranks(count: int, overrides: Sequence[str], env: Mapping[str, str], cwd: Pat
     common = {**env, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     files = _outputs()
     numbers = map(str, range(count))
-    return [Forked(overrides, {**common, "RANK": rank, "LOCAL_RANK": rank}, cwd, files) for rank in numbers]
+    return [
+        Forked(overrides, {**common, "RANK": rank, "LOCAL_RANK": rank}, cwd, files)
+        for rank in numbers
+    ]
 
 
 def ended(processes: Sequence[Forked], timeout: float) -> tuple[int, str, str]:
@@ -93,7 +106,9 @@ def ended(processes: Sequence[Forked], timeout: float) -> tuple[int, str, str]:
     finally:
         for process in processes:
             process.kill()
-    return next((code for code in (p.returncode for p in processes) if code), 0), *processes[0].communicate()
+    return next((code for code in (p.returncode for p in processes) if code), 0), *processes[
+        0
+    ].communicate()
 
 
 def _outputs() -> list[Path]:
@@ -105,7 +120,9 @@ def _outputs() -> list[Path]:
     return files
 
 
-def _run(overrides: list[str], env: dict[str, str], cwd: str, files: list[Path], limit: tuple[int, int]) -> None:
+def _run(
+    overrides: list[str], env: dict[str, str], cwd: str, files: list[Path], limit: tuple[int, int]
+) -> None:
     """In the new process."""
     for number, path in enumerate(files, 1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)

@@ -17,8 +17,16 @@ SHAPES = {
 
 def build(kind: str, attention: str = "eager", **more: Any) -> Any:
     torch.manual_seed(0)
-    settings = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": False}
-    dropout = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0) if kind == "gpt2" else {}
+    settings = {
+        "vocab_size": V,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "use_cache": False,
+    }
+    dropout = (
+        dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0) if kind == "gpt2" else {}
+    )
     config = AutoConfig.for_model(kind, **(SHAPES[kind] | settings | dropout | more))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
     for parameter in model.parameters():  # norms of 1 and biases of 0 would hide mistakes

@@ -21,7 +21,9 @@ def blends(folder):
     from megatron.core.datasets.utils import get_blend_from_list
 
     return {
-        "megatron": get_blend_from_list((folder / "megatron.txt").read_text().split()),  # as for --data-args-path
+        "megatron": get_blend_from_list(
+            (folder / "megatron.txt").read_text().split()
+        ),  # as for --data-args-path
         "nemo": get_blend_from_list(json.loads((folder / "nemo.json").read_text())),
     }
 
@@ -31,7 +33,12 @@ def without_pictures():
     """mosaicml-streaming asks for torchvision at import, and PyPI's does not load beside a CPU build of torch."""
     import transformers  # noqa: F401 — streaming imports it, and it looks for the real one
 
-    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    names = (
+        "torchvision",
+        "torchvision.datasets",
+        "torchvision.transforms",
+        "torchvision.transforms.functional",
+    )
     modules = {name: types.ModuleType(name) for name in names}
     modules["torchvision.datasets"].VisionDataset = object
     modules["torchvision.transforms.functional"].to_tensor = None
@@ -50,7 +57,9 @@ def mosaicml_streaming(folder):
             for _ in range(400):
                 writer.write({"domain": name})
     streams = yaml.safe_load((folder / "mosaicml_streaming.yaml").read_text())["streams"]
-    made = [Stream(**fields, local=str(folder / "cache" / name)) for name, fields in streams.items()]
+    made = [
+        Stream(**fields, local=str(folder / "cache" / name)) for name, fields in streams.items()
+    ]
     dataset = StreamingDataset(streams=made, batch_size=1, epoch_size=1000)
     drawn = [sample["domain"] for sample in dataset]
     return {
@@ -66,7 +75,9 @@ def datasets(folder):
         name = Path(path).name
         return Dataset.from_dict({"tokens": [[name] * LENGTHS[name]] * 4000})
 
-    mixed = runpy.run_path(str(folder / "datasets.py"), run_name="exported")["mixture"](open_source=opened)
+    mixed = runpy.run_path(str(folder / "datasets.py"), run_name="exported")["mixture"](
+        open_source=opened
+    )
     tokens = [token for row in mixed.select(range(4000))["tokens"] for token in row]
     return {"datasets": tokens.count("short") / len(tokens)}
 
@@ -83,7 +94,14 @@ def litdata(folder):
 
     for number, name in enumerate(LENGTHS):
         out = folder / "lit" / name
-        optimize(blocks, [number], str(out), chunk_size=BLOCK * 2000, num_workers=1, item_loader=TokensLoader(BLOCK))
+        optimize(
+            blocks,
+            [number],
+            str(out),
+            chunk_size=BLOCK * 2000,
+            num_workers=1,
+            item_loader=TokensLoader(BLOCK),
+        )
         (folder / name).rename(folder / f"{name}_mds")  # the place is another target's
         out.rename(folder / name)
     mixed = runpy.run_path(str(folder / "litdata.py"), run_name="exported")["mixture"](BLOCK)

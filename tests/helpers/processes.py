@@ -36,7 +36,9 @@ def checkpoints(stage: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300
+) -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended too early: {process.communicate()}"
@@ -66,14 +68,20 @@ class reaped:
 
 def same_numbers(one: Path, two: Path) -> None:
     """α of every step within 1e-6, learning curves within 1e-4, the same draws."""
-    for a, b in zip(*(lines(run / "proxy" / "domain_weights.jsonl") for run in (one, two)), strict=True):
+    for a, b in zip(
+        *(lines(run / "proxy" / "domain_weights.jsonl") for run in (one, two)), strict=True
+    ):
         assert a["step"] == b["step"] and a["tokens"] == b["tokens"]
         assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
-        assert all(abs(a["excess_loss"][name] - b["excess_loss"][name]) < 1e-5 for name in a["weights"])
+        assert all(
+            abs(a["excess_loss"][name] - b["excess_loss"][name]) < 1e-5 for name in a["weights"]
+        )
     for stage in ("reference", "proxy", "main"):
         for a, b in zip(*(lines(run / stage / "metrics.jsonl") for run in (one, two)), strict=True):
             assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4
-        for a, b in zip(*(lines(run / stage / "evaluations.jsonl") for run in (one, two)), strict=True):
+        for a, b in zip(
+            *(lines(run / stage / "evaluations.jsonl") for run in (one, two)), strict=True
+        ):
             assert abs(a["mean_loss"] - b["mean_loss"]) < 1e-4
 
 
@@ -84,13 +92,19 @@ def same_bits(one: Path, two: Path) -> None:
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for a, b in zip(*(lines(run / "proxy" / "metrics.jsonl") for run in (one, two)), strict=True):
-        assert a["step"] == b["step"] and a["learning_rate"] == b["learning_rate"] and a["loss"] == b["loss"]
+        assert (
+            a["step"] == b["step"]
+            and a["learning_rate"] == b["learning_rate"]
+            and a["loss"] == b["loss"]
+        )
 
 
 def documents_of(store: TokenStore, split: str, domain: str) -> list[str]:
     """Texts, read back from the shards of a small store."""
     tokenizer, found, pending = store.tokenizer(), [], []
-    for path in sorted((store.path / store.manifest["domains"][domain][split]["folder"]).glob("*.tar")):
+    for path in sorted(
+        (store.path / store.manifest["domains"][domain][split]["folder"]).glob("*.tar")
+    ):
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.name.endswith(".tokens.npy"):

@@ -29,11 +29,18 @@ def options(**values: Any) -> DataOptions:
 
 
 def jsonl(texts: list[str], key: str = "text", newline: str = "\n") -> bytes:
-    return newline.join(json.dumps({"id": index, key: text}) for index, text in enumerate(texts)).encode()
+    return newline.join(
+        json.dumps({"id": index, key: text}) for index, text in enumerate(texts)
+    ).encode()
 
 
 def write_parquet(path: Path, texts: list[str]) -> None:
-    table = pa.table({"text": texts, "meta": [{"source": f"s{index % 2}", "n": index} for index in range(len(texts))]})
+    table = pa.table(
+        {
+            "text": texts,
+            "meta": [{"source": f"s{index % 2}", "n": index} for index in range(len(texts))],
+        }
+    )
     pq.write_table(table, path, row_group_size=2)
 
 
@@ -45,7 +52,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def write_megatron(prefix: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2") -> None:
+def write_megatron(
+    prefix: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2"
+) -> None:
     """Documents of sequences of token ids, as Megatron's IndexedDatasetBuilder writes them."""
     sequences = [np.array(sequence, dtype) for document in documents for sequence in document]
     sizes = np.array([len(sequence) for sequence in sequences], "<i4")
@@ -53,7 +62,9 @@ def write_megatron(prefix: Path, documents: list[list[list[int]]], code: int = 8
     bounds = np.cumsum([0] + [len(document) for document in documents], dtype="<i8")
     prefix.with_suffix(".bin").write_bytes(b"".join(sequence.tobytes() for sequence in sequences))
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sizes), len(bounds))
-    prefix.with_suffix(".idx").write_bytes(header + sizes.tobytes() + pointers.tobytes() + bounds.tobytes())
+    prefix.with_suffix(".idx").write_bytes(
+        header + sizes.tobytes() + pointers.tobytes() + bounds.tobytes()
+    )
 
 
 def pieces(given: DataOptions) -> list[Piece]:
@@ -92,7 +103,9 @@ def write_as(folder: Path, ending: str) -> None:
         write_tar(path, [(f"{index:03}.txt", text.encode()) for index, text in enumerate(TEXTS)])
     elif ending.endswith(".zst"):
         data = jsonl(TEXTS)
-        path.write_bytes(zstandard.compress(data[:50]) + zstandard.compress(data[50:]))  # two frames
+        path.write_bytes(
+            zstandard.compress(data[:50]) + zstandard.compress(data[50:])
+        )  # two frames
     elif ending.endswith(".gz"):
         data = jsonl(TEXTS)
         path.write_bytes(gzip.compress(data[:50]) + gzip.compress(data[50:]))

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from doremi_train.config import UserError, load
-from doremi_train.methods import OBJECTIVES, cross_entropy, doge, doremi, dro, importance, online, simplex
+from doremi_train.methods import (
+    OBJECTIVES,
+    cross_entropy,
+    doge,
+    doremi,
+    dro,
+    importance,
+    online,
+    simplex,
+)
 from doremi_train.methods.doremi import Options, State, Stats
 from doremi_train.parallel.world import World
 
@@ -33,7 +42,9 @@ def float64(values: Any) -> Tensor:
 
 def means(excess: Any, tokens: float = 10) -> Stats:
     """Sums of a batch in which every domain has `tokens` tokens and this mean excess (K,)."""
-    return Stats(float64(excess) * tokens, torch.full((len(excess),), float(tokens), dtype=torch.float64))
+    return Stats(
+        float64(excess) * tokens, torch.full((len(excess),), float(tokens), dtype=torch.float64)
+    )
 
 
 def trajectory(excess: Any, options: Options) -> list[State]:
@@ -43,10 +54,14 @@ def trajectory(excess: Any, options: Options) -> list[State]:
     return states
 
 
-def random_batch(seed: int, domains: int, sequences: int = 12, tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(
+    seed: int, domains: int, sequences: int = 12, tokens: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
     """losses (B, T), reference (B, T), domain (B,)."""
     generator = torch.Generator().manual_seed(seed)
-    losses, reference = torch.rand(2, sequences, tokens, generator=generator, dtype=torch.float64) * 6
+    losses, reference = (
+        torch.rand(2, sequences, tokens, generator=generator, dtype=torch.float64) * 6
+    )
     return losses, reference, torch.randint(domains, (sequences,), generator=generator)
 
 
@@ -54,14 +69,20 @@ def add(parts: list[Stats]) -> Stats:
     return Stats(*(sum(fields[1:], start=fields[0]) for fields in zip(*parts, strict=True)))
 
 
-def naive(batches: list[tuple[Tensor, Tensor, Tensor]], domains: int, eta: float, c: float) -> list[list[float]]:
+def naive(
+    batches: list[tuple[Tensor, Tensor, Tensor]], domains: int, eta: float, c: float
+) -> list[list[float]]:
     """Algorithm 1 in plain Python: α_1 … α_T, then ᾱ."""
     alpha, path = [1 / domains] * domains, []
     for losses, reference, domain in batches:
         lam = []
         for k in range(domains):
             rows = [i for i in range(len(domain)) if domain[i] == k]
-            clipped = [max(float(a - b), 0) for i in rows for a, b in zip(losses[i], reference[i], strict=True)]
+            clipped = [
+                max(float(a - b), 0)
+                for i in rows
+                for a, b in zip(losses[i], reference[i], strict=True)
+            ]
             lam.append(sum(clipped) / len(clipped) if clipped else 0.0)
         raised = [a * math.exp(eta * x) for a, x in zip(alpha, lam, strict=True)]
         alpha = [(1 - c) * a / sum(raised) + c / domains for a in raised]
@@ -111,7 +132,9 @@ def test_equals_the_naive_algorithm(seed: int, domains: int, eta: float, c: floa
     *path, average = naive(batches, domains, eta, c)
     state = doremi.init(domains, len(batches), options)
     for (losses, reference, domain), expected in zip(batches, path, strict=True):
-        state = doremi.update(state, doremi.observe(losses, reference, domain, domains, options), options)
+        state = doremi.update(
+            state, doremi.observe(losses, reference, domain, domains, options), options
+        )
         torch.testing.assert_close(state.weights, float64(expected), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(doremi.result(state), float64(average), rtol=1e-12, atol=1e-14)
 
@@ -120,7 +143,10 @@ def test_equals_the_naive_algorithm(seed: int, domains: int, eta: float, c: floa
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.floats(0, 1e4), min_size=4, max_size=4), min_size=1, max_size=5), st.floats(0, 0.99))
+@given(
+    st.lists(st.lists(st.floats(0, 1e4), min_size=4, max_size=4), min_size=1, max_size=5),
+    st.floats(0, 0.99),
+)
 def test_weights_stay_on_the_simplex_above_the_floor(excess: list[list[float]], c: float) -> None:
     for state in trajectory(excess, Options(smoothing=c))[1:]:
         assert torch.isfinite(state.weights).all()
@@ -141,7 +167,9 @@ def test_sums_of_parts_are_the_sums_of_the_batch_whatever_the_order() -> None:
     whole = doremi.observe(losses, reference, domain, 4, Options())
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(
-        doremi.observe(losses[order], reference[order], domain[order], 4, Options()).excess, whole.excess, atol=1e-12
+        doremi.observe(losses[order], reference[order], domain[order], 4, Options()).excess,
+        whole.excess,
+        atol=1e-12,
     )
     for size, micro in [(1, 4), (2, 8), (2, 2), (4, 1), (4, 4)]:
         parts = [
@@ -158,9 +186,15 @@ def test_local_sums_give_other_weights_than_global_ones() -> None:
     """A rank that updates from its own data alone is the commonest mistake: the sums must be seen to differ."""
     losses, reference, domain = random_batch(0, 3)
     options, start = Options(), doremi.init(3, 1, Options())
-    parts = [doremi.observe(losses[r], reference[r], domain[r], 3, options) for r in (slice(0, 6), slice(6, 12))]
+    parts = [
+        doremi.observe(losses[r], reference[r], domain[r], 3, options)
+        for r in (slice(0, 6), slice(6, 12))
+    ]
     global_weights = doremi.update(start, add(parts), options).weights
-    assert all(not torch.allclose(doremi.update(start, part, options).weights, global_weights) for part in parts)
+    assert all(
+        not torch.allclose(doremi.update(start, part, options).weights, global_weights)
+        for part in parts
+    )
 
 
 def test_zero_step_size_keeps_the_weights_uniform() -> None:
@@ -173,8 +207,12 @@ def test_a_proxy_equal_to_its_reference_moves_towards_uniform_only_through_smoot
     for c in (0.0, 0.1):
         options = Options(smoothing=c)
         state = trajectory(EXCESS, options)[-1]
-        after = doremi.update(state, doremi.observe(losses, losses.clone(), domain, 3, options), options)
-        torch.testing.assert_close(after.weights, (1 - c) * state.weights + c / 3, rtol=0, atol=1e-14)
+        after = doremi.update(
+            state, doremi.observe(losses, losses.clone(), domain, 3, options), options
+        )
+        torch.testing.assert_close(
+            after.weights, (1 - c) * state.weights + c / 3, rtol=0, atol=1e-14
+        )
 
 
 def test_weights_are_carried_from_step_to_step() -> None:
@@ -203,7 +241,9 @@ def test_excess_of_an_absent_domain(absent: Any, expected: float) -> None:
 def test_an_absent_domain_does_not_start_at_a_large_excess() -> None:
     for absent in ("zero", "hold"):
         options = Options(absent=absent)
-        state = doremi.update(doremi.init(2, 1, options), Stats(float64([0, 0]), float64([10, 0])), options)
+        state = doremi.update(
+            doremi.init(2, 1, options), Stats(float64([0, 0]), float64([10, 0])), options
+        )
         assert state.excess.tolist() == [0, 0]
 
 
@@ -234,7 +274,9 @@ def test_average_from_leaves_out_the_start_of_the_run(part: float, left_out: int
 
 
 @pytest.mark.parametrize(("part", "still"), [(0.34, 1), (0.5, 1), (0.67, 2)])
-def test_in_the_warm_up_the_weights_stay_uniform_and_are_not_averaged(part: float, still: int) -> None:
+def test_in_the_warm_up_the_weights_stay_uniform_and_are_not_averaged(
+    part: float, still: int
+) -> None:
     """After it they are those of a run that begins there."""
     states = trajectory(EXCESS, Options(warmup=part))
     later = trajectory(EXCESS[still:], Options())
@@ -242,8 +284,12 @@ def test_in_the_warm_up_the_weights_stay_uniform_and_are_not_averaged(part: floa
         assert torch.equal(state.weights, simplex.uniform(3))
     for state, expected in zip(states[1 + still :], later[1:], strict=True):
         assert torch.equal(state.weights, expected.weights)
-    torch.testing.assert_close(doremi.result(states[-1]), doremi.result(later[-1]), rtol=0, atol=1e-15)
-    assert torch.equal(states[1].excess, trajectory(EXCESS, Options())[1].excess)  # recorded all the same
+    torch.testing.assert_close(
+        doremi.result(states[-1]), doremi.result(later[-1]), rtol=0, atol=1e-15
+    )
+    assert torch.equal(
+        states[1].excess, trajectory(EXCESS, Options())[1].excess
+    )  # recorded all the same
 
 
 def test_no_result_before_a_step_was_averaged() -> None:
@@ -259,7 +305,9 @@ def test_hardest_is_the_loss_and_easiest_minus_the_reference_both_unclipped(clip
         stats = doremi.observe(losses, reference, domain, 3, options)
         state = doremi.update(doremi.init(3, 1, options), stats, options)
         for k in range(3):
-            assert float(state.excess[k]) == pytest.approx(float(expected[domain == k].mean()), abs=1e-12)
+            assert float(state.excess[k]) == pytest.approx(
+                float(expected[domain == k].mean()), abs=1e-12
+            )
 
 
 @pytest.mark.parametrize("score", ["excess", "easiest"])
@@ -285,7 +333,9 @@ def test_invalid_options_are_refused_by_name(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("zero", [0, 0.0])
 def test_zero_step_size_and_smoothing_are_allowed(zero: float) -> None:
-    assert load(Options, {"step_size": zero, "smoothing": zero}) == Options(step_size=0.0, smoothing=0.0)
+    assert load(Options, {"step_size": zero, "smoothing": zero}) == Options(
+        step_size=0.0, smoothing=0.0
+    )
 
 
 # Equation 1
@@ -297,13 +347,16 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(11, 6, dtype=torch.float64), nn.Linear(6, 11, dtype=torch.float64)
+        self.embed, self.head = (
+            nn.Embedding(11, 6, dtype=torch.float64),
+            nn.Linear(6, 11, dtype=torch.float64),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = self.head(torch.tanh(self.embed(tokens[:, :-1])))
-        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
-            len(tokens), -1
-        )
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        ).view(len(tokens), -1)
 
 
 TOKENS = torch.randint(11, (16, 8), generator=torch.Generator().manual_seed(0))
@@ -311,7 +364,12 @@ DOMAIN = torch.tensor([0] * 7 + [1] * 3 + [3] * 5 + [0])  # domain 2 is absent
 
 
 def gradient(loss: Tensor, model: nn.Module) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        ]
+    )
 
 
 def equation_1(model: Tiny, weights: Tensor) -> Tensor:
@@ -321,7 +379,9 @@ def equation_1(model: Tiny, weights: Tensor) -> Tensor:
     return gradient(torch.stack(terms).sum(), model)
 
 
-def one_step(model: Tiny, reference: Tiny, options: Options, size: int, micro: int) -> tuple[State, Tensor]:
+def one_step(
+    model: Tiny, reference: Tiny, options: Options, size: int, micro: int
+) -> tuple[State, Tensor]:
     """α_1, and the gradient as `size` ranks with micro-batches of `micro` sequences make it, averaged as DDP does."""
     shares = [World(rank, size).rows(len(TOKENS), micro) for rank in range(size)]
     with torch.no_grad():
@@ -335,8 +395,13 @@ def one_step(model: Tiny, reference: Tiny, options: Options, size: int, micro: i
     state = doremi.update(doremi.init(4, 1, options), stats, options)
     gradients = []
     for share in shares:
-        parts = [(doremi.weigh(state, DOMAIN[r], stats.tokens, options) * model(TOKENS[r])).sum() for r in share]
-        gradients.append(gradient(torch.stack(parts).sum() * size, model))  # × ranks: DDP divides by them
+        parts = [
+            (doremi.weigh(state, DOMAIN[r], stats.tokens, options) * model(TOKENS[r])).sum()
+            for r in share
+        ]
+        gradients.append(
+            gradient(torch.stack(parts).sum() * size, model)
+        )  # × ranks: DDP divides by them
     return state, torch.stack(gradients).mean(0)
 
 
@@ -350,7 +415,9 @@ def models() -> tuple[Tiny, Tiny]:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_gradient_is_that_of_equation_1_for_any_ranks_and_accumulation(size: int, accumulation: int) -> None:
+def test_gradient_is_that_of_equation_1_for_any_ranks_and_accumulation(
+    size: int, accumulation: int
+) -> None:
     model, reference = models()
     options = Options()
     state, found = one_step(model, reference, options, size, len(TOKENS) // size // accumulation)
@@ -365,7 +432,9 @@ def test_gradient_uses_the_new_weights_and_no_common_normaliser_and_no_clip() ->
     state, found = one_step(model, reference, options, 1, len(TOKENS))
     losses, alpha = model(TOKENS), state.weights[DOMAIN, None]
     excess = (losses - reference(TOKENS).detach()).clamp_min(0)
-    per_token = doremi.weigh(state, DOMAIN, torch.bincount(DOMAIN, minlength=4) * losses.shape[1], options)
+    per_token = doremi.weigh(
+        state, DOMAIN, torch.bincount(DOMAIN, minlength=4) * losses.shape[1], options
+    )
     wrong = {
         "old weights": equation_1(model, simplex.uniform(4)),
         "one normaliser": gradient((alpha * losses).sum() / (alpha.expand_as(losses)).sum(), model),
@@ -385,7 +454,9 @@ def test_a_domain_has_its_weight_whatever_its_tokens() -> None:
 
 def test_an_absent_domain_has_no_term_and_the_others_are_not_renormalised() -> None:
     state = doremi.init(2, 1, Options())
-    assert doremi.weigh(state, torch.tensor([0]), float64([4, 0]), Options()).tolist() == [[0.5 / 4]]
+    assert doremi.weigh(state, torch.tensor([0]), float64([4, 0]), Options()).tolist() == [
+        [0.5 / 4]
+    ]
 
 
 def test_no_gradient_flows_through_the_excess_or_the_reference() -> None:
@@ -407,13 +478,23 @@ HALF: dict[str, Any] = {"prior": (0.5, 0.25, 0.25), "high": (0.9, 0.9, 0.9)}
     [("cross_entropy", cross_entropy.Options(weights=(0.5, 0.25, 0.25)))]
     + [("doge", doge.Options()), ("dro", dro.Options(**HALF, target_losses=(1.0, 1.0, 1.0)))]
     + [(name, online.Options(**HALF)) for name in ("ado", "odm")]
-    + [("doremi", Options(objective=o, score=s)) for o in ("weight", "resample") for s in ("excess", "hardest")]
-    + [("importance", importance.Options(policy=p, weights=(1.0, 0.0, 0.0))) for p in ("none", "imp", "dimp", "rho")],
+    + [
+        ("doremi", Options(objective=o, score=s))
+        for o in ("weight", "resample")
+        for s in ("excess", "hardest")
+    ]
+    + [
+        ("importance", importance.Options(policy=p, weights=(1.0, 0.0, 0.0)))
+        for p in ("none", "imp", "dimp", "rho")
+    ],
 )
 def test_contract_of_an_objective(name: str, options: Any) -> None:
     objective = OBJECTIVES[name]
     losses, reference, domain = random_batch(0, 3, sequences=8)
-    halves = [objective.observe(losses[r], reference[r], domain[r], 3, options) for r in (slice(0, 4), slice(4, 8))]
+    halves = [
+        objective.observe(losses[r], reference[r], domain[r], 3, options)
+        for r in (slice(0, 4), slice(4, 8))
+    ]
     whole = objective.observe(losses, reference, domain, 3, options)
     for a, b, both in zip(*halves, whole, strict=True):
         assert len(both) == 3 and both.dtype == torch.float64
@@ -422,7 +503,9 @@ def test_contract_of_an_objective(name: str, options: Any) -> None:
     assert float(objective.sampling(state, options).sum()) == pytest.approx(1)
     weights = objective.weigh(state, domain, whole.tokens, options, losses, reference)
     assert torch.broadcast_shapes(weights.shape, losses.shape) == losses.shape
-    assert float(weights.expand_as(losses).sum()) == pytest.approx(1)  # a mean: the loss has the scale of nats
+    assert float(weights.expand_as(losses).sum()) == pytest.approx(
+        1
+    )  # a mean: the loss has the scale of nats
     assert all(column.shape in ((3,), ()) for column in objective.record(state, whole).values())
 
 

@@ -30,7 +30,9 @@ def naive(gain: Tensor, gram: Tensor, count: int, eta: float, curvature: float) 
     for _ in range(count):
         best = max(
             (i for i in range(len(gain)) if i not in picked),
-            key=lambda i: float(eta * gain[i] - sum(eta**2 * curvature * gram[i, j] for j in picked)),
+            key=lambda i: float(
+                eta * gain[i] - sum(eta**2 * curvature * gram[i, j] for j in picked)
+            ),
         )
         picked.append(best)
     return picked
@@ -77,7 +79,9 @@ def test_a_near_duplicate_is_refused_while_others_are_left() -> None:
     gain, gram = gain[twice], gram[twice][:, twice]
     found = greats.pick(gain, gram, 6, 1e-6, 1.0, 0.95).picked
     assert len({int(i) % 6 for i in found}) == 6
-    assert len(greats.pick(gain, gram, 8, 1e-6, 1.0, 0.95).picked) == 8  # then they are all there is
+    assert (
+        len(greats.pick(gain, gram, 8, 1e-6, 1.0, 0.95).picked) == 8
+    )  # then they are all there is
 
 
 def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
@@ -90,27 +94,50 @@ def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
 
     def of_validation() -> dict[str, Tensor]:
         named = dict(built.named_parameters())
-        return dict(zip(named, torch.autograd.grad(built(validation).mean(), list(named.values())), strict=True))
+        return dict(
+            zip(
+                named,
+                torch.autograd.grad(built(validation).mean(), list(named.values())),
+                strict=True,
+            )
+        )
 
     target = of_validation()
     square = sum(float(part.double().square().sum()) for part in target.values())
     found = products.products(examples, (target,))
-    return found.dots[:, 0], found.gram, directional.curvature(built, of_validation, target) / square
+    return (
+        found.dots[:, 0],
+        found.gram,
+        directional.curvature(built, of_validation, target) / square,
+    )
 
 
 def test_as_published_the_second_term_is_inert_and_calibrated_with_the_cap_it_is_not() -> None:
     gain, gram, curvature = pairs_of_examples()
 
     def distinct(step_size: float, curvature: float, cap: float | None) -> int:
-        return len({int(i) % 8 for i in greats.pick(gain, gram, 8, step_size, curvature, cap).picked})
+        return len(
+            {int(i) % 8 for i in greats.pick(gain, gram, 8, step_size, curvature, cap).picked}
+        )
 
     assert [distinct(rate, 1.0, None) for rate in (2e-5, 6e-4)] == [4, 4]  # every pick twice
     assert curvature > 0
     assert distinct(6e-4 / 8, curvature, 0.95) == 8
 
 
-def test_the_validation_gradient_is_taken_at_each_of_the_first_steps_and_then_now_and_then() -> None:
-    assert [step for step in range(1, 20) if batch_selection.looks_ahead(step, 5)] == [1, 2, 3, 4, 5, 6, 11, 16]
+def test_the_validation_gradient_is_taken_at_each_of_the_first_steps_and_then_now_and_then() -> (
+    None
+):
+    assert [step for step in range(1, 20) if batch_selection.looks_ahead(step, 5)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        11,
+        16,
+    ]
     assert all(batch_selection.looks_ahead(step, 1) for step in range(1, 9))
 
 
@@ -122,7 +149,9 @@ SELECTING = ("stage=main", "mixture=natural", "main.comparisons=[]", "batch_sele
 
 
 def lines(run_dir: Path, name: str = "batch_selection") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "main" / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (run_dir / "main" / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
 def same_picks(one: Path, two: Path) -> None:
@@ -147,7 +176,11 @@ def test_one_pass_trains_as_an_ordinary_step_on_the_picks_does(
     one_pass: Path, fresh: list[str], command: Command, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "two"  # with checkpointing the picks are run again, forward and backward
-    more = ["batch_selection=greats", "training.activation_checkpointing=true", "batch_selection.verify=true"]
+    more = [
+        "batch_selection=greats",
+        "training.activation_checkpointing=true",
+        "batch_selection.verify=true",
+    ]
     assert command(*fresh, *SELECTING, *more, f"run_dir={run_dir}").code == 0
     assert "two passes" in json.loads((run_dir / "main" / "result.json").read_text())["engine"]
     same_picks(one_pass, run_dir)
@@ -156,21 +189,35 @@ def test_one_pass_trains_as_an_ordinary_step_on_the_picks_does(
 def test_picks_do_not_depend_on_micro_batches(
     one_pass: Path, fresh: list[str], command: Command, tmp_path: Path
 ) -> None:
-    more = ["batch_selection=greats", "training.micro_batch_size=3", f"run_dir={tmp_path / 'parts'}"]
+    more = [
+        "batch_selection=greats",
+        "training.micro_batch_size=3",
+        f"run_dir={tmp_path / 'parts'}",
+    ]
     assert command(*fresh, *SELECTING, *more).code == 0
     same_picks(one_pass, tmp_path / "parts")
 
 
 @pytest.mark.slow
-def test_two_processes_pick_what_one_picks(one_pass: Path, fresh: list[str], doremi: Command, tmp_path: Path) -> None:
-    outcome = doremi(*fresh, *SELECTING, "batch_selection=greats", f"run_dir={tmp_path / 'two'}", processes=2)
+def test_two_processes_pick_what_one_picks(
+    one_pass: Path, fresh: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    outcome = doremi(
+        *fresh, *SELECTING, "batch_selection=greats", f"run_dir={tmp_path / 'two'}", processes=2
+    )
     assert outcome.code == 0, outcome.err
-    assert "one pass" in json.loads((tmp_path / "two" / "main" / "result.json").read_text())["engine"]
+    assert (
+        "one pass" in json.loads((tmp_path / "two" / "main" / "result.json").read_text())["engine"]
+    )
     same_picks(one_pass, tmp_path / "two")
 
 
 def test_a_stopped_run_continues_with_the_same_bits(
-    one_pass: Path, fresh: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_pass: Path,
+    fresh: list[str],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     overrides = [*fresh, *SELECTING, "batch_selection=greats", f"run_dir={tmp_path / 'run'}"]
     really = greats.pick
@@ -198,7 +245,9 @@ def test_a_stopped_run_continues_with_the_same_bits(
     ["greats_published", "topk", "max_loss", "grad_norm", "random", "greats batch_selection.route=exact",
      "grad_norm batch_selection.route=exact"],
 )  # fmt: skip
-def test_every_policy_trains(policy: str, tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_every_policy_trains(
+    policy: str, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     more = [f"batch_selection={policy.split()[0]}", *policy.split()[1:], "training.steps=4"]
     outcome = command(*tiny, *SELECTING, *more, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome
@@ -208,32 +257,55 @@ def test_every_policy_trains(policy: str, tiny: list[str], command: Command, tmp
         assert line["highest"]["score"] >= line["lowest"]["score"]
 
 
-def test_the_report_shows_what_was_picked(one_pass: Path, tiny: list[str], command: Command) -> None:
+def test_the_report_shows_what_was_picked(
+    one_pass: Path, tiny: list[str], command: Command
+) -> None:
     more = ["batch_selection=greats", "stage=report", f"run_dir={one_pass}"]
     assert command(*tiny, *SELECTING, *more).code == 0
     page = (one_pass / "report.html").read_text()
-    assert "Which candidates were trained on" in page and "highest score, " in page and "lowest score, " in page
+    assert (
+        "Which candidates were trained on" in page
+        and "highest score, " in page
+        and "lowest score, " in page
+    )
     assert "Part of a domain" in page and "Second term of GREATS over the first" in page
 
 
-def test_the_target_is_disjoint_from_what_is_evaluated(tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_the_target_is_disjoint_from_what_is_evaluated(
+    tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     outcome = command(
-        *tiny, *SELECTING, "batch_selection=topk", "evaluation.sequences=1000", f"run_dir={tmp_path / 'run'}"
+        *tiny,
+        *SELECTING,
+        "batch_selection=topk",
+        "evaluation.sequences=1000",
+        f"run_dir={tmp_path / 'run'}",
     )
     assert outcome.code == 2
-    assert "lower evaluation.sequences" in outcome.err and "batch_selection.validation_sequences=6" in outcome.err
+    assert (
+        "lower evaluation.sequences" in outcome.err
+        and "batch_selection.validation_sequences=6" in outcome.err
+    )
 
 
-def test_a_given_target_may_not_be_evaluated(tiny: list[str], command: Command, tmp_path: Path, corpus: Path) -> None:
+def test_a_given_target_may_not_be_evaluated(
+    tiny: list[str], command: Command, tmp_path: Path, corpus: Path
+) -> None:
     def select(*texts: str) -> Outcome:
         target = write_jsonl(tmp_path / "target.jsonl", list(texts))
-        given = [f"batch_selection.validation=[{target}]", "batch_selection=topk", "training.steps=2"]
+        given = [
+            f"batch_selection.validation=[{target}]",
+            "batch_selection=topk",
+            "training.steps=2",
+        ]
         return command(*tiny, *SELECTING, *given, f"run_dir={tmp_path / 'run'}")
 
     own = next(documents(9, "xyz", 50, 1)) * 5
     assert select(own).code == 0
     store = TokenStore.open((tmp_path / "run" / "prepare").resolve())
-    text = store.tokenizer().decode(store.gather("validation", np.zeros(1, int), np.zeros(1, int), 32)[0].tolist())
+    text = store.tokenizer().decode(
+        store.gather("validation", np.zeros(1, int), np.zeros(1, int), 32)[0].tolist()
+    )
     outcome = select("x", text + own)  # one token further on than where it is evaluated
     assert outcome.code == 2 and "shares text with the reported evaluation" in outcome.err
 
@@ -244,13 +316,23 @@ def test_a_given_target_may_not_be_evaluated(tiny: list[str], command: Command, 
         ("batch_selection.candidates=6", "must be more than training.batch_size=6"),
         ("batch_selection.domains=[nowhere]", "allowed: digits, plain, rich"),
         ("engine.compile=true", "without engine.compile"),
-        ("batch_selection.route=exact training.micro_batch_size=2", "raise training.micro_batch_size"),
+        (
+            "batch_selection.route=exact training.micro_batch_size=2",
+            "raise training.micro_batch_size",
+        ),
         ("batch_selection.validation=[nothing.jsonl]", "nothing.jsonl"),
     ],
 )
-def test_a_mistake_is_named(override: str, said: str, tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_a_mistake_is_named(
+    override: str, said: str, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     outcome = command(
-        *tiny, *SELECTING, "batch_selection=greats", *override.split(), "seed=7", f"run_dir={tmp_path / 'run'}"
+        *tiny,
+        *SELECTING,
+        "batch_selection=greats",
+        *override.split(),
+        "seed=7",
+        f"run_dir={tmp_path / 'run'}",
     )
     assert outcome.code == 2 and said in outcome.err, outcome
 
@@ -265,7 +347,11 @@ def test_engines_that_cut_the_model_are_refused_by_name(strategy: str) -> None:
             batch_selection.check(setting, 4, 1, strategy, compiled=False)
         batch_selection.check(setting, 4, 1, "ddp", compiled=False)
     batch_selection.check(
-        batch_selection.Setting(BatchSelectionOptions(method="random"), 8, tokens), 4, 1, strategy, compiled=False
+        batch_selection.Setting(BatchSelectionOptions(method="random"), 8, tokens),
+        4,
+        1,
+        strategy,
+        compiled=False,
     )
 
 
@@ -279,7 +365,9 @@ def test_scores_are_of_the_examples_own_mean_loss() -> None:
     def gradient(rows: Tensor) -> Tensor:
         logits = built.inner(input_ids=rows[:, :-1]).logits
         loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(built.parameters()))])
+        return torch.cat(
+            [part.flatten() for part in torch.autograd.grad(loss, list(built.parameters()))]
+        )
 
     rows = torch.stack([gradient(tokens[i : i + 1]) for i in range(8)])
     torch.testing.assert_close(gain[:8].float(), rows @ gradient(tokens[8:]), rtol=1e-4, atol=1e-5)

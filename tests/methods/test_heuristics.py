@@ -50,7 +50,9 @@ def test_unimax_refuses_a_budget_beyond_all_epochs() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=8), st.floats(0.01, 1), st.floats(0.5, 20))
+@given(
+    st.lists(st.integers(1, 10**6), min_size=1, max_size=8), st.floats(0.01, 1), st.floats(0.5, 20)
+)
 def test_unimax_never_repeats_beyond_the_cap_and_no_open_domain_gets_less(
     sizes: list[int], part: float, cap: float
 ) -> None:

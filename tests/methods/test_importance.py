@@ -52,13 +52,17 @@ def fixed_point(gradient: Callable[[Tensor], Tensor]) -> Tensor:
     raise AssertionError("it does not come to rest")
 
 
-def expected(policy: str, reference: Tensor | None = None, **how: Any) -> Callable[[Tensor], Tensor]:
+def expected(
+    policy: str, reference: Tensor | None = None, **how: Any
+) -> Callable[[Tensor], Tensor]:
     """The gradient of E_q[w ℓ] in the logits (C,)."""
     options = Options(policy=policy, **how)
 
     def gradient(logits: Tensor) -> Tensor:
         logits = logits.detach().requires_grad_()
-        losses = -logits.log_softmax(0)[:, None]  # (C, 1): every class once, and then as often as q draws it
+        losses = -logits.log_softmax(0)[
+            :, None
+        ]  # (C, 1): every class once, and then as often as q draws it
         weights, _ = step(losses, None if reference is None else reference[:, None], options)
         (float64(Q)[:, None] * weights * losses).sum().backward()
         return logits.grad
@@ -77,13 +81,32 @@ QP = float64(Q) * float64(P)
         (expected("imp", importance.log_ratio(P_LOSS, Q_LOSS), **PARITY), float64(P)),
         (expected("imp", P_LOSS, **PARITY), normal(QP)),  # the checker of quality alone: q̂ = 1
         (expected("dimp", P_LOSS, **PARITY), normal(QP.sqrt())),
-        (expected("dimp", P_LOSS, power=0.5, **PARITY), normal((float64(Q) * float64(P) ** 0.5) ** (1 / 1.5))),
-        (expected("dimp", P_LOSS, power=2.0, **PARITY), normal((float64(Q) * float64(P) ** 2) ** (1 / 3))),
-        (expected("dimp", P_LOSS, clip=None, normalize=True), normal(QP.sqrt())),  # a common factor moves nothing
+        (
+            expected("dimp", P_LOSS, power=0.5, **PARITY),
+            normal((float64(Q) * float64(P) ** 0.5) ** (1 / 1.5)),
+        ),
+        (
+            expected("dimp", P_LOSS, power=2.0, **PARITY),
+            normal((float64(Q) * float64(P) ** 2) ** (1 / 3)),
+        ),
+        (
+            expected("dimp", P_LOSS, clip=None, normalize=True),
+            normal(QP.sqrt()),
+        ),  # a common factor moves nothing
         (expected("dimp", P_LOSS, power=0.0), float64(Q)),
         (expected("imp", P_LOSS, power=0.0), float64(Q)),
     ],
-    ids=["ce", "imp", "quality", "dimp", "dimp γ=½", "dimp γ=2", "dimp normalised", "dimp γ=0", "imp γ=0"],
+    ids=[
+        "ce",
+        "imp",
+        "quality",
+        "dimp",
+        "dimp γ=½",
+        "dimp γ=2",
+        "dimp normalised",
+        "dimp γ=0",
+        "imp γ=0",
+    ],
 )
 def test_fixed_points(gradient: Callable[[Tensor], Tensor], rests_at: Tensor) -> None:
     torch.testing.assert_close(fixed_point(gradient), rests_at, rtol=0, atol=1e-6)
@@ -102,7 +125,9 @@ def test_without_the_detach_it_would_rest_elsewhere() -> None:
 def test_no_gradient_passes_through_a_weight_but_focal_s() -> None:
     losses = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
     for policy in ("imp", "dimp", "rho"):
-        assert not step(losses, torch.rand(4, 3, dtype=torch.float64), Options(policy=policy))[0].requires_grad
+        assert not step(losses, torch.rand(4, 3, dtype=torch.float64), Options(policy=policy))[
+            0
+        ].requires_grad
     weights, _ = step(losses, None, Options(policy="focal", power=2.0, normalize=False))
     (weights * losses).sum().backward()
     p = (-losses.detach()).exp().requires_grad_()
@@ -113,7 +138,9 @@ def test_no_gradient_passes_through_a_weight_but_focal_s() -> None:
 def test_the_importance_identity_on_a_finite_table() -> None:
     """E_q[(p/q) ℓ] = E_p[ℓ]."""
     losses = torch.rand(len(Q), 1, dtype=torch.float64)
-    weights, _ = step(losses, importance.log_ratio(P_LOSS, Q_LOSS)[:, None], Options(policy="imp", **PARITY))
+    weights, _ = step(
+        losses, importance.log_ratio(P_LOSS, Q_LOSS)[:, None], Options(policy="imp", **PARITY)
+    )
     assert float((float64(Q)[:, None] * weights * len(Q) * losses).sum()) == pytest.approx(
         float(float64(P) @ losses[:, 0]), abs=1e-12
     )
@@ -123,13 +150,23 @@ def test_the_importance_identity_on_a_finite_table() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 1 << 30), st.sampled_from(["imp", "dimp"]), st.floats(0, 3), st.floats(0.5, 10), st.booleans())
-def test_equals_the_naive_formula(seed: int, policy: str, power: float, clip: float, normalize: bool) -> None:
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from(["imp", "dimp"]),
+    st.floats(0, 3),
+    st.floats(0.5, 10),
+    st.booleans(),
+)
+def test_equals_the_naive_formula(
+    seed: int, policy: str, power: float, clip: float, normalize: bool
+) -> None:
     losses, reference, data = (
         torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6
     )
     column = importance.log_ratio(reference, data) if policy == "imp" else reference
-    weights, state = step(losses, column, Options(policy=policy, power=power, clip=clip, normalize=normalize))
+    weights, state = step(
+        losses, column, Options(policy=policy, power=power, clip=clip, normalize=normalize)
+    )
     below = (data if policy == "imp" else losses).flatten().tolist()
     raw = [
         min((math.exp(-r) / math.exp(-b)) ** power, clip) if power else 1.0
@@ -137,7 +174,9 @@ def test_equals_the_naive_formula(seed: int, policy: str, power: float, clip: fl
     ]
     divisor = sum(raw) if normalize else len(raw)
     assert weights.flatten().tolist() == pytest.approx([w / divisor for w in raw], rel=1e-9)
-    assert float(state.effective) == pytest.approx(sum(raw) ** 2 / sum(w * w for w in raw), rel=1e-9)
+    assert float(state.effective) == pytest.approx(
+        sum(raw) ** 2 / sum(w * w for w in raw), rel=1e-9
+    )
 
 
 def test_the_papers_form_is_one_line_bit_for_bit() -> None:
@@ -164,7 +203,9 @@ def test_a_probability_of_exactly_0_has_a_defined_limit() -> None:
 
 def test_equal_weights_count_every_token_and_one_counts_one() -> None:
     losses = torch.rand(8, 4, dtype=torch.float64)
-    assert float(step(losses, losses.clone(), Options(policy="dimp"))[1].effective) == pytest.approx(32)
+    assert float(
+        step(losses, losses.clone(), Options(policy="dimp"))[1].effective
+    ) == pytest.approx(32)
     one = torch.full_like(losses, 800.0)
     one[3, 2] = 0.0
     assert float(step(losses, one, Options(policy="dimp"))[1].effective) == pytest.approx(1)
@@ -180,7 +221,9 @@ def test_rho_keeps_the_highest_and_exactly_as_many(seed: int, keep: float, sprea
     losses, reference = torch.randn(2, 6, 20, generator=generator, dtype=torch.float64) * spread
     weights, state = step(losses, reference, Options(policy="rho", keep=keep))
     assert float(weights.sum()) == pytest.approx(1, abs=1e-9)  # the mean over what is kept
-    part = (weights * keep * losses.numel()).flatten()  # of every token: 0, 1, or the share of the bin between
+    part = (
+        weights * keep * losses.numel()
+    ).flatten()  # of every token: 0, 1, or the share of the bin between
     wanted = keep * losses.numel()
     ordered = (losses - reference).flatten().sort(descending=True).values
     edge = float(ordered[math.ceil(wanted) - 1])
@@ -193,9 +236,14 @@ def test_rho_keeps_the_highest_and_exactly_as_many(seed: int, keep: float, sprea
 
 def test_rho_is_the_top_k_where_no_two_tokens_share_a_bin() -> None:
     excess = (
-        torch.arange(40, dtype=torch.float64)[torch.randperm(40, generator=torch.Generator().manual_seed(1))] - 20
+        torch.arange(40, dtype=torch.float64)[
+            torch.randperm(40, generator=torch.Generator().manual_seed(1))
+        ]
+        - 20
     ) / 4
-    weights, _ = step(excess[:, None], torch.zeros(40, 1, dtype=torch.float64), Options(policy="rho", keep=0.3))
+    weights, _ = step(
+        excess[:, None], torch.zeros(40, 1, dtype=torch.float64), Options(policy="rho", keep=0.3)
+    )
     assert (weights[:, 0] > 0).nonzero()[:, 0].tolist() == sorted(excess.topk(12).indices.tolist())
     assert weights[weights > 0].tolist() == pytest.approx([1 / 12] * 12)
 
@@ -217,7 +265,10 @@ def test_any_division_of_a_batch_gives_the_same_weights(policy: str, parts: int)
     stats = Stats(*(sum(fields[1:], start=fields[0]) for fields in zip(*sums, strict=True)))
     again = importance.update(importance.init(3, 1, options), stats, options)
     torch.testing.assert_close(again, state, rtol=1e-12, atol=0)
-    pieces = [importance.weigh(again, domain[r], stats.tokens, options, losses[r], reference[r]) for r in rows]
+    pieces = [
+        importance.weigh(again, domain[r], stats.tokens, options, losses[r], reference[r])
+        for r in rows
+    ]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-12, atol=0)
     alone = torch.cat([step(losses[r], reference[r], options, domain[r])[0] / parts for r in rows])
     assert (policy == "none") == torch.allclose(alone, whole, rtol=1e-6)
@@ -227,10 +278,14 @@ def test_a_record_says_which_domains_count() -> None:
     losses = float64([[1.0, 1.0], [3.0, 3.0]])
     for policy, keep in (("dimp", 0.6), ("rho", 0.5)):
         options = Options(policy=policy, keep=keep, clip=None, weights=(0.5, 0.5))
-        stats = importance.observe(losses, torch.zeros_like(losses), torch.tensor([0, 1]), 2, options)
+        stats = importance.observe(
+            losses, torch.zeros_like(losses), torch.tensor([0, 1]), 2, options
+        )
         state = importance.update(importance.init(2, 1, options), stats, options)
         found = importance.record(state, stats)
-        weights = importance.weigh(state, torch.tensor([0, 1]), stats.tokens, options, losses, torch.zeros_like(losses))
+        weights = importance.weigh(
+            state, torch.tensor([0, 1]), stats.tokens, options, losses, torch.zeros_like(losses)
+        )
         assert found["loss_weight"].tolist() == pytest.approx((weights.sum(1) * 2).tolist())
         assert found["tokens"].tolist() == [2, 2]
     assert float(found["effective_sample_size"]) == 2
@@ -243,12 +298,19 @@ def test_what_is_missing_is_named() -> None:
             step(losses, None, Options(policy=policy))
     options = Options(policy="none")
     with pytest.raises(ValueError, match="losses"):
-        importance.weigh(importance.init(1, 1, options), torch.zeros(2, dtype=torch.int64), float64([4.0]), options)
+        importance.weigh(
+            importance.init(1, 1, options),
+            torch.zeros(2, dtype=torch.int64),
+            float64([4.0]),
+            options,
+        )
 
 
 def test_a_loss_that_is_not_finite_is_seen_in_the_sums() -> None:
     losses = torch.tensor([[1.0, math.nan]])
     for policy in ("none", "imp", "dimp", "rho"):
-        stats = importance.observe(losses, torch.ones(1, 2), torch.tensor([0]), 1, Options(policy=policy))
+        stats = importance.observe(
+            losses, torch.ones(1, 2), torch.tensor([0]), 1, Options(policy=policy)
+        )
         assert not stats.loss.isfinite().all()
         assert stats.histogram.isfinite().all()

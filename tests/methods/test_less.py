@@ -13,16 +13,24 @@ from doremi_train.methods.less import Moments, Options
 # The direction
 
 
-def state(t: int, scale: float, shape: tuple[int, ...]) -> tuple[torch.optim.AdamW, torch.nn.Parameter, Tensor]:
+def state(
+    t: int, scale: float, shape: tuple[int, ...]
+) -> tuple[torch.optim.AdamW, torch.nn.Parameter, Tensor]:
     """AdamW without decay after t − 1 real steps in float64 (of which the last few hundred decide), its parameter, and
     the gradient of the next."""
     generator = torch.Generator().manual_seed(t)
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([parameter], lr=3e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=3e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     for _ in range(t - 1):
         parameter.grad = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
         optimizer.step()
-    return optimizer, parameter, scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (
+        optimizer,
+        parameter,
+        scale * torch.randn(shape, generator=generator, dtype=torch.float64),
+    )
 
 
 def moments(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> Moments:
@@ -50,10 +58,14 @@ def test_switches_give_the_printed_form_and_the_released_code() -> None:
     m, v = 0.9 * found.first + 0.1 * g, 0.999 * found.second + 0.001 * g**2
     printed = (m / (1 - 0.9**105)) / (v / (1 - 0.999**105) + 1e-8).sqrt()
     released = m / torch.sqrt(v + 1e-8)  # get_adam_gradient of the published code
-    torch.testing.assert_close(less.direction(g, found, Options(epsilon="inside")), printed, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        less.direction(g, found, Options(epsilon="inside")), printed, rtol=1e-12, atol=0
+    )
     both = Options(epsilon="inside", bias_correction=False)
     torch.testing.assert_close(less.direction(g, found, both), released, rtol=1e-12, atol=0)
-    assert not torch.allclose(printed, released) and not torch.allclose(printed, less.direction(g, found, Options()))
+    assert not torch.allclose(printed, released) and not torch.allclose(
+        printed, less.direction(g, found, Options())
+    )
 
 
 def test_directions_of_a_batch_are_those_of_its_examples() -> None:
@@ -69,7 +81,9 @@ def test_directions_of_a_batch_are_those_of_its_examples() -> None:
 
 def test_the_order_of_sums_and_maxima_matters() -> None:
     """Two checkpoints, two examples, three subtasks by hand: other orders give other numbers, and another ranking."""
-    cosines = torch.tensor([[[0.9, 0.0, 0.0], [0.5, 0.1, 0.4]], [[-0.6, 0.0, 0.3], [0.3, 0.1, 0.0]]])
+    cosines = torch.tensor(
+        [[[0.9, 0.0, 0.0], [0.5, 0.1, 0.4]], [[-0.6, 0.0, 0.3], [0.3, 0.1, 0.0]]]
+    )
     rates = torch.tensor([2.0, 1.0])
     found = less.score(less.influence(cosines, rates))
     torch.testing.assert_close(found, torch.tensor([1.2, 1.3]))
@@ -89,7 +103,9 @@ def test_ties_go_to_the_first_and_what_has_no_score_is_never_taken() -> None:
 # Projection
 
 
-def projected(values: Tensor, cuts: list[int], size: int = 64, seed: int = 0, name: str = "layer.weight") -> Tensor:
+def projected(
+    values: Tensor, cuts: list[int], size: int = 64, seed: int = 0, name: str = "layer.weight"
+) -> Tensor:
     projection = less.Projection(len(values), size, seed, values)
     for start, end in itertools.pairwise([0, *cuts, values.shape[1]]):
         projection.add(name, values.shape[1], start, values[:, start:end])
@@ -118,7 +134,9 @@ def test_a_projection_is_a_matrix_of_one_sign_a_column() -> None:
 def test_a_projection_keeps_inner_products_on_average() -> None:
     pair = torch.randn(2, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     pair[1] += pair[0]
-    found = torch.tensor([float(torch.prod(projected(pair, [], seed=seed), 0).sum()) for seed in range(200)])
+    found = torch.tensor(
+        [float(torch.prod(projected(pair, [], seed=seed), 0).sum()) for seed in range(200)]
+    )
     exact, error = float(pair[0] @ pair[1]), float(found.std()) / 200**0.5
     assert abs(float(found.mean()) - exact) < 4 * error
     # The variance of a projection to k numbers is about (|x|²|y|² + ⟨x, y⟩²) / k.

@@ -55,26 +55,36 @@ def test_exact_buckets_hold_every_word_and_every_pair() -> None:
 
 
 def test_weights_are_those_of_the_package() -> None:
-    np.testing.assert_allclose(exact_scores(list(TEXTS[:2]), list(TEXTS)), GOLDEN, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        exact_scores(list(TEXTS[:2]), list(TEXTS)), GOLDEN, rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.acceptance
 def test_weights_on_real_text_are_those_of_the_package(tmp_path: Path) -> None:
     if PEER is None:
-        pytest.skip("DATA_SELECTION_PYTHON names no interpreter of an environment with data-selection 1.0.3")
+        pytest.skip(
+            "DATA_SELECTION_PYTHON names no interpreter of an environment with data-selection 1.0.3"
+        )
     import pydoc_data.topics as topics
 
     texts = [re.sub(r"\x1b", "", text) for text in topics.topics.values()]
     for name, part in (("target", texts[:7]), ("raw", texts)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in part)
+        )
     code = (
         "from data_selection import HashedNgramDSIR as D\nimport json, numpy as np\n"
         "d = D(['raw.jsonl'], ['target.jsonl'], 'cache', num_proc=1)\n"
         "d.fit_importance_estimator(num_tokens_to_fit='all'); d.compute_importance_weights()\n"
         "print(json.dumps(np.load('cache/log_importance_weights/0.npy').tolist()))"
     )
-    done = subprocess.run([PEER, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    np.testing.assert_allclose(exact_scores(texts[:7], texts), json.loads(done.stdout), rtol=0, atol=1e-9)
+    done = subprocess.run(
+        [PEER, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    np.testing.assert_allclose(
+        exact_scores(texts[:7], texts), json.loads(done.stdout), rtol=0, atol=1e-9
+    )
 
 
 # Weights
@@ -98,7 +108,9 @@ def test_mixing_is_the_one_that_held_out_text_likes_best() -> None:
         total = 0.0
         for seen, held in (halves, halves[::-1]):
             for one, other, all_ in zip(seen, held, raw, strict=True):
-                total += other * math.log((1 - mixing) * one / seen.sum() + mixing * all_ / raw.sum())
+                total += other * math.log(
+                    (1 - mixing) * one / seen.sum() + mixing * all_ / raw.sum()
+                )
         return total
 
     grid = np.linspace(0.001, 0.999, 999)
@@ -114,7 +126,9 @@ def test_kl_is_zero_of_the_same_and_positive_of_others() -> None:
     p, q = np.array([10, 0, 5]), np.array([1, 1, 20])
     a, b = (p + 0.5) / 16.5, (q + 0.5) / 23.5
     assert ngram.kl(p, p) == 0
-    assert math.isclose(ngram.kl(p, q), math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True)))
+    assert math.isclose(
+        ngram.kl(p, q), math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+    )
 
 
 # Sampling
@@ -124,7 +138,10 @@ def test_gumbel_top_k_samples_without_replacement_in_proportion_to_w() -> None:
     """χ² of the ordered draws of 3 of 6 items against successive sampling."""
     w = np.array([1.0, 2.0, 3.0, 5.0, 8.0, 0.5])
     scores, items, draws = np.log(w), ngram.mixed(np.arange(6, dtype=np.uint64)), 40_000
-    seen = Counter(tuple(np.argsort(-ngram.keys(scores, items, 1.0, seed))[:3].tolist()) for seed in range(draws))
+    seen = Counter(
+        tuple(np.argsort(-ngram.keys(scores, items, 1.0, seed))[:3].tolist())
+        for seed in range(draws)
+    )
     observed, expected = [], []
     for triple in itertools.permutations(range(6), 3):
         probability, rest = 1.0, w.sum()
@@ -142,7 +159,9 @@ def test_noise_is_standard_gumbel_and_belongs_to_the_document() -> None:
     assert np.array_equal(noise[::-7], ngram.noise(ids[::-7], 3))
     assert abs(np.corrcoef(noise, ngram.noise(ids, 4))[0, 1]) < 0.02
     # Fixed for ever: a selection made today is made again tomorrow.
-    assert ngram.noise(np.array([1, 2**63], np.uint64), 0).tolist() == pytest.approx(NOISE, abs=1e-12)
+    assert ngram.noise(np.array([1, 2**63], np.uint64), 0).tolist() == pytest.approx(
+        NOISE, abs=1e-12
+    )
 
 
 @given(st.lists(st.floats(allow_nan=False), min_size=2, max_size=20))
@@ -158,8 +177,13 @@ def test_a_cut_is_the_descending_order_up_to_the_budget(data: st.DataObject) -> 
     """For any documents, groups, costs and parts, also with equal keys, against a sort."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     n, groups = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 3))
-    values = rng.choice(rng.normal(size=data.draw(st.integers(1, 60))) * 10.0 ** rng.integers(-5, 5), n)
-    group, cost = rng.integers(0, groups, n), rng.integers(1, data.draw(st.sampled_from([2, 50])), n)
+    values = rng.choice(
+        rng.normal(size=data.draw(st.integers(1, 60))) * 10.0 ** rng.integers(-5, 5), n
+    )
+    group, cost = (
+        rng.integers(0, groups, n),
+        rng.integers(1, data.draw(st.sampled_from([2, 50])), n),
+    )
     budgets = np.array([rng.integers(0, cost[group == g].sum() + 1) for g in range(groups)])
     order = ngram.ordered(values)
     parts = np.array_split(np.arange(n), data.draw(st.integers(1, 4)))

@@ -62,7 +62,9 @@ def test_change_of_a_removal_is_the_difference_of_two_utilities(length: str) -> 
     for j, change in enumerate(vocabulary.changes(p, lengths, length)):
         rest = np.delete(p, j) / np.delete(p, j).sum()
         without = vocabulary.utility(rest, np.delete(lengths, j), length)
-        assert math.isclose(change, abs(without - vocabulary.utility(p, lengths, length)), abs_tol=1e-12)
+        assert math.isclose(
+            change, abs(without - vocabulary.utility(p, lengths, length)), abs_tol=1e-12
+        )
 
 
 def test_pruning_removes_what_changes_least_and_never_a_byte() -> None:
@@ -91,9 +93,12 @@ def test_phrases_are_runs_of_words_on_one_line() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.binary(max_size=40), min_size=1, max_size=4), st.lists(st.binary(min_size=1, max_size=5), max_size=9)
+    st.lists(st.binary(max_size=40), min_size=1, max_size=4),
+    st.lists(st.binary(min_size=1, max_size=5), max_size=9),
 )
-def test_any_bytes_there_and_back_by_the_longest_tokens(texts: list[bytes], more: list[bytes]) -> None:
+def test_any_bytes_there_and_back_by_the_longest_tokens(
+    texts: list[bytes], more: list[bytes]
+) -> None:
     tokens = list(dict.fromkeys([*vocabulary.BYTES, *more, *(text[:4] for text in texts if text)]))
     found = segment(texts, tokens)
     assert [b"".join(part) for part in found] == texts
@@ -108,7 +113,9 @@ def test_a_made_vocabulary_keeps_its_promises(tmp_path: Path) -> None:
     assert tokens[:256] == list(vocabulary.BYTES) and len(tokens) == len(set(tokens)) == 400
     assert [line["tokens"] for line in log][1:] == vocabulary.sizes(log[0]["tokens"], 400, 4)
     assert any(b" " in token.strip() for token in tokens)  # a phrase
-    counts = [Counter(t for part in segment(texts, tokens) for t in part) for texts in (target, raw)]
+    counts = [
+        Counter(t for part in segment(texts, tokens) for t in part) for texts in (target, raw)
+    ]
     p = np.array([sum(0.5 * c[t] / c.total() for c in counts) for t in tokens])
     lengths = np.array([len(token) for token in tokens])
     assert math.isclose(log[-1]["utility_plain"], vocabulary.utility(p, lengths))
@@ -129,10 +136,17 @@ def test_tokens_of_other_tokenisers_are_bytes(tmp_path: Path) -> None:
 
     learned = tokenizers.learn(["the cat the cat Ünï"] * 5, 300)
     found = granular.tokens_of(learned)
-    assert set(vocabulary.BYTES) <= set(found) and b" cat" in found and b"<|endoftext|>" not in found
-    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("<0x0A>", -2.0), ("é", -3.0)], 0, True))
+    assert (
+        set(vocabulary.BYTES) <= set(found) and b" cat" in found and b"<|endoftext|>" not in found
+    )
+    pieces = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("<0x0A>", -2.0), ("é", -3.0)], 0, True)
+    )
     assert granular.tokens_of(pieces)[1:] == [b" the", b"\n", "é".encode()]
-    lines = [base64.b64encode(token).decode() + f" {n}" for n, token in enumerate([b"a", b"\xff", b" the"])]
+    lines = [
+        base64.b64encode(token).decode() + f" {n}"
+        for n, token in enumerate([b"a", b"\xff", b" the"])
+    ]
     (tmp_path / "x.tiktoken").write_text("\n".join(lines) + "\n")
     assert granular.start(str(tmp_path / "x.tiktoken")) == [b"a", b"\xff", b" the"]
     (tmp_path / "bad.tiktoken").write_text("no base64!\n")
@@ -152,9 +166,17 @@ def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> N
     for _ in range(100):
         next(stream)
     target = write_jsonl(tmp_path / "target.jsonl", [next(stream) for _ in range(6)])
-    common = [f"data.root={tmp_path / 'raw'}", f"selection.targets={{t: [{target}]}}", f"store={tmp_path / 'store'}"]
+    common = [
+        f"data.root={tmp_path / 'raw'}",
+        f"selection.targets={{t: [{target}]}}",
+        f"store={tmp_path / 'store'}",
+    ]
     made = run_here(
-        "stage=vocabulary", *common, "vocabulary.size=500", "vocabulary.learned=1000", f"run_dir={tmp_path / 'v'}"
+        "stage=vocabulary",
+        *common,
+        "vocabulary.size=500",
+        "vocabulary.learned=1000",
+        f"run_dir={tmp_path / 'v'}",
     )
     assert made.code == 0 and "H_v" in made.out, made
     folder = tmp_path / "v" / "vocabulary"
@@ -171,8 +193,14 @@ def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> N
     import pyarrow.parquet as pq
 
     texts = [json.loads(line)["text"] for line in (tmp_path / "raw/mixed/train.jsonl").open()]
-    rows = [row for row in pq.read_table(tmp_path / "s/select/t/sidecar.parquet").to_pylist() if row["selected"]]
-    assert len(rows) == 15 and sum(not set(texts[row["row"]]) - set("nopqrst ") for row in rows) >= 13
+    rows = [
+        row
+        for row in pq.read_table(tmp_path / "s/select/t/sidecar.parquet").to_pylist()
+        if row["selected"]
+    ]
+    assert (
+        len(rows) == 15 and sum(not set(texts[row["row"]]) - set("nopqrst ") for row in rows) >= 13
+    )
 
 
 def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path: Path) -> None:
@@ -186,7 +214,10 @@ def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path:
     texts = [b"of the end of the day", b"", b"the"]
     expected = [
         [
-            [tokens.index(t) for t in naive_segment(text, [t for t in tokens if len(t.split()) <= most])]
+            [
+                tokens.index(t)
+                for t in naive_segment(text, [t for t in tokens if len(t.split()) <= most])
+            ]
             for text in texts
         ]
         for most in (1, 2, 3)
@@ -197,13 +228,17 @@ def test_every_granularity_is_the_longest_match_of_shorter_phrases_too(tmp_path:
         scorer: Any = METHODS["ngram"](SelectionOptions("ngram", granularity=granularity, **given))
         sums, grams = np.zeros((3, 1)), np.zeros(3)
         for (hashes, first), parts in zip(scorer.grains(whole(texts)), grains, strict=True):
-            salted = np.array([i for part in parts for i in part], np.uint64) ^ np.uint64(int(print_, 16))
+            salted = np.array([i for part in parts for i in part], np.uint64) ^ np.uint64(
+                int(print_, 16)
+            )
             assert hashes.tolist() == ngram.mixed(salted).tolist()
             assert np.diff(first).tolist() == [len(part) for part in parts]
             kernels.score(hashes, first, table, sums)
             grams += [max(2 * len(part) - 1, 0) for part in parts]
         found = scorer.score(whole(texts), {"table": table})
-        np.testing.assert_allclose(found[:, 0], sums[:, 0] / np.maximum(grams, 1), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            found[:, 0], sums[:, 0] / np.maximum(grams, 1), rtol=0, atol=1e-12
+        )
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -30,10 +30,16 @@ def config(values: dict[str, Any]) -> dict[str, Any]:
     return configs.resolve(ModelOptions(config=dict(values)), VOCABULARY, 0, LENGTH)
 
 
-def built(values: dict[str, Any], checkpointing: bool = False) -> tuple[language_model.LanguageModel, torch.Tensor]:
+def built(
+    values: dict[str, Any], checkpointing: bool = False
+) -> tuple[language_model.LanguageModel, torch.Tensor]:
     language_model = folders.build(config(values), 0, checkpointing).train()
-    language_model.inner.set_attn_implementation("eager")  # the counter passes over fused attention on a CPU
-    tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    language_model.inner.set_attn_implementation(
+        "eager"
+    )  # the counter passes over fused attention on a CPU
+    tokens = torch.randint(
+        0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0)
+    )
     return language_model, tokens
 
 
@@ -67,7 +73,9 @@ def test_a_step_is_what_torch_counts(
     found = counted(lambda: language_model(tokens).sum().backward())
     expected = costs.forward(of, LENGTH) + costs.backward(of, ROWS, LENGTH, checkpointing)
     expected *= ROWS * LENGTH
-    assert found == pytest.approx(expected, rel=0.01) or (checkpointing and 0.92 < found / expected < 1)
+    assert found == pytest.approx(expected, rel=0.01) or (
+        checkpointing and 0.92 < found / expected < 1
+    )
     assert fused or checkpointing or expected == 3 * costs.forward(of, LENGTH) * ROWS * LENGTH
 
 
@@ -104,10 +112,15 @@ def memory(strategy: str, processes: int, optimizer: str = "adamw") -> costs.Mem
         ("zero3", (1, 1, 3)),
     ],
 )  # fmt: skip
-def test_states_are_divided_as_the_engine_divides_them(strategy: str, parts: tuple[int, int, int]) -> None:
+def test_states_are_divided_as_the_engine_divides_them(
+    strategy: str, parts: tuple[int, int, int]
+) -> None:
     count = costs.shape(config(TINY)).parameters
     found = memory(strategy, 4)
-    assert found[:3] == pytest.approx([part * count for part in parts], abs=4) and found.reference == 28
+    assert (
+        found[:3] == pytest.approx([part * count for part in parts], abs=4)
+        and found.reference == 28
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
@@ -119,7 +132,9 @@ def test_optimiser_states_are_those_that_torch_keeps(name: Any) -> None:
     optimizer = optim.build(language_model, OptimizerOptions(optimizer=name))
     language_model(tokens).sum().backward()
     optimizer.step()
-    kept = sum(v.numel() * 4 for state in optimizer.state.values() for v in state.values() if v.ndim)
+    kept = sum(
+        v.numel() * 4 for state in optimizer.state.values() for v in state.values() if v.ndim
+    )
     assert memory("single", 1, name).optimizer == pytest.approx(kept, abs=4 * len(optimizer.state))
 
 
@@ -133,14 +148,18 @@ def test_activations_are_about_what_autograd_keeps(name: str, checkpointing: boo
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes again
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor  # held, so that no address comes again
+            )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         language_model(tokens)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     of = costs.shape(config(MODELS[name]))
-    found += 4 * ROWS * LENGTH * VOCABULARY  # the gradient of the logits, beside the log-softmax that is kept
+    found += (
+        4 * ROWS * LENGTH * VOCABULARY
+    )  # the gradient of the logits, beside the log-softmax that is kept
     if checkpointing:  # and one layer at a time when it is computed again
         found += ROWS * LENGTH * (12 * of.hidden + 4 * of.inner) * 4
     estimate = costs.activations(of, ROWS, LENGTH, "fp32", checkpointing)
@@ -153,7 +172,10 @@ def test_logits_stop_growing_where_the_projection_is_fused() -> None:
     rows, length = 4, 1024
     bare = costs.activations(of._replace(vocabulary=0), rows, length, "fp32", False)
     assert costs.activations(small, rows, length, "fp32", False) - bare == 8 * rows * length << 10
-    assert costs.activations(large, rows, length, "fp32", False) - bare == 8 * language_model._LOGITS_ON_CPU
+    assert (
+        costs.activations(large, rows, length, "fp32", False) - bare
+        == 8 * language_model._LOGITS_ON_CPU
+    )
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────
@@ -172,7 +194,9 @@ def test_a_measured_micro_step_leaves_nothing_behind() -> None:
     assert modules() == before[1]
 
 
-def test_on_a_cpu_fewer_rows_are_tried_and_what_is_too_large_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_fewer_rows_are_tried_and_what_is_too_large_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     of, tried = costs.shape(config(TINY)), []
     really = costs._try
 
@@ -183,7 +207,9 @@ def test_on_a_cpu_fewer_rows_are_tried_and_what_is_too_large_is_not(monkeypatch:
     monkeypatch.setattr(costs, "_try", record)
     one = LENGTH * 3 * costs.forward(of, LENGTH)  # FLOPs of a sequence
     monkeypatch.setattr(costs, "_CPU_FLOPS", 2.5 * one)
-    assert isinstance(costs.measure(config(TINY), 100, LENGTH, "fp32", False, CPU), costs.Pace) and tried == [2]
+    assert isinstance(
+        costs.measure(config(TINY), 100, LENGTH, "fp32", False, CPU), costs.Pace
+    ) and tried == [2]
     monkeypatch.setattr(costs, "_CPU_FLOPS", 0.5 * one)
     reason = costs.measure(config(TINY), 100, LENGTH, "fp32", False, CPU)
     assert isinstance(reason, str) and "too many to try on a CPU" in reason and tried == [2]

@@ -30,7 +30,9 @@ TOKENS = torch.randint(300, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
 def build(config: dict[str, Any] = TINY, vocabulary: int = 300, **options: Any) -> LanguageModel:
-    return folders.build(configs.resolve(ModelOptions(config=config), vocabulary, 0, 16), 0, **options)
+    return folders.build(
+        configs.resolve(ModelOptions(config=config), vocabulary, 0, 16), 0, **options
+    )
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, logits: int = 900) -> None:
@@ -50,16 +52,24 @@ def gradients(language_model: LanguageModel, losses: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7 * 300, 29 * 300])  # logits: one token, seven tokens, all but the last
+@pytest.mark.parametrize(
+    "chunk", [1, 7 * 300, 29 * 300]
+)  # logits: one token, seven tokens, all but the last
 def test_fused_loss_equals_the_naive_one_in_value_and_gradient(
     chunk: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fuse(monkeypatch, chunk)
     language_model = build(activation_checkpointing=checkpointing).double().train()
     losses, expected = language_model(TOKENS), oracle(language_model, TOKENS)
-    assert language_model.projection is not None and losses.shape == (3, 10) and losses.dtype == torch.float32
+    assert (
+        language_model.projection is not None
+        and losses.shape == (3, 10)
+        and losses.dtype == torch.float32
+    )
     torch.testing.assert_close(losses.double(), expected, rtol=0, atol=1e-6)
-    for found, right in zip(gradients(language_model, losses), gradients(language_model, expected), strict=True):
+    for found, right in zip(
+        gradients(language_model, losses), gradients(language_model, expected), strict=True
+    ):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
 
 
@@ -98,10 +108,21 @@ def test_a_loss_does_not_see_the_future_or_the_other_sequences() -> None:
         ({"model_type": "llama", **SMALL}, True),
         ({"model_type": "qwen3", **SMALL}, True),
         ({"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16}, True),
-        ({"model_type": "cohere", **{k: v for k, v in SMALL.items() if k != "head_dim"}, "logit_scale": 0.5}, False),
+        (
+            {
+                "model_type": "cohere",
+                **{k: v for k, v in SMALL.items() if k != "head_dim"},
+                "logit_scale": 0.5,
+            },
+            False,
+        ),
         ({"model_type": "gemma2", **SMALL, "final_logit_softcapping": 2.0}, False),
         (
-            {"model_type": "granite", **{k: v for k, v in SMALL.items() if k != "head_dim"}, "logits_scaling": 4.0},
+            {
+                "model_type": "granite",
+                **{k: v for k, v in SMALL.items() if k != "head_dim"},
+                "logits_scaling": 4.0,
+            },
             False,
         ),
     ],
@@ -137,14 +158,20 @@ SIZES = {  # layers, heads, head size, d_model, d_ff of the paper
 
 @pytest.mark.parametrize("vocabulary", [1024, 256_000])
 @pytest.mark.parametrize("name", sorted(SIZES))
-def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(name: str, vocabulary: int) -> None:
+def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(
+    name: str, vocabulary: int
+) -> None:
     layers, heads, head, width, inner = SIZES[name]
     config = configs.resolve(ModelOptions(**configs.preset(name, "model")), vocabulary, 0, 4096)
     total, body = configs.parameters(config)
     assert heads * head == width
     assert config["num_attention_heads"] == heads and config["vocab_size"] == vocabulary
     # Attention 4 d² + 4 d, feed-forward 2 d f + f + d, two norms of 2 d; then the last norm. Embeddings are tied.
-    assert body == layers * (4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width) + 2 * width
+    assert (
+        body
+        == layers * (4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width)
+        + 2 * width
+    )
     assert total == body + vocabulary * width
 
 
@@ -158,10 +185,22 @@ def test_an_unknown_preset_is_told_the_known_ones() -> None:
     [
         (ModelOptions(), 16, "give one of"),
         (ModelOptions(config=TINY, path="x"), 16, "give one of"),
-        (ModelOptions(config={**TINY, "model_type": "gpt_noex"}), 16, "model.config.model_type='gpt_noex'"),
+        (
+            ModelOptions(config={**TINY, "model_type": "gpt_noex"}),
+            16,
+            "model.config.model_type='gpt_noex'",
+        ),
         (ModelOptions(config={"num_hidden_layers": 1}), 16, "model.config.model_type=None"),
-        (ModelOptions(config={**TINY, "num_layers_hidden": 3}), 16, "model.config.num_layers_hidden"),
-        (ModelOptions(config={**TINY, "max_position_embeddings": 8}), 16, "training.sequence_length=16"),
+        (
+            ModelOptions(config={**TINY, "num_layers_hidden": 3}),
+            16,
+            "model.config.num_layers_hidden",
+        ),
+        (
+            ModelOptions(config={**TINY, "max_position_embeddings": 8}),
+            16,
+            "training.sequence_length=16",
+        ),
         (ModelOptions(path="/nowhere/at/all"), 16, "model.path=/nowhere/at/all"),
     ],
 )
@@ -172,7 +211,9 @@ def test_a_wrong_config_is_refused_by_name(options: ModelOptions, length: int, n
 
 
 def test_positions_grow_with_the_sequence_where_nobody_chose_them() -> None:
-    assert configs.resolve(ModelOptions(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
+    assert (
+        configs.resolve(ModelOptions(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
+    )
 
 
 def test_a_config_from_a_folder_or_a_file_is_the_mapping(tmp_path: Path) -> None:
@@ -195,7 +236,9 @@ def test_the_same_seed_gives_the_same_parameters() -> None:
     states = [folders.build(config, seed).state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
-    assert all(value.dtype == torch.float32 for value in states[0].values() if value.is_floating_point())
+    assert all(
+        value.dtype == torch.float32 for value in states[0].values() if value.is_floating_point()
+    )
 
 
 def test_embeddings_are_tied_where_the_config_says_so() -> None:
@@ -216,7 +259,9 @@ def saved(folder: Path, **changes: Any) -> LanguageModel:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tied: bool, tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(
+    tied: bool, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     language_model = saved(tmp_path, tie_word_embeddings=tied)
@@ -233,7 +278,9 @@ def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(tied:
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    with pytest.raises(UserError, match=r"reference\.path=.*vocabulary has \d+ entries, the data's tokeniser 999"):
+    with pytest.raises(
+        UserError, match=r"reference\.path=.*vocabulary has \d+ entries, the data's tokeniser 999"
+    ):
         folders.load(tmp_path, 999, "reference.path")
 
 
@@ -253,7 +300,9 @@ def test_the_fingerprint_of_a_folder_changes_with_its_weights(tmp_path: Path) ->
     assert folders.folder_fingerprint(tmp_path / "a") == folders.folder_fingerprint(tmp_path / "b")
     with torch.no_grad():
         next(language_model.parameters()).add_(1e-3)
-    folders.save(language_model, dict(language_model.named_parameters()), tmp_path / "b", TOKENIZER, 0)
+    folders.save(
+        language_model, dict(language_model.named_parameters()), tmp_path / "b", TOKENIZER, 0
+    )
     assert folders.folder_fingerprint(tmp_path / "a") != folders.folder_fingerprint(tmp_path / "b")
 
 
@@ -266,7 +315,9 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     gone = next(name for name in sorted(tensors) if "dense" in name or "mlp" in name)
     save_file(
-        {n: t for n, t in tensors.items() if n != gone}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+        {n: t for n, t in tensors.items() if n != gone},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
     )
     with pytest.raises(UserError, match="lack"):
         folders.load(tmp_path, inner.config.vocab_size, "reference.path")

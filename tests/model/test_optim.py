@@ -12,14 +12,20 @@ from doremi_train.model.optim import OptimizerOptions, build, learning_rate
 
 @pytest.mark.parametrize("steps", [1000, 200_000])
 @pytest.mark.parametrize(("part", "expected"), [(0.2, 7.1e-4), (0.5, 3.4e-4), (1.0, 1e-4)])
-def test_exponential_decay_passes_the_figures_of_the_paper(part: float, expected: float, steps: int) -> None:
-    assert learning_rate(int(part * steps), steps, OptimizerOptions()) == pytest.approx(expected, rel=0.01)
+def test_exponential_decay_passes_the_figures_of_the_paper(
+    part: float, expected: float, steps: int
+) -> None:
+    assert learning_rate(int(part * steps), steps, OptimizerOptions()) == pytest.approx(
+        expected, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("schedule", ["exponential", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 800, 12_345])
 def test_the_last_step_has_exactly_the_end_value(schedule: str, steps: int) -> None:
-    assert learning_rate(steps, steps, load(OptimizerOptions, {"schedule": schedule})) == pytest.approx(1e-4, rel=1e-12)
+    assert learning_rate(
+        steps, steps, load(OptimizerOptions, {"schedule": schedule})
+    ) == pytest.approx(1e-4, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["exponential", "cosine", "constant"])
@@ -32,11 +38,16 @@ def test_warmup_is_linear_and_ends_at_the_peak(schedule: str) -> None:
 
 
 def test_cosine_is_half_way_down_at_half_way() -> None:
-    assert learning_rate(500, 1000, OptimizerOptions(schedule="cosine", warmup=0.0)) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert learning_rate(
+        500, 1000, OptimizerOptions(schedule="cosine", warmup=0.0)
+    ) == pytest.approx((1e-3 + 1e-4) / 2)
 
 
 def test_constant_stays() -> None:
-    assert {learning_rate(s, 100, OptimizerOptions(schedule="constant", warmup=0.0)) for s in range(1, 101)} == {1e-3}
+    assert {
+        learning_rate(s, 100, OptimizerOptions(schedule="constant", warmup=0.0))
+        for s in range(1, 101)
+    } == {1e-3}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -53,7 +64,9 @@ def test_frozen_parameters_are_left_out_and_a_step_lowers_the_loss(optimizer: st
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     model.bias.requires_grad_(False)
-    optimiser = build(model, load(OptimizerOptions, {"optimizer": optimizer, "learning_rate": 0.01}))
+    optimiser = build(
+        model, load(OptimizerOptions, {"optimizer": optimizer, "learning_rate": 0.01})
+    )
     before = (model.weight.detach().clone(), model.bias.detach().clone())
     losses = []
     for _ in range(5):
@@ -68,7 +81,12 @@ def test_frozen_parameters_are_left_out_and_a_step_lowers_the_loss(optimizer: st
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("warmup", 1.0), ("schedule", "linear")],
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("warmup", 1.0),
+        ("schedule", "linear"),
+    ],
 )
 def test_what_makes_no_schedule_is_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"training.{key}="):

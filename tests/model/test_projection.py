@@ -40,10 +40,14 @@ def case(bias: bool, dtype: torch.dtype, shape: tuple[int, int, int] = (N, D, V)
 
 
 def gradients(of: Case, losses: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad((of.weights * losses).sum(), [of.hidden, *of.head.parameters()]))
+    return list(
+        torch.autograd.grad((of.weights * losses).sum(), [of.hidden, *of.head.parameters()])
+    )
 
 
-@pytest.mark.parametrize("logits", [1, 3 * V, N * V, 1000 * V])  # a token at a time, three, all, more than there are
+@pytest.mark.parametrize(
+    "logits", [1, 3 * V, N * V, 1000 * V]
+)  # a token at a time, three, all, more than there are
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_are_those_of_plain_logits_in_float64(bias: bool, logits: int) -> None:
     of = case(bias, torch.float64)
@@ -79,7 +83,9 @@ def test_only_the_gradients_that_are_needed_are_computed() -> None:
     of = case(True, torch.float32)
     of.head.weight.requires_grad_(False)
     Projection(of.head)(of.hidden, of.targets, 2 * V).sum().backward()
-    assert of.head.weight.grad is None and of.hidden.grad is not None and of.head.bias.grad is not None
+    assert (
+        of.head.weight.grad is None and of.hidden.grad is not None and of.head.bias.grad is not None
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -92,7 +98,9 @@ def test_under_autocast_products_are_bf16_and_the_softmax_float32(bias: bool) ->
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)  # the same rounded products
     exact = F.cross_entropy(of.head(of.hidden), of.targets, reduction="none")
     assert (fused - exact).abs().max() > 1e-4
-    for found, theirs, right in zip(*(gradients(of, losses) for losses in (fused, plain, exact)), strict=True):
+    for found, theirs, right in zip(
+        *(gradients(of, losses) for losses in (fused, plain, exact)), strict=True
+    ):
         assert found.dtype == torch.float32
         error, usual = ((x - right).norm() / right.norm() for x in (found, theirs))
         assert error < max(1.2 * usual, 1e-3)
@@ -106,7 +114,10 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = function(*args, **(kwargs or {}))
         self.elements = max(
-            [self.elements, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))]
+            [
+                self.elements,
+                *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)),
+            ]
         )
         return out
 
@@ -123,10 +134,14 @@ def test_no_more_logits_exist_than_were_asked_for() -> None:
 
 def peak(work: Callable[[], object]) -> int:
     """The most bytes that torch's allocator has given out at a time meanwhile, beyond those before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     found = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"
+    )
     return max(itertools.accumulate(change for _, change in changes))
 
 
@@ -143,7 +158,11 @@ def test_peak_memory_of_a_step_does_not_depend_on_the_vocabulary(fused: bool) ->
         optimizer = optim.build(language_model, OptimizerOptions())
         tokens = torch.randint(vocabulary, (8, 129), generator=torch.Generator().manual_seed(0))
 
-        def step(of: nn.Module = language_model, by: torch.optim.Optimizer = optimizer, on: Tensor = tokens) -> None:
+        def step(
+            of: nn.Module = language_model,
+            by: torch.optim.Optimizer = optimizer,
+            on: Tensor = tokens,
+        ) -> None:
             of(on).mean().backward()
             by.step()
             by.zero_grad()
@@ -157,7 +176,9 @@ def test_it_compiles_to_the_same_numbers() -> None:
     of = case(True, torch.float32, (50, 16, 40))
     fused = Projection(of.head)
     eager = fused(of.hidden, of.targets, 20 * 40)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")(of.hidden, of.targets, 20 * 40)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")(
+        of.hidden, of.targets, 20 * 40
+    )
     torch.testing.assert_close(compiled, eager)
     for found, right in zip(gradients(of, compiled), gradients(of, eager), strict=True):
         torch.testing.assert_close(found, right)

@@ -16,12 +16,17 @@ from doremi_train.model import folders
 
 pytestmark = pytest.mark.acceptance
 
-ENGINES = [(1, "auto"), *((world, name) for world in (2, 4) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3"))]
+ENGINES = [
+    (1, "auto"),
+    *((world, name) for world in (2, 4) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+]
 Trajectory = dict[str, list[Any]]
 
 
 @pytest.fixture(scope="module")
-def launch(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], dict[str, Trajectory]]:
+def launch(
+    tiny: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, str], dict[str, Trajectory]]:
     """`launch(world, engine)` trains every case in one start of the processes; gives trace and metrics by case."""
     folder = tmp_path_factory.mktemp("engines")
     assert run_here(*tiny, f"run_dir={folder / 'prepare'}", "stage=prepare").code == 0
@@ -35,10 +40,24 @@ def launch(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def train(world: int, name: str) -> dict[str, Trajectory]:
         if (world, name) not in known:
             out = folder / f"{name}-{world}"
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+            start = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(world),
+            ]
             command = [sys.executable] if world == 1 else start
             done = subprocess.run(
-                [*command, str(Path(engines.__file__)), name, str(out), str(data), str(folder / "reference")],
+                [
+                    *command,
+                    str(Path(engines.__file__)),
+                    name,
+                    str(out),
+                    str(data),
+                    str(folder / "reference"),
+                ],
                 env=environment(),
                 capture_output=True,
                 text=True,
@@ -65,7 +84,9 @@ def read(case: Path) -> Trajectory:
 def largest(a: list[Any], b: list[Any], column: str) -> float:
     """The largest difference of a column of dicts over all steps; the draws must be the same."""
     assert [line["tokens"] for line in a] == [line["tokens"] for line in b]
-    return max(abs(x[column][k] - y[column][k]) for x, y in zip(a, b, strict=True) for k in x[column])
+    return max(
+        abs(x[column][k] - y[column][k]) for x, y in zip(a, b, strict=True) for k in x[column]
+    )
 
 
 def compare(one: Trajectory, other: Trajectory, weights: float = 1e-6, loss: float = 1e-4) -> None:
@@ -81,11 +102,19 @@ def compare(one: Trajectory, other: Trajectory, weights: float = 1e-6, loss: flo
 
 
 @pytest.mark.parametrize(("world", "name"), ENGINES)
-def test_every_engine_and_cut_gives_the_numbers_of_one_process(world: int, name: str, launch: Any) -> None:
+def test_every_engine_and_cut_gives_the_numbers_of_one_process(
+    world: int, name: str, launch: Any
+) -> None:
     alone, these = launch(1, "auto"), launch(world, name)
     for case in engines.cases(world):
         # `lagged` with one micro-batch is no special case: it weighs with α of the step before, however it is cut.
-        of = "lagged-1" if case.startswith("lagged") else "exact-1" if case.startswith(("exact", "fused")) else case
+        of = (
+            "lagged-1"
+            if case.startswith("lagged")
+            else "exact-1"
+            if case.startswith(("exact", "fused"))
+            else case
+        )
         compare(alone[of], these[case], *((5e-3, 5e-3) if case == "bf16" else ()))
     assert these["resumed"]["domain_weights"] == these["exact-1"]["domain_weights"]  # bit for bit
     assert these["resumed"]["evaluations"] == these["exact-1"]["evaluations"]
@@ -103,9 +132,17 @@ def test_a_step_exchanges_one_sum_of_two_floats_a_domain_and_one(launch: Any) ->
 def test_the_cases_are_not_all_the_same(launch: Any) -> None:
     """α of this batch or of the one before is a difference that the comparison above would see."""
     alone = launch(1, "auto")
-    assert largest(alone["exact-1"]["domain_weights"], alone["lagged-1"]["domain_weights"], "weights") > 1e-5
-    assert largest(alone["exact-1"]["domain_weights"], alone["bf16"]["domain_weights"], "weights") > 1e-6
-    assert alone["exact-1"]["metrics"] != alone["fused"]["metrics"]  # other sums: the same bits would mean it never was
+    assert (
+        largest(alone["exact-1"]["domain_weights"], alone["lagged-1"]["domain_weights"], "weights")
+        > 1e-5
+    )
+    assert (
+        largest(alone["exact-1"]["domain_weights"], alone["bf16"]["domain_weights"], "weights")
+        > 1e-6
+    )
+    assert (
+        alone["exact-1"]["metrics"] != alone["fused"]["metrics"]
+    )  # other sums: the same bits would mean it never was
 
 
 def test_a_batch_that_is_not_finite_is_left_out_on_all_processes(launch: Any) -> None:

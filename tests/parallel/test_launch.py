@@ -22,8 +22,12 @@ GOT = {
 
 def accelerate(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    given = {name: value for name, value in environment().items() if name != "ACCELERATE_USE_CPU"} | more
-    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300, check=False)
+    given = {
+        name: value for name, value in environment().items() if name != "ACCELERATE_USE_CPU"
+    } | more
+    return subprocess.run(
+        command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_every_configuration_is_tested() -> None:
@@ -33,8 +37,15 @@ def test_every_configuration_is_tested() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.acceptance
 def test_a_configuration_starts_what_it_says(config: Path, tiny: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny, f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'run'}", "stage=reference"]
-    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"  # as a killed compilation of DeepSpeed leaves it
+    overrides = [
+        *tiny,
+        f"store={tmp_path / 'store'}",
+        f"run_dir={tmp_path / 'run'}",
+        "stage=reference",
+    ]
+    lock = (
+        tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    )  # as a killed compilation of DeepSpeed leaves it
     lock.parent.mkdir(parents=True)
     lock.touch()
     start = ["--config_file", str(config), "-m", "doremi_train"]
@@ -50,7 +61,10 @@ def test_a_configuration_starts_what_it_says(config: Path, tiny: list[str], tmp_
 def test_a_launch_of_two_that_would_run_one_is_refused(tiny: list[str], tmp_path: Path) -> None:
     overrides = [*tiny, f"run_dir={tmp_path / 'run'}", "stage=prepare"]
     done = accelerate("--cpu", "--num_processes", "2", "-m", "doremi_train", *overrides)
-    assert "several processes and started one" in done.stderr and "launch/accelerate/cpu.yaml" in done.stderr
+    assert (
+        "several processes and started one" in done.stderr
+        and "launch/accelerate/cpu.yaml" in done.stderr
+    )
     assert done.returncode != 0 and not (tmp_path / "run").exists()
 
 
@@ -58,12 +72,20 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 REFUSED: list[tuple[dict[str, str], list[str], list[str]]] = [
     ({"WORLD_SIZE": "2"}, [], ["WORLD_SIZE=2", "RANK", "MASTER_ADDR", "torchrun"]),
-    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], ["mixed_precision bf16", "training.precision=fp32"]),
+    (
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        [],
+        ["mixed_precision bf16", "training.precision=fp32"],
+    ),
     ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ["training.precision=bf16"], ["mixed_precision fp16"]),
     ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], ["dynamo", "engine.compile=true"]),
     (FSDP | {"FSDP_VERSION": "1"}, [], ["fsdp_version: 1", "fsdp_version: 2"]),
     (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, [], ["fsdp_offload_params: true"]),
-    (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, [], ["fsdp_reshard_after_forward: false", "engine=ddp"]),
+    (
+        FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+        [],
+        ["fsdp_reshard_after_forward: false", "engine=ddp"],
+    ),
     (FSDP, ["engine=zero2"], ["engine.strategy=zero2", "asks for fsdp2"]),
     (FSDP, [], ["engine.strategy=fsdp2", "torchrun"]),  # one process that was started alone
     (ZERO, ["engine=ddp"], ["engine.strategy=ddp", "asks for zero2"]),
@@ -72,7 +94,9 @@ REFUSED: list[tuple[dict[str, str], list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "overrides", "fragments"), REFUSED, ids=lambda value: " ".join(map(str, value)))
+@pytest.mark.parametrize(
+    ("given", "overrides", "fragments"), REFUSED, ids=lambda value: " ".join(map(str, value))
+)
 def test_what_was_asked_for_and_would_not_be_got_is_refused(
     given: dict[str, str],
     overrides: list[str],
@@ -94,7 +118,11 @@ SETTINGS: list[tuple[str, dict[str, object], list[str]]] = [
     ("zero2", {"train_batch_size": 8}, ["train_batch_size=8", "training.batch_size"]),
     ("zero1", {"bf16": {"enabled": True}}, ["bf16", "training.precision"]),
     ("zero3", {"zero_optimization": {"stage": 3, "overlap_comm": True}}, ["overlap_comm"]),
-    ("zero3", {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["offload_param"]),
+    (
+        "zero3",
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        ["offload_param"],
+    ),
 ]
 
 
@@ -116,10 +144,15 @@ def test_deepspeed_s_files_are_read(tmp_path: Path) -> None:
     from doremi_train.parallel import launcher
 
     for stage in (1, 2, 3):
-        settings = launcher.read_deepspeed(str(ROOT / "launch" / "deepspeed" / f"zero{stage}.json"), f"zero{stage}")
+        settings = launcher.read_deepspeed(
+            str(ROOT / "launch" / "deepspeed" / f"zero{stage}.json"), f"zero{stage}"
+        )
         assert settings["zero_optimization"]["stage"] == stage
         named = yaml.safe_load((ROOT / "launch" / "accelerate" / f"zero{stage}.yaml").read_text())
-        assert named["deepspeed_config"]["deepspeed_config_file"] == f"launch/deepspeed/zero{stage}.json"
+        assert (
+            named["deepspeed_config"]["deepspeed_config_file"]
+            == f"launch/deepspeed/zero{stage}.json"
+        )
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
@@ -144,14 +177,25 @@ def test_compiled_is_the_same_run(
     overrides = ["stage=proxy", "training.checkpoint_every=5", "model.config.num_hidden_layers=1"]
     assert run_here(*tiny, *overrides, f"run_dir={tmp_path / 'plain'}").code == 0
     # The proxy alone: compiling takes most of the time.
-    overrides += [f"reference.path={tmp_path / 'plain/reference/model'}", f"engine={engine}", "engine.compile=true"]
+    overrides += [
+        f"reference.path={tmp_path / 'plain/reference/model'}",
+        f"engine={engine}",
+        "engine.compile=true",
+    ]
     outcome = doremi(*fresh, *overrides, f"run_dir={tmp_path / 'compiled'}", processes=processes)
     assert outcome.code == 0, outcome
     assert ", compiled, fp32: " in outcome.out, outcome.out
     plain, compiled = (
-        [json.loads(line) for line in (tmp_path / name / "proxy" / "domain_weights.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (tmp_path / name / "proxy" / "domain_weights.jsonl")
+            .read_text()
+            .splitlines()
+        ]
         for name in ("plain", "compiled")
     )
     for a, b in zip(plain, compiled, strict=True):
         assert a["weights"] == pytest.approx(b["weights"], abs=1e-6)
-    assert plain[-1]["weights"] != compiled[-1]["weights"]  # other kernels: the same bits would mean it never compiled
+    assert (
+        plain[-1]["weights"] != compiled[-1]["weights"]
+    )  # other kernels: the same bits would mean it never compiled

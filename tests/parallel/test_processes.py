@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 from helpers.command import Command, run_here, start
-from helpers.processes import STEPS, checkpoints, ended, lines, reached, read, reaped, same_bits, same_numbers, wait_for
+from helpers.processes import (
+    STEPS,
+    checkpoints,
+    ended,
+    lines,
+    reached,
+    read,
+    reaped,
+    same_bits,
+    same_numbers,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +47,20 @@ def test_two_processes_give_the_numbers_of_one(
 @pytest.mark.acceptance
 def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = [*prepared, f"run_dir={run_dir}", "stage=reference", "training.steps=400", "evaluation.every=400"]
+    overrides = [
+        *prepared,
+        f"run_dir={run_dir}",
+        "stage=reference",
+        "training.steps=400",
+        "evaluation.every=400",
+    ]
     agent = start(*overrides, processes=2)
     with reaped(agent):
         wait_for(lambda: reached(run_dir / "reference", 14), agent)
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGTERM)  # one rank is told, not the agent; the step's exchange tells all
+        os.kill(
+            int(children[-1]), signal.SIGTERM
+        )  # one rank is told, not the agent; the step's exchange tells all
         outcome = ended(agent)
     assert outcome.code == 1, outcome  # torchrun's own
     assert read(run_dir / "reference" / "status.json")["state"] == "preempted", outcome.err
@@ -61,7 +80,11 @@ def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_p
     ids=lambda number: number.name,
 )
 def test_told_to_stop_it_saves_and_continues(
-    number: signal.Signals, uninterrupted: Path, doremi: Command, prepared: list[str], tmp_path: Path
+    number: signal.Signals,
+    uninterrupted: Path,
+    doremi: Command,
+    prepared: list[str],
+    tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
     overrides = [*prepared, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]"]
@@ -78,7 +101,9 @@ def test_told_to_stop_it_saves_and_continues(
     assert status["state"] == "preempted" and "saved at step" in status["message"], status
     stopped = checkpoints(proxy)[-1]
     assert stopped == len(lines(proxy / "domain_weights.jsonl")) < STEPS  # saved where it stopped
-    assert stopped - seen < 10  # and soon: the polling and the signal's way take some steps of a few milliseconds
+    assert (
+        stopped - seen < 10
+    )  # and soon: the polling and the signal's way take some steps of a few milliseconds
     assert not (run_dir / "weights.json").exists()
     outcome = doremi(*overrides)
     assert outcome.code == 0, outcome
@@ -114,9 +139,17 @@ def test_killed_at_any_step_it_continues(
 # ── Two commands at once ────────────────────────────────────────────────────────────
 
 
-def test_a_second_start_in_one_run_dir_is_refused(prepared: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_a_second_start_in_one_run_dir_is_refused(
+    prepared: list[str], doremi: Command, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    overrides = [*prepared, f"run_dir={run_dir}", "stage=reference", "training.steps=2000", "evaluation.every=2000"]
+    overrides = [
+        *prepared,
+        f"run_dir={run_dir}",
+        "stage=reference",
+        "training.steps=2000",
+        "evaluation.every=2000",
+    ]
     first = start(*overrides)
     with reaped(first):
         wait_for(lambda: reached(run_dir / "reference", 7), first)
@@ -125,13 +158,21 @@ def test_a_second_start_in_one_run_dir_is_refused(prepared: list[str], doremi: C
         first.send_signal(signal.SIGTERM)
         assert ended(first).code == 75
     assert second.code == 2, second
-    assert f"process {first.pid}" in second.err and "run_dir" in second.err and "Traceback" not in second.err
+    assert (
+        f"process {first.pid}" in second.err
+        and "run_dir" in second.err
+        and "Traceback" not in second.err
+    )
     # The refused start must not have written over the status of the one at work, which ended after it.
     assert read(run_dir / "reference" / "status.json")["state"] == "preempted"
 
 
-def test_two_run_dirs_that_need_the_same_run_wait_for_each_other(prepared: list[str], tmp_path: Path) -> None:
-    one, two = (start(*prepared, f"run_dir={tmp_path / name}", "stage=reference") for name in ("one", "two"))
+def test_two_run_dirs_that_need_the_same_run_wait_for_each_other(
+    prepared: list[str], tmp_path: Path
+) -> None:
+    one, two = (
+        start(*prepared, f"run_dir={tmp_path / name}", "stage=reference") for name in ("one", "two")
+    )
     with reaped(one), reaped(two):
         outcomes = [ended(one), ended(two)]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes

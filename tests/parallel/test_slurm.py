@@ -25,22 +25,39 @@ LONG = ("training.steps=200", "training.checkpoint_every=25", "evaluation.every=
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
-    missing = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name, path=path)]
+    missing = [
+        name
+        for name in ("sbatch", "slurmctld", "slurmd", "munged")
+        if not shutil.which(name, path=path)
+    ]
     if missing or os.geteuid():
-        pytest.skip(f"needs root and Debian's slurm-wlm and munge; missing: {', '.join(missing) or 'root'}")
+        pytest.skip(
+            f"needs root and Debian's slurm-wlm and munge; missing: {', '.join(missing) or 'root'}"
+        )
     folder = tmp_path_factory.mktemp("slurm")
     script = str(ROOT / "tests" / "helpers" / "slurm.sh")
     with pytest.MonkeyPatch.context() as patch:
         try:
-            up = subprocess.run([script, "up", str(folder)], capture_output=True, text=True, timeout=120, check=False)
+            up = subprocess.run(
+                [script, "up", str(folder)],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
             assert up.returncode == 0, up.stderr
             patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+            patch.setenv(
+                "PYTHONPATH",
+                os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            )
             patch.setenv("PYTHON", sys.executable)
             # Slurm ends a job that asks to be requeued, and the scontrol that asks: here always before it returns.
             slow = folder / "bin" / "scontrol"
             slow.parent.mkdir()
-            slow.write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@" || exit\n[ "$1" != requeue ] || sleep 4\n')
+            slow.write_text(
+                f'#!/bin/sh\n{shutil.which("scontrol")} "$@" || exit\n[ "$1" != requeue ] || sleep 4\n'
+            )
             slow.chmod(0o755)
             patch.setenv("PATH", os.pathsep.join([str(slow.parent), os.environ["PATH"]]))
             patch.setenv("OMP_NUM_THREADS", "1")
@@ -60,7 +77,9 @@ def call(*arguments: str | Path, cwd: Path, **environment: str) -> str:
 
 def submit(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     """The number of a job of the stage script."""
-    return call("sbatch", "--parsable", *arguments, cwd=cwd, **environment).strip().partition(";")[0]
+    return (
+        call("sbatch", "--parsable", *arguments, cwd=cwd, **environment).strip().partition(";")[0]
+    )
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 180) -> None:
@@ -87,7 +106,9 @@ def ended(job: str, tmp_path: Path, seconds: float = 240) -> str:
 
 def close(one: Path, two: Path) -> None:
     ours, theirs = (read(run / "weights.json")["weights"] for run in (one, two))
-    assert ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]) < 1e-6 for name in ours)
+    assert ours.keys() == theirs.keys() and all(
+        abs(ours[name] - theirs[name]) < 1e-6 for name in ours
+    )
 
 
 # ── Ranks ───────────────────────────────────────────────────────────────────────────
@@ -101,7 +122,9 @@ def alone(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "accelerate"])
-def test_two_nodes_are_one_process(launcher: str, alone: Path, fresh: list[str], tmp_path: Path) -> None:
+def test_two_nodes_are_one_process(
+    launcher: str, alone: Path, fresh: list[str], tmp_path: Path
+) -> None:
     job = submit(
         "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, f"run_dir={tmp_path / 'run'}",
         "stage=main", "main.comparisons=[]", cwd=tmp_path, LAUNCHER=launcher, ACCELERATE_USE_CPU="1",
@@ -117,7 +140,10 @@ def test_srun_alone_starts_ranks(alone: Path, fresh: list[str], tmp_path: Path) 
         "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "doremi_train", *fresh,
         f"run_dir={tmp_path / 'run'}", "stage=proxy", cwd=tmp_path,
     )  # fmt: skip
-    for a, b in zip(*(lines(run / "proxy" / "domain_weights.jsonl") for run in (alone, tmp_path / "run")), strict=True):
+    for a, b in zip(
+        *(lines(run / "proxy" / "domain_weights.jsonl") for run in (alone, tmp_path / "run")),
+        strict=True,
+    ):
         assert all(abs(a["weights"][name] - b["weights"][name]) < 1e-6 for name in a["weights"])
 
 
@@ -134,8 +160,15 @@ def test_a_batch_script_of_several_tasks_is_one_process(fresh: list[str], tmp_pa
 
 def test_a_mistake_ends_the_job_with_its_code(fresh: list[str], tmp_path: Path) -> None:
     job = submit("--ntasks-per-node=2", LAUNCH / "stage.sbatch", *fresh, "stage=cook", cwd=tmp_path)
-    assert ended(job, tmp_path) == "FAILED" and field(job, "ExitCode") == "2:0" and field(job, "Restarts") == "0"
-    assert "".join(path.read_text() for path in tmp_path.glob("*.log")).count("stage=cook: unknown") == 1
+    assert (
+        ended(job, tmp_path) == "FAILED"
+        and field(job, "ExitCode") == "2:0"
+        and field(job, "Restarts") == "0"
+    )
+    assert (
+        "".join(path.read_text() for path in tmp_path.glob("*.log")).count("stage=cook: unknown")
+        == 1
+    )
 
 
 # ── Stopped ─────────────────────────────────────────────────────────────────────────
@@ -144,7 +177,9 @@ def test_a_mistake_ends_the_job_with_its_code(fresh: list[str], tmp_path: Path) 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert run_here(*tiny, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]").code == 0
+    assert (
+        run_here(*tiny, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]").code == 0
+    )
     return run_dir
 
 
@@ -188,13 +223,21 @@ def test_a_time_limit_requeues_and_continues(fresh: list[str], tmp_path: Path) -
     """A real one, of three minutes. Slurm looks every half minute: the signal comes 90 to 120 seconds after the start,
     when a run has begun on a busy machine too."""
     run_dir = tmp_path / "run"
-    steps = ("training.steps=1000000", "training.checkpoint_every=1000000", "evaluation.every=1000000")
+    steps = (
+        "training.steps=1000000",
+        "training.checkpoint_every=1000000",
+        "evaluation.every=1000000",
+    )
     job = submit(
         "--time=3", "--signal=USR1@90", LAUNCH / "stage.sbatch", *fresh, *steps, f"run_dir={run_dir}",
         "stage=reference", cwd=tmp_path,
     )  # fmt: skip
     status = run_dir / "reference" / "status.json"
-    wait_for(lambda: field(job, "Restarts") == "1" and field(job, "JobState") == "RUNNING", "the second start", 420)
+    wait_for(
+        lambda: field(job, "Restarts") == "1" and field(job, "JobState") == "RUNNING",
+        "the second start",
+        420,
+    )
     assert "saved at step" in status.read_text()
     saved = checkpoints(run_dir / "reference")[-1]
     log = run_dir / "reference" / "metrics.jsonl"
@@ -224,7 +267,14 @@ def test_a_cancelled_job_saves_and_stays_away(fresh: list[str], tmp_path: Path) 
 
 
 def test_the_pipeline_as_dependent_jobs(alone: Path, fresh: list[str], tmp_path: Path) -> None:
-    shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *fresh, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    shown = call(
+        LAUNCH / "pipeline.sh",
+        "--ntasks=1",
+        "--",
+        *fresh,
+        f"run_dir={tmp_path / 'run'}",
+        cwd=tmp_path,
+    )
     jobs = dict(line.split() for line in shown.splitlines())
     assert list(jobs) == ["prepare", "reference", "proxy", "main", "report"]
     assert ended(jobs["report"], tmp_path) == "COMPLETED"
@@ -236,16 +286,32 @@ def test_a_stage_that_fails_takes_those_after_it_along(fresh: list[str], tmp_pat
     overrides = [*fresh, f"run_dir={tmp_path / 'run'}", "training.batch_size=-1"]
     shown = call(LAUNCH / "pipeline.sh", "--ntasks=1", "--", *overrides, cwd=tmp_path)
     jobs = dict(line.split() for line in shown.splitlines())
-    assert ended(jobs["report"], tmp_path) == "CANCELLED" and field(jobs["prepare"], "ExitCode") == "2:0"
+    assert (
+        ended(jobs["report"], tmp_path) == "CANCELLED"
+        and field(jobs["prepare"], "ExitCode") == "2:0"
+    )
 
 
-def test_an_array_over_seeds_shares_a_store_and_ends_in_a_report(tiny: list[str], tmp_path: Path) -> None:
+def test_an_array_over_seeds_shares_a_store_and_ends_in_a_report(
+    tiny: list[str], tmp_path: Path
+) -> None:
     own = [override for override in tiny if not override.startswith("store=")]
     run_dir = tmp_path / "runs"
-    shown = call(LAUNCH / "seeds.sh", "--array=3-4", "--ntasks=1", "--", *own, f"run_dir={run_dir}", cwd=tmp_path)
+    shown = call(
+        LAUNCH / "seeds.sh",
+        "--array=3-4",
+        "--ntasks=1",
+        "--",
+        *own,
+        f"run_dir={run_dir}",
+        cwd=tmp_path,
+    )
     jobs = dict(line.split() for line in shown.splitlines())
     assert ended(jobs["report"], tmp_path) == "COMPLETED"
-    assert sorted(path.parent.name for path in run_dir.glob("*/evaluation.json")) == ["seed-3", "seed-4"]
+    assert sorted(path.parent.name for path in run_dir.glob("*/evaluation.json")) == [
+        "seed-3",
+        "seed-4",
+    ]
     stores = {(run_dir / f"seed-{seed}" / "prepare").resolve().parent for seed in (3, 4)}
     assert stores == {(run_dir / "store" / "data").resolve()}
     assert "Over 2 runs" in (run_dir / "report.html").read_text()
@@ -258,21 +324,27 @@ def multirun(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_sweep_is_an_array_and_a_failed_job_shows_its_message(fresh: list[str], tmp_path: Path) -> None:
+def test_a_sweep_is_an_array_and_a_failed_job_shows_its_message(
+    fresh: list[str], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "sweep"
     sweep = [*fresh, f"run_dir={run_dir}", "stage=proxy"]
     done = multirun(*sweep, "proxy.step_size=0.5,1.0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = sorted(run_dir.glob("*/proxy"))
     assert len({path.resolve() for path in made}) == 2
-    assert len({path.with_name("reference").resolve() for path in made}) == 1, "one reference, made once"
+    assert len({path.with_name("reference").resolve() for path in made}) == 1, (
+        "one reference, made once"
+    )
     assert len(list((run_dir / ".submitit").glob("*_1"))) == 1, "one array"
     failed = multirun(*sweep, "training.batch_size=8,-3", cwd=tmp_path)
     assert failed.returncode == 2
     assert "training.batch_size=-3: " in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, fresh: list[str], tmp_path: Path) -> None:
+def test_a_sweep_s_job_is_requeued_at_its_time_limit(
+    uninterrupted: Path, fresh: list[str], tmp_path: Path
+) -> None:
     """Submitit's own signal: the run saves first, and the job goes back into the queue after."""
     run_dir = tmp_path / "sweep"
     overrides = [*fresh, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]", "seed=0"]
@@ -283,7 +355,9 @@ def test_a_sweep_s_job_is_requeued_at_its_time_limit(uninterrupted: Path, fresh:
     )  # fmt: skip
     try:
         job = first_job(sweep, others)
-        wait_for(lambda: any(checkpoints(path) for path in run_dir.glob("*/reference")), "a checkpoint")
+        wait_for(
+            lambda: any(checkpoints(path) for path in run_dir.glob("*/reference")), "a checkpoint"
+        )
         call("scancel", "--signal=USR2", job, cwd=tmp_path)
         out, _ = sweep.communicate(timeout=300)
     finally:
@@ -318,19 +392,34 @@ def first_job(process: "subprocess.Popen[str]", others: set[str]) -> str:
 
 def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(fresh: list[str], tmp_path: Path) -> None:
     seeds = [*fresh, "stage=main", "main.comparisons=[]", "proxy.seeds=2"]
-    assert run_here(*seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'first' / 'store'}").code == 0
+    assert (
+        run_here(
+            *seeds, f"run_dir={tmp_path / 'one'}", f"store={tmp_path / 'first' / 'store'}"
+        ).code
+        == 0
+    )
     call(
         sys.executable, "-m", "doremi_train", *seeds, f"run_dir={tmp_path / 'two'}", "submit.cluster=slurm",
         "submit.tasks_per_node=1", "submit.extra={comment: seeds}", cwd=tmp_path,
     )  # fmt: skip
-    assert (tmp_path / "one" / "weights.json").read_bytes() == (tmp_path / "two" / "weights.json").read_bytes()
+    assert (tmp_path / "one" / "weights.json").read_bytes() == (
+        tmp_path / "two" / "weights.json"
+    ).read_bytes()
     for seed in (0, 1):
         child: Any = tmp_path / "two" / "proxy" / "round-1" / "jobs" / f"seed-{seed}"
-        assert (child / "proxy").resolve() == (tmp_path / "two" / "proxy" / "round-1" / f"seed-{seed}").resolve()
+        assert (child / "proxy").resolve() == (
+            tmp_path / "two" / "proxy" / "round-1" / f"seed-{seed}"
+        ).resolve()
 
 
 def test_a_swarm_is_an_array(tiny: list[str], fresh: list[str], tmp_path: Path) -> None:
-    swarm = ["mixture=swarm", "stage=swarm", "swarm.runs=1", "swarm.candidates=1", "training.steps=6"]
+    swarm = [
+        "mixture=swarm",
+        "stage=swarm",
+        "swarm.runs=1",
+        "swarm.candidates=1",
+        "training.steps=6",
+    ]
     out = call(
         sys.executable, "-m", "doremi_train", *fresh, *swarm, f"run_dir={tmp_path / 'run'}", "submit.cluster=slurm",
         "submit.parallel=2", cwd=tmp_path,
@@ -343,7 +432,9 @@ def test_a_swarm_is_an_array(tiny: list[str], fresh: list[str], tmp_path: Path) 
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, fresh: list[str], tmp_path: Path) -> None:
+def test_ranks_of_one_step_submit_children_of_two_tasks(
+    alone: Path, fresh: list[str], tmp_path: Path
+) -> None:
     """The children inherit nothing of their parent's step, and have ranks of their own."""
     run_dir = tmp_path / "run"
     call(
@@ -358,7 +449,12 @@ def test_ranks_of_one_step_submit_children_of_two_tasks(alone: Path, fresh: list
 
 def test_a_stopped_parent_takes_its_jobs_along(fresh: list[str], tmp_path: Path) -> None:
     assert run_here(*fresh, f"run_dir={tmp_path / 'made'}", "stage=reference").code == 0
-    seeds = [*fresh, *LONG, "training.steps=100000", f"reference.path={tmp_path / 'made/reference/model'}"]
+    seeds = [
+        *fresh,
+        *LONG,
+        "training.steps=100000",
+        f"reference.path={tmp_path / 'made/reference/model'}",
+    ]
     seeds += [f"run_dir={tmp_path / 'run'}", "stage=proxy", "proxy.seeds=2"]
     parent = subprocess.Popen(
         [sys.executable, "-m", "doremi_train", *seeds, "submit.cluster=slurm", "submit.parallel=1"],
@@ -366,7 +462,9 @@ def test_a_stopped_parent_takes_its_jobs_along(fresh: list[str], tmp_path: Path)
     )  # fmt: skip
     try:
         folder = tmp_path / "run" / "proxy" / "round-1" / "jobs" / "seed-0" / "proxy"
-        wait_for(lambda: parent.poll() is not None or checkpoints(folder), "a checkpoint of the child")
+        wait_for(
+            lambda: parent.poll() is not None or checkpoints(folder), "a checkpoint of the child"
+        )
         parent.terminate()
         out, err = parent.communicate(timeout=120)
     finally:
@@ -384,7 +482,9 @@ def selection(tmp_path: Path) -> list[str]:
     """Overrides of a selection from twelve files. While there is a file `slow`, each takes as many seconds to read."""
     pytest.importorskip("numba")
     script = tmp_path / "read.sh"
-    script.write_text(f'[ -e {tmp_path / "slow"} ] && sleep "$(cat {tmp_path / "slow"})"\nexec cat "$1"\n')
+    script.write_text(
+        f'[ -e {tmp_path / "slow"} ] && sleep "$(cat {tmp_path / "slow"})"\nexec cat "$1"\n'
+    )
     texts = list(documents(2, "hijklmno", 200, 100_000))
     files = [write_jsonl(tmp_path / "raw" / f"{n:02d}.jsonl", texts[n::12] * 20) for n in range(12)]
     train = ", ".join(f'"pipe:sh {script} {file}"' for file in files)
@@ -400,7 +500,9 @@ def same_choice(one: Path, two: Path) -> None:
 
 def counted(run_dir: Path) -> dict[Path, int]:
     """The counts that are there, and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in run_dir.glob("store/selection/*/counts/*.npz")}
+    return {
+        path: path.stat().st_mtime_ns for path in run_dir.glob("store/selection/*/counts/*.npz")
+    }
 
 
 def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -419,7 +521,10 @@ def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path:
     )  # fmt: skip
     try:
         counts = (tmp_path / "array" / "store").glob
-        wait_for(lambda: parent.poll() is not None or list(counts("selection/*/counts/*.npz")), "the first counts")
+        wait_for(
+            lambda: parent.poll() is not None or list(counts("selection/*/counts/*.npz")),
+            "the first counts",
+        )
         running = call("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i", cwd=tmp_path).split()
         assert running and all("_" in job for job in running), "an array"
         call("scancel", "--signal=KILL", running[-1], cwd=tmp_path)
@@ -428,10 +533,14 @@ def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path:
         parent.kill()
     assert parent.returncode == 0, (out, err)
     same_choice(tmp_path / "here", tmp_path / "array")
-    assert len(list((tmp_path / "array" / "select.log").glob("*_result.pkl"))) >= 9, "three arrays of three jobs"
+    assert len(list((tmp_path / "array" / "select.log").glob("*_result.pkl"))) >= 9, (
+        "three arrays of three jobs"
+    )
 
 
-def test_a_selection_s_job_is_requeued_at_its_time_limit(selection: list[str], tmp_path: Path) -> None:
+def test_a_selection_s_job_is_requeued_at_its_time_limit(
+    selection: list[str], tmp_path: Path
+) -> None:
     """A real one, of two minutes, whose signal comes a minute before; what was done is not done again."""
     assert run_here(*selection, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
     (tmp_path / "slow").write_text("15")
@@ -441,7 +550,9 @@ def test_a_selection_s_job_is_requeued_at_its_time_limit(selection: list[str], t
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        wait_for(lambda: parent.poll() is not None or counted(tmp_path / "array"), "the first counts")
+        wait_for(
+            lambda: parent.poll() is not None or counted(tmp_path / "array"), "the first counts"
+        )
         job = call("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i", cwd=tmp_path).split()[0]
         wait_for(lambda: field(job, "Restarts") == "1", "the second start", 120)
         before = counted(tmp_path / "array")
@@ -454,16 +565,26 @@ def test_a_selection_s_job_is_requeued_at_its_time_limit(selection: list[str], t
     same_choice(tmp_path / "here", tmp_path / "array")
     after = counted(tmp_path / "array")
     assert len(after) == 12 and before.items() <= after.items()
-    logs = "".join(path.read_text() for path in (tmp_path / "array" / "select.log").glob("*_log.err"))
+    logs = "".join(
+        path.read_text() for path in (tmp_path / "array" / "select.log").glob("*_log.err")
+    )
     assert "Caught signal SIGUSR2" in logs and "timed-out" in logs
 
 
-def test_a_selection_that_is_told_to_stop_is_requeued_too(selection: list[str], tmp_path: Path) -> None:
+def test_a_selection_that_is_told_to_stop_is_requeued_too(
+    selection: list[str], tmp_path: Path
+) -> None:
     """The whole of it as one job."""
     assert run_here(*selection, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
     (tmp_path / "slow").write_text("4")
     run_dir = tmp_path / "run"
-    job = submit(LAUNCH / "stage.sbatch", *selection, "selection.workers=2", f"run_dir={run_dir}", cwd=tmp_path)
+    job = submit(
+        LAUNCH / "stage.sbatch",
+        *selection,
+        "selection.workers=2",
+        f"run_dir={run_dir}",
+        cwd=tmp_path,
+    )
     wait_for(lambda: counted(run_dir), "the first counts")
     call("scancel", "--signal=USR1", job, cwd=tmp_path)  # as Slurm does before a time limit
     wait_for(lambda: field(job, "Restarts") == "1", "the second start")
@@ -481,7 +602,9 @@ def test_an_array_shares_the_scores_of_one_pool(tmp_path: Path) -> None:
     from benchmarks import planted_tasks
 
     planted_tasks.untrained(tmp_path / "model", width=32)
-    planted_tasks.write(tmp_path / "pool.jsonl", planted_tasks.records(1, 240, 0.2))  # three shards of scores
+    planted_tasks.write(
+        tmp_path / "pool.jsonl", planted_tasks.records(1, 240, 0.2)
+    )  # three shards of scores
     planted_tasks.write(tmp_path / "held.jsonl", planted_tasks.records(2, 2, 0.0))
     planted_tasks.write(tmp_path / "amber.jsonl", planted_tasks.records(3, 6, 0.0, ("amber",)))
     split = f"{{train: [{tmp_path}/pool.jsonl], validation: [{tmp_path}/held.jsonl]}}"
@@ -493,7 +616,9 @@ def test_an_array_shares_the_scores_of_one_pool(tmp_path: Path) -> None:
     ]  # fmt: skip
     run_dir = f"run_dir={tmp_path}/run-$SLURM_ARRAY_TASK_ID"
     words = " ".join(f"'{override}'" for override in overrides)
-    job = submit("--array=0-1", f"--wrap={sys.executable} -m doremi_train {words} {run_dir}", cwd=tmp_path)
+    job = submit(
+        "--array=0-1", f"--wrap={sys.executable} -m doremi_train {words} {run_dir}", cwd=tmp_path
+    )
     wait_for(lambda: not call("squeue", "-h", cwd=tmp_path).strip(), "an empty queue", 300)
     told = "\n".join(path.read_text() for path in tmp_path.glob("slurm-*.out"))
     for task in (0, 1):

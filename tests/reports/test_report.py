@@ -23,8 +23,20 @@ from doremi_train.stages.report import _read
 
 def run_of(folder: Path, width: int, seed: int, gain: float = 0.5, **more: float | str) -> Path:
     """What the report reads of one run: a wider model is better, and a later seed worse."""
-    shape = {"model_type": "gpt2", "vocab_size": 50, "n_positions": 8, "n_embd": width, "n_layer": 1, "n_head": 1}
-    config = {"seed": seed, "run_dir": str(folder), "model": {"config": {"n_embd": width, "n_head": 1}}, "proxy": more}
+    shape = {
+        "model_type": "gpt2",
+        "vocab_size": 50,
+        "n_positions": 8,
+        "n_embd": width,
+        "n_layer": 1,
+        "n_head": 1,
+    }
+    config = {
+        "seed": seed,
+        "run_dir": str(folder),
+        "model": {"config": {"n_embd": width, "n_head": 1}},
+        "proxy": more,
+    }
     config["reference"] = {"mixture": "natural"}
     main = 4 - width / 100 + seed / 1000
     losses = {"main": main, "baseline": main + gain + seed / 5000, "uniform": 4.25}
@@ -42,7 +54,9 @@ def run_of(folder: Path, width: int, seed: int, gain: float = 0.5, **more: float
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "evaluation.json").write_text(json.dumps(figures))
     weights = {"a": 0.25 + seed / 100, "b": 0.75 - seed / 100}
-    (folder / "weights.json").write_text(json.dumps({"method": "doremi", "weights": weights, "interval": None}))
+    (folder / "weights.json").write_text(
+        json.dumps({"method": "doremi", "weights": weights, "interval": None})
+    )
     return folder
 
 
@@ -74,7 +88,9 @@ def test_no_better_is_said(tmp_path: Path) -> None:
         (-0.0002, "not distinguishable from natural (baseline) (by +0.0000 ± 0.0005", True),
     ],
 )
-def test_seeds_give_an_interval_and_equals_are_said(tmp_path: Path, gain: float, word: str, remedy: bool) -> None:
+def test_seeds_give_an_interval_and_equals_are_said(
+    tmp_path: Path, gain: float, word: str, remedy: bool
+) -> None:
     (setting,) = _read([run_of(tmp_path / str(seed), 16, seed, gain) for seed in range(3)])
     text = results.verdict(setting)
     assert "Over 3 runs the learned mixture is" in text and word in text
@@ -87,7 +103,11 @@ def test_models_that_are_one_run_are_one_column(tmp_path: Path) -> None:
     figures |= {"natural": figures["baseline"], "reference": figures["baseline"]}
     (folder / "evaluation.json").write_text(json.dumps(figures))
     (setting,) = _read([folder])
-    assert setting.models == {"main": "learned", "baseline": "natural (baseline)", "uniform": "uniform"}
+    assert setting.models == {
+        "main": "learned",
+        "baseline": "natural (baseline)",
+        "uniform": "uniform",
+    }
 
 
 # ── Settings of a sweep ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -98,10 +118,17 @@ def test_runs_are_grouped_by_what_varies_beside_the_seed(tmp_path: Path) -> None
     assert [len(small.results), len(large.results)] == [3, 3] and small.size < large.size
     assert small.label == f"proxy={small.size:,} parameters"
     losses, weights = sweep_charts.compare([small, large])
-    assert all(f" {name}" in losses for name in ("learned", "natural (baseline)", "uniform")) and " main" not in losses
+    assert (
+        all(f" {name}" in losses for name in ("learned", "natural (baseline)", "uniform"))
+        and " main" not in losses
+    )
     assert " a" in weights and " b" in weights
-    assert len(re.findall(r'id="[^"]*(FillBetween|PolyCollection)', losses)) == 3, "a band for each curve"
-    assert overall([small, large]).startswith("6 runs of 2 settings; the lowest mean loss is that of proxy=")
+    assert len(re.findall(r'id="[^"]*(FillBetween|PolyCollection)', losses)) == 3, (
+        "a band for each curve"
+    )
+    assert overall([small, large]).startswith(
+        "6 runs of 2 settings; the lowest mean loss is that of proxy="
+    )
 
 
 def test_other_keys_make_curves_of_their_own(tmp_path: Path) -> None:
@@ -112,7 +139,9 @@ def test_other_keys_make_curves_of_their_own(tmp_path: Path) -> None:
 
 
 def test_words_make_a_row_each(tmp_path: Path) -> None:
-    settings = _read([run_of(tmp_path / score, 16, 0, score=score) for score in ("excess", "hardest")])
+    settings = _read(
+        [run_of(tmp_path / score, 16, 0, score=score) for score in ("excess", "hardest")]
+    )
     losses, weights = sweep_charts.compare(settings)
     assert "proxy.score=excess" in losses and "proxy.score=hardest" in weights
 
@@ -123,7 +152,9 @@ def test_seeds_alone_are_one_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("widths", [(16,), (16, 32)])
-def test_the_page_of_a_sweep_has_every_setting(widths: tuple[int, ...], corpus: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_sweep_has_every_setting(
+    widths: tuple[int, ...], corpus: Path, tmp_path: Path
+) -> None:
     for width in widths:
         for seed in (0, 1):
             run_of(tmp_path / "sweep" / f"{width}-{seed}", width, seed)
@@ -131,8 +162,12 @@ def test_the_page_of_a_sweep_has_every_setting(widths: tuple[int, ...], corpus: 
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert page.count("<details>") == (len(widths) if len(widths) > 1 else 0)
-    assert page.count("Over 2 runs the learned mixture is better than natural (baseline)") >= len(widths)
-    assert not (tmp_path / "sweep" / "config.yaml").exists(), "a report over runs claims no configuration"
+    assert page.count("Over 2 runs the learned mixture is better than natural (baseline)") >= len(
+        widths
+    )
+    assert not (tmp_path / "sweep" / "config.yaml").exists(), (
+        "a report over runs claims no configuration"
+    )
 
 
 # ── Charts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,31 +175,44 @@ def test_the_page_of_a_sweep_has_every_setting(widths: tuple[int, ...], corpus: 
 
 def test_a_chart_takes_its_colours_from_the_page_and_its_names_as_text() -> None:
     drawn = charts.lines(
-        "t", "x", "y", {"<b>_$x$": charts.Curve([1, 2], [[1.0, 2.0]]), "_hidden": charts.Curve([1], [[1.0]])}
+        "t",
+        "x",
+        "y",
+        {"<b>_$x$": charts.Curve([1, 2], [[1.0, 2.0]]), "_hidden": charts.Curve([1], [[1.0]])},
     )
     assert "var(--ink)" in drawn and "#010203" not in drawn
     assert "&lt;b&gt;_$x$" in drawn and "_hidden" in drawn and "<b>" not in drawn
     assert drawn == charts.lines(
-        "t", "x", "y", {"<b>_$x$": charts.Curve([1, 2], [[1.0, 2.0]]), "_hidden": charts.Curve([1], [[1.0]])}
+        "t",
+        "x",
+        "y",
+        {"<b>_$x$": charts.Curve([1, 2], [[1.0, 2.0]]), "_hidden": charts.Curve([1], [[1.0]])},
     )
 
 
 def test_charts_of_one_page_share_no_identifier() -> None:
     curves = {"a": charts.Curve([1, 2], [[1.0, 2.0]])}
-    one, two = (set(re.findall(r'\bid="([^"]+)"', charts.lines(t, "x", "y", curves))) for t in ("one", "two"))
+    one, two = (
+        set(re.findall(r'\bid="([^"]+)"', charts.lines(t, "x", "y", curves)))
+        for t in ("one", "two")
+    )
     assert one and not one & two
 
 
 def test_smoothing_is_the_mean_of_the_window() -> None:
     values = np.random.default_rng(0).normal(size=(2, 50, 3))
     found = charts.smooth(values, 5)
-    assert np.allclose(found[:, 10], values[:, 8:13].mean(1)) and np.allclose(found[:, 0], values[:, :3].mean(1))
+    assert np.allclose(found[:, 10], values[:, 8:13].mean(1)) and np.allclose(
+        found[:, 0], values[:, :3].mean(1)
+    )
     assert np.array_equal(charts.smooth(values, 1), values)
 
 
 # ── In a browser ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 Browser = Callable[..., str]
 
 
@@ -178,7 +226,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
              "disable-component-update", "disable-sync", "hide-scrollbars", "proxy-server=127.0.0.1:9")  # fmt: skip
 
     def show(page: Path, *flags: str) -> str:
-        command = [CHROMIUM, *(f"--{flag}" for flag in (*quiet, f"user-data-dir={profile}", *flags)), page.as_uri()]
+        command = [
+            CHROMIUM,
+            *(f"--{flag}" for flag in (*quiet, f"user-data-dir={profile}", *flags)),
+            page.as_uri(),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)  # type: ignore[arg-type]
         return done.stdout
 
@@ -218,14 +270,20 @@ def test_a_browser_shows_every_part(page: Path, browser: Browser) -> None:
         assert part in shown, part
     assert shown.count("<svg") == 7 and shown.count('class="sample"') == 3
     assert 'class="verdict"' in shown and "With one seed the learned mixture" in shown
-    assert {f"<td>{name}</td>" for name in ("digits", "plain", "rich")} <= set(re.findall(r"<td>\w+</td>", shown))
-    assert re.findall(r"\d\.\d{4} – \d\.\d{4}", shown), "the weights have intervals over the proxy's seeds"
+    assert {f"<td>{name}</td>" for name in ("digits", "plain", "rich")} <= set(
+        re.findall(r"<td>\w+</td>", shown)
+    )
+    assert re.findall(r"\d\.\d{4} – \d\.\d{4}", shown), (
+        "the weights have intervals over the proxy's seeds"
+    )
     outside = re.findall(r'(?:src|href|action)="(?!#)[^"]*"|url\((?!#)[^)]*\)|@import', shown)
     assert not outside, "nothing is fetched"
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it_light_and_dark_and_prints_it(page: Path, browser: Browser, tmp_path: Path) -> None:
+def test_a_browser_shows_it_light_and_dark_and_prints_it(
+    page: Path, browser: Browser, tmp_path: Path
+) -> None:
     for name, number in (("light", 1), ("dark", 0)):
         flags = (
             f"screenshot={tmp_path / name}.png",
@@ -233,10 +291,15 @@ def test_a_browser_shows_it_light_and_dark_and_prints_it(page: Path, browser: Br
             f"blink-settings=preferredColorScheme={number}",
         )
         browser(page, *flags)
-    light, dark = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("light", "dark"))
+    light, dark = (
+        np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("light", "dark")
+    )
     assert light[2, 2] > 250 and dark[2, 2] < 40
     assert light.min() < 60 and dark.max() > 200, "and text on it"
-    for picture in (light, dark):  # the chart's region has ink too: its words take the page's colours
+    for picture in (
+        light,
+        dark,
+    ):  # the chart's region has ink too: its words take the page's colours
         region = picture[700:1300, 60:940].astype(int)
         assert (abs(region - int(picture[2, 2])) > 120).mean() > 0.002
     browser(page, f"print-to-pdf={tmp_path / 'page.pdf'}")
@@ -244,7 +307,9 @@ def test_a_browser_shows_it_light_and_dark_and_prints_it(page: Path, browser: Br
 
 
 @pytest.mark.slow
-def test_a_domain_named_like_a_script_is_harmless(page: Path, browser: Browser, tmp_path: Path) -> None:
+def test_a_domain_named_like_a_script_is_harmless(
+    page: Path, browser: Browser, tmp_path: Path
+) -> None:
     evil = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
     folder = run_of(tmp_path / "0", 16, 0)
     for name in ("weights.json", "evaluation.json"):
@@ -262,12 +327,15 @@ def test_a_domain_named_like_a_script_is_harmless(page: Path, browser: Browser, 
 
 
 @pytest.mark.slow
-def test_a_selection_shows_what_was_chosen_beside_what_was_not(browser: Browser, tmp_path: Path) -> None:
+def test_a_selection_shows_what_was_chosen_beside_what_was_not(
+    browser: Browser, tmp_path: Path
+) -> None:
     pytest.importorskip("numba")
     evil = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> '
     for name, letters in ("plain", "hijklmno"), ("<b>mixed", "nopqrst"):
         write_jsonl(
-            tmp_path / "raw" / name / "train.jsonl", [evil + text for text in documents(2, letters, 200, 10_000)]
+            tmp_path / "raw" / name / "train.jsonl",
+            [evil + text for text in documents(2, letters, 200, 10_000)],
         )
     target = write_jsonl(tmp_path / "target.jsonl", list(documents(3, "nopqrst", 200, 2000)))
     outcome = run_here(
@@ -280,7 +348,13 @@ def test_a_selection_shows_what_was_chosen_beside_what_was_not(browser: Browser,
     assert run_here("stage=report", f"run_dir={tmp_path / 'sweep'}").code == 0
     for page in (tmp_path / "run" / "select" / "report.html", tmp_path / "sweep" / "report.html"):
         shown = browser(page, "dump-dom")
-        for part in ("effective sample size", "of plain top-k", "nats less KL", ": lengths", ": where the tokens"):
+        for part in (
+            "effective sample size",
+            "of plain top-k",
+            "nats less KL",
+            ": lengths",
+            ": where the tokens",
+        ):
             assert part in shown, part
         assert shown.count('<div class="sample"><pre>') == 6, "three pairs"
         assert "<title>doremi-train" in shown and "<script" not in shown and "<img" not in shown

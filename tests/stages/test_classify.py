@@ -23,7 +23,13 @@ from doremi_train.methods import importance
 CPU = torch.device("cpu")
 KJV = Path(__file__).parents[3] / "shared" / "corpora" / "kjv" / "verses-00000.jsonl.zst"
 METHODS = ("generated", "real", "both", "focal", "quality", "filter", "imp", "dimp")
-SHORT = ("training.threads=1", "stage=classify", "classify.epochs=3", "classify.least_steps=30", "classify.folds=2")
+SHORT = (
+    "training.threads=1",
+    "stage=classify",
+    "classify.epochs=3",
+    "classify.least_steps=30",
+    "classify.folds=2",
+)
 
 Pair = tuple[str, str]
 
@@ -41,7 +47,9 @@ def planted(seed: int, count: int, wrong: float) -> list[Pair]:
 
 
 def jsonl(path: Path, pairs: list[Pair]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs))
+    path.write_text(
+        "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs)
+    )
     return path
 
 
@@ -69,41 +77,65 @@ def test_all_methods_in_one_command(data: list[str], tmp_path: Path) -> None:
     for line in found.values():
         assert set(line) == {"accuracy", "macro_f1", "calibration_error", "loss"}
         assert len(line["accuracy"]["seeds"]) == 2 and line["accuracy"]["half_width"] >= 0
-    assert min(found[name]["accuracy"]["mean"] for name in ("imp", "dimp")) > found["generated"]["accuracy"]["mean"]
+    assert (
+        min(found[name]["accuracy"]["mean"] for name in ("imp", "dimp"))
+        > found["generated"]["accuracy"]["mean"]
+    )
     columns = sorted((tmp_path / "data").glob("generated.importance-*.parquet"))
     assert len(columns) == 2  # one for each seed, beside the data
     table = pq.read_table(columns[0])
-    assert table.column_names == ["label", "log_quality", "agrees", "log_diversity"] and len(table) == 300
+    assert (
+        table.column_names == ["label", "log_quality", "agrees", "log_diversity"]
+        and len(table) == 300
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Count most" in page and "Count least" in page and "Accuracy on the test set" in page
     assert read(tmp_path / "run" / "classify" / "status.json")["state"] == "finished"
-    folders = [path.parent for path in (tmp_path / "run" / "store").glob("runs/classifier-*/result.json")]
+    folders = [
+        path.parent for path in (tmp_path / "run" / "store").glob("runs/classifier-*/result.json")
+    ]
     assert len(folders) == 16
     for folder in folders:
         steps = lines(folder / "metrics.jsonl")
         assert all(0 < line["effective_sample_size"] <= 128 for line in steps)
     # The same again trains nothing, and other methods read the columns.
     written = [path.stat().st_mtime_ns for path in columns]
-    again = [*data, "classify.seeds=2", f"store={tmp_path / 'run' / 'store'}", "weighting.power=0.5"]
+    again = [
+        *data,
+        "classify.seeds=2",
+        f"store={tmp_path / 'run' / 'store'}",
+        "weighting.power=0.5",
+    ]
     assert run_here(*again, f"run_dir={tmp_path / 'again'}").code == 0
     assert [path.stat().st_mtime_ns for path in columns] == written
 
 
 @pytest.mark.acceptance
-def test_two_processes_give_the_bits_of_one(data: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_two_processes_give_the_bits_of_one(
+    data: list[str], doremi: Command, tmp_path: Path
+) -> None:
     few = [*data, "classify.seeds=2", "classify.methods=[generated,dimp]"]
-    assert run_here(*few, f"run_dir={tmp_path / 'one'}", f"classify.columns={tmp_path / 'a'}").code == 0
+    assert (
+        run_here(*few, f"run_dir={tmp_path / 'one'}", f"classify.columns={tmp_path / 'a'}").code
+        == 0
+    )
     together = [f"run_dir={tmp_path / 'two'}", f"classify.columns={tmp_path / 'b'}"]
     outcome = doremi(*few, *together, processes=2)
     assert outcome.code == 0, outcome.err
-    assert (tmp_path / "one" / "classify.json").read_bytes() == (tmp_path / "two" / "classify.json").read_bytes()
+    assert (tmp_path / "one" / "classify.json").read_bytes() == (
+        tmp_path / "two" / "classify.json"
+    ).read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "from_scratch", [True, pytest.param(False, marks=pytest.mark.acceptance)], ids=["encoder", "folder"]
+    "from_scratch",
+    [True, pytest.param(False, marks=pytest.mark.acceptance)],
+    ids=["encoder", "folder"],
 )
-def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list[str], tmp_path: Path) -> None:
+def test_an_encoder_from_scratch_or_from_a_folder(
+    from_scratch: bool, data: list[str], tmp_path: Path
+) -> None:
     name = "encoder"
     if not from_scratch:
         from transformers import PreTrainedTokenizerFast
@@ -115,7 +147,12 @@ def test_an_encoder_from_scratch_or_from_a_folder(from_scratch: bool, data: list
         name = str(tmp_path / "model")
         kind.build(5).inner.save_pretrained(name)  # another number of classes: the head is new
         PreTrainedTokenizerFast(tokenizer_object=tokenizer.learn(texts, 400)).save_pretrained(name)
-    few = ["classify.methods=[real,dimp]", "classify.seeds=1", "classify.epochs=1", "classify.learning_rate=0.001"]
+    few = [
+        "classify.methods=[real,dimp]",
+        "classify.seeds=1",
+        "classify.epochs=1",
+        "classify.learning_rate=0.001",
+    ]
     how = [f"classify.model={name}", "classify.length=32", f"run_dir={tmp_path / 'run'}"]
     outcome = run_here(*data, *few, *how)
     assert outcome.code == 0, outcome.err
@@ -165,7 +202,9 @@ def test_a_mistake_in_the_data_is_named(
         ("classify.text_key=body", "classify.text_key='body'"),
     ],
 )
-def test_a_mistake_in_the_configuration_is_named(change: str, said: str, data: list[str], tmp_path: Path) -> None:
+def test_a_mistake_in_the_configuration_is_named(
+    change: str, said: str, data: list[str], tmp_path: Path
+) -> None:
     outcome = run_here(*data, change, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 2 and said in outcome.err and "Traceback" not in outcome.err, outcome
 
@@ -181,8 +220,15 @@ def test_the_recipe_for_the_paper_s_data_is_one_command(data: list[str], tmp_pat
     for name in ("financial", "irony", "mrpc"):
         shutil.copytree(tmp_path / "data", tmp_path / name)
     roots = ",".join(str(tmp_path / name) for name in ("financial", "irony", "mrpc"))
-    few = ["classify.model=ngrams", "classify.epochs=1", "classify.seeds=1", "classify.methods=[dimp]"]
-    outcome = run_here("experiment=importance", *few, f"classify.root={roots}", f"run_dir={tmp_path / 'run'}")
+    few = [
+        "classify.model=ngrams",
+        "classify.epochs=1",
+        "classify.seeds=1",
+        "classify.methods=[dimp]",
+    ]
+    outcome = run_here(
+        "experiment=importance", *few, f"classify.root={roots}", f"run_dir={tmp_path / 'run'}"
+    )
     assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "run").glob("*/classify.json"))) == 3
 
@@ -292,18 +338,39 @@ def test_wrong_labels_planted_in_real_text(tmp_path: Path) -> None:
 
     With the default learning rate of 0.03 all of them are better, and the checker's quality alone is as good as DIMP.
     """
-    sections = ["pentateuch", "history", "poetry", "prophets", "gospels_acts", "epistles_revelation"]
+    sections = [
+        "pentateuch",
+        "history",
+        "poetry",
+        "prophets",
+        "gospels_acts",
+        "epistles_revelation",
+    ]
     generator = random.Random(0)
     found = passages()
     generator.shuffle(found)
     real, clean, test = found[:300], found[300:6300], found[6300:]
-    moved = [(text, sections[(sections.index(label) + (generator.random() < 0.45)) % 6]) for text, label in clean]
+    moved = [
+        (text, sections[(sections.index(label) + (generator.random() < 0.45)) % 6])
+        for text, label in clean
+    ]
     for name, pairs in {"real": real, "generated": moved, "test": test}.items():
         jsonl(tmp_path / f"{name}.jsonl", pairs)
-    few = ["training.threads=1", "classify.methods=[generated,real,quality,imp,dimp]", "classify.learning_rate=0.01"]
-    outcome = run_here(f"classify.root={tmp_path}", "stage=classify", *few, f"run_dir={tmp_path / 'run'}")
+    few = [
+        "training.threads=1",
+        "classify.methods=[generated,real,quality,imp,dimp]",
+        "classify.learning_rate=0.01",
+    ]
+    outcome = run_here(
+        f"classify.root={tmp_path}", "stage=classify", *few, f"run_dir={tmp_path / 'run'}"
+    )
     assert outcome.code == 0, outcome.err
-    accuracy = {name: one["accuracy"]["mean"] for name, one in read(tmp_path / "run" / "classify.json").items()}
+    accuracy = {
+        name: one["accuracy"]["mean"]
+        for name, one in read(tmp_path / "run" / "classify.json").items()
+    }
     assert accuracy["generated"] < accuracy["real"] < accuracy["quality"], accuracy
     assert min(accuracy["imp"], accuracy["dimp"]) > accuracy["quality"], accuracy
-    assert min(accuracy["imp"], accuracy["dimp"]) > max(accuracy["generated"], accuracy["real"]) + 0.03, accuracy
+    assert (
+        min(accuracy["imp"], accuracy["dimp"]) > max(accuracy["generated"], accuracy["real"]) + 0.03
+    ), accuracy

@@ -15,8 +15,12 @@ from doremi_train.evaluation.statistics import student_t
 def test_paired_intervals_by_hand() -> None:
     found = statistics.paired([1.3, 1.1, 1.2], [1.0, 1.0, 1.0])
     assert (found.mean, found.half) == pytest.approx(student_t([0.3, 0.1, 0.2]))
-    assert found.low == pytest.approx(0.1, abs=0.035) and found.high == pytest.approx(0.3, abs=0.035)
-    shifted = statistics.paired([2.3, 3.1, 4.2], [2.0, 3.0, 4.0])  # what seeds have in common does not count
+    assert found.low == pytest.approx(0.1, abs=0.035) and found.high == pytest.approx(
+        0.3, abs=0.035
+    )
+    shifted = statistics.paired(
+        [2.3, 3.1, 4.2], [2.0, 3.0, 4.0]
+    )  # what seeds have in common does not count
     assert shifted == pytest.approx(found, abs=1e-12)
     assert statistics.paired([1.5], [1.0]).half is None
 
@@ -27,15 +31,22 @@ def test_paired_intervals_by_hand() -> None:
         ([1.31, 1.30, 1.29], "m is better than natural (+0.3000"),
         ([0.71, 0.70, 0.69], "m is worse than natural (-0.3000"),
         ([1.3, 0.9, 1.1], "m is not distinguishable from natural (+0.1000"),
-        ([1.3, 1.2, 1.1], "m is not distinguishable from natural"),  # the bootstrap alone would call it better
+        (
+            [1.3, 1.2, 1.1],
+            "m is not distinguishable from natural",
+        ),  # the bootstrap alone would call it better
     ],
 )
 def test_what_is_said_of_a_gain(others: list[float], said: str) -> None:
-    assert statistics.judged("m", "natural", statistics.paired(others, [1.0] * 3), 3).startswith(said)
+    assert statistics.judged("m", "natural", statistics.paired(others, [1.0] * 3), 3).startswith(
+        said
+    )
 
 
 def test_one_seed_decides_nothing() -> None:
-    assert "decides nothing" in statistics.judged("m", "natural", statistics.paired([2.0], [1.0]), 1)
+    assert "decides nothing" in statistics.judged(
+        "m", "natural", statistics.paired([2.0], [1.0]), 1
+    )
 
 
 COMPARE = (
@@ -58,24 +69,40 @@ def compared(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPat
 def test_every_seed_derives_its_weights_and_total_flops_are_equal(compared: Path) -> None:
     content = read(compared / "compare/compare.json")
     assert content["seeds"] == 3 and content["failures"] == []
-    names = ["doge", "natural-12", "uniform-12", "search-1"]  # a proxy of 6 steps is 6 steps of the final run, or a run
+    names = [
+        "doge",
+        "natural-12",
+        "uniform-12",
+        "search-1",
+    ]  # a proxy of 6 steps is 6 steps of the final run, or a run
     as_long = ["natural-6", "uniform-6"]
     assert list(content["contenders"]) == names + as_long
     flops = [content["contenders"][name]["flops"] for name in names]
-    assert [content["contenders"][name]["flops"] for name in as_long] == pytest.approx([flops[1] / 2] * 2, rel=0.05)
-    assert max(flops) < 1.05 * min(flops)  # of so short runs evaluations are a part that can be seen
+    assert [content["contenders"][name]["flops"] for name in as_long] == pytest.approx(
+        [flops[1] / 2] * 2, rel=0.05
+    )
+    assert max(flops) < 1.05 * min(
+        flops
+    )  # of so short runs evaluations are a part that can be seen
     child = yaml.safe_load((compared / "compare/doge/seed-0/config.yaml").read_text())
     assert not child["swarm"]["reuse"]  # none is to learn from runs that it has not paid for
     drawn = content["contenders"]["doge"]["weights"]
     assert len({tuple(weights.values()) for weights in drawn}) == 3
     for name in names + as_long:
         folders = [compared / "compare" / name / f"seed-{seed}" for seed in range(3)]
-        reached = [read(folder / "main/result.json")["evaluation"]["mean_loss"] for folder in folders]
+        reached = [
+            read(folder / "main/result.json")["evaluation"]["mean_loss"] for folder in folders
+        ]
         assert content["contenders"][name]["losses"] == reached
         assert [read(folder / "main/recipe.json")["seed"] for folder in folders] == [66, 67, 68]
         assert read(folders[0] / "main/result.json")["steps"] == (12 if name[-2:] == "12" else 6)
-    best = [min(content["contenders"][name]["losses"][seed] for name in names + as_long) for seed in range(3)]
-    gaps = [loss - low for loss, low in zip(content["contenders"]["doge"]["losses"], best, strict=True)]
+    best = [
+        min(content["contenders"][name]["losses"][seed] for name in names + as_long)
+        for seed in range(3)
+    ]
+    gaps = [
+        loss - low for loss, low in zip(content["contenders"]["doge"]["losses"], best, strict=True)
+    ]
     assert content["contenders"]["doge"]["regret"] == pytest.approx(sum(gaps) / 3)
     search = read(compared / "compare/search-1/seed-0/weights.json")
     run = read(compared / "compare/search-1/seed-0/search/run-0/result.json")
@@ -88,7 +115,9 @@ def test_the_page_answers_with_a_table_and_a_picture(compared: Path) -> None:
     flops, steps = content["questions"]
     assert list(flops["against"]) == ["natural-12", "uniform-12", "search-1"]
     assert list(steps["against"]) == ["natural-6", "uniform-6"]
-    gain = np.subtract(*(content["contenders"][name]["losses"] for name in ("natural-6", "doge"))).mean()
+    gain = np.subtract(
+        *(content["contenders"][name]["losses"] for name in ("natural-6", "doge"))
+    ).mean()
     assert steps["against"]["natural-6"]["mean"] == pytest.approx(gain)
     assert page.count("<svg") == page.count("<table>") == 2
     for sentence in (*flops["said"], *steps["said"]):
@@ -106,7 +135,9 @@ def test_nothing_is_trained_twice(
     assert not lines(compared / "compare/doge/seed-0/proxy/metrics.jsonl")[6:]
 
 
-def test_what_cannot_be_compared_is_named(tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_named(
+    tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     for overrides, said in (
         (["compare.methods=[magic]"], "compare.methods=magic"),
         (["compare.baselines=[doremi]"], "compare.baselines=doremi"),
@@ -116,8 +147,13 @@ def test_what_cannot_be_compared_is_named(tiny: list[str], command: Command, tmp
 
 
 def test_the_recipe_composes(corpus: Path, tmp_path: Path) -> None:
-    outcome = run_here("experiment=compare", f"data.root={corpus}", "stage=plan", f"run_dir={tmp_path}")
+    outcome = run_here(
+        "experiment=compare", f"data.root={corpus}", "stage=plan", f"run_dir={tmp_path}"
+    )
     assert outcome.code == 0, outcome
     assert read(tmp_path / "plan.json")["stages"]["main"]["tokens"] == 200 * 16 * 128
     asked = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert asked["compare"]["methods"] == ["doremi", "swarm"] and asked["reference"]["mixture"] == "uniform"
+    assert (
+        asked["compare"]["methods"] == ["doremi", "swarm"]
+        and asked["reference"]["mixture"] == "uniform"
+    )

@@ -39,7 +39,9 @@ def pairs(seed: int, count: int) -> list[dict[str, Any]]:
     found = []
     for _ in range(count):
         question = [next(stream) for _ in range(5)]
-        found.append({"prompt": " ".join(question) + " ?", "completion": " ".join(question[-1:] * 3)})
+        found.append(
+            {"prompt": " ".join(question) + " ?", "completion": " ".join(question[-1:] * 3)}
+        )
     return found
 
 
@@ -59,7 +61,9 @@ def write(path: Path, records: list[Any]) -> Path:
 def save_model(folder: Path, name: str = "tiny") -> Path:
     """A model of this project, initialised, as a run writes it."""
     spoken = tokenizer.learn([f"{one['prompt']} {one['completion']}" for one in pairs(1, 200)], 300)
-    shape = configs.resolve(ModelOptions(**configs.preset(name, "model")), tokenizer.vocabulary_size(spoken), 0, 64)
+    shape = configs.resolve(
+        ModelOptions(**configs.preset(name, "model")), tokenizer.vocabulary_size(spoken), 0, 64
+    )
     built = folders.build(shape, 0)
     folders.save(built, dict(built.named_parameters()), folder, spoken, 0)
     return folder
@@ -101,7 +105,8 @@ def result(run_dir: Path) -> Any:
 def shown(encoder: Encoder, example: Example) -> tuple[str, str]:
     """The text of the tokens that carry no loss, and of those that do."""
     return tuple(
-        encoder.tokenizer.decode(example.ids[example.carries == carries].tolist()) for carries in (False, True)
+        encoder.tokenizer.decode(example.ids[example.carries == carries].tolist())
+        for carries in (False, True)
     )  # type: ignore[return-value]
 
 
@@ -111,15 +116,27 @@ def test_the_completion_and_its_end_alone_carry_a_loss(base: Path) -> None:
     assert shown(encoder, example) == ("ab cd<|endoftext|> ?", " ef<|endoftext|>")
     assert example.ids.tolist().count(encoder.end) == 1  # what is written in a prompt is text
     alone = encoder.encode({"prompt": "", "completion": "ef"}, "here")
-    assert alone.carries.tolist() == [False, *[True] * (len(alone.ids) - 1)]  # nothing comes before the first
+    assert alone.carries.tolist() == [
+        False,
+        *[True] * (len(alone.ids) - 1),
+    ]  # nothing comes before the first
 
 
 def test_of_messages_the_answers_carry_a_loss(base: Path) -> None:
     encoder = Encoder(str(base), "finetune.model")
-    talk = [("system", "be brief"), ("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
+    talk = [
+        ("system", "be brief"),
+        ("user", "ab"),
+        ("assistant", "cd"),
+        ("user", "ef"),
+        ("assistant", "gh"),
+    ]
     messages = [{"role": role, "content": content} for role, content in talk]
     plain = shown(encoder, encoder.encode({"messages": messages}, "here"))
-    assert plain[0] == "<|system|>\nbe brief\n<|user|>\nab\n<|assistant|>\n\n<|user|>\nef\n<|assistant|>\n"
+    assert (
+        plain[0]
+        == "<|system|>\nbe brief\n<|user|>\nab\n<|assistant|>\n\n<|user|>\nef\n<|assistant|>\n"
+    )
     assert plain[1] == "cd<|endoftext|>gh<|endoftext|>"
     encoder.tokenizer.chat_template = CHATML
     example = encoder.encode({"messages": messages}, "here")
@@ -130,10 +147,10 @@ def test_of_messages_the_answers_carry_a_loss(base: Path) -> None:
 
 def test_a_template_that_rewrites_answers_is_refused(base: Path) -> None:
     encoder = Encoder(str(base), "finetune.model")
-    encoder.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
-    )
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    encoder.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
+    messages = [
+        {"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")
+    ]
     with pytest.raises(UserError, match="message 2.*an example of its own"):
         encoder.encode({"messages": messages}, "here")
 
@@ -144,7 +161,10 @@ def test_a_template_that_rewrites_answers_is_refused(base: Path) -> None:
         ({"text": "a"}, "give either prompt and completion, or messages; the keys there: text"),
         ({"prompt": "a"}, "completion must be text, not None"),
         ({"prompt": 1, "completion": "b"}, "prompt must be text, not 1"),
-        ({"prompt": "a", "completion": "b", "messages": []}, "give either prompt and completion, or messages"),
+        (
+            {"prompt": "a", "completion": "b", "messages": []},
+            "give either prompt and completion, or messages",
+        ),
         ({"messages": []}, "messages must be a list of role and content"),
         ({"messages": [{"role": "user"}]}, "message 1: needs role and content"),
         ({"messages": [{"role": "oracle", "content": "x"}]}, "allowed: system, user, assistant"),
@@ -167,24 +187,37 @@ def test_a_file_of_another_kind_is_refused(base: Path, tmp_path: Path) -> None:
 
 def prepared(base: Path, file: Path, store: Path, held_out: float = 0.03) -> Instructions:
     where = DataOptions(embedded=None, root=str(file.parents[1]), validation_fraction=held_out)
-    return Instructions(instructions.prepare(where, Encoder(str(base), "finetune.model"), 48, store))
+    return Instructions(
+        instructions.prepare(where, Encoder(str(base), "finetune.model"), 48, store)
+    )
 
 
-def test_what_has_no_loss_and_what_is_held_out_is_left_out_and_said(base: Path, tmp_path: Path) -> None:
+def test_what_has_no_loss_and_what_is_held_out_is_left_out_and_said(
+    base: Path, tmp_path: Path
+) -> None:
     held = pairs(7, 4)
     empty = {"prompt": "ab", "completion": ""}
     long = {"prompt": "ab " * 60, "completion": "cd"}
     unanswered = {"messages": [{"role": "user", "content": "ab"}]}
-    file = write(tmp_path / "mine" / "train.jsonl", [empty, *pairs(8, 5), long, held[1], unanswered])
+    file = write(
+        tmp_path / "mine" / "train.jsonl", [empty, *pairs(8, 5), long, held[1], unanswered]
+    )
     write(tmp_path / "mine" / "validation.jsonl", held)
     data = prepared(base, file, tmp_path.parent / "store")
-    assert data.sequences("train", 48).tolist() == [5] and data.sequences("validation", 48).tolist() == [4]
-    assert data.manifest["without_loss"]["examples"] == 3 and data.manifest["also_in_validation"] == 1
+    assert data.sequences("train", 48).tolist() == [5] and data.sequences(
+        "validation", 48
+    ).tolist() == [4]
+    assert (
+        data.manifest["without_loss"]["examples"] == 3 and data.manifest["also_in_validation"] == 1
+    )
     named = [place.rpartition(" ")[2] for place in data.manifest["without_loss"]["first"]]
     assert named == ["1", "7", "9"]
     assert data.place("train", 0, 0) == (str(file), 2)
     rows = data.gather("train", np.zeros(5, int), np.arange(5), 48)
-    assert data.carrying("train", np.zeros(5, int), np.arange(5), 48).tolist() == (rows[:, 1:] >= 0).sum(1).tolist()
+    assert (
+        data.carrying("train", np.zeros(5, int), np.arange(5), 48).tolist()
+        == (rows[:, 1:] >= 0).sum(1).tolist()
+    )
 
 
 def test_without_validation_files_the_same_examples_are_held_out_whatever_their_order(
@@ -193,7 +226,10 @@ def test_without_validation_files_the_same_examples_are_held_out_whatever_their_
     def held(records: list[Any], name: str) -> set[bytes]:
         file = write(tmp_path / name / "mine" / "train.jsonl", records)
         data = prepared(base, file, tmp_path / name / "store", held_out=0.2)
-        return {data.example("validation", 0, n).ids.tobytes() for n in range(data.sequences("validation", 48)[0])}
+        return {
+            data.example("validation", 0, n).ids.tobytes()
+            for n in range(data.sequences("validation", 48)[0])
+        }
 
     records = pairs(9, 60)
     assert held(records, "one") == held([*records[::-1], records[0]], "two")
@@ -215,7 +251,9 @@ def test_losses_are_those_of_completions_alone(base: Path) -> None:
     losses = language_model.CompletionModel(inner)(tokens).detach()
     for row, (ids, carries) in zip(losses, examples, strict=True):
         logits = inner(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        expected = [-float(logits[t, ids[t + 1]]) if carries[t + 1] else 0.0 for t in range(len(ids) - 1)]
+        expected = [
+            -float(logits[t, ids[t + 1]]) if carries[t + 1] else 0.0 for t in range(len(ids) - 1)
+        ]
         assert row[: len(expected)].tolist() == pytest.approx(expected, abs=1e-5)
         assert not row[len(expected) :].any()
 
@@ -229,14 +267,18 @@ def test_gradients_of_examples_through_lora_are_autograd_s(base: Path, dropout: 
     named = {name: p for name, p in built.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     for parameter in named.values():  # LoRA begins with B = 0
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 10)
+        parameter.data.copy_(
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 10
+        )
     tokens, _ = batch(base)
 
     def losses() -> Tensor:
         torch.manual_seed(1)
         return built(tokens)
 
-    examples = capture.capture(built, losses, (len(tokens), tokens.shape[1] - 1), verify=True).examples
+    examples = capture.capture(
+        built, losses, (len(tokens), tokens.shape[1] - 1), verify=True
+    ).examples
     rows = []
     for row in losses():
         parts = torch.autograd.grad(row.sum(), list(named.values()), retain_graph=True)
@@ -249,7 +291,9 @@ def test_gradients_of_examples_through_lora_are_autograd_s(base: Path, dropout: 
 
 
 @pytest.fixture(scope="module")
-def tuned(base: Path, asked: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(
+    base: Path, asked: Path, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A finished run of the overrides of `tuning`."""
     run_dir = tmp_path_factory.mktemp("tuned") / "run"
     own = tuning.__wrapped__(base, asked, run_dir.parent)  # type: ignore[attr-defined]
@@ -269,7 +313,9 @@ def test_it_learns_and_writes_what_transformers_and_peft_load(tuned: Path, base:
     ids = torch.arange(20)[None]
     before = plain(input_ids=ids).logits
     adapted = PeftModel.from_pretrained(plain, str(tuned / "finetune" / "adapter"))
-    torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+    )
     assert float((merged(input_ids=ids).logits - before).abs().max()) > 0.01
     assert AutoTokenizer.from_pretrained(tuned / "finetune" / "model")("ab").input_ids
     names = [name for name, _ in adapted.named_parameters() if "lora" in name]
@@ -282,7 +328,11 @@ def test_a_second_command_finds_it_done(tuned: Path, tuning: list[str], command:
 
 
 def test_a_stopped_run_continues_with_the_same_bits(
-    tuned: Path, tuning: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned: Path,
+    tuning: list[str],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from doremi_train.storage.runs import stop
     from doremi_train.training import task, trainer
@@ -298,18 +348,28 @@ def test_a_stopped_run_continues_with_the_same_bits(
     checkpoint = next((tmp_path / "run" / "finetune" / "checkpoints").glob("*.pt"))
     assert all("lora" in name for name in torch.load(checkpoint, weights_only=True)["model"])
     assert command(*tuning).code == 0
-    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors", "evaluations.jsonl"):
-        assert (tmp_path / "run" / "finetune" / name).read_bytes() == (tuned / "finetune" / name).read_bytes(), name
+    for name in (
+        "model/model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "evaluations.jsonl",
+    ):
+        assert (tmp_path / "run" / "finetune" / name).read_bytes() == (
+            tuned / "finetune" / name
+        ).read_bytes(), name
 
 
 def same_numbers(one: Path, two: Path) -> None:
     for name in ("metrics", "evaluations"):
         loss = "loss" if name == "metrics" else "mean_loss"
-        for a, b in zip(*(lines(run / "finetune" / f"{name}.jsonl") for run in (one, two)), strict=True):
+        for a, b in zip(
+            *(lines(run / "finetune" / f"{name}.jsonl") for run in (one, two)), strict=True
+        ):
             assert a["step"] == b["step"] and a[loss] == pytest.approx(b[loss], abs=1e-4)
 
 
-def test_micro_batches_change_nothing(tuned: Path, tuning: list[str], command: Command, tmp_path: Path) -> None:
+def test_micro_batches_change_nothing(
+    tuned: Path, tuning: list[str], command: Command, tmp_path: Path
+) -> None:
     assert command(*tuning, "training.micro_batch_size=3").code == 0
     same_numbers(tuned, tmp_path / "run")
 
@@ -324,13 +384,18 @@ def test_two_processes_give_the_numbers_of_one(
     assert outcome.code == 0, outcome.err
     assert f"{engine}, 2 processes" in result(tmp_path / "run")["engine"]
     same_numbers(tuned, tmp_path / "run")
-    one, two = (load_file(run / "finetune/adapter/adapter_model.safetensors") for run in (tuned, tmp_path / "run"))
+    one, two = (
+        load_file(run / "finetune/adapter/adapter_model.safetensors")
+        for run in (tuned, tmp_path / "run")
+    )
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_all_parameters_are_trained_without_lora(tuning: list[str], command: Command, tmp_path: Path) -> None:
+def test_all_parameters_are_trained_without_lora(
+    tuning: list[str], command: Command, tmp_path: Path
+) -> None:
     outcome = command(*tuning, "finetune.lora.rank=null", "training.learning_rate=0.003")
     assert outcome.code == 0, outcome
     found = result(tmp_path / "run")
@@ -344,13 +409,17 @@ SELECTING = ("batch_selection=greats", "batch_selection.candidates=16", "batch_s
 
 def same_picks(one: Path, two: Path) -> None:
     same_numbers(one, two)
-    for a, b in zip(*(lines(run / "finetune" / "batch_selection.jsonl") for run in (one, two)), strict=True):
+    for a, b in zip(
+        *(lines(run / "finetune" / "batch_selection.jsonl") for run in (one, two)), strict=True
+    ):
         assert (a["picked"], a["highest"]["sequence"]) == (b["picked"], b["highest"]["sequence"])
         assert a["highest"]["score"] == pytest.approx(b["highest"]["score"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
-def selected(base: Path, asked: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def selected(
+    base: Path, asked: Path, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     run_dir = tmp_path_factory.mktemp("selected") / "run"
     own = tuning.__wrapped__(base, asked, run_dir.parent)  # type: ignore[attr-defined]
     outcome = command(*own, *SELECTING)
@@ -359,30 +428,46 @@ def selected(base: Path, asked: Path, command: Command, tmp_path_factory: pytest
     return run_dir
 
 
-def test_two_passes_pick_the_same(selected: Path, tuning: list[str], command: Command, tmp_path: Path) -> None:
+def test_two_passes_pick_the_same(
+    selected: Path, tuning: list[str], command: Command, tmp_path: Path
+) -> None:
     assert command(*tuning, *SELECTING, "training.micro_batch_size=5").code == 0
     assert "two passes" in result(tmp_path / "run")["engine"]
     same_picks(selected, tmp_path / "run")
 
 
 @pytest.mark.acceptance
-def test_two_processes_pick_the_same(selected: Path, tuning: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_two_processes_pick_the_same(
+    selected: Path, tuning: list[str], doremi: Command, tmp_path: Path
+) -> None:
     outcome = doremi(*tuning, *SELECTING, processes=2)
     assert outcome.code == 0, outcome.err
     same_picks(selected, tmp_path / "run")
 
 
 @pytest.mark.parametrize("policy", ["max_loss", "grad_norm"])
-def test_other_policies_train(policy: str, tuning: list[str], command: Command, tmp_path: Path) -> None:
-    assert command(*tuning, *SELECTING[1:], f"batch_selection={policy}", "training.steps=2").code == 0
+def test_other_policies_train(
+    policy: str, tuning: list[str], command: Command, tmp_path: Path
+) -> None:
+    assert (
+        command(*tuning, *SELECTING[1:], f"batch_selection={policy}", "training.steps=2").code == 0
+    )
     for line in lines(tmp_path / "run" / "finetune" / "batch_selection.jsonl"):
-        assert sum(line["picked"].values()) == 8 and line["highest"]["score"] >= line["lowest"]["score"]
+        assert (
+            sum(line["picked"].values()) == 8
+            and line["highest"]["score"] >= line["lowest"]["score"]
+        )
 
 
 def test_a_given_target_is_of_examples_and_not_evaluated(
     tuning: list[str], command: Command, asked: Path, tmp_path: Path
 ) -> None:
-    chosen = [*tuning, "batch_selection=topk", "batch_selection.validation_sequences=6", "training.steps=2"]
+    chosen = [
+        *tuning,
+        "batch_selection=topk",
+        "batch_selection.validation_sequences=6",
+        "training.steps=2",
+    ]
     own = write(tmp_path / "target.jsonl", pairs(11, 6))
     assert command(*chosen, f"batch_selection.validation=[{own}]").code == 0
     reported = asked / "pairs" / "validation.jsonl"
@@ -405,7 +490,9 @@ def test_a_mistake_is_named(override: str, said: str, tuning: list[str], command
     assert outcome.code == 2 and said in outcome.err, outcome
 
 
-def test_weights_that_are_a_pickle_are_refused(base: Path, tuning: list[str], command: Command, tmp_path: Path) -> None:
+def test_weights_that_are_a_pickle_are_refused(
+    base: Path, tuning: list[str], command: Command, tmp_path: Path
+) -> None:
     folder = tmp_path / "pickled"
     PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(folder)
     (folder / "config.json").write_bytes((base / "config.json").read_bytes())

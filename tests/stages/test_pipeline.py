@@ -44,7 +44,17 @@ def test_config_holds_every_key_resolved(finished: Path) -> None:
 
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["training"]["steps"] == STEPS and config["run_dir"] == str(finished)
-    assert {"stage", "store", "seed", "data", "model", "evaluation", "reference", "proxy", "main"} <= config.keys()
+    assert {
+        "stage",
+        "store",
+        "seed",
+        "data",
+        "model",
+        "evaluation",
+        "reference",
+        "proxy",
+        "main",
+    } <= config.keys()
     assert "hydra" not in config
 
 
@@ -53,31 +63,58 @@ def test_plan(finished: Path) -> None:
     assert list(plan["domains"]) == DOMAINS
     assert math.isclose(math.fsum(d["natural_weight"] for d in plan["domains"].values()), 1)
     assert plan["stages"].keys() == {"reference", "proxy", "main", "baseline", "uniform"}
-    assert plan["total_flops"] > 0 and all(stage["memory"]["total"] > 0 for stage in plan["stages"].values())
+    assert plan["total_flops"] > 0 and all(
+        stage["memory"]["total"] > 0 for stage in plan["stages"].values()
+    )
 
 
 def test_weights(finished: Path) -> None:
     artefact = read(finished / "weights.json")
-    assert artefact.keys() >= {"schema", "method", "weights", "unit", "interval", "epochs", "provenance"}
+    assert artefact.keys() >= {
+        "schema",
+        "method",
+        "weights",
+        "unit",
+        "interval",
+        "epochs",
+        "provenance",
+    }
     assert (artefact["schema"], artefact["method"], artefact["unit"]) == (1, "doremi", "token")
     assert artefact["interval"] is None  # one seed
     assert abs(math.fsum(artefact["weights"].values()) - 1) < 1e-9
     assert artefact["weights"].keys() == artefact["epochs"].keys() == set(DOMAINS)
-    assert artefact["provenance"].keys() >= {"seed", "steps", "model", "tokenizer", "data", "version"}
-    sizes = {name: domain["training_tokens"] for name, domain in read(finished / "plan.json")["domains"].items()}
+    assert artefact["provenance"].keys() >= {
+        "seed",
+        "steps",
+        "model",
+        "tokenizer",
+        "data",
+        "version",
+    }
+    sizes = {
+        name: domain["training_tokens"]
+        for name, domain in read(finished / "plan.json")["domains"].items()
+    }
     for name, weight in artefact["weights"].items():
         assert math.isclose(artefact["epochs"][name], weight * STEPS * 8 * 32 / sizes[name])
 
 
-def recompute(trace: list[Any], step_size: float, smoothing: float) -> tuple[list[dict[str, float]], dict[str, float]]:
+def recompute(
+    trace: list[Any], step_size: float, smoothing: float
+) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Every α_t and ᾱ from the excess losses alone, in plain Python: what a stranger would do."""
     count = len(trace[0]["weights"])
     alpha = dict.fromkeys(trace[0]["weights"], 1 / count)
     all_alphas = []
     for line in trace:
-        raised = {name: alpha[name] * math.exp(step_size * line["excess_loss"][name]) for name in alpha}
+        raised = {
+            name: alpha[name] * math.exp(step_size * line["excess_loss"][name]) for name in alpha
+        }
         total = math.fsum(raised.values())
-        alpha = {name: (1 - smoothing) * value / total + smoothing / count for name, value in raised.items()}
+        alpha = {
+            name: (1 - smoothing) * value / total + smoothing / count
+            for name, value in raised.items()
+        }
         all_alphas.append(alpha)
     return all_alphas, {name: math.fsum(a[name] for a in all_alphas) / len(trace) for name in alpha}
 
@@ -94,7 +131,9 @@ def test_a_stranger_recomputes_the_weights(finished: Path) -> None:
         assert all(abs(line["weights"][name] - alpha[name]) < 1e-12 for name in alpha)
     written = read(finished / "weights.json")["weights"]
     assert all(abs(written[name] - average[name]) < 1e-12 for name in average)
-    assert len({round(value, 6) for value in written.values()}) == 3  # the proxy did learn something
+    assert (
+        len({round(value, 6) for value in written.values()}) == 3
+    )  # the proxy did learn something
 
 
 def test_metrics_and_statuses(finished: Path) -> None:
@@ -116,12 +155,16 @@ def test_evaluation(finished: Path) -> None:
     for model in figures.values():
         assert list(model["domains"]) == DOMAINS
         losses = [domain["loss"] for domain in model["domains"].values()]
-        assert math.isclose(model["mean_loss"], math.fsum(losses) / 3) and model["worst_loss"] == max(losses)
+        assert math.isclose(model["mean_loss"], math.fsum(losses) / 3) and model[
+            "worst_loss"
+        ] == max(losses)
         for domain in model["domains"].values():
             assert domain["tokens"] == 4 * 32 and 0 < domain["bits_per_byte"] < 10
     # A learned mixture is compared at its last evaluation with what the final model measures: the same model.
     last = lines(finished / "main" / "evaluations.jsonl")[-1]
-    assert last["step"] == STEPS and math.isclose(last["mean_loss"], figures["main"]["mean_loss"], rel_tol=1e-5)
+    assert last["step"] == STEPS and math.isclose(
+        last["mean_loss"], figures["main"]["mean_loss"], rel_tol=1e-5
+    )
 
 
 def test_models_load_with_transformers_and_give_the_measured_loss(finished: Path) -> None:
@@ -155,8 +198,13 @@ def results(*folders: Path) -> dict[str, int]:
     }
 
 
-def test_the_same_command_again_does_nothing_again(finished: Path, tiny: list[str], store: Path) -> None:
-    weights, evaluation = (finished / "weights.json").read_bytes(), (finished / "evaluation.json").read_bytes()
+def test_the_same_command_again_does_nothing_again(
+    finished: Path, tiny: list[str], store: Path
+) -> None:
+    weights, evaluation = (
+        (finished / "weights.json").read_bytes(),
+        (finished / "evaluation.json").read_bytes(),
+    )
     before = results(store / "runs", store / "data")
     ran(*tiny, f"run_dir={finished}")
     after = results(store / "runs", store / "data")
@@ -174,7 +222,9 @@ def test_the_reference_is_the_baseline(finished: Path) -> None:
     assert figures["reference"]["domains"] == figures["baseline"]["domains"]
 
 
-def test_two_run_dirs_share_a_store(finished: Path, tiny: list[str], store: Path, tmp_path: Path) -> None:
+def test_two_run_dirs_share_a_store(
+    finished: Path, tiny: list[str], store: Path, tmp_path: Path
+) -> None:
     folders = set((store / "runs").iterdir())
     ran(*tiny, f"run_dir={tmp_path}")
     assert set((store / "runs").iterdir()) == folders
@@ -184,7 +234,9 @@ def test_two_run_dirs_share_a_store(finished: Path, tiny: list[str], store: Path
 
 
 @pytest.mark.slow
-def test_a_run_dir_of_its_own_store_gives_the_same_bits(finished: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_dir_of_its_own_store_gives_the_same_bits(
+    finished: Path, corpus: Path, tmp_path: Path
+) -> None:
     ran(*TINY, f"data.root={corpus}", f"run_dir={tmp_path}")
     assert (tmp_path / "store" / "data").is_dir()
     assert (tmp_path / "weights.json").read_bytes() == (finished / "weights.json").read_bytes()
@@ -198,7 +250,9 @@ def test_a_stage_alone_does_what_it_needs(tiny: list[str], tmp_path: Path) -> No
     assert (tmp_path / "reference" / "model").is_dir()
     assert not (tmp_path / "proxy").exists() and not (tmp_path / "weights.json").exists()
     ran(*tiny, f"run_dir={tmp_path}", "stage=proxy", "seed=3")
-    assert (tmp_path / "proxy" / "domain_weights.jsonl").exists() and not (tmp_path / "main").exists()
+    assert (tmp_path / "proxy" / "domain_weights.jsonl").exists() and not (
+        tmp_path / "main"
+    ).exists()
     ran(*tiny, f"run_dir={tmp_path}", "stage=main", "seed=3")
     assert (tmp_path / "main" / "model").is_dir() and not (tmp_path / "evaluation.json").exists()
 
@@ -215,7 +269,10 @@ def test_a_mixture_from_sizes(method: str, tiny: list[str], tmp_path: Path) -> N
     assert artefact["method"] == method and abs(math.fsum(artefact["weights"].values()) - 1) < 1e-9
     assert not (tmp_path / "proxy").exists()
     assert read(tmp_path / "evaluation.json").keys() >= {"main", "baseline"}
-    sizes = {name: domain["training_tokens"] for name, domain in read(tmp_path / "plan.json")["domains"].items()}
+    sizes = {
+        name: domain["training_tokens"]
+        for name, domain in read(tmp_path / "plan.json")["domains"].items()
+    }
     if method == "natural":
         expected = {name: size / sum(sizes.values()) for name, size in sizes.items()}
         assert all(math.isclose(artefact["weights"][name], expected[name]) for name in sizes)
@@ -224,17 +281,24 @@ def test_a_mixture_from_sizes(method: str, tiny: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["uniform", "doremi"])
-def test_no_mixture_repeats_a_domain_more_than_is_allowed(method: str, tiny: list[str], tmp_path: Path) -> None:
+def test_no_mixture_repeats_a_domain_more_than_is_allowed(
+    method: str, tiny: list[str], tmp_path: Path
+) -> None:
     common = [*tiny, f"mixture={method}", "main.comparisons=[]", "stage=main"]
     ran(*common, f"run_dir={tmp_path / 'free'}", "main.tokens=800000", "mixture.max_epochs=100")
     said = ran(*common, f"run_dir={tmp_path / 'kept'}", "main.tokens=800000")
     free, kept = (read(tmp_path / name / "weights.json") for name in ("free", "kept"))
     over = {name for name, epochs in free["epochs"].items() if epochs > 4}
     assert over and all(kept["epochs"][name] == pytest.approx(4) for name in over)
-    assert max(kept["epochs"].values()) <= 4 * (1 + 1e-9) and abs(math.fsum(kept["weights"].values()) - 1) < 1e-9
+    assert (
+        max(kept["epochs"].values()) <= 4 * (1 + 1e-9)
+        and abs(math.fsum(kept["weights"].values()) - 1) < 1e-9
+    )
     below = [name for name in DOMAINS if kept["epochs"][name] < 4 * (1 - 1e-9)]
     grown = {round(kept["weights"][name] / free["weights"][name], 9) for name in below}
-    assert len(grown) == 1 and grown.pop() > 1 and "more than mixture.max_epochs=4 passes" in said.out
+    assert (
+        len(grown) == 1 and grown.pop() > 1 and "more than mixture.max_epochs=4 passes" in said.out
+    )
     too_long = run_here(*common, f"run_dir={tmp_path / 'refused'}", "main.tokens=10000000")
     assert too_long.code == 2 and "mixture.max_epochs=4" in too_long.err
     assert not (tmp_path / "refused" / "proxy").exists()
@@ -243,30 +307,45 @@ def test_no_mixture_repeats_a_domain_more_than_is_allowed(method: str, tiny: lis
 def test_a_mixture_from_a_file(tiny: list[str], tmp_path: Path) -> None:
     file = tmp_path / "given.json"
     file.write_text(json.dumps({"plain": 0.5, "rich": 0.5, "digits": 0}))
-    ran(*tiny, f"run_dir={tmp_path / 'run'}", "mixture=file", f"mixture.path={file}", "main.comparisons=[]")
+    ran(
+        *tiny,
+        f"run_dir={tmp_path / 'run'}",
+        "mixture=file",
+        f"mixture.path={file}",
+        "main.comparisons=[]",
+    )
     artefact = read(tmp_path / "run" / "weights.json")
     assert artefact["weights"] == {"digits": 0, "plain": 0.5, "rich": 0.5}
     assert not (tmp_path / "run" / "proxy").exists()
     assert "main" in read(tmp_path / "run" / "evaluation.json")
 
 
-def test_the_weights_of_one_run_are_the_mixture_of_another(finished: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_the_weights_of_one_run_are_the_mixture_of_another(
+    finished: Path, tiny: list[str], tmp_path: Path
+) -> None:
     given = ["mixture=file", f"mixture.path={finished / 'weights.json'}"]
     ran(*tiny, f"run_dir={tmp_path}", *given)
     assert (tmp_path / "main").resolve() == (finished / "main").resolve()
 
 
-def test_seeds_of_the_proxy_give_an_interval(finished: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_seeds_of_the_proxy_give_an_interval(
+    finished: Path, tiny: list[str], tmp_path: Path
+) -> None:
     ran(*tiny, f"run_dir={tmp_path}", "stage=main", "proxy.seeds=2")
     artefact = read(tmp_path / "weights.json")
-    traces = [lines(tmp_path / "proxy" / "round-1" / f"seed-{seed}" / "domain_weights.jsonl") for seed in (0, 1)]
+    traces = [
+        lines(tmp_path / "proxy" / "round-1" / f"seed-{seed}" / "domain_weights.jsonl")
+        for seed in (0, 1)
+    ]
     averages = [recompute(trace, 1.0, 1e-3)[1] for trace in traces]
     assert averages[0] != averages[1]
     for name in DOMAINS:
         low, high = artefact["interval"][name]
         assert low <= artefact["weights"][name] <= high
         mean = (averages[0][name] + averages[1][name]) / 2
-        half = 12.706204736432095 * abs(averages[0][name] - averages[1][name]) / 2  # t of one degree of freedom
+        half = (
+            12.706204736432095 * abs(averages[0][name] - averages[1][name]) / 2
+        )  # t of one degree of freedom
         assert math.isclose(artefact["weights"][name], mean, abs_tol=1e-12)
         assert math.isclose(high, min(1, mean + half), abs_tol=1e-9)
     # The first of several seeds is the one that a single proxy has.
@@ -276,8 +355,12 @@ def test_seeds_of_the_proxy_give_an_interval(finished: Path, tiny: list[str], tm
 def test_rounds_of_the_proxy(tiny: list[str], tmp_path: Path) -> None:
     ran(*tiny, f"run_dir={tmp_path}", "stage=main", "proxy.rounds=2", "proxy.round_tolerance=0")
     assert read(tmp_path / "weights.json")["provenance"]["rounds"] == 2
-    first = recompute(lines(tmp_path / "proxy" / "round-1" / "seed-0" / "domain_weights.jsonl"), 1.0, 1e-3)[1]
-    second = recompute(lines(tmp_path / "proxy" / "round-2" / "seed-0" / "domain_weights.jsonl"), 1.0, 1e-3)[1]
+    first = recompute(
+        lines(tmp_path / "proxy" / "round-1" / "seed-0" / "domain_weights.jsonl"), 1.0, 1e-3
+    )[1]
+    second = recompute(
+        lines(tmp_path / "proxy" / "round-2" / "seed-0" / "domain_weights.jsonl"), 1.0, 1e-3
+    )[1]
     written = read(tmp_path / "weights.json")["weights"]
     assert all(abs(written[name] - second[name]) < 1e-12 for name in DOMAINS)
     # The reference of the second round is trained on the first round's result.
@@ -323,9 +406,15 @@ def test_a_variant_of_the_proxy(overrides: list[str], tiny: list[str], tmp_path:
 
 
 @pytest.mark.slow
-def test_micro_batches_change_nothing(finished: Path, tiny: list[str], corpus: Path, tmp_path: Path) -> None:
+def test_micro_batches_change_nothing(
+    finished: Path, tiny: list[str], corpus: Path, tmp_path: Path
+) -> None:
     # A store of its own: how a batch is cut is no part of a run's address.
-    own = [f"store={tmp_path / 'store'}", "training.micro_batch_size=2", "training.checkpoint_every=5"]
+    own = [
+        f"store={tmp_path / 'store'}",
+        "training.micro_batch_size=2",
+        "training.checkpoint_every=5",
+    ]
     ran(*tiny, f"run_dir={tmp_path / 'run'}", "stage=proxy", *own)
     one = lines(finished / "proxy" / "domain_weights.jsonl")
     four = lines(tmp_path / "run" / "proxy" / "domain_weights.jsonl")
@@ -340,7 +429,13 @@ def test_an_existing_reference(finished: Path, tiny: list[str], tmp_path: Path) 
     assert not (tmp_path / "reference").exists()
     # The same reference, so the same proxy: it is in the store already.
     assert (tmp_path / "proxy").resolve() == (finished / "proxy").resolve()
-    assert read(tmp_path / "evaluation.json").keys() == {"reference", "proxy", "main", "baseline", "uniform"}
+    assert read(tmp_path / "evaluation.json").keys() == {
+        "reference",
+        "proxy",
+        "main",
+        "baseline",
+        "uniform",
+    }
 
 
 # ── Folders ─────────────────────────────────────────────────────────────────────────
@@ -377,7 +472,14 @@ def test_a_sweep_shares_its_store_and_is_summarised(corpus: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_sweep_may_change_the_precision(tiny: list[str], tmp_path: Path) -> None:
-    ran("-m", *tiny, f"run_dir={tmp_path}", "stage=reference", "seed=5", "training.precision=bf16,fp32")
+    ran(
+        "-m",
+        *tiny,
+        f"run_dir={tmp_path}",
+        "stage=reference",
+        "seed=5",
+        "training.precision=bf16,fp32",
+    )
     assert len(list(tmp_path.glob("*/reference/result.json"))) == 2
 
 

@@ -68,15 +68,21 @@ def test_flops_of_a_run(default: dict[str, Any], tmp_path: Path) -> None:
     stages = default["stages"]
     layers = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     forward = 2 * (layers + 32 * 300) + 4 * LENGTH * 2 * 32  # F: two layers, d 32, f 64, V 300
-    evaluated = (2 + 1) * 3 * 4 * LENGTH * forward  # at steps 6 and 12, and once more; 3 domains of 4 sequences
+    evaluated = (
+        (2 + 1) * 3 * 4 * LENGTH * forward
+    )  # at steps 6 and 12, and once more; 3 domains of 4 sequences
     for name, forwards in {"reference": 3, "proxy": 4, "main": 3, "uniform": 3}.items():
         assert stages[name]["flops"] == forwards * forward * TOKENS + evaluated, name
-    assert default["evaluation"]["flops"] == (5 + 1) * 3 * 4 * LENGTH * forward  # the reference on training text too
+    assert (
+        default["evaluation"]["flops"] == (5 + 1) * 3 * 4 * LENGTH * forward
+    )  # the reference on training text too
     assert default["accumulation"] == {"micro_batches": 1, "exact_over_lagged": 1, "seconds": 0}
 
 
 @pytest.mark.parametrize(("mode", "forwards"), [("exact", 5), ("lagged", 4)])
-def test_the_price_of_exact_accumulation(mode: str, forwards: int, tiny: list[str], tmp_path: Path) -> None:
+def test_the_price_of_exact_accumulation(
+    mode: str, forwards: int, tiny: list[str], tmp_path: Path
+) -> None:
     found = planned(
         *tiny, f"run_dir={tmp_path}", "seed=71", "training.micro_batch_size=2", f"proxy.accumulation={mode}",
         "evaluation.every=12",
@@ -85,7 +91,9 @@ def test_the_price_of_exact_accumulation(mode: str, forwards: int, tiny: list[st
     F = found["stages"]["main"]["flops"] / (3 * TOKENS + evaluated)
     assert found["stages"]["proxy"]["flops"] == pytest.approx(F * (forwards * TOKENS + evaluated))
     price = found["accumulation"]
-    assert price["micro_batches"] == 4 and price["exact_over_lagged"] == 1.25 and price["seconds"] > 0
+    assert (
+        price["micro_batches"] == 4 and price["exact_over_lagged"] == 1.25 and price["seconds"] > 0
+    )
     assert "costs 1.25 times what lagged does" in found["printed"]
 
 
@@ -95,7 +103,11 @@ def test_the_price_of_exact_accumulation(mode: str, forwards: int, tiny: list[st
         # 24 candidates for 8 picks, 4 validation sequences. In ordinary steps on the picks: 3 forwards with a backward
         # for activations, half of one; the picks' weights, the other half; and the validation gradient's share.
         (["greats"], 3 / 2 + 1 / 2 + 4 / 8 / 10 + 2 * 4 / 8 / 100, 3 / 2 - 1 / 2),
-        (["greats", "batch_selection.route=exact"], 3 + 1 / 2 + 4 / 8 / 10 + 2 * 4 / 8 / 100, -1 / 2),
+        (
+            ["greats", "batch_selection.route=exact"],
+            3 + 1 / 2 + 4 / 8 / 10 + 2 * 4 / 8 / 100,
+            -1 / 2,
+        ),
         (["topk", "training.activation_checkpointing=true"], 3 / 2 + 1 + 4 / 8 / 10, 3 / 2),
         (["max_loss"], 1, 3),
         (["random"], 1, 0),
@@ -113,7 +125,9 @@ def test_candidates_of_main_are_counted(
     layers, head = 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * LENGTH * 2 * 32, 2 * 32 * 300
     F = layers + head
     B = 2 * F + layers * ("training.activation_checkpointing=true" in overrides)
-    assert main["flops"] - ordinary["flops"] == pytest.approx(TOKENS * (learn * (F + B) + look * F - (F + B)), abs=1)
+    assert main["flops"] - ordinary["flops"] == pytest.approx(
+        TOKENS * (learn * (F + B) + look * F - (F + B)), abs=1
+    )
     assert main["tokens"] == ordinary["tokens"] == ordinary["candidates"] == TOKENS
     assert main["candidates"] == 3 * TOKENS and "of which it is trained on" in found["printed"]
     assert main["memory"]["activations"] > 2 * ordinary["memory"]["activations"]
@@ -145,7 +159,11 @@ def test_only_what_the_method_needs_is_run(
     found = planned(*tiny, f"run_dir={tmp_path}", "seed=71", *overrides)
     assert {name: stage["state"] for name, stage in found["stages"].items()} == states
     if "proxy" not in states:
-        assert found["reference_losses"] is None and found["absent"] is None and found["accumulation"] is None
+        assert (
+            found["reference_losses"] is None
+            and found["absent"] is None
+            and found["accumulation"] is None
+        )
         assert all(domain["proxy_epochs"] is None for domain in found["domains"].values())
 
 
@@ -156,32 +174,60 @@ def test_what_is_done_costs_nothing_and_is_not_measured(
     assert run_here(*overrides, "stage=proxy").code == 0
     half = planned(*overrides)
     states = {name: stage["state"] for name, stage in half["stages"].items()}
-    assert states == {"reference": "done", "proxy": "done", "main": "new", "baseline": "same", "uniform": "new"}
+    assert states == {
+        "reference": "done",
+        "proxy": "done",
+        "main": "new",
+        "baseline": "same",
+        "uniform": "new",
+    }
     for name in ("reference", "proxy", "baseline"):
         assert half["stages"][name]["flops"] == half["stages"][name]["seconds"] == 0
     assert half["stages"]["main"]["seconds"] > 0
-    assert half["domains"]["rich"]["final_epochs"].keys() == {"natural", "uniform", "learned"}  # it is known by now
+    assert half["domains"]["rich"]["final_epochs"].keys() == {
+        "natural",
+        "uniform",
+        "learned",
+    }  # it is known by now
     assert run_here(*overrides, "stage=main").code == 0
     monkeypatch.setattr(costs, "measure", None)  # would raise
     whole = planned(*overrides)
     assert all(stage["flops"] == stage["seconds"] == 0 for stage in whole["stages"].values())
     weights = files.read_json(tmp_path / "weights.json")["weights"]
-    sizes = {name: domain["training_sequences"] * LENGTH for name, domain in whole["domains"].items()}
+    sizes = {
+        name: domain["training_sequences"] * LENGTH for name, domain in whole["domains"].items()
+    }
     for name, domain in whole["domains"].items():
-        assert domain["final_epochs"]["learned"] == pytest.approx(weights[name] * TOKENS / sizes[name])
+        assert domain["final_epochs"]["learned"] == pytest.approx(
+            weights[name] * TOKENS / sizes[name]
+        )
         assert domain["main_epochs"]["main"] == domain["final_epochs"]["learned"]
 
 
 def test_rounds_that_have_converged_are_not_counted(tiny: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny, f"run_dir={tmp_path}", "seed=73", "proxy.rounds=3", "proxy.round_tolerance=1.0"]
+    overrides = [
+        *tiny,
+        f"run_dir={tmp_path}",
+        "seed=73",
+        "proxy.rounds=3",
+        "proxy.round_tolerance=1.0",
+    ]
     assert planned(*overrides)["stages"].keys() >= {"proxy/round-3/reference"}
     assert run_here(*overrides, "stage=proxy").code == 0
     found = planned(*overrides)["stages"]
-    assert [name for name, stage in found.items() if stage["kind"] != "main"] == ["reference", "proxy/round-1/seed-0"]
+    assert [name for name, stage in found.items() if stage["kind"] != "main"] == [
+        "reference",
+        "proxy/round-1/seed-0",
+    ]
 
 
 def test_a_run_that_was_stopped_is_counted_from_there(fresh: list[str], tmp_path: Path) -> None:
-    overrides = [*fresh, f"run_dir={tmp_path}", "training.checkpoint_every=3", "evaluation.every=12"]
+    overrides = [
+        *fresh,
+        f"run_dir={tmp_path}",
+        "training.checkpoint_every=3",
+        "evaluation.every=12",
+    ]
     new = planned(*overrides)["stages"]["reference"]
     assert run_here(*overrides, "stage=reference").code == 0
     folder = (tmp_path / "reference").resolve()
@@ -195,14 +241,23 @@ def test_a_run_that_was_stopped_is_counted_from_there(fresh: list[str], tmp_path
 def test_a_given_reference_costs_its_own_forward(tiny: list[str], tmp_path: Path) -> None:
     assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=reference", "seed=72").code == 0
     given = f"reference.path={tmp_path / 'first' / 'reference' / 'model'}"
-    larger = ["model.config.hidden_size=64", "model.config.intermediate_size=128", "evaluation.every=12"]
+    larger = [
+        "model.config.hidden_size=64",
+        "model.config.intermediate_size=128",
+        "evaluation.every=12",
+    ]
     found = planned(*tiny, f"run_dir={tmp_path / 'second'}", "seed=71", given, *larger)
     assert "reference" not in found["stages"]
     small, large = (2 * (2 * (4 * d * d + 4 * d * d) + d * 300) + 8 * LENGTH * d for d in (32, 64))
     evaluated = 2 * 3 * 4 * LENGTH * large
     assert found["stages"]["proxy"]["flops"] == (3 * large + small) * TOKENS + evaluated
-    assert found["stages"]["proxy"]["memory"]["reference"] < found["stages"]["proxy"]["memory"]["parameters"]
-    refused = run_here(*tiny, f"run_dir={tmp_path / 'third'}", "stage=plan", f"reference.path={tmp_path / 'no'}")
+    assert (
+        found["stages"]["proxy"]["memory"]["reference"]
+        < found["stages"]["proxy"]["memory"]["parameters"]
+    )
+    refused = run_here(
+        *tiny, f"run_dir={tmp_path / 'third'}", "stage=plan", f"reference.path={tmp_path / 'no'}"
+    )
     assert refused.code == 2 and "reference.path" in refused.err
 
 
@@ -214,7 +269,10 @@ def test_time_is_estimated_from_a_measured_micro_step(default: dict[str, Any]) -
     assert seconds["proxy"] > seconds["reference"] > 0 and seconds["baseline"] == 0
     assert default["total_seconds"] == sum(seconds.values()) + default["evaluation"]["seconds"]
     assert default["not_measured"] == []
-    assert "on 1 process of this machine, estimated from a few micro-steps measured now" in default["printed"]
+    assert (
+        "on 1 process of this machine, estimated from a few micro-steps measured now"
+        in default["printed"]
+    )
 
 
 def test_time_that_cannot_be_measured_is_not_invented(
@@ -236,7 +294,9 @@ def test_memory_of_a_process(default: dict[str, Any]) -> None:
         assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
 
 
-def test_looking_ahead_changes_no_bit(tiny: list[str], corpus: Path, store: Path, tmp_path: Path) -> None:
+def test_looking_ahead_changes_no_bit(
+    tiny: list[str], corpus: Path, store: Path, tmp_path: Path
+) -> None:
     """In one process, one after the other; the measured time stands in no address."""
     runs_ = []
     for name, stages in {"bare": ["proxy"], "planned": ["plan", "proxy"]}.items():
@@ -244,7 +304,13 @@ def test_looking_ahead_changes_no_bit(tiny: list[str], corpus: Path, store: Path
         own.mkdir(parents=True)
         (own / "data").symlink_to(store / "data")
         for stage in stages:
-            overrides = [*tiny, f"run_dir={tmp_path / name / 'run'}", f"store={own}", f"stage={stage}", "seed=71"]
+            overrides = [
+                *tiny,
+                f"run_dir={tmp_path / name / 'run'}",
+                f"store={own}",
+                f"stage={stage}",
+                "seed=71",
+            ]
             torch.manual_seed(5)
             before = torch.get_rng_state()
             assert run_here(*overrides).code == 0
@@ -271,7 +337,9 @@ def test_two_processes_plan_together(
         assert found[key] == default[key], key
     assert 0 < found["total_seconds"] < 600
     whole, mine = default["stages"]["main"]["memory"], found["stages"]["main"]["memory"]
-    halves = {"ddp": "", "fsdp2": "parameters gradients optimizer", "zero2": "gradients"}[strategy].split()
+    halves = {"ddp": "", "fsdp2": "parameters gradients optimizer", "zero2": "gradients"}[
+        strategy
+    ].split()
     for part in ("parameters", "gradients"):
         assert mine[part] == -(-whole[part] // 2 if part in halves else -whole[part]), part
 
@@ -291,8 +359,12 @@ def test_epochs_against_main_tokens(tiny: list[str], tmp_path: Path) -> None:
         drawn = domain["proxy_epochs"] * domain["training_sequences"]
         assert drawn == pytest.approx(STEPS * BATCH / 3, abs=1.5)  # quotas rotate
         here = 30 * BATCH * LENGTH / once
-        assert domain["main_epochs"] == pytest.approx({"baseline": natural * here, "uniform": here / 3})
-        assert domain["final_epochs"] == pytest.approx({"natural": natural * 1e7 / once, "uniform": 1e7 / once / 3})
+        assert domain["main_epochs"] == pytest.approx(
+            {"baseline": natural * here, "uniform": here / 3}
+        )
+        assert domain["final_epochs"] == pytest.approx(
+            {"natural": natural * 1e7 / once, "uniform": 1e7 / once / 3}
+        )
     assert "the final run of 10M tokens" in found["printed"]
 
 
@@ -300,17 +372,29 @@ def test_proxy_epochs_are_those_that_the_run_reports(tiny: list[str], tmp_path: 
     overrides = [*tiny, f"run_dir={tmp_path}", "seed=72"]
     assert run_here(*overrides, "stage=proxy").code == 0
     reported = files.read_json(tmp_path / "proxy" / "result.json")["epochs"]
-    assert {name: d["proxy_epochs"] for name, d in planned(*overrides)["domains"].items()} == reported
+    assert {
+        name: d["proxy_epochs"] for name, d in planned(*overrides)["domains"].items()
+    } == reported
 
 
 def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     one = planned(*tiny, f"run_dir={tmp_path / 'one'}", "seed=71")["reference_losses"]
-    assert one == {"sequences": STEPS * BATCH, "rounds": 1, "bytes": 2 * TOKENS}  # all distinct within an epoch
+    assert one == {
+        "sequences": STEPS * BATCH,
+        "rounds": 1,
+        "bytes": 2 * TOKENS,
+    }  # all distinct within an epoch
     steps = ["training.steps=20000", "mixture.max_epochs=100"]
     long = planned(*tiny, f"run_dir={tmp_path / 'long'}", "seed=71", *steps, "proxy.rounds=2")
     total = sum(domain["training_sequences"] for domain in long["domains"].values())
-    assert long["reference_losses"] == {"sequences": total, "rounds": 2, "bytes": 2 * 2 * LENGTH * total}
-    seeds = planned(*tiny, f"run_dir={tmp_path / 'seeds'}", "seed=71", "proxy.seeds=2", "training.steps=300")
+    assert long["reference_losses"] == {
+        "sequences": total,
+        "rounds": 2,
+        "bytes": 2 * 2 * LENGTH * total,
+    }
+    seeds = planned(
+        *tiny, f"run_dir={tmp_path / 'seeds'}", "seed=71", "proxy.seeds=2", "training.steps=300"
+    )
     sizes = [domain["training_sequences"] for domain in seeds["domains"].values()]
     part = [300 * BATCH / 3 / size for size in sizes]
     assert max(part) < 1
@@ -331,7 +415,10 @@ def test_absence_is_that_of_the_sampler(
     found = planned(*tiny, f"run_dir={tmp_path / 'resample'}", "seed=71", *more)["absent"]
     assert found == {"uniform": pytest.approx(uniform), "at_floor": pytest.approx(floor)}
     for weights, expected in ((np.full(3, 1 / 3), uniform), (np.array([0.1, 0.1, 0.8]), floor)):
-        counts = [Sampler(np.array([9] * 3), ("a", "b", "c"), batch, 0).counts_before(t, weights) for t in range(3001)]
+        counts = [
+            Sampler(np.array([9] * 3), ("a", "b", "c"), batch, 0).counts_before(t, weights)
+            for t in range(3001)
+        ]
         assert (np.diff(counts, axis=0)[:, 0] == 0).mean() == pytest.approx(expected, abs=0.002)
 
 
@@ -350,7 +437,10 @@ SILENT = ["proxy.average_from=0.5", "training.steps=400", "mixture.max_epochs=10
         ([*SILENT, "main.tokens=100000000"], "the planned final run"),
         ([*SILENT, "main.tokens=100000000"], "proxy.match_repetition=true"),
         ([*SILENT, "proxy.average_from=0"], "For about the first 200"),
-        ([*SILENT, "training.steps=300", "proxy.step_size=0.1"], "The proxy sees 800 sequences of each domain"),
+        (
+            [*SILENT, "training.steps=300", "proxy.step_size=0.1"],
+            "The proxy sees 800 sequences of each domain",
+        ),
     ],
 )
 def test_warnings_are_given_where_they_are_due(
@@ -386,11 +476,19 @@ def test_a_proxy_is_too_short_for_its_domains(
 def test_many_domains_are_shown_by_their_extremes_and_names_are_text(tmp_path: Path) -> None:
     for k in range(33):
         name, characters = ("[bold]first", 300) if k == 0 else (f"domain {k}", 6000 + 300 * k)
-        write_jsonl(tmp_path / "data" / name / "train.jsonl", documents(k, "abcdefgh", 50, characters))
-        write_jsonl(tmp_path / "data" / name / "validation.jsonl", documents(99 + k, "abcdefgh", 50, 1000))
+        write_jsonl(
+            tmp_path / "data" / name / "train.jsonl", documents(k, "abcdefgh", 50, characters)
+        )
+        write_jsonl(
+            tmp_path / "data" / name / "validation.jsonl", documents(99 + k, "abcdefgh", 50, 1000)
+        )
     found = planned(*TINY, f"data.root={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}")
     assert len(found["domains"]) == 33 and "3 more are in plan.json" in found["printed"]
-    rows = [line for line in found["printed"].splitlines() if line.startswith(("│ domain", "│ [bold]first"))]
+    rows = [
+        line
+        for line in found["printed"].splitlines()
+        if line.startswith(("│ domain", "│ [bold]first"))
+    ]
     assert len(rows) == 30
     assert sum("has only" in warning for warning in found["warnings"]) == 1
     assert "plan: warning: Domain [bold]first has only" in found["printed"]
@@ -400,7 +498,11 @@ def test_figures_are_written_for_people() -> None:
     assert [plan_text.human(seconds) for seconds in (None, 0.5, 45, 240, 9000, 10**6)] == [
         "not known", "0.5 s", "45 s", "4 min", "2.5 h", "11.6 days",
     ]  # fmt: skip
-    assert [plan_text.size(count) for count in (999, 3_280_000, 1.5e12)] == ["999 B", "3.28 MB", "1.5 TB"]
+    assert [plan_text.size(count) for count in (999, 3_280_000, 1.5e12)] == [
+        "999 B",
+        "3.28 MB",
+        "1.5 TB",
+    ]
 
 
 # ── proxy.match_repetition ──────────────────────────────────────────────────────────
@@ -413,9 +515,14 @@ def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_pa
     outcome = run_here(*matched)
     assert outcome.code == 0, outcome
     found = planned(*matched)
-    assert {name: stage["state"] for name, stage in found["stages"].items()}["baseline"] == "done"  # on the whole data
+    assert {name: stage["state"] for name, stage in found["stages"].items()}[
+        "baseline"
+    ] == "done"  # on the whole data
     seeds = [(tmp_path / "proxy" / "round-1" / f"seed-{seed}").resolve() for seed in (0, 1)]
-    recipes = [files.read_json(folder / "recipe.json") for folder in (*seeds, (tmp_path / "reference").resolve())]
+    recipes = [
+        files.read_json(folder / "recipe.json")
+        for folder in (*seeds, (tmp_path / "reference").resolve())
+    ]
     part = f"{TOKENS // 64}/{1000000 // 64}"
     assert all(recipe["subsample"] == {"part": part, "seed": 71} for recipe in recipes)
     for name in ("main", "baseline", "uniform"):
@@ -423,7 +530,13 @@ def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_pa
     for name, domain in found["domains"].items():
         expected = math.ceil(domain["training_sequences"] * TOKENS / 1_000_000)
         assert domain["proxy_sequences"] == expected
-        exact = domain["final_epochs"]["uniform"] * domain["training_sequences"] * TOKENS / 1_000_000 / expected
+        exact = (
+            domain["final_epochs"]["uniform"]
+            * domain["training_sequences"]
+            * TOKENS
+            / 1_000_000
+            / expected
+        )
         assert domain["proxy_epochs"] == pytest.approx(exact, abs=1.5 / expected)  # quotas rotate
         for folder in seeds:
             assert files.read_json(folder / "result.json")["epochs"][name] == domain["proxy_epochs"]
@@ -438,4 +551,6 @@ def test_a_final_run_that_is_no_longer_needs_no_part(tiny: list[str], tmp_path: 
     for key in ("domains", "reference_losses", "warnings"):
         assert plain[key] == matched[key]
     assert matched["stages"]["baseline"]["same_as"] == "reference"
-    assert [s["state"] for s in plain["stages"].values()] == [s["state"] for s in matched["stages"].values()]
+    assert [s["state"] for s in plain["stages"].values()] == [
+        s["state"] for s in matched["stages"].values()
+    ]

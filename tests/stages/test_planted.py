@@ -41,15 +41,29 @@ def test_doremi_held_to_account(command: Command, store: Path, tmp_path: Path) -
     assert all(abs(steady[one] - steady[other]) < 0.02 for one, other in ALIKE)
     paper = learned(command, store, tmp_path / "paper", "mixture=doremi")
     for name, weights in (("steady", steady), ("paper", paper)):
-        said = {domain for finding in read(tmp_path / name / "findings.json") for domain in finding["domains"]}
+        said = {
+            domain
+            for finding in read(tmp_path / name / "findings.json")
+            for domain in finding["domains"]
+        }
         assert rewarded(weights) <= said
-        assert {"noise", "trivial", *ALIKE[0], *ALIKE[1]} <= said  # whatever the weights are, these are named
+        assert {
+            "noise",
+            "trivial",
+            *ALIKE[0],
+            *ALIKE[1],
+        } <= said  # whatever the weights are, these are named
         figures = read(tmp_path / name / "evaluation.json")
         assert {"main", "uniform"} <= set(figures) and set(figures) & {"natural", "baseline"}
 
 
 def test_a_swarm_keeps_its_caps(command: Command, store: Path, tmp_path: Path) -> None:
-    short = ("training.steps=30", "training.batch_size=8", "evaluation.sequences=8", "evaluation.every=30")
+    short = (
+        "training.steps=30",
+        "training.batch_size=8",
+        "evaluation.sequences=8",
+        "evaluation.every=30",
+    )
     swarm = ("mixture=swarm", "stage=swarm", "swarm.runs=10", "swarm.candidates=1")
     weights = learned(command, store, tmp_path / "swarm", *short, *swarm)
     epochs = read(tmp_path / "swarm/weights.json")["epochs"]

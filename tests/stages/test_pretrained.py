@@ -51,7 +51,10 @@ def write(path: Path, records: list[dict[str, str]]) -> Path:
 
 
 def capitals(countries: list[str]) -> list[dict[str, str]]:
-    return [{"prompt": f"The capital of {name}?", "completion": f" {CAPITALS[name]}"} for name in countries]
+    return [
+        {"prompt": f"The capital of {name}?", "completion": f" {CAPITALS[name]}"}
+        for name in countries
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,10 @@ def asked(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     """A folder with a pool of capitals and sums and a few capitals as target, and the overrides to train on it."""
     folder = tmp_path_factory.mktemp("asked")
     names = list(CAPITALS)
-    sums = [{"prompt": f"What is {n} plus {n + 3}?", "completion": f" {2 * n + 3}"} for n in range(2, 22)]
+    sums = [
+        {"prompt": f"What is {n} plus {n + 3}?", "completion": f" {2 * n + 3}"}
+        for n in range(2, 22)
+    ]
     write(folder / "capitals.jsonl", capitals(names[:12]))
     write(folder / "sums.jsonl", sums[:16])
     write(folder / "held-capitals.jsonl", capitals(names[12:16]))
@@ -81,8 +87,18 @@ def test_greats_picks_the_examples_that_lora_trains_on(
     folder, overrides = asked
     run_dir = tmp_path / "run"
     outcome = command(
-        *("stage=finetune", *overrides, f"run_dir={run_dir}", "training.batch_size=4", "training.steps=4"),
-        *("batch_selection=greats", "batch_selection.verify=true", "batch_selection.validation_sequences=4"),
+        *(
+            "stage=finetune",
+            *overrides,
+            f"run_dir={run_dir}",
+            "training.batch_size=4",
+            "training.steps=4",
+        ),
+        *(
+            "batch_selection=greats",
+            "batch_selection.verify=true",
+            "batch_selection.validation_sequences=4",
+        ),
         f"batch_selection.validation=[{folder}/target.jsonl]",
     )
     assert outcome.code == 0, outcome
@@ -108,7 +124,9 @@ def test_less_finds_the_target_s_kind_and_trains_on_it(
     ]  # fmt: skip
     outcome = command("stage=select", *less)
     assert outcome.code == 0, outcome
-    told = json.loads((run_dir / "select/result.json").read_text())["targets"]["capitals"]["methods"]
+    told = json.loads((run_dir / "select/result.json").read_text())["targets"]["capitals"][
+        "methods"
+    ]
     assert told["less"]["examples"] == told["random"]["examples"] == 8
     assert told["less"]["domains"].get("capitals", 0) >= 7, told
     outcome = command("stage=finetune", *less)

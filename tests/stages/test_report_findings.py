@@ -57,7 +57,9 @@ def well_formed(run_dir: Path, found: list[Finding]) -> None:
 # Of any run
 
 
-def test_a_short_run_on_ordinary_text_has_no_absurd_findings(tiny: list[str], tmp_path: Path) -> None:
+def test_a_short_run_on_ordinary_text_has_no_absurd_findings(
+    tiny: list[str], tmp_path: Path
+) -> None:
     found = diagnosed(*tiny, f"run_dir={tmp_path}")
     well_formed(tmp_path, found)
     assert not found
@@ -85,21 +87,30 @@ def test_the_training_loss_is_that_of_sequences_the_reference_drew(
         counts, drawn = np.zeros_like(whole), set[tuple[int, int]]()
         for step in range(60):
             batch = sampler.draw(step, weights, counts)
-            counts, drawn = batch.counts, drawn | set(zip(batch.domain.tolist(), batch.sequence.tolist(), strict=True))
+            counts, drawn = (
+                batch.counts,
+                drawn | set(zip(batch.domain.tolist(), batch.sequence.tolist(), strict=True)),
+            )
     assert set(zip(domain.tolist(), sequence.tolist(), strict=True)) <= drawn
     assert np.bincount(domain).tolist() == [4, 4, 4]
 
 
 @pytest.mark.slow
 def test_seeds_that_do_not_tell_their_weights_from_uniform(tiny: list[str], tmp_path: Path) -> None:
-    found = diagnosed(*tiny, f"run_dir={tmp_path}", "proxy.seeds=2", "proxy.rounds=2", "main.comparisons=[]")
+    found = diagnosed(
+        *tiny, f"run_dir={tmp_path}", "proxy.seeds=2", "proxy.rounds=2", "main.comparisons=[]"
+    )
     well_formed(tmp_path, found)
     assert [folder.parent.name for folder in report.proxies(tmp_path)] == ["round-2"] * 2
-    assert "seed_spread" in {finding.kind for finding in found}  # of two seeds after 12 steps nobody can say anything
+    assert "seed_spread" in {
+        finding.kind for finding in found
+    }  # of two seeds after 12 steps nobody can say anything
 
 
 @pytest.mark.slow
-def test_a_reference_that_exists_already(tiny: list[str], tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_reference_that_exists_already(
+    tiny: list[str], tmp_path: Path, uninterrupted: Path
+) -> None:
     given = f"reference.path={uninterrupted / 'reference' / 'model'}"
     found = diagnosed(*tiny, f"run_dir={tmp_path}", given, "main.comparisons=[]")
     well_formed(tmp_path, found)
@@ -110,7 +121,9 @@ def test_a_batch_smaller_than_the_number_of_domains(tiny: list[str], tmp_path: P
     found = diagnosed(*tiny, f"run_dir={tmp_path}", "training.batch_size=2", "main.comparisons=[]")
     well_formed(tmp_path, found)
     (absent,) = [finding for finding in found if finding.kind == "absent"]
-    assert absent.domains == ("digits", "plain", "rich") and absent.value == pytest.approx(1 / 3, abs=0.2)
+    assert absent.domains == ("digits", "plain", "rich") and absent.value == pytest.approx(
+        1 / 3, abs=0.2
+    )
 
 
 @pytest.mark.slow
@@ -119,7 +132,9 @@ def test_a_reference_that_knows_a_small_domain_by_heart(tmp_path: Path, tiny: li
     small = list(documents(7, "abcdefghijklmnopqrstuvwxyz", 3000, 8_000))
     write_jsonl(root / "small" / "train.jsonl", small[:2])
     write_jsonl(root / "small" / "validation.jsonl", small[2:])
-    write_jsonl(root / "large" / "train.jsonl", documents(8, "abcdefghijklmnopqrstuvwxyz", 500, 400_000))
+    write_jsonl(
+        root / "large" / "train.jsonl", documents(8, "abcdefghijklmnopqrstuvwxyz", 500, 400_000)
+    )
     found = diagnosed(
         *tiny, f"data.root={root}", f"run_dir={tmp_path / 'run'}", "reference.mixture=uniform",
         "model.config.hidden_size=128", "model.config.intermediate_size=512", "training.learning_rate=0.003",
@@ -136,7 +151,11 @@ def test_copied_text_is_found_wherever_it_stands() -> None:
     c = generator.integers(400, 600, size=(100, 65))
     c[:50] = a.ravel()[7 : 7 + 50 * 65].reshape(50, 65)
     (found,) = text.of_the_text(("a", "b", "c"), [a, b, c])
-    assert found.kind == "duplicate" and found.domains == ("a", "c") and found.value == pytest.approx(0.3, abs=0.2)
+    assert (
+        found.kind == "duplicate"
+        and found.domains == ("a", "c")
+        and found.value == pytest.approx(0.3, abs=0.2)
+    )
     assert not text.of_the_text(("a", "b"), [a, b])
 
 
@@ -160,7 +179,9 @@ def test_the_planted_corpus_is_the_same_everywhere() -> None:
         assert len(set(written)) == len(written) >= 8  # no document twice
         assert 0.8 < sum(map(len, written)) / planted.size(domain) < 1.1
         assert all(text.isascii() and text for text in written)
-    assert planted.texts("big", "train", 0.03)[0].startswith("misunur cutnusce tihayerya zanaqet yotwarxel cohob")
+    assert planted.texts("big", "train", 0.03)[0].startswith(
+        "misunur cutnusce tihayerya zanaqet yotwarxel cohob"
+    )
 
 
 def test_what_is_alike_in_the_planted_corpus() -> None:
@@ -169,20 +190,27 @@ def test_what_is_alike_in_the_planted_corpus() -> None:
         runs = []
         for domain in (one, other):
             words = [text.split() for text in texts(domain)]
-            runs.append({tuple(text[i : i + length]) for text in words for i in range(len(text) - length)})
+            runs.append(
+                {tuple(text[i : i + length]) for text in words for i in range(len(text) - length)}
+            )
         return len(runs[0] & runs[1]) / min(map(len, runs))
 
     assert list(texts("copy")) == list(texts("easy"))
     assert not set(texts("twin_a")) & set(texts("twin_b"))
     assert shared("twin_a", "twin_b", 1) > 0.9 and shared("related_a", "related_b", 1) > 0.9
-    assert shared("twin_a", "twin_b", 2) > 2 * shared("related_a", "related_b", 2)  # words, not habits
+    assert shared("twin_a", "twin_b", 2) > 2 * shared(
+        "related_a", "related_b", 2
+    )  # words, not habits
     assert shared("twin_a", "big", 1) < 0.05
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.03, 0.5, 0.999])
 def test_a_part_of_the_planted_documents_is_for_validation(fraction: float) -> None:
     for domain in planted.domains():
-        train, validation = planted.texts(domain, "train", fraction), planted.texts(domain, "validation", fraction)
+        train, validation = (
+            planted.texts(domain, "train", fraction),
+            planted.texts(domain, "validation", fraction),
+        )
         assert train and len(validation) >= min(planted.VALIDATION, len(train))
         assert not set(train) & set(validation)
 
@@ -200,6 +228,9 @@ def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_pat
     assert domains["trivial"] == [("trivial",)]
     assert domains["repeated"] == [("repeated",)]
     assert domains["duplicate"] == [("copy", "easy"), ("twin_a", "twin_b")]
-    assert domains["mismatched"] in ([], [("repeated",)])  # its weight decides how often the final run repeats it
+    assert domains["mismatched"] in (
+        [],
+        [("repeated",)],
+    )  # its weight decides how often the final run repeats it
     assert not domains["absent"] and not domains["overfit"] and not domains["seed_spread"]
     assert not ORDINARY & {name for f in found if f.kind != "one_hot" for name in f.domains}

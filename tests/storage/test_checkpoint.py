@@ -30,7 +30,10 @@ def test_comes_back_exactly(tmp_path: Path) -> None:
     saved(tmp_path / "c", 2)
     found = checkpoint.latest(tmp_path / "c")
     assert found is not None and found["step"] == 2 and found["optimizer"] == {0: [1.5]}
-    assert torch.equal(found["state"][0], content(2)["state"][0]) and found["state"][0].dtype == torch.float64
+    assert (
+        torch.equal(found["state"][0], content(2)["state"][0])
+        and found["state"][0].dtype == torch.float64
+    )
     assert torch.equal(found["model"]["w"], content(2)["model"]["w"])
 
 
@@ -70,7 +73,9 @@ def spoil_checksum(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [tear, flip, lose_checksum, spoil_checksum])
-def test_a_damaged_newest_is_named_and_passed_over(tmp_path: Path, damage: Any, capsys: Any) -> None:
+def test_a_damaged_newest_is_named_and_passed_over(
+    tmp_path: Path, damage: Any, capsys: Any
+) -> None:
     newest = saved(tmp_path, 3)[-1]
     damage(newest)
     found = checkpoint.latest(tmp_path)

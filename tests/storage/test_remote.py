@@ -50,7 +50,9 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 
 @pytest.fixture
-def network(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[str, str], str]], Any]]:
+def network(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Callable[[str, str], str]], Any]]:
     """`network(verdict)` puts a bad network before the server; see `s3.BadNetwork`."""
     opened = []
 
@@ -95,14 +97,20 @@ def read(path: Path) -> Any:
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".tar", ".txt"])
-def test_every_format_is_read_from_s3_as_from_a_file(ending: str, bucket: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".tar", ".txt"]
+)
+def test_every_format_is_read_from_s3_as_from_a_file(
+    ending: str, bucket: str, tmp_path: Path
+) -> None:
     write_as(tmp_path / "x", ending)
     upload(tmp_path / "x", bucket)
     assert texts(one(f"{bucket}/*{ending}")) == texts(one(tmp_path / "x" / f"*{ending}")) != []
 
 
-def test_prepared_from_s3_and_from_files_is_the_same(corpus: Path, bucket: str, tmp_path: Path) -> None:
+def test_prepared_from_s3_and_from_files_is_the_same(
+    corpus: Path, bucket: str, tmp_path: Path
+) -> None:
     upload(corpus, f"{bucket}/corpus")
     given: dict[str, Any] = {"vocabulary_size": 300, "tokenizer_sample": 50_000}
     local = prepare(options(root=str(corpus), **given), tmp_path / "local")
@@ -115,7 +123,11 @@ def test_prepared_from_s3_and_from_files_is_the_same(corpus: Path, bucket: str, 
 
 
 def test_a_missing_bucket_and_a_missing_key_are_named(bucket: str) -> None:
-    refused(one("s3://no-such-bucket-here/x.jsonl"), "s3://no-such-bucket-here/x.jsonl", "data.domains.a.train")
+    refused(
+        one("s3://no-such-bucket-here/x.jsonl"),
+        "s3://no-such-bucket-here/x.jsonl",
+        "data.domains.a.train",
+    )
     refused(one(f"{bucket}/nothing.jsonl"), f"{bucket}/nothing.jsonl", "no such file")
     refused(one(f"{bucket}/*.jsonl"), f"{bucket}/*.jsonl", "matches none")
     refused(options(root=f"{bucket}/corpus"), f"{bucket}/corpus", "no such folder")
@@ -131,19 +143,36 @@ BLOCK = 300_000
 
 @pytest.mark.parametrize(
     ("ending", "verdict"),
-    [(".jsonl", "fail"), (".jsonl", "drop"), (".jsonl", "cut"), (".jsonl.zst", "cut"), (".jsonl.gz", "fail")],
+    [
+        (".jsonl", "fail"),
+        (".jsonl", "drop"),
+        (".jsonl", "cut"),
+        (".jsonl.zst", "cut"),
+        (".jsonl.gz", "fail"),
+    ],
 )
 def test_a_read_that_fails_goes_on_where_it_was(
-    ending: str, verdict: str, bucket: str, network: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ending: str,
+    verdict: str,
+    bucket: str,
+    network: Any,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = jsonl(LINES)
-    packed = {".jsonl": data, ".jsonl.zst": zstandard.compress(data), ".jsonl.gz": gzip.compress(data)}[ending]
+    packed = {
+        ".jsonl": data,
+        ".jsonl.zst": zstandard.compress(data),
+        ".jsonl.gz": gzip.compress(data),
+    }[ending]
     fsspec.filesystem("s3").pipe_file(f"{bucket}/x{ending}", packed)
     monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", BLOCK)
     monkeypatch.setattr(steady, "CHUNK", BLOCK)
     asked = [0]
 
-    def judge(method: str, path: str) -> str:  # in the middle too, and twice in a row: the client itself may ask again
+    def judge(
+        method: str, path: str
+    ) -> str:  # in the middle too, and twice in a row: the client itself may ask again
         if method != "GET" or f"x{ending}" not in path:
             return "pass"
         asked[0] += 1
@@ -152,17 +181,24 @@ def test_a_read_that_fails_goes_on_where_it_was(
     network(judge)
     assert texts(one(f"{bucket}/x{ending}")) == LINES
     said = capsys.readouterr().out.splitlines()
-    assert said and all(f"{bucket}/x{ending}: " in line and "trying again in" in line for line in said), said
+    assert said and all(
+        f"{bucket}/x{ending}: " in line and "trying again in" in line for line in said
+    ), said
 
 
 @pytest.mark.parametrize("verdict", ["fail", "drop"])
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_looking_for_files_is_tried_again(method: str, verdict: str, bucket: str, network: Any) -> None:
+def test_looking_for_files_is_tried_again(
+    method: str, verdict: str, bucket: str, network: Any
+) -> None:
     """A server that fails is not a server without files."""
     fs = fsspec.filesystem("s3")
     for name in ("a/train.jsonl", "b/train-0.jsonl", "b/train-1.jsonl"):
         fs.pipe_file(f"{bucket}/corpus/{name}", jsonl(TEXTS))
-    for given, number in ((options(root=f"{bucket}/corpus"), 3), (one(f"{bucket}/corpus/*/*.jsonl"), 3)):
+    for given, number in (
+        (options(root=f"{bucket}/corpus"), 3),
+        (one(f"{bucket}/corpus/*/*.jsonl"), 3),
+    ):
         network(first(3, method, "", verdict))
         assert texts(given) == TEXTS * number
 
@@ -174,12 +210,19 @@ def test_at_the_end_of_all_attempts_the_command_says_so(
     bad = network(first(10**6, "GET", "train.jsonl", "fail"))
     outcome = run_here(f"data.root={bucket}", f"run_dir={tmp_path / 'run'}", "stage=prepare")
     assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert f"{bucket}/a/train.jsonl: failed {steady.ATTEMPTS} times, the last time with" in outcome.err
+    assert (
+        f"{bucket}/a/train.jsonl: failed {steady.ATTEMPTS} times, the last time with" in outcome.err
+    )
     assert outcome.out.count("trying again in") == steady.ATTEMPTS - 1
-    assert sum("train.jsonl" in path for method, path in bad.asked if method == "GET") == steady.ATTEMPTS
+    assert (
+        sum("train.jsonl" in path for method, path in bad.asked if method == "GET")
+        == steady.ATTEMPTS
+    )
 
 
-def test_what_is_forbidden_is_not_tried_again(bucket: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_forbidden_is_not_tried_again(
+    bucket: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
@@ -217,13 +260,24 @@ def test_an_object_that_changes_while_it_is_read_is_refused(
 # ── Token shards in a second home ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_only_the_shards_that_are_touched_are_fetched(corpus: Path, bucket: str, tmp_path: Path) -> None:
+def test_only_the_shards_that_are_touched_are_fetched(
+    corpus: Path, bucket: str, tmp_path: Path
+) -> None:
     given = options(
-        root=str(corpus), vocabulary_size=300, tokenizer_sample=50_000, member_tokens=2_000, members_per_shard=2
+        root=str(corpus),
+        vocabulary_size=300,
+        tokenizer_sample=50_000,
+        member_tokens=2_000,
+        members_per_shard=2,
     )
     made = prepare(given, tmp_path / "here", mirror=Mirror(f"{bucket}/data"))
     there = s3.files(f"{bucket}/data/{made.name}".removeprefix("s3://"))
-    assert {Path(name).name for name in there} >= {"manifest.json", "index.npy", "tokenizer.json", "checksums.json"}
+    assert {Path(name).name for name in there} >= {
+        "manifest.json",
+        "index.npy",
+        "tokenizer.json",
+        "checksums.json",
+    }
     elsewhere = prepare(given, tmp_path / "there", mirror=Mirror(f"{bucket}/data"))
     assert not list(elsewhere.rglob("*.tar"))
     mirror = Mirror(f"{bucket}/data").at(made.name)
@@ -255,7 +309,9 @@ def test_a_damaged_shard_there_is_refused(corpus: Path, bucket: str, tmp_path: P
     assert not (elsewhere / "train/digits/00000.tar").exists()
 
 
-def test_an_upload_that_stopped_goes_on(corpus: Path, bucket: str, tmp_path: Path, network: Any) -> None:
+def test_an_upload_that_stopped_goes_on(
+    corpus: Path, bucket: str, tmp_path: Path, network: Any
+) -> None:
     given = options(root=str(corpus), vocabulary_size=300, tokenizer_sample=50_000)
     network(first(10**6, "PUT", "validation/plain", "fail"))
     with pytest.raises(UserError, match="failed 5 times"):
@@ -263,7 +319,9 @@ def test_an_upload_that_stopped_goes_on(corpus: Path, bucket: str, tmp_path: Pat
     bad = network(lambda method, path: "pass")
     made = prepare(given, tmp_path / "here", mirror=Mirror(f"{bucket}/data"))
     put = [path for method, path in bad.asked if method == "PUT"]
-    assert any("validation/plain" in path for path in put) and not any("train/digits" in path for path in put)
+    assert any("validation/plain" in path for path in put) and not any(
+        "train/digits" in path for path in put
+    )
     assert "manifest.json" in put[-1]
     names = {name.split("/", 3)[-1] for name in s3.files(f"{bucket}/data".removeprefix("s3://"))}
     assert {path.relative_to(made).as_posix() for path in made.rglob("*.tar")} < names
@@ -280,9 +338,14 @@ def test_several_processes_fetch_at_once(corpus: Path, bucket: str, tmp_path: Pa
         "print(store.gather('train', np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum())"
     )
     command = [sys.executable, "-c", code, str(elsewhere), f"{bucket}/data/{made.name}"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
     outs = [process.communicate(timeout=60) for process in both]
-    expected = TokenStore.open(made).gather("train", np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum()
+    expected = (
+        TokenStore.open(made).gather("train", np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum()
+    )
     assert [out.strip() for out, _ in outs] == [str(expected)] * 2, outs
     assert not list(elsewhere.rglob("*.partial"))
 
@@ -290,7 +353,9 @@ def test_several_processes_fetch_at_once(corpus: Path, bucket: str, tmp_path: Pa
 # ── Runs in a second home ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_another_machine_finds_everything_done(tiny: list[str], bucket: str, tmp_path: Path) -> None:
+def test_another_machine_finds_everything_done(
+    tiny: list[str], bucket: str, tmp_path: Path
+) -> None:
     given = [f"remote={bucket}/doremi", *tiny]
 
     def machine(name: str) -> list[str]:
@@ -300,13 +365,22 @@ def test_another_machine_finds_everything_done(tiny: list[str], bucket: str, tmp
     assert one_.code == 0, one_.err
     two = run_here(*machine("two"))
     assert two.code == 0, two.err
-    names = ["weights.json", "evaluation.json", "proxy/domain_weights.jsonl", "main/model/model.safetensors"]
+    names = [
+        "weights.json",
+        "evaluation.json",
+        "proxy/domain_weights.jsonl",
+        "main/model/model.safetensors",
+    ]
     for name in (*names, "reference/metrics.jsonl", "main/recipe.json", "main/result.json"):
-        assert (tmp_path / "one/run" / name).read_bytes() == (tmp_path / "two/run" / name).read_bytes(), name
+        assert (tmp_path / "one/run" / name).read_bytes() == (
+            tmp_path / "two/run" / name
+        ).read_bytes(), name
     assert two.out.count("is in the store already") >= 4 and "tok/s" not in two.out
     assert read(tmp_path / "two/run/main/status.json")["state"] == "finished"
     left = s3.files(f"{bucket}/doremi/runs".removeprefix("s3://"))
-    assert left and not [name for name in left if "checkpoints" in name or name.endswith((".lock", ".partial"))]
+    assert left and not [
+        name for name in left if "checkpoints" in name or name.endswith((".lock", ".partial"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +404,14 @@ def killed_at(overrides: list[str], run_dir: Path, stage: str, step: int) -> Non
 def test_killed_and_its_disk_gone_it_continues_from_the_remote(
     stage: str, tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path
 ) -> None:
-    overrides = [*tiny, *LONG, f"store={tmp_path / 'store'}", f"remote={bucket}", "stage=main", "main.comparisons=[]"]
+    overrides = [
+        *tiny,
+        *LONG,
+        f"store={tmp_path / 'store'}",
+        f"remote={bucket}",
+        "stage=main",
+        "main.comparisons=[]",
+    ]
     killed_at(overrides, tmp_path / "one", stage, 21)
     for folder in ("store", "one"):
         shutil.rmtree(tmp_path / folder)
@@ -344,32 +425,53 @@ def test_killed_and_its_disk_gone_it_continues_from_the_remote(
 def test_a_torn_checkpoint_there_is_passed_over(
     tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path
 ) -> None:
-    overrides = [*tiny, *LONG, f"store={tmp_path / 'store'}", f"remote={bucket}", "stage=main", "main.comparisons=[]"]
+    overrides = [
+        *tiny,
+        *LONG,
+        f"store={tmp_path / 'store'}",
+        f"remote={bucket}",
+        "stage=main",
+        "main.comparisons=[]",
+    ]
     killed_at(overrides, tmp_path / "one", "reference", 28)
     for folder in ("store", "one"):
         shutil.rmtree(tmp_path / folder)
     fs = fsspec.filesystem("s3")
-    there = sorted(name for name in s3.files(f"{bucket}/runs".removeprefix("s3://")) if name.endswith(".pt"))
-    assert len(there) in (2, 3)  # the last two, and one more where the kill came before the oldest was removed
+    there = sorted(
+        name for name in s3.files(f"{bucket}/runs".removeprefix("s3://")) if name.endswith(".pt")
+    )
+    assert len(there) in (
+        2,
+        3,
+    )  # the last two, and one more where the kill came before the oldest was removed
     fs.pipe_file(there[-1], fs.cat_file(there[-1])[:-1000])
     outcome = run_here(*overrides, f"run_dir={tmp_path / 'two'}")
     assert outcome.code == 0, outcome
-    assert f"{there[-1]}: torn or corrupt" in outcome.out and f"continues from s3://{there[-2]}" in outcome.out
+    assert (
+        f"{there[-1]}: torn or corrupt" in outcome.out
+        and f"continues from s3://{there[-2]}" in outcome.out
+    )
     same_bits(uninterrupted, tmp_path / "two")
 
 
 @pytest.mark.acceptance
-def test_a_newer_checkpoint_here_stays(tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path) -> None:
+def test_a_newer_checkpoint_here_stays(
+    tiny: list[str], uninterrupted: Path, bucket: str, tmp_path: Path
+) -> None:
     overrides = [*tiny, *LONG, f"store={tmp_path / 'store'}", "stage=main", "main.comparisons=[]"]
     killed_at([*overrides, f"remote={bucket}"], tmp_path / "one", "reference", 14)
-    killed_at(overrides, tmp_path / "one", "reference", checkpoints(tmp_path / "one/reference")[-1] + 14)
+    killed_at(
+        overrides, tmp_path / "one", "reference", checkpoints(tmp_path / "one/reference")[-1] + 14
+    )
     outcome = run_here(*overrides, f"run_dir={tmp_path / 'one'}", f"remote={bucket}")
     assert outcome.code == 0, outcome
     assert "continues from" not in outcome.out
     same_bits(uninterrupted, tmp_path / "one")
 
 
-def test_what_was_finished_without_a_remote_goes_there_later(tiny: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_what_was_finished_without_a_remote_goes_there_later(
+    tiny: list[str], doremi: Command, tmp_path: Path
+) -> None:
     """And the second home may be a folder."""
     home = tmp_path / "home"
     overrides = [*tiny, f"store={tmp_path / 'store'}", "stage=reference"]
@@ -383,10 +485,19 @@ def test_what_was_finished_without_a_remote_goes_there_later(tiny: list[str], do
 
 
 @pytest.mark.acceptance
-def test_two_processes_share_a_remote(tiny: list[str], doremi: Command, bucket: str, tmp_path: Path) -> None:
+def test_two_processes_share_a_remote(
+    tiny: list[str], doremi: Command, bucket: str, tmp_path: Path
+) -> None:
     overrides = [*tiny, f"remote={bucket}", "stage=reference"]
-    assert run_here(*overrides, f"store={tmp_path / 'one'}", f"run_dir={tmp_path / 'a'}", "stage=prepare").code == 0
-    outcome = doremi(*overrides, f"store={tmp_path / 'two'}", f"run_dir={tmp_path / 'b'}", processes=2)
+    assert (
+        run_here(
+            *overrides, f"store={tmp_path / 'one'}", f"run_dir={tmp_path / 'a'}", "stage=prepare"
+        ).code
+        == 0
+    )
+    outcome = doremi(
+        *overrides, f"store={tmp_path / 'two'}", f"run_dir={tmp_path / 'b'}", processes=2
+    )
     assert outcome.code == 0, outcome
     there = s3.files(f"{bucket}/runs".removeprefix("s3://"))
     assert any(name.endswith("result.json") for name in there)
@@ -394,14 +505,23 @@ def test_two_processes_share_a_remote(tiny: list[str], doremi: Command, bucket: 
 
 def test_a_missing_bucket_ends_before_any_work(tiny: list[str], tmp_path: Path) -> None:
     outcome = run_here(
-        *tiny, "remote=s3://no-such-bucket-here/x", f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'run'}"
+        *tiny,
+        "remote=s3://no-such-bucket-here/x",
+        f"store={tmp_path / 'store'}",
+        f"run_dir={tmp_path / 'run'}",
     )
     assert outcome.code == 2 and "remote='s3://no-such-bucket-here/x'" in outcome.err, outcome
     assert not (tmp_path / "store").exists()
 
 
-def test_a_missing_package_is_named(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     outcome = run_here(*tiny, "remote=s3://bucket/x", f"run_dir={tmp_path / 'run'}")
-    assert outcome.code == 2 and "remote='s3://bucket/x'" in outcome.err and "pip install 's3fs'" in outcome.err
+    assert (
+        outcome.code == 2
+        and "remote='s3://bucket/x'" in outcome.err
+        and "pip install 's3fs'" in outcome.err
+    )

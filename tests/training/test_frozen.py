@@ -53,7 +53,12 @@ class Counted(Live):
     """The real model, and the sequences that it was run on."""
 
     def __init__(self, data: TokenStore, seed: int = 0) -> None:
-        config = {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        config = {
+            "model_type": "gpt_neox",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+        }
         options = ModelOptions(config=config | {"num_attention_heads": 2})
         shape = configs.resolve(options, data.vocabulary_size, data.end_of_document, LENGTH)
         super().__init__(folders.build(shape, seed), CPU, "fp32")
@@ -70,7 +75,9 @@ def micro_batch(data: TokenStore, *where: tuple[int, int]) -> MicroBatch:
 
 
 def test_a_stored_loss_is_near_never_zero_and_says_when_it_is_not_a_number() -> None:
-    exact = torch.tensor([[0.0, -1e-9, 1e-7, 0.3, 3.0, 11.0, 1e6], [torch.nan, torch.inf, -torch.inf, 1, 1, 1, 1]])
+    exact = torch.tensor(
+        [[0.0, -1e-9, 1e-7, 0.3, 3.0, 11.0, 1e6], [torch.nan, torch.inf, -torch.inf, 1, 1, 1, 1]]
+    )
     found = frozen.rounded(exact)
     assert found.dtype == np.float16 and (found != 0).all()
     assert np.abs(found[0, :3]).max() < 1e-4 and found[0, -1] == 65504
@@ -89,7 +96,9 @@ def test_rows_and_sequences_are_the_same_thing(data: TokenStore, table: Table) -
         assert (found == expected).all()
 
 
-def test_a_table_takes_room_for_what_is_written_and_is_seen_by_others(data: TokenStore, table: Table) -> None:
+def test_a_table_takes_room_for_what_is_written_and_is_seen_by_others(
+    data: TokenStore, table: Table
+) -> None:
     assert table.path.stat().st_blocks == 0 and table.path.stat().st_size == 2 * LENGTH * len(table)
     other = Table(table.path.parents[2], data, read(table.path.with_name("recipe.json")))
     rows = np.array([0, 7, len(table) - 1])
@@ -112,8 +121,12 @@ def test_only_what_is_missing_is_computed_and_once(data: TokenStore, table: Tabl
     assert torch.cat(found).numpy() == pytest.approx(exact.numpy(), rel=2**-10)
     again = Cached(table, lambda: pytest.fail("the model was loaded"), CPU)
     for where, expected in zip((first, more), found, strict=True):
-        assert torch.equal(again.losses(micro_batch(data, *where)), expected)  # also what was just computed was rounded
-    assert again.losses(micro_batch(data)).shape == live.losses(micro_batch(data)).shape == (0, LENGTH)
+        assert torch.equal(
+            again.losses(micro_batch(data, *where)), expected
+        )  # also what was just computed was rounded
+    assert (
+        again.losses(micro_batch(data)).shape == live.losses(micro_batch(data)).shape == (0, LENGTH)
+    )
 
 
 def test_a_torn_row_is_computed_again(data: TokenStore, table: Table) -> None:
@@ -128,7 +141,9 @@ def test_a_torn_row_is_computed_again(data: TokenStore, table: Table) -> None:
     assert found.numpy() == pytest.approx(whole.numpy(), rel=2**-9)
 
 
-def test_what_another_wrote_after_the_batch_was_read_ahead_is_taken(data: TokenStore, table: Table) -> None:
+def test_what_another_wrote_after_the_batch_was_read_ahead_is_taken(
+    data: TokenStore, table: Table
+) -> None:
     ahead = micro_batch(data, (0, 0), (1, 0))
     mine = Cached(table, lambda: pytest.fail("the model was loaded"), CPU)
     ahead = ahead._replace(reference=mine.stored(ahead.domain.numpy(), ahead.sequence.numpy()))
@@ -139,7 +154,9 @@ def test_what_another_wrote_after_the_batch_was_read_ahead_is_taken(data: TokenS
 
 def test_a_loss_that_is_not_finite_is_seen_and_not_stored(data: TokenStore, table: Table) -> None:
     live, where = Counted(data), micro_batch(data, (0, 0), (0, 1))
-    live._model.register_forward_hook(lambda _, tokens, out: out.where(torch.arange(len(out))[:, None] != 1, torch.nan))
+    live._model.register_forward_hook(
+        lambda _, tokens, out: out.where(torch.arange(len(out))[:, None] != 1, torch.nan)
+    )
     found = Cached(table, lambda: live, CPU).losses(where)
     assert found[0].isfinite().all() and found[1].isnan().all()
     assert frozen.there(table.read(np.array([0, 1]))).tolist() == [True, False]
@@ -156,7 +173,9 @@ def test_loading_the_model_leaves_random_numbers_alone(data: TokenStore, table: 
 def test_rows_are_read_ahead_with_their_batch(data: TokenStore, table: Table) -> None:
     cached = Cached(table, lambda: Counted(data), CPU)
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
-    with Batches(data, LENGTH, 8, [slice(0, 3), slice(3, 8)], seed=0, stored=cached.stored) as batches:
+    with Batches(
+        data, LENGTH, 8, [slice(0, 3), slice(3, 8)], seed=0, stored=cached.stored
+    ) as batches:
         batch = batches.get(0, uniform, np.zeros(3, dtype=np.int64))
         assert [micro.reference.shape for micro in batch.micro] == [(3, LENGTH), (5, LENGTH)]
         computed = [cached.losses(micro) for micro in batch.micro]
@@ -222,21 +241,27 @@ def proxy(*overrides: str) -> None:
 
 
 def trace(run_dir: Path, column: str = "weights") -> np.ndarray:
-    return np.array([list(line[column].values()) for line in lines(run_dir / "proxy" / "domain_weights.jsonl")])
+    return np.array(
+        [list(line[column].values()) for line in lines(run_dir / "proxy" / "domain_weights.jsonl")]
+    )
 
 
 def tables(store: Path) -> list[Path]:
     return sorted((store / "losses").iterdir())
 
 
-def test_weights_are_those_of_a_live_reference(tiny: list[str], store: Path, tmp_path: Path) -> None:
+def test_weights_are_those_of_a_live_reference(
+    tiny: list[str], store: Path, tmp_path: Path
+) -> None:
     for where in ("live", "cached"):
         proxy(*tiny, *LONG, f"run_dir={tmp_path / where}", f"reference.losses={where}")
     live, cached = trace(tmp_path / "live"), trace(tmp_path / "cached")
     assert 0 < np.abs(live - cached).max() < 1e-3
     excess = [trace(tmp_path / where, "excess_loss") for where in ("live", "cached")]
     assert 0 < np.abs(excess[0] - excess[1]).max() < 1e-3
-    recipes = [read((tmp_path / where / "proxy").resolve() / "recipe.json") for where in ("live", "cached")]
+    recipes = [
+        read((tmp_path / where / "proxy").resolve() / "recipe.json") for where in ("live", "cached")
+    ]
     assert recipes[1] == recipes[0] | {"reference_losses": "cached"}
     assert not list((tmp_path / "cached" / "proxy").resolve().glob("**/*.pending"))
 
@@ -244,13 +269,31 @@ def test_weights_are_those_of_a_live_reference(tiny: list[str], store: Path, tmp
 def test_a_sweep_computes_every_loss_once(fresh: list[str], tmp_path: Path) -> None:
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'one'}")
     with without_reference():
-        for change in ("proxy.step_size=0.1", "proxy.smoothing=0.01", "training.micro_batch_size=3"):
-            proxy(*fresh, CACHED, f"run_dir={tmp_path / change.replace('=', '-')}", change, "training.log_every=3")
+        for change in (
+            "proxy.step_size=0.1",
+            "proxy.smoothing=0.01",
+            "training.micro_batch_size=3",
+        ):
+            proxy(
+                *fresh,
+                CACHED,
+                f"run_dir={tmp_path / change.replace('=', '-')}",
+                change,
+                "training.log_every=3",
+            )
     assert len(tables(tmp_path / "store")) == 1
 
 
-def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(fresh: list[str], tmp_path: Path) -> None:
-    overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.seeds=2", "training.batch_size=384"]
+def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(
+    fresh: list[str], tmp_path: Path
+) -> None:
+    overrides = [
+        *fresh,
+        CACHED,
+        f"run_dir={tmp_path / 'run'}",
+        "proxy.seeds=2",
+        "training.batch_size=384",
+    ]
     outcome = run_here(*overrides, "stage=reference")
     assert outcome.code == 0, outcome
     assert read(tmp_path / "run" / "reference" / "status.json")["state"] == "finished"
@@ -272,11 +315,20 @@ def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(fresh:
     rows = np.flatnonzero(frozen.there(table.read(np.arange(len(table)))))
     assert set(zip(*(part.tolist() for part in table.sequences(rows)), strict=True)) == drawn
     assert (counts > store.sequences("train", LENGTH)).tolist() == [True, False, False]
-    assert f"{len(drawn)} sequences" in outcome.out and f"{len(drawn)} of them computed now" in outcome.out
+    assert (
+        f"{len(drawn)} sequences" in outcome.out
+        and f"{len(drawn)} of them computed now" in outcome.out
+    )
 
 
 def test_a_part_of_every_domain_is_computed_ahead_too(fresh: list[str], tmp_path: Path) -> None:
-    overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.match_repetition=true", "main.tokens=100000"]
+    overrides = [
+        *fresh,
+        CACHED,
+        f"run_dir={tmp_path / 'run'}",
+        "proxy.match_repetition=true",
+        "main.tokens=100000",
+    ]
     assert run_here(*overrides, "stage=reference").code == 0
     with without_reference():
         proxy(*overrides)
@@ -300,27 +352,41 @@ def test_a_score_without_a_reference_needs_none(fresh: list[str], tmp_path: Path
     with without_reference():
         for where in ("live", "cached"):
             run_dir = f"run_dir={tmp_path / where}"
-            assert run_here(*overrides, run_dir, f"reference.losses={where}", "stage=reference").code == 0
+            assert (
+                run_here(*overrides, run_dir, f"reference.losses={where}", "stage=reference").code
+                == 0
+            )
             proxy(*overrides, run_dir, f"reference.losses={where}")
     assert (tmp_path / "live" / "proxy").resolve() == (tmp_path / "cached" / "proxy").resolve()
     assert not (tmp_path / "store" / "losses").exists()
 
 
 def test_every_round_has_its_own(fresh: list[str], tmp_path: Path) -> None:
-    proxy(*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.rounds=2", "proxy.round_tolerance=0")
+    proxy(
+        *fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.rounds=2", "proxy.round_tolerance=0"
+    )
     said = [read(folder / "recipe.json")["reference"] for folder in tables(tmp_path / "store")]
-    models = [tmp_path / "run" / name / "model" for name in ("reference", "proxy/round-2/reference")]
+    models = [
+        tmp_path / "run" / name / "model" for name in ("reference", "proxy/round-2/reference")
+    ]
     assert sorted(said) == sorted(folders.folder_fingerprint(folder) for folder in models)
 
 
 def test_other_data_has_its_own(fresh: list[str], corpus: Path, tmp_path: Path) -> None:
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'one'}")
     for domain in ("plain", "rich", "digits"):
-        texts = [json.loads(line)["text"] for line in (corpus / domain / "train.jsonl").read_text().splitlines()]
+        texts = [
+            json.loads(line)["text"]
+            for line in (corpus / domain / "train.jsonl").read_text().splitlines()
+        ]
         write_jsonl(tmp_path / "changed" / domain / "train.jsonl", [texts[0] + "a", *texts[1:]])
     path = (tmp_path / "one" / "reference" / "model").resolve()
     tokenizer = (tmp_path / "one" / "prepare").resolve() / "tokenizer.json"
-    changed = [f"data.root={tmp_path / 'changed'}", f"data.tokenizer={tokenizer}", "data.vocabulary_size=null"]
+    changed = [
+        f"data.root={tmp_path / 'changed'}",
+        f"data.tokenizer={tokenizer}",
+        "data.vocabulary_size=null",
+    ]
     changed = [*changed[:2], f"reference.path={path}"]
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'two'}", *changed)
     one, two = (read(folder / "recipe.json") for folder in tables(tmp_path / "store"))
@@ -335,17 +401,24 @@ def test_a_changed_recipe_ends_with_a_message(fresh: list[str], tmp_path: Path) 
     said.write_text(said.read_text().replace('"fp32"', '"bf16"'))
     again = [*fresh, CACHED, f"run_dir={tmp_path / 'two'}", "proxy.step_size=0.1"]
     outcome = run_here(*again, "stage=proxy")
-    assert outcome.code == 2 and str(said) in outcome.err and "Traceback" not in outcome.err, outcome
+    assert outcome.code == 2 and str(said) in outcome.err and "Traceback" not in outcome.err, (
+        outcome
+    )
     assert run_here(*again, "stage=plan").code == 2
     for path in (said, folder / "losses.f16"):
         path.unlink()
     proxy(*again)
 
 
-def test_a_full_disk_is_named_and_filling_continues_when_there_is_room(fresh: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_filling_continues_when_there_is_room(
+    fresh: list[str], tmp_path: Path
+) -> None:
     assert run_here(*fresh, f"run_dir={tmp_path / 'live'}", "stage=reference").code == 0
     overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "training.steps=12"]
-    for path in ("losses", "losses/*/losses.f16"):  # no room to begin the file, and then none for its rows
+    for path in (
+        "losses",
+        "losses/*/losses.f16",
+    ):  # no room to begin the file, and then none for its rows
         with files_end_at(50_000):
             full = run_here(*overrides, "stage=reference")
         assert full.code == 1 and "no room left" in full.err and "losses.f16" in full.err, full
@@ -376,15 +449,25 @@ def test_the_plan_counts_every_loss_that_is_missing_once(fresh: list[str], tmp_p
     live = planned(*fresh, f"run_dir={tmp_path / 'live'}", *many)
     new = planned(*overrides)
     assert not (tmp_path / "store" / "losses").exists()  # looking ahead changes nothing
-    F = (live["stages"]["proxy/round-1/seed-0"]["flops"] - live["stages"]["reference"]["flops"]) / (12 * 128 * LENGTH)
+    F = (live["stages"]["proxy/round-1/seed-0"]["flops"] - live["stages"]["reference"]["flops"]) / (
+        12 * 128 * LENGTH
+    )
     plain = new["stages"]["reference"]["flops"]
     seeds = [new["stages"][f"proxy/round-1/seed-{seed}"] for seed in (0, 1)]
     computed = [(seed["flops"] - plain) / (F * LENGTH) for seed in seeds]  # sequences
     sizes = [domain["training_sequences"] for domain in new["domains"].values()]
     reads = [min(1, domain["proxy_epochs"]) for domain in new["domains"].values()]
-    assert computed[0] == pytest.approx(sum(size * part for size, part in zip(sizes, reads, strict=True)))
-    assert computed[1] == pytest.approx(sum(n * part * (1 - part) for n, part in zip(sizes, reads, strict=True)))
-    assert new["reference_losses"]["missing"] == new["reference_losses"]["sequences"] == round(sum(computed))
+    assert computed[0] == pytest.approx(
+        sum(size * part for size, part in zip(sizes, reads, strict=True))
+    )
+    assert computed[1] == pytest.approx(
+        sum(n * part * (1 - part) for n, part in zip(sizes, reads, strict=True))
+    )
+    assert (
+        new["reference_losses"]["missing"]
+        == new["reference_losses"]["sequences"]
+        == round(sum(computed))
+    )
     assert new["reference_losses"]["bytes"] == live["reference_losses"]["bytes"]
     assert all(seed["memory"]["reference"] > 0 for seed in seeds)
     assert "reference losses, cached:" in new["printed"]
@@ -396,14 +479,22 @@ def test_the_plan_counts_every_loss_that_is_missing_once(fresh: list[str], tmp_p
         stage = there["stages"][f"proxy/round-1/seed-{seed}"]
         assert stage["flops"] == pytest.approx(plain) and stage["memory"]["reference"] == 0
     assert there["accumulation"]["exact_over_lagged"] == 1
-    other = planned(*fresh, CACHED, f"run_dir={tmp_path / 'other'}", "training.batch_size=128", "proxy.step_size=0.1")
+    other = planned(
+        *fresh,
+        CACHED,
+        f"run_dir={tmp_path / 'other'}",
+        "training.batch_size=128",
+        "proxy.step_size=0.1",
+    )
     assert other["reference_losses"]["missing"] == 0
 
 
 def test_the_plan_knows_that_a_score_needs_no_reference(fresh: list[str], tmp_path: Path) -> None:
     found = planned(*fresh, f"run_dir={tmp_path / 'run'}", "proxy.score=hardest")
     assert found["stages"]["proxy"]["flops"] == found["stages"]["reference"]["flops"]
-    assert found["stages"]["proxy"]["memory"]["reference"] == 0 and found["reference_losses"] is None
+    assert (
+        found["stages"]["proxy"]["memory"]["reference"] == 0 and found["reference_losses"] is None
+    )
 
 
 # ── Processes ───────────────────────────────────────────────────────────────────────
@@ -414,19 +505,31 @@ def test_the_plan_knows_that_a_score_needs_no_reference(fresh: list[str], tmp_pa
 def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
     ahead: bool, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    more = [CACHED, "training.batch_size=9", "training.micro_batch_size=2", "main.comparisons=[]", "stage=main"]
+    more = [
+        CACHED,
+        "training.batch_size=9",
+        "training.micro_batch_size=2",
+        "main.comparisons=[]",
+        "stage=main",
+    ]
     alone = [*fresh, *more, f"store={tmp_path / 'alone'}", f"run_dir={tmp_path / 'one'}"]
     assert run_here(*alone).code == 0
     together = [*fresh, *more, f"run_dir={tmp_path / 'two'}"]
     if ahead:
         outcome = doremi(*together, "stage=reference", processes=2)
-        assert outcome.code == 0 and "96 of them computed now" in outcome.out.replace("108", "96"), outcome
-        written = [path.stat().st_mtime_ns for path in (tmp_path / "store").glob("losses/*/losses.f16")]
+        assert outcome.code == 0 and "96 of them computed now" in outcome.out.replace(
+            "108", "96"
+        ), outcome
+        written = [
+            path.stat().st_mtime_ns for path in (tmp_path / "store").glob("losses/*/losses.f16")
+        ]
     outcome = doremi(*together, processes=2)
     assert outcome.code == 0, outcome
     same_numbers(tmp_path / "one", tmp_path / "two")
     if ahead:  # the proxies wrote nothing
-        assert written == [path.stat().st_mtime_ns for path in (tmp_path / "store").glob("losses/*/losses.f16")]
+        assert written == [
+            path.stat().st_mtime_ns for path in (tmp_path / "store").glob("losses/*/losses.f16")
+        ]
     with without_reference():  # what two processes wrote serves one
         proxy(*fresh, *more[:3], f"run_dir={tmp_path / 'three'}", "proxy.step_size=0.1")
 
@@ -461,11 +564,19 @@ __main__.main()
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("rows", [3, 80, 301])  # before the first checkpoint; between two steps; within a step
+@pytest.mark.parametrize(
+    "rows", [3, 80, 301]
+)  # before the first checkpoint; between two steps; within a step
 def test_killed_among_the_rows_of_a_step_it_continues_to_the_same_bits(
     rows: int, prepared: list[str], tmp_path: Path
 ) -> None:
-    overrides = [*prepared, CACHED, "stage=main", "main.comparisons=[]", "training.micro_batch_size=4"]
+    overrides = [
+        *prepared,
+        CACHED,
+        "stage=main",
+        "main.comparisons=[]",
+        "training.micro_batch_size=4",
+    ]
     never, run_dir = tmp_path / "never", tmp_path / "run"
     other = tmp_path / "other"
     other.mkdir()

@@ -27,13 +27,20 @@ def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Pi
                 place = f"{source.url}, member {member.name!r}"
                 if pending and pending[0] != key:
                     yield from records.record_text(
-                        pending[1], source, options, f"{source.url}, member {pending[0] + '.json'!r}"
+                        pending[1],
+                        source,
+                        options,
+                        f"{source.url}, member {pending[0] + '.json'!r}",
                     )
                     pending = None
                 content = cast(BinaryIO, archive.extractfile(member))
                 if ending == ".txt":
-                    domain = records.domain_of(pending[1] if pending else {}, source, options, place)
-                    yield from records.document(domain, source.split, records.decode(content, place))
+                    domain = records.domain_of(
+                        pending[1] if pending else {}, source, options, place
+                    )
+                    yield from records.document(
+                        domain, source.split, records.decode(content, place)
+                    )
                     pending, done = None, key
                 elif key != done:
                     record = records.parse(content.read(records.LINE + 1), place, 1, bad)
@@ -44,15 +51,21 @@ def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Pi
                 )
         tail.finish()
     if not samples:
-        raise UserError(f"{source.url}: no KEY.txt and no KEY.json in this tar; give a webdataset of texts")
+        raise UserError(
+            f"{source.url}: no KEY.txt and no KEY.json in this tar; give a webdataset of texts"
+        )
 
 
 def _split_name(member: tarfile.TarInfo, url: str) -> tuple[str, str]:
     """(KEY, ending); the ending is empty where the member is no regular file."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"{url}: member {member.name!r} points outside the archive; write the tar with relative names")
-    return str(name.with_suffix("")) if name.suffix else str(name), name.suffix if member.isreg() else ""
+        raise UserError(
+            f"{url}: member {member.name!r} points outside the archive; write the tar with relative names"
+        )
+    return str(name.with_suffix("")) if name.suffix else str(
+        name
+    ), name.suffix if member.isreg() else ""
 
 
 class _Tail:

@@ -24,7 +24,9 @@ def read_jsonl(source: Source, options: DataOptions, bad: BadLines) -> Iterator[
         yield from records.record_text(record, source, options, f"{source.url}, line {number}")
 
 
-def objects(source: Source, options: DataOptions, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(
+    source: Source, options: DataOptions, bad: BadLines
+) -> Iterator[tuple[int, dict[str, Any]]]:
     with opening.open_file(source.url, options) as stream:
         for number, line in _lines(stream):
             record = records.parse(line, source.url, number, bad)
@@ -47,9 +49,15 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
-    columns = [options.text_key] if source.domain is not None else [options.text_key, str(options.domain_key)]
+    columns = (
+        [options.text_key]
+        if source.domain is not None
+        else [options.text_key, str(options.domain_key)]
+    )
     with opening.open_file(source.url, options) as stream:
-        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed, not row groups
+        file = pq.ParquetFile(
+            stream, pre_buffer=False, buffer_size=CHUNK
+        )  # pages as they are needed, not row groups
         names = [file.schema.column(index).path for index in range(len(file.schema))]
         for key, column in zip(("data.text_key", "data.domain_key"), columns, strict=False):
             if column not in names:
@@ -58,7 +66,9 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
         for batch in file.iter_batches(_rows(file.metadata), columns=columns):
             for record in batch.to_pylist():
                 number += 1
-                yield from records.record_text(record, source, options, f"{source.url}, row {number}")
+                yield from records.record_text(
+                    record, source, options, f"{source.url}, row {number}"
+                )
 
 
 def _rows(metadata: pq.FileMetaData) -> int:
@@ -70,7 +80,9 @@ def _rows(metadata: pq.FileMetaData) -> int:
 
 def _read_text(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     with opening.open_file(source.url, options) as stream:
-        yield from records.document(str(source.domain), source.split, records.decode(stream, source.url))
+        yield from records.document(
+            str(source.domain), source.split, records.decode(stream, source.url)
+        )
 
 
 def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
@@ -78,7 +90,9 @@ def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Itera
     try:
         index = megatron.open_index(_bytes_of(path, options))
     except ValueError as error:
-        raise UserError(f"{path}: corrupt index ({error}); write {source.url} and its .idx again") from error
+        raise UserError(
+            f"{path}: corrupt index ({error}); write {source.url} and its .idx again"
+        ) from error
     if source.size and source.size != megatron.total_bytes(index):
         raise EOFError(f"{source.size} bytes, but its .idx says {megatron.total_bytes(index)}")
     with opening.open_file(source.url, options) as stream:
@@ -86,7 +100,9 @@ def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Itera
             for tokens, last in megatron.documents(index, stream, records.PIECE):
                 yield Piece(str(source.domain), source.split, None, tokens, last)
         except ValueError as error:
-            raise UserError(f"{source.url}: {error}; tokens are ids from 0; write the file again") from error
+            raise UserError(
+                f"{source.url}: {error}; tokens are ids from 0; write the file again"
+            ) from error
 
 
 def _bytes_of(url: str, options: DataOptions) -> np.ndarray:

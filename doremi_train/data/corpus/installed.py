@@ -26,7 +26,16 @@ SMALLEST = 300_000  # bytes; a domain with less text on this machine is left out
 VALIDATION = 4  # documents of a domain kept for validation, at least
 PAGE = 64  # code points of one document of Unicode names
 
-SKIPPED = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "include"}
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "include",
+}
 PACKAGES = ("matplotlib", "networkx", "numpy", "scipy", "sympy", "torch", "transformers")
 
 
@@ -38,7 +47,9 @@ class Document(NamedTuple):
 
 def domains() -> tuple[str, ...]:
     """Domains with enough text in this installation, sorted."""
-    return tuple(domain for domain in sorted(_DOMAINS) if sum(d.size for d in _chosen(domain)) >= SMALLEST)
+    return tuple(
+        domain for domain in sorted(_DOMAINS) if sum(d.size for d in _chosen(domain)) >= SMALLEST
+    )
 
 
 def listing(domain: str, split: str, fraction: float) -> list[Document]:
@@ -49,7 +60,10 @@ def listing(domain: str, split: str, fraction: float) -> list[Document]:
     while (held < wanted or count < VALIDATION) and count < len(chosen) - 1:
         held += chosen[count].size
         count += 1
-    return sorted(chosen[:count] if split == "validation" else chosen[count:], key=lambda document: document.name)
+    return sorted(
+        chosen[:count] if split == "validation" else chosen[count:],
+        key=lambda document: document.name,
+    )
 
 
 def version(documents: list[Document]) -> str:
@@ -74,7 +88,9 @@ def _chosen(domain: str) -> list[Document]:
     candidates, cap = _DOMAINS[domain]
     chosen: list[Document] = []
     total = 0
-    for document in sorted(candidates(), key=lambda document: (_hash(document.name), document.name)):
+    for document in sorted(
+        candidates(), key=lambda document: (_hash(document.name), document.name)
+    ):
         if total >= cap:
             break
         chosen.append(document._replace(size=min(document.size, DOCUMENT)))
@@ -87,11 +103,17 @@ def _hash(name: str) -> int:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= DOCUMENT else text[: text.rfind("\n", 0, DOCUMENT) + 1] or text[:DOCUMENT]
+    return (
+        text
+        if len(text) <= DOCUMENT
+        else text[: text.rfind("\n", 0, DOCUMENT) + 1] or text[:DOCUMENT]
+    )
 
 
 def _python_code() -> Iterator[Document]:
-    return (document for document in _stdlib() if not _is_table(document) and not _is_prose(document))
+    return (
+        document for document in _stdlib() if not _is_table(document) and not _is_prose(document)
+    )
 
 
 def _docs_prose() -> Iterator[Document]:
@@ -100,7 +122,9 @@ def _docs_prose() -> Iterator[Document]:
     for document in _stdlib():
         if _is_prose(document) and not _is_table(document):
             read = partial(_docstrings_of, folder / document.name)
-            yield Document(document.name, document.size // 8, read)  # docstrings are about an eighth of the code
+            yield Document(
+                document.name, document.size // 8, read
+            )  # docstrings are about an eighth of the code
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
@@ -130,7 +154,9 @@ def _readmes() -> Iterator[Document]:
             seen.add(name)
             description = metadata.partition("\n\n")[2]
             yield Document(
-                f"{name}-{distribution.version}/METADATA", len(description.encode()), partial(str, description)
+                f"{name}-{distribution.version}/METADATA",
+                len(description.encode()),
+                partial(str, description),
             )
 
 
@@ -154,7 +180,9 @@ def _unicode_names() -> Iterator[Document]:
 def _describe(code: int) -> str:
     character = chr(code)
     name = unicodedata.name(character, "")
-    if not name or name.startswith(("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH")):
+    if not name or name.startswith(
+        ("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH")
+    ):
         return ""  # named by formula: a hundred thousand lines that say nothing
     fields = (unicodedata.category(character), unicodedata.bidirectional(character))
     return f"{code:04X};{';'.join(fields)};{unicodedata.decomposition(character)};{name}\n"
@@ -175,7 +203,11 @@ _DOMAINS: dict[str, tuple[Callable[[], Iterator[Document]], int]] = {  # candida
 def _stdlib() -> tuple[Document, ...]:
     # _sysconfigdata is generated and holds paths of the machine; topics.py is prose.
     documents = _files(Path(sysconfig.get_path("stdlib")), (".py",), SKIPPED)
-    return tuple(d for d in documents if not d.name.startswith("_sysconfigdata") and d.name != "pydoc_data/topics.py")
+    return tuple(
+        d
+        for d in documents
+        if not d.name.startswith("_sysconfigdata") and d.name != "pydoc_data/topics.py"
+    )
 
 
 def _is_table(document: Document) -> bool:
@@ -191,7 +223,9 @@ def _docstrings_of(path: Path) -> str:
     return "\n\n".join(_docstrings(ast.parse(path.read_bytes())))
 
 
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[str]:
     if text := ast.get_docstring(node):
         yield text
     for child in node.body:
@@ -205,7 +239,9 @@ def _package(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _files(root: Path, endings: tuple[str, ...], skipped: set[str], prefix: str = "") -> Iterator[Document]:
+def _files(
+    root: Path, endings: tuple[str, ...], skipped: set[str], prefix: str = ""
+) -> Iterator[Document]:
     """Files below `root`, none where it is missing; names start with `prefix`."""
     for folder, children, names in os.walk(root):
         children[:] = [child for child in children if child not in skipped]
@@ -213,4 +249,6 @@ def _files(root: Path, endings: tuple[str, ...], skipped: set[str], prefix: str 
             path = Path(folder, name)
             if name.endswith(endings) and path.is_file():
                 relative = path.relative_to(root).as_posix()
-                yield Document(prefix + relative, path.stat().st_size, partial(path.read_text, "utf-8"))
+                yield Document(
+                    prefix + relative, path.stat().st_size, partial(path.read_text, "utf-8")
+                )

@@ -13,7 +13,14 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no tokens
+TYPES = {
+    1: "<u1",
+    2: "<i1",
+    3: "<i2",
+    4: "<i4",
+    5: "<i8",
+    8: "<u2",
+}  # 6 and 7 are floats: no tokens
 BLOCK = 1 << 16  # entries of the index looked at together
 
 
@@ -38,7 +45,9 @@ def open_index(buffer: np.ndarray) -> Index:
         raise ValueError(f"token type {code} is none of the integer types {sorted(TYPES)}")
     arrays, modes = 12 * sequences + 8 * documents, sequences
     if len(buffer) - HEADER.size not in (arrays, arrays + modes):
-        raise ValueError(f"{len(buffer)} bytes do not hold {sequences} sequences and {documents} document bounds")
+        raise ValueError(
+            f"{len(buffer)} bytes do not hold {sequences} sequences and {documents} document bounds"
+        )
     start = HEADER.size
     sizes = np.frombuffer(buffer, "<i4", sequences, start)
     pointers = np.frombuffer(buffer, "<i8", sequences, start + 4 * sequences)
@@ -54,7 +63,9 @@ def _check(index: Index) -> None:
     for first in range(0, len(index.sizes), BLOCK):
         sizes = index.sizes[first : first + BLOCK].astype(np.int64) * index.dtype.itemsize
         ends = end + np.cumsum(sizes)
-        if (sizes < 0).any() or not np.array_equal(index.pointers[first : first + BLOCK], ends - sizes):
+        if (sizes < 0).any() or not np.array_equal(
+            index.pointers[first : first + BLOCK], ends - sizes
+        ):
             raise ValueError("its pointers do not follow from its sizes")
         end = int(ends[-1])
     if len(index.bounds) == 0 or index.bounds[0] != 0 or index.bounds[-1] != len(index.sizes):
@@ -66,7 +77,11 @@ def _check(index: Index) -> None:
 
 def total_bytes(index: Index) -> int:
     """Bytes that the .bin must have."""
-    return int(index.pointers[-1]) + int(index.sizes[-1]) * index.dtype.itemsize if len(index.sizes) else 0
+    return (
+        int(index.pointers[-1]) + int(index.sizes[-1]) * index.dtype.itemsize
+        if len(index.sizes)
+        else 0
+    )
 
 
 def documents(index: Index, stream: BinaryIO, piece: int) -> Iterator[tuple[np.ndarray, bool]]:
@@ -83,7 +98,9 @@ def documents(index: Index, stream: BinaryIO, piece: int) -> Iterator[tuple[np.n
             yield from _document(stream, size, index.dtype, piece * index.dtype.itemsize)
 
 
-def _document(stream: BinaryIO, size: int, dtype: np.dtype, most: int) -> Iterator[tuple[np.ndarray, bool]]:
+def _document(
+    stream: BinaryIO, size: int, dtype: np.dtype, most: int
+) -> Iterator[tuple[np.ndarray, bool]]:
     while size:
         data = stream.read(min(size, most))
         if len(data) < min(size, most):

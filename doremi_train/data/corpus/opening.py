@@ -116,6 +116,8 @@ def _command(url: str) -> Iterator[BinaryIO]:
         try:
             yield cast(BinaryIO, process.stdout)
             if process.wait():
-                raise UserError(f"{url}: the command ended with status {process.returncode}; run it by hand to see why")
+                raise UserError(
+                    f"{url}: the command ended with status {process.returncode}; run it by hand to see why"
+                )
         finally:
             process.kill()  # whoever stops reading early wants no more of it

@@ -33,7 +33,9 @@ CLASSES = 4  # of words
 FAVOURITES = 3  # of a word, to follow it
 ENDS = 0.1  # part of the words that end a sentence
 SENTENCE = "the quick brown fox jumps over the lazy dog and runs away. "
-NOISE = "".join(map(chr, range(32, 127)))  # printable ASCII: the tokeniser finds no pairs worth a token of their own
+NOISE = "".join(
+    map(chr, range(32, 127))
+)  # printable ASCII: the tokeniser finds no pairs worth a token of their own
 NOISE_DOCUMENT = 1000  # characters
 
 
@@ -79,7 +81,9 @@ def texts(domain: str, split: str, fraction: float) -> list[str]:
     documents = _documents(domain)
     count = min(max(round(fraction * len(documents)), VALIDATION), len(documents) - 1)
     held = {number * len(documents) // count for number in range(count)}
-    return [text for number, text in enumerate(documents) if (number in held) == (split == "validation")]
+    return [
+        text for number, text in enumerate(documents) if (number in held) == (split == "validation")
+    ]
 
 
 @cache
@@ -94,7 +98,9 @@ def _documents(domain: str) -> list[str]:
     if domain == "noise":
         letters = (_draws("noise", characters) * len(NOISE)).astype(int).tolist()
         text = "".join(map(NOISE.__getitem__, letters))
-        return [text[start : start + NOISE_DOCUMENT] for start in range(0, characters, NOISE_DOCUMENT)]
+        return [
+            text[start : start + NOISE_DOCUMENT] for start in range(0, characters, NOISE_DOCUMENT)
+        ]
     documents: list[str] = []
     while characters > 0:
         documents.append(SENTENCE * (10 + len(documents)))
@@ -107,7 +113,9 @@ def _write(language: Language, domain: str, characters: int) -> list[str]:
     lexicon = _lexicon(language)
     pieces = [word + end for word in lexicon for end in (" ", ". ")]
     count = characters // (WORDS * (sum(map(len, pieces)) // len(pieces)))
-    members = language.words // CLASSES  # words of a class: those whose number leaves the same remainder
+    members = (
+        language.words // CLASSES
+    )  # words of a class: those whose number leaves the same remainder
     zipf = np.cumsum(1 / (np.arange(members) + 2.7))
     habits = _draws(f"{language.name}{language.variety} habits", language.words * FAVOURITES)
     favourites = (habits * members).astype(int)
@@ -128,12 +136,16 @@ def _lexicon(language: Language) -> list[str]:
     consonants, vowels, last = "bcdfghjklmnpqrstvwxyz", "aeiou", "nrslt" + " " * 5
     draws = iter(_draws(f"{language.name} words", 100 * language.words).tolist())
     syllables = [
-        "".join(letters[int(next(draws) * len(letters))] for letters in (consonants, vowels, last)).strip()
+        "".join(
+            letters[int(next(draws) * len(letters))] for letters in (consonants, vowels, last)
+        ).strip()
         for _ in range(40)
     ]
     words: dict[str, None] = {}
     while len(words) < language.words:
-        words["".join(syllables[int(next(draws) * 40)] for _ in range(1 + int(next(draws) * 4)))] = None
+        words[
+            "".join(syllables[int(next(draws) * 40)] for _ in range(1 + int(next(draws) * 4)))
+        ] = None
     return list(words)
 
 

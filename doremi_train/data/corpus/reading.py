@@ -25,14 +25,20 @@ def read(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]
         yield from formats.reader(source.url)(source, options, bad)
 
 
-def records(source: Source, options: DataOptions, bad: BadLines) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def records(
+    source: Source, options: DataOptions, bad: BadLines
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Domain, line (from 1) and JSON object of every line of a source of JSON lines.
 
     Raises UserError as `read` does, and for a file of another kind.
     """
     if formats.reader(source.url) is not formats.read_jsonl:
-        allowed = " ".join(ending for ending, reader in READERS.items() if reader is formats.read_jsonl)
-        raise UserError(f"{source.url}: not a file of JSON lines, which are needed here; allowed are {allowed}")
+        allowed = " ".join(
+            ending for ending, reader in READERS.items() if reader is formats.read_jsonl
+        )
+        raise UserError(
+            f"{source.url}: not a file of JSON lines, which are needed here; allowed are {allowed}"
+        )
     with _whole(source):
         for number, record in formats.objects(source, options, bad):
             yield domain_of(record, source, options, f"{source.url}, line {number}"), number, record
@@ -42,7 +48,14 @@ def records(source: Source, options: DataOptions, bad: BadLines) -> Iterator[tup
 def _whole(source: Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, ImportError, UnicodeDecodeError, tarfile.TarError, pa.ArrowException) as error:
+    except (
+        OSError,
+        EOFError,
+        ImportError,
+        UnicodeDecodeError,
+        tarfile.TarError,
+        pa.ArrowException,
+    ) as error:
         raise UserError(
             f"{source.url}: truncated or corrupt, or it cannot be read ({one_line(error)}); "
             "write or copy this file again"

@@ -51,7 +51,9 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, place: str, posit
         ) from error
 
 
-def record_text(record: dict[str, Any], source: Source, options: DataOptions, place: str) -> Iterator[Piece]:
+def record_text(
+    record: dict[str, Any], source: Source, options: DataOptions, place: str
+) -> Iterator[Piece]:
     domain = domain_of(record, source, options, place)
     text = _field(record, options.text_key, "data.text_key", place)
     yield from document(domain, source.split, [text])
@@ -63,7 +65,9 @@ def domain_of(record: dict[str, Any], source: Source, options: DataOptions, plac
         return source.domain
     domain = _field(record, str(options.domain_key), "data.domain_key", place)
     if not domain:
-        raise UserError(f"data.domain_key={options.domain_key!r}: the domain is empty in {place}; name it there")
+        raise UserError(
+            f"data.domain_key={options.domain_key!r}: the domain is empty in {place}; name it there"
+        )
     return domain
 
 

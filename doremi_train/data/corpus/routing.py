@@ -23,7 +23,9 @@ class Router:
         self.options = options
         self.sources = sources
         rank = {"validation": 0, None: 1, "train": 2}
-        self.order = sorted(sources, key=lambda source: rank[source.split])  # stable: else as resolved
+        self.order = sorted(
+            sources, key=lambda source: rank[source.split]
+        )  # stable: else as resolved
         self.dropped = 0
         self._validation = HashSet()
         self._mixed = any(source.split == "train" for source in sources)
@@ -69,11 +71,15 @@ class Router:
 
 def held_out(piece: Piece, options: DataOptions) -> bool:
     """Whether the document that begins with this piece is for validation, by its source or by its hash."""
-    return piece.split == "validation" or (piece.split is None and _key(piece) < _threshold(options))
+    return piece.split == "validation" or (
+        piece.split is None and _key(piece) < _threshold(options)
+    )
 
 
 def _key(piece: Piece) -> int:
-    content = piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, "<i8").tobytes()
+    content = (
+        piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, "<i8").tobytes()
+    )
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

@@ -32,9 +32,13 @@ def identity(options: DataOptions, sources: list[Source]) -> Any:
         ) from None
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
-        raise UserError(f"data.selection={path}: has no column {', '.join(missing)}; give a sidecar of stage=select")
+        raise UserError(
+            f"data.selection={path}: has no column {', '.join(missing)}; give a sidecar of stage=select"
+        )
     if metadata.get("data") not in (None, fingerprint(signature(options, sources))):
-        raise UserError(f"data.selection={path}: was made for other files than those of data; select again")
+        raise UserError(
+            f"data.selection={path}: was made for other files than those of data; select again"
+        )
     return [metadata.get("selection"), path.stat().st_size]
 
 
@@ -47,7 +51,10 @@ def domains(options: DataOptions) -> frozenset[str] | None:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    return {key.decode(): value.decode() for key, value in (pq.read_metadata(path).metadata or {}).items()}
+    return {
+        key.decode(): value.decode()
+        for key, value in (pq.read_metadata(path).metadata or {}).items()
+    }
 
 
 class Selected:
@@ -73,7 +80,9 @@ class Selected:
         if first < last or not piece.last:
             content = piece.text.encode() if piece.text is not None else piece.tokens
             size = len(content)
-        for start, end in zip(self._start[first:last] - self._base, self._end[first:last] - self._base, strict=True):
+        for start, end in zip(
+            self._start[first:last] - self._base, self._end[first:last] - self._base, strict=True
+        ):
             part = content[max(start, 0) : max(end, 0)]
             if len(part):
                 text = part.decode() if piece.text is not None else None

@@ -39,7 +39,9 @@ def resolve(options: DataOptions) -> list[Source]:
     elif options.embedded is not None:
         sources = _from_installed(options)
     else:
-        raise UserError("data: nothing to read; give data.root, data.domains, data.files or data.embedded=installed")
+        raise UserError(
+            "data: nothing to read; give data.root, data.domains, data.files or data.embedded=installed"
+        )
     sources.sort(key=lambda source: (source.domain or "", source.split or "", source.url))
     _refuse_twice(sources)
     return sources
@@ -51,10 +53,20 @@ def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
     Files of data.root are named relative to it, so that the folder may move.
     """
     files = {
-        name: {"domain": source.domain, "split": source.split, "size": source.size, "version": source.version}
+        name: {
+            "domain": source.domain,
+            "split": source.split,
+            "size": source.size,
+            "version": source.version,
+        }
         for name, source in zip(names(options, sources), sources, strict=True)
     }
-    return {"reader": READER, "text_key": options.text_key, "domain_key": options.domain_key, "files": files}
+    return {
+        "reader": READER,
+        "text_key": options.text_key,
+        "domain_key": options.domain_key,
+        "files": files,
+    }
 
 
 def names(options: DataOptions, sources: list[Source]) -> list[str]:
@@ -76,7 +88,9 @@ def _from_root(root: str, options: DataOptions) -> list[Source]:
     fs, path = file_system(root, "data.root", options)
     with reaching(root, "data.root"):
         if not root or not fs.isdir(path):
-            raise UserError(f"data.root={root!r}: no such folder; give the folder whose sub-folders are the domains")
+            raise UserError(
+                f"data.root={root!r}: no such folder; give the folder whose sub-folders are the domains"
+            )
         folders = [entry for entry in _entries(fs, path) if _is_folder(fs, entry)]
         if not folders:
             raise UserError(
@@ -103,7 +117,11 @@ def _from_folder(fs: Any, folder: str) -> list[Source]:
             f"add one ({_allowed()}), or remove the folder"
         )
     splits = _splits(bool(found["validation"]))
-    return [_source(fs, path, domain, splits[split], "data.root") for split in found for path in found[split]]
+    return [
+        _source(fs, path, domain, splits[split], "data.root")
+        for split in found
+        for path in found[split]
+    ]
 
 
 def _from_domains(options: DataOptions) -> list[Source]:
@@ -111,10 +129,14 @@ def _from_domains(options: DataOptions) -> list[Source]:
     for domain, files in (options.domains or {}).items():
         splits = _splits(bool(files.validation))
         if not domain or not files.train:
-            raise UserError(f"data.domains.{domain}.train={list(files.train)}: a domain needs a name and files")
+            raise UserError(
+                f"data.domains.{domain}.train={list(files.train)}: a domain needs a name and files"
+            )
         for split, patterns in (("train", files.train), ("validation", files.validation)):
             for pattern in patterns:
-                sources += _match(pattern, domain, splits[split], f"data.domains.{domain}.{split}", options)
+                sources += _match(
+                    pattern, domain, splits[split], f"data.domains.{domain}.{split}", options
+                )
     if not sources:
         raise UserError("data.domains={}: no domain; give data.domains={NAME: {train: [FILES]}}")
     return sources
@@ -127,7 +149,11 @@ def _from_files(options: DataOptions) -> list[Source]:
         raise UserError(
             "data.domain_key: missing; data.files needs the key that names a record's domain, such as meta.source"
         )
-    sources = [source for pattern in options.files for source in _match(pattern, None, None, "data.files", options)]
+    sources = [
+        source
+        for pattern in options.files
+        for source in _match(pattern, None, None, "data.files", options)
+    ]
     for source in sources:
         if not source.url.startswith(PIPE) and ending_of(source.url) in (".txt", ".bin"):
             raise UserError(
@@ -143,15 +169,31 @@ def _from_installed(options: DataOptions) -> list[Source]:
         for split in ("train", "validation"):
             documents = installed.listing(domain, split, options.validation_fraction)
             size = sum(document.size for document in documents)
-            sources.append(Source(f"{INSTALLED}{domain}/{split}", domain, split, size, installed.version(documents)))
+            sources.append(
+                Source(
+                    f"{INSTALLED}{domain}/{split}",
+                    domain,
+                    split,
+                    size,
+                    installed.version(documents),
+                )
+            )
     if not sources:
-        raise UserError("data.embedded=installed: this installation has too little text; give data.root")
+        raise UserError(
+            "data.embedded=installed: this installation has too little text; give data.root"
+        )
     return sources
 
 
 def _from_planted() -> list[Source]:
     return [
-        Source(f"{PLANTED}{domain}/{split}", domain, split, planted.size(domain), planted.version(domain))
+        Source(
+            f"{PLANTED}{domain}/{split}",
+            domain,
+            split,
+            planted.size(domain),
+            planted.version(domain),
+        )
         for domain in planted.domains()
         for split in ("train", "validation")
     ]
@@ -162,7 +204,9 @@ def _splits(validation_given: bool) -> dict[str, str | None]:
     return {"train": "train" if validation_given else None, "validation": "validation"}
 
 
-def _match(pattern: str, domain: str | None, split: str | None, key: str, options: DataOptions) -> list[Source]:
+def _match(
+    pattern: str, domain: str | None, split: str | None, key: str, options: DataOptions
+) -> list[Source]:
     """Files of a path, glob or URL. Raises UserError where there is none."""
     if pattern.startswith(PIPE):
         refuse_command(pattern, key, options)
@@ -178,13 +222,21 @@ def _match(pattern: str, domain: str | None, split: str | None, key: str, option
         magic = "*" if pattern.startswith("http") else "*?["  # a URL may have a ? query
         paths = sorted(fs.glob(path)) if any(character in path for character in magic) else []
         hidden = _base(path).startswith(".")
-        paths = [found for found in paths if fs.isfile(found) and (hidden or not _base(found).startswith("."))]
+        paths = [
+            found
+            for found in paths
+            if fs.isfile(found) and (hidden or not _base(found).startswith("."))
+        ]
         if not paths:
-            raise UserError(f"{key}={pattern!r}: no such file, or the glob matches none; correct it or remove it")
+            raise UserError(
+                f"{key}={pattern!r}: no such file, or the glob matches none; correct it or remove it"
+            )
         return [_source(fs, found, domain, split, key) for found in paths]
 
 
-def _source(fs: Any, path: str, domain: str | None, split: str | None, key: str, url: str | None = None) -> Source:
+def _source(
+    fs: Any, path: str, domain: str | None, split: str | None, key: str, url: str | None = None
+) -> Source:
     local = isinstance(fs, LocalFileSystem)
     url = path if local else url or fs.unstrip_protocol(path)
     ending = ending_of(url)
@@ -193,7 +245,9 @@ def _source(fs: Any, path: str, domain: str | None, split: str | None, key: str,
     version = _version(fs, path)
     if ending == ".bin":
         if not fs.isfile(index_of(path)):
-            raise UserError(f"{key}: {url} is without {_base(index_of(path))}; put the .idx of this .bin beside it")
+            raise UserError(
+                f"{key}: {url} is without {_base(index_of(path))}; put the .idx of this .bin beside it"
+            )
         version += " " + _version(fs, index_of(path))
     return Source(url, domain, split, int(fs.info(path).get("size") or 0), version)
 
@@ -202,7 +256,17 @@ def _version(fs: Any, path: str) -> str:
     if isinstance(fs, LocalFileSystem):
         return str(Path(path).stat().st_mtime_ns)
     info = fs.info(path)
-    keys = ("ETag", "etag", "md5Hash", "checksum", "LastModified", "last_modified", "updated", "mtime", "created")
+    keys = (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "checksum",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "mtime",
+        "created",
+    )
     return next((str(info[key]) for key in keys if info.get(key)), "")
 
 
@@ -213,17 +277,27 @@ def _refuse_twice(sources: list[Source]) -> None:
         file = os.path.realpath(source.url) if source.url.startswith("/") else source.url
         if file in seen:
             first, second = _place(seen[file]), _place(source)
-            where = f"by {first} and by {second}" if first != second else f"by {first}: its patterns overlap"
+            where = (
+                f"by {first} and by {second}"
+                if first != second
+                else f"by {first}: its patterns overlap"
+            )
             raise UserError(f"{file}: listed twice, {where}; list every file once")
         seen[file] = source
 
 
 def _place(source: Source) -> str:
-    return f"domain {source.domain!r} ({source.split or 'train'})" if source.domain is not None else "data.files"
+    return (
+        f"domain {source.domain!r} ({source.split or 'train'})"
+        if source.domain is not None
+        else "data.files"
+    )
 
 
 def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
-    entries = [entry for entry in fs.ls(folder, detail=True) if not _base(entry["name"]).startswith(".")]
+    entries = [
+        entry for entry in fs.ls(folder, detail=True) if not _base(entry["name"]).startswith(".")
+    ]
     return sorted(entries, key=lambda entry: entry["name"])
 
 

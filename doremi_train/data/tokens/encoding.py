@@ -21,12 +21,16 @@ from doremi_train.data.corpus.routing import Router
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import Stream
 
-PIECE = 2**18  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
+PIECE = (
+    2**18
+)  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
 BATCH_BYTES = 2**22  # UTF-8 bytes tokenised together
 BATCH_PIECES = 2**14
 TOGETHER = 2  # batches in work: while one's tokens become arrays, on one core, the other keeps all cores busy
 
-Progress = Callable[[str, int, int | None], None]  # description, bytes of the sources done, all bytes or None
+Progress = Callable[
+    [str, int, int | None], None
+]  # description, bytes of the sources done, all bytes or None
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -43,13 +47,17 @@ class Work(NamedTuple):
     url: str
 
 
-def work(router: Router, bad: BadLines, skip: Mapping[Stream, int], meter: "Meter") -> Iterator[Work]:
+def work(
+    router: Router, bad: BadLines, skip: Mapping[Stream, int], meter: "Meter"
+) -> Iterator[Work]:
     """Pieces in order, cut to a size that the tokeniser's memory allows, but the first `skip` of each stream."""
     left = dict(skip)
     for source in router.order:
         for split, piece in router.pieces(source, bad):
             stream = (split, piece.domain)
-            for part, last in _cut(piece.text if piece.text is not None else piece.tokens, piece.last):
+            for part, last in _cut(
+                piece.text if piece.text is not None else piece.tokens, piece.last
+            ):
                 size = len(part.encode()) if isinstance(part, str) else None
                 done = meter.read(source, size if size is not None else part.nbytes)
                 if left.get(stream, 0) > 0:
@@ -66,8 +74,13 @@ def tokenised(
     """Batches of the items, each with its tokens (n,); a document ends with the token `end`. To be closed when it is
     left early."""
     with closing(_in_background(_batches(items))) as batches, ThreadPoolExecutor(TOGETHER) as pool:
-        for batch, tokens in _on(pool, lambda batch: list(_tokenise(tokenizer, batch, vocabulary_size)), batches):
-            yield [(item, _ended(some, end, item.last)) for item, some in zip(batch, tokens, strict=True)]
+        for batch, tokens in _on(
+            pool, lambda batch: list(_tokenise(tokenizer, batch, vocabulary_size)), batches
+        ):
+            yield [
+                (item, _ended(some, end, item.last))
+                for item, some in zip(batch, tokens, strict=True)
+            ]
 
 
 def _cut(content: Any, last: bool) -> Iterator[tuple[Any, bool]]:
@@ -136,7 +149,9 @@ def _in_background(items: Iterable[T], ahead: int = 2) -> Generator[T, None, Non
         thread.join()
 
 
-def _on(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+def _on(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]
+) -> Iterator[tuple[T, R]]:
     """(item, function(item)) in order, with TOGETHER of them in work."""
     working: deque[tuple[T, Future[R]]] = deque()
     for item in items:
@@ -148,14 +163,21 @@ def _on(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]
         yield first, result.result()
 
 
-def _tokenise(tokenizer: Tokenizer, batch: list[Work], vocabulary_size: int) -> Iterator[np.ndarray]:
+def _tokenise(
+    tokenizer: Tokenizer, batch: list[Work], vocabulary_size: int
+) -> Iterator[np.ndarray]:
     """Tokens (n,) of each piece; the pieces are independent, so batches may be divided in any way."""
-    encoded = iter(tokenizers.encode(tokenizer, [item.text for item in batch if item.text is not None]))
+    encoded = iter(
+        tokenizers.encode(tokenizer, [item.text for item in batch if item.text is not None])
+    )
     for item in batch:
         if item.tokens is None:
             yield next(encoded)
             continue
-        if len(item.tokens) and not 0 <= int(item.tokens.min()) <= int(item.tokens.max()) < vocabulary_size:
+        if (
+            len(item.tokens)
+            and not 0 <= int(item.tokens.min()) <= int(item.tokens.max()) < vocabulary_size
+        ):
             raise UserError(
                 f"{item.url}: token ids {int(item.tokens.min())} to {int(item.tokens.max())}, but data.tokenizer has "
                 f"only ids 0 to {vocabulary_size - 1}; give the tokeniser these files were made with"

@@ -55,7 +55,9 @@ def explain_change(old: Request, new: Request) -> str:
     groups = {
         "new files": sorted(new_files.keys() - old_files.keys()),
         "files gone": sorted(old_files.keys() - new_files.keys()),
-        "changed files": sorted(f for f in old_files.keys() & new_files.keys() if old_files[f] != new_files[f]),
+        "changed files": sorted(
+            f for f in old_files.keys() & new_files.keys() if old_files[f] != new_files[f]
+        ),
     }
     parts = [f"{what}: {_some(files)}" for what, files in groups.items() if files]
     before, after = flatten(_without_files(old)), flatten(_without_files(new))
@@ -65,7 +67,9 @@ def explain_change(old: Request, new: Request) -> str:
     return "; ".join(parts)
 
 
-def prepare(options: DataOptions, folder: Path, progress: Progress = silent, mirror: Mirror | None = None) -> Path:
+def prepare(
+    options: DataOptions, folder: Path, progress: Progress = silent, mirror: Mirror | None = None
+) -> Path:
     """The finished token store `folder`/<address> of these options: made, continued or found there, or in `mirror`,
     where it is then too.
 
@@ -77,7 +81,9 @@ def prepare(options: DataOptions, folder: Path, progress: Progress = silent, mir
     if not (target / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / f"{target.name}.lock", progress):
-            found = (target / "manifest.json").exists()  # where the process we waited for has made it
+            found = (
+                target / "manifest.json"
+            ).exists()  # where the process we waited for has made it
             if not found and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
@@ -88,7 +94,10 @@ def prepare(options: DataOptions, folder: Path, progress: Progress = silent, mir
 
 def _request(options: DataOptions, sources: list[Source]) -> Request:
     if options.tokenizer == "train":
-        tokenizer: Request = {"vocabulary_size": options.vocabulary_size, "tokenizer_sample": options.tokenizer_sample}
+        tokenizer: Request = {
+            "vocabulary_size": options.vocabulary_size,
+            "tokenizer_sample": options.tokenizer_sample,
+        }
     else:
         tokenizer = {"fingerprint": tokenizers.fingerprint(tokenizers.load(options.tokenizer))}
     selection = {"selection": identity(options, sources)} if options.selection is not None else {}
@@ -104,7 +113,10 @@ def _request(options: DataOptions, sources: list[Source]) -> Request:
 
 
 def _without_files(wanted: Request) -> Request:
-    return {**wanted, "sources": {key: value for key, value in wanted["sources"].items() if key != "files"}}
+    return {
+        **wanted,
+        "sources": {key: value for key, value in wanted["sources"].items() if key != "files"},
+    }
 
 
 def _some(names: list[str], most: int = 10) -> str:
@@ -135,12 +147,16 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
 # ── The stages of a preparation ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fill(target: Path, options: DataOptions, sources: list[Source], wanted: Request, progress: Progress) -> None:
+def _fill(
+    target: Path, options: DataOptions, sources: list[Source], wanted: Request, progress: Progress
+) -> None:
     target.mkdir(exist_ok=True)
     tokenizer = sample.sampled_tokenizer(target, options, sources, progress)
     end = tokenizers.end_of_document(tokenizer, options.end_of_document)
     size = tokenizers.vocabulary_size(tokenizer)
-    writer = ShardWriter(target, token_dtype(size), options.member_tokens, options.members_per_shard)
+    writer = ShardWriter(
+        target, token_dtype(size), options.member_tokens, options.members_per_shard
+    )
     router, bad = Router(options, sources), BadLines(options)
     meter = Meter(sources, "tokenising", progress)
     skip = {stream: state.pieces for stream, state in writer.streams.items()}
@@ -154,9 +170,14 @@ def _fill(target: Path, options: DataOptions, sources: list[Source], wanted: Req
     now = request(options)
     if now != wanted:
         shutil.rmtree(target)  # nobody will ask for this address again
-        raise UserError(f"data: changed while it was read ({explain_change(wanted, now)}); run again")
+        raise UserError(
+            f"data: changed while it was read ({explain_change(wanted, now)}); run again"
+        )
     try:
-        _check(writer, [source for source in sources if chosen is None or source.domain in (None, *chosen)])
+        _check(
+            writer,
+            [source for source in sources if chosen is None or source.domain in (None, *chosen)],
+        )
     except UserError:
         shutil.rmtree(target)  # the remedies lead to other addresses
         raise
@@ -166,7 +187,9 @@ def _fill(target: Path, options: DataOptions, sources: list[Source], wanted: Req
 def _check(writer: ShardWriter, sources: list[Source]) -> None:
     """Raises UserError for domains that cannot be trained on or evaluated."""
     streams = writer.streams
-    domains = {source.domain for source in sources if source.domain is not None} | {domain for _, domain in streams}
+    domains = {source.domain for source in sources if source.domain is not None} | {
+        domain for _, domain in streams
+    }
     if not domains:
         raise UserError("data: no document in the given files; give files that hold text")
     empty = sorted(domain for domain in domains if ("train", domain) not in streams)
@@ -175,7 +198,11 @@ def _check(writer: ShardWriter, sources: list[Source]) -> None:
             f"data: no training document in domain {_some(empty)}: its files hold no text, or all of it went to "
             "validation (data.validation_fraction) or is also a validation document; add text or remove the domain"
         )
-    unseen = sorted(d for d in domains if ("validation", d) not in streams or not streams["validation", d].documents)
+    unseen = sorted(
+        d
+        for d in domains
+        if ("validation", d) not in streams or not streams["validation", d].documents
+    )
     if unseen:
         raise UserError(
             f"data: no validation document in domain {_some(unseen)}: documents are split by hash, and it has too few "

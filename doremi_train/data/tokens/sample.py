@@ -16,7 +16,9 @@ from doremi_train.files import write_bytes
 READ_AHEAD = 4  # how many times the tokeniser's sample is read in search of domains, where the files do not name them
 
 
-def sampled_tokenizer(target: Path, options: DataOptions, sources: list[Source], progress: Progress) -> Tokenizer:
+def sampled_tokenizer(
+    target: Path, options: DataOptions, sources: list[Source], progress: Progress
+) -> Tokenizer:
     """The store's tokeniser: given, or learned once; its file also serves a continued preparation."""
     file = target / "tokenizer.json"
     if file.exists():
@@ -55,7 +57,11 @@ def _sample_texts(
     """(domain, text) of training pieces, passing over the rest of a named domain once its share is full."""
     router, bad = Router(options, sources), BadLines(options)
     for source in router.order:
-        named = shares.get(source.domain) if source.domain is not None and source.split != "validation" else None
+        named = (
+            shares.get(source.domain)
+            if source.domain is not None and source.split != "validation"
+            else None
+        )
         if named is not None and named.characters >= _even(options, shares):
             continue
         for split, piece in router.pieces(source, bad):

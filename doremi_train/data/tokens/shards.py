@@ -49,7 +49,9 @@ def domain_folder(domain: str) -> str:
     name = quote(domain, safe="")
     if name.startswith("."):  # "..", and files that tools hide
         name = "%2E" + name[1:]
-    if not name or len(name) > 200:  # file systems stop at 255 bytes; quote() never leaves a "+", so no name collides
+    if (
+        not name or len(name) > 200
+    ):  # file systems stop at 255 bytes; quote() never leaves a "+", so no name collides
         name = f"{name[:150]}+{content_address(domain)}"
     return name
 
@@ -59,7 +61,9 @@ class _Windows(NamedTuple):
 
     members: np.ndarray  # (M + 1,) number of the first sequence of every member
     streams: np.ndarray  # (2K + 1,) and of every stream
-    origin: np.ndarray  # (M,) sequence n of a member begins at token origin + n · length of its shard
+    origin: (
+        np.ndarray
+    )  # (M,) sequence n of a member begins at token origin + n · length of its shard
 
 
 class TokenStore:
@@ -70,7 +74,9 @@ class TokenStore:
     on this machine it comes from `mirror`, the store's second home.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], index: np.ndarray, mirror: Mirror | None = None) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], index: np.ndarray, mirror: Mirror | None = None
+    ) -> None:
         self.path, self.manifest, self._index, self._mirror = path, manifest, index, mirror
         self.domains: tuple[str, ...] = tuple(sorted(manifest["domains"]))
         self.vocabulary_size: int = manifest["tokenizer"]["vocabulary_size"]
@@ -78,8 +84,12 @@ class TokenStore:
         self.fingerprint: str = manifest["fingerprint"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._streams = [(split, domain) for split in SPLITS for domain in self.domains]
-        self._first_member = np.searchsorted(index["stream"], np.arange(len(self._streams) + 1))  # (2K + 1,)
-        begins = (np.diff(index["stream"], prepend=-1) != 0) | (np.diff(index["shard"], prepend=-1) != 0)
+        self._first_member = np.searchsorted(
+            index["stream"], np.arange(len(self._streams) + 1)
+        )  # (2K + 1,)
+        begins = (np.diff(index["stream"], prepend=-1) != 0) | (
+            np.diff(index["shard"], prepend=-1) != 0
+        )
         self._shards = index[begins]  # the first member of each shard
         self._shard = np.cumsum(begins) - 1  # (M,) number of the member's shard among those
         self._windows: dict[int, _Windows] = {}
@@ -87,7 +97,9 @@ class TokenStore:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path, mirror: Mirror | None = None, only: Sequence[str] | None = None) -> "TokenStore":
+    def open(
+        cls, path: str | Path, mirror: Mirror | None = None, only: Sequence[str] | None = None
+    ) -> "TokenStore":
         """Open a finished store, or the part of it that has these domains (`data.only`).
 
         Raises UserError where it is unfinished, incomplete or was changed, or has no such domain.
@@ -101,16 +113,23 @@ class TokenStore:
         if only is None:
             return whole
         if not only or set(only) - set(whole.domains):
-            raise UserError(f"data.only=[{', '.join(only)}]: name some of the domains, {', '.join(whole.domains)}")
+            raise UserError(
+                f"data.only=[{', '.join(only)}]: name some of the domains, {', '.join(whole.domains)}"
+            )
         return whole.only(only)
 
     def only(self, domains: Sequence[str]) -> "TokenStore":
         """The same store as if it had these domains only: its fingerprint does not know of the others."""
         described = {domain: self.manifest["domains"][domain] for domain in sorted(set(domains))}
-        content = {domain: {split: found[split]["sha256"] for split in SPLITS} for domain, found in described.items()}
+        content = {
+            domain: {split: found[split]["sha256"] for split in SPLITS}
+            for domain, found in described.items()
+        }
         manifest = self.manifest | {
             "domains": described,
-            "fingerprint": content_address({"content": content, "tokenizer": self.manifest["tokenizer"]}),
+            "fingerprint": content_address(
+                {"content": content, "tokenizer": self.manifest["tokenizer"]}
+            ),
         }
         numbers = [self._streams.index((split, domain)) for split in SPLITS for domain in described]
         index = self._index[np.isin(self._index["stream"], numbers)].copy()
@@ -149,7 +168,9 @@ class TokenStore:
         first = SPLITS.index(split) * len(self.domains)
         return np.diff(self._sequences_of(length).streams[first : first + len(self.domains) + 1])
 
-    def gather(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
+    def gather(
+        self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int
+    ) -> np.ndarray:
         """Tokens (B, length + 1) int64 of the sequences numbered `sequence` (B,) of the domains numbered `domain` (B,).
 
         Raises IndexError where there is no such sequence, UserError where a shard is missing or was changed.
@@ -157,11 +178,16 @@ class TokenStore:
         domain, sequence = np.asarray(domain, np.int64), np.asarray(sequence, np.int64)
         windows = self._sequences_of(length)
         stream = SPLITS.index(split) * len(self.domains) + domain
-        if (domain.view(np.uint64) >= len(self.domains)).any() or (  # unsigned, a negative number is too large as well
-            sequence.view(np.uint64) >= (windows.streams[stream + 1] - windows.streams[stream]).view(np.uint64)
+        if (
+            domain.view(np.uint64) >= len(self.domains)
+        ).any() or (  # unsigned, a negative number is too large as well
+            sequence.view(np.uint64)
+            >= (windows.streams[stream + 1] - windows.streams[stream]).view(np.uint64)
         ).any():
             available = self.sequences(split, length).tolist()
-            raise IndexError(f"gather: no such domain or sequence; there are {available} sequences of {length}")
+            raise IndexError(
+                f"gather: no such domain or sequence; there are {available} sequences of {length}"
+            )
         position = windows.streams[stream] + sequence
         order = position.argsort()  # neighbours in one shard follow each other
         position = position[order]
@@ -170,18 +196,24 @@ class TokenStore:
         out = np.empty((len(member), length + 1), np.int64)
         mapped = None
         # The only loop over rows: whatever can be done for all of them at once is done above.
-        for row, shard, first in zip(order.tolist(), self._shard[member].tolist(), start.tolist(), strict=True):
+        for row, shard, first in zip(
+            order.tolist(), self._shard[member].tolist(), start.tolist(), strict=True
+        ):
             if shard != mapped:
                 mapped, tokens = shard, self._map(shard)
             out[row] = tokens[first : first + length + 1]
         return out
 
-    def carrying(self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int) -> np.ndarray:
+    def carrying(
+        self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int
+    ) -> np.ndarray:
         """(B,) tokens of the sequences that carry a loss: all."""
         return np.full(len(sequence), length)
 
     def _column(self, split: str, name: str) -> np.ndarray:
-        return np.array([self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64)
+        return np.array(
+            [self.manifest["domains"][domain][split][name] for domain in self.domains], np.int64
+        )
 
     def _sequences_of(self, length: int) -> "_Windows":
         if length < 1:
@@ -195,7 +227,10 @@ class TokenStore:
 
     @cached_property
     def _shard_bytes(self) -> list[list[int]]:
-        return [self.manifest["domains"][domain][split]["shard_bytes"] for split, domain in self._streams]
+        return [
+            self.manifest["domains"][domain][split]["shard_bytes"]
+            for split, domain in self._streams
+        ]
 
     def _map(self, number: int) -> np.ndarray:
         """A whole tar as an array of tokens; the least recently used maps are closed."""
@@ -205,7 +240,9 @@ class TokenStore:
                 return self._maps[number]
             stream, shard = self._shards[number][["stream", "shard"]].item()
             split, domain = self._streams[stream]
-            path = self.path / self.manifest["domains"][domain][split]["folder"] / f"{shard:05d}.tar"
+            path = (
+                self.path / self.manifest["domains"][domain][split]["folder"] / f"{shard:05d}.tar"
+            )
             expected = self._shard_bytes[stream][shard]
             if self._mirror is not None and not path.exists():
                 self._fetch(self._mirror, path, expected)
@@ -213,7 +250,9 @@ class TokenStore:
                 file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 elsewhere = self._mirror is None and (self.path / CHECKSUMS).exists()
-                raise _damaged(path, "is missing" + " (it may be in `remote`)" * elsewhere) from None
+                raise _damaged(
+                    path, "is missing" + " (it may be in `remote`)" * elsewhere
+                ) from None
             try:
                 size = os.fstat(file).st_size
                 if size != expected:
@@ -237,7 +276,9 @@ class TokenStore:
             try:
                 mirror.pull(self.path, name, size, self._checksums[name])
             except Torn as error:
-                raise UserError(f"remote: {mirror.url}/{name} {error}; delete {mirror.url}, and run again") from None
+                raise UserError(
+                    f"remote: {mirror.url}/{name} {error}; delete {mirror.url}, and run again"
+                ) from None
 
     @cached_property
     def _checksums(self) -> dict[str, str]:
@@ -257,7 +298,9 @@ def shards_of(manifest: dict[str, Any]) -> dict[str, int]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
-        raise UserError(f"store: {file} does not exist, so this is no finished token store; run with stage=prepare")
+        raise UserError(
+            f"store: {file} does not exist, so this is no finished token store; run with stage=prepare"
+        )
     try:
         manifest = json.loads(file.read_bytes())
     except ValueError as error:
@@ -278,4 +321,6 @@ def _read(file: Path) -> bytes:
 
 
 def _damaged(file: Path, what: str) -> UserError:
-    return UserError(f"store: {file} {what}; delete the store's folder and run with stage=prepare to make it again")
+    return UserError(
+        f"store: {file} {what}; delete the store's folder and run with stage=prepare to make it again"
+    )

@@ -85,26 +85,39 @@ def end_of_document(tokenizer: Tokenizer, name: str | None = None) -> int:
         token = tokenizer.token_to_id(candidate)
         if token is not None:
             return int(token)
-    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    special = [
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    ]
     allowed = (
-        f"its special tokens are {special[:20]}" if special else "it has no special tokens, so name any of its tokens"
+        f"its special tokens are {special[:20]}"
+        if special
+        else "it has no special tokens, so name any of its tokens"
     )
-    received = "not given, and none of the usual names is a token" if name is None else "not a token"
+    received = (
+        "not given, and none of the usual names is a token" if name is None else "not a token"
+    )
     raise UserError(
         f"data.end_of_document={name!r}: {received} of this tokeniser; {allowed}; "
         "set data.end_of_document to the token that ends a document"
     )
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], dtype: type[np.unsignedinteger] = np.uint32) -> list[np.ndarray]:
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], dtype: type[np.unsignedinteger] = np.uint32
+) -> list[np.ndarray]:
     """Token ids of each text, without special tokens, on all cores."""
-    return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return [
+        np.array(e.ids, dtype)
+        for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    ]
 
 
 def _ready(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" written in a text is text: it must not end the document
+    tokenizer.encode_special_tokens = (
+        True  # "<|endoftext|>" written in a text is text: it must not end the document
+    )
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None  # BPE dropout would make the tokens random
     return tokenizer

@@ -70,7 +70,11 @@ class ShardWriter:
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
         self.folder, self.dtype = folder, np.dtype(dtype).newbyteorder("<")
-        self.member_tokens, self.members_per_shard, self.buffer_bytes = member_tokens, members_per_shard, buffer_bytes
+        self.member_tokens, self.members_per_shard, self.buffer_bytes = (
+            member_tokens,
+            members_per_shard,
+            buffer_bytes,
+        )
         self.streams: dict[Stream, StreamState] = {}
         self._buffers: dict[Stream, _Buffer] = {}
         self._buffered = 0
@@ -81,7 +85,9 @@ class ShardWriter:
         """Pieces of the stream that are on disk."""
         return self.streams[stream].pieces if stream in self.streams else 0
 
-    def append(self, stream: Stream, tokens: np.ndarray, ends_document: bool, text_bytes: int | None) -> None:
+    def append(
+        self, stream: Stream, tokens: np.ndarray, ends_document: bool, text_bytes: int | None
+    ) -> None:
         """Add one piece: tokens (n,), whether a document ends after them, UTF-8 bytes of its text or None."""
         buffer = self._buffers.setdefault(stream, _Buffer())
         before = buffer.size
@@ -105,9 +111,13 @@ class ShardWriter:
 
     def write_index(self, domains: tuple[str, ...]) -> bytes:
         """Write index.npy; returns its content."""
-        number = {(split, domain): i for i, (split, domain) in enumerate((s, d) for s in SPLITS for d in domains)}
+        number = {
+            (split, domain): i
+            for i, (split, domain) in enumerate((s, d) for s in SPLITS for d in domains)
+        }
         columns = (
-            (number[tuple(r["stream"])], r["shard"], r["offset"], r["tokens"], r["documents"]) for r in self._records()
+            (number[tuple(r["stream"])], r["shard"], r["offset"], r["tokens"], r["documents"])
+            for r in self._records()
         )
         index = np.fromiter(columns, INDEX)
         index = index[np.lexsort((index["offset"], index["shard"], index["stream"]))]
@@ -135,7 +145,10 @@ class ShardWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab" if nth else "wb") as file:
             offset = file.tell() + tarfile.BLOCKSIZE + len(head)
-            file.write(_tar_entry(f"{key}.tokens.npy", head + body) + _tar_entry(f"{key}.ends.npy", _npy(ends)))
+            file.write(
+                _tar_entry(f"{key}.tokens.npy", head + body)
+                + _tar_entry(f"{key}.ends.npy", _npy(ends))
+            )
             size = file.tell()
             _sync(file)
         digests = hashlib.sha256(body).digest() + hashlib.sha256(ends.tobytes()).digest()
@@ -248,13 +261,19 @@ def write_manifest(
     """Write index.npy and, last of all, manifest.json: only with it is a store finished."""
     domains = tuple(sorted({domain for _, domain in writer.streams}))
     index = writer.write_index(domains)
-    described = {domain: {split: _describe(writer, (split, domain)) for split in SPLITS} for domain in domains}
+    described = {
+        domain: {split: _describe(writer, (split, domain)) for split in SPLITS}
+        for domain in domains
+    }
     tokenised = {
         "fingerprint": tokenizers.fingerprint(tokenizer),
         "vocabulary_size": tokenizers.vocabulary_size(tokenizer),
         "end_of_document": end_of_document,
     }
-    content = {domain: {split: described[domain][split]["sha256"] for split in SPLITS} for domain in domains}
+    content = {
+        domain: {split: described[domain][split]["sha256"] for split in SPLITS}
+        for domain in domains
+    }
     manifest = {
         "schema": SCHEMA,
         "fingerprint": content_address({"content": content, "tokenizer": tokenised}),

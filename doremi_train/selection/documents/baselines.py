@@ -16,7 +16,10 @@ from doremi_train.selection.documents.scorers import NO_TEXT, Arrays, NGrams, Ra
 
 BUCKETS = 2**18  # of words for BM25: hardly two words of a text share one
 SATURATION, LENGTH = 1.5, 0.75  # k₁ and b
-SAMPLE, READ = 2048, 128  # parts of the corpus that a classifier tells from the target, and tokens of each
+SAMPLE, READ = (
+    2048,
+    128,
+)  # parts of the corpus that a classifier tells from the target, and tokens of each
 PENALTY = 1e-6  # of its squared weights
 TEXTS = 32  # embedded together
 SEEN = 256  # tokens of a text that an encoder reads
@@ -26,10 +29,16 @@ class BM25(Random):
     """Lucene's BM25 of the target's documents as queries, the mean over them; words in hash buckets."""
 
     def sums(self) -> Arrays:
-        return {"documents": np.zeros(BUCKETS, np.int64), "parts": np.array(0), "tokens": np.array(0)}
+        return {
+            "documents": np.zeros(BUCKETS, np.int64),
+            "parts": np.array(0),
+            "tokens": np.array(0),
+        }
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
-        kernels.frequencies(batch.tokens.hashes, batch.bounds, np.zeros(BUCKETS, np.int64), sums["documents"])
+        kernels.frequencies(
+            batch.tokens.hashes, batch.bounds, np.zeros(BUCKETS, np.int64), sums["documents"]
+        )
         sums["parts"] += len(batch.start)
         sums["tokens"] += len(batch.tokens.hashes)
 
@@ -92,7 +101,11 @@ class Classifier(NGrams):
 
     def _mean_grams(self, texts: list[NDArray[np.uint64]]) -> Any:
         """(N, m) sparse, of token hashes: rows that sum to 1, as `NGrams.score` sees a part."""
-        grams = [np.concatenate([ngram.mixed(t), ngram.mixed(ngram.mixed(t[:-1]) + t[1:])]) for t in texts if len(t)]
+        grams = [
+            np.concatenate([ngram.mixed(t), ngram.mixed(ngram.mixed(t[:-1]) + t[1:])])
+            for t in texts
+            if len(t)
+        ]
         column = np.concatenate([_buckets(part, self.options.m) for part in grams])
         rows = np.repeat(np.arange(len(grams)), [len(part) for part in grams])
         value = np.repeat([1 / len(part) for part in grams], [len(part) for part in grams])
@@ -128,11 +141,15 @@ class Embedding(Random):
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         centres = [self._embed(documents).mean(0) for documents in targets.values()]
-        return {"centres": np.stack([centre / np.linalg.norm(centre) for centre in centres])}  # (C, D)
+        return {
+            "centres": np.stack([centre / np.linalg.norm(centre) for centre in centres])
+        }  # (C, D)
 
     def score(self, batch: Batch, model: Arrays) -> NDArray[np.float64]:
         if batch.text is None:
-            raise UserError("selection.method=embedding: these files hold tokens, not text; take another method")
+            raise UserError(
+                "selection.method=embedding: these files hold tokens, not text; take another method"
+            )
         return self._embed([batch.part(p) for p in range(len(batch.start))]) @ model["centres"].T
 
     def _embed(self, texts: list[bytes]) -> NDArray[np.float64]:
@@ -143,7 +160,9 @@ class Embedding(Random):
         found = []
         for first in range(0, len(texts), TEXTS):
             some = [text.decode() for text in texts[first : first + TEXTS]]
-            tokens = tokenizer(some, padding=True, truncation=True, max_length=SEEN, return_tensors="pt")
+            tokens = tokenizer(
+                some, padding=True, truncation=True, max_length=SEEN, return_tensors="pt"
+            )
             with torch.inference_mode():
                 hidden = encoder(**tokens).last_hidden_state
             mask = tokens["attention_mask"].unsqueeze(-1)

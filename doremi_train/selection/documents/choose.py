@@ -46,7 +46,9 @@ class Totals:
 
     domains: dict[str, list[int]] = field(default_factory=dict)  # eligible parts, their tokens
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSED.values(), 0))
-    moments: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # of every column: parts, Σ s, Σ s²
+    moments: dict[str, NDArray[np.float64]] = field(
+        default_factory=dict
+    )  # of every column: parts, Σ s, Σ s²
 
     def spread(self, name: str, exact: bool) -> float:
         """The unit of temperatures: the standard deviation of a column; 1 of exact scores, and where all are equal."""
@@ -57,7 +59,9 @@ class Totals:
 
 def totals(scores: Scores, names: list[str], domains: Iterable[str]) -> Totals:
     """One look at everything; `domains` that are known to be, also where nothing comes of them."""
-    found = Totals({domain: [0, 0] for domain in domains}, moments={name: np.zeros(3) for name in names})
+    found = Totals(
+        {domain: [0, 0] for domain in domains}, moments={name: np.zeros(3) for name in names}
+    )
     for _, table in scores.tables("domain", "tokens", "refused", *names):
         refused = table["refused"].to_numpy()
         for code, name in REFUSED.items():
@@ -78,7 +82,10 @@ def _by_domain(table: pa.Table) -> dict[str, NDArray[np.int64]]:
     """Row numbers of each domain of a table."""
     encoded = table["domain"].unify_dictionaries().combine_chunks()
     codes = encoded.indices.to_numpy()
-    return {name: np.flatnonzero(codes == code) for code, name in enumerate(encoded.dictionary.to_pylist())}
+    return {
+        name: np.flatnonzero(codes == code)
+        for code, name in enumerate(encoded.dictionary.to_pylist())
+    }
 
 
 def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], NDArray[np.int64]]:
@@ -103,11 +110,17 @@ def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], N
         each = np.array([asked[domain] for domain in domains], np.float64)
     elif options.within == "domain":
         if empty:
-            raise UserError(f"{key}={asked}: no eligible document in domain {', '.join(empty)}; remove the domain")
+            raise UserError(
+                f"{key}={asked}: no eligible document in domain {', '.join(empty)}; remove the domain"
+            )
         each = np.full(len(domains), asked, np.float64)
     else:
         groups = dict.fromkeys(domains, 0)
-        domains, there, each = ["the corpus"], there.sum(keepdims=True), np.array([asked], np.float64)
+        domains, there, each = (
+            ["the corpus"],
+            there.sum(keepdims=True),
+            np.array([asked], np.float64),
+        )
     wanted = np.round(each * there if unit == "fraction" else each).astype(np.int64)
     for domain, want, have in zip(domains, wanted, there, strict=True):
         if want > have:
@@ -142,7 +155,9 @@ class Sampler:
             return score
         return ngram.keys(score, table["id"].to_numpy(), self.temperature, self.seed)
 
-    def sortable(self, table: pa.Table) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+    def sortable(
+        self, table: pa.Table
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
         """Order, group and cost (N,) of a table. What is not eligible costs nothing and comes last."""
         group = np.empty(len(table), np.int64)
         for domain, rows in _by_domain(table).items():
@@ -185,7 +200,9 @@ class Profile:
     """What a choice is like, as sums."""
 
     domains: dict[str, list[int]] = field(default_factory=dict)  # chosen parts, their tokens
-    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, LENGTHS), np.int64))  # eligible, chosen
+    lengths: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((2, LENGTHS), np.int64)
+    )  # eligible, chosen
     mass: ngram.Mass = field(default_factory=lambda: ngram.mass(np.empty(0)))
     in_top: int = 0  # chosen parts that plain top-k would have chosen too
 
@@ -201,11 +218,15 @@ class Profile:
                 name: {f"{2**power}": int(n) for power, n in enumerate(row) if n}
                 for name, row in zip(("eligible", "chosen"), self.lengths, strict=True)
             },
-            "domains": {name: {"documents": n, "tokens": t} for name, (n, t) in sorted(self.domains.items())},
+            "domains": {
+                name: {"documents": n, "tokens": t} for name, (n, t) in sorted(self.domains.items())
+            },
         }
 
 
-def write_sidecar(path: Path, sampler: Sampler, cut: ngram.Cut, top: ngram.Cut, metadata: dict[str, str]) -> Profile:
+def write_sidecar(
+    path: Path, sampler: Sampler, cut: ngram.Cut, top: ngram.Cut, metadata: dict[str, str]
+) -> Profile:
     """Write the sidecar of a cut, and describe what was chosen; `top` is the cut of plain top-k."""
     plain = Sampler(sampler.scores, sampler.name, 0.0, 0, sampler.groups, sampler.documents)
     profile = Profile()
@@ -223,17 +244,27 @@ def write_sidecar(path: Path, sampler: Sampler, cut: ngram.Cut, top: ngram.Cut, 
             profile.mass = ngram.together(profile.mass, ngram.mass(score[eligible] / unit))
             for number, mask in enumerate((eligible, inside)):
                 power = np.log2(np.maximum(tokens[mask], 1)).astype(np.int64)
-                profile.lengths[number] += np.bincount(np.minimum(power, LENGTHS - 1), minlength=LENGTHS)
+                profile.lengths[number] += np.bincount(
+                    np.minimum(power, LENGTHS - 1), minlength=LENGTHS
+                )
             for domain, rows in _by_domain(table).items():
                 rows = rows[inside[rows]]
                 part = profile.domains.setdefault(domain, [0, 0])
                 part[0] += len(rows)
                 part[1] += int(tokens[rows].sum())
-            why = pa.array([REFUSED.get(code) for code in table["refused"].to_pylist()], pa.string())
+            why = pa.array(
+                [REFUSED.get(code) for code in table["refused"].to_pylist()], pa.string()
+            )
             shards = pa.array([shard], pa.string()).take(pa.array(np.zeros(len(table), np.int64)))
             columns = [shards, *(table[name] for name in ("row", "start", "end"))]
             columns += [table["domain"].cast(pa.string()), table["id"]]
-            columns += [table[sampler.name], pa.array(sampler.keys(table)), table["tokens"], why, pa.array(inside)]
+            columns += [
+                table[sampler.name],
+                pa.array(sampler.keys(table)),
+                table["tokens"],
+                why,
+                pa.array(inside),
+            ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
         chosen = sorted(name for name, (parts, _) in profile.domains.items() if parts)
         writer.add_key_value_metadata({"domains": json.dumps(chosen)})

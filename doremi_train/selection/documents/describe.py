@@ -56,25 +56,37 @@ def look(at: Look) -> None:
         for batch in at.task.batches(BadLines(at.task.data)):
             while position == len(rows["id"]):
                 rows, position = next(groups), 0
-            here = {name: column[position : position + len(batch.start)] for name, column in rows.items()}
+            here = {
+                name: column[position : position + len(batch.start)]
+                for name, column in rows.items()
+            }
             position += len(batch.start)
             for p in np.flatnonzero(here["half"]):
                 kernels.count(batch.tokens.hashes, batch.bounds[p : p + 2], counts)
             if batch.text is None:
                 continue
-            for name, mask in (("chosen", here["selected"]), ("refused", ~here["selected"] & here["eligible"])):
+            for name, mask in (
+                ("chosen", here["selected"]),
+                ("refused", ~here["selected"] & here["eligible"]),
+            ):
                 for p in np.flatnonzero(mask)[np.argsort(here["draw"][mask])[:EXAMPLES]]:
                     text = batch.part(p)[:SHOWN].decode(errors="ignore")
                     examples[name].append((int(here["draw"][p]), text))
                 examples[name] = sorted(examples[name])[:EXAMPLES]
             for p in np.flatnonzero(here["selected"]):
-                write(batch.documents[batch.document[p]].domain, int(here["id"][p]), batch.part(p).decode())
+                write(
+                    batch.documents[batch.document[p]].domain,
+                    int(here["id"][p]),
+                    batch.part(p).decode(),
+                )
     write_json(at.path, {"words": counts.tolist(), "examples": examples})
 
 
 def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
     """What is known of every part of this source, in order: row groups, each of which is of whole batches."""
-    chosen = pq.read_table(at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)])
+    chosen = pq.read_table(
+        at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)]
+    )
     selected, position = chosen["selected"].to_numpy(), 0
     with pq.ParquetFile(at.task.scores, read_dictionary=["domain"]) as scores:
         for group in range(scores.num_row_groups):
@@ -85,7 +97,9 @@ def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
                 "half": order > at.half_cut.prefix[groups],
                 "eligible": table["refused"].to_numpy() == ELIGIBLE,
                 "id": table["id"].to_numpy(),
-                "draw": ngram.mixed(table["id"].to_numpy()),  # as good as random, and the same everywhere
+                "draw": ngram.mixed(
+                    table["id"].to_numpy()
+                ),  # as good as random, and the same everywhere
             }
             position += len(table)
 
@@ -104,7 +118,12 @@ def _writer(at: Look, stack: contextlib.ExitStack) -> Write:
     def write(domain: str, number: int, text: str) -> None:
         if domain not in files:
             ending = "tar" if form == "webdataset" else form
-            path = at.folder / "shards" / domain_folder(domain) / f"train-{at.task.number:05d}.{ending}"
+            path = (
+                at.folder
+                / "shards"
+                / domain_folder(domain)
+                / f"train-{at.task.number:05d}.{ending}"
+            )
             files[domain] = stack.enter_context(FORMATS[form](stack.enter_context(replacing(path))))
         files[domain](f"{number:016x}", text)
 
@@ -149,7 +168,11 @@ def _webdataset(path: Path) -> Any:
         yield write
 
 
-FORMATS: dict[str, Callable[[Path], Any]] = {"jsonl.zst": _jsonl, "parquet": _parquet, "webdataset": _webdataset}
+FORMATS: dict[str, Callable[[Path], Any]] = {
+    "jsonl.zst": _jsonl,
+    "parquet": _parquet,
+    "webdataset": _webdataset,
+}
 
 
 def together(looks: list[Look]) -> dict[str, Any]:
@@ -161,10 +184,15 @@ def together(looks: list[Look]) -> dict[str, Any]:
         words += np.array(found["words"])
         for name, texts in examples.items():
             examples[name] = sorted(texts + found["examples"][name])[:EXAMPLES]
-    return {"words": words, "examples": {name: [text for _, text in texts] for name, texts in examples.items()}}
+    return {
+        "words": words,
+        "examples": {name: [text for _, text in texts] for name, texts in examples.items()},
+    }
 
 
 def require_text(task: Task) -> None:
     """Raises UserError where text is to be written and there is none."""
     if task.options.write != "none" and task.source.url.endswith(".bin"):
-        raise UserError(f"selection.write={task.options.write}: {task.source.url} holds tokens, not text; write none")
+        raise UserError(
+            f"selection.write={task.options.write}: {task.source.url} holds tokens, not text; write none"
+        )

@@ -46,10 +46,17 @@ class Processes:
             return
         left, lost = dict(enumerate(tasks)), 0
         while left:
-            pool = self._pool = self._pool or ProcessPoolExecutor(self.workers, get_context("spawn"))
+            pool = self._pool = self._pool or ProcessPoolExecutor(
+                self.workers, get_context("spawn")
+            )
             before = len(left)
             try:
-                self._wait({pool.submit(work, task): number for number, task in left.items()}, left, look, len(tasks))
+                self._wait(
+                    {pool.submit(work, task): number for number, task in left.items()},
+                    left,
+                    look,
+                    len(tasks),
+                )
             except BrokenProcessPool:  # a worker was killed: others go on
                 self._close()
                 lost = lost + 1 if len(left) == before else 1
@@ -60,7 +67,9 @@ class Processes:
                     ) from None
 
     @staticmethod
-    def _wait(futures: dict[Future[Any], int], left: dict[int, Any], look: Look, total: int) -> None:
+    def _wait(
+        futures: dict[Future[Any], int], left: dict[int, Any], look: Look, total: int
+    ) -> None:
         waiting = set(futures)
         while waiting:
             look(total - len(left))
@@ -88,10 +97,15 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise UserError("selection.engine=ray: needs ray; pip install 'doremi-train[ray]'") from None
+            raise UserError(
+                "selection.engine=ray: needs ray; pip install 'doremi-train[ray]'"
+            ) from None
         try:
             ray.init(
-                log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False, configure_logging=False
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                include_dashboard=False,
+                configure_logging=False,
             )
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(
@@ -115,7 +129,9 @@ class Ray:
     def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
         import ray
 
-        remote = ray.remote(num_cpus=1, max_retries=LOSSES)(work)  # retried where a worker or a node is lost
+        remote = ray.remote(num_cpus=1, max_retries=LOSSES)(
+            work
+        )  # retried where a worker or a node is lost
         waiting, done = list(tasks)[::-1], 0
         running: list[Any] = []
         while waiting or running:

@@ -30,16 +30,26 @@ def make(
     log: list[dict[str, Any]] = []
 
     def observe() -> NDArray[np.float64]:
-        frequencies = vocabulary.mixture(count(tokens, target), count(tokens, raw), options.target_share)
+        frequencies = vocabulary.mixture(
+            count(tokens, target), count(tokens, raw), options.target_share
+        )
         lengths = np.array([len(token) for token in tokens])
-        line: dict[str, Any] = {"step": len(log), "tokens": len(tokens), "used": int((frequencies > 0).sum())}
+        line: dict[str, Any] = {
+            "step": len(log),
+            "tokens": len(tokens),
+            "used": int((frequencies > 0).sum()),
+        }
         for length in ("plain", "used"):
             line[f"utility_{length}"] = vocabulary.utility(frequencies, lengths, length)
         log.append(line)
         return frequencies
 
     frequencies = observe()
-    for size in vocabulary.sizes(len(tokens), options.size, options.steps) if len(tokens) > options.size else ():
+    for size in (
+        vocabulary.sizes(len(tokens), options.size, options.steps)
+        if len(tokens) > options.size
+        else ()
+    ):
         tokens = vocabulary.prune(tokens, frequencies, size, options.length)
         frequencies = observe()
     return tokens, log
@@ -65,7 +75,9 @@ def count(tokens: Sequence[bytes], texts: list[bytes]) -> NDArray[np.int64]:
 
 def save(path: Path, tokens: Sequence[bytes]) -> str:
     """Write a vocabulary, its tokens in the alphabet of byte-level tokenisers; returns its fingerprint."""
-    vocab = {"".join(_LETTERS[byte] for byte in token): number for number, token in enumerate(tokens)}
+    vocab = {
+        "".join(_LETTERS[byte] for byte in token): number for number, token in enumerate(tokens)
+    }
     content = {"version": "1.0", "model": {"type": TYPE, "vocab": vocab}}
     print_ = fingerprint(content)
     write_json(path, content | {"fingerprint": print_})
@@ -84,7 +96,9 @@ def load(path: str) -> tuple[list[bytes], str]:
             f"selection.vocabulary={path}: not a vocabulary ({error}); give vocabulary.json of stage=vocabulary"
         ) from None
     if fingerprint(content) != print_ or list(vocab.values()) != list(range(len(vocab))):
-        raise UserError(f"selection.vocabulary={path}: was changed after it was written; make it again")
+        raise UserError(
+            f"selection.vocabulary={path}: was changed after it was written; make it again"
+        )
     return tokens, print_
 
 
@@ -96,13 +110,17 @@ def start(path: str) -> list[bytes]:
         lines = Path(path).read_text().splitlines()
         return [base64.b64decode(line.split()[0], validate=True) for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError, binascii.Error) as error:
-        raise UserError(f"vocabulary.start={path}: not a .tiktoken file ({error}); give another tokeniser") from None
+        raise UserError(
+            f"vocabulary.start={path}: not a .tiktoken file ({error}); give another tokeniser"
+        ) from None
 
 
 def tokens_of(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of every token but the special ones: byte-level, byte fallback, and the signs of the other kinds for a
     space before (▁) or none (##)."""
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    special = {
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    }
     names = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
     described = json.loads(tokenizer.to_str())
     if "ByteLevel" in json.dumps([described["pre_tokenizer"], described["decoder"]]):
@@ -123,7 +141,9 @@ def _alphabet() -> dict[int, str]:
     """The printable letter that byte-level tokenisers write for each byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + n) for n, byte in enumerate(others)
+    }
 
 
 _LETTERS = _alphabet()

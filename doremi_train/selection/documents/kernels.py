@@ -41,7 +41,9 @@ class Known(NamedTuple):
     """Runs of SHINGLE tokens to be found again."""
 
     runs: NDArray[np.uint64]  # (S,) their hashes, sorted
-    sieve: NDArray[np.uint8]  # (2^k / 8,) a bit for k leading ones: what is not marked here is certainly none of them
+    sieve: NDArray[
+        np.uint8
+    ]  # (2^k / 8,) a bit for k leading ones: what is not marked here is certainly none of them
     shift: np.uint64  # 64 − k
 
 
@@ -59,7 +61,10 @@ def alphabet() -> Alphabet:
     written without spaces is a word of its own. Lower case is by character: where it would be several, the first."""
     kind = np.full(sys.maxunicode + 1, OTHER, np.uint8)
     lower = np.arange(sys.maxunicode + 1, dtype=np.uint32)
-    for code in (*range(0x34000), *range(0xE0000, 0xE1000)):  # beyond and between, nothing is a letter or a mark
+    for code in (
+        *range(0x34000),
+        *range(0xE0000, 0xE1000),
+    ):  # beyond and between, nothing is a letter or a mark
         character = chr(code)
         if character.isspace():
             kind[code] = SPACE
@@ -69,7 +74,9 @@ def alphabet() -> Alphabet:
             lower[code] = ord(character.lower()[0])
     for low, high in UNSPACED:
         kind[low:high] = np.where(kind[low:high] == WORD, ALONE, kind[low:high])
-    return Alphabet(kind, lower, kind[:128].astype(np.uint16) << np.uint16(8) | lower[:128].astype(np.uint16))
+    return Alphabet(
+        kind, lower, kind[:128].astype(np.uint16) << np.uint16(8) | lower[:128].astype(np.uint16)
+    )
 
 
 UNSPACED = (  # Thai and Lao, Tibetan, Burmese, Khmer, kana, Han
@@ -108,20 +115,29 @@ def split(text: NDArray[np.uint8], offsets: NDArray[np.int64], room: Room | None
 def known(hashes: NDArray[np.uint64], first: NDArray[np.int64]) -> Known:
     """All runs of SHINGLE tokens of documents."""
     room = np.empty(len(hashes) + 1, np.uint64)
-    found = [room[: shingles(hashes, start, end, room)].copy() for start, end in itertools.pairwise(first)]
+    found = [
+        room[: shingles(hashes, start, end, room)].copy()
+        for start, end in itertools.pairwise(first)
+    ]
     return sieved(np.unique(np.concatenate([*found, np.empty(0, np.uint64)])))
 
 
 def sieved(runs: NDArray[np.uint64]) -> Known:
     """Runs (S,), sorted, ready to be found."""
-    bits = max(len(runs) * 128, 8).bit_length()  # one mark in 128 is set, or fewer: a search costs many looks
+    bits = max(
+        len(runs) * 128, 8
+    ).bit_length()  # one mark in 128 is set, or fewer: a search costs many looks
     sieve = np.zeros(2 ** (bits - 3), np.uint8)
     place = (runs * SCATTER) >> np.uint64(64 - bits)
-    np.bitwise_or.at(sieve, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
+    np.bitwise_or.at(
+        sieve, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
+    )
     return Known(runs, sieve, np.uint64(64 - bits))
 
 
-def overlap(hashes: NDArray[np.uint64], bounds: NDArray[np.int64], known: Known) -> NDArray[np.int64]:
+def overlap(
+    hashes: NDArray[np.uint64], bounds: NDArray[np.int64], known: Known
+) -> NDArray[np.int64]:
     """(P,) how many runs of SHINGLE tokens of each part, tokens bounds[p] to bounds[p + 1], are known."""
     shared = np.zeros(len(bounds) - 1, np.int64)
     if len(known.runs):
@@ -160,7 +176,9 @@ def words(text, offsets, kind, lower, ascii, hashes, ends, first):
                 if byte < 0xE0:
                     code, size = np.uint32((byte & 0x1F) << 6 | (text[i + one] & 0x3F)), two
                 elif byte < 0xF0:
-                    code = np.uint32((byte & 0x0F) << 12 | (text[i + one] & 0x3F) << 6 | (text[i + two] & 0x3F))
+                    code = np.uint32(
+                        (byte & 0x0F) << 12 | (text[i + one] & 0x3F) << 6 | (text[i + two] & 0x3F)
+                    )
                     size = three
                 else:
                     high = (byte & 0x07) << 18 | (text[i + one] & 0x3F) << 12

@@ -70,7 +70,9 @@ def documents(source: Source, data: DataOptions, bad: BadLines, whole: bool) -> 
         begins = piece.last
         if not kept:
             continue
-        content = piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, np.int64)
+        content = (
+            piece.text.encode() if piece.text is not None else np.asarray(piece.tokens, np.int64)
+        )
         if whole and isinstance(content, bytes):
             parts.append(content)
             if piece.last:
@@ -89,7 +91,9 @@ def batch(documents: list[Document], chunk: int | None, room: kernels.Room | Non
         tokens = kernels.split(text, offsets, room)
     else:
         ids = np.concatenate([document.content for document in documents])
-        tokens = kernels.Tokens(ngram.mixed(ids.astype(np.uint64)), np.arange(1, len(ids) + 1), offsets)
+        tokens = kernels.Tokens(
+            ngram.mixed(ids.astype(np.uint64)), np.arange(1, len(ids) + 1), offsets
+        )
     n = np.diff(tokens.first)  # (B,)
     parts = np.maximum(-(-n // chunk), 1) if chunk else np.ones_like(n)
     document = np.repeat(np.arange(len(documents)), parts)

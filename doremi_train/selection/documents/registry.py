@@ -14,7 +14,11 @@ from doremi_train.selection.documents.scorers import (
 )
 from doremi_train.selection.options import SelectionOptions
 
-FEATURES: dict[str, type[NGrams]] = {"words": WordGrams, "tokens": TokenGrams, "granular": GranularGrams}
+FEATURES: dict[str, type[NGrams]] = {
+    "words": WordGrams,
+    "tokens": TokenGrams,
+    "granular": GranularGrams,
+}
 
 METHODS: dict[str, Callable[[SelectionOptions], Scorer]] = {
     "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),

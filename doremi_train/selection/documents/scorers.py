@@ -145,7 +145,9 @@ class TokenGrams(NGrams):
             return batch.tokens.hashes, batch.bounds
         encoded = token_ids(str(self.options.tokenizer), batch)
         bounds = np.cumsum([0, *map(len, encoded)])
-        return ngram.mixed(np.concatenate([*encoded, np.empty(0, np.uint32)]).astype(np.uint64)), bounds
+        return ngram.mixed(
+            np.concatenate([*encoded, np.empty(0, np.uint32)]).astype(np.uint64)
+        ), bounds
 
     def tokens(self, batch: Batch) -> NDArray[np.int64]:
         return np.diff(self.features(batch)[1])
@@ -177,7 +179,9 @@ class ExactGrams(NGrams):
             sums["counts"] += np.bincount(buckets, minlength=self.options.m)
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
-        ratios = [ngram.log_ratio(self.count(documents), sums["counts"]) for documents in targets.values()]
+        ratios = [
+            ngram.log_ratio(self.count(documents), sums["counts"]) for documents in targets.values()
+        ]
         return {"table": np.stack(ratios, 1)}
 
     def score(self, batch: Batch, model: Arrays) -> NDArray[np.float64]:
@@ -223,5 +227,6 @@ def _opened(path: str) -> tuple[np.uint64, list[tuple[NDArray[np.uint64], kernel
     words = np.array([max(len(token.split()), 1) for token in tokens])
     parts = [np.flatnonzero(words <= most) for most in np.unique(words)]
     return np.uint64(int(print_, 16)), [
-        (part.astype(np.uint64), kernels.trie([tokens[number] for number in part])) for part in parts
+        (part.astype(np.uint64), kernels.trie([tokens[number] for number in part]))
+        for part in parts
     ]

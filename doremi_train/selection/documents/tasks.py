@@ -21,7 +21,14 @@ from doremi_train.methods import ngram
 from doremi_train.selection.documents import kernels
 from doremi_train.selection.documents.parts import Batch, batches
 from doremi_train.selection.documents.registry import METHODS
-from doremi_train.selection.documents.scorers import BUCKETS, Arrays, Scorer, Targets, token_ids, whole
+from doremi_train.selection.documents.scorers import (
+    BUCKETS,
+    Arrays,
+    Scorer,
+    Targets,
+    token_ids,
+    whole,
+)
 from doremi_train.selection.options import SelectionOptions
 
 ROWS = 2**16  # of a row group
@@ -49,7 +56,9 @@ class Task:
         return METHODS[self.options.method](self.options)
 
     def batches(self, bad: BadLines) -> Iterator[Batch]:
-        return batches(self.source, self.data, bad, None if self.options.exact else self.options.chunk)
+        return batches(
+            self.source, self.data, bad, None if self.options.exact else self.options.chunk
+        )
 
 
 def count(task: Task) -> None:
@@ -64,7 +73,10 @@ def count(task: Task) -> None:
         if not told:
             kernels.count(batch.tokens.hashes, batch.bounds, counted)
     words = scorer.words(sums)
-    write_arrays(task.counts, {**sums, "words": counted if words is None else words, "bad_lines": np.array(bad.count)})
+    write_arrays(
+        task.counts,
+        {**sums, "words": counted if words is None else words, "bad_lines": np.array(bad.count)},
+    )
 
 
 def score(task: Task) -> None:
@@ -74,7 +86,10 @@ def score(task: Task) -> None:
     scorer, model = task.scorer, load_model(task.folder)
     names = [str(name) for name in model["names"]]
     bad = BadLines(task.data)
-    with replacing(task.scores) as aside, pq.ParquetWriter(aside, schema(names), compression="zstd") as writer:
+    with (
+        replacing(task.scores) as aside,
+        pq.ParquetWriter(aside, schema(names), compression="zstd") as writer,
+    ):
         waiting: list[pa.RecordBatch] = []
         for batch in task.batches(bad):
             waiting.append(_scored(batch, scorer, model, names, task))
@@ -100,17 +115,25 @@ def schema(names: list[str]) -> pa.Schema:
     )
 
 
-def _scored(batch: Batch, scorer: Scorer, model: Arrays, names: list[str], task: Task) -> pa.RecordBatch:
+def _scored(
+    batch: Batch, scorer: Scorer, model: Arrays, names: list[str], task: Task
+) -> pa.RecordBatch:
     scores, tokens = scorer.score(batch, model), scorer.tokens(batch)
     ids = np.empty(len(batch.start), np.uint64)
     kernels.identify(batch.tokens.hashes, batch.bounds, ids)
-    origin = batch.start[np.searchsorted(batch.document, np.arange(len(batch.documents)))]  # (B,) of each document
+    origin = batch.start[
+        np.searchsorted(batch.document, np.arange(len(batch.documents)))
+    ]  # (B,) of each document
     origin = (origin - np.array([document.base for document in batch.documents]))[batch.document]
     row = np.array([document.row for document in batch.documents])[batch.document]
-    domain = pa.DictionaryArray.from_arrays(batch.document, [document.domain for document in batch.documents])
+    domain = pa.DictionaryArray.from_arrays(
+        batch.document, [document.domain for document in batch.documents]
+    )
     columns = [row, batch.start - origin, batch.end - origin, domain.cast(pa.string()), ids, tokens]
     columns.append(_refused(batch, tokens, task))
-    return pa.RecordBatch.from_arrays([pa.array(c) for c in (*columns, *scores.T)], schema=schema(names))
+    return pa.RecordBatch.from_arrays(
+        [pa.array(c) for c in (*columns, *scores.T)], schema=schema(names)
+    )
 
 
 def _refused(batch: Batch, tokens: NDArray[np.int64], task: Task) -> NDArray[np.int8]:
@@ -150,16 +173,26 @@ def summed(tasks: list[Task]) -> Arrays:
     for task in tasks[1:]:
         more = read_arrays(task.counts)
         both = {name: total[name] + more[name] for name in ("words", "bad_lines")}
-        total = scorer.together(*({name: side[name] for name in scorer.sums()} for side in (total, more))) | both
+        total = (
+            scorer.together(
+                *({name: side[name] for name in scorer.sums()} for side in (total, more))
+            )
+            | both
+        )
     return total
 
 
 def fit(options: SelectionOptions, columns: Targets, sums: Arrays, forbidden: Targets) -> Arrays:
     """The content of `model.npz`: the names of the columns, the method's model, and the runs of tokens that a part must
     not share with documents of the kinds in `forbidden`."""
-    model = {"names": np.array(list(columns)), **METHODS[options.method](options).fit(columns, sums)}
+    model = {
+        "names": np.array(list(columns)),
+        **METHODS[options.method](options).fit(columns, sums),
+    }
     for what, documents in forbidden.items():
-        model |= {f"{what}_{kind}": runs for kind, runs in _runs(documents, options.tokenizer).items()}
+        model |= {
+            f"{what}_{kind}": runs for kind, runs in _runs(documents, options.tokenizer).items()
+        }
     return model
 
 

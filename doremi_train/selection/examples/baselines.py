@@ -28,13 +28,17 @@ def text(record: Mapping[str, Any]) -> bytes:
     return "\n".join(said).encode()
 
 
-def by_words(method: str, pool: Sequence[bytes], targets: Mapping[str, list[bytes]]) -> NDArray[np.float64]:
+def by_words(
+    method: str, pool: Sequence[bytes], targets: Mapping[str, list[bytes]]
+) -> NDArray[np.float64]:
     """(N, targets) scores of a method of document selection, each text uncut."""
     from doremi_train.selection.documents.registry import METHODS  # numba is an extra
     from doremi_train.selection.documents.scorers import whole
 
     scorer = METHODS[method](SelectionOptions(method=method))
-    found = [whole(list(pool[first : first + _TOGETHER])) for first in range(0, len(pool), _TOGETHER)]
+    found = [
+        whole(list(pool[first : first + _TOGETHER])) for first in range(0, len(pool), _TOGETHER)
+    ]
     sums = scorer.sums()
     for batch in found:
         scorer.observe(batch, sums)
@@ -49,18 +53,26 @@ def resampled(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def representations(inner: Any, examples: Sequence[Coded], tokens: int, device: torch.device) -> dict[str, Tensor]:
+def representations(
+    inner: Any, examples: Sequence[Coded], tokens: int, device: torch.device
+) -> dict[str, Tensor]:
     """Unit vectors (N, d) of examples by a transformers model: `rds`, its last layer at the last token; `rds_plus`, the
     mean over all tokens, later ones weighing more (Ivison et al. 2025, https://arxiv.org/abs/2503.01807)."""
-    found = {name: torch.zeros(len(examples), inner.config.hidden_size) for name in ("rds", "rds_plus")}
+    found = {
+        name: torch.zeros(len(examples), inner.config.hidden_size) for name in ("rds", "rds_plus")
+    }
     inner = inner.to(device).eval()
     for numbers, batch in batches(examples, tokens, device):
         length = torch.tensor([len(examples[n]) for n in numbers], device=device)
-        hidden = inner.base_model(input_ids=torch.where(batch < 0, ~batch, batch)).last_hidden_state.float()
+        hidden = inner.base_model(
+            input_ids=torch.where(batch < 0, ~batch, batch)
+        ).last_hidden_state.float()
         position = torch.arange(1, batch.shape[1] + 1, device=device).expand_as(batch)
         weights = position * (position <= length[:, None])
         found["rds"][numbers] = hidden[torch.arange(len(numbers), device=device), length - 1].cpu()
-        found["rds_plus"][numbers] = ((weights[..., None] * hidden).sum(1) / weights.sum(1, keepdim=True)).cpu()
+        found["rds_plus"][numbers] = (
+            (weights[..., None] * hidden).sum(1) / weights.sum(1, keepdim=True)
+        ).cpu()
     return {name: torch.nn.functional.normalize(one, dim=1) for name, one in found.items()}
 
 

@@ -34,7 +34,9 @@ class Checkpoint(NamedTuple):
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Moments]:
     """AdamW's state of every trainable parameter. Raises TypeError for another optimiser."""
     if not isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam):
-        raise TypeError(f"LESS follows AdamW's direction, and this run has {type(optimizer).__name__}")
+        raise TypeError(
+            f"LESS follows AdamW's direction, and this run has {type(optimizer).__name__}"
+        )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found = {}
     for name, parameter in model.named_parameters():
@@ -42,11 +44,15 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Mom
             group, state = groups[id(parameter)], optimizer.state.get(parameter, {})
             zero = torch.zeros_like(parameter, requires_grad=False)
             first, second = (state.get(key, zero) for key in ("exp_avg", "exp_avg_sq"))
-            found[name] = Moments(first, second, int(state.get("step", 0)), group["betas"], group["eps"])
+            found[name] = Moments(
+                first, second, int(state.get("step", 0)), group["betas"], group["eps"]
+            )
     return found
 
 
-def batches(examples: Sequence[Coded], tokens: int, device: torch.device) -> Iterator[tuple[list[int], Tensor]]:
+def batches(
+    examples: Sequence[Coded], tokens: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor]]:
     """(numbers (n,), tokens (n, T + 1)) of examples of equal or similar length, at most so many `tokens` together with
     their padding, or one example."""
     waiting: list[int] = []
@@ -92,12 +98,16 @@ def target(model: nn.Module, found: Iterable[Tensor], options: Options) -> dict[
 
 
 @torch.no_grad()
-def cosines(at: Checkpoint, batch: Tensor, targets: Sequence[Direction], options: Options) -> Tensor:
+def cosines(
+    at: Checkpoint, batch: Tensor, targets: Sequence[Direction], options: Options
+) -> Tensor:
     """(n, S) float64 of the directions of a batch and what `target` gave: exact."""
     dots, squares = [], []
     for name, start, part in _directions(at, batch, options):
         end = start + part.shape[1]
-        against = torch.stack([direction[name].flatten()[start:end].to(part.dtype) for direction in targets], 1)
+        against = torch.stack(
+            [direction[name].flatten()[start:end].to(part.dtype) for direction in targets], 1
+        )
         dots.append((part @ against).double())
         squares.append(part.square().sum(1).double())
     return torch.stack(dots).sum(0) / torch.stack(squares).sum(0).sqrt()[:, None]
@@ -123,12 +133,16 @@ def feature(direction: Direction, size: int, seed: int) -> Tensor:
     return projection.result()[0]
 
 
-def _directions(at: Checkpoint, batch: Tensor, options: Options) -> Iterator[tuple[str, int, Tensor]]:
+def _directions(
+    at: Checkpoint, batch: Tensor, options: Options
+) -> Iterator[tuple[str, int, Tensor]]:
     """(name, number of the first, (n, numbers)) of every parameter in pieces, sorted by name."""
     for name, uses in sorted(factors(at.model, batch).items()):
         known = at.moments[name]
         width = known.first[0].numel() if known.first.dim() else 1
         for rows, part in products.materialised(uses):
             here = known._replace(first=known.first[rows], second=known.second[rows])
-            found = less.direction(part.to(torch.promote_types(part.dtype, torch.float32)), here, options)
+            found = less.direction(
+                part.to(torch.promote_types(part.dtype, torch.float32)), here, options
+            )
             yield name, rows.start * width, found.flatten(1)

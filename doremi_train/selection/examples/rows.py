@@ -25,17 +25,39 @@ class Rows:
     """
 
     def __init__(
-        self, folder: Path, recipe: Mapping[str, Any], count: int, width: int, kind: Kind, per_shard: int
+        self,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        count: int,
+        width: int,
+        kind: Kind,
+        per_shard: int,
     ) -> None:
-        self.folder, self.count, self.width, self.kind, self.per_shard = folder, count, width, kind, per_shard
-        described = {"recipe": dict(recipe), "count": count, "width": width, "kind": kind, "per_shard": per_shard}
+        self.folder, self.count, self.width, self.kind, self.per_shard = (
+            folder,
+            count,
+            width,
+            kind,
+            per_shard,
+        )
+        described = {
+            "recipe": dict(recipe),
+            "count": count,
+            "width": width,
+            "kind": kind,
+            "per_shard": per_shard,
+        }
         self._print = fingerprint(described)
         path = folder / "rows.json"
         if path.exists() and fingerprint(files.read_json(path)) != self._print:
-            raise UserError(f"{folder}: holds rows of other examples, models or settings; delete it, or take another")
+            raise UserError(
+                f"{folder}: holds rows of other examples, models or settings; delete it, or take another"
+            )
         others = [shard.name for shard in folder.glob("*.npy") if self._print not in shard.name]
         if others:
-            raise UserError(f"{folder}/{others[0]}: is a shard of other examples, models or settings; delete it")
+            raise UserError(
+                f"{folder}/{others[0]}: is a shard of other examples, models or settings; delete it"
+            )
         if not path.exists():
             files.write_json(path, described)
 
@@ -47,10 +69,17 @@ class Rows:
         """The rows of a shard."""
         return slice(number * self.per_shard, min(self.count, (number + 1) * self.per_shard))
 
-    def fill(self, compute: Callable[[slice], NDArray[np.floating]], first: int, look: Callable[[int], None]) -> None:
+    def fill(
+        self,
+        compute: Callable[[slice], NDArray[np.floating]],
+        first: int,
+        look: Callable[[int], None],
+    ) -> None:
         """Compute whatever shards are not there, beginning with number `first` so that several processes meet late; and
         wait for those that others are at. `look` is told how many rows are there, often; what it raises ends this."""
-        while missing := [number for number in range(self.shards) if not self._path(number).exists()]:
+        while missing := [
+            number for number in range(self.shards) if not self._path(number).exists()
+        ]:
             took = False
             for number in sorted(missing, key=lambda n: (n - first) % self.shards):
                 with self._path(number).with_suffix(".lock").open("a") as lock:
@@ -74,7 +103,9 @@ class Rows:
         path, rows = self._path(number), self.shard(number)
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
-            if found.shape != (rows.stop - rows.start, self.width) or found.dtype != np.dtype(self.kind):
+            if found.shape != (rows.stop - rows.start, self.width) or found.dtype != np.dtype(
+                self.kind
+            ):
                 raise ValueError(f"it has {found.shape} {found.dtype}")
         except (OSError, ValueError) as error:
             raise UserError(
@@ -91,7 +122,11 @@ def stored(rows: NDArray[np.floating], kind: Kind) -> NDArray[Any]:
     largest number to 127, or by its length to 1."""
     if kind == "float64":
         return rows.astype(np.float64)
-    by = np.abs(rows).max(1, keepdims=True) / 127 if kind == "int8" else np.linalg.norm(rows, axis=1, keepdims=True)
+    by = (
+        np.abs(rows).max(1, keepdims=True) / 127
+        if kind == "int8"
+        else np.linalg.norm(rows, axis=1, keepdims=True)
+    )
     scaled = np.divide(rows, by, out=np.zeros_like(rows), where=by > 0)
     return (np.rint(scaled) if kind == "int8" else scaled).astype(kind)
 
@@ -100,4 +135,6 @@ def cosines(rows: NDArray[Any], targets: NDArray[np.floating]) -> NDArray[np.flo
     """(N, S) of stored features (N, k) and targets (S, k), whose lengths are left as they are."""
     wide = rows.astype(np.float32)
     with np.errstate(invalid="ignore"):
-        return (wide @ targets.astype(np.float32).T / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float64)
+        return (
+            wide @ targets.astype(np.float32).T / np.linalg.norm(wide, axis=1, keepdims=True)
+        ).astype(np.float64)

@@ -14,8 +14,12 @@ def run(session: Session) -> Path:
     Raises UserError for everything wrong with targets, budgets and sources.
     """
     if session.config.selection.method == "none":
-        raise UserError("selection=none: nothing to select; give selection=ngram selection.targets={NAME: [FILES]}")
-    return less.run(session) if session.config.selection.method == "less" else documents.run(session)
+        raise UserError(
+            "selection=none: nothing to select; give selection=ngram selection.targets={NAME: [FILES]}"
+        )
+    return (
+        less.run(session) if session.config.selection.method == "less" else documents.run(session)
+    )
 
 
 def show(session: Session, folder: Path) -> None:

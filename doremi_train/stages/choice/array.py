@@ -40,7 +40,9 @@ class Array:
     logs: Path
     jobs: int | None  # of an array; None: `submit.parallel`
 
-    def run(self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]) -> None:
+    def run(
+        self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]
+    ) -> None:
         """Raises the error of the first job that failed, and TrainingFailed where jobs are lost again and again."""
         count, lost = min(self.jobs or self.options.parallel, len(tasks)), 0
         left = [Share(work, tasks[first::count]) for first in range(count)]
@@ -49,14 +51,18 @@ class Array:
             left = self._tried(left, len(tasks), look)
             lost = lost + 1 if len(left) == before else 0
             if lost > LOSSES:
-                raise TrainingFailed(f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}")
+                raise TrainingFailed(
+                    f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}"
+                )
 
     def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
         """The shares of those jobs of an array that ended without a result, as when they are killed."""
         with jobs.clean_environment(), jobs.slurm_refusals():
             executor = jobs.slurm_executor(self.options, self.logs, nodes=1, tasks=1, gpus=0)
             with executor.batch():
-                going = {number: (executor.submit(share), share) for number, share in enumerate(shares)}
+                going = {
+                    number: (executor.submit(share), share) for number, share in enumerate(shares)
+                }
         lost: list[Share] = []
         looked = 0.0
         try:

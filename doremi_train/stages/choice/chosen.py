@@ -43,5 +43,12 @@ def examples(session: Session) -> Session:
     assert options.targets is not None
     chosen = choice.run(session) / target / f"{options.less.train_on}.jsonl"
     split = data_options.Split((str(chosen),), options.less.test or options.targets[target])
-    where = replace(session.config.data, embedded=None, root=None, files=None, domain_key=None, domains={target: split})
+    where = replace(
+        session.config.data,
+        embedded=None,
+        root=None,
+        files=None,
+        domain_key=None,
+        domains={target: split},
+    )
     return replace(session, config=replace(session.config, data=where))

@@ -30,7 +30,17 @@ SCORES = 2  # raise when the same request would give other scores, or counts bes
 
 
 # How it is computed, and what only the choice depends on: no part of the scores' address.
-_CHOICE = ("train", "documents", "tokens", "fraction", "within", "temperature", "write", "engine", "workers")
+_CHOICE = (
+    "train",
+    "documents",
+    "tokens",
+    "fraction",
+    "within",
+    "temperature",
+    "write",
+    "engine",
+    "workers",
+)
 
 
 def run(session: Session) -> Path:
@@ -57,14 +67,22 @@ def _recipe(session: Session) -> dict[str, Any]:
 
     options = session.config.selection
     raw = session.config.data
-    given = {key: value for key, value in asdict(options).items() if key not in ("targets", "benchmarks")}
+    given = {
+        key: value for key, value in asdict(options).items() if key not in ("targets", "benchmarks")
+    }
     text = target_files.text_options(session)
     scores = {key: value for key, value in given.items() if key not in _CHOICE} | {
         "recipe": SCORES,
         "data": signature(raw, resolve(raw)) | {"validation_fraction": raw.validation_fraction},
-        "targets": {name: signature(text, sources) for name, sources in target_files.targets(session).items()},
-        "benchmarks": signature(text, target_files.files_of(session, options.benchmarks, "selection.benchmarks")),
-        "tokenizer": options.tokenizer and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
+        "targets": {
+            name: signature(text, sources)
+            for name, sources in target_files.targets(session).items()
+        },
+        "benchmarks": signature(
+            text, target_files.files_of(session, options.benchmarks, "selection.benchmarks")
+        ),
+        "tokenizer": options.tokenizer
+        and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
         "vocabulary": options.vocabulary and granular.load(options.vocabulary)[1],
         "encoder": options.encoder
         and [
@@ -85,21 +103,35 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
         name: parts.texts(found, text, f"selection.targets.{name}")
         for name, found in target_files.targets(session).items()
     }
-    columns = {**served, **{f"{name}/half": scorers.halves(documents)[0] for name, documents in served.items()}}
+    columns = {
+        **served,
+        **{f"{name}/half": scorers.halves(documents)[0] for name, documents in served.items()},
+    }
     with _engine(session) as pool:
-        work, sums = _score(session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool)
+        work, sums = _score(
+            session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool
+        )
         sources = [task.source for task in work]
         scores = choose.Scores([task.scores for task in work], names(session.config.data, sources))
-        found = choose.totals(scores, list(columns), {source.domain for source in sources if source.domain})
+        found = choose.totals(
+            scores, list(columns), {source.domain for source in sources if source.domain}
+        )
         data = fingerprint(signature(session.config.data, sources))
         chosen = {}
         for name, documents in served.items():
             metadata = {"selection": fingerprint([recipe, name]), "data": data}
-            chosen[name] = _choose(session, folder / name, name, work, scores, found, pool, metadata)
+            chosen[name] = _choose(
+                session, folder / name, name, work, scores, found, pool, metadata
+            )
             words = chosen[name].pop("words")
-            chosen[name] |= {"target_documents": len(documents), "kl": _kl(documents, sums["words"], words)}
+            chosen[name] |= {
+                "target_documents": len(documents),
+                "kl": _kl(documents, sums["words"], words),
+            }
     return {
-        "eligible": {name: {"documents": n, "tokens": t} for name, (n, t) in sorted(found.domains.items())},
+        "eligible": {
+            name: {"documents": n, "tokens": t} for name, (n, t) in sorted(found.domains.items())
+        },
         "refused": found.refused,
         "bad_lines": int(sums["bad_lines"]),
         "seed": session.config.seed,
@@ -130,12 +162,19 @@ def _score(
     from doremi_train.selection.documents import describe, parts, tasks
 
     options, raw = session.config.selection, session.config.data
-    work = [tasks.Task(home, number, source, raw, options) for number, source in enumerate(resolve(raw))]
+    work = [
+        tasks.Task(home, number, source, raw, options) for number, source in enumerate(resolve(raw))
+    ]
     for task in work:
         describe.require_text(task)
     home.mkdir(parents=True, exist_ok=True)
     with locked(home / "lock", lambda *_: stop.check("select")):
-        _everywhere(pool, "select: counting", tasks.count, [task for task in work if not task.counts.exists()])
+        _everywhere(
+            pool,
+            "select: counting",
+            tasks.count,
+            [task for task in work if not task.counts.exists()],
+        )
         sums = tasks.summed(work)
         if sums["bad_lines"] > raw.max_bad_lines:
             raise UserError(
@@ -150,7 +189,12 @@ def _score(
                     benchmarks, target_files.text_options(session), "selection.benchmarks"
                 )
             tasks.write_arrays(home / "model.npz", tasks.fit(options, columns, sums, forbidden))
-        _everywhere(pool, "select: scoring", tasks.score, [task for task in work if not task.scores.exists()])
+        _everywhere(
+            pool,
+            "select: scoring",
+            tasks.score,
+            [task for task in work if not task.scores.exists()],
+        )
     return work, sums
 
 
@@ -173,14 +217,20 @@ def _choose(
     profile = choose.write_sidecar(folder / "sidecar.parquet", samplers[0], cuts[0], top, metadata)
 
     half = replace(samplers[1], scores=choose.Scores([], []))  # a worker needs no list of all files
-    looks = [describe.Look(task, folder, shard, half, cuts[1]) for task, shard in zip(work, scores.shards, strict=True)]
-    _everywhere(pool, f"select: {name}", describe.look, [at for at in looks if not at.path.exists()])
+    looks = [
+        describe.Look(task, folder, shard, half, cuts[1])
+        for task, shard in zip(work, scores.shards, strict=True)
+    ]
+    _everywhere(
+        pool, f"select: {name}", describe.look, [at for at in looks if not at.path.exists()]
+    )
 
     tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(found.domains)}
     provenance = {"seed": session.config.seed, "data": metadata["data"], "version": __version__}
     mixture = {domain: n / sum(tokens.values()) for domain, n in tokens.items()}
     doremi_train_mixture.save(
-        folder / "weights.json", doremi_train_mixture.Mixture("selection", mixture, provenance=provenance)
+        folder / "weights.json",
+        doremi_train_mixture.Mixture("selection", mixture, provenance=provenance),
     )
     return profile.as_json() | describe.together(looks)
 
@@ -194,7 +244,9 @@ def _kl(documents: list[bytes], raw: Any, chosen: Any) -> dict[str, float]:
     return {"raw": far, "chosen": near, "reduction": far - near}
 
 
-def _everywhere(pool: engines.Engine, label: str, work: Callable[[Any], None], jobs: list[Any]) -> None:
+def _everywhere(
+    pool: engines.Engine, label: str, work: Callable[[Any], None], jobs: list[Any]
+) -> None:
     with Bar(label, max(len(jobs), 1), unit="files") as bar:
 
         def look(done: int) -> None:
@@ -207,8 +259,12 @@ def _everywhere(pool: engines.Engine, label: str, work: Callable[[Any], None], j
 
 def summary(result: Mapping[str, Any], folder: Path) -> str:
     """What a person wants to know of a choice before training on it."""
-    eligible = [sum(part[unit] for part in result["eligible"].values()) for unit in ("documents", "tokens")]
-    refused = ", ".join(f"{count} {why}" for why, count in result["refused"].items() if count) or "none"
+    eligible = [
+        sum(part[unit] for part in result["eligible"].values()) for unit in ("documents", "tokens")
+    ]
+    refused = (
+        ", ".join(f"{count} {why}" for why, count in result["refused"].items() if count) or "none"
+    )
     lines = [
         f"eligible {eligible[0]} documents, {short(eligible[1])} tokens; refused {refused}; "
         f"{result['bad_lines']} bad lines"
@@ -227,7 +283,8 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
             "  tokens  " + "".join(f"{length:>8}+" for length in part["lengths"]["eligible"]),
         ]
         lines += [
-            f"  {which:<9}" + "".join(f"{row.get(length, 0):>8} " for length in part["lengths"]["eligible"])
+            f"  {which:<9}"
+            + "".join(f"{row.get(length, 0):>8} " for length in part["lengths"]["eligible"])
             for which, row in part["lengths"].items()
         ]
         for domain, chosen in part["domains"].items():
@@ -237,5 +294,8 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
                 f"{chosen['tokens'] / max(all_, 1):7.2%} of the domain"
             )
         for pair in zip(*part["examples"].values(), strict=False):
-            lines += [f"  {which:<8} {text[:90]!r}" for which, text in zip(part["examples"], pair, strict=True)]
+            lines += [
+                f"  {which:<8} {text[:90]!r}"
+                for which, text in zip(part["examples"], pair, strict=True)
+            ]
     return "\n".join(lines)

@@ -58,11 +58,17 @@ def run(session: Session) -> Path:
     if not choice.finished:
         scores = _influences(scorer, warm, pool, served)
     if not served:
-        session.say("select                 the features are in the store; give selection.targets to choose by them")
+        session.say(
+            "select                 the features are in the store; give selection.targets to choose by them"
+        )
         return session.store
     with session.computing(choice, "select") as todo:
         if todo:
-            comm.on_first(lambda: choice.finish(less_choice.choose(scorer, choice.folder, pool, served, scores)))
+            comm.on_first(
+                lambda: choice.finish(
+                    less_choice.choose(scorer, choice.folder, pool, served, scores)
+                )
+            )
     return choice.folder
 
 
@@ -80,7 +86,9 @@ def _scorer(session: Session) -> Session:
     options, tuned = session.config.selection, session.config.finetune
     folder = options.scorer_model or tuned.model
     if folder is None:
-        raise UserError("finetune.model: missing; give the local transformers folder that is to be fine-tuned")
+        raise UserError(
+            "finetune.model: missing; give the local transformers folder that is to be fine-tuned"
+        )
     if session.config.training.optimizer != "adamw":
         raise UserError(
             f"training.optimizer={session.config.training.optimizer}: selection=less follows AdamW's steps; take adamw"
@@ -91,7 +99,9 @@ def _scorer(session: Session) -> Session:
 # ── Scoring ─────────────────────────────────────────────────────────────────────────
 
 
-def _influences(session: Session, warm: Warm, pool: Pool, served: Mapping[Subtask, Any]) -> NDArray[np.float64]:
+def _influences(
+    session: Session, warm: Warm, pool: Pool, served: Mapping[Subtask, Any]
+) -> NDArray[np.float64]:
     """(N, S), computed by all processes together."""
     options = session.config.selection.less
     numbers = asdict(less.Options(options.epsilon, options.bias_correction, options.cosine))
@@ -107,13 +117,23 @@ def _influences(session: Session, warm: Warm, pool: Pool, served: Mapping[Subtas
     with Bar("select: scoring", epochs * count, unit="examples", show=world.first) as bar:
         for epoch in range(1, epochs + 1):
             scored = _Scored(session, warm, epoch, pool, served)
-            work, width = (scored.features, options.dimension) if kind else (scored.cosines, len(served))
+            work, width = (
+                (scored.features, options.dimension) if kind else (scored.cosines, len(served))
+            )
             folder = home / f"epoch-{epoch}"
             rows = Rows(folder, recipe | {"epoch": epoch}, count, width, kind or "float64", _SHARD)
-            rows.fill(work, world.rank * rows.shards // world.size, partial(_look, bar, (epoch - 1) * count))
+            rows.fill(
+                work,
+                world.rank * rows.shards // world.size,
+                partial(_look, bar, (epoch - 1) * count),
+            )
             if served:
                 shards = (rows.read(number) for number in range(rows.shards))
-                found += [np.concatenate([cosines(s, scored.target_features) if kind else s for s in shards])]
+                found += [
+                    np.concatenate(
+                        [cosines(s, scored.target_features) if kind else s for s in shards]
+                    )
+                ]
     if not found:
         return np.zeros((count, 0))
     return less.influence(torch.from_numpy(np.stack(found)), torch.tensor(warm.rates)).numpy()
@@ -127,22 +147,38 @@ def _look(bar: Bar, before: int, done: int) -> None:
 class _Scored:
     """What one checkpoint says; it is loaded when it is first asked."""
 
-    def __init__(self, session: Session, warm: Warm, epoch: int, pool: Pool, served: Mapping[Subtask, Any]) -> None:
-        self._session, self._warm, self._epoch, self._pool, self._served = session, warm, epoch, pool, served
+    def __init__(
+        self, session: Session, warm: Warm, epoch: int, pool: Pool, served: Mapping[Subtask, Any]
+    ) -> None:
+        self._session, self._warm, self._epoch, self._pool, self._served = (
+            session,
+            warm,
+            epoch,
+            pool,
+            served,
+        )
         self._options, self._device = session.config.selection.less, session.place.device
 
     def cosines(self, rows: slice) -> NDArray[np.floating]:
-        return self._each(rows, lambda batch: influence.cosines(self._at, batch, self._targets, self._options))
+        return self._each(
+            rows, lambda batch: influence.cosines(self._at, batch, self._targets, self._options)
+        )
 
     def features(self, rows: slice) -> NDArray[np.floating]:
         size, seed = self._options.dimension, self._options.projection_seed
-        return self._each(rows, lambda batch: influence.features(self._at, batch, size, seed, self._options))
+        return self._each(
+            rows, lambda batch: influence.features(self._at, batch, size, seed, self._options)
+        )
 
     @functools.cached_property
     def target_features(self) -> NDArray[np.floating]:
         """(S, k) of lengths that are right on average."""
         size, seed = self._options.dimension, self._options.projection_seed
-        return torch.stack([influence.feature(target, size, seed) for target in self._targets]).cpu().numpy()
+        return (
+            torch.stack([influence.feature(target, size, seed) for target in self._targets])
+            .cpu()
+            .numpy()
+        )
 
     @functools.cached_property
     def _at(self) -> Checkpoint:
@@ -153,14 +189,20 @@ class _Scored:
         found = []
         for subtask in self._served.values():
             tokens = [tokens for tokens, _ in subtask]
-            together = influence.batches(tokens, less_pool.tokens_at_once(self._session), self._device)
-            found.append(influence.target(self._at.model, (batch for _, batch in together), self._options))
+            together = influence.batches(
+                tokens, less_pool.tokens_at_once(self._session), self._device
+            )
+            found.append(
+                influence.target(self._at.model, (batch for _, batch in together), self._options)
+            )
         return found
 
     def _each(self, rows: slice, work: Any) -> NDArray[np.floating]:
         some = self._pool.tokens[rows]
         found: list[Any] = [None] * len(some)
-        for numbers, batch in influence.batches(some, less_pool.tokens_at_once(self._session), self._device):
+        for numbers, batch in influence.batches(
+            some, less_pool.tokens_at_once(self._session), self._device
+        ):
             for number, row in zip(numbers, work(batch).cpu().numpy(), strict=True):
                 found[number] = row
         return np.stack(found)
@@ -173,7 +215,9 @@ def _recipe(session: Session, warm: Warm, served: Mapping[Subtask, Any]) -> dict
     """Everything that decides the choice."""
     options = session.config.selection
     given = {
-        key: value for key, value in asdict(options.less).items() if key not in ("train_on", "test", "batch_tokens")
+        key: value
+        for key, value in asdict(options.less).items()
+        if key not in ("train_on", "test", "batch_tokens")
     }
     return {
         "scores": SCORES,

@@ -32,11 +32,17 @@ _SHOWN = 5  # examples of each end in the result
 
 
 def choose(
-    session: Session, folder: Path, pool: Pool, served: Mapping[Subtask, Any], influences: NDArray[np.float64]
+    session: Session,
+    folder: Path,
+    pool: Pool,
+    served: Mapping[Subtask, Any],
+    influences: NDArray[np.float64],
 ) -> dict[str, Any]:
     """Write every method's choice for every target. The content of `result.json`."""
     first: dict[bytes, int] = {}
-    copy_of = [first.setdefault(tokens.tobytes(), number) for number, tokens in enumerate(pool.tokens)]
+    copy_of = [
+        first.setdefault(tokens.tobytes(), number) for number, tokens in enumerate(pool.tokens)
+    ]
     texts = _texts(session, pool)
     orders = _Orders(session, pool, [baselines.text(record) for record in texts], served)
     targets = {}
@@ -45,7 +51,8 @@ def choose(
         scores = less.score(torch.from_numpy(influences[:, columns]))
         ranked = {"less": less.top(scores, len(scores)).tolist()} | orders.of(name)
         picks = {
-            method: _budgeted(session, [n for n in order if copy_of[n] == n], pool) for method, order in ranked.items()
+            method: _budgeted(session, [n for n in order if copy_of[n] == n], pool)
+            for method, order in ranked.items()
         } | {"all": list(range(len(pool.tokens)))}
         for method, picked in picks.items():
             lines = b"".join(orjson.dumps(texts[n]) + b"\n" for n in picked)
@@ -66,8 +73,14 @@ def choose(
 class _Orders:
     """The pool as the baselines order it, best first."""
 
-    def __init__(self, session: Session, pool: Pool, texts: list[bytes], served: Mapping[Subtask, Any]) -> None:
-        self._session, self._served, self._methods = session, served, session.config.selection.less.baselines
+    def __init__(
+        self, session: Session, pool: Pool, texts: list[bytes], served: Mapping[Subtask, Any]
+    ) -> None:
+        self._session, self._served, self._methods = (
+            session,
+            served,
+            session.config.selection.less.baselines,
+        )
         self._count = len(pool.tokens)
         by_target: dict[str, list[bytes]] = {}
         for (target, _), found in served.items():
@@ -83,7 +96,10 @@ class _Orders:
             inner = folders.read(Path(str(session.config.finetune.model)), "finetune.model")
             every = [tokens for found in served.values() for tokens, _ in found]
             look = partial(
-                baselines.representations, inner, tokens=less_pool.tokens_at_once(session), device=session.place.device
+                baselines.representations,
+                inner,
+                tokens=less_pool.tokens_at_once(session),
+                device=session.place.device,
             )
             own, theirs = look(examples=pool.tokens), look(examples=every)
             self._seen = {name: (own[name], theirs[name]) for name in own}
@@ -94,13 +110,19 @@ class _Orders:
     def _order(self, method: str, target: str) -> list[int]:
         seed = self._session.config.seed
         if method == "random":
-            return np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(self._count).tolist()
+            return (
+                np.random.Generator(np.random.Philox(key=[seed, 1]))
+                .permutation(self._count)
+                .tolist()
+            )
         if method in self._words:
             scores = self._words[method][:, self._targets.index(target)]
             scores = baselines.resampled(scores, seed) if method == "ngram" else scores
             return np.argsort(-scores, kind="stable").tolist()
         own, theirs = self._seen[method]
-        of = np.repeat([t == target for t, _ in self._served], [len(found) for found in self._served.values()])
+        of = np.repeat(
+            [t == target for t, _ in self._served], [len(found) for found in self._served.values()]
+        )
         met = (own @ theirs[torch.from_numpy(of)].T).numpy()  # (N, V)
         if method == "rds_plus":
             return baselines.round_robin(met, self._count)
@@ -119,7 +141,9 @@ def _budgeted(session: Session, order: Sequence[int], pool: Pool) -> list[int]:
     if unit == "tokens":
         total = np.cumsum([len(pool.tokens[n]) for n in order])
         return list(order[: int(np.searchsorted(total, most, side="right"))])
-    return list(order[: max(1, round(most * len(pool.tokens))) if unit == "fraction" else int(most)])
+    return list(
+        order[: max(1, round(most * len(pool.tokens))) if unit == "fraction" else int(most)]
+    )
 
 
 def _texts(session: Session, pool: Pool) -> list[dict[str, Any]]:
@@ -135,7 +159,11 @@ def _texts(session: Session, pool: Pool) -> list[dict[str, Any]]:
 
 
 def _write_scores(
-    path: Path, pool: Pool, copy_of: list[int], scores: NDArray[np.float64], picks: Mapping[str, list[int]]
+    path: Path,
+    pool: Pool,
+    copy_of: list[int],
+    scores: NDArray[np.float64],
+    picks: Mapping[str, list[int]],
 ) -> None:
     columns: dict[str, Any] = {
         "file": [file for file, _ in pool.places],
@@ -171,13 +199,17 @@ def _described(
     known = scores[np.isfinite(scores)]
     counts, edges = np.histogram(known, bins=40) if len(known) else (np.zeros(0), np.zeros(0))
     return {
-        "subtasks": {subtask: len(found) for (target, subtask), found in served.items() if target == name},
+        "subtasks": {
+            subtask: len(found) for (target, subtask), found in served.items() if target == name
+        },
         "methods": {
             method: {
                 "examples": len(picked),
                 "tokens": sum(len(pool.tokens[n]) for n in picked),
                 "domains": dict(Counter(pool.domains[n] for n in picked).most_common()),
-                "shared": {other: len(set(picked) & set(theirs)) for other, theirs in picks.items()},
+                "shared": {
+                    other: len(set(picked) & set(theirs)) for other, theirs in picks.items()
+                },
             }
             for method, picked in picks.items()
         },
@@ -195,10 +227,19 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
         + f", {result['copies']} copies of others, {result['without_score']} without a score"
     ]
     for name, part in result["targets"].items():
-        lines += ["", f"{name}: by {sum(part['subtasks'].values())} examples of {len(part['subtasks'])} subtasks"]
+        lines += [
+            "",
+            f"{name}: by {sum(part['subtasks'].values())} examples of {len(part['subtasks'])} subtasks",
+        ]
         for method, found in part["methods"].items():
-            mine = part["methods"]["less"]["shared"][method] / max(part["methods"]["less"]["examples"], 1)
+            mine = part["methods"]["less"]["shared"][method] / max(
+                part["methods"]["less"]["examples"], 1
+            )
             shared = "" if method in ("less", "all") else f", {mine:.1%} of what less takes"
-            lines.append(f"  {method:<9} {found['examples']} examples, {found['tokens']} tokens{shared}")
-        lines += [f"  {end:<6} {one['text'][:90]!r}" for end in ("top", "bottom") for one in part[end][:3]]
+            lines.append(
+                f"  {method:<9} {found['examples']} examples, {found['tokens']} tokens{shared}"
+            )
+        lines += [
+            f"  {end:<6} {one['text'][:90]!r}" for end in ("top", "bottom") for one in part[end][:3]
+        ]
     return "\n".join([*lines, "", f"choices: {folder}"])

@@ -32,7 +32,12 @@ def gather(session: Session, data: Instructions) -> Pool:
     where = [(k, n) for k, count in enumerate(counts.tolist()) for n in range(count)]
     found = [data.example("train", k, n) for k, n in where]
     tokens = [np.where(example.carries, example.ids, ~example.ids) for example in found]
-    return Pool(data, tokens, [data.place("train", k, n) for k, n in where], [data.domains[k] for k, _ in where])
+    return Pool(
+        data,
+        tokens,
+        [data.place("train", k, n) for k, n in where],
+        [data.domains[k] for k, _ in where],
+    )
 
 
 def serving(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Coded, bytes]]]:
@@ -43,7 +48,9 @@ def serving(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Code
         for place, record in _records(session, sources):
             tokens = chat.coded(encoder.encode(record, place), length)
             if (tokens >= 0).any():
-                served.setdefault((name, str(record.get("subtask", ""))), []).append((tokens, baselines.text(record)))
+                served.setdefault((name, str(record.get("subtask", ""))), []).append(
+                    (tokens, baselines.text(record))
+                )
         if name not in {target for target, _ in served}:
             raise UserError(
                 f"selection.targets.{name}: no example whose answer lies within training.sequence_length={length}; "
@@ -60,8 +67,13 @@ def _records(session: Session, sources: Sequence[Source]) -> Any:
 
 
 def tokens_at_once(session: Session) -> int:
-    return session.config.selection.less.batch_tokens or (512 if session.place.device.type == "cpu" else 8192)
+    return session.config.selection.less.batch_tokens or (
+        512 if session.place.device.type == "cpu" else 8192
+    )
 
 
 def printed(served: Mapping[Subtask, Any]) -> list[Any]:
-    return [[*subtask, fingerprint([tokens.tolist() for tokens, _ in found])] for subtask, found in served.items()]
+    return [
+        [*subtask, fingerprint([tokens.tolist() for tokens, _ in found])]
+        for subtask, found in served.items()
+    ]

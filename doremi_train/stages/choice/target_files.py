@@ -33,7 +33,10 @@ def targets(session: Session) -> dict[str, list[Source]]:
     for name in given:
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"selection.targets.{name}: not a name; take letters and digits")
-    return {name: files_of(session, patterns, f"selection.targets.{name}") for name, patterns in given.items()}
+    return {
+        name: files_of(session, patterns, f"selection.targets.{name}")
+        for name, patterns in given.items()
+    }
 
 
 def files_of(session: Session, patterns: tuple[str, ...], key: str) -> list[Source]:

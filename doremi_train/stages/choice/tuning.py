@@ -25,11 +25,15 @@ def prepared(session: Session, encoder: Encoder) -> Instructions:
 
     def make() -> Path:
         check = partial(stop.check, "finetune")
-        return instructions.prepare(session.config.data, encoder, length, session.store / "data", check)
+        return instructions.prepare(
+            session.config.data, encoder, length, session.store / "data", check
+        )
 
     data = Instructions(comm.on_first(make))
     counts, empty = data.manifest["examples"], data.manifest["without_loss"]
-    total = {split: sum(count[split] for count in counts.values()) for split in ("train", "validation")}
+    total = {
+        split: sum(count[split] for count in counts.values()) for split in ("train", "validation")
+    }
     such = f", such as {empty['first'][0]}" if empty["examples"] else ""
     session.say(
         f"examples               {total['train']} to train on, {total['validation']} held out, "
@@ -42,7 +46,10 @@ def prepared(session: Session, encoder: Encoder) -> Instructions:
 
 def build(session: Session) -> Built:
     """The model as it is before the first step."""
-    inner, options = folders.read(Path(model_folder(session)), "finetune.model"), session.config.finetune.lora
+    inner, options = (
+        folders.read(Path(model_folder(session)), "finetune.model"),
+        session.config.finetune.lora,
+    )
     if options.rank is None:
         return Built(inner, None)
     return Built(inner, lora.add(inner, options, session.config.seed, "finetune.lora"))

@@ -46,7 +46,11 @@ class Warm(NamedTuple):
 def run(session: Session, data: Instructions) -> Warm:
     """Train, or take what was trained. Raises UserError where that cannot be."""
     folders = session.config.selection.less.checkpoints
-    return _trained(session, data) if folders is None else _given(session, [Path(folder) for folder in folders])
+    return (
+        _trained(session, data)
+        if folders is None
+        else _given(session, [Path(folder) for folder in folders])
+    )
 
 
 # ── Trained here ────────────────────────────────────────────────────────────────────
@@ -59,7 +63,11 @@ def _trained(session: Session, data: Instructions) -> Warm:
     batch = min(config.training.batch_size, int(sizes.sum()))
     epoch = -(-int(sizes.sum()) // batch)
     training = replace(
-        config.training, batch_size=batch, steps=epoch * options.epochs, checkpoint_every=epoch, keep_checkpoints=10**6
+        config.training,
+        batch_size=batch,
+        steps=epoch * options.epochs,
+        checkpoint_every=epoch,
+        keep_checkpoints=10**6,
     )
     lora = config.finetune.lora
     recipe = {
@@ -78,15 +86,22 @@ def _trained(session: Session, data: Instructions) -> Warm:
                 label="warm-up",
                 run=warm,
                 objective=cross_entropy,
-                objective_options=cross_entropy.Options(weights=tuple((sizes / sizes.sum()).tolist())),
+                objective_options=cross_entropy.Options(
+                    weights=tuple((sizes / sizes.sum()).tolist())
+                ),
                 store=data,
                 seed=config.seed,
                 training=training,
                 evaluation=replace(config.evaluation, every=training.steps),
                 subsample=part,
             )
-            tuning = language_model.CompletionModel(build(session).inner, training.activation_checkpointing)
-            taken = [optim.learning_rate(step, training.steps, training) for step in range(1, training.steps + 1)]
+            tuning = language_model.CompletionModel(
+                build(session).inner, training.activation_checkpointing
+            )
+            taken = [
+                optim.learning_rate(step, training.steps, training)
+                for step in range(1, training.steps + 1)
+            ]
             rates = np.array(taken).reshape(options.epochs, epoch).mean(1).tolist()
             said = {"examples": int(sizes.sum()), "learning_rates": rates}
             finish(session, task, Trainer(task, tuning, session.place), partial(_keep, warm), said)
@@ -113,15 +128,23 @@ def _checkpoint(session: Session, warm: Run, epoch: int) -> Checkpoint:
             parameters[name].data.copy_(tensor)
     training = warm.recipe["training"]
     group = {"betas": training["adam_betas"], "eps": training["adam_epsilon"]}
-    return _opened(session, tuning, {name: _moments(state, group) for name, state in saved["optimizer"].items()})
+    return _opened(
+        session,
+        tuning,
+        {name: _moments(state, group) for name, state in saved["optimizer"].items()},
+    )
 
 
 def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments:
     one, two = group["betas"]
-    return Moments(state["exp_avg"], state["exp_avg_sq"], int(state["step"]), (one, two), group["eps"])
+    return Moments(
+        state["exp_avg"], state["exp_avg_sq"], int(state["step"]), (one, two), group["eps"]
+    )
 
 
-def _opened(session: Session, tuning: CompletionModel, moments: Mapping[str, Moments]) -> Checkpoint:
+def _opened(
+    session: Session, tuning: CompletionModel, moments: Mapping[str, Moments]
+) -> Checkpoint:
     try:
         capture.require_factored(tuning)
     except capture.NotFactored as error:
@@ -130,7 +153,10 @@ def _opened(session: Session, tuning: CompletionModel, moments: Mapping[str, Mom
             "finetune.lora.targets=[q_proj, v_proj]"
         ) from None
     tuning.precision, device = session.config.training.precision, session.place.device
-    there = {name: m._replace(first=m.first.to(device), second=m.second.to(device)) for name, m in moments.items()}
+    there = {
+        name: m._replace(first=m.first.to(device), second=m.second.to(device))
+        for name, m in moments.items()
+    }
     return Checkpoint(tuning.to(device).eval(), there)
 
 
@@ -145,13 +171,19 @@ def _given(session: Session, folders: list[Path]) -> Warm:
             state = files.read_json(folder / "trainer_state.json")
             logged = [line for line in state["log_history"] if "learning_rate" in line]
             with (folder / "optimizer.pt").open("rb") as file:
-                prints.append([hashlib.file_digest(file, "sha256").hexdigest(), state["global_step"]])
+                prints.append(
+                    [hashlib.file_digest(file, "sha256").hexdigest(), state["global_step"]]
+                )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"selection.less.checkpoints: {folder} is no checkpoint of transformers' Trainer ({one_line(error)}); "
                 "give its folders checkpoint-N"
             ) from None
-        own = [line["learning_rate"] for line in logged if before < line["step"] <= state["global_step"]]
+        own = [
+            line["learning_rate"]
+            for line in logged
+            if before < line["step"] <= state["global_step"]
+        ]
         if not own:
             raise UserError(
                 f"selection.less.checkpoints: {folder} logged no learning rate since step {before}; give the folders "
@@ -182,11 +214,16 @@ def _of_trainer(session: Session, folder: Path) -> Checkpoint:
     try:
         saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         groups = {number: group for group in saved["param_groups"] for number in group["params"]}
-        moments = {names[id(p)]: _moments(saved["state"][number], groups[number]) for number, p in enumerate(ordered)}
+        moments = {
+            names[id(p)]: _moments(saved["state"][number], groups[number])
+            for number, p in enumerate(ordered)
+        }
         if len(groups) != len(ordered) or any(
             m.first.shape != p.shape for m, p in zip(moments.values(), ordered, strict=True)
         ):
             raise ValueError("it is of other parameters")
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{key}: its optimizer.pt is not AdamW's for this model ({one_line(error)})") from None
+        raise UserError(
+            f"{key}: its optimizer.pt is not AdamW's for this model ({one_line(error)})"
+        ) from None
     return _opened(session, tuning, moments)

@@ -55,7 +55,11 @@ def _compute(session: Session, store: TokenStore) -> mixture.Mixture:
 
 def complete(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:
     """With the epochs that the final run makes of each domain, and where the weights come from."""
-    epochs = mixture.tensor(store.domains).numpy() * final_tokens(session) / np.asarray(store.sizes("train"))
+    epochs = (
+        mixture.tensor(store.domains).numpy()
+        * final_tokens(session)
+        / np.asarray(store.sizes("train"))
+    )
     shape = language_model.resolved_model(session, store)
     return replace(
         mixture,

@@ -34,7 +34,9 @@ def run(session: Session) -> mixture.Mixture:
 def recipes(session: Session, store: TokenStore) -> list[Run]:
     """The run of every seed, wherever and whenever it is trained. Raises UserError where rounds are asked for."""
     if session.config.proxy.rounds > 1:
-        raise UserError("proxy.rounds: mixture=doge has no reference that a further round could replace; leave it at 1")
+        raise UserError(
+            "proxy.rounds: mixture=doge has no reference that a further round could replace; leave it at 1"
+        )
     return [_recipe(session, store, index) for index in range(session.config.proxy.seeds)]
 
 
@@ -46,7 +48,10 @@ def _recipe(session: Session, store: TokenStore, index: int) -> Run:
         {
             "data": store.fingerprint,
             "model": language_model.resolved_model(session, store),
-            "options": {field.name: getattr(session.config.doge, field.name) for field in fields(session.config.doge)},
+            "options": {
+                field.name: getattr(session.config.doge, field.name)
+                for field in fields(session.config.doge)
+            },
             "target": fingerprint(towards.tolist()),
             "training": training_identity(session.config.training),
             "evaluation": session.plain["evaluation"],
@@ -57,7 +62,11 @@ def _recipe(session: Session, store: TokenStore, index: int) -> Run:
 
 
 def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
-    config, name, seed = session.config, seeds.name_of(session, 1, index), budget.proxy_seed(session, index)
+    config, name, seed = (
+        session.config,
+        seeds.name_of(session, 1, index),
+        budget.proxy_seed(session, index),
+    )
     with session.computing(run, name) as todo:
         if not todo:
             session.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -72,11 +81,15 @@ def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
             training=config.training,
             evaluation=config.evaluation,
             subsample=budget.subsample(session),
-            target=domain_gradients.Target(targets.of_mixtures(session, store), config.doge.target_batch),
+            target=domain_gradients.Target(
+                targets.of_mixtures(session, store), config.doge.target_batch
+            ),
             bar=session.part(name),
         )
         built = folders.build(
-            language_model.resolved_model(session, store), seed, config.training.activation_checkpointing
+            language_model.resolved_model(session, store),
+            seed,
+            config.training.activation_checkpointing,
         )
         language_model.finish(session, task, Trainer(task, built, session.place))
     return run

@@ -64,7 +64,9 @@ def recipe(session: Session, store: TokenStore, reference_folder: Path, index: i
     )
 
 
-def _train(session: Session, store: TokenStore, reference_folder: Path, number: int, index: int) -> Run:
+def _train(
+    session: Session, store: TokenStore, reference_folder: Path, number: int, index: int
+) -> Run:
     """One proxy: seed `index` of round `number`."""
     config = session.config
     name = seeds.name_of(session, number, index)
@@ -88,11 +90,15 @@ def _train(session: Session, store: TokenStore, reference_folder: Path, number: 
             bar=session.part(name),
         )
         shape = language_model.resolved_model(session, store)
-        built = folders.build(shape, budget.proxy_seed(session, index), config.training.activation_checkpointing)
+        built = folders.build(
+            shape, budget.proxy_seed(session, index), config.training.activation_checkpointing
+        )
         language_model.finish(session, task, Trainer(task, built, session.place))
     return run
 
 
 def algorithm(options: Proxy) -> doremi.Options:
     """The options that Algorithm 1 itself reads."""
-    return doremi.Options(**{field.name: getattr(options, field.name) for field in fields(doremi.Options)})
+    return doremi.Options(
+        **{field.name: getattr(options, field.name) for field in fields(doremi.Options)}
+    )

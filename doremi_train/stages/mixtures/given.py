@@ -15,7 +15,9 @@ def given(session: Session, store: TokenStore) -> mixture.Mixture:
     """The mixture of a method that trains nothing."""
     options = session.config.mixture
     if options.weights is not None:
-        found = mixture.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        found = mixture.checked(
+            options.weights, store.domains, "mixture.weights", options.normalize
+        )
         return mixture.Mixture("file", found)
     if options.path is not None and options.format is not None:
         return imported(session, store, Path(options.path), options.format)
@@ -34,7 +36,9 @@ def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixt
         raise UserError(f"{where}: cannot be read ({error})") from None
     drawn = convert.read(form, text, store.domains, session.config.export.paths or {}, where)
     drawn = mixture.checked(drawn, store.domains, where, normalize=True)
-    return mixture.Mixture("file", convert.weights(drawn, tokens_per_document(session, store, form)))
+    return mixture.Mixture(
+        "file", convert.weights(drawn, tokens_per_document(session, store, form))
+    )
 
 
 def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:

@@ -54,7 +54,9 @@ def run(session: Session) -> mixture.Mixture:
 def experts(session: Session, store: TokenStore) -> dict[str, Run]:
     """The run of every domain by its name under run_dir, wherever and whenever it is trained."""
     return {
-        _name(domain): language_model.recipe(session, store.only([domain]), *_ingredients(session, store))
+        _name(domain): language_model.recipe(
+            session, store.only([domain]), *_ingredients(session, store)
+        )
         for domain in store.domains
     }
 
@@ -97,7 +99,11 @@ def _train(session: Session, store: TokenStore) -> list[Run]:
         for domain in store.domains:
             part = Part(bar, domain)
             ingredients = _ingredients(session, store)
-            found.append(language_model.train(session, store.only([domain]), _name(domain), *ingredients, bar=part))
+            found.append(
+                language_model.train(
+                    session, store.only([domain]), _name(domain), *ingredients, bar=part
+                )
+            )
             part.update(tokens)
     return found
 
@@ -114,7 +120,9 @@ def _submit(session: Session, store: TokenStore) -> None:
                 "reference.mixture": "uniform",
                 "reference.path": None,
             }
-            children[_name(domain)] = submit.configured(session, session.run_dir / "jobs" / _name(domain), **alone)
+            children[_name(domain)] = submit.configured(
+                session, session.run_dir / "jobs" / _name(domain), **alone
+            )
     submit.submit(session, children)
 
 

@@ -42,7 +42,9 @@ def run(session: Session) -> Run:
     store = prepare.run(session)
     config = session.config
     target = known_target(session, store)
-    options = options_of(session, store, _reference_losses(session, store) if target is None else target)
+    options = options_of(
+        session, store, _reference_losses(session, store) if target is None else target
+    )
     found = recipe(session, store, options)
     with session.computing(found, "main") as todo:
         if not todo:
@@ -69,9 +71,14 @@ def mixture(session: Session) -> doremi_train_mixture.Mixture:
     """What the main run drew of each domain, and when."""
     found = run(session)
     drawn, trace = comm.on_first(
-        lambda: (found.result()["weights"], list(files.read_lines(found.folder / "domain_weights.jsonl")))
+        lambda: (
+            found.result()["weights"],
+            list(files.read_lines(found.folder / "domain_weights.jsonl")),
+        )
     )
-    return doremi_train_mixture.Mixture(session.config.mixture.method, drawn, schedule=schedule(trace))
+    return doremi_train_mixture.Mixture(
+        session.config.mixture.method, drawn, schedule=schedule(trace)
+    )
 
 
 def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
@@ -80,7 +87,15 @@ def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, fl
     found = []
     for first, last in itertools.pairwise(edges):
         steps = [line["tokens"] for line in trace[first:last]]
-        found.append((first, {name: fmean(step[name] / sum(step.values()) for step in steps) for name in steps[0]}))
+        found.append(
+            (
+                first,
+                {
+                    name: fmean(step[name] / sum(step.values()) for step in steps)
+                    for name in steps[0]
+                },
+            )
+        )
     return found
 
 
@@ -152,7 +167,9 @@ def _reference_losses(session: Session, store: TokenStore) -> list[float]:
     loaded.precision = training.precision
     rows = comm.world().largest(training.batch_size, training.micro_batch_size)
     length, options = training.sequence_length, config.evaluation
-    return _by_domain(losses.measure(loaded, store, length, rows, options, session.place.device), store)
+    return _by_domain(
+        losses.measure(loaded, store, length, rows, options, session.place.device), store
+    )
 
 
 def _by_domain(figures: Mapping[str, Any], store: TokenStore) -> list[float]:

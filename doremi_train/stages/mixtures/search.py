@@ -12,7 +12,9 @@ from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm
 from doremi_train.stages.session import Session, once
 
-_STREAM = 1 << 20  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
+_STREAM = (
+    1 << 20
+)  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
 
 
 @once
@@ -26,11 +28,15 @@ def run(session: Session) -> mixture.Mixture:
     ):
         trained = small_runs.train(session, store, drawn, bar)
     reached = comm.on_first(
-        lambda: {name: float(np.mean(small_runs.losses(run, store))) for name, run in trained.items()}
+        lambda: {
+            name: float(np.mean(small_runs.losses(run, store))) for name, run in trained.items()
+        }
     )
     best = min(reached, key=lambda name: reached[name])
     named = dict(zip(store.domains, drawn[best].tolist(), strict=True))
-    return mixture.Mixture("search", named, provenance={"runs": len(drawn), "chosen": best, "realised": reached[best]})
+    return mixture.Mixture(
+        "search", named, provenance={"runs": len(drawn), "chosen": best, "realised": reached[best]}
+    )
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:

@@ -28,7 +28,9 @@ def tokens(session: Session) -> int:
     return training.steps * training.batch_size * training.sequence_length
 
 
-def train(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar) -> dict[str, Run]:
+def train(
+    session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar
+) -> dict[str, Run]:
     """A run on each mixture (K,), linked by its name under run_dir; `whole` counts the tokens of all of them."""
     if session.config.submit.cluster != "none":
         _submit(session, store, mixtures, whole)
@@ -40,15 +42,21 @@ def train(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], w
     return found
 
 
-def _submit(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar) -> None:
+def _submit(
+    session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar
+) -> None:
     """The runs that are not finished as jobs side by side: each the reference stage on a given mixture."""
     found = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
-    waiting = {run.folder: name for name, run in found.items() if not run.finished}  # of equal runs one
+    waiting = {
+        run.folder: name for name, run in found.items() if not run.finished
+    }  # of equal runs one
     children = {}
     for name in waiting.values():
         mixed = dict(zip(store.domains, mixtures[name].tolist(), strict=True))
         given = {"reference.mixture": "file", "mixture.method": "file", "mixture.weights": mixed}
-        children[name] = submit.configured(session, session.run_dir / "jobs" / name, stage="reference", **given)
+        children[name] = submit.configured(
+            session, session.run_dir / "jobs" / name, stage="reference", **given
+        )
     before, step = whole.done, tokens(session) // session.config.training.steps
 
     def watch() -> None:
@@ -79,5 +87,9 @@ def finished_like(session: Session, one: Run) -> list[dict[str, float]]:
         return fingerprint({**recipe, "mixture": None})
 
     folders = sorted(session.store.glob("runs/language_model-*"))
-    recipes = [files.read_json(folder / "recipe.json") for folder in folders if (folder / "result.json").exists()]
+    recipes = [
+        files.read_json(folder / "recipe.json")
+        for folder in folders
+        if (folder / "result.json").exists()
+    ]
     return [recipe["mixture"] for recipe in recipes if rest(recipe) == rest(one.recipe)]

@@ -44,7 +44,9 @@ def run(session: Session) -> mixture.Mixture:
 def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
     """What is searched, and the run that does it. Raises UserError where caps and floors leave no mixture."""
     problem, options = swarm_problem.problem_of(session, store), session.config.swarm
-    like = small_runs.recipe(session, store, torch.from_numpy(problem.space.expand(problem.prior))).recipe
+    like = small_runs.recipe(
+        session, store, torch.from_numpy(problem.space.expand(problem.prior))
+    ).recipe
     setting = {"prior": problem.prior, "low": problem.within.low, "high": problem.within.high}
     return problem, Run(
         session.store,
@@ -62,7 +64,9 @@ def planned(session: Session, problem: Problem) -> dict[str, Tensor | None]:
     for number in range(2, options.rounds + 1):
         found |= {_name(number, index): None for index in range(problem.draws)}
     found |= {f"swarm/confirm/proposal-{index + 1}": None for index in range(options.candidates)}
-    return found | {f"swarm/confirm/{name}": mixed for name, mixed in swarm_proposals.baselines(problem).items()}
+    return found | {
+        f"swarm/confirm/{name}": mixed for name, mixed in swarm_proposals.baselines(problem).items()
+    }
 
 
 def _name(number: int, index: int) -> str:
@@ -79,53 +83,90 @@ def _search(session: Session, store: TokenStore, problem: Problem, search: Run) 
         for number in range(1, session.config.swarm.rounds + 1):
             mixtures = comm.on_first(functools.partial(_draw, session, problem, rows, number))
             trained = _train(session, store, mixtures, bar)
-            new = {tuple(row.weights): row for row in rows + trained if problem.space.holds(np.array(row.weights))}
+            new = {
+                tuple(row.weights): row
+                for row in rows + trained
+                if problem.space.holds(np.array(row.weights))
+            }
             rows = list(new.values())  # of equal mixtures one
         proposed = comm.on_first(lambda: swarm_proposals.propose(session, problem, rows))
-        tried = {f"proposal-{index + 1}": torch.from_numpy(p.mixed) for index, p in enumerate(proposed.proposals)}
+        tried = {
+            f"proposal-{index + 1}": torch.from_numpy(p.mixed)
+            for index, p in enumerate(proposed.proposals)
+        }
         mixtures = {
-            f"swarm/confirm/{name}": mixed for name, mixed in (tried | swarm_proposals.baselines(problem)).items()
+            f"swarm/confirm/{name}": mixed
+            for name, mixed in (tried | swarm_proposals.baselines(problem)).items()
         }
         confirmed = _train(session, store, mixtures, bar)
-    comm.on_first(lambda: swarm_proposals.conclude(session, problem, search, rows, proposed, confirmed))
+    comm.on_first(
+        lambda: swarm_proposals.conclude(session, problem, search, rows, proposed, confirmed)
+    )
 
 
 def _found(session: Session, store: TokenStore, problem: Problem, folder: Path) -> list[Row]:
     """What the store had when the search began; a search that is continued fits the same runs."""
     path = folder / "reused.json"
     if not path.exists():
-        one = small_runs.recipe(session, store, torch.from_numpy(problem.space.expand(problem.prior)))
+        one = small_runs.recipe(
+            session, store, torch.from_numpy(problem.space.expand(problem.prior))
+        )
         reuse = session.config.swarm.reuse
         known = small_runs.finished_like(session, one) if reuse else []
-        files.write_json(path, [mixed for mixed in known if problem.space.holds(swarm_problem.row_of(problem, mixed))])
+        files.write_json(
+            path,
+            [mixed for mixed in known if problem.space.holds(swarm_problem.row_of(problem, mixed))],
+        )
     found = []
     for mixed in files.read_json(path):
-        run = small_runs.recipe(session, store, torch.from_numpy(swarm_problem.row_of(problem, mixed)))
-        found.append(Row(run.folder.name, swarm_problem.row_of(problem, mixed).tolist(), small_runs.losses(run, store)))
+        run = small_runs.recipe(
+            session, store, torch.from_numpy(swarm_problem.row_of(problem, mixed))
+        )
+        found.append(
+            Row(
+                run.folder.name,
+                swarm_problem.row_of(problem, mixed).tolist(),
+                small_runs.losses(run, store),
+            )
+        )
     if found:
         session.say(f"{'swarm':<22} {len(found)} runs in the store are used too")
     return found
 
 
-def _draw(session: Session, problem: Problem, rows: Sequence[Row], number: int) -> dict[str, Tensor]:
+def _draw(
+    session: Session, problem: Problem, rows: Sequence[Row], number: int
+) -> dict[str, Tensor]:
     """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as anchors."""
     options, random = session.config.swarm, swarm_problem.generator(session, number)
     found = {}
     if number == 1:
         virtual = len(problem.prior)
-        anchors = {"natural": problem.space.reduce(problem.natural), "uniform": np.full(virtual, 1 / virtual)}
-        found = {f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()}
+        anchors = {
+            "natural": problem.space.reduce(problem.natural),
+            "uniform": np.full(virtual, 1 / virtual),
+        }
+        found = {
+            f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()
+        }
         points = swarm.design(problem.prior, problem.inside, problem.draws, random)
     else:
         fit = regressors.REGRESSORS[options.regressor](*swarm_problem.table_of(problem, rows))
-        points = swarm.explore(fit, problem.prior, problem.inside, options.kl, problem.draws, random)
+        points = swarm.explore(
+            fit, problem.prior, problem.inside, options.kl, problem.draws, random
+        )
     drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
     found |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
     return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
 
 
-def _train(session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar) -> list[Row]:
+def _train(
+    session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar
+) -> list[Row]:
     trained = small_runs.train(session, store, mixtures, bar)
     return comm.on_first(
-        lambda: [Row(name, mixtures[name].tolist(), small_runs.losses(run, store)) for name, run in trained.items()]
+        lambda: [
+            Row(name, mixtures[name].tolist(), small_runs.losses(run, store))
+            for name, run in trained.items()
+        ]
     )

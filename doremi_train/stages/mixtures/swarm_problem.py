@@ -50,9 +50,19 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
     except ValueError as error:
         raise UserError(f"mixture=swarm: {error}") from None
     steps = budget.main_steps(session)
-    natural, prior = (budget.heuristic(session, store, name, steps) for name in ("natural", options.prior))
+    natural, prior = (
+        budget.heuristic(session, store, name, steps) for name in ("natural", options.prior)
+    )
     draws = options.runs or swarm.RUNS_PER_DOMAIN * len(space.spread)
-    return Problem(list(store.domains), natural.numpy(), space, space.reduce(prior.numpy()), within, inside, draws)
+    return Problem(
+        list(store.domains),
+        natural.numpy(),
+        space,
+        space.reduce(prior.numpy()),
+        within,
+        inside,
+        draws,
+    )
 
 
 def _frozen(path: str | None, names: Sequence[str]) -> Floats:
@@ -64,9 +74,13 @@ def _frozen(path: str | None, names: Sequence[str]) -> Floats:
         known = content.get("weights", content)
         found = np.array([float(known.get(name, 0)) for name in names])
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"swarm.frozen={path}: not a weights.json that can be read ({error})") from None
+        raise UserError(
+            f"swarm.frozen={path}: not a weights.json that can be read ({error})"
+        ) from None
     if not (np.isfinite(found).all() and (found >= 0).all() and (found > 0).sum() >= 2):
-        raise UserError(f"swarm.frozen={path}: must hold weights above 0 for two or more of {', '.join(names)}")
+        raise UserError(
+            f"swarm.frozen={path}: must hold weights above 0 for two or more of {', '.join(names)}"
+        )
     return found
 
 
@@ -76,7 +90,9 @@ def row_of(problem: Problem, mixed: Mapping[str, float]) -> Floats:
 
 def table_of(problem: Problem, rows: Sequence[Row]) -> tuple[Floats, Floats]:
     """Points (N, V) and losses (N, K)."""
-    return problem.space.reduce(np.array([row.weights for row in rows])), np.array([row.losses for row in rows])
+    return problem.space.reduce(np.array([row.weights for row in rows])), np.array(
+        [row.losses for row in rows]
+    )
 
 
 def generator(session: Session, *stream: int) -> np.random.Generator:

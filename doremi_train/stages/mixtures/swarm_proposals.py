@@ -68,7 +68,12 @@ def baselines(problem: Problem) -> dict[str, Tensor]:
 
 
 def conclude(
-    session: Session, problem: Problem, search: Run, rows: Sequence[Row], proposed: Proposed, confirmed: Sequence[Row]
+    session: Session,
+    problem: Problem,
+    search: Run,
+    rows: Sequence[Row],
+    proposed: Proposed,
+    confirmed: Sequence[Row],
 ) -> None:
     """Take the best mixture of those that were trained, within caps and floors and not refused; and write all down."""
     lines: list[dict[str, Any]] = []
@@ -81,7 +86,11 @@ def conclude(
         }
         if index < len(proposed.proposals):
             found = proposed.proposals[index]
-            line |= {"predicted": found.predicted, "interval": found.interval, "distance": found.distance}
+            line |= {
+                "predicted": found.predicted,
+                "interval": found.interval,
+                "distance": found.distance,
+            }
             line["refused"] = found.refused + swarm.confirm(realised, found.interval)
         else:
             kept = box.inside(np.array(row.weights), problem.within)
@@ -91,11 +100,17 @@ def conclude(
     verdict = _verdict(lines, chosen)
     diagnostics, first = proposed.diagnostics._asdict(), lines[0]
     files.write_bytes(
-        search.folder / "runs.jsonl", b"".join(orjson.dumps(line) + b"\n" for line in _lines(problem, rows, proposed))
+        search.folder / "runs.jsonl",
+        b"".join(orjson.dumps(line) + b"\n" for line in _lines(problem, rows, proposed)),
     )
     files.write_json(
         search.folder / "fit.json",
-        {"verdict": verdict, "chosen": chosen["name"], "diagnostics": diagnostics, "confirmed": lines},
+        {
+            "verdict": verdict,
+            "chosen": chosen["name"],
+            "diagnostics": diagnostics,
+            "confirmed": lines,
+        },
     )
     session.say(f"swarm: {verdict}")
     search.finish(
@@ -107,7 +122,10 @@ def conclude(
                 "chosen": chosen["name"],
                 "verdict": verdict,
                 **diagnostics,
-                **{f"proposal_{key}": first[key] for key in ("predicted", "interval", "realised", "distance")},
+                **{
+                    f"proposal_{key}": first[key]
+                    for key in ("predicted", "interval", "realised", "distance")
+                },
             },
         }
     )
@@ -139,7 +157,9 @@ def _lines(problem: Problem, rows: Sequence[Row], proposed: Proposed) -> list[di
             "loss": float(np.mean(row.losses)),
             "fitted": float(proposed.fitted[index]),
             "out_of_fold": float(proposed.unseen[index]),
-            "distance": float(box.distance(np.array(row.weights), first)),  # from the first proposal
+            "distance": float(
+                box.distance(np.array(row.weights), first)
+            ),  # from the first proposal
         }
         for index, row in enumerate(rows)
     ]

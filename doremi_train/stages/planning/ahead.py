@@ -14,7 +14,17 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import simplex
 from doremi_train.stages import main
-from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, seeds, small_runs, swarm
+from doremi_train.stages.mixtures import (
+    doge,
+    doremi,
+    given,
+    mixmin,
+    online,
+    search,
+    seeds,
+    small_runs,
+    swarm,
+)
 from doremi_train.stages.planning import missing_losses
 from doremi_train.stages.runs import budget, language_model, reference, reference_losses, weighting
 from doremi_train.stages.runs.ahead import Ahead, Found
@@ -58,11 +68,15 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
             run = _adapted(session, store, found)
         elif known is not None and ready:
             picking = main.selection(session, store, name)
-            run = language_model.recipe(session, store, shape, known, training, weighting=weighed, selection=picking)
+            run = language_model.recipe(
+                session, store, shape, known, training, weighting=weighed, selection=picking
+            )
         found.add(name, "main", shape, training.steps, run)
         if reference_losses.weighing_cached(session) and found.runs[-1].left:
             mixed = simplex.uniform(len(store.domains)) if known is None else known
-            missing, read = missing_losses.missing_of_main(session, store, _models(session, weighed), mixed, read)
+            missing, read = missing_losses.missing_of_main(
+                session, store, _models(session, weighed), mixed, read
+            )
             found.runs[-1] = found.runs[-1]._replace(missing=missing)
     return found.runs, learned
 
@@ -84,10 +98,16 @@ def _adapted(session: Session, store: TokenStore, found: "Found") -> Run | None:
         ingredients = reference.ingredients(session, store, reference.mixture(session, store))
         run = language_model.recipe(session, store, *ingredients)
         found.add("reference", "reference", ingredients[0], config.training.steps, run)
-    return None if target is None else online.recipe(session, store, online.options_of(session, store, target))
+    return (
+        None
+        if target is None
+        else online.recipe(session, store, online.options_of(session, store, target))
+    )
 
 
-def _weighting(session: Session, store: TokenStore, found: "Found") -> language_model.Weighting | None:
+def _weighting(
+    session: Session, store: TokenStore, found: "Found"
+) -> language_model.Weighting | None:
     """How the main runs weigh their tokens, where that is known by now; the models it needs are runs too."""
     policy, given = session.config.training.loss_weighting, session.config.reference.path
     if policy == "none":
@@ -113,12 +133,17 @@ def _search(session: Session, store: TokenStore, found: "Found") -> Tensor | Non
         if before is not None and session.config.reference.path is not None:
             folder = reference.folder(session, store, before, "reference")
         elif before is not None:
-            run = language_model.recipe(session, store, *reference.ingredients(session, store, before))
+            run = language_model.recipe(
+                session, store, *reference.ingredients(session, store, before)
+            )
             found.add(doremi.reference_name(number), "reference", shape, steps, run)
             folder = run.folder / "model" if run.finished else None
         else:
             found.add(doremi.reference_name(number), "reference", shape, steps, None)
-        proxies = [doremi.recipe(session, store, folder, index) if folder else None for index in range(options.seeds)]
+        proxies = [
+            doremi.recipe(session, store, folder, index) if folder else None
+            for index in range(options.seeds)
+        ]
         waiting = 0  # proxies of this round that are still to be run
         for index, one in enumerate(proxies):
             found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
@@ -141,7 +166,9 @@ def _doge(session: Session, store: TokenStore, found: "Found") -> Tensor | None:
     """Its seeds; their mean average (K,) if all are finished."""
     recipes, shape = doge.recipes(session, store), language_model.resolved_model(session, store)
     for index, run in enumerate(recipes):
-        found.add(seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run)
+        found.add(
+            seeds.name_of(session, 1, index), "doge", shape, session.config.training.steps, run
+        )
     if not all(run.finished for run in recipes):
         return None
     return statistics.summarize([seeds.average(run, store) for run in recipes])[0]

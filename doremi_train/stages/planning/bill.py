@@ -20,23 +20,41 @@ from doremi_train.training.batch_selection import Effort, effort
 class Bill:
     """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be done."""
 
-    def __init__(self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]) -> None:
-        self.session, self.training, self.world, self.paces = session, session.config.training, comm.world(), paces
+    def __init__(
+        self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]
+    ) -> None:
+        self.session, self.training, self.world, self.paces = (
+            session,
+            session.config.training,
+            comm.world(),
+            paces,
+        )
         batch, micro = self.training.batch_size, self.training.micro_batch_size
         self.length, self.rows = self.training.sequence_length, self.world.largest(batch, micro)
         self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
-        self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"  # every forward of a proxy
+        self.twice = (
+            self.parts > 1 and session.config.proxy.accumulation == "exact"
+        )  # every forward of a proxy
         self.domains = len(store.domains)
         self.models = weighting.models(session)  # frozen ones beside a main run
-        self.candidates = session.config.batch_selection.candidates or 2 * batch  # of a step that picks
-        checked = np.minimum(store.sequences("validation", self.length), session.config.evaluation.sequences)
+        self.candidates = (
+            session.config.batch_selection.candidates or 2 * batch
+        )  # of a step that picks
+        checked = np.minimum(
+            store.sequences("validation", self.length), session.config.evaluation.sequences
+        )
         self.checked = int(checked.sum())  # sequences of one evaluation
-        self.calls = -(-self.checked // (self.world.size * self.rows))  # forwards of a process for it
+        self.calls = -(
+            -self.checked // (self.world.size * self.rows)
+        )  # forwards of a process for it
 
     def run(self, run: Ahead) -> dict[str, Any]:
         training, of = self.training, costs.shape(run.config)
-        proxy, weighed = run.kind == "proxy", run.kind == "main" and training.loss_weighting != "none"
+        proxy, weighed = (
+            run.kind == "proxy",
+            run.kind == "main" and training.loss_weighting != "none",
+        )
         frozen = self._frozen(of) if weighed or (proxy and (self.live or run.missing)) else None
         looks = self._looks(of, self.twice) if proxy else self._weighing(of) if weighed else 0.0
         evaluations = self._evaluations(run.steps)
@@ -49,7 +67,9 @@ class Bill:
             held = of.parameters * self.domains  # a gradient of each
         needed = self._effort(run)
         forwards = needed.look + looks  # alone
-        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(of)  # per token that is trained on
+        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(
+            of
+        )  # per token that is trained on
         flops = tokens * step + evaluations * self.checked * self.length * self._forward(of)
         pace, seconds = self._pace(run), None if run.left else 0.0
         if pace is not None:
@@ -66,7 +86,9 @@ class Bill:
             strategy=self.session.place.strategy,
             processes=self.world.size,
             optimizer=training.optimizer,
-            rows=self.world.largest(self.candidates, training.micro_batch_size) if self._selects(run) else self.rows,
+            rows=self.world.largest(self.candidates, training.micro_batch_size)
+            if self._selects(run)
+            else self.rows,
             length=self.length,
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
@@ -79,7 +101,9 @@ class Bill:
             "same_as": run.same_as,
             "parameters": of.parameters,
             "tokens": tokens,
-            "candidates": run.steps * self.candidates * self.length if self._selects(run) else tokens,  # tokens too
+            "candidates": run.steps * self.candidates * self.length
+            if self._selects(run)
+            else tokens,  # tokens too
             "flops": flops,
             "seconds": seconds,
             "memory": memory._asdict() | {"total": sum(memory)},
@@ -94,20 +118,28 @@ class Bill:
             return Effort(1.0, 0.0)
         together = len(self.world.rows(self.candidates, training.micro_batch_size)) == 1
         one_pass = together and not training.activation_checkpointing
-        return effort(options, self.candidates, training.batch_size, options.validation_sequences, one_pass)
+        return effort(
+            options, self.candidates, training.batch_size, options.validation_sequences, one_pass
+        )
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
         """The last stage: every model once more, and the reference on training text too; in every command."""
         found = [
-            (run, costs.shape(run.config)) for run in runs if run.kind == "main" or run.name in ("reference", "proxy")
+            (run, costs.shape(run.config))
+            for run in runs
+            if run.kind == "main" or run.name in ("reference", "proxy")
         ]
         passes = [(of, self._pace(run), 1 + (run.name == "reference")) for run, of in found]
         if self.session.config.reference.path is not None:
             of, pace = found[0][1], self._pace(found[0][0])
             frozen = self._frozen(of)
             ratio = self._forward(frozen) / self._forward(of)
-            passes.append((frozen, costs.Pace(pace.learn * ratio, pace.look * ratio) if pace else None, 2))
-        flops = sum(times * self._forward(of) for of, _, times in passes) * self.checked * self.length
+            passes.append(
+                (frozen, costs.Pace(pace.learn * ratio, pace.look * ratio) if pace else None, 2)
+            )
+        flops = (
+            sum(times * self._forward(of) for of, _, times in passes) * self.checked * self.length
+        )
         paces = [times * pace.look for _, pace, times in passes if pace is not None]
         return {
             "models": len(passes),
@@ -139,7 +171,9 @@ class Bill:
     def _step(self, of: costs.Shape, looks: float) -> float:
         """FLOPs per token of a step with so many forwards more than a language model's."""
         device = self.session.place.device.type
-        backward = costs.backward(of, self.rows, self.length, self.training.activation_checkpointing, device)
+        backward = costs.backward(
+            of, self.rows, self.length, self.training.activation_checkpointing, device
+        )
         return (1 + looks) * self._forward(of) + backward
 
     def _looks(self, of: costs.Shape, twice: bool) -> float:
@@ -150,7 +184,9 @@ class Bill:
         """The same of a main run that weighs its tokens."""
         whole = self.session.config.weighting.normalize or self.training.loss_weighting == "rho"
         live = not reference_losses.weighing_cached(self.session)
-        return live * self.models * self._forward(self._frozen(of)) / self._forward(of) + (whole and self.parts > 1)
+        return live * self.models * self._forward(self._frozen(of)) / self._forward(of) + (
+            whole and self.parts > 1
+        )
 
     def _frozen(self, proxy: costs.Shape) -> costs.Shape:
         """The reference beside a proxy."""

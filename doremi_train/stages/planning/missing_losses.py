@@ -13,7 +13,9 @@ from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 from doremi_train.training import frozen
 
-_LOOKED_AT = 1024  # draws of a proxy, spread over domains and time, that tell the plan how much is there
+_LOOKED_AT = (
+    1024  # draws of a proxy, spread over domains and time, that tell the plan how much is there
+)
 
 
 def missing(session: Session, store: TokenStore, run: Run | None, index: int, before: int) -> float:
@@ -25,12 +27,18 @@ def missing(session: Session, store: TokenStore, run: Run | None, index: int, be
     drawing = reference_losses.sampler(session, store, index)
     count = np.minimum(reference_losses.draws(session, drawing), drawing.sizes)  # (K,)
     read = count / drawing.sizes
-    absent = _absent(session, store, None if run is None else run.recipe["reference"], drawing, count)
+    absent = _absent(
+        session, store, None if run is None else run.recipe["reference"], drawing, count
+    )
     return float((absent * (1 - read) ** before).sum())
 
 
 def missing_of_main(
-    session: Session, store: TokenStore, fingerprints: Sequence[str | None], mixed: Tensor, before: Ints
+    session: Session,
+    store: TokenStore,
+    fingerprints: Sequence[str | None],
+    mixed: Tensor,
+    before: Ints,
 ) -> tuple[float, Ints]:
     """Sequences that a main run on `mixed` (K,) finds without a loss, summed over the models that weigh it (None: one
     that is not trained yet); and the draws (K,) with which main runs have passed, `before` of them ahead of this one.
@@ -44,7 +52,12 @@ def missing_of_main(
     count = np.minimum(drawing.counts_before(steps, mixed.numpy()), drawing.sizes)
     known = np.minimum(count, before)
     left = sum(
-        float((_absent(session, store, one, drawing, count) - _absent(session, store, one, drawing, known)).sum())
+        float(
+            (
+                _absent(session, store, one, drawing, count)
+                - _absent(session, store, one, drawing, known)
+            ).sum()
+        )
         for one in fingerprints
     )
     return left, np.maximum(count, before)
@@ -55,7 +68,9 @@ def _absent(
 ) -> NDArray[np.float64]:
     """(K,) how many of the first `count` (K,) draws have no loss of this model."""
     domains = len(count)
-    recipe = None if fingerprint is None else reference_losses.recipe_of(session, store, fingerprint)
+    recipe = (
+        None if fingerprint is None else reference_losses.recipe_of(session, store, fingerprint)
+    )
     if recipe is None or not frozen.exists(session.store, recipe):
         return count.astype(np.float64)
     table = frozen.Table(session.store, store, recipe)

@@ -34,20 +34,33 @@ def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict
     options, training = session.config.proxy, session.config.training
     epochs = [domain["proxy_epochs"] for domain in domains.values()]
     ways = [domain["final_epochs"] for domain in domains.values()]
-    mismatched = detectors.mismatched(names, epochs, [way.get("learned", way["uniform"]) for way in ways])
+    mismatched = detectors.mismatched(
+        names, epochs, [way.get("learned", way["uniform"]) for way in ways]
+    )
     absent = detectors.missing_by_quota(training.batch_size, simplex.uniform(len(names)).numpy())
-    for finding in [*detectors.absent(names, absent), *detectors.repeated(names, epochs), *mismatched]:
+    for finding in [
+        *detectors.absent(names, absent),
+        *detectors.repeated(names, epochs),
+        *mismatched,
+    ]:
         found.setdefault(finding.kind, []).append(finding.message)
-    longer = budget.final_tokens(session) > training.steps * training.batch_size * training.sequence_length
+    longer = (
+        budget.final_tokens(session)
+        > training.steps * training.batch_size * training.sequence_length
+    )
     if mismatched and longer and not options.match_repetition:
         hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
         found["mismatched"].insert(0, hint)
     left_out = max(options.warmup, options.average_from)
-    found["short"] = too_short(training.steps, training.batch_size, len(names), options.step_size, left_out)
+    found["short"] = too_short(
+        training.steps, training.batch_size, len(names), options.step_size, left_out
+    )
     return found
 
 
-def too_short(steps: int, batch: int, domains: int, step_size: float, average_from: float) -> list[str]:
+def too_short(
+    steps: int, batch: int, domains: int, step_size: float, average_from: float
+) -> list[str]:
     """Whether a proxy of so many steps can tell its domains apart, in sentences."""
     found = []
     left_out = int(average_from * steps)

@@ -18,7 +18,9 @@ class Ahead(NamedTuple):
     steps: int
     done: int  # steps that are in the store already
     same_as: str | None  # an earlier run of the pipeline, which is this very one
-    missing: float = 0.0  # sequences for which a frozen model is still to be run, where its losses are cached
+    missing: float = (
+        0.0  # sequences for which a frozen model is still to be run, where its losses are cached
+    )
 
     @property
     def left(self) -> float:
@@ -39,15 +41,21 @@ class Found:
     runs: list[Ahead] = field(default_factory=list)
     names: dict[Path, str] = field(default_factory=dict)  # of runs whose address is known
 
-    def add(self, name: str, kind: str, config: dict[str, Any], steps: int, run: Run | None) -> None:
+    def add(
+        self, name: str, kind: str, config: dict[str, Any], steps: int, run: Run | None
+    ) -> None:
         """`run` is None where it depends on one that is not finished."""
         same_as = self.names.setdefault(run.folder, name) if run is not None else name
         done = self._done(run, steps) if run is not None else 0
-        self.runs.append(Ahead(name, kind, config, steps, done, same_as if same_as != name else None))
+        self.runs.append(
+            Ahead(name, kind, config, steps, done, same_as if same_as != name else None)
+        )
 
     def _done(self, run: Run, steps: int) -> int:
         mirror = self.session.mirror
-        if run.finished or (mirror is not None and mirror.at("runs", run.folder.name).has("result.json")):
+        if run.finished or (
+            mirror is not None and mirror.at("runs", run.folder.name).has("result.json")
+        ):
             return steps
         status = run.folder / "status.json"
         saved = (run.folder / "checkpoints").exists() and status.exists()

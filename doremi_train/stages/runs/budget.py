@@ -14,7 +14,9 @@ from doremi_train.methods import HEURISTICS, box
 from doremi_train.methods.box import inside, project
 from doremi_train.stages.session import Session
 
-SEEDS_APART = 1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
+SEEDS_APART = (
+    1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
+)
 
 
 def main_steps(session: Session) -> int:
@@ -24,7 +26,10 @@ def main_steps(session: Session) -> int:
 def final_tokens(session: Session) -> int:
     """Tokens of the run that the mixture is for."""
     training = session.config.training
-    return session.config.main.tokens or main_steps(session) * training.batch_size * training.sequence_length
+    return (
+        session.config.main.tokens
+        or main_steps(session) * training.batch_size * training.sequence_length
+    )
 
 
 def proxy_seed(session: Session, index: int) -> int:
@@ -36,7 +41,9 @@ def subsample(session: Session) -> Subsample | None:
     """The part of every domain that reference and proxy read; None: all. At equal weights they pass over it as often as
     the final run passes over the whole. It is the same for every proxy seed of a command."""
     training = session.config.training
-    part = Fraction(training.steps * training.batch_size * training.sequence_length, final_tokens(session))
+    part = Fraction(
+        training.steps * training.batch_size * training.sequence_length, final_tokens(session)
+    )
     if not session.config.proxy.match_repetition or part >= 1:
         return None
     return Subsample(part, session.config.seed % SEEDS_APART)

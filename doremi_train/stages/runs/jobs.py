@@ -70,10 +70,15 @@ def array_of(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dic
     options = session.config.submit
     logs = Path(next(iter(children.values()))["run_dir"]).with_name("array.log")
     with clean_environment(), slurm_refusals():
-        executor = slurm_executor(options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node)
+        executor = slurm_executor(
+            options, logs, options.nodes, options.tasks_per_node, options.gpus_per_node
+        )
         executor.update_parameters(array_parallelism=options.parallel)
         with executor.batch():
-            return {name: executor.submit(Child(session.child, plain)) for name, plain in children.items()}
+            return {
+                name: executor.submit(Child(session.child, plain))
+                for name, plain in children.items()
+            }
 
 
 @contextlib.contextmanager
@@ -93,7 +98,11 @@ def slurm_executor(options: Submit, logs: Path, nodes: int, tasks: int, gpus: in
     import submitit
 
     executor = submitit.SlurmExecutor(logs, max_num_timeout=1000)
-    given = {"gpus_per_node": gpus, "cpus_per_task": options.cpus_per_task, "partition": options.partition}
+    given = {
+        "gpus_per_node": gpus,
+        "cpus_per_task": options.cpus_per_task,
+        "partition": options.partition,
+    }
     executor.update_parameters(
         job_name="doremi-train",
         time=options.timeout_minutes,
@@ -125,7 +134,9 @@ def ended(job: Any, look: bool) -> bool:
         return True
     if not look:
         return False
-    shown = subprocess.run(["squeue", "-h", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["squeue", "-h", "-j", job.job_id, "-o", "%T"], capture_output=True, text=True, check=False
+    )
     if shown.returncode:  # any other error: the controller is away for a while
         return "Invalid job id" in shown.stderr
     return not shown.stdout.strip()
@@ -137,14 +148,18 @@ def failure_of(name: str, job: Any) -> Exception | None:
 
     first = job.task(0)
     if not has_result(job):
-        return TrainingFailed(f"{name}: job {job.job_id} ended without a result, as when it is killed{_log(first)}")
+        return TrainingFailed(
+            f"{name}: job {job.job_id} ended without a result, as when it is killed{_log(first)}"
+        )
     try:
         code, message = first.result()
     except UncompletedJobError:
         return TrainingFailed(f"{name}: job {job.job_id} failed{_log(first)}")
     kinds = {0: None, Preempted.exit_code: Preempted, UserError.exit_code: UserError}
     kind = kinds.get(code, TrainingFailed)
-    return kind(f"{name}: {message}{_log(first) if kind is TrainingFailed else ''}") if kind else None
+    return (
+        kind(f"{name}: {message}{_log(first) if kind is TrainingFailed else ''}") if kind else None
+    )
 
 
 def has_result(job: Any) -> bool:

@@ -106,11 +106,17 @@ def train(
     return run
 
 
-Save = Callable[[dict[str, Tensor]], None]  # of the model's whole tensors by name, into the run's folder
+Save = Callable[
+    [dict[str, Tensor]], None
+]  # of the model's whole tensors by name, into the run's folder
 
 
 def finish(
-    session: Session, task: Task, trainer: Trainer, save: Save | None = None, said: Mapping[str, Any] | None = None
+    session: Session,
+    task: Task,
+    trainer: Trainer,
+    save: Save | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """Train to the end, save the model, and write the result: the run is done. `save`: otherwise than as a model of the
     token store; `said`: what the result says more."""
@@ -120,13 +126,21 @@ def finish(
         tensors = trainer.engine.state()["model"]
         more = {"evaluation": measured, **(said or {})}
         write = save or (lambda tensors: _save(task, trainer, tensors))
-        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, more, lambda: write(tensors))))
+        comm.on_first(
+            lambda: tracked.summary(_write(task, trainer, position, more, lambda: write(tensors)))
+        )
     trainer.engine.close()
 
 
 def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     assert isinstance(task.store, TokenStore)
-    folders.save(trainer.bare, tensors, task.run.folder / "model", task.store.tokenizer(), task.store.end_of_document)
+    folders.save(
+        trainer.bare,
+        tensors,
+        task.run.folder / "model",
+        task.store.tokenizer(),
+        task.store.end_of_document,
+    )
 
 
 def _write(
@@ -134,7 +148,9 @@ def _write(
 ) -> dict[str, float]:
     """Returns the headline."""
     save()
-    epochs = dict(zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True))
+    epochs = dict(
+        zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True)
+    )
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
     result |= {"engine": trainer.engine_used, **more}
     if hasattr(task.objective, "result"):
@@ -143,14 +159,18 @@ def _write(
     task.run.finish(result)
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")
-    learned = {f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()}
+    learned = {
+        f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()
+    }
     measured = more["evaluation"]
     return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **learned}
 
 
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:
     """The proxy's transformers config, or that of the preset `name`."""
-    options = session.config.model if name is None else ModelOptions(**configs.preset(name, "main.model"))
+    options = (
+        session.config.model if name is None else ModelOptions(**configs.preset(name, "main.model"))
+    )
     length = session.config.training.sequence_length
     key = "model" if name is None else "main.model"
     return configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)

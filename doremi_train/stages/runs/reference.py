@@ -19,25 +19,34 @@ def mixture(session: Session, store: TokenStore) -> Tensor:
     """α_ref (K,) of the first round."""
     options = session.config.mixture
     if session.config.reference.mixture == "file" and options.weights is not None:
-        found = doremi_train_mixture.checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        found = doremi_train_mixture.checked(
+            options.weights, store.domains, "mixture.weights", options.normalize
+        )
         return doremi_train_mixture.Mixture("file", found).tensor(store.domains)
     if session.config.reference.mixture == "file":
-        return doremi_train_mixture.load(Path(str(options.path)), store.domains, options.normalize).tensor(
-            store.domains
-        )
-    return budget.heuristic(session, store, session.config.reference.mixture, session.config.training.steps)
+        return doremi_train_mixture.load(
+            Path(str(options.path)), store.domains, options.normalize
+        ).tensor(store.domains)
+    return budget.heuristic(
+        session, store, session.config.reference.mixture, session.config.training.steps
+    )
 
 
 def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Path:
     """The model folder of the reference trained on the mixture `mixed` (K,), or of `reference.path`."""
     given = session.config.reference.path
     if given is None:
-        return language_model.train(session, store, name, *ingredients(session, store, mixed)).folder / "model"
+        return (
+            language_model.train(session, store, name, *ingredients(session, store, mixed)).folder
+            / "model"
+        )
     if session.config.proxy.rounds > 1:
         raise UserError(
             f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a reference of its own"
         )
-    folders.load(Path(given), store.vocabulary_size, "reference.path")  # wrong or missing: known before anything runs
+    folders.load(
+        Path(given), store.vocabulary_size, "reference.path"
+    )  # wrong or missing: known before anything runs
     return Path(given)
 
 

@@ -28,7 +28,10 @@ def cached(session: Session) -> bool:
 
 def weighing_cached(session: Session) -> bool:
     """Whether the main runs weigh their tokens by losses that are cached."""
-    return session.config.training.loss_weighting != "none" and session.config.reference.losses == "cached"
+    return (
+        session.config.training.loss_weighting != "none"
+        and session.config.reference.losses == "cached"
+    )
 
 
 def of(session: Session, store: TokenStore, run: Run, folder: Path) -> Reference | None:
@@ -36,7 +39,9 @@ def of(session: Session, store: TokenStore, run: Run, folder: Path) -> Reference
     return frozen(session, store, run, folder, run.recipe["reference"]) if needed(session) else None
 
 
-def frozen(session: Session, store: TokenStore, run: Run, folder: Path, fingerprint: str) -> Reference:
+def frozen(
+    session: Session, store: TokenStore, run: Run, folder: Path, fingerprint: str
+) -> Reference:
     """Those of any model `folder` with this fingerprint, for `run`."""
     if session.config.reference.losses == "live":
         return live(session, store, folder)
@@ -54,7 +59,9 @@ def sampler(session: Session, store: TokenStore, index: int) -> Sampler:
 
 def draws(session: Session, sampler: Sampler) -> Ints:
     """(K,) sequences of each domain in a proxy run with uniform draws."""
-    return sampler.counts_before(session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy())
+    return sampler.counts_before(
+        session.config.training.steps, simplex.uniform(len(sampler.sizes)).numpy()
+    )
 
 
 def live(session: Session, store: TokenStore, folder: Path) -> Live:

@@ -19,7 +19,9 @@ SECONDS_BETWEEN_LOOKS = 10.0  # into Slurm's queue
 
 
 def submit(
-    session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None] = lambda: None
+    session: Session,
+    children: Mapping[str, Mapping[str, Any]],
+    watch: Callable[[], None] = lambda: None,
 ) -> None:
     """Run composed configurations, named for messages, `submit.parallel` at a time; return when all ended well.
     `watch` is called now and then meanwhile.
@@ -32,16 +34,25 @@ def submit(
 
 def configured(session: Session, folder: Path, **changes: Any) -> dict[str, Any]:
     """This session's configuration for a child with a run_dir of its own; a change is a key such as "proxy.seeds"."""
-    places = {"run_dir": str(folder), "store": str(session.store.resolve()), "submit.cluster": "none"}
+    places = {
+        "run_dir": str(folder),
+        "store": str(session.store.resolve()),
+        "submit.cluster": "none",
+    }
     places |= session.tracking.of_part(folder.relative_to(session.run_dir).as_posix())
-    plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in session.plain.items()}
+    plain = {
+        name: dict(part) if isinstance(part, Mapping) else part
+        for name, part in session.plain.items()
+    }
     for key, value in (places | changes).items():
         group, _, name = key.rpartition(".")
         (plain[group] if group else plain)[name] = value
     return plain
 
 
-def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None]) -> None:
+def _submit(
+    session: Session, children: Mapping[str, Mapping[str, Any]], watch: Callable[[], None]
+) -> None:
     options = session.config.submit
     waiting, running = dict(children), dict[str, tuple[Any, int]]()  # running: a job, and its slot
     slots = list(range(options.parallel))
@@ -65,8 +76,12 @@ def _submit(session: Session, children: Mapping[str, Mapping[str, Any]], watch: 
                 slots.append(slot)
                 del running[name]
         if runs.stop.requested:
-            failure = failure or Preempted("told to stop; the jobs saved, and the same command continues them")
-        if failure and time.monotonic() > told + 2:  # again and again: a child that is just starting does not listen
+            failure = failure or Preempted(
+                "told to stop; the jobs saved, and the same command continues them"
+            )
+        if (
+            failure and time.monotonic() > told + 2
+        ):  # again and again: a child that is just starting does not listen
             told = time.monotonic()
             for job, _ in running.values():
                 jobs.tell_to_stop(job)

@@ -34,7 +34,9 @@ class _Wanted(NamedTuple):
 def setting(session: Session, store: TokenStore) -> Setting | None:
     """How a step's candidates are picked; None where all are trained on."""
     files = session.config.batch_selection.validation
-    return chosen(session, store, lambda: _given(session, store, _of_selection(session, store), files or ()))
+    return chosen(
+        session, store, lambda: _given(session, store, _of_selection(session, store), files or ())
+    )
 
 
 def chosen(session: Session, store: Store, given: Callable[[], Tensor]) -> Setting | None:
@@ -54,7 +56,9 @@ def chosen(session: Session, store: Store, given: Callable[[], Tensor]) -> Setti
 def _of_selection(session: Session, store: Store) -> _Wanted:
     asked, name = session.config.batch_selection, "batch_selection"
     domains, sequences = asked.domains or store.domains, asked.validation_sequences
-    return _Wanted(f"{name}.validation", f"{name}.domains", domains, f"{name}.validation_sequences", sequences)
+    return _Wanted(
+        f"{name}.validation", f"{name}.domains", domains, f"{name}.validation_sequences", sequences
+    )
 
 
 def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = ()) -> Tensor:
@@ -66,7 +70,11 @@ def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = 
         return _nothing(session)
     keys = ("target.files", "target.domains", "target.sequences")
     wanted = _Wanted(keys[0], keys[1], names, keys[2], asked.sequences)
-    return _drawn(session, store, wanted) if asked.files is None else _given(session, store, wanted, asked.files)
+    return (
+        _drawn(session, store, wanted)
+        if asked.files is None
+        else _given(session, store, wanted, asked.files)
+    )
 
 
 def _nothing(session: Session) -> Tensor:
@@ -78,12 +86,18 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
     names, length = wanted.domains, session.config.training.sequence_length
     unknown = sorted(set(names) - set(store.domains))
     if unknown:
-        raise UserError(f"{wanted.domains_key}: {', '.join(unknown)}: unknown; allowed: {', '.join(store.domains)}")
+        raise UserError(
+            f"{wanted.domains_key}: {', '.join(unknown)}: unknown; allowed: {', '.join(store.domains)}"
+        )
     reported = set(zip(*(part.tolist() for part in evaluated(session, store)), strict=True))
     found = []
     for nth, name in enumerate(names):
         k = store.domains.index(name)
-        free = [s for s in range(int(store.sequences("validation", length)[k])) if (k, s) not in reported]
+        free = [
+            s
+            for s in range(int(store.sequences("validation", length)[k]))
+            if (k, s) not in reported
+        ]
         count = (nth + 1) * wanted.sequences // len(names) - nth * wanted.sequences // len(names)
         if len(free) < count:
             raise UserError(
@@ -117,8 +131,12 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
         )
     target = np.array(tokens[:needed])
     reported = read(store, "validation", *evaluated(session, store), length).tokens.numpy()
-    half = -(-length // 2)  # whatever shares a whole sequence, wherever it begins, shares one of its halves
-    known = {row[start : start + half].tobytes() for row in reported for start in (0, length - half)}
+    half = -(
+        -length // 2
+    )  # whatever shares a whole sequence, wherever it begins, shares one of its halves
+    known = {
+        row[start : start + half].tobytes() for row in reported for start in (0, length - half)
+    }
     if any(target[start : start + half].tobytes() in known for start in range(needed - half)):
         raise UserError(
             f"{wanted.files_key}: shares text with the reported evaluation, towards which would then be "
@@ -131,7 +149,9 @@ def _documents(where: DataOptions, store: TokenStore) -> Iterator[list[int]]:
     encoder, bad = store.tokenizer(), opening.BadLines(where)
     for source in sources.resolve(where):
         for piece in reading.read(source, where, bad):
-            found = piece.tokens if piece.text is None else tokenizer.encode(encoder, [piece.text])[0]
+            found = (
+                piece.tokens if piece.text is None else tokenizer.encode(encoder, [piece.text])[0]
+            )
             assert found is not None
             yield found.tolist()
 

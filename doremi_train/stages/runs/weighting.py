@@ -30,7 +30,9 @@ def of(session: Session, store: TokenStore) -> Weighting | None:
     folders = [reference.folder(session, store, before, "reference")]
     if session.config.training.loss_weighting == "imp":
         ingredients = reference.ingredients(session, store, before)
-        folders.append(language_model.train(session, store, DATA_MODEL, *ingredients).folder / "model")
+        folders.append(
+            language_model.train(session, store, DATA_MODEL, *ingredients).folder / "model"
+        )
     return against(session, store, folders)
 
 

@@ -51,7 +51,11 @@ def texts(seed: int) -> Iterator[str]:
 
 
 def stream(names: tuple[str, ...], key: str) -> list[Record]:
-    return [{"text": text, "meta": {key: name}} for seed, name in enumerate(names) for text in texts(seed)]
+    return [
+        {"text": text, "meta": {key: name}}
+        for seed, name in enumerate(names)
+        for text in texts(seed)
+    ]
 
 
 def plain(seed: int) -> list[Record]:
@@ -60,7 +64,11 @@ def plain(seed: int) -> list[Record]:
 
 def pile() -> dict[str, list[Record]]:
     records = stream(PILE, "pile_set_name")
-    return {"train/00.jsonl.zst": records[::2], "train/01.jsonl.zst": records[1::2], "val.jsonl.zst": records[:1]}
+    return {
+        "train/00.jsonl.zst": records[::2],
+        "train/01.jsonl.zst": records[1::2],
+        "val.jsonl.zst": records[:1],
+    }
 
 
 def slimpajama() -> dict[str, list[Record]]:
@@ -97,16 +105,24 @@ CORPORA = {
     "dolma": (tuple(DOLMA), dolma),
     "common_pile": (
         COMMON_PILE,
-        lambda: {f"{name}/{name}-dolma-0000.json.gz": plain(seed) for seed, name in enumerate(COMMON_PILE)},
+        lambda: {
+            f"{name}/{name}-dolma-0000.json.gz": plain(seed)
+            for seed, name in enumerate(COMMON_PILE)
+        },
     ),
-    "glam": (GLAM, lambda: {f"{name}/train-0.jsonl": plain(seed) for seed, name in enumerate(GLAM)}),
+    "glam": (
+        GLAM,
+        lambda: {f"{name}/train-0.jsonl": plain(seed) for seed, name in enumerate(GLAM)},
+    ),
 }
 
 
 def write(path: Path, records: list[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    compress = {".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress}.get(path.suffix, bytes)
+    compress = {".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress}.get(
+        path.suffix, bytes
+    )
     path.write_bytes(compress(data))
 
 
@@ -115,7 +131,12 @@ def test_the_published_layout_is_prepared(name: str, command: Command, tmp_path:
     domains, files = CORPORA[name]
     for file, records in files().items():
         write(tmp_path / "copy" / file, records)
-    more = [f"data={name}", f"data.home={tmp_path / 'copy'}", "data.validation_fraction=0.3", "stage=prepare"]
+    more = [
+        f"data={name}",
+        f"data.home={tmp_path / 'copy'}",
+        "data.validation_fraction=0.3",
+        "stage=prepare",
+    ]
     outcome = command(*TINY, *more, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome
     found = json.loads((tmp_path / "run" / "prepare" / "manifest.json").read_text())["domains"]
@@ -123,8 +144,12 @@ def test_the_published_layout_is_prepared(name: str, command: Command, tmp_path:
 
 
 def test_a_copy_that_is_not_there_is_named(command: Command, tmp_path: Path) -> None:
-    outcome = command("data=redpajama", f"data.home={tmp_path}", f"run_dir={tmp_path / 'run'}", "stage=prepare")
-    assert outcome.code == 2 and f"data.domains.arxiv.train='{tmp_path}/arxiv/" in outcome.err, outcome
+    outcome = command(
+        "data=redpajama", f"data.home={tmp_path}", f"run_dir={tmp_path / 'run'}", "stage=prepare"
+    )
+    assert outcome.code == 2 and f"data.domains.arxiv.train='{tmp_path}/arxiv/" in outcome.err, (
+        outcome
+    )
 
 
 PUBLISHED = {
@@ -143,7 +168,9 @@ def test_published_weights_are_of_these_domains(name: str) -> None:
     mixture = compose(f"mixture={name}")["mixture"]
     assert mixture["normalize"]
     assert 0.98 < math.fsum(mixture["weights"].values()) < 1.04  # as published, rounded
-    found = doremi_train_mixture.checked(mixture["weights"], sorted(PUBLISHED[name]), "x", normalize=True)
+    found = doremi_train_mixture.checked(
+        mixture["weights"], sorted(PUBLISHED[name]), "x", normalize=True
+    )
     assert math.fsum(found.values()) == pytest.approx(1, abs=1e-12)
 
 

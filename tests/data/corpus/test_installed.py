@@ -38,7 +38,10 @@ def corpus() -> dict[tuple[str, str], list[tuple[str, str]]]:
 
 
 def test_six_domains_of_300_kilobytes(corpus):
-    sizes = {domain: sum(len(text.encode()) for _, text in corpus[domain, "train"]) for domain in installed.domains()}
+    sizes = {
+        domain: sum(len(text.encode()) for _, text in corpus[domain, "train"])
+        for domain in installed.domains()
+    }
     assert len(sizes) >= 6
     assert min(sizes.values()) >= 300_000, sizes
     assert max(sizes.values()) > 2 * min(sizes.values())  # natural is not uniform
@@ -70,7 +73,11 @@ def test_the_same_in_two_processes_without_torch():
     outputs = []
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(PROJECT)}
-        outputs.append(subprocess.check_output([sys.executable, "-c", DIGEST], env=environment, text=True).split())
+        outputs.append(
+            subprocess.check_output(
+                [sys.executable, "-c", DIGEST], env=environment, text=True
+            ).split()
+        )
     assert outputs[0] == outputs[1]
     assert outputs[0][1] == "False"
 
@@ -104,7 +111,9 @@ def test_read_as_sources():
     assert {source.split for source in sources} == {"train", "validation"}
     assert len({source.domain for source in sources}) == len(installed.domains())
     assert all(source.size > 0 and source.version for source in sources)
-    source = next(source for source in sources if source.url == "installed:unicode_names/validation")
+    source = next(
+        source for source in sources if source.url == "installed:unicode_names/validation"
+    )
     pieces = list(read(source, options, BadLines(options)))
     assert pieces and all(piece.last and piece.domain == "unicode_names" for piece in pieces)
     assert json.loads(json.dumps(pieces[0].text)) == pieces[0].text

@@ -47,13 +47,17 @@ def test_every_format_gives_the_same_texts(tmp_path, ending):
     write_as(tmp_path / "root" / "a", ending)
     given = options(root=str(tmp_path / "root"))
     assert texts(given) == TEXTS
-    assert {(piece.domain, piece.split, piece.last) for piece in pieces(given)} == {("a", None, True)}
+    assert {(piece.domain, piece.split, piece.last) for piece in pieces(given)} == {
+        ("a", None, True)
+    }
     assert all(source.size > 0 and source.version.isdigit() for source in resolve(given))
 
 
 def test_jsonl_line_ends_blank_lines_byte_order_mark_and_empty_texts(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + jsonl(["a", "", "b"], newline="\r\n\r\n") + b"\n  \n" + jsonl(["c"]))
+    path.write_bytes(
+        b"\xef\xbb\xbf" + jsonl(["a", "", "b"], newline="\r\n\r\n") + b"\n  \n" + jsonl(["c"])
+    )
     assert texts(one(path)) == ["a", "b", "c"]
     path.write_bytes(b"")
     assert texts(one(path)) == []
@@ -97,15 +101,23 @@ def test_webdataset_written_by_webdataset(tmp_path):
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
         for index, text in enumerate(TEXTS):
-            writer.write({"__key__": f"{index:06}", "txt": text, "json": {"source": f"s{index % 2}"}})
+            writer.write(
+                {"__key__": f"{index:06}", "txt": text, "json": {"source": f"s{index % 2}"}}
+            )
     assert texts(one(tmp_path / "x.tar")) == TEXTS
     given = options(files=[str(tmp_path / "x.tar")], domain_key="source")
-    assert [(piece.domain, piece.text) for piece in pieces(given)] == [(f"s{i % 2}", t) for i, t in enumerate(TEXTS)]
+    assert [(piece.domain, piece.text) for piece in pieces(given)] == [
+        (f"s{i % 2}", t) for i, t in enumerate(TEXTS)
+    ]
 
 
-@pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+@pytest.mark.parametrize(
+    ("code", "dtype"), [(1, "<u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")]
+)
 def test_megatron(tmp_path, code, dtype):
-    write_megatron(tmp_path / "x", [[[1, 2, 3], [4]], [[]], [[5, 6]], [], [[7], [], [8]]], code, dtype)
+    write_megatron(
+        tmp_path / "x", [[[1, 2, 3], [4]], [[]], [[5, 6]], [], [[7], [], [8]]], code, dtype
+    )
     result = pieces(one(tmp_path / "x.bin"))
     assert [piece.tokens.tolist() for piece in result] == [[1, 2, 3, 4], [5, 6], [7, 8]]
     assert all(piece.text is None and piece.last for piece in result)
@@ -114,7 +126,9 @@ def test_megatron(tmp_path, code, dtype):
 def test_megatron_trailing_empty_documents_and_remote(tmp_path):
     write_megatron(tmp_path / "x", [[[1]], [], []])
     for ending in (".bin", ".idx"):
-        fsspec.filesystem("memory").pipe_file(f"/meg/x{ending}", (tmp_path / f"x{ending}").read_bytes())
+        fsspec.filesystem("memory").pipe_file(
+            f"/meg/x{ending}", (tmp_path / f"x{ending}").read_bytes()
+        )
     for url in (tmp_path / "x.bin", "memory://meg/x.bin"):
         assert [piece.tokens.tolist() for piece in pieces(one(url))] == [[1]]
     write_megatron(tmp_path / "none", [])
@@ -132,7 +146,13 @@ def test_megatron_giant_document_in_pieces(tmp_path, monkeypatch):
 
 
 def test_root_takes_train_and_validation_files_of_its_folders(tmp_path):
-    for name in ("b/train-1.jsonl", "b/train-0.jsonl", "a/train.jsonl", "a/validation.jsonl", "b/.train.jsonl.tmp"):
+    for name in (
+        "b/train-1.jsonl",
+        "b/train-0.jsonl",
+        "a/train.jsonl",
+        "a/validation.jsonl",
+        "b/.train.jsonl.tmp",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jsonl([name]))
     (tmp_path / ".hidden").mkdir()
@@ -182,12 +202,16 @@ def test_domains_take_globs_and_validation(tmp_path):
 
 def test_one_stream_divided_by_a_key(tmp_path):
     write_parquet(tmp_path / "x.parquet", TEXTS)
-    lines = [{"body": {"content": text}, "meta": {"source": f"s{i % 2}"}} for i, text in enumerate(TEXTS)]
+    lines = [
+        {"body": {"content": text}, "meta": {"source": f"s{i % 2}"}} for i, text in enumerate(TEXTS)
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
     expected = [(f"s{index % 2}", None, text) for index, text in enumerate(TEXTS)]
     parquet = options(files=[f"{tmp_path}/*.parquet"], domain_key="meta.source")
     assert [piece[:3] for piece in pieces(parquet)] == expected
-    nested = options(files=[f"{tmp_path}/*.jsonl"], domain_key="meta.source", text_key="body.content")
+    nested = options(
+        files=[f"{tmp_path}/*.jsonl"], domain_key="meta.source", text_key="body.content"
+    )
     assert [piece[:3] for piece in pieces(nested)] == expected
 
 
@@ -201,7 +225,9 @@ def test_memory_urls():
     memory.pipe_file("/corpus/a/train-0.jsonl.zst", zstandard.compress(jsonl(TEXTS)))
     memory.pipe_file("/corpus/a/validation-0.txt", b"held out")
     given = options(root="memory://corpus")
-    assert [piece[1:3] for piece in pieces(given)] == [("train", text) for text in TEXTS] + [("validation", "held out")]
+    assert [piece[1:3] for piece in pieces(given)] == [("train", text) for text in TEXTS] + [
+        ("validation", "held out")
+    ]
     assert texts(one("memory://corpus/*/train*")) == TEXTS
     assert texts(one("memory://corpus/a/train-0.jsonl.zst")) == TEXTS
     assert all(source.url.startswith("memory://") and source.version for source in resolve(given))
@@ -235,7 +261,9 @@ def test_the_order_is_the_same_in_two_processes(tmp_path):
     outputs = set()
     for seed in "12":
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(PROJECT)}
-        outputs.add(subprocess.check_output([sys.executable, "-c", program, str(tmp_path)], env=environment))
+        outputs.add(
+            subprocess.check_output([sys.executable, "-c", program, str(tmp_path)], env=environment)
+        )
     assert len(outputs) == 1
 
 
@@ -260,7 +288,13 @@ def test_pieces_do_not_depend_on_chunks(monkeypatch):
     for size in (1, 3, 7, 100):
         chunks = [text[start : start + size] for start in range(0, len(text), size)]
         result = list(records.document("a", None, chunks))
-        assert [piece.text for piece in result] == ["one two ", "three ", "four five ", "six_seven_", "eight nine"]
+        assert [piece.text for piece in result] == [
+            "one two ",
+            "three ",
+            "four five ",
+            "six_seven_",
+            "eight nine",
+        ]
         assert [piece.last for piece in result] == [False] * 4 + [True]
 
 
@@ -333,7 +367,9 @@ def test_bad_root(tmp_path):
 
 
 def test_bad_domains(tmp_path):
-    refused(one(tmp_path / "*.jsonl"), "data.domains.a.train", f"{tmp_path}/*.jsonl", "matches none")
+    refused(
+        one(tmp_path / "*.jsonl"), "data.domains.a.train", f"{tmp_path}/*.jsonl", "matches none"
+    )
     refused(one(tmp_path / "x.jsonl"), "data.domains.a.train", "no such file")
     refused(one(tmp_path), "a folder")
     refused(options(domains={}), "data.domains")
@@ -351,15 +387,30 @@ def test_a_file_listed_twice(tmp_path):
     path = str(tmp_path / "x.txt")
     Path(path).write_text("x")
     (tmp_path / "link.txt").symlink_to(path)
-    refused(options(domains={"a": {"train": [path, f"{tmp_path}/x*"]}}), path, "listed twice", "overlap")
-    refused(options(domains={"a": {"train": [path]}, "b": {"train": [f"file://{path}"]}}), path, "'a'", "'b'")
-    refused(options(domains={"a": {"train": [path], "validation": [path]}}), "(train)", "(validation)")
+    refused(
+        options(domains={"a": {"train": [path, f"{tmp_path}/x*"]}}), path, "listed twice", "overlap"
+    )
+    refused(
+        options(domains={"a": {"train": [path]}, "b": {"train": [f"file://{path}"]}}),
+        path,
+        "'a'",
+        "'b'",
+    )
+    refused(
+        options(domains={"a": {"train": [path], "validation": [path]}}), "(train)", "(validation)"
+    )
     refused(one(f"{tmp_path}/*.txt"), "listed twice")
 
 
 @pytest.mark.parametrize(
     "url",
-    ["pipe:echo hello", "simplecache::memory://x.txt", "exec://ls", "zip://x.txt::file:///x.zip", "reference://x"],
+    [
+        "pipe:echo hello",
+        "simplecache::memory://x.txt",
+        "exec://ls",
+        "zip://x.txt::file:///x.zip",
+        "reference://x",
+    ],
 )
 def test_urls_that_may_run_commands(url):
     refused(one(url), url, "may run a command", "data.allow_pipe=true")
@@ -402,12 +453,17 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_lines_are_counted_up_to_the_limit(tmp_path, name):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(jsonl(["a"]) + b"\n" + BROKEN[name] + b"\n" + jsonl(["b"]) + b"\n" + BROKEN[name])
+    path.write_bytes(
+        jsonl(["a"]) + b"\n" + BROKEN[name] + b"\n" + jsonl(["b"]) + b"\n" + BROKEN[name]
+    )
     refused(one(path), str(path), "line 2", "data.max_bad_lines")
     refused(one(path, max_bad_lines=1), "line 4")
     given = one(path, max_bad_lines=2)
     bad = BadLines(given)
-    assert [piece.text for source in resolve(given) for piece in read(source, given, bad)] == ["a", "b"]
+    assert [piece.text for source in resolve(given) for piece in read(source, given, bad)] == [
+        "a",
+        "b",
+    ]
     assert bad.count == 2
 
 
@@ -428,23 +484,55 @@ def test_wrong_keys(tmp_path):
     path.write_text('{"text": "a", "meta": {"source": "s"}}\n{"content": "b", "meta": {"n": 1}}')
     refused(one(path), "data.text_key='text'", f"{path}, line 2", "content, meta.n")
     refused(one(path, text_key="meta"), "data.text_key='meta'", "line 1", "dict")
-    refused(options(files=[str(path)], domain_key="meta.source", text_key="meta.n"), "data.text_key", "line 1")
-    refused(options(files=[str(path)], domain_key="meta.set"), "data.domain_key='meta.set'", "line 1", "meta.source")
+    refused(
+        options(files=[str(path)], domain_key="meta.source", text_key="meta.n"),
+        "data.text_key",
+        "line 1",
+    )
+    refused(
+        options(files=[str(path)], domain_key="meta.set"),
+        "data.domain_key='meta.set'",
+        "line 1",
+        "meta.source",
+    )
     path.write_text('{"text": "a", "domain": 3}')
-    refused(options(files=[str(path)], domain_key="domain"), "data.domain_key='domain'", "a string is needed", "int")
+    refused(
+        options(files=[str(path)], domain_key="domain"),
+        "data.domain_key='domain'",
+        "a string is needed",
+        "int",
+    )
     path.write_text('{"text": "a", "domain": ""}')
-    refused(options(files=[str(path)], domain_key="domain"), "data.domain_key='domain'", "empty", "line 1")
+    refused(
+        options(files=[str(path)], domain_key="domain"),
+        "data.domain_key='domain'",
+        "empty",
+        "line 1",
+    )
     path.write_text('{"text": null}')
     refused(one(path), "data.text_key='text'", "NoneType")
     write_parquet(tmp_path / "x.parquet", ["a"])
-    refused(one(tmp_path / "x.parquet", text_key="body"), "data.text_key='body'", "meta.source, text")
-    refused(one(tmp_path / "x.parquet", text_key="meta.n"), "data.text_key='meta.n'", "row 1", "int")
+    refused(
+        one(tmp_path / "x.parquet", text_key="body"), "data.text_key='body'", "meta.source, text"
+    )
+    refused(
+        one(tmp_path / "x.parquet", text_key="meta.n"), "data.text_key='meta.n'", "row 1", "int"
+    )
     write_tar(tmp_path / "x.tar", [("0.json", b'{"body": "a"}'), ("1.json", b'{"text": "a"}')])
     refused(one(tmp_path / "x.tar"), "data.text_key='text'", "member '0.json'", "body")
-    refused(options(files=[f"{tmp_path}/x.tar"], domain_key="d"), "data.domain_key='d'", "member '0.json'")
+    refused(
+        options(files=[f"{tmp_path}/x.tar"], domain_key="d"),
+        "data.domain_key='d'",
+        "member '0.json'",
+    )
     for domain, word in (('{"d": ""}', "empty"), ('{"e": "s"}', "no such key")):
         write_tar(tmp_path / "y.tar", [("0.json", domain.encode()), ("0.txt", b"a")])
-        refused(options(files=[f"{tmp_path}/y.tar"], domain_key="d"), "data.domain_key='d'", "member '0.txt'", word)
+        refused(
+            options(files=[f"{tmp_path}/y.tar"], domain_key="d"),
+            "data.domain_key='d'",
+            "member '0.txt'",
+            word,
+        )
 
 
 def test_invalid_utf8_in_text(tmp_path):
@@ -503,13 +591,27 @@ def test_bad_megatron(tmp_path):
     index, tokens = (tmp_path / "x.idx").read_bytes(), (tmp_path / "x.bin").read_bytes()
     given = one(tmp_path / "x.bin")
     refused(options(files=[str(tmp_path / "x.bin")], domain_key="x"), "x.bin", "data.domains")
-    for wrong in (b"", index[:20], index[:-1], index + b"12345", b"X" + index[1:], index[:17] + b"\x06" + index[18:]):
+    for wrong in (
+        b"",
+        index[:20],
+        index[:-1],
+        index + b"12345",
+        b"X" + index[1:],
+        index[:17] + b"\x06" + index[18:],
+    ):
         (tmp_path / "x.idx").write_bytes(wrong)
         refused(given, "x.idx", "corrupt index")
-    for place, value in ((34, 9), (34 + 12 + 8, 7), (34 + 36 + 8, 5), (34 + 36 + 16, 2)):  # sizes, pointers, bounds
+    for place, value in (
+        (34, 9),
+        (34 + 12 + 8, 7),
+        (34 + 36 + 8, 5),
+        (34 + 36 + 16, 2),
+    ):  # sizes, pointers, bounds
         (tmp_path / "x.idx").write_bytes(index[:place] + bytes([value]) + index[place + 1 :])
         refused(given, "x.idx", "corrupt index")
-    (tmp_path / "x.idx").write_bytes(index + bytes(3))  # one mode per sequence, as multimodal writers append
+    (tmp_path / "x.idx").write_bytes(
+        index + bytes(3)
+    )  # one mode per sequence, as multimodal writers append
     assert len(pieces(given)) == 2
     (tmp_path / "x.bin").write_bytes(tokens[:-2])
     refused(given, "x.bin", "truncated or corrupt")

@@ -30,7 +30,21 @@ from doremi_train.data.tokens.prepare import address, explain_change, prepare, r
 from doremi_train.data.tokens.sample import _sample
 from doremi_train.data.tokens.shards import TokenStore
 
-WORDS = ["the", "of", "wolf", "river", "green", "walks", "under", "<|endoftext|>", "über", "naïve", "雪", "📚", "\n"]
+WORDS = [
+    "the",
+    "of",
+    "wolf",
+    "river",
+    "green",
+    "walks",
+    "under",
+    "<|endoftext|>",
+    "über",
+    "naïve",
+    "雪",
+    "📚",
+    "\n",
+]
 SMALL = {
     "embedded": None,
     "vocabulary_size": 300,
@@ -43,7 +57,10 @@ REPOSITORY = Path(__file__).parents[3]
 
 def texts(seed: int, count: int = 60) -> list[str]:
     random = np.random.default_rng(seed)
-    return [f"{seed}-{i} " + " ".join(random.choice(WORDS, random.integers(1, 80))) for i in range(count)]
+    return [
+        f"{seed}-{i} " + " ".join(random.choice(WORDS, random.integers(1, 80)))
+        for i in range(count)
+    ]
 
 
 def jsonl(documents: Iterable[str], **more: Any) -> bytes:
@@ -74,7 +91,11 @@ def write(folder: Path, split: str, documents: list[str], form: str) -> None:
     elif form == "tar":
         (folder / f"{split}.tar").write_bytes(tar(documents))
     else:
-        compress = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.ZstdCompressor().compress}[form]
+        compress = {
+            "jsonl": bytes,
+            "jsonl.gz": gzip.compress,
+            "jsonl.zst": zstandard.ZstdCompressor().compress,
+        }[form]
         (folder / f"{split}.{form}").write_bytes(compress(jsonl(documents)))
 
 
@@ -98,7 +119,9 @@ def test_the_same_text_gives_the_same_shards_in_any_files(tmp_path: Path) -> Non
     found = {}
     for form in ("jsonl", "divided", "jsonl.gz", "jsonl.zst", "parquet", "tar", "txt"):
         found[form] = prepare(options(corpus(tmp_path / "in" / form, form)), tmp_path / "out")
-    assert len({path.name for path in found.values()}) == len(found)  # other sources: other addresses
+    assert len({path.name for path in found.values()}) == len(
+        found
+    )  # other sources: other addresses
     wanted = shards(found["jsonl"])
     assert sum(name.endswith(".tar") for name in wanted) > 4
     for form, path in found.items():
@@ -114,7 +137,9 @@ def test_one_stream_with_a_domain_key_gives_the_same_shards(tmp_path: Path) -> N
         for domain, text in zip("ab", pair, strict=True)
     ]
     (tmp_path / "mixed.jsonl").write_bytes(b"".join(lines))
-    mixed = prepare(options(files=[str(tmp_path / "mixed.jsonl")], domain_key="meta.set"), tmp_path / "out")
+    mixed = prepare(
+        options(files=[str(tmp_path / "mixed.jsonl")], domain_key="meta.set"), tmp_path / "out"
+    )
     assert shards(mixed) == shards(root)
 
 
@@ -124,20 +149,28 @@ def test_documents_come_back_and_no_text_is_in_both_splits(tmp_path: Path) -> No
     store = TokenStore.open(prepare(options(root), tmp_path / "out"))
     found = {(s, d): documents_of(store, s, d) for s in ("train", "validation") for d in "ab"}
     assert sorted(found["train", "a"] + found["validation", "a"]) == sorted(texts(0))
-    assert sorted(found["train", "b"] + found["validation", "b"]) == sorted(texts(1) + texts(0)[:20])
-    assert not set(found["train", "a"] + found["train", "b"]) & set(found["validation", "a"] + found["validation", "b"])
+    assert sorted(found["train", "b"] + found["validation", "b"]) == sorted(
+        texts(1) + texts(0)[:20]
+    )
+    assert not set(found["train", "a"] + found["train", "b"]) & set(
+        found["validation", "a"] + found["validation", "b"]
+    )
     text_bytes = sum(len(text.encode()) for text in found["train", "a"])
     assert store.bytes_per_token("train")[0] == text_bytes / store.sizes("train")[0]
 
 
 def test_training_documents_that_are_validation_documents_are_dropped(tmp_path: Path) -> None:
     root = corpus(tmp_path / "in")
-    write(root / "a", "validation", [*texts(0)[:5], "only here"], "jsonl")  # a: given; b: split by hash
+    write(
+        root / "a", "validation", [*texts(0)[:5], "only here"], "jsonl"
+    )  # a: given; b: split by hash
     write(root / "a", "train_more", texts(1), "jsonl")
     store = TokenStore.open(prepare(options(root), tmp_path / "out"))
     validation_b = documents_of(store, "validation", "b")
     assert documents_of(store, "validation", "a") == [*texts(0)[:5], "only here"]
-    assert documents_of(store, "train", "a") == texts(0)[5:] + [text for text in texts(1) if text not in validation_b]
+    assert documents_of(store, "train", "a") == texts(0)[5:] + [
+        text for text in texts(1) if text not in validation_b
+    ]
     assert store.manifest["dropped_validation_duplicates"] == 5 + len(validation_b) > 5
 
 
@@ -210,27 +243,43 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     given = options(tmp_path / "in", tokenizer=str(tmp_path / "tokenizer.json"))
     store = TokenStore.open(prepare(given, tmp_path / "out"))
     assert store.manifest["dtype"] == "uint32" and store.vocabulary_size == 70_002
-    assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [[70_001, 3, 65_537, 0, 1]]
+    assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [
+        [70_001, 3, 65_537, 0, 1]
+    ]
 
 
 def test_a_giant_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE", 200)
     for split in ("train", "validation"):
-        write(tmp_path / "in" / "a", split, [split + " ".join(texts(3)), split + "short", "x" * 1001 + split], "jsonl")
+        write(
+            tmp_path / "in" / "a",
+            split,
+            [split + " ".join(texts(3)), split + "short", "x" * 1001 + split],
+            "jsonl",
+        )
     store = TokenStore.open(prepare(options(tmp_path / "in"), tmp_path / "out"))
-    assert documents_of(store, "train", "a") == ["train" + " ".join(texts(3)), "trainshort", "x" * 1001 + "train"]
+    assert documents_of(store, "train", "a") == [
+        "train" + " ".join(texts(3)),
+        "trainshort",
+        "x" * 1001 + "train",
+    ]
     assert store.documents("train").tolist() == [3]
 
 
 def megatron(path: Path, documents: list[list[int]]) -> None:
     """A .bin and .idx of int32, as Megatron-LM writes them."""
-    np.concatenate([np.array(tokens, "<i4") for tokens in documents]).tofile(path.with_suffix(".bin"))
+    np.concatenate([np.array(tokens, "<i4") for tokens in documents]).tofile(
+        path.with_suffix(".bin")
+    )
     sizes = np.array([len(tokens) for tokens in documents], "<i4")
     pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype="<i8") * 4]).astype("<i8")
     head = b"MMIDIDX\x00\x00" + np.array(1, "<u8").tobytes() + b"\x04"
     head += np.array([len(documents), len(documents) + 1], "<u8").tobytes()
     path.with_suffix(".idx").write_bytes(
-        head + sizes.tobytes() + pointers.tobytes() + np.arange(len(documents) + 1, dtype="<i8").tobytes()
+        head
+        + sizes.tobytes()
+        + pointers.tobytes()
+        + np.arange(len(documents) + 1, dtype="<i8").tobytes()
     )
 
 
@@ -242,12 +291,18 @@ def test_tokenised_documents_end_once(tmp_path: Path) -> None:
     given = options(tmp_path / "in", tokenizer=str(tmp_path / "tokenizer.json"))
     store = TokenStore.open(prepare(given, tmp_path / "out"))
     assert store.sizes("train").tolist() == [5] and store.documents("train").tolist() == [2]
-    assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [[5, 6, 0, 9, 0]]  # [7, 8] is validation
+    assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [
+        [5, 6, 0, 9, 0]
+    ]  # [7, 8] is validation
     assert np.isnan(store.bytes_per_token("train")).all()
-    with pytest.raises(UserError, match=r"data.tokenizer='train': .*train.bin is already tokenised|validation.bin"):
+    with pytest.raises(
+        UserError, match=r"data.tokenizer='train': .*train.bin is already tokenised|validation.bin"
+    ):
         prepare(options(tmp_path / "in"), tmp_path / "out")
     megatron(tmp_path / "in" / "a" / "train", [[5, 300]])
-    with pytest.raises(UserError, match=r"train.bin: token ids 5 to 300, but data.tokenizer has only ids 0 to 299"):
+    with pytest.raises(
+        UserError, match=r"train.bin: token ids 5 to 300, but data.tokenizer has only ids 0 to 299"
+    ):
         prepare(given, tmp_path / "out")
 
 
@@ -255,7 +310,8 @@ def test_domains_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     root = corpus(tmp_path / "in")
     write(root / "lonely", "train", ["one document"], "txt")
     with pytest.raises(
-        UserError, match=r"no (validation|training) document in domain lonely: .*data.validation_fraction"
+        UserError,
+        match=r"no (validation|training) document in domain lonely: .*data.validation_fraction",
     ):
         prepare(options(root), tmp_path / "out")
     write(root / "lonely", "validation", ["one document"], "txt")
@@ -283,7 +339,9 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
     def progress(description: str, done: int, total: int | None) -> None:
         write(root / "b", "train-2", ["late"], "jsonl")
 
-    with pytest.raises(UserError, match=r"changed while it was read \(new files: b/train-2.jsonl\); run again"):
+    with pytest.raises(
+        UserError, match=r"changed while it was read \(new files: b/train-2.jsonl\); run again"
+    ):
         prepare(options(root), tmp_path / "out", progress)
     assert not list((tmp_path / "out").glob("*/manifest.json"))
     prepare(options(root), tmp_path / "out")
@@ -310,7 +368,9 @@ prepare.prepare(load(DataOptions, json.loads(sys.argv[1]), "data"), Path(sys.arg
 
 def run(values: dict[str, Any], folder: Path, calls: int, **environment: str) -> int:
     command = [sys.executable, "-c", KILLED, json.dumps(values), str(folder), str(calls)]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment).returncode
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+    ).returncode
 
 
 def test_a_killed_preparation_continues_with_the_same_bytes(tmp_path: Path) -> None:
@@ -326,7 +386,9 @@ def test_a_killed_preparation_continues_with_the_same_bytes(tmp_path: Path) -> N
     assert (killed / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
 
 
-def test_what_shards_hold_is_not_tokenised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_shards_hold_is_not_tokenised_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = corpus(tmp_path / "in")
     monkeypatch.setattr(encoding, "BATCH_PIECES", 10)
     calls = 0
@@ -339,7 +401,11 @@ def test_what_shards_hold_is_not_tokenised_again(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(KeyboardInterrupt):
         prepare(options(root), tmp_path / "out", stop)
-    journal = (tmp_path / "out" / address(request(options(root))) / "journal.jsonl").read_text().splitlines()
+    journal = (
+        (tmp_path / "out" / address(request(options(root))) / "journal.jsonl")
+        .read_text()
+        .splitlines()
+    )
     held = sum(json.loads(line)["pieces"] for line in journal)
     tokenised = 0
     encode = tokenizers.encode
@@ -360,7 +426,11 @@ def test_two_preparations_of_one_address_wait_for_each_other(tmp_path: Path) -> 
 
     def one() -> None:
         found.append(
-            prepare(given, tmp_path / "out", lambda description, done, total: descriptions.append(description))
+            prepare(
+                given,
+                tmp_path / "out",
+                lambda description, done, total: descriptions.append(description),
+            )
         )
 
     found: list[Path] = []
@@ -404,7 +474,11 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     with (tmp_path / "in" / "a" / "train.jsonl").open("wb") as file:
         for count, size in ((1, 12_000_000), (480, 100_000)):
             file.write(jsonl((f"{i} " + f"about {i} words " * size)[:size] for i in range(count)))
-    values = SMALL | {"root": str(tmp_path / "in"), "member_tokens": 1_000_000, "tokenizer_sample": 1_000_000}
+    values = SMALL | {
+        "root": str(tmp_path / "in"),
+        "member_tokens": 1_000_000,
+        "tokenizer_sample": 1_000_000,
+    }
     command = [sys.executable, "-c", MEMORY, json.dumps(values), str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -24,7 +24,9 @@ Documents = list[tuple[Stream, list[int]]]
 
 def write(folder: Path, documents: Documents, **options: Any) -> TokenStore:
     """A finished store: one document a piece."""
-    writer = ShardWriter(folder, **({"dtype": np.uint16, "member_tokens": 50, "members_per_shard": 3} | options))
+    writer = ShardWriter(
+        folder, **({"dtype": np.uint16, "member_tokens": 50, "members_per_shard": 3} | options)
+    )
     skip = {stream: state.pieces for stream, state in writer.streams.items()}
     for stream, tokens in documents:
         if skip.get(stream, 0):
@@ -46,7 +48,11 @@ def some(seed: int = 0, domains: tuple[str, ...] = ("a", "b"), documents: int = 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def members(store: TokenStore, split: str, domain: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -54,7 +60,9 @@ def members(store: TokenStore, split: str, domain: str) -> list[tuple[np.ndarray
     found = []
     for path in sorted((store.path / store.manifest["domains"][domain][split]["folder"]).iterdir()):
         with tarfile.open(path) as archive:
-            arrays = [np.load(io.BytesIO(archive.extractfile(m).read())) for m in archive.getmembers()]  # type: ignore
+            arrays = [
+                np.load(io.BytesIO(archive.extractfile(m).read())) for m in archive.getmembers()
+            ]  # type: ignore
         found += list(zip(arrays[::2], arrays[1::2], strict=True))
     return found
 
@@ -68,11 +76,17 @@ def test_all_tokens_and_ends_are_there_in_order(tmp_path: Path) -> None:
             parts = members(store, split, domain)
             assert np.concatenate([tokens for tokens, _ in parts]).tolist() == list(chain(*wanted))
             starts = np.cumsum([0] + [len(tokens) for tokens, _ in parts])
-            ends = np.concatenate([ends + start for (_, ends), start in zip(parts, starts[:-1], strict=True)])
+            ends = np.concatenate(
+                [ends + start for (_, ends), start in zip(parts, starts[:-1], strict=True)]
+            )
             assert ends.tolist() == np.cumsum([len(tokens) for tokens in wanted]).tolist()
-            assert store.sizes(split)[k] == len(list(chain(*wanted))) and store.documents(split)[k] == len(wanted)
+            assert store.sizes(split)[k] == len(list(chain(*wanted))) and store.documents(split)[
+                k
+            ] == len(wanted)
             assert store.bytes_per_token(split)[k] == 2
-            assert all(50 <= len(tokens) < 110 for tokens, _ in parts[:-1])  # closed by the piece that reached it
+            assert all(
+                50 <= len(tokens) < 110 for tokens, _ in parts[:-1]
+            )  # closed by the piece that reached it
 
 
 def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
@@ -92,7 +106,13 @@ def test_tar_headers_are_deterministic_and_tokens_aligned(tmp_path: Path) -> Non
     for path in tmp_path.rglob("*.tar"):
         with tarfile.open(path) as archive:
             for member in archive:
-                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (
+                    0,
+                    0,
+                    0,
+                    "",
+                    "",
+                )
                 assert member.type == tarfile.REGTYPE
     assert (np.load(tmp_path / "index.npy")["offset"] % 64 == 0).all()
     assert store.domains == ("a", "b")
@@ -100,8 +120,12 @@ def test_tar_headers_are_deterministic_and_tokens_aligned(tmp_path: Path) -> Non
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), length=st.integers(1, 70), wide=st.booleans())
-def test_gather_equals_a_naive_reading(tmp_path_factory: Any, seed: int, length: int, wide: bool) -> None:
-    store = write(tmp_path_factory.mktemp("store"), some(seed), dtype=np.uint32 if wide else np.uint16)
+def test_gather_equals_a_naive_reading(
+    tmp_path_factory: Any, seed: int, length: int, wide: bool
+) -> None:
+    store = write(
+        tmp_path_factory.mktemp("store"), some(seed), dtype=np.uint32 if wide else np.uint16
+    )
     for split in shards.SPLITS:
         naive = []
         for k, domain in enumerate(store.domains):
@@ -114,7 +138,9 @@ def test_gather_equals_a_naive_reading(tmp_path_factory: Any, seed: int, length:
         if not naive:
             continue
         order = np.random.default_rng(seed).permutation(len(naive))
-        domain_ids, sequence_ids = (np.array([naive[i][column] for i in order]) for column in (0, 1))
+        domain_ids, sequence_ids = (
+            np.array([naive[i][column] for i in order]) for column in (0, 1)
+        )
         gathered = store.gather(split, domain_ids, sequence_ids, length)
         assert gathered.dtype == np.int64
         np.testing.assert_array_equal(gathered, np.stack([naive[i][2] for i in order]))
@@ -136,7 +162,9 @@ def test_maps_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     store = write(tmp_path, some(documents=200), members_per_shard=1)
     count = int(store.sequences("train", 8)[0])
     first = store.gather("train", np.zeros(count, int), np.arange(count), 8)
-    np.testing.assert_array_equal(first[::-1], store.gather("train", np.zeros(count, int), np.arange(count)[::-1], 8))
+    np.testing.assert_array_equal(
+        first[::-1], store.gather("train", np.zeros(count, int), np.arange(count)[::-1], 8)
+    )
     assert len(store._maps) == 2
 
 
@@ -160,14 +188,20 @@ def test_a_torn_shard_is_refused(tmp_path: Path, change: int) -> None:
     path = tmp_path / "train" / "a" / "00000.tar"
     data = path.read_bytes()
     path.write_bytes(data[:change] if change < 0 else data + bytes(change))
-    with pytest.raises(UserError, match=rf"{path} has {len(data) + change} bytes where {len(data)} were written"):
+    with pytest.raises(
+        UserError, match=rf"{path} has {len(data) + change} bytes where {len(data)} were written"
+    ):
         TokenStore.open(tmp_path).gather("train", np.array([0]), np.array([0]), 4)
 
 
 def test_an_incomplete_store_is_refused(tmp_path: Path) -> None:
     store = write(tmp_path, some())
-    (tmp_path / "tokenizer.json").write_text(tokenizer.serialise(tokenizer.learn(["another one"], 290)))
-    with pytest.raises(UserError, match=r"tokenizer.json is not the tokeniser that wrote the tokens"):
+    (tmp_path / "tokenizer.json").write_text(
+        tokenizer.serialise(tokenizer.learn(["another one"], 290))
+    )
+    with pytest.raises(
+        UserError, match=r"tokenizer.json is not the tokeniser that wrote the tokens"
+    ):
         store.tokenizer()
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json is missing"):
@@ -190,8 +224,12 @@ def test_an_incomplete_store_is_refused(tmp_path: Path) -> None:
         TokenStore.open(tmp_path)
 
 
-@pytest.mark.parametrize("buffer_bytes", [10**6, 400])  # 400: members close early, for want of memory
-def test_a_writer_stopped_anywhere_continues_with_the_same_bytes(tmp_path: Path, buffer_bytes: int) -> None:
+@pytest.mark.parametrize(
+    "buffer_bytes", [10**6, 400]
+)  # 400: members close early, for want of memory
+def test_a_writer_stopped_anywhere_continues_with_the_same_bytes(
+    tmp_path: Path, buffer_bytes: int
+) -> None:
     documents = some(3, documents=80)
     write(tmp_path / "whole", documents, buffer_bytes=buffer_bytes)
     whole = contents(tmp_path / "whole")
@@ -202,7 +240,9 @@ def test_a_writer_stopped_anywhere_continues_with_the_same_bytes(tmp_path: Path,
         for stream, tokens in documents[:stop]:
             writer.append(stream, np.array(tokens), True, 2 * len(tokens))
         journal = folder / "journal.jsonl"
-        if journal.exists():  # what a kill leaves: half a line, and a member that the journal does not know
+        if (
+            journal.exists()
+        ):  # what a kill leaves: half a line, and a member that the journal does not know
             with journal.open("a") as file:
                 file.write('{"stream": ["tr')
             for part in folder.rglob("*.part"):
@@ -248,7 +288,9 @@ def test_a_lost_part_is_refused(tmp_path: Path) -> None:
 def test_fingerprint_follows_tokens_ends_and_members(tmp_path: Path) -> None:
     base = some()
     same = write(tmp_path / "0", base).fingerprint
-    assert write(tmp_path / "1", base, members_per_shard=2).fingerprint == same  # where a member is stored says nothing
+    assert (
+        write(tmp_path / "1", base, members_per_shard=2).fingerprint == same
+    )  # where a member is stored says nothing
     by_stream = sorted(base, key=lambda document: document[0])
     assert write(tmp_path / "2", by_stream).fingerprint == same
     stream, tokens = base[0]
@@ -259,7 +301,9 @@ def test_fingerprint_follows_tokens_ends_and_members(tmp_path: Path) -> None:
         [((stream[0], "c"), tokens), *base[1:]],
     ]
     found = {write(tmp_path / f"other-{i}", other).fingerprint for i, other in enumerate(others)}
-    found.add(write(tmp_path / "members", base, member_tokens=40).fingerprint)  # other members, other sequences
+    found.add(
+        write(tmp_path / "members", base, member_tokens=40).fingerprint
+    )  # other members, other sequences
     assert len(found) == 5 and same not in found
 
 
@@ -271,15 +315,22 @@ def test_unknown_text_size_is_nan(tmp_path: Path) -> None:
     writer.finish()
     write_manifest(writer, TOKENIZER, 0, 0, 0, {})
     store = TokenStore.open(tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text())["domains"]["a"]["train"]["bytes"] is None
+    assert (
+        json.loads((tmp_path / "manifest.json").read_text())["domains"]["a"]["train"]["bytes"]
+        is None
+    )
     np.testing.assert_array_equal(store.bytes_per_token("train"), [np.nan, 2.0])
     assert np.isnan(store.bytes_per_token("validation")).all()
-    assert store.sizes("validation").tolist() == [9, 0] and store.sequences("validation", 4).tolist() == [2, 0]
+    assert store.sizes("validation").tolist() == [9, 0] and store.sequences(
+        "validation", 4
+    ).tolist() == [2, 0]
 
 
 @given(st.lists(st.text(max_size=300), unique=True, max_size=20))
 def test_domain_folders_are_safe_and_different(names: list[str]) -> None:
-    folders = [shards.domain_folder(name) for name in [*names, "..", ".", "", "a/b", "../x", "<script>"]]
+    folders = [
+        shards.domain_folder(name) for name in [*names, "..", ".", "", "a/b", "../x", "<script>"]
+    ]
     assert len(set(folders)) >= len(set(names))
     assert all(0 < len(f.encode()) < 240 and "/" not in f and f[0] != "." for f in folders)
 

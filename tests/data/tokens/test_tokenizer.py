@@ -15,7 +15,10 @@ from doremi_train.config import UserError
 from doremi_train.data.tokens import tokenizer as tokenizers
 
 TEXTS = [
-    f"The {a} house of number {i}, said the {b}.\n" for i in range(40) for a in ("red", "blue") for b in ("cat", "ox")
+    f"The {a} house of number {i}, said the {b}.\n"
+    for i in range(40)
+    for a in ("red", "blue")
+    for b in ("cat", "ox")
 ]
 LEARN = """
 from doremi_train.data.tokens import tokenizer
@@ -61,18 +64,28 @@ def test_learning_depends_on_neither_hash_seed_nor_threads() -> None:
             "TOKENIZERS_PARALLELISM": parallel,
             "PYTHONPATH": str(Path(__file__).parents[3]),
         }
-        run = subprocess.run([sys.executable, "-c", LEARN], env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", LEARN],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found.add(run.stdout.strip())
     assert len(found) == 1
 
 
-def test_loading_gives_the_same_tokeniser_from_file_and_folder(learned: tokenizers.Tokenizer, tmp_path: Path) -> None:
+def test_loading_gives_the_same_tokeniser_from_file_and_folder(
+    learned: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
     file = save(learned, tmp_path / "tokenizer.json")
     for name in (file, str(tmp_path)):
         assert tokenizers.fingerprint(tokenizers.load(name)) == tokenizers.fingerprint(learned)
 
 
-def test_truncation_padding_and_dropout_of_a_file_are_off(learned: tokenizers.Tokenizer, tmp_path: Path) -> None:
+def test_truncation_padding_and_dropout_of_a_file_are_off(
+    learned: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
     changed = tokenizers.parse(tokenizers.serialise(learned))
     changed.enable_truncation(3)
     changed.enable_padding(length=50)
@@ -87,7 +100,9 @@ def test_fingerprint_is_of_the_content(learned: tokenizers.Tokenizer, tmp_path: 
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(tokenizers.serialise(learned)), indent=7, sort_keys=True))
     assert tokenizers.fingerprint(tokenizers.load(str(file))) == tokenizers.fingerprint(learned)
-    assert tokenizers.fingerprint(tokenizers.learn(TEXTS[:80], 290)) != tokenizers.fingerprint(learned)
+    assert tokenizers.fingerprint(tokenizers.learn(TEXTS[:80], 290)) != tokenizers.fingerprint(
+        learned
+    )
 
 
 def test_a_folder_with_slow_files_only_is_converted(tmp_path: Path) -> None:
@@ -103,7 +118,9 @@ def test_a_folder_with_slow_files_only_is_converted(tmp_path: Path) -> None:
 def test_end_of_document_by_name_and_its_errors(learned: tokenizers.Tokenizer) -> None:
     a = learned.token_to_id("a")
     assert tokenizers.end_of_document(learned, "a") == a
-    with pytest.raises(UserError, match=r"data.end_of_document='</s>': not a token.*<\|endoftext\|>"):
+    with pytest.raises(
+        UserError, match=r"data.end_of_document='</s>': not a token.*<\|endoftext\|>"
+    ):
         tokenizers.end_of_document(learned, "</s>")
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     with pytest.raises(UserError, match=r"data.end_of_document=None: not given"):
@@ -111,7 +128,9 @@ def test_end_of_document_by_name_and_its_errors(learned: tokenizers.Tokenizer) -
 
 
 def test_vocabulary_size_covers_gaps() -> None:
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a"))
+    plain = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a")
+    )
     assert tokenizers.vocabulary_size(plain) == 70_001
 
 

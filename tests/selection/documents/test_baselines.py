@@ -44,7 +44,10 @@ def test_bm25_is_lucene_s() -> None:
 def place(tmp_path: Path) -> list[str]:
     """A domain that hides documents of the target's language, and overrides to select 12 of its 100 documents."""
     hidden, stream = documents(3, "nopqrst", 300, 8000), documents(3, "nopqrst", 300, 10**6)
-    write_jsonl(tmp_path / "raw" / "mixed" / "train.jsonl", [*documents(2, "hijklmno", 200, 30_000), *hidden])
+    write_jsonl(
+        tmp_path / "raw" / "mixed" / "train.jsonl",
+        [*documents(2, "hijklmno", 200, 30_000), *hidden],
+    )
     for _ in range(100):
         next(stream)
     target = write_jsonl(tmp_path / "target.jsonl", [next(stream) for _ in range(5)])
@@ -57,7 +60,9 @@ def place(tmp_path: Path) -> list[str]:
 def found(tmp_path: Path, run_dir: str = "run") -> int:
     """How many of the chosen were hidden: those after the documents of the other language."""
     others = sum(1 for _ in documents(2, "hijklmno", 200, 30_000))
-    table = pq.read_table(tmp_path / run_dir / "select/t/sidecar.parquet", filters=[("selected", "==", True)])
+    table = pq.read_table(
+        tmp_path / run_dir / "select/t/sidecar.parquet", filters=[("selected", "==", True)]
+    )
     return int((table["row"].to_numpy() >= others).sum())
 
 
@@ -86,15 +91,26 @@ def test_a_classifier_is_the_minimum_of_its_loss_whatever_the_division() -> None
 
     def loss(table: np.ndarray) -> float:
         """As the docstring says it; the penalty is that of the weights without their offset, the least there is."""
-        served, others = (scorer.score(whole(texts), {"table": table})[:, 0] for texts in (target["t"], corpus))
+        served, others = (
+            scorer.score(whole(texts), {"table": table})[:, 0] for texts in (target["t"], corpus)
+        )
         weights = optimize.minimize_scalar(lambda offset: ((table - offset) ** 2).sum()).fun
         return float(
-            (np.logaddexp(0, -served).mean() + np.logaddexp(0, others).mean() + baselines.PENALTY * weights) / 2
+            (
+                np.logaddexp(0, -served).mean()
+                + np.logaddexp(0, others).mean()
+                + baselines.PENALTY * weights
+            )
+            / 2
         )
 
     assert loss(table) < 0.2 < loss(0 * table)
     directions = np.random.default_rng(0).normal(size=(20, *table.shape))
-    assert all(loss(table + step * d) > loss(table) - 1e-5 for d in directions for step in (-1, -0.1, 0.1, 1))
+    assert all(
+        loss(table + step * d) > loss(table) - 1e-5
+        for d in directions
+        for step in (-1, -0.1, 0.1, 1)
+    )
 
 
 def test_chance_finds_little_and_the_seed_decides_what(place: list[str], tmp_path: Path) -> None:
@@ -103,7 +119,9 @@ def test_chance_finds_little_and_the_seed_decides_what(place: list[str], tmp_pat
         done = run_here("selection=random", *place, f"seed={seed}", "selection.temperature=1.0",
                         f"run_dir={tmp_path / str(seed)}", f"store={tmp_path / 'store'}")  # fmt: skip
         assert done.code == 0, done
-        table = pq.read_table(tmp_path / str(seed) / "select/t/sidecar.parquet", filters=[("selected", "==", True)])
+        table = pq.read_table(
+            tmp_path / str(seed) / "select/t/sidecar.parquet", filters=[("selected", "==", True)]
+        )
         chosen.append(set(table["row"].to_pylist()))
         assert len(chosen[-1]) == 12
     assert chosen[0] != chosen[1]
@@ -119,12 +137,24 @@ def test_embeddings_need_an_encoder_and_use_it(place: list[str], tmp_path: Path)
     refused = run_here("selection=embedding", *place, f"selection.encoder={tmp_path / 'none'}")
     assert refused.code == 2 and "not a local folder" in refused.err
 
-    backend = tokenizers.learn([*documents(3, "nopqrst", 300, 5000), *documents(2, "hijklmno", 200, 5000)], 400)
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>").save_pretrained(tmp_path / "encoder")
+    backend = tokenizers.learn(
+        [*documents(3, "nopqrst", 300, 5000), *documents(2, "hijklmno", 200, 5000)], 400
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>").save_pretrained(
+        tmp_path / "encoder"
+    )
     BertModel(
-        BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        BertConfig(
+            vocab_size=400,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
     ).save_pretrained(tmp_path / "encoder")
     place[-1] = f"run_dir={tmp_path / 'other'}"
     done = run_here("selection=embedding", *place, f"selection.encoder={tmp_path / 'encoder'}")
     assert done.code == 0, done
-    assert found(tmp_path, "other") >= 9  # even an encoder that learned nothing tells languages apart by their tokens
+    assert (
+        found(tmp_path, "other") >= 9
+    )  # even an encoder that learned nothing tells languages apart by their tokens

@@ -74,7 +74,9 @@ def test_words_of_a_batch_are_those_of_its_documents() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
 def test_words_of_any_text(texts: list[str]) -> None:
-    texts = ["".join(c for c in text if not 0xD800 <= ord(c) < 0xE000 and known(c)) for text in texts]
+    texts = [
+        "".join(c for c in text if not 0xD800 <= ord(c) < 0xE000 and known(c)) for text in texts
+    ]
     tokens = split(texts)
     expected = [naive_hash(word) for text in texts for word in naive_words(text)]
     assert tokens.hashes.tolist() == expected
@@ -102,7 +104,9 @@ def test_counts_and_scores_are_those_of_every_gram() -> None:
     kernels.count(tokens.hashes, tokens.first, counts)
     kernels.score(tokens.hashes, tokens.first, table, sums)
     grams = [naive_buckets([naive_hash(word) for word in naive_words(text)], 101) for text in TEXTS]
-    assert counts.tolist() == np.bincount([b for part in grams for b in part], minlength=101).tolist()
+    assert (
+        counts.tolist() == np.bincount([b for part in grams for b in part], minlength=101).tolist()
+    )
     np.testing.assert_allclose(sums, [table[g].sum(0) for g in grams], rtol=0, atol=1e-12)
 
 
@@ -144,7 +148,10 @@ def test_shared_runs_are_counted(n: int) -> None:
     runs = {tuple(hashes[i : i + kernels.SHINGLE].tolist()) for i in range(n - kernels.SHINGLE + 1)}
     target = np.concatenate([hashes[5:30], rng.integers(0, 2**63, 50).astype(np.uint64)])
     known = kernels.known(target, np.array([0, len(target)]))
-    copies = {tuple(target[i : i + kernels.SHINGLE].tolist()) for i in range(len(target) - kernels.SHINGLE + 1)}
+    copies = {
+        tuple(target[i : i + kernels.SHINGLE].tolist())
+        for i in range(len(target) - kernels.SHINGLE + 1)
+    }
     assert (
         kernels.overlap(np.concatenate([hashes, hashes]), np.array([0, n, 2 * n]), known).tolist()
         == [len(runs & copies)] * 2

@@ -28,7 +28,9 @@ def read(path: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def precision(pool: list[str], hidden: list[str], few: int, seed: int, folder: Path, *overrides: str) -> float:
+def precision(
+    pool: list[str], hidden: list[str], few: int, seed: int, folder: Path, *overrides: str
+) -> float:
     """Part of the chosen that were hidden, where as many are asked for as were hidden, by `few` documents like them."""
     order = np.random.default_rng(seed).permutation(len(hidden))
     target = write_jsonl(folder / "target.jsonl", [hidden[i] for i in order[:few]])
@@ -42,8 +44,14 @@ def precision(pool: list[str], hidden: list[str], few: int, seed: int, folder: P
         f"store={folder / 'store'}", "selection.workers=1", "selection.overlap=null", f"seed={seed}", *overrides,
     )  # fmt: skip
     assert done.code == 0, done
-    table = pq.read_table(folder / "run/select/t/sidecar.parquet", columns=["domain", "selected"]).to_pydict()
-    chosen = [domain for domain, selected in zip(table["domain"], table["selected"], strict=True) if selected]
+    table = pq.read_table(
+        folder / "run/select/t/sidecar.parquet", columns=["domain", "selected"]
+    ).to_pydict()
+    chosen = [
+        domain
+        for domain, selected in zip(table["domain"], table["selected"], strict=True)
+        if selected
+    ]
     return chosen.count("planted") / len(chosen)
 
 
@@ -51,9 +59,14 @@ def precision(pool: list[str], hidden: list[str], few: int, seed: int, folder: P
 def test_manual_pages_in_a_mixed_pool(few: int, figure: float, tmp_path: Path) -> None:
     if not CORPORA.is_dir():
         pytest.skip("the corpora of real text are not here")
-    pile = {path.parent.name: [d["text"] for d in read(path)] for path in (CORPORA / "debpile").glob("*/train-*.zst")}
+    pile = {
+        path.parent.name: [d["text"] for d in read(path)]
+        for path in (CORPORA / "debpile").glob("*/train-*.zst")
+    }
     pool = [text for domain, texts in sorted(pile.items()) if domain != "man_en" for text in texts]
-    found = [precision(pool, pile["man_en"], few, seed, tmp_path / str(seed)) for seed in range(SEEDS)]
+    found = [
+        precision(pool, pile["man_en"], few, seed, tmp_path / str(seed)) for seed in range(SEEDS)
+    ]
     print(f"man_en, {few}: {np.round(found, 3)}")
     assert np.mean(found) >= figure, found
 
@@ -68,10 +81,15 @@ def test_the_new_testament_in_the_old(few: int, figure: float, tmp_path: Path) -
     for _, chapter in itertools.groupby(verses, lambda verse: verse["id"].rsplit("-", 1)[0]):
         verses_ = list(chapter)
         chapters[verses_[0]["testament"]].append(" ".join(verse["text"] for verse in verses_))
-    ways = {"sound": (SEEDS, ()), "exact": (3, ("selection.exact=true", "selection.temperature=1.0"))}
+    ways = {
+        "sound": (SEEDS, ()),
+        "exact": (3, ("selection.exact=true", "selection.temperature=1.0")),
+    }
     sound, exact = (
         [
-            precision(chapters["old"], chapters["new"], few, seed, tmp_path / f"{kind}{seed}", *overrides)
+            precision(
+                chapters["old"], chapters["new"], few, seed, tmp_path / f"{kind}{seed}", *overrides
+            )
             for seed in range(seeds)
         ]
         for kind, (seeds, overrides) in ways.items()
@@ -81,7 +99,12 @@ def test_the_new_testament_in_the_old(few: int, figure: float, tmp_path: Path) -
     assert np.mean(sound[: len(exact)]) >= np.mean(exact) - 0.02
 
 
-HELD_OUT = ("dictionary", "kernel_c", "perl_docs", "python")  # smoothing and buckets were not chosen on these
+HELD_OUT = (
+    "dictionary",
+    "kernel_c",
+    "perl_docs",
+    "python",
+)  # smoothing and buckets were not chosen on these
 
 
 @pytest.mark.parametrize("few", [5, 50])
@@ -89,8 +112,14 @@ def test_domains_on_which_nothing_was_tuned(few: int) -> None:
     """The beginnings of 150 documents of every domain, so that exact mode takes no minutes; plain top-k."""
     if not CORPORA.is_dir():
         pytest.skip("the corpora of real text are not here")
-    pile = {path.parent.name: [d["text"] for d in read(path)] for path in (CORPORA / "debpile").glob("*/train-*.zst")}
-    pile = {name: [text[:1500].encode() for text in texts if len(text) > 1500][:150] for name, texts in pile.items()}
+    pile = {
+        path.parent.name: [d["text"] for d in read(path)]
+        for path in (CORPORA / "debpile").glob("*/train-*.zst")
+    }
+    pile = {
+        name: [text[:1500].encode() for text in texts if len(text) > 1500][:150]
+        for name, texts in pile.items()
+    }
     ways = {
         "default": SelectionOptions("ngram"),
         "10 000 buckets": SelectionOptions("ngram", buckets=10_000),
@@ -112,5 +141,7 @@ def test_domains_on_which_nothing_was_tuned(few: int) -> None:
             best = np.argsort(-scorer.score(raw, model)[:, 0], kind="stable")[: len(hidden)]
             found[name].append(float((best < len(hidden)).mean()))
     for name, values in found.items():
-        print(f"{few}, {name}: {np.mean(values):.3f}; {np.reshape(values, (len(HELD_OUT), 3)).mean(1).round(3)}")
+        print(
+            f"{few}, {name}: {np.mean(values):.3f}; {np.reshape(values, (len(HELD_OUT), 3)).mean(1).round(3)}"
+        )
     assert np.mean(found["default"]) >= np.mean(found["exact"]) - 0.02, found

@@ -35,7 +35,9 @@ class Losses(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         ids = torch.where(tokens < 0, ~tokens, tokens)
-        found = F.cross_entropy(self.inner(input_ids=ids[:, :-1]).logits.mT, ids[:, 1:], reduction="none")
+        found = F.cross_entropy(
+            self.inner(input_ids=ids[:, :-1]).logits.mT, ids[:, 1:], reduction="none"
+        )
         return found.masked_fill(tokens[:, 1:] < 0, 0.0)
 
 
@@ -50,7 +52,9 @@ def build(lora: bool, tied: bool = False) -> Losses:
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
     if lora:
         peft = pytest.importorskip("peft")
-        options = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.3, target_modules=["q_proj", "v_proj"])
+        options = peft.LoraConfig(
+            r=3, lora_alpha=7, lora_dropout=0.3, target_modules=["q_proj", "v_proj"]
+        )
         model = peft.get_peft_model(model, options).double()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -72,7 +76,9 @@ def examples(count: int, seed: int = 0) -> list[Coded]:
 def trained(lora: bool, tied: bool = False) -> tuple[Checkpoint, torch.optim.AdamW]:
     """A model after three steps of AdamW, as at the end of an epoch."""
     model = build(lora, tied)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.95)
+    )
     for step in range(3):
         for _, batch in influence.batches(examples(4, 100 + step), 1000, torch.device("cpu")):
             influence.losses(model, batch).sum().backward()
@@ -87,7 +93,9 @@ def gradient(model: nn.Module, example: Coded) -> dict[str, Tensor]:
     tokens = torch.from_numpy(np.where(example < 0, ~example, example)).long()[None]
 
     def loss(values: dict[str, Tensor]) -> Tensor:
-        return functional_call(model, values, (tokens,))[0][torch.from_numpy(example)[1:] >= 0].mean()
+        return functional_call(model, values, (tokens,))[0][
+            torch.from_numpy(example)[1:] >= 0
+        ].mean()
 
     return grad(loss)(parameters)
 
@@ -104,8 +112,12 @@ CASES = [(False, False), (False, True), (True, False)]
 
 
 @pytest.mark.parametrize(("lora", "tied"), CASES, ids=["full", "tied", "LoRA"])
-@pytest.mark.parametrize("options", [Options(), Options(cosine="mean"), Options("inside", False, "mean")], ids=str)
-def test_direct_scores_are_those_of_one_example_at_a_time(lora: bool, tied: bool, options: Options) -> None:
+@pytest.mark.parametrize(
+    "options", [Options(), Options(cosine="mean"), Options("inside", False, "mean")], ids=str
+)
+def test_direct_scores_are_those_of_one_example_at_a_time(
+    lora: bool, tied: bool, options: Options
+) -> None:
     at, _ = trained(lora, tied)
     pool, subtasks = examples(7), [examples(1, 1), examples(3, 2)]
     plain = [torch.stack([flat(gradient(at.model, e)) for e in subtask]) for subtask in subtasks]
@@ -113,26 +125,34 @@ def test_direct_scores_are_those_of_one_example_at_a_time(lora: bool, tied: bool
     expected = torch.empty(len(pool), 2, dtype=torch.float64)
     for row, example in enumerate(pool):
         own = gradient(at.model, example)
-        direction = torch.cat([less.direction(own[n], moments[n], options).flatten() for n in moments])
+        direction = torch.cat(
+            [less.direction(own[n], moments[n], options).flatten() for n in moments]
+        )
         for column, found in enumerate(plain):
             cosine = torch.cosine_similarity(
                 found if options.cosine == "mean" else found.mean(0)[None], direction[None]
             )
             expected[row, column] = cosine.mean()
-    targets = [influence.target(at.model, [batch for _, batch in all_of(s)], options) for s in subtasks]
+    targets = [
+        influence.target(at.model, [batch for _, batch in all_of(s)], options) for s in subtasks
+    ]
     found = torch.empty_like(expected)
     for numbers, batch in all_of(pool):
         found[numbers] = influence.cosines(at, batch, targets, options)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_projected_feature_is_the_projection_of_the_whole_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_projected_feature_is_the_projection_of_the_whole_direction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     at, _ = trained(lora=False)
     pool = examples(6)
     whole = torch.zeros(6, 32, dtype=torch.float64)
     for row, example in enumerate(pool):
         own = gradient(at.model, example)
-        whole[row] = influence.feature({n: less.direction(g, at.moments[n], Options()) for n, g in own.items()}, 32, 0)
+        whole[row] = influence.feature(
+            {n: less.direction(g, at.moments[n], Options()) for n, g in own.items()}, 32, 0
+        )
     for block in (1 << 22, 50):  # one example at a time or all, and rows in pieces
         monkeypatch.setattr(factors, "NUMBERS", block)
         for tokens in (1, 1000):
@@ -143,7 +163,9 @@ def test_a_projected_feature_is_the_projection_of_the_whole_direction(monkeypatc
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float16", 2e-3), ("int8", 2e-2)])
-def test_cosines_of_stored_features_are_close_to_the_exact_ones(kind: Any, tolerance: float) -> None:
+def test_cosines_of_stored_features_are_close_to_the_exact_ones(
+    kind: Any, tolerance: float
+) -> None:
     """The projection as wide as this small model: what is left is its own error and that of the rounding."""
     at, _ = trained(lora=False)
     (numbers, batch), pool = all_of(examples(12), 10_000)[0], 12
@@ -166,7 +188,9 @@ def test_moments_are_adamw_s_by_name_and_only_its() -> None:
         assert torch.equal(moments.first, optimizer.state[named[name]]["exp_avg"])
     assert len(at.moments) == sum(p.requires_grad for p in named.values())
     with pytest.raises(TypeError, match="AdamW.*Adafactor"):
-        influence.moments(at.model, torch.optim.Adafactor([p for p in named.values() if p.requires_grad]))
+        influence.moments(
+            at.model, torch.optim.Adafactor([p for p in named.values() if p.requires_grad])
+        )
 
 
 def test_batches_hold_each_example_once_and_stay_within_bounds() -> None:
@@ -193,7 +217,9 @@ def test_representations_are_of_an_example_alone() -> None:
             hidden = inner.base_model(input_ids=ids).last_hidden_state[0].float()
         weights = torch.arange(1.0, len(example) + 1)[:, None]
         for name, expected in (("rds", hidden[-1]), ("rds_plus", (weights * hidden).sum(0))):
-            torch.testing.assert_close(found[name][row], expected / expected.norm(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                found[name][row], expected / expected.norm(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_examples_of_the_target_take_turns() -> None:
@@ -218,7 +244,13 @@ def numbers(rows: slice) -> NDArray[np.float64]:
 
 
 def opened(folder: Path, **other: Any) -> Rows:
-    given = {"recipe": {"model": "a"}, "count": 10, "width": 3, "kind": "float64", "per_shard": 4} | other
+    given = {
+        "recipe": {"model": "a"},
+        "count": 10,
+        "width": 3,
+        "kind": "float64",
+        "per_shard": 4,
+    } | other
     return Rows(folder, **given)
 
 
@@ -277,7 +309,10 @@ Rows(Path(sys.argv[1]), {"model": "a"}, 400, 3, "float64", 4).fill(compute, 0, l
 def test_processes_share_the_shards_of_one_folder(tmp_path: Path) -> None:
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", FILL, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
+            [sys.executable, "-c", FILL, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
         )
         for _ in range(2)
     ]

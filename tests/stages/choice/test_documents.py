@@ -43,7 +43,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stream = documents(3, "nopqrst", 300, 10**6)
     for _ in range(100):  # the same language, other text
         next(stream)
-    return write_jsonl(tmp_path_factory.mktemp("target") / "target.jsonl", [next(stream) for _ in range(6)])
+    return write_jsonl(
+        tmp_path_factory.mktemp("target") / "target.jsonl", [next(stream) for _ in range(6)]
+    )
 
 
 def selecting(raw: Path, target: Path, run_dir: Path, *more: str) -> list[str]:
@@ -75,23 +77,42 @@ def test_hidden_documents_are_found_and_described(raw: Path, target: Path, tmp_p
     texts = [json.loads(line)["text"] for line in (raw / "mixed" / "train.jsonl").open()]
     rows = chosen(tmp_path / "run")
     assert len(rows) == 25
-    good = [row for row in rows if row["domain"] == "mixed" and not set(texts[row["row"]]) - set("nopqrst ")]
+    good = [
+        row
+        for row in rows
+        if row["domain"] == "mixed" and not set(texts[row["row"]]) - set("nopqrst ")
+    ]
     assert len(good) >= 23
     found = result(tmp_path / "run")["targets"]["nopq"]
     assert found["documents"] == 25 and found["tokens"] == sum(row["tokens"] for row in rows)
-    assert found["kl"]["reduction"] > 0.5 and found["overlap_with_top_k"] > 0.8 and found["effective_sample_size"] >= 1
+    assert (
+        found["kl"]["reduction"] > 0.5
+        and found["overlap_with_top_k"] > 0.8
+        and found["effective_sample_size"] >= 1
+    )
     assert sum(found["lengths"]["chosen"].values()) == 25
     assert len(found["examples"]["chosen"]) == len(found["examples"]["refused"]) == 3
-    for word in ("effective sample size", "plain top-k", "KL from a half", "chosen", "refused", "of the domain"):
+    for word in (
+        "effective sample size",
+        "plain top-k",
+        "KL from a half",
+        "chosen",
+        "refused",
+        "of the domain",
+    ):
         assert word in out
     weights = json.loads((tmp_path / "run" / "select" / "nopq" / "weights.json").read_text())
     tokens = Counter({"mixed": 0, "plain": 0})
     for row in rows:
         tokens[row["domain"]] += row["tokens"]
-    assert weights["weights"] == {domain: n / tokens.total() for domain, n in sorted(tokens.items())}
+    assert weights["weights"] == {
+        domain: n / tokens.total() for domain, n in sorted(tokens.items())
+    }
 
 
-def test_other_budgets_seeds_and_temperatures_need_no_scoring_again(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_other_budgets_seeds_and_temperatures_need_no_scoring_again(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     store = f"store={tmp_path / 'store'}"
     ran(*selecting(raw, target, tmp_path / "first", store))
     scores = sorted((tmp_path / "store" / "selection").glob("*/scores/*"))
@@ -110,7 +131,9 @@ def test_other_budgets_seeds_and_temperatures_need_no_scoring_again(raw: Path, t
     assert len({frozenset(choice) for choice in choices}) == 4
 
 
-def test_budgets_in_tokens_hold_per_domain_and_in_all(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_budgets_in_tokens_hold_per_domain_and_in_all(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     store = f"store={tmp_path / 'store'}"
     cases = {
         "all": ("selection.tokens=3000", {}),
@@ -129,7 +152,9 @@ def test_budgets_in_tokens_hold_per_domain_and_in_all(raw: Path, target: Path, t
             assert max(0, limit - 100) <= tokens[domain] <= limit
 
 
-def test_the_choice_is_the_same_for_any_workers_and_sharding(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_the_choice_is_the_same_for_any_workers_and_sharding(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     again = tmp_path / "again"
     for domain in ("plain", "mixed"):
         texts = [line for path in sorted((raw / domain).iterdir()) for line in path.open()]
@@ -139,13 +164,25 @@ def test_the_choice_is_the_same_for_any_workers_and_sharding(raw: Path, target: 
             path.write_bytes(zstandard.compress("".join(texts[::-1][part::3]).encode()))
     ids = []
     for name, root, workers in (("one", raw, 1), ("other", again, 2)):
-        ran(*selecting(root, target, tmp_path / name, f"selection.workers={workers}", "selection.temperature=1.0"))
+        ran(
+            *selecting(
+                root,
+                target,
+                tmp_path / name,
+                f"selection.workers={workers}",
+                "selection.temperature=1.0",
+            )
+        )
         ids.append(sorted(row["id"] for row in chosen(tmp_path / name)))
     assert ids[0] == ids[1]
 
 
-def test_long_documents_are_cut_and_their_parts_are_those_of_the_text(raw: Path, target: Path, tmp_path: Path) -> None:
-    ran(*selecting(raw, target, tmp_path / "run", "selection.chunk=20", "selection.write=jsonl.zst"))
+def test_long_documents_are_cut_and_their_parts_are_those_of_the_text(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
+    ran(
+        *selecting(raw, target, tmp_path / "run", "selection.chunk=20", "selection.write=jsonl.zst")
+    )
     texts = [json.loads(line)["text"] for line in (raw / "mixed" / "train.jsonl").open()]
     rows = pq.read_table(tmp_path / "run/select/nopq/sidecar.parquet").to_pylist()
     for number, text in enumerate(texts):
@@ -169,9 +206,17 @@ def test_chosen_text_is_a_data_root(raw: Path, target: Path, tmp_path: Path, for
     budget = ("selection.fraction=0.5", "selection.within=domain")
     ran(*selecting(raw, target, tmp_path / "run", f"selection.write={form}", *budget))
     root = tmp_path / "run" / "select" / "nopq" / "shards"
-    ran("stage=prepare", f"data.root={root}", f"run_dir={tmp_path / 'train'}", *TINY, "data.validation_fraction=0.2")
+    ran(
+        "stage=prepare",
+        f"data.root={root}",
+        f"run_dir={tmp_path / 'train'}",
+        *TINY,
+        "data.validation_fraction=0.2",
+    )
     manifest = json.loads((tmp_path / "train" / "prepare" / "manifest.json").read_text())
-    read = sum(split["documents"] for domain in manifest["domains"].values() for split in domain.values())
+    read = sum(
+        split["documents"] for domain in manifest["domains"].values() for split in domain.values()
+    )
     assert read == len(chosen(tmp_path / "run"))
 
 
@@ -185,19 +230,28 @@ def test_a_run_selects_and_trains_on_the_choice_with_the_validation_of_all(
     sidecar = tmp_path / "own/select/nopq/sidecar.parquet"
     ran(*common, f"data.root={raw}", f"run_dir={tmp_path / 'given'}", f"data.selection={sidecar}")
     every, own, given = (
-        json.loads((tmp_path / name / "prepare/manifest.json").read_text()) for name in ("all", "own", "given")
+        json.loads((tmp_path / name / "prepare/manifest.json").read_text())
+        for name in ("all", "own", "given")
     )
     assert own["fingerprint"] == given["fingerprint"]
     parts = Counter(row["domain"] for row in chosen(tmp_path / "own"))
     for domain in ("mixed", "plain"):
         assert own["domains"][domain]["train"]["documents"] == parts[domain]
         for key in ("documents", "bytes"):
-            assert own["domains"][domain]["validation"][key] == every["domains"][domain]["validation"][key]
-    assert own["domains"]["mixed"]["train"]["bytes"] < 0.35 * every["domains"]["mixed"]["train"]["bytes"]
+            assert (
+                own["domains"][domain]["validation"][key]
+                == every["domains"][domain]["validation"][key]
+            )
+    assert (
+        own["domains"]["mixed"]["train"]["bytes"]
+        < 0.35 * every["domains"]["mixed"]["train"]["bytes"]
+    )
 
 
 @pytest.mark.acceptance
-def test_doremi_over_domains_trains_on_the_choice_within_each(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_doremi_over_domains_trains_on_the_choice_within_each(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     """One command: the budget of every domain is chosen from, DoReMi weighs what was chosen, and the final models train
     on it by these weights."""
     budgets = {"mixed": 3000, "plain": 5000}
@@ -205,7 +259,9 @@ def test_doremi_over_domains_trains_on_the_choice_within_each(raw: Path, target:
     budget = f"selection.tokens={{mixed: {budgets['mixed']}, plain: {budgets['plain']}}}"
     ran(*selecting(raw, target, run_dir, "stage=pipeline", budget, *TINY))
 
-    texts = {path: [json.loads(line)["text"] for line in path.open()] for path in raw.glob("*/*.jsonl")}
+    texts = {
+        path: [json.loads(line)["text"] for line in path.open()] for path in raw.glob("*/*.jsonl")
+    }
     expected: dict[str, list[str]] = {domain: [] for domain in budgets}
     tokens = Counter[str]()
     for row in chosen(run_dir):
@@ -218,12 +274,18 @@ def test_doremi_over_domains_trains_on_the_choice_within_each(raw: Path, target:
 
     mixture = json.loads((run_dir / "weights.json").read_text())
     weights = mixture["weights"]
-    steps = [json.loads(line)["weights"] for line in (run_dir / "proxy" / "domain_weights.jsonl").open()]
+    steps = [
+        json.loads(line)["weights"] for line in (run_dir / "proxy" / "domain_weights.jsonl").open()
+    ]
     assert mixture["method"] == "doremi" and len(steps) == mixture["provenance"]["steps"] == 12
     assert abs(sum(weights.values()) - 1) < 1e-9
-    assert weights == pytest.approx({domain: np.mean([step[domain] for step in steps]) for domain in budgets}, abs=1e-9)
+    assert weights == pytest.approx(
+        {domain: np.mean([step[domain] for step in steps]) for domain in budgets}, abs=1e-9
+    )
     assert mixture["provenance"]["data"] == store.fingerprint
-    for domain, size in zip(store.domains, store.sizes("train"), strict=True):  # of the choice, not of all
+    for domain, size in zip(
+        store.domains, store.sizes("train"), strict=True
+    ):  # of the choice, not of all
         assert mixture["epochs"][domain] == pytest.approx(weights[domain] * 12 * 8 * 32 / size)
     evaluated = json.loads((run_dir / "evaluation.json").read_text())
     assert {"reference", "baseline", "main"} <= evaluated.keys()
@@ -231,20 +293,27 @@ def test_doremi_over_domains_trains_on_the_choice_within_each(raw: Path, target:
     assert (run_dir / "report.html").exists()
 
 
-def test_a_domain_without_a_chosen_document_is_left_out(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_a_domain_without_a_chosen_document_is_left_out(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     choice = ("selection.documents=20", "selection.temperature=0")
     ran(*selecting(raw, target, tmp_path / "run", *choice, "stage=prepare", *TINY))
     manifest = json.loads((tmp_path / "run/prepare/manifest.json").read_text())
     assert list(manifest["domains"]) == ["mixed"]
 
 
-def test_copies_of_targets_and_benchmarks_are_refused(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_copies_of_targets_and_benchmarks_are_refused(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     texts = [json.loads(line)["text"] for line in (raw / "mixed" / "train.jsonl").open()]
-    asked = "what does " + " ".join(texts[5].split()[10:23]) + " mean"  # thirteen words of a document
+    asked = (
+        "what does " + " ".join(texts[5].split()[10:23]) + " mean"
+    )  # thirteen words of a document
     near = "what does " + " ".join(texts[6].split()[10:22]) + " mean"  # twelve
     benchmark = write_jsonl(tmp_path / "benchmark.jsonl", [asked, near])
     copies = write_jsonl(
-        tmp_path / "target.jsonl", [*map(str, (json.loads(t)["text"] for t in target.open())), texts[7]]
+        tmp_path / "target.jsonl",
+        [*map(str, (json.loads(t)["text"] for t in target.open())), texts[7]],
     )
     ran(*selecting(raw, copies, tmp_path / "run", f"selection.benchmarks=[{benchmark}]"))
     why = {
@@ -256,21 +325,29 @@ def test_copies_of_targets_and_benchmarks_are_refused(raw: Path, target: Path, t
     assert result(tmp_path / "run")["refused"] == {"short": 0, "copy": 1, "benchmark": 1}
 
 
-def test_exact_scores_are_sums_over_whole_documents(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_exact_scores_are_sums_over_whole_documents(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     from doremi_train.methods import ngram
 
     overrides = ("selection.exact=true", "selection.documents=5", "selection.min_tokens=30")
     error = run_here(*selecting(raw, target, tmp_path / "short", *overrides))
-    assert error.code == 2 and "only 0 eligible" in error.err  # 60 words each, and the package wants 100
+    assert (
+        error.code == 2 and "only 0 eligible" in error.err
+    )  # 60 words each, and the package wants 100
     long = tmp_path / "raw" / "d" / "train.jsonl"
-    texts = [a + " " + b for a, b in zip(*[documents(2, "hijklmno", 200, 20_000)] * 2, strict=False)]
+    texts = [
+        a + " " + b for a, b in zip(*[documents(2, "hijklmno", 200, 20_000)] * 2, strict=False)
+    ]
     write_jsonl(long, texts)
     ran(*selecting(long.parents[1], target, tmp_path / "run", *overrides))
     rows = pq.read_table(tmp_path / "run/select/nopq/sidecar.parquet").to_pylist()
     kept = [texts[row["row"]] for row in rows]
     served = [json.loads(line)["text"] for line in target.open()]
     counts = [
-        np.bincount(np.concatenate([ngram.exact_buckets(text, 10_000) for text in side]), minlength=10_000)
+        np.bincount(
+            np.concatenate([ngram.exact_buckets(text, 10_000) for text in side]), minlength=10_000
+        )
         for side in (served, kept)
     ]
     ratio = ngram.log_ratio(*counts)
@@ -278,14 +355,25 @@ def test_exact_scores_are_sums_over_whole_documents(raw: Path, target: Path, tmp
     np.testing.assert_allclose([row["score"] for row in rows], expected, rtol=0, atol=1e-9)
 
 
-def test_token_ids_need_no_text_and_serve_as_words_do(raw: Path, target: Path, tmp_path: Path) -> None:
+def test_token_ids_need_no_text_and_serve_as_words_do(
+    raw: Path, target: Path, tmp_path: Path
+) -> None:
     ran("stage=prepare", f"data.root={raw}", f"run_dir={tmp_path / 'tokens'}", *TINY)
     tokenizer = tmp_path / "tokens" / "prepare" / "tokenizer.json"
-    features = ("selection.features=tokens", f"selection.tokenizer={tokenizer}", "selection.documents=20")
+    features = (
+        "selection.features=tokens",
+        f"selection.tokenizer={tokenizer}",
+        "selection.documents=20",
+    )
     ran(*selecting(raw, target, tmp_path / "run", *features))
     texts = [json.loads(line)["text"] for line in (raw / "mixed" / "train.jsonl").open()]
     rows = chosen(tmp_path / "run")
-    assert sum(not set(texts[row["row"]]) - set("nopqrst ") for row in rows if row["domain"] == "mixed") >= 18
+    assert (
+        sum(
+            not set(texts[row["row"]]) - set("nopqrst ") for row in rows if row["domain"] == "mixed"
+        )
+        >= 18
+    )
     from tokenizers import Tokenizer
 
     row = next(row for row in rows if row["domain"] == "mixed")
@@ -295,7 +383,16 @@ def test_token_ids_need_no_text_and_serve_as_words_do(raw: Path, target: Path, t
 def test_several_targets_are_served_in_one_pass(raw: Path, target: Path, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", list(documents(1, "abcdefgh", 200, 3000)))
     targets = f"selection.targets={{nopq: [{target}], abc: [{other}]}}"
-    ran(*selecting(raw, target, tmp_path / "run", targets, "selection.documents=20", "selection.overlap=1.0"))
+    ran(
+        *selecting(
+            raw,
+            target,
+            tmp_path / "run",
+            targets,
+            "selection.documents=20",
+            "selection.overlap=1.0",
+        )
+    )
     assert {row["domain"] for row in chosen(tmp_path / "run", "abc")} == {"plain"}
     assert {row["domain"] for row in chosen(tmp_path / "run", "nopq")} == {"mixed"}
     error = run_here(*selecting(raw, target, tmp_path / "train", targets, "stage=prepare", *TINY))
@@ -316,7 +413,10 @@ def broken(path: Path) -> Path:
     [
         (["selection.documents=100000"], ["selection.documents=100000", "only", "eligible"]),
         (["selection.tokens={plain: 5}"], ["selection.tokens", "mixed"]),
-        (["selection.tokens=5", "selection.fraction=0.1"], ["selection.tokens and selection.fraction"]),
+        (
+            ["selection.tokens=5", "selection.fraction=0.1"],
+            ["selection.tokens and selection.fraction"],
+        ),
         (["selection.fraction=1.5"], ["selection.fraction"]),
         (["selection.min_tokens=500"], ["nothing is asked for"]),
         (["selection.features=tokens"], ["selection.tokenizer=None"]),
@@ -327,12 +427,17 @@ def broken(path: Path) -> Path:
         (["selection.benchmarks=[EMPTY]"], ["selection.benchmarks: no document"]),
         (["data.root=BROKEN"], ["line", "broken JSON"]),
         (["data.root=TORN"], ["train.jsonl.zst", "truncated or corrupt"]),
-        (["data.root=HOLLOW", "selection.within=domain"], ["no eligible document in domain hollow"]),
+        (
+            ["data.root=HOLLOW", "selection.within=domain"],
+            ["no eligible document in domain hollow"],
+        ),
         (["selection.granularity=every"], ["selection.features=granular"]),
         (["selection=none"], ["selection=ngram"]),
     ],
 )
-def test_mistakes(overrides: list[str], said: list[str], raw: Path, target: Path, tmp_path: Path) -> None:
+def test_mistakes(
+    overrides: list[str], said: list[str], raw: Path, target: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": "  "}\n')
     torn = zstandard.compress(b'{"text": "some words that are here"}\n' * 100)[:-5]
     (tmp_path / "torn" / "d").mkdir(parents=True)
@@ -347,11 +452,15 @@ def test_mistakes(overrides: list[str], said: list[str], raw: Path, target: Path
     assert outcome.code == 2, outcome
     for word in said:
         assert word in outcome.err
-    assert not list((tmp_path / "run").rglob("sidecar.parquet")) and not list(tmp_path.rglob("*.partial"))
+    assert not list((tmp_path / "run").rglob("sidecar.parquet")) and not list(
+        tmp_path.rglob("*.partial")
+    )
 
 
 def test_broken_lines_may_be_skipped_and_are_counted(target: Path, tmp_path: Path) -> None:
-    path = broken(write_jsonl(tmp_path / "raw" / "d" / "train.jsonl", documents(2, "hijk", 20, 9000)))
+    path = broken(
+        write_jsonl(tmp_path / "raw" / "d" / "train.jsonl", documents(2, "hijk", 20, 9000))
+    )
     ran(*selecting(path.parents[1], target, tmp_path / "run", "data.max_bad_lines=1"))
     assert result(tmp_path / "run")["bad_lines"] == 1
 
@@ -360,7 +469,10 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
     ran(*selecting(raw, target, tmp_path / "run"))
     write_jsonl(tmp_path / "raw" / "d" / "train.jsonl", documents(2, "hijk", 20, 9000))
     sidecar = tmp_path / "run/select/nopq/sidecar.parquet"
-    for name, selection, said in (("other", sidecar, "other files"), ("no", target, "not a sidecar")):
+    for name, selection, said in (
+        ("other", sidecar, "other files"),
+        ("no", target, "not a sidecar"),
+    ):
         outcome = run_here("stage=prepare", f"data.root={tmp_path / 'raw'}", f"data.selection={selection}", *TINY,
                            f"run_dir={tmp_path / name}")  # fmt: skip
         assert outcome.code == 2 and said in outcome.err, outcome
@@ -371,7 +483,9 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize(("form", "small", "large"), [("txt", 4, 10), ("jsonl", 1, 5)])
-def test_memory_does_not_grow_with_a_file(form: str, small: int, large: int, target: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_a_file(
+    form: str, small: int, large: int, target: Path, tmp_path: Path
+) -> None:
     """Peak of the whole command on so many times 6 MB of text: as one document (.txt), and as 100 000 each time."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
@@ -391,7 +505,11 @@ def test_memory_does_not_grow_with_a_file(form: str, small: int, large: int, tar
         (root / "d" / "validation.jsonl").write_text('{"text": "some"}\n')
         command = selecting(root, target, tmp_path / f"run-{times}", "selection.documents=100")
         done = subprocess.run(
-            [sys.executable, "-c", program, *command], env=environment(), capture_output=True, text=True, check=True
+            [sys.executable, "-c", program, *command],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     assert peaks[1] < peaks[0] + 64, peaks
@@ -421,7 +539,9 @@ def children(pid: int) -> Iterator[int]:
 
 
 @pytest.mark.acceptance
-def test_killed_workers_and_a_killed_command_change_nothing(many: Path, target: Path, tmp_path: Path) -> None:
+def test_killed_workers_and_a_killed_command_change_nothing(
+    many: Path, target: Path, tmp_path: Path
+) -> None:
     ran(*selecting(many, target, tmp_path / "calm"))
     started = start(*selecting(many, target, tmp_path / "killed", "selection.workers=2"))
     killed = 0

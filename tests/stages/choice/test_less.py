@@ -32,11 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool = records(1, 20, 0.2)
     pool.insert(3, {"prompt": "a b", "completion": ""})  # no token that carries a loss
     pool.insert(5, dict(pool[4], task="copy"))
-    pool.append({"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]})
+    pool.append(
+        {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]}
+    )
     write(folder / "pool.jsonl", pool)
     write(folder / "held.jsonl", records(2, 2, 0.0))
     write(folder / "amber.jsonl", records(3, 6, 0.0, ("amber",)))
-    parts = [dict(line, subtask=f"part {n % 2}") for n, line in enumerate(records(4, 5, 0.0, ("birch",)))]
+    parts = [
+        dict(line, subtask=f"part {n % 2}") for n, line in enumerate(records(4, 5, 0.0, ("birch",)))
+    ]
     write(folder / "birch.jsonl", parts)
     return folder
 
@@ -57,7 +61,10 @@ def chosen(folder: Path, command: Command) -> Path:
     run_dir = folder / "run"
     outcome = command(*overrides(folder), f"run_dir={run_dir}")
     assert outcome.code == 0, outcome
-    assert "1 without a token that carries a loss" in outcome.out and "pool.jsonl, line 4" in outcome.out
+    assert (
+        "1 without a token that carries a loss" in outcome.out
+        and "pool.jsonl, line 4" in outcome.out
+    )
     assert "1 copies of others" in outcome.out
     return run_dir
 
@@ -66,7 +73,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_choice_is_lines_of_the_pool_for_every_target_and_method(folder: Path, chosen: Path) -> None:
+def test_a_choice_is_lines_of_the_pool_for_every_target_and_method(
+    folder: Path, chosen: Path
+) -> None:
     pool = lines(folder / "pool.jsonl")
     result = json.loads((chosen / "select/result.json").read_text())
     assert result["examples"] == 102 and result["without_loss"]["examples"] == 1
@@ -83,15 +92,22 @@ def test_a_choice_is_lines_of_the_pool_for_every_target_and_method(folder: Path,
     }
     assert not any(taken for n, taken in enumerate(scores["less"]) if scores["copy_of"][n] != n)
     page = (chosen / "report.html").read_text()
-    assert all(word in page for word in ("Highest influence", "Lowest influence", "in rds_plus", "<svg"))
+    assert all(
+        word in page for word in ("Highest influence", "Lowest influence", "in rds_plus", "<svg")
+    )
 
 
 def test_weights_of_checkpoints_are_the_mean_rates_of_the_recorded_schedule(chosen: Path) -> None:
     warm = json.loads((chosen / "warmup/result.json").read_text())
     recipe = json.loads((chosen / "warmup/recipe.json").read_text())
-    metrics = {line["step"]: line["learning_rate"] for line in lines(chosen / "warmup/metrics.jsonl")}
+    metrics = {
+        line["step"]: line["learning_rate"] for line in lines(chosen / "warmup/metrics.jsonl")
+    }
     assert warm["examples"] == 6 and recipe["epoch"] == 1 and len(warm["learning_rates"]) == 2
-    schedule = {key: recipe["training"][key] for key in ("learning_rate", "end_learning_rate", "schedule", "warmup")}
+    schedule = {
+        key: recipe["training"][key]
+        for key in ("learning_rate", "end_learning_rate", "schedule", "warmup")
+    }
     expected = [optim.learning_rate(step, 2, OptimizerOptions(**schedule)) for step in (1, 2)]
     assert warm["learning_rates"] == pytest.approx(expected, rel=1e-12)
     assert metrics[2] == pytest.approx(warm["learning_rates"][1])
@@ -116,16 +132,27 @@ def test_what_is_there_is_not_computed_again_and_what_is_missing_is(
 def test_kept_features_serve_later_targets_and_agree_with_direct_scores(
     folder: Path, chosen: Path, command: Command, tmp_path: Path
 ) -> None:
-    kept = ("selection.less.features=int8", "selection.less.dimension=131072", "selection.less.baselines=[]")
-    first = command(*overrides(folder, **{"selection.targets": "null"}), *kept, f"run_dir={tmp_path}/first")
+    kept = (
+        "selection.less.features=int8",
+        "selection.less.dimension=131072",
+        "selection.less.baselines=[]",
+    )
+    first = command(
+        *overrides(folder, **{"selection.targets": "null"}), *kept, f"run_dir={tmp_path}/first"
+    )
     assert first.code == 0 and "features are in the store" in first.out
     features = list((folder / "store/selection").glob("*/epoch-*/shard-*.npy"))
-    wide = {path: path.stat().st_mtime_ns for path in features if np.load(path, mmap_mode="r").dtype == np.int8}
+    wide = {
+        path: path.stat().st_mtime_ns
+        for path in features
+        if np.load(path, mmap_mode="r").dtype == np.int8
+    }
     assert len(wide) == 2
     assert command(*overrides(folder), *kept, f"run_dir={tmp_path}/second").code == 0
     assert {path: path.stat().st_mtime_ns for path in wide} == wide
     exact, projected = (
-        np.array(pq.read_table(path / "select/birch/scores.parquet")["score"]) for path in (chosen, tmp_path / "second")
+        np.array(pq.read_table(path / "select/birch/scores.parquet")["score"])
+        for path in (chosen, tmp_path / "second")
     )
     assert np.corrcoef(exact, projected)[0, 1] > 0.9
 
@@ -133,17 +160,29 @@ def test_kept_features_serve_later_targets_and_agree_with_direct_scores(
 @pytest.mark.acceptance
 def test_two_processes_score_as_one(folder: Path, chosen: Path, tmp_path: Path) -> None:
     """Under torchrun, with a store of its own."""
-    started = start(*overrides(folder, store=f"{tmp_path}/store"), f"run_dir={tmp_path}/run", processes=2)
+    started = start(
+        *overrides(folder, store=f"{tmp_path}/store"), f"run_dir={tmp_path}/run", processes=2
+    )
     out, err = started.communicate(timeout=240)
     assert started.returncode == 0, out + err
     for target in ("amber", "birch"):
-        one, two = (pq.read_table(path / f"select/{target}/scores.parquet") for path in (chosen, tmp_path / "run"))
+        one, two = (
+            pq.read_table(path / f"select/{target}/scores.parquet")
+            for path in (chosen, tmp_path / "run")
+        )
         assert one.drop(["score"]) == two.drop(["score"])
         np.testing.assert_allclose(one["score"], two["score"], rtol=1e-3, atol=1e-9)
 
 
-def test_finetune_trains_on_a_choice(folder: Path, chosen: Path, command: Command, tmp_path: Path) -> None:
-    steps = ("stage=finetune", "selection.train=birch", "training.steps=3", f"run_dir={tmp_path}/run")
+def test_finetune_trains_on_a_choice(
+    folder: Path, chosen: Path, command: Command, tmp_path: Path
+) -> None:
+    steps = (
+        "stage=finetune",
+        "selection.train=birch",
+        "training.steps=3",
+        f"run_dir={tmp_path}/run",
+    )
     outcome = command(*overrides(folder), *steps)
     assert outcome.code == 0, outcome
     told = json.loads((tmp_path / "run/finetune/result.json").read_text())["data"]["examples"]
@@ -153,9 +192,15 @@ def test_finetune_trains_on_a_choice(folder: Path, chosen: Path, command: Comman
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (("selection.targets={amber: [nowhere.jsonl]}",), ("selection.targets.amber", "nowhere.jsonl")),
+        (
+            ("selection.targets={amber: [nowhere.jsonl]}",),
+            ("selection.targets.amber", "nowhere.jsonl"),
+        ),
         (("training.optimizer=adafactor",), ("training.optimizer=adafactor", "adamw")),
-        (("selection.less.train_on=bm25", "selection.less.baselines=[]"), ("train_on=bm25", "baselines")),
+        (
+            ("selection.less.train_on=bm25", "selection.less.baselines=[]"),
+            ("train_on=bm25", "baselines"),
+        ),
         (("selection.tokens={pool: 5}",), ("selection.tokens", "one budget")),
         (("finetune.model=null",), ("finetune.model", "missing")),
         (("stage=main", "selection.train=amber"), ("selection=less", "stage=finetune")),
@@ -165,19 +210,27 @@ def test_finetune_trains_on_a_choice(folder: Path, chosen: Path, command: Comman
 def test_mistakes_are_one_message(
     folder: Path, command: Command, tmp_path: Path, changes: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    outcome = command(*overrides(folder, store=f"{tmp_path}/store"), f"run_dir={tmp_path}/run", *changes)
+    outcome = command(
+        *overrides(folder, store=f"{tmp_path}/store"), f"run_dir={tmp_path}/run", *changes
+    )
     assert outcome.code == 2 and all(word in outcome.err for word in words), outcome
 
 
 @pytest.mark.parametrize("where", ["pool", "amber"])
-@pytest.mark.parametrize("line", ['{"prompt": "a b"}', '{"prompt": 3, "completion": "a"}', '{"messages": []}'])
-def test_a_malformed_record_is_named(folder: Path, command: Command, tmp_path: Path, where: str, line: str) -> None:
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a b"}', '{"prompt": 3, "completion": "a"}', '{"messages": []}']
+)
+def test_a_malformed_record_is_named(
+    folder: Path, command: Command, tmp_path: Path, where: str, line: str
+) -> None:
     for name in ("pool", "held", "amber", "birch"):
         shutil.copy(folder / f"{name}.jsonl", tmp_path)
     with (tmp_path / f"{where}.jsonl").open("a") as file:
         file.write(line + "\n")
     count = len((tmp_path / f"{where}.jsonl").read_text().splitlines())
-    outcome = command(*overrides(tmp_path, **{"finetune.model": f"{folder}/model"}), f"run_dir={tmp_path}/run")
+    outcome = command(
+        *overrides(tmp_path, **{"finetune.model": f"{folder}/model"}), f"run_dir={tmp_path}/run"
+    )
     assert outcome.code == 2 and f"{where}.jsonl, line {count}" in outcome.err, outcome
 
 
@@ -200,13 +253,19 @@ def elsewhere(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, Any]:
         str(out), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="epoch", logging_steps=1,
         report_to="none", use_cpu=True, learning_rate=1e-3, disable_tqdm=True, weight_decay=0.1,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer = Trainer(
+        model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]
+    )
     trainer.train()
     return out, trainer
 
 
 def test_checkpoints_of_transformers_trainer_are_read_by_name(
-    folder: Path, elsewhere: tuple[Path, Any], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    elsewhere: tuple[Path, Any],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from doremi_train.stages.choice import warmup
 
@@ -217,7 +276,10 @@ def test_checkpoints_of_transformers_trainer_are_read_by_name(
     folders = f"selection.less.checkpoints=[{out}/checkpoint-2,{out}/checkpoint-4]"
     store = f"{tmp_path}/store"
     outcome = command(
-        *overrides(folder, store=store), folders, "selection.less.baselines=[]", f"run_dir={tmp_path}/run"
+        *overrides(folder, store=store),
+        folders,
+        "selection.less.baselines=[]",
+        f"run_dir={tmp_path}/run",
     )
     assert outcome.code == 0, outcome
     moments, states = seen[-1].moments, trainer.optimizer.state
@@ -231,9 +293,13 @@ def test_checkpoints_of_transformers_trainer_are_read_by_name(
         np.testing.assert_array_equal(moments[name].first, state["exp_avg"])
         assert moments[name].step == 4
     rates = warmup._given(None, [out / "checkpoint-2", out / "checkpoint-4"]).rates  # type: ignore[arg-type]
-    logged = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    logged = [
+        line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line
+    ]
     assert rates == pytest.approx([np.mean(logged[:2]), np.mean(logged[2:])])
-    outcome = command(*overrides(folder, store=store), folders.replace("-2", "-3"), f"run_dir={tmp_path}/other")
+    outcome = command(
+        *overrides(folder, store=store), folders.replace("-2", "-3"), f"run_dir={tmp_path}/other"
+    )
     assert outcome.code == 2 and "checkpoint-3" in outcome.err
 
 
@@ -241,9 +307,13 @@ def test_checkpoints_of_transformers_trainer_are_read_by_name(
 
 
 @pytest.mark.acceptance
-def test_planted_tasks_are_recovered_where_words_say_nothing(command: Command, tmp_path: Path) -> None:
+def test_planted_tasks_are_recovered_where_words_say_nothing(
+    command: Command, tmp_path: Path
+) -> None:
     """The best 5 % of a pool of five tasks, a fifth of it noise: right answers of the target's own task."""
-    found = planted_tasks.recovered(command, tmp_path, planted_tasks.pretrained(command, tmp_path / "base", 64))
+    found = planted_tasks.recovered(
+        command, tmp_path, planted_tasks.pretrained(command, tmp_path / "base", 64)
+    )
     for target in TASKS:
         assert found[target]["less"] >= 0.9, found
         assert max(found[target]["bm25"], found[target]["ngram"]) < 0.5, found

@@ -30,7 +30,9 @@ def stats(found: tuple[Tensor, Tensor], tokens: float = 10.0) -> Stats:
     return Stats(torch.zeros(K), torch.full((K,), tokens, dtype=torch.float64), *found)
 
 
-def naive(steps: list[tuple[list[list[float]], list[float] | None]], eta: float, c: float, normal: bool) -> list[Any]:
+def naive(
+    steps: list[tuple[list[list[float]], list[float] | None]], eta: float, c: float, normal: bool
+) -> list[Any]:
     """Algorithm 1 in plain Python: α_1 … α_T, then ᾱ."""
     alpha, path = [1 / K] * K, []
     for g, target in steps:
@@ -58,11 +60,18 @@ def test_equals_the_naive_algorithm(targeted: bool, normal: bool) -> None:
     state = doge.init(K, 4, options)
     for (found, target), expected in zip(steps, path, strict=True):
         halves = [  # two parameters, which add up
-            doge.align(found[:, part], None if target is None else target[part]) for part in (slice(3), slice(3, None))
+            doge.align(found[:, part], None if target is None else target[part])
+            for part in (slice(3), slice(3, None))
         ]
-        state = doge.update(state, stats(tuple(a + b for a, b in zip(*halves, strict=True))), options)  # type: ignore[arg-type]
-        torch.testing.assert_close(state.weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
-    torch.testing.assert_close(doge.result(state), torch.tensor(average, dtype=torch.float64), rtol=1e-12, atol=0)
+        state = doge.update(
+            state, stats(tuple(a + b for a, b in zip(*halves, strict=True))), options
+        )  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            state.weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+        )
+    torch.testing.assert_close(
+        doge.result(state), torch.tensor(average, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 def test_a_domain_that_pulls_the_other_way_loses_and_the_target_s_own_gains() -> None:
@@ -111,7 +120,10 @@ def test_the_factored_engine_gives_what_autograd_gives(tied: bool) -> None:
     losses = model(torch.cat([part.tokens for part in parts]))
     means = torch.zeros(K, sum(p.numel() for p in named.values()), dtype=torch.float64)
     for k in range(K - 1):  # the last domain is absent
-        means[k] = gradient(model(torch.cat([part.tokens for part in parts])[domain == k]).sum()) / counts[k]
+        means[k] = (
+            gradient(model(torch.cat([part.tokens for part in parts])[domain == k]).sum())
+            / counts[k]
+        )
     for aimed in (target, target[:0]):
         found = DomainGradients(model, K, Target(aimed, 4), torch.device("cpu"))
         found.begin()
@@ -144,28 +156,45 @@ def alone(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPathFa
 
 def test_the_mixture_is_the_average_of_the_trace(alone: Path) -> None:
     trace, mixture = lines(alone / "proxy/domain_weights.jsonl"), read(alone / "weights.json")
-    assert len(trace) == 12 and mixture["method"] == "doge" and set(mixture["epochs"]) == {"digits", "plain", "rich"}
+    assert (
+        len(trace) == 12
+        and mixture["method"] == "doge"
+        and set(mixture["epochs"]) == {"digits", "plain", "rich"}
+    )
     for name, weight in mixture["weights"].items():
         assert weight == pytest.approx(sum(line["weights"][name] for line in trace) / 12, abs=1e-12)
     weights = dict.fromkeys(mixture["weights"], 1 / 3)
     for line in trace:  # anyone can compute it again
         raised = {name: weights[name] * math.exp(0.1 * line["alignment"][name]) for name in weights}
-        weights = {name: 0.999 * value / sum(raised.values()) + 0.001 / 3 for name, value in raised.items()}
+        weights = {
+            name: 0.999 * value / sum(raised.values()) + 0.001 / 3 for name, value in raised.items()
+        }
         assert line["weights"] == pytest.approx(weights, abs=1e-12)
 
 
 def same_trace(one: Path, two: Path, tolerance: float = 1e-6) -> None:
-    for a, b in zip(*(lines(run / "proxy/domain_weights.jsonl") for run in (one, two)), strict=True):
-        assert a["tokens"] == b["tokens"] and a["weights"] == pytest.approx(b["weights"], abs=tolerance)
+    for a, b in zip(
+        *(lines(run / "proxy/domain_weights.jsonl") for run in (one, two)), strict=True
+    ):
+        assert a["tokens"] == b["tokens"] and a["weights"] == pytest.approx(
+            b["weights"], abs=tolerance
+        )
 
 
-def test_parts_of_a_batch_are_the_batch(alone: Path, fresh: list[str], command: Command, tmp_path: Path) -> None:
-    assert command(*fresh, *DOGE, "training.micro_batch_size=3", f"run_dir={tmp_path / 'run'}").code == 0
+def test_parts_of_a_batch_are_the_batch(
+    alone: Path, fresh: list[str], command: Command, tmp_path: Path
+) -> None:
+    assert (
+        command(*fresh, *DOGE, "training.micro_batch_size=3", f"run_dir={tmp_path / 'run'}").code
+        == 0
+    )
     same_trace(alone, tmp_path / "run")
 
 
 @pytest.mark.acceptance
-def test_two_processes_give_the_weights_of_one(alone: Path, fresh: list[str], doremi: Command, tmp_path: Path) -> None:
+def test_two_processes_give_the_weights_of_one(
+    alone: Path, fresh: list[str], doremi: Command, tmp_path: Path
+) -> None:
     outcome = doremi(*fresh, *DOGE, f"run_dir={tmp_path / 'run'}", processes=2)
     assert outcome.code == 0, outcome.err
     same_trace(alone, tmp_path / "run")
@@ -194,13 +223,23 @@ def test_stopped_it_continues_to_the_same_bits(
 def test_a_target_and_seeds(tiny: list[str], command: Command, tmp_path: Path) -> None:
     target = write_jsonl(tmp_path / "target.jsonl", list(documents(7, "0123456789", 200, 20_000)))
     run_dir = tmp_path / "run"
-    overrides = [*tiny, *DOGE, "doge.step_size=1", "proxy.seeds=2", f"run_dir={run_dir}", "target.sequences=16"]
+    overrides = [
+        *tiny,
+        *DOGE,
+        "doge.step_size=1",
+        "proxy.seeds=2",
+        f"run_dir={run_dir}",
+        "target.sequences=16",
+    ]
     outcome = command(*overrides, f"target.files=[{target}]", "training.steps=30", "stage=plan")
     assert outcome.code == 0, outcome
     assert read(run_dir / "plan.json")["stages"]["proxy/round-1/seed-1"]["state"] == "new"
     outcome = command(*overrides, f"target.files=[{target}]", "training.steps=30", "stage=proxy")
     assert outcome.code == 0, outcome
-    results = [json.loads(path.read_text())["weights"] for path in sorted(run_dir.glob("proxy/round-1/*/result.json"))]
+    results = [
+        json.loads(path.read_text())["weights"]
+        for path in sorted(run_dir.glob("proxy/round-1/*/result.json"))
+    ]
     assert len(results) == 2 and results[0] != results[1]
     for weights in results:  # the target is digits
         assert max(weights, key=lambda name: weights[name]) == "digits"
@@ -215,6 +254,8 @@ def test_a_target_and_seeds(tiny: list[str], command: Command, tmp_path: Path) -
         (["target.files=[none.jsonl]"], "none.jsonl"),
     ],
 )
-def test_a_mistake_is_named(overrides: list[str], said: str, tiny: list[str], command: Command, tmp_path: Path) -> None:
+def test_a_mistake_is_named(
+    overrides: list[str], said: str, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
     outcome = command(*tiny, *DOGE, "seed=9", *overrides, f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 2 and said in outcome.err, outcome

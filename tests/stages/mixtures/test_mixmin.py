@@ -70,7 +70,14 @@ def test_equal_experts_keep_equal_weights_and_large_losses_do_no_harm() -> None:
 
 # ── The experts ─────────────────────────────────────────────────────────────────────
 
-MIXMIN = ("mixture=mixmin", "stage=main", "main.comparisons=[]", "seed=55", "training.steps=20", "target.sequences=9")
+MIXMIN = (
+    "mixture=mixmin",
+    "stage=main",
+    "main.comparisons=[]",
+    "seed=55",
+    "training.steps=20",
+    "target.sequences=9",
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +93,14 @@ def solved(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPathF
 
 def test_the_target_s_own_domain_wins(solved: Path) -> None:
     mixture, plan = read(solved / "weights.json"), read(solved / "plan.json")
-    assert mixture["method"] == "mixmin" and max(mixture["weights"], key=mixture["weights"].get) == "digits"
+    assert (
+        mixture["method"] == "mixmin"
+        and max(mixture["weights"], key=mixture["weights"].get) == "digits"
+    )
     known = mixture["provenance"]
-    assert known["experts_loss"] <= min(known["experts_loss_natural"], known["experts_loss_uniform"])
+    assert known["experts_loss"] <= min(
+        known["experts_loss_natural"], known["experts_loss_uniform"]
+    )
     assert known["experts_loss"] <= min(known["expert_losses"].values()) + 1e-9
     assert all(epochs <= 4 * (1 + 1e-9) for epochs in mixture["epochs"].values())
     assert {f"mixmin/experts/{name}" for name in mixture["weights"]} <= set(plan["stages"])
@@ -110,31 +122,55 @@ def test_an_expert_depends_on_its_domain_alone(solved: Path) -> None:
 def test_a_new_domain_costs_one_run(
     solved: Path, corpus: Path, tiny: list[str], store: Path, command: Command, tmp_path: Path
 ) -> None:
-    given = [f"data.tokenizer={solved / 'prepare/tokenizer.json'}", "target.domains=[digits]", "target.sequences=2"]
+    given = [
+        f"data.tokenizer={solved / 'prepare/tokenizer.json'}",
+        "target.domains=[digits]",
+        "target.sequences=2",
+    ]
     for name in ("digits", "plain", "rich"):
         (tmp_path / "more" / name).mkdir(parents=True)
         (tmp_path / "more" / name / "train.jsonl").symlink_to(corpus / name / "train.jsonl")
-    overrides = [*tiny, *MIXMIN, *given, f"data.root={tmp_path / 'more'}", "stage=export", "export.to=levanter"]
+    overrides = [
+        *tiny,
+        *MIXMIN,
+        *given,
+        f"data.root={tmp_path / 'more'}",
+        "stage=export",
+        "export.to=levanter",
+    ]
     assert command(*overrides, f"run_dir={tmp_path / 'before'}").code == 0
     before = set(store.glob("runs/language_model-*"))
     write_jsonl(tmp_path / "more/new/train.jsonl", list(documents(9, "uvwxyz", 80, 50_000)))
     outcome = command(*overrides, f"run_dir={tmp_path / 'after'}")
     assert outcome.code == 0, outcome
     assert len(set(store.glob("runs/language_model-*")) - before) == 1
-    assert set(read(tmp_path / "after/weights.json")["weights"]) == {"digits", "new", "plain", "rich"}
+    assert set(read(tmp_path / "after/weights.json")["weights"]) == {
+        "digits",
+        "new",
+        "plain",
+        "rich",
+    }
 
 
 def test_some_of_the_domains_take_part_and_nothing_is_prepared_anew(
     solved: Path, tiny: list[str], command: Command, tmp_path: Path
 ) -> None:
-    overrides = [*tiny, "mixture=natural", "main.comparisons=[]", "training.steps=4", f"run_dir={tmp_path / 'run'}"]
+    overrides = [
+        *tiny,
+        "mixture=natural",
+        "main.comparisons=[]",
+        "training.steps=4",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     outcome = command(*overrides, "data.only=[rich,plain]")
     assert outcome.code == 0, outcome
     assert set(read(tmp_path / "run/weights.json")["weights"]) == {"plain", "rich"}
     assert set(read(tmp_path / "run/evaluation.json")["main"]["domains"]) == {"plain", "rich"}
     assert (tmp_path / "run/prepare").resolve() == (solved / "prepare").resolve()
     wrong = command(*overrides[:-1], f"run_dir={tmp_path / 'wrong'}", "data.only=[prose]")
-    assert wrong.code == 2 and "data.only=[prose]" in wrong.err and "digits, plain, rich" in wrong.err, wrong
+    assert (
+        wrong.code == 2 and "data.only=[prose]" in wrong.err and "digits, plain, rich" in wrong.err
+    ), wrong
 
 
 @pytest.mark.acceptance
@@ -142,7 +178,13 @@ def test_experts_as_jobs_are_those_of_one_process(
     solved: Path, fresh: list[str], command: Command, tmp_path: Path
 ) -> None:
     target = solved.parent / "target.jsonl"
-    overrides = [*fresh, *MIXMIN, f"target.files=[{target}]", f"run_dir={tmp_path / 'run'}", "submit.cluster=local"]
+    overrides = [
+        *fresh,
+        *MIXMIN,
+        f"target.files=[{target}]",
+        f"run_dir={tmp_path / 'run'}",
+        "submit.cluster=local",
+    ]
     outcome = command(*overrides)
     assert outcome.code == 0 and outcome.out.count("is job") == 3, outcome
     assert (tmp_path / "run/weights.json").read_bytes() == (solved / "weights.json").read_bytes()

@@ -53,13 +53,17 @@ def test_odm_draws_more_of_what_has_higher_loss_and_explores_all() -> None:
     for _ in range(200):
         state = odm.update(state, batch([3.0, 2.0, 1.0], (1000 * state.weights).tolist()), options)
     assert state.weights[0] > state.weights[1] > state.weights[2] >= odm.exploration(201, K)
-    torch.testing.assert_close(state.reward, float64([3.0, 2.0, 1.0]))  # in the long run the loss itself
+    torch.testing.assert_close(
+        state.reward, float64([3.0, 2.0, 1.0])
+    )  # in the long run the loss itself
 
 
 # ── ADO ─────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("law", [(1.5, 4.0, 0.3), (0.0, 3.0, 0.1), (2.0, 0.0, 0.4), (0.5, 8.0, 0.77)])
+@pytest.mark.parametrize(
+    "law", [(1.5, 4.0, 0.3), (0.0, 3.0, 0.1), (2.0, 0.0, 0.4), (0.5, 8.0, 0.77)]
+)
 def test_ado_finds_the_law_of_a_curve(law: tuple[float, float, float]) -> None:
     floor, scale, exponent = law
     n = torch.arange(1, 41, dtype=torch.float64) * 10
@@ -82,8 +86,12 @@ def test_ado_fits_as_least_squares_does_where_there_is_noise() -> None:
     ones = torch.ones(60, 1, dtype=torch.float64)
     found = ado.fit(n, losses[:, None], ones, 300.0)
     mine = found.floor + found.above * (n / 300) ** -found.exponent - losses
-    best = optimize.least_squares(lambda x: x[0] + x[1] * n.numpy() ** -x[2] - losses.numpy(), [1, 3, 0.3])
-    assert float(mine.square().sum()) == pytest.approx(2 * best.cost, rel=1e-3)  # α stands on a grid
+    best = optimize.least_squares(
+        lambda x: x[0] + x[1] * n.numpy() ** -x[2] - losses.numpy(), [1, 3, 0.3]
+    )
+    assert float(mine.square().sum()) == pytest.approx(
+        2 * best.cost, rel=1e-3
+    )  # α stands on a grid
 
 
 def naive_ado(options: Options, steps: int, batches: list[Stats]) -> list[list[float]]:
@@ -93,12 +101,15 @@ def naive_ado(options: Options, steps: int, batches: list[Stats]) -> list[list[f
     for t, stats in enumerate(batches, 1):
         history.append(stats)
         total = float(stats.tokens.sum())
-        recent = [0.9 * h + 0.1 * float(n) / total for h, n in zip(recent, stats.tokens, strict=True)]
+        recent = [
+            0.9 * h + 0.1 * float(n) / total for h, n in zip(recent, stats.tokens, strict=True)
+        ]
         pieces = max(1, steps // ado.PIECES)
         grouped = [history[i : i + pieces] for i in range(0, t, pieces)]
         n = float64([(i + 0.5) * pieces for i in range(len(grouped))])
         loss, tokens = (
-            torch.stack([sum(getattr(s, f) for s in group) for group in grouped]) for f in ("loss", "tokens")
+            torch.stack([sum(getattr(s, f) for s in group) for group in grouped])
+            for f in ("loss", "tokens")
         )  # type: ignore[arg-type, misc]
         law = ado.fit(n, loss, tokens, t)
         speed = [max(float(law.exponent[k]), 0.05) * float(law.above[k]) / t for k in range(K)]
@@ -146,20 +157,34 @@ def test_dro_equals_the_naive_way() -> None:
 
 def options_of(name: str, **changes: Any) -> Options:
     common = FREE | changes
-    return dro.Options(**common, target_losses=(1.0, 1.0, 1.0)) if name == "dro" else Options(**common)
+    return (
+        dro.Options(**common, target_losses=(1.0, 1.0, 1.0)) if name == "dro" else Options(**common)
+    )
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.sampled_from(sorted(ONLINE)), st.integers(0, 1 << 20), st.floats(0.05, 0.4), st.floats(0, 0.05))
+@given(
+    st.sampled_from(sorted(ONLINE)),
+    st.integers(0, 1 << 20),
+    st.floats(0.05, 0.4),
+    st.floats(0, 0.05),
+)
 def test_no_domain_ever_gets_more_than_its_cap_nor_less_than_the_floor(
     name: str, seed: int, cap: float, floor: float
 ) -> None:
     method, steps = ONLINE[name], 40
     options = options_of(name, high=(cap, 1.0, 0.6), floor=floor, warmup=0.1, every=4)
-    generator, state, drawn = torch.Generator().manual_seed(seed), method.init(K, steps, options), torch.zeros(K)
+    generator, state, drawn = (
+        torch.Generator().manual_seed(seed),
+        method.init(K, steps, options),
+        torch.zeros(K),
+    )
     for step in range(steps):
         weights = method.sampling(state, options)
-        assert float(weights.sum()) == pytest.approx(1) and float(weights.min()) >= min(floor, cap) / 2 - 1e-9
+        assert (
+            float(weights.sum()) == pytest.approx(1)
+            and float(weights.min()) >= min(floor, cap) / 2 - 1e-9
+        )
         drawn = drawn + weights / steps
         if step < 4:
             assert weights[0] <= cap + 1e-9
@@ -176,13 +201,17 @@ def test_the_prior_is_drawn_from_until_the_warm_up_is_over() -> None:
             # They fall: where nothing is learned, ado keeps to the prior.
             losses = [50 * step**-0.5, 10 * step**-0.1, 30 * step**-0.3]
             state = method.update(state, batch(losses, [10.0, 10.0, 10.0]), options)
-            moved = not torch.allclose(method.sampling(state, options), float64(options.prior), atol=1e-9)
+            moved = not torch.allclose(
+                method.sampling(state, options), float64(options.prior), atol=1e-9
+            )
             assert moved == (step >= 10), (name, step)
 
 
 def test_what_is_left_of_the_cap_is_spread_over_the_rest() -> None:
     options = Options(**(FREE | {"high": (0.2, 1.0, 1.0)}))
-    used = Drawn(float64([30.0, 50.0, 20.0]), torch.tensor(5), torch.tensor(10))  # 0.15 of 0.2 after half of the run
+    used = Drawn(
+        float64([30.0, 50.0, 20.0]), torch.tensor(5), torch.tensor(10)
+    )  # 0.15 of 0.2 after half of the run
     found = online.within(float64([0.6, 0.2, 0.2]), used, options)
     torch.testing.assert_close(found, float64([0.1, 0.45, 0.45]))
 
@@ -194,7 +223,10 @@ ADAPTS = ("stage=main", "main.comparisons=[]", "training.steps=30", "online.ever
 
 @pytest.fixture(scope="module", params=sorted(ONLINE))
 def adapted(
-    request: pytest.FixtureRequest, tiny: list[str], command: Command, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny: list[str],
+    command: Command,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Path]:
     run_dir = tmp_path_factory.mktemp(request.param) / "run"
     overrides = [*tiny, *ADAPTS, f"mixture={request.param}", f"run_dir={run_dir}"]
@@ -204,25 +236,43 @@ def adapted(
     return request.param, run_dir
 
 
-def test_weights_and_schedule_are_what_was_drawn(adapted: tuple[str, Path], tiny: list[str], command: Command) -> None:
+def test_weights_and_schedule_are_what_was_drawn(
+    adapted: tuple[str, Path], tiny: list[str], command: Command
+) -> None:
     name, run_dir = adapted
     trace, mixture = lines(run_dir / "main/domain_weights.jsonl"), read(run_dir / "weights.json")
     drawn = {domain: sum(line["tokens"][domain] for line in trace) for domain in mixture["weights"]}
     assert mixture["method"] == name and len(trace) == 30
-    assert mixture["weights"] == pytest.approx({domain: n / sum(drawn.values()) for domain, n in drawn.items()})
+    assert mixture["weights"] == pytest.approx(
+        {domain: n / sum(drawn.values()) for domain, n in drawn.items()}
+    )
     stages = mixture["schedule"]
     assert [first for first, _ in stages] == list(range(30))  # fewer steps than stages
     for (first, weights), line in zip(stages, trace, strict=True):
-        assert weights == pytest.approx({domain: n / (8 * 32) for domain, n in line["tokens"].items()}), first
+        assert weights == pytest.approx(
+            {domain: n / (8 * 32) for domain, n in line["tokens"].items()}
+        ), first
     for before, after in itertools.pairwise(trace):  # a line's weights are those of the next batch
         for domain, weight in before["weights"].items():
             assert abs(after["tokens"][domain] / 32 - 8 * weight) < 1
     assert "main" in read(run_dir / "plan.json")["stages"]
-    overrides = [*tiny, *ADAPTS, f"mixture={name}", f"run_dir={run_dir}", "stage=export", "export.to=levanter"]
+    overrides = [
+        *tiny,
+        *ADAPTS,
+        f"mixture={name}",
+        f"run_dir={run_dir}",
+        "stage=export",
+        "export.to=levanter",
+    ]
     assert command(*overrides).code == 0
-    exported = yaml.safe_load((run_dir / "export/mixture_levanter.yaml").read_text())["data"]["train_weights"]
+    exported = yaml.safe_load((run_dir / "export/mixture_levanter.yaml").read_text())["data"][
+        "train_weights"
+    ]
     assert [first for first, _ in exported] == [first for first, _ in stages]
-    assert all(written == pytest.approx(weights) for (_, written), (_, weights) in zip(exported, stages, strict=True))
+    assert all(
+        written == pytest.approx(weights)
+        for (_, written), (_, weights) in zip(exported, stages, strict=True)
+    )
     if name == "dro":
         recipe = read(run_dir / "main/recipe.json")["options"]
         figures = read(run_dir / "reference/result.json")["evaluation"]["domains"]
@@ -231,7 +281,11 @@ def test_weights_and_schedule_are_what_was_drawn(adapted: tuple[str, Path], tiny
 
 
 def test_stopped_it_continues_to_the_same_bits(
-    adapted: tuple[str, Path], fresh: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapted: tuple[str, Path],
+    fresh: list[str],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from doremi_train.storage.runs import stop
 
@@ -246,16 +300,23 @@ def test_stopped_it_continues_to_the_same_bits(
     monkeypatch.setattr(ONLINE[name], "update", update)
     overrides = [*fresh, *ADAPTS, f"mixture={name}", f"run_dir={tmp_path / 'run'}"]
     assert command(*overrides).code == 75
-    assert len(lines(tmp_path / "run/main/domain_weights.jsonl")) == 15  # looked for before the update
+    assert (
+        len(lines(tmp_path / "run/main/domain_weights.jsonl")) == 15
+    )  # looked for before the update
     assert command(*overrides).code == 0
     for file in ("weights.json", "main/domain_weights.jsonl", "main/model/model.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (run_dir / file).read_bytes(), file
 
 
 def test_rounding_does_not_choose_the_law_through_two_pieces() -> None:
-    n, tokens = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.full((2, 3), 64.0, dtype=torch.float64)
+    n, tokens = (
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        torch.full((2, 3), 64.0, dtype=torch.float64),
+    )
     losses = tokens * torch.tensor([[6.0, 5.0, 4.0], [5.9, 5.0, 4.1]], dtype=torch.float64)
-    rounded = losses * (1 + 1e-7 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 0.0, 1.0]], dtype=torch.float64))
+    rounded = losses * (
+        1 + 1e-7 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 0.0, 1.0]], dtype=torch.float64)
+    )
     one, other = (ado.fit(n, found, tokens, 2.0) for found in (losses, rounded))
     torch.testing.assert_close(one.exponent, other.exponent, rtol=0, atol=0)
     torch.testing.assert_close(one.above, other.above, rtol=1e-4, atol=1e-4)
@@ -269,9 +330,12 @@ def test_two_processes_draw_what_one_draws(
     outcome = doremi(*fresh, *ADAPTS, f"mixture={name}", f"run_dir={tmp_path / 'run'}", processes=2)
     assert outcome.code == 0, outcome.err
     for one, two in zip(
-        *(lines(folder / "main/domain_weights.jsonl") for folder in (run_dir, tmp_path / "run")), strict=True
+        *(lines(folder / "main/domain_weights.jsonl") for folder in (run_dir, tmp_path / "run")),
+        strict=True,
     ):
-        assert one["tokens"] == two["tokens"] and one["weights"] == pytest.approx(two["weights"], abs=1e-5)
+        assert one["tokens"] == two["tokens"] and one["weights"] == pytest.approx(
+            two["weights"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -284,6 +348,10 @@ def test_two_processes_draw_what_one_draws(
         (["online.floor=0.5"], "online.floor=0.5"),
     ],
 )
-def test_a_mistake_is_named(overrides: list[str], said: str, tiny: list[str], command: Command, tmp_path: Path) -> None:
-    outcome = command(*tiny, *ADAPTS, "mixture=dro", "stage=plan", *overrides, f"run_dir={tmp_path / 'run'}")
+def test_a_mistake_is_named(
+    overrides: list[str], said: str, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
+    outcome = command(
+        *tiny, *ADAPTS, "mixture=dro", "stage=plan", *overrides, f"run_dir={tmp_path / 'run'}"
+    )
     assert outcome.code == 2 and said in outcome.err, outcome

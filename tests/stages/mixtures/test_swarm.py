@@ -30,14 +30,22 @@ def surface(domains: int, seed: int) -> LogLinear:
     return LogLinear(random.uniform(1.5, 3, domains), slope)
 
 
-def planted(domains: int, per_domain: int, noise: float, seed: int) -> tuple[LogLinear, Floats, Box, Floats, Floats]:
+def planted(
+    domains: int, per_domain: int, noise: float, seed: int
+) -> tuple[LogLinear, Floats, Box, Floats, Floats]:
     """The true surface, prior (K,), box, and runs: points (N, K), losses (N, K)."""
     random = np.random.default_rng(seed)
     true, prior = surface(domains, seed), random.dirichlet(np.full(domains, 3.0))
     box = limits.box(prior * 1e6, 1e6, 4.0, 0.0)
     anchors = np.stack([prior, np.full(domains, 1 / domains)])
     points = np.vstack([anchors, swarm.design(prior, box, per_domain * domains, random)])
-    return true, prior, box, points, true.predict(points) + noise * random.standard_normal((len(points), domains))
+    return (
+        true,
+        prior,
+        box,
+        points,
+        true.predict(points) + noise * random.standard_normal((len(points), domains)),
+    )
 
 
 def random() -> np.random.Generator:
@@ -67,7 +75,9 @@ def test_a_projection_keeps_every_cap_and_floor(case: tuple[Floats, Box]) -> Non
     assert (found >= box.low).all() and (found <= box.high).all()
     free = (found > box.low * (1 + 1e-9)) & (found < box.high * (1 - 1e-9))
     if free.sum() > 1:  # what is between its ends keeps its proportions
-        assert_allclose(np.ptp(found[free] / point[free] / (found[free] / point[free]).mean()), 0, atol=1e-9)
+        assert_allclose(
+            np.ptp(found[free] / point[free] / (found[free] / point[free]).mean()), 0, atol=1e-9
+        )
 
 
 @settings(deadline=None, max_examples=200)
@@ -81,7 +91,10 @@ def test_on_the_grid_a_mixture_sums_to_exactly_1_and_reads_back(case: tuple[Floa
 
 
 def test_a_projection_is_the_nearest_in_divergence() -> None:
-    box, point = Box(np.array([0.0, 0.1, 0.0, 0.0]), np.array([0.4, 1.0, 1.0, 0.2])), np.array([0.7, 0.02, 0.2, 0.08])
+    box, point = (
+        Box(np.array([0.0, 0.1, 0.0, 0.0]), np.array([0.4, 1.0, 1.0, 0.2])),
+        np.array([0.7, 0.02, 0.2, 0.08]),
+    )
     naive = minimize(
         lambda p: divergence(p, point), np.full(4, 0.25), bounds=list(zip(*box, strict=True)), tol=1e-14,
         method="SLSQP", constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
@@ -98,7 +111,9 @@ def test_the_design_is_within_caps_from_sparse_to_even_and_the_same_again() -> N
     assert np.array_equal(points, swarm.design(prior, box, 400, random()))
     free = swarm.design(prior, Box(np.zeros(4), np.ones(4)), 2000, random())
     assert free[:200].max(1).mean() > 0.9 > 0.75 > free[-200:].max(1).mean()
-    assert_allclose(free.mean(0), np.sqrt(prior) / np.sqrt(prior).sum(), atol=0.03)  # Dirichlet(√prior · s)
+    assert_allclose(
+        free.mean(0), np.sqrt(prior) / np.sqrt(prior).sum(), atol=0.03
+    )  # Dirichlet(√prior · s)
 
 
 def test_caps_and_floors_that_leave_nothing_are_refused() -> None:
@@ -127,7 +142,10 @@ def test_without_noise_the_exponential_form_is_recovered_with_its_optimum(seed: 
 def test_two_or_three_noisy_runs_per_domain_rank_mixtures(per_domain: int) -> None:
     for seed in range(3):
         true, prior, box, points, losses = planted(6, per_domain, NOISE, seed)
-        fit, test = regressors.log_linear(points, losses), swarm.design(prior, box, 200, np.random.default_rng(9))
+        fit, test = (
+            regressors.log_linear(points, losses),
+            swarm.design(prior, box, 200, np.random.default_rng(9)),
+        )
         assert spearmanr(fit.predict(test).mean(1), true.predict(test).mean(1)).statistic > 0.9
 
 
@@ -135,11 +153,16 @@ def test_a_run_that_went_wrong_does_not_bend_the_others() -> None:
     true, prior, box, points, losses = planted(5, 3, 0.0, 0)
     losses[7] += 1.0
     test = swarm.design(prior, box, 100, np.random.default_rng(9))
-    assert np.abs(regressors.log_linear(points, losses).predict(test) - true.predict(test)).mean() < 0.02
+    assert (
+        np.abs(regressors.log_linear(points, losses).predict(test) - true.predict(test)).mean()
+        < 0.02
+    )
 
 
 @pytest.mark.parametrize("name", ["gaussian_process", "lightgbm"])
-def test_other_regressors_rank_mixtures_and_propose_within_caps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_regressors_rank_mixtures_and_propose_within_caps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name == "lightgbm":
         pytest.importorskip("lightgbm")
     monkeypatch.setattr(swarm, "SIMULATED", 5000)
@@ -182,7 +205,10 @@ def test_much_regularisation_gives_the_prior_and_none_a_corner_or_a_cap() -> Non
 
 def test_a_further_round_draws_where_losses_are_low() -> None:
     true, prior, box, _, _ = planted(4, 3, 0.0, 0)
-    first, later = swarm.design(prior, box, 20, random()), swarm.explore(true, prior, box, 0.05, 20, random())
+    first, later = (
+        swarm.design(prior, box, 20, random()),
+        swarm.explore(true, prior, box, 0.05, 20, random()),
+    )
     assert later.shape == (20, 4) and len(np.unique(later, axis=0)) == 20
     assert true.predict(later).mean() < true.predict(first).mean(1).min() + 0.01
 
@@ -211,7 +237,10 @@ def test_the_interval_covers_new_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(5):
         true, prior, box, points, losses = planted(2, 4, NOISE, seed)
         errors = losses.mean(1) - swarm.out_of_fold(points, losses, "log_linear", random()).mean(1)
-        fit, noise = regressors.log_linear(points, losses), np.random.default_rng(seed).standard_normal(2) * NOISE
+        fit, noise = (
+            regressors.log_linear(points, losses),
+            np.random.default_rng(seed).standard_normal(2) * NOISE,
+        )
         point = swarm.solve(fit, prior, box, 0.05, random())
         predicted = float(fit.predict(point[None]).mean())
         low, high = swarm.interval(predicted, distance(points, point), errors)
@@ -226,7 +255,9 @@ def test_what_cannot_rank_or_goes_where_no_run_is_is_refused() -> None:
     assert swarm.gates(good, points.mean(0), points) == []
     assert "farther from every run" in swarm.gates(good, np.array([1.0, 0, 0]), points)[0]
     reasons = swarm.gates(swarm.Diagnostics(0.2, 0.2, 0.1, 0.0), points[0], points)
-    assert "Spearman correlation of 0.20" in reasons[0] and "an average run only 0.1000" in reasons[1]
+    assert (
+        "Spearman correlation of 0.20" in reasons[0] and "an average run only 0.1000" in reasons[1]
+    )
 
 
 def test_a_loss_above_its_interval_is_refused() -> None:
@@ -253,7 +284,9 @@ def test_frozen_domains_keep_their_proportions_and_every_cap() -> None:
     drawn = space.expand(swarm.design(np.full(3, 1 / 3), inside, 50, random()))
     assert all(box.inside(mixed, within) for mixed in drawn)
     identity = box.space(np.zeros(4))
-    assert np.array_equal(identity.expand(whole), whole) and np.array_equal(identity.reduce(whole), whole)
+    assert np.array_equal(identity.expand(whole), whole) and np.array_equal(
+        identity.reduce(whole), whole
+    )
 
 
 def test_options_are_strict() -> None:
@@ -263,7 +296,14 @@ def test_options_are_strict() -> None:
 
 # ── The stage ───────────────────────────────────────────────────────────────────────
 
-SWARM = ("mixture=swarm", "swarm.runs=4", "swarm.candidates=1", "training.steps=6", "main.comparisons=[]", "seed=81")
+SWARM = (
+    "mixture=swarm",
+    "swarm.runs=4",
+    "swarm.candidates=1",
+    "training.steps=6",
+    "main.comparisons=[]",
+    "seed=81",
+)
 
 
 def made(store: Path) -> dict[str, float]:
@@ -277,7 +317,9 @@ def swarmed(tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFacto
     run_dir = tmp_path_factory.mktemp("swarm") / "run"
     outcome = run_here(*tiny, *SWARM, f"run_dir={run_dir}")
     assert outcome.code == 0, outcome
-    assert "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3  # prepare, swarm, evaluate
+    assert (
+        "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3
+    )  # prepare, swarm, evaluate
     return run_dir
 
 
@@ -288,15 +330,30 @@ def test_a_swarm_is_run_fitted_and_confirmed(swarmed: Path) -> None:
         read(swarmed / "swarm/fit.json"),
         read(swarmed / "weights.json"),
     )
-    names = [f"swarm/round-1/{name}" for name in ("natural", "uniform", "run-0", "run-1", "run-2", "run-3")]
+    names = [
+        f"swarm/round-1/{name}"
+        for name in ("natural", "uniform", "run-0", "run-1", "run-2", "run-3")
+    ]
     assert [run["run"] for run in runs] == names
     for run in runs:  # what is fitted is what the run, an ordinary one, measured
         result = read(swarmed / run["run"] / "result.json")["evaluation"]
         assert run["losses"] == {name: entry["loss"] for name, entry in result["domains"].items()}
         assert run["loss"] == pytest.approx(result["mean_loss"])
-    assert [line["name"] for line in fit["confirmed"]] == ["proposal-1", "natural", "uniform", "unimax"]
-    best = min((line for line in fit["confirmed"] if not line["refused"]), key=lambda line: line["realised"])
-    assert fit["chosen"] == best["name"] and mixture["weights"] == best["weights"] and mixture["method"] == "swarm"
+    assert [line["name"] for line in fit["confirmed"]] == [
+        "proposal-1",
+        "natural",
+        "uniform",
+        "unimax",
+    ]
+    best = min(
+        (line for line in fit["confirmed"] if not line["refused"]),
+        key=lambda line: line["realised"],
+    )
+    assert (
+        fit["chosen"] == best["name"]
+        and mixture["weights"] == best["weights"]
+        and mixture["method"] == "swarm"
+    )
     assert mixture["provenance"]["runs"] == 6 and -1 <= mixture["provenance"]["spearman"] <= 1
     assert (swarmed / "main").resolve() == (swarmed / "swarm/confirm" / best["name"]).resolve()
 
@@ -304,8 +361,14 @@ def test_a_swarm_is_run_fitted_and_confirmed(swarmed: Path) -> None:
 @pytest.mark.slow
 def test_the_plan_counts_the_runs_of_a_swarm(swarmed: Path) -> None:
     before = read(swarmed / "plan.json")  # written before anything ran
-    new = [name for name, run in before["stages"].items() if run["kind"] == "swarm" and run["state"] == "new"]
-    assert new == [run["run"] for run in lines(swarmed / "swarm/runs.jsonl")] + ["swarm/confirm/proposal-1"]
+    new = [
+        name
+        for name, run in before["stages"].items()
+        if run["kind"] == "swarm" and run["state"] == "new"
+    ]
+    assert new == [run["run"] for run in lines(swarmed / "swarm/runs.jsonl")] + [
+        "swarm/confirm/proposal-1"
+    ]
     assert len({before["stages"][name]["flops"] for name in [*new, "main"]}) == 1
     assert before["stages"]["swarm/confirm/natural"]["same_as"] == "swarm/round-1/natural"
     assert before["total_flops"] > len(new) * before["stages"]["main"]["flops"] > 0
@@ -321,7 +384,9 @@ def test_the_report_shows_fitted_against_realised(swarmed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_of_a_swarm_is_done_twice(swarmed: Path, tiny: list[str], store: Path, tmp_path: Path) -> None:
+def test_nothing_of_a_swarm_is_done_twice(
+    swarmed: Path, tiny: list[str], store: Path, tmp_path: Path
+) -> None:
     before = made(store)
     assert run_here(*tiny, *SWARM, f"run_dir={swarmed}", "stage=swarm").code == 0
     other = run_here(*tiny, *SWARM, f"run_dir={tmp_path / 'same'}", "stage=swarm")
@@ -333,7 +398,9 @@ def test_nothing_of_a_swarm_is_done_twice(swarmed: Path, tiny: list[str], store:
     outcome = run_here(*tiny, *fresh)
     assert outcome.code == 0 and "runs in the store are used too" in outcome.out, outcome
     known = {tuple(run["weights"].values()) for run in lines(swarmed / "swarm/runs.jsonl")}
-    assert known <= {tuple(run["weights"].values()) for run in lines(tmp_path / "other/swarm/runs.jsonl")}
+    assert known <= {
+        tuple(run["weights"].values()) for run in lines(tmp_path / "other/swarm/runs.jsonl")
+    }
     assert len(made(store)) - len(before) <= 3  # a drawn run, a proposal, and the swarm itself
 
 
@@ -365,12 +432,16 @@ def test_a_killed_swarm_goes_on_to_the_same_bits(
     assert outcome.code == 0, outcome
     assert made(tmp_path / "store").items() >= done.items()
     for name in ("fit.json", "runs.jsonl"):
-        assert (tmp_path / "run/swarm" / name).read_bytes() == (swarmed / "swarm" / name).read_bytes()
+        assert (tmp_path / "run/swarm" / name).read_bytes() == (
+            swarmed / "swarm" / name
+        ).read_bytes()
 
 
 @pytest.mark.acceptance
 def test_a_told_swarm_stops_and_says_so(fresh: list[str], tmp_path: Path) -> None:
-    process = start(*fresh, *SWARM, "training.steps=400", f"run_dir={tmp_path / 'run'}", "stage=swarm")
+    process = start(
+        *fresh, *SWARM, "training.steps=400", f"run_dir={tmp_path / 'run'}", "stage=swarm"
+    )
     with reaped(process):
         wait_for((tmp_path / "run/swarm/round-1/natural/metrics.jsonl").exists, process)
         process.terminate()
@@ -383,7 +454,13 @@ def test_a_told_swarm_stops_and_says_so(fresh: list[str], tmp_path: Path) -> Non
 def test_a_swarm_of_jobs_is_that_of_one_process(
     swarmed: Path, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    overrides = [*fresh, *SWARM, f"run_dir={tmp_path / 'run'}", "stage=swarm", "submit.cluster=local"]
+    overrides = [
+        *fresh,
+        *SWARM,
+        f"run_dir={tmp_path / 'run'}",
+        "stage=swarm",
+        "submit.cluster=local",
+    ]
     outcome = doremi(*overrides, "submit.parallel=2", timeout=560)
     assert outcome.code == 0, outcome
     assert outcome.out.count("is job") == 7
@@ -393,7 +470,12 @@ def test_a_swarm_of_jobs_is_that_of_one_process(
 @pytest.mark.acceptance
 def test_rounds_frozen_domains_and_matched_repetition(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"weights": {"plain": 0.2, "rich": 0.6, "gone": 0.2}}')
-    overrides = (*SWARM, "swarm.rounds=2", f"swarm.frozen={tmp_path / 'old.json'}", "proxy.match_repetition=true")
+    overrides = (
+        *SWARM,
+        "swarm.rounds=2",
+        f"swarm.frozen={tmp_path / 'old.json'}",
+        "proxy.match_repetition=true",
+    )
     run_dir = tmp_path / "run"
     outcome = run_here(*tiny, *overrides, "main.tokens=60000", f"run_dir={run_dir}", "stage=swarm")
     assert outcome.code == 0, outcome

@@ -33,23 +33,34 @@ def test_every_policy_trains_on_a_mixture_and_says_where_its_weight_goes(
     seen: dict[str, Any] = {}
     for policy in POLICIES:
         run_dir = tmp_path / policy
-        overrides = [*fresh, *UNIFORM, *reference, f"training.loss_weighting={policy}", f"run_dir={run_dir}"]
+        overrides = [
+            *fresh,
+            *UNIFORM,
+            *reference,
+            f"training.loss_weighting={policy}",
+            f"run_dir={run_dir}",
+        ]
         if policy == "imp":
             before = run_here(*overrides, "stage=plan")
             assert before.code == 0, before
-            assert [read(run_dir / "plan.json")["stages"][name]["state"] for name in ("data_model", "main")] == [
-                "new"
-            ] * 2
+            assert [
+                read(run_dir / "plan.json")["stages"][name]["state"]
+                for name in ("data_model", "main")
+            ] == ["new"] * 2
         assert run_here(*overrides).code == 0
         seen[policy] = main_loss(run_dir)
         assert run_here(*overrides, "stage=plan").code == 0
         planned = read(run_dir / "plan.json")["stages"]
-        assert {name: run["state"] for name, run in planned.items()} == dict.fromkeys(planned, "done")
+        assert {name: run["state"] for name, run in planned.items()} == dict.fromkeys(
+            planned, "done"
+        )
         trace = run_dir / "main" / "domain_weights.jsonl"
         assert trace.exists() == (policy != "none")
         for line in lines(trace) if policy != "none" else []:
             tokens = line["tokens"]
-            mean = sum(line["loss_weight"][name] * tokens[name] for name in tokens) / sum(tokens.values())
+            mean = sum(line["loss_weight"][name] * tokens[name] for name in tokens) / sum(
+                tokens.values()
+            )
             assert mean == pytest.approx(1)
             assert 0 < line["effective_sample_size"] <= sum(tokens.values())
     assert len({tuple(found) for found in seen.values()}) == len(POLICIES)
@@ -57,13 +68,20 @@ def test_every_policy_trains_on_a_mixture_and_says_where_its_weight_goes(
     assert all(found[-1] < 5.7 for found in seen.values())  # ln 300 is knowing nothing
 
 
-def test_without_power_it_is_the_ordinary_run(fresh: list[str], reference: list[str], tmp_path: Path) -> None:
-    for name, more in {"none": [], "zero": ["training.loss_weighting=dimp", "weighting.power=0.0"]}.items():
+def test_without_power_it_is_the_ordinary_run(
+    fresh: list[str], reference: list[str], tmp_path: Path
+) -> None:
+    for name, more in {
+        "none": [],
+        "zero": ["training.loss_weighting=dimp", "weighting.power=0.0"],
+    }.items():
         assert run_here(*fresh, *UNIFORM, *reference, *more, f"run_dir={tmp_path / name}").code == 0
     assert main_loss(tmp_path / "zero") == pytest.approx(main_loss(tmp_path / "none"), abs=1e-5)
 
 
-def test_the_reference_may_be_of_this_command_and_only_main_runs_change(fresh: list[str], tmp_path: Path) -> None:
+def test_the_reference_may_be_of_this_command_and_only_main_runs_change(
+    fresh: list[str], tmp_path: Path
+) -> None:
     common = [*fresh, "stage=main", "main.comparisons=[]"]
     assert run_here(*common, f"run_dir={tmp_path / 'none'}").code == 0
     assert run_here(*common, f"run_dir={tmp_path / 'rho'}", "training.loss_weighting=rho").code == 0
@@ -72,9 +90,15 @@ def test_the_reference_may_be_of_this_command_and_only_main_runs_change(fresh: l
     assert (tmp_path / "none" / "main").resolve() != (tmp_path / "rho" / "main").resolve()
 
 
-def test_cached_losses_give_what_live_ones_give(fresh: list[str], reference: list[str], tmp_path: Path) -> None:
+def test_cached_losses_give_what_live_ones_give(
+    fresh: list[str], reference: list[str], tmp_path: Path
+) -> None:
     for kind in ("live", "cached"):
-        how = ["training.loss_weighting=imp", f"reference.losses={kind}", f"run_dir={tmp_path / kind}"]
+        how = [
+            "training.loss_weighting=imp",
+            f"reference.losses={kind}",
+            f"run_dir={tmp_path / kind}",
+        ]
         assert run_here(*fresh, *UNIFORM, *reference, *how).code == 0
     assert main_loss(tmp_path / "cached") == pytest.approx(main_loss(tmp_path / "live"), abs=1e-3)
     assert (
@@ -82,7 +106,9 @@ def test_cached_losses_give_what_live_ones_give(fresh: list[str], reference: lis
     )  # the reference's, and the model's of the data
 
 
-def test_the_plan_counts_the_losses_that_are_not_cached(fresh: list[str], reference: list[str], tmp_path: Path) -> None:
+def test_the_plan_counts_the_losses_that_are_not_cached(
+    fresh: list[str], reference: list[str], tmp_path: Path
+) -> None:
     common = [*fresh, *UNIFORM, *reference, "training.loss_weighting=dimp"]
 
     def flops(*overrides: str) -> float:
@@ -112,13 +138,28 @@ def test_two_processes_and_micro_batches_give_the_numbers_of_one(
     policy: str, fresh: list[str], reference: list[str], doremi: Command, tmp_path: Path
 ) -> None:
     """An uneven batch in one part on one process, and in three on two."""
-    common = [*fresh, *UNIFORM, *reference, f"training.loss_weighting={policy}", "training.batch_size=9"]
+    common = [
+        *fresh,
+        *UNIFORM,
+        *reference,
+        f"training.loss_weighting={policy}",
+        "training.batch_size=9",
+    ]
     assert run_here(*common, f"run_dir={tmp_path / 'one'}").code == 0
-    parts = [f"store={tmp_path / 'other'}", "training.micro_batch_size=2", f"run_dir={tmp_path / 'two'}"]
+    parts = [
+        f"store={tmp_path / 'other'}",
+        "training.micro_batch_size=2",
+        f"run_dir={tmp_path / 'two'}",
+    ]
     outcome = doremi(*common, *parts, processes=2)
     assert outcome.code == 0, outcome.err
     assert main_loss(tmp_path / "two") == pytest.approx(main_loss(tmp_path / "one"), abs=1e-4)
-    for a, b in zip(*(lines(tmp_path / run / "main" / "domain_weights.jsonl") for run in ("one", "two")), strict=True):
+    for a, b in zip(
+        *(lines(tmp_path / run / "main" / "domain_weights.jsonl") for run in ("one", "two")),
+        strict=True,
+    ):
         assert a["tokens"] == b["tokens"] and a["step"] == b["step"]
-        assert a["loss_weight"] == pytest.approx(b["loss_weight"], abs=2e-3 if policy == "rho" else 1e-4)
+        assert a["loss_weight"] == pytest.approx(
+            b["loss_weight"], abs=2e-3 if policy == "rho" else 1e-4
+        )
         assert a["effective_sample_size"] == pytest.approx(b["effective_sample_size"], rel=1e-3)
