@@ -1,6 +1,8 @@
-"""All benchmarks at a reduced size, one after another, each in a process of its own: `python -m benchmarks`.
+"""All benchmarks at a reduced size, one after another, each in a process of its own: `python -m
+benchmarks`.
 
-Studies train models for many minutes to see what a method is worth; they are started by their names.
+Studies train models for many minutes to see what a method is worth; they are started by their
+names.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""What every benchmark shares: sides measured in turn, ratios with an interval, a table, a JSON file.
+"""What every benchmark shares: sides measured in turn, ratios with an interval, a table, a JSON
+file.
 
-The sides of a comparison alternate in one process, and a ratio is the median over rounds of what was measured within
-one round: load from elsewhere, which comes and goes, then strikes all sides alike.
+The sides of a comparison alternate in one process, and a ratio is the median over rounds of what
+was measured within one round: load from elsewhere, which comes and goes, then strikes all sides
+alike.
 """
 
 import argparse
@@ -71,8 +73,9 @@ def alternate(
 
 
 def ratio(above: list[float], below: list[float]) -> Ratio:
-    """Of two sides of the same rounds. The interval is the order statistics around the median, whatever the
-    distribution; with fewer than six rounds it is the range, and covers less than 95 %."""
+    """Of two sides of the same rounds. The interval is the order statistics around the median,
+    whatever the distribution; with fewer than six rounds it is the range, and covers less than 95
+    %."""
     paired = sorted(a / b for a, b in zip(above, below, strict=True))
     n, tail, left_out = len(paired), 0.5 ** len(paired), 0
     while tail + math.comb(n, left_out + 1) * 0.5**n <= 0.025:
@@ -95,7 +98,8 @@ def token_store(
     member_tokens: int = 1 << 20,
     members_per_shard: int = 64,
 ) -> shards.TokenStore:
-    """A finished store of random tokens: as many in each domain for training, a hundredth for validation."""
+    """A finished store of random tokens: as many in each domain for training, a hundredth for
+    validation."""
     words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
     writer = writing.ShardWriter(
         folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard

@@ -1,5 +1,6 @@
-"""What picking the examples of every step costs: GREATS with sketches and exact, in one pass and in two, over ordinary
-training on the same candidates, of which half are picked; and beside gradients that are computed one example at a time.
+"""What picking the examples of every step costs: GREATS with sketches and exact, in one pass and in
+two, over ordinary training on the same candidates, of which half are picked; and beside gradients
+that are computed one example at a time.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from doremi_train.training.trainer import Trainer
 def training(
     of: Setting, label: str, selection: BatchSelectionOptions | None, parts: int = 1
 ) -> Steps:
-    """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it takes two passes."""
+    """The trainer on all candidates, or on half of them as picked; with `parts` micro-batches it
+    takes two passes."""
     count = of.training.batch_size
     shown = np.arange(count // 2)  # as many validation sequences as picks
     target = read(
@@ -157,7 +159,8 @@ def of_model(
 
 
 def _peak(name: str, side: str, given: argparse.Namespace) -> float:
-    """Peak memory in MB of a process that takes a few steps of one side, above what it has before them."""
+    """Peak memory in MB of a process that takes a few steps of one side, above what it has before
+    them."""
     command = [
         sys.executable,
         "-m",

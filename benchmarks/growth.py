@@ -1,10 +1,10 @@
-"""How time grows with the number of domains, processes, sequences, entries of the vocabulary and documents to select
-from: what each part takes at every size, and the power p of size^p that fits its last sizes (0: constant, 1: in
-proportion).
+"""How time grows with the number of domains, processes, sequences, entries of the vocabulary and
+documents to select from: what each part takes at every size, and the power p of size^p that fits
+its last sizes (0: constant, 1: in proportion).
 
-All on one thread. Times are the processor's, so that others on the machine matter less. Processes are simulated.
-Memory is the peak of what numpy and Python allocate; of selections, which are commands of their own, all that the
-process held. `benchmarks.memory` has that of torch.
+All on one thread. Times are the processor's, so that others on the machine matter less. Processes
+are simulated. Memory is the peak of what numpy and Python allocate; of selections, which are
+commands of their own, all that the process held. `benchmarks.memory` has that of torch.
 """
 
 import argparse
@@ -155,7 +155,8 @@ TOGETHER, FILE = 10**4, 10**5  # documents that come as parts of a long one; doc
 def documents(
     sizes: tuple[int, ...], folder: Path
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and bytes of commands that select a tenth of so many documents, and that choose another tenth of them."""
+    """Seconds and bytes of commands that select a tenth of so many documents, and that choose
+    another tenth of them."""
     times: dict[str, list[float]] = {"select": [], "choose again": []}
     memory: dict[str, list[float]] = {"select": [], "choose again": []}
     vocabulary, zipf = np.array([f"w{n}" for n in range(5000)]), 1 / np.arange(1, 5001)
@@ -218,7 +219,8 @@ AXES = {
 
 
 def seconds(part: Callable[[], object], enough: float) -> float:
-    """Of one call: the least of several turns, each long enough for the clock, since others only ever add to it."""
+    """Of one call: the least of several turns, each long enough for the clock, since others only
+    ever add to it."""
     calls, took = 1, 0.0
     while True:
         began = time.process_time()
@@ -330,10 +332,7 @@ def picture(label: str, found: Mapping[str, Any]) -> str:
 
 def drawn(chart: str) -> str:
     """A chart as a file of its own: with the colours that elsewhere a page gives."""
-    style = (
-        "<style>:root{--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}"
-        "@media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--line:#3d444d}}</style>"
-    )
+    style = "<style>:root{--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}@media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--line:#3d444d}}</style>"
     head, _, rest = chart.partition(">")
     return f"{head}>{style}{rest}"
 

@@ -1,8 +1,9 @@
-"""What influence costs an example: gradients in batches with a sparse projection, or straight against the targets,
-beside the published way, one example at a time with a dense projection; on LoRA of the paper's rank and of a small one.
+"""What influence costs an example: gradients in batches with a sparse projection, or straight
+against the targets, beside the published way, one example at a time with a dense projection; on
+LoRA of the paper's rank and of a small one.
 
-The dense projection is given its matrix: that of the published code is drawn again for every 16 examples, which is not
-counted here. All sides take AdamW's direction at the same checkpoint.
+The dense projection is given its matrix: that of the published code is drawn again for every 16
+examples, which is not counted here. All sides take AdamW's direction at the same checkpoint.
 """
 
 import argparse
@@ -38,7 +39,8 @@ class Setting(NamedTuple):
 
 
 def measure(given: argparse.Namespace) -> common.Result:
-    """The ratios for every rank; those of the first one, the paper's, also under their bare names."""
+    """The ratios for every rank; those of the first one, the paper's, also under their bare
+    names."""
     torch.set_num_threads(given.threads)
     ratios: dict[str, common.Ratio] = {}
     figures: dict[str, Any] = {"threads": given.threads}
@@ -142,7 +144,8 @@ def direct(of: Setting, targets: int) -> None:
 
 
 def published(of: Setting, matrix: Tensor | None) -> None:
-    """A backward for every example, its whole direction as one vector, and 16 of these projected by a dense matrix."""
+    """A backward for every example, its whole direction as one vector, and 16 of these projected by
+    a dense matrix."""
     named = {name: p for name, p in of.at.model.named_parameters() if p.requires_grad}
     moments = [
         torch.cat([getattr(of.at.moments[n], key).flatten() for n in named])

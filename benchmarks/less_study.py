@@ -1,6 +1,6 @@
-"""What fine-tuning on 5 % of a pool gives a target, by who chose them, beside all of it: held-out loss on the planted
-tasks (`benchmarks.planted_tasks`), or with `--corpus` on real text (`benchmarks.page_tasks`), over several seeds of
-warm-up, draws and training, at equal steps.
+"""What fine-tuning on 5 % of a pool gives a target, by who chose them, beside all of it: held-out
+loss on the planted tasks (`benchmarks.planted_tasks`), or with `--corpus` on real text
+(`benchmarks.page_tasks`), over several seeds of warm-up, draws and training, at equal steps.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""How fast batches come: tokens with domain ids, in process and read ahead by a thread, over a bare gather from memory
-maps and over other libraries' loaders on the same tokens; and what seeking, opening and waiting take.
+"""How fast batches come: tokens with domain ids, in process and read ahead by a thread, over a bare
+gather from memory maps and over other libraries' loaders on the same tokens; and what seeking,
+opening and waiting take.
 
-The other libraries live in an environment of their own, whose interpreter `--peers` names (README). All sides deliver
-int64 tokens (B, T + 1) and domain ids (B,), drawn evenly from 8 domains.
+The other libraries live in an environment of their own, whose interpreter `--peers` names (README).
+All sides deliver int64 tokens (B, T + 1) and domain ids (B,), drawn evenly from 8 domains.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def read_ahead(store: TokenStore, length: int = LENGTH) -> Generator[Batch, None
 
 
 def memmap_gather(store: TokenStore) -> Iterator[object]:
-    """Windows of one array a domain at random places: no index, no epochs, no bounds, nothing to resume."""
+    """Windows of one array a domain at random places: no index, no epochs, no bounds, nothing to
+    resume."""
     length = int(store.sequences("train", LENGTH).min())
     maps = [
         np.memmap(path, np.uint16, "r").view(np.ndarray)
@@ -133,7 +135,8 @@ class Peers:
         line = self._process.stdout.readline()
         if not line:
             sys.exit(
-                f"--peers: the process ended; its last words:\n{Path(self._log.name).read_text()[-2000:]}"
+                "--peers: the process ended; its last "
+                f"words:\n{Path(self._log.name).read_text()[-2000:]}"
             )
         return line
 
@@ -152,8 +155,8 @@ def seek(store: TokenStore) -> float:
 
 
 def wide_store(folder: Path, domains: int, shards: int, linked: bool = True) -> Path:
-    """A finished store of that many domains with that many tiny shards each: one real domain's, linked again and again,
-    or only described."""
+    """A finished store of that many domains with that many tiny shards each: one real domain's,
+    linked again and again, or only described."""
     one = common.token_store(
         folder / "one", 1, shards << 16, 1000, member_tokens=1 << 16, members_per_shard=1
     )
@@ -207,7 +210,8 @@ def opening(path: Path) -> dict[str, float]:
 
 
 def anonymous_memory(path: Path) -> float:
-    """MB of this process when it has read as many tokens as the store has. Pages of files are the system's."""
+    """MB of this process when it has read as many tokens as the store has. Pages of files are the
+    system's."""
     store = TokenStore.open(path)
     take = turn(read_ahead(store), int(store.sizes("train").sum()) // (BATCH * LENGTH))
     take()
@@ -216,7 +220,8 @@ def anonymous_memory(path: Path) -> float:
 
 
 def proportions(store: TokenStore, steps: int) -> dict[str, float]:
-    """The largest distance, in sequences, between what was drawn of any domain and its share, over all steps."""
+    """The largest distance, in sequences, between what was drawn of any domain and its share, over
+    all steps."""
     weights = np.random.default_rng(1).dirichlet(np.ones(len(store.domains)))
     sampler = Sampler(store.sequences("train", LENGTH), store.domains, BATCH, 0)
     counts, drawn, worst = np.zeros(len(weights), np.int64), np.zeros(len(weights), np.int64), 0.0
@@ -229,7 +234,8 @@ def proportions(store: TokenStore, steps: int) -> dict[str, float]:
 
 
 def waiting(store: TokenStore, steps: int) -> dict[str, float]:
-    """A consumer that computes (torch, on this thread) for as long as a step of `RATE` tokens a second takes."""
+    """A consumer that computes (torch, on this thread) for as long as a step of `RATE` tokens a
+    second takes."""
     batches, matrix, waits = read_ahead(store), torch.randn(256, 256), []
     next(batches)
     for _ in range(steps):
@@ -278,7 +284,8 @@ def measure(given: argparse.Namespace) -> common.Result:
                 }
         else:
             print(
-                "the other libraries are not measured: --peers names the interpreter of an environment that has them"
+                "the other libraries are not measured: --peers names the interpreter of an "
+                "environment that has them"
             )
         times = common.alternate(sides, rounds, warm_up=1)
         sizes = 1 << 22, 1 << 25

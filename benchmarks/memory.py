@@ -1,6 +1,6 @@
-"""What the loss without logits saves and costs: peak memory of a training step by vocabulary, fused with the output
-projection and with plain logits, without the embedding's parameters, gradient and optimiser states; and the time of
-projection, loss and backward, fused over plain, by shape.
+"""What the loss without logits saves and costs: peak memory of a training step by vocabulary, fused
+with the output projection and with plain logits, without the embedding's parameters, gradient and
+optimiser states; and the time of projection, loss and backward, fused over plain, by shape.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def _peaks(vocabulary: int, given: argparse.Namespace) -> dict[str, int]:
 
 
 def _peak(steps: step.Steps, device: torch.device) -> int:
-    """The most bytes that torch's allocator has given out at a time during a step, beyond those before."""
+    """The most bytes that torch's allocator has given out at a time during a step, beyond those
+    before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,9 +1,10 @@
-"""How fast documents are scored: `selection=ngram` over the package data-selection on the same text, one core each; its
-kernel on text in memory; the whole of it, from jsonl.zst to a file of scores, over reading these files alone; and with
-`--ray` what a task costs on a Ray cluster beyond its work, over a pool of processes.
+"""How fast documents are scored: `selection=ngram` over the package data-selection on the same
+text, one core each; its kernel on text in memory; the whole of it, from jsonl.zst to a file of
+scores, over reading these files alone; and with `--ray` what a task costs on a Ray cluster beyond
+its work, over a pool of processes.
 
-Seconds are the processor's, so that others on the machine matter less. The text is that of `--root`, or else the
-demonstration's, repeated until it is large enough.
+Seconds are the processor's, so that others on the machine matter less. The text is that of
+`--root`, or else the demonstration's, repeated until it is large enough.
 """
 
 import argparse
@@ -47,7 +48,8 @@ def work(data: DataOptions, folder: Path) -> list[tasks.Task]:
 
 
 def estimated(all_: list[tasks.Task], target: list[bytes]) -> None:
-    """Count the corpus and fit the weights, one column for the target and one for its half, as a selection does."""
+    """Count the corpus and fit the weights, one column for the target and one for its half, as a
+    selection does."""
     for task in all_:
         tasks.count(task)
     columns = {"target": target, "target/half": halves(target)[0]}
@@ -61,7 +63,8 @@ def scored(all_: list[tasks.Task]) -> None:
 
 
 def handled(done: tasks.Task, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a worker that a task takes whose work is done already, by engine, in every round."""
+    """Seconds of a worker that a task takes whose work is done already, by engine, in every
+    round."""
 
     def turn(engine: engines.Engine) -> None:
         engine.run(tasks.score, [done] * NOTHINGS, lambda _: None)
@@ -181,7 +184,8 @@ def measure(given: argparse.Namespace) -> common.Result:
             sides |= {"ours_on_less": whole(small, fit=True), "data_selection": peer.turn}
         else:
             print(
-                "data-selection is not measured: --peer names the interpreter of an environment that has it"
+                "data-selection is not measured: --peer names the interpreter of an environment "
+                "that has it"
             )
         rounds = given.rounds or (3 if given.quick else 9)
         times = common.alternate(sides, rounds, clock=time.process_time)

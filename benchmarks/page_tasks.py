@@ -1,6 +1,7 @@
-"""Tasks of real text, made from a folder of domains: given how a section begins, write what follows. Of manual pages a
-section is what stands under a heading, elsewhere it is a paragraph. A pool holds examples of every domain; the target
-is one of these, of which a few more examples are given and others are evaluated.
+"""Tasks of real text, made from a folder of domains: given how a section begins, write what
+follows. Of manual pages a section is what stands under a heading, elsewhere it is a paragraph. A
+pool holds examples of every domain; the target is one of these, of which a few more examples are
+given and others are evaluated.
 """
 
 import itertools

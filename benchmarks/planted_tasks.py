@@ -1,8 +1,10 @@
-"""Five tasks that only what they ask for tells apart: prompts of random letters, each answered by its own cipher.
+"""Five tasks that only what they ask for tells apart: prompts of random letters, each answered by
+its own cipher.
 
-A task replaces every letter by another one, by a permutation of the alphabet that no other task agrees with on any
-letter. Prompts and answers of all tasks have the same letters, equally often and in no order, and only letters that
-stand far apart belong together, so that words and pairs of words say nothing. A part of the answers is random: noise.
+A task replaces every letter by another one, by a permutation of the alphabet that no other task
+agrees with on any letter. Prompts and answers of all tasks have the same letters, equally often and
+in no order, and only letters that stand far apart belong together, so that words and pairs of words
+say nothing. A part of the answers is random: noise.
 """
 
 import json
@@ -48,7 +50,8 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def untrained(folder: Path, width: int = 64, layers: int = 1) -> Path:
-    """A transformers folder with a tokeniser of the letters and a small model that has learned nothing."""
+    """A transformers folder with a tokeniser of the letters and a small model that has learned
+    nothing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -73,7 +76,8 @@ TRAINING = (
 
 
 def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int = 700) -> Path:
-    """A model folder after training on other examples of all tasks, without noise. `command` runs doremi-train."""
+    """A model folder after training on other examples of all tasks, without noise. `command` runs
+    doremi-train."""
     write(folder / "train.jsonl", records(3, 2000, 0.0))
     write(folder / "held.jsonl", records(2, 20, 0.0))
     outcome = command(
@@ -95,7 +99,8 @@ def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int
 
 
 def selecting(folder: Path, base: Path, count: int = 200) -> list[str]:
-    """Overrides that select from a pool with `count` examples of each task, a fifth of them noise, for every task."""
+    """Overrides that select from a pool with `count` examples of each task, a fifth of them noise,
+    for every task."""
     write(folder / "pool.jsonl", records(1, count, 0.2))
     write(folder / "held.jsonl", records(2, 20, 0.0))
     for task in TASKS:

@@ -1,8 +1,9 @@
-"""Which policy picks well: a pool of real text with 30 % noise (shuffled characters) and 30 % exact duplicates, one
-domain as the target, and its loss against steps, FLOPs and seconds for every policy, over several seeds.
+"""Which policy picks well: a pool of real text with 30 % noise (shuffled characters) and 30 % exact
+duplicates, one domain as the target, and its loss against steps, FLOPs and seconds for every
+policy, over several seeds.
 
-All begin with the same model, which was trained on the other clean domains: a fresh one spends so many steps on which
-tokens are frequent at all that no choice of examples matters.
+All begin with the same model, which was trained on the other clean domains: a fresh one spends so
+many steps on which tokens are frequent at all that no choice of examples matters.
 """
 
 import argparse
@@ -59,8 +60,8 @@ POLICIES = {
     "greats_published": PUBLISHED,
     "greats": BatchSelectionOptions(method="greats"),
 }
-# What each of the differences between ours and the published form is worth. The published second term is not among
-# them: it is inert, and with it ours without a cap is topk.
+# What each of the differences between ours and the published form is worth. The published second
+# term is not among them: it is inert, and with it ours without a cap is topk.
 PARTS = {
     "random": POLICIES["random"],
     "topk": POLICIES["topk"],
@@ -88,7 +89,8 @@ class Trained(NamedTuple):
 
 
 def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
-    """Clean domains, `noise`, and `copies`: a few sequences over and over, so that many of them meet in a batch."""
+    """Clean domains, `noise`, and `copies`: a few sequences over and over, so that many of them
+    meet in a batch."""
     where = DataOptions(embedded=None, root=str(root)) if root else DataOptions()
     texts: dict[str, dict[str, list[str]]] = {}
     for source in sources.resolve(where):
@@ -366,7 +368,8 @@ def measure(given: argparse.Namespace) -> common.Result:
 
 
 def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
-    """The target's loss against steps, FLOPs and seconds, as SVG: the mean over seeds, and their range."""
+    """The target's loss against steps, FLOPs and seconds, as SVG: the mean over seeds, and their
+    range."""
     import matplotlib
 
     matplotlib.use("svg")

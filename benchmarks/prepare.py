@@ -1,8 +1,9 @@
-"""How fast text becomes token shards: `stage=prepare` over what the tokenizers library reaches by itself on the same
-cores and the same documents, already read and in memory; and what memory that takes as the text grows.
+"""How fast text becomes token shards: `stage=prepare` over what the tokenizers library reaches by
+itself on the same cores and the same documents, already read and in memory; and what memory that
+takes as the text grows.
 
-Every side runs in a process of its own. The text is that of `--root`, or else the demonstration's, repeated until it is
-large enough.
+Every side runs in a process of its own. The text is that of `--root`, or else the demonstration's,
+repeated until it is large enough.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def texts(options: DataOptions) -> Iterator[str]:
 
 
 def corpus(root: Path | None, size: int, folder: Path) -> DataOptions:
-    """Files of about `size` bytes of text: as much of every domain as it takes, under more names where it has less."""
+    """Files of about `size` bytes of text: as much of every domain as it takes, under more names
+    where it has less."""
     given = DataOptions(root=str(root)) if root is not None else DataOptions()
     found = sources.resolve(given)
     share, written = size // len({source.domain for source in found}), 0

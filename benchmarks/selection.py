@@ -1,8 +1,9 @@
-"""What a choice of documents is worth: the same tiny model trained for equally many steps on a tenth of a pool, chosen
-by every method for a few documents of one domain, and on all of it; the loss of that domain, and of the others.
+"""What a choice of documents is worth: the same tiny model trained for equally many steps on a
+tenth of a pool, chosen by every method for a few documents of one domain, and on all of it; the
+loss of that domain, and of the others.
 
-The pool holds little of the target's domain, so that a tenth of it has to be found elsewhere. One tokeniser, and one
-validation set, for all.
+The pool holds little of the target's domain, so that a tenth of it has to be found elsewhere. One
+tokeniser, and one validation set, for all.
 """
 
 import argparse
@@ -60,7 +61,8 @@ def lines(path: Path, documents: list[str]) -> Path:
 
 
 def laid_out(root: Path, target: str, characters: int, folder: Path) -> dict[str, Path]:
-    """The pool as one domain, the evaluated text as one of each, and the documents that stand for the target."""
+    """The pool as one domain, the evaluated text as one of each, and the documents that stand for
+    the target."""
     domains = sorted(path.name for path in root.iterdir() if path.is_dir())
     pool: list[str] = []
     for domain in domains:
@@ -133,7 +135,8 @@ def stores(
 def trained(
     store: TokenStore, evaluated: TokenStore, target: str, seed: int, steps: int, folder: Path
 ) -> list[tuple[float, float]]:
-    """Loss of the target, and mean loss of the other domains, at EVALUATIONS steps; nats per token."""
+    """Loss of the target, and mean loss of the other domains, at EVALUATIONS steps; nats per
+    token."""
     shape = configs.resolve(
         ModelOptions(**configs.preset("tiny", "model")),
         store.vocabulary_size,

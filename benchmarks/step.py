@@ -1,6 +1,7 @@
-"""What a step costs: the proxy's, with live and with cached reference losses, over a plain language model's of the same
-trainer; and that one over the shortest loop one would write by hand, and over HF Trainer. All train the same model of
-transformers on as many tokens, with the same optimiser, clipping and precision.
+"""What a step costs: the proxy's, with live and with cached reference losses, over a plain language
+model's of the same trainer; and that one over the shortest loop one would write by hand, and over
+HF Trainer. All train the same model of transformers on as many tokens, with the same optimiser,
+clipping and precision.
 """
 
 import argparse
@@ -148,7 +149,8 @@ def handwritten(of: Setting) -> Steps:
 
 
 def hf_trainer(of: Setting) -> Steps:
-    """transformers.Trainer in a thread of its own, which waits after every step until it is asked for the next."""
+    """transformers.Trainer in a thread of its own, which waits after every step until it is asked
+    for the next."""
     import transformers
 
     length, stream = of.training.sequence_length, torch.from_numpy(of.tokens().astype(np.int64))
@@ -265,7 +267,8 @@ def of_model(
     seconds = {side: statistics.median(found) / each for side, found in times.items()}
     figures |= described(of, seconds)
     common.table(
-        f"{name}: {figures['parameters'] / 1e6:.1f}M parameters, {figures['tokens_per_step']} tokens a step",
+        f"{name}: {figures['parameters'] / 1e6:.1f}M parameters, {figures['tokens_per_step']} "
+        "tokens a step",
         ("side", "ms a step", "tokens/s"),
         [
             (side, 1e3 * took, round(figures["tokens_per_step"] / took))
@@ -312,7 +315,8 @@ def _turn(device: torch.device, steps: Steps, count: int) -> Callable[[], None]:
 
 
 def described(of: Setting, seconds: dict[str, float]) -> dict[str, Any]:
-    """Sizes, absolute times, the floor of a live reference, and what part of the accelerator's peak is used."""
+    """Sizes, absolute times, the floor of a live reference, and what part of the accelerator's peak
+    is used."""
     shape, training = costs.shape(of.config), of.training
     rows, length, device = training.batch_size, training.sequence_length, of.place.device
     forward = costs.forward(shape, length)

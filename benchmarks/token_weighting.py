@@ -1,8 +1,10 @@
-"""Where RHO, DIMP and IMP put the weight of tokens when documents contain noise, and what that does to held-out loss.
+"""Where RHO, DIMP and IMP put the weight of tokens when documents contain noise, and what that does
+to held-out loss.
 
-Spans of characters inside training documents are shuffled; validation text stays clean. A reference is trained on the
-clean text, then a model with every policy and seed on the noisy one. Noise tokens are known by where they stand in
-their document, so the part of the weight that falls on clean ones can be counted.
+Spans of characters inside training documents are shuffled; validation text stays clean. A reference
+is trained on the clean text, then a model with every policy and seed on the noisy one. Noise tokens
+are known by where they stand in their document, so the part of the weight that falls on clean ones
+can be counted.
 """
 
 import argparse
@@ -55,7 +57,8 @@ def shuffled(text: str, generator: random.Random) -> tuple[str, Spans]:
 
 
 def documents(corpus: Path | None, domain: str, split: str) -> Iterator[str]:
-    """Of a corpus with a folder a domain, or of the text that every machine with this package has."""
+    """Of a corpus with a folder a domain, or of the text that every machine with this package
+    has."""
     left = CHARACTERS
     for text in _texts(corpus, domain, split):
         yield text
@@ -75,7 +78,8 @@ def _texts(corpus: Path | None, domain: str, split: str) -> Iterator[str]:
 
 
 def write(corpus: Path | None, out: Path) -> None:
-    """OUT/clean and OUT/noisy, and OUT/spans.jsonl: noisy documents with the places of their noise."""
+    """OUT/clean and OUT/noisy, and OUT/spans.jsonl: noisy documents with the places of their
+    noise."""
     domains = (
         installed.domains()
         if corpus is None
@@ -107,7 +111,8 @@ def train(*overrides: str) -> None:
 
 
 def sequences(out: Path, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (N, T + 1) of noisy training documents, and whether each target (N, T) touches noise."""
+    """Tokens (N, T + 1) of noisy training documents, and whether each target (N, T) touches
+    noise."""
     tokens, noise, generator = [], [], random.Random(0)
     lines = (out / "spans.jsonl").read_text().splitlines()
     for line in generator.sample(lines, min(len(lines), 400)):
@@ -136,7 +141,8 @@ def losses(folder: Path, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
 def clean_mass(
     policy: Any, run: Path, reference: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor
 ) -> float:
-    """Part of the weight that falls on clean tokens, in batches of 32, with the trained model as it is at the end."""
+    """Part of the weight that falls on clean tokens, in batches of 32, with the trained model as it
+    is at the end."""
     vocabulary = int(files.read_json(run / "main" / "model" / "config.json")["vocab_size"])
     own, column = losses(run / "main" / "model", tokens, vocabulary), reference
     if policy == "imp":

@@ -1,4 +1,5 @@
-"""The command: Hydra composes the configuration, a stage does the work, a mistake is one message and exit code 2."""
+"""The command: Hydra composes the configuration, a stage does the work, a mistake is one message
+and exit code 2."""
 
 import os
 from typing import Any
@@ -38,7 +39,8 @@ def main() -> None:
 
 
 class SweepReport(Callback):
-    """What Hydra calls around a sweep: when all its runs are done, the report over them is written."""
+    """What Hydra calls around a sweep: when all its runs are done, the report over them is
+    written."""
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         if config.stage != "pipeline":

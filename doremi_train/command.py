@@ -1,4 +1,5 @@
-"""One job of the command: a composed configuration becomes a session, a stage does the work, signals are heard."""
+"""One job of the command: a composed configuration becomes a session, a stage does the work,
+signals are heard."""
 
 import contextlib
 import errno
@@ -32,7 +33,8 @@ _PLACES = (
 
 
 def sweep_name(overrides: list[str]) -> str:
-    """The folder of one job of a sweep, such as seed=0,proxy.step_size=0.1; of a path its last part."""
+    """The folder of one job of a sweep, such as seed=0,proxy.step_size=0.1; of a path its last
+    part."""
     parts = (override.split("=", 1) for override in overrides)
     named = [
         f"{key}={redact(value).rstrip('/').rpartition('/')[2]}"
@@ -49,7 +51,8 @@ def sweep_name(overrides: list[str]) -> str:
 
 # Here, so that a sweep's job in another process has it too.
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
-# Our defaults of the submitit launchers are checked against the plugin's own keys, as they should be.
+# Our defaults of the submitit launchers are checked against the plugin's own keys, as they should
+# be.
 warnings.filterwarnings("ignore", message="(?s).*is validated against ConfigStore schema")
 
 
@@ -71,7 +74,8 @@ def task(composed: Any) -> None:
     try:
         run(plain)
     except Exception as error:
-        # A job in another process hands its failure to the sweep's own command, which waits for all jobs and shows it.
+        # A job in another process hands its failure to the sweep's own command, which waits for all
+        # jobs and shows it.
         if "SUBMITIT_EXECUTOR" in os.environ or not hasattr(error, "exit_code"):
             raise
         die(str(error), error.exit_code, alone=getattr(error, "alone", False))
@@ -93,7 +97,8 @@ def run(plain: dict[str, Any]) -> None:
     if plain["stage"] not in STAGES:
         raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
     stage = STAGES[plain["stage"]]
-    # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that it is one.
+    # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that
+    # it is one.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
@@ -113,7 +118,8 @@ def run(plain: dict[str, Any]) -> None:
         if error.errno not in _FULL:
             raise
         raise runs.DiskFull(
-            f"{error}: no room left; free some, and the same command continues from the last checkpoint"
+            f"{error}: no room left; free some, and the same command continues from the last "
+            "checkpoint"
         ) from error
     except RuntimeError as error:
         raise comm.explain(error) from None

@@ -1,4 +1,5 @@
-"""Strict loading of options: Hydra composes, pydantic checks, and a mistake becomes one readable message."""
+"""Strict loading of options: Hydra composes, pydantic checks, and a mistake becomes one readable
+message."""
 
 import hashlib
 import json
@@ -31,7 +32,8 @@ class UserError(Exception):
 
 
 def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
-    """Validate plain values into the options dataclass `cls`, refusing unknown keys and wrong types.
+    """Validate plain values into the options dataclass `cls`, refusing unknown keys and wrong
+    types.
 
     `key` is where the values stand in the whole configuration, for messages. Raises UserError naming every wrong key,
     the value received and what is allowed.
@@ -56,7 +58,8 @@ def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
     return f"{where}={entry['input']!r}: {entry['msg']}"
 
 
-# user:password before the host (a password may hold a slash, a port does not make one), and what a query signs with.
+# user:password before the host (a password may hold a slash, a port does not make one), and what a
+# query signs with.
 _LOGIN = re.compile(r"""(?<=://)(?:[^/\s'"]*|[^/\s'"@:]*:(?!\d+(?:/|$))[^\s'"@]*)@""")
 _SIGNED = re.compile(
     r"""([?&](?:x-(?:amz|goog)-[\w-]+|[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api[_-]?key"""
@@ -66,7 +69,8 @@ _SIGNED = re.compile(
 
 
 def redact(value: T) -> T:
-    """The same text or JSON value, its URLs without passwords, keys and signatures: what may be written and shown."""
+    """The same text or JSON value, its URLs without passwords, keys and signatures: what may be
+    written and shown."""
     if isinstance(value, str):
         return _SIGNED.sub(r"\1***", _LOGIN.sub("***@", value))  # type: ignore[return-value]
     if isinstance(value, Mapping):

@@ -1,4 +1,5 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, a line now and then elsewhere."""
+"""What a person sees while a run goes on: a progress bar on a terminal, a line now and then
+elsewhere."""
 
 import sys
 import time

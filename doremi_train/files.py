@@ -13,20 +13,22 @@ import orjson
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` atomically: a reader or a crash sees the old content or the new one, nothing between."""
+    """Replace `path` atomically: a reader or a crash sees the old content or the new one, nothing
+    between."""
     with replacing(path) as aside:
         aside.write_bytes(content)
 
 
 def aside_of(path: Path) -> Path:
-    """The name aside under which this process, and no other of any machine on this file system, writes `path`."""
+    """The name aside under which this process, and no other of any machine on this file system,
+    writes `path`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file to write aside, which then replaces `path` atomically, as in `write_bytes`. Where writing it
-    fails, nothing is left of it."""
+    """The name of a file to write aside, which then replaces `path` atomically, as in
+    `write_bytes`. Where writing it fails, nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
     try:
@@ -40,7 +42,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic, indented; floats read back exactly; a NaN is an error and not a file nobody can read."""
+    """Atomic, indented; floats read back exactly; a NaN is an error and not a file nobody can
+    read."""
     write_bytes(
         path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
     )
@@ -69,8 +72,8 @@ def link(path: Path, target: Path) -> None:
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process alone, unless another has it. The lock is the kernel's (flock): it ends with
-    the process that held it, however that ended."""
+    """Lock an open file for this process alone, unless another has it. The lock is the kernel's
+    (flock): it ends with the process that held it, however that ended."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -79,7 +82,8 @@ def try_lock(file: IO[Any]) -> bool:
 
 
 class JsonLines:
-    """A log of one JSON object a line, each with a "step". Opening it cuts it back to the step a run continues from."""
+    """A log of one JSON object a line, each with a "step". Opening it cuts it back to the step a
+    run continues from."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
@@ -101,7 +105,8 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line torn by a crash is left out; no file, no lines."""
+    """The objects of a JSON-lines file; a last line torn by a crash is left out; no file, no
+    lines."""
     if not path.exists():
         return
     with path.open("rb") as file:

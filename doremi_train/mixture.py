@@ -31,8 +31,8 @@ class Mixture:
     )
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
-        """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that already, the bits stay: a
-        mixture that was written and read is the same run."""
+        """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that
+        already, the bits stay: a mixture that was written and read is the same run."""
         return torch.tensor(_normal([self.weights[name] for name in domains]), dtype=torch.float64)
 
 
@@ -44,9 +44,11 @@ def save(path: Path, mixture: Mixture) -> None:
 
 
 def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture:
-    """Read a weights.json, or a plain {domain: weight}, or the original DoReMi's {"train_domain_weights": …}.
+    """Read a weights.json, or a plain {domain: weight}, or the original DoReMi's
+    {"train_domain_weights": …}.
 
-    Raises UserError naming the domain that is unknown, missing, negative or not a number, or the sum where it is not 1.
+    Raises UserError naming the domain that is unknown, missing, negative or not a number, or the
+    sum where it is not 1.
     """
     try:
         content = files.read_json(path)
@@ -93,7 +95,8 @@ def checked(
     total = math.fsum(values.values())
     if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
         raise UserError(
-            f"{where}: weights sum to {total:.9g}, not 1; correct them, or set mixture.normalize=true"
+            f"{where}: weights sum to {total:.9g}, not 1; correct them, or set "
+            "mixture.normalize=true"
         )
     return dict(zip(domains, _normal([values[name] for name in domains]), strict=True))
 

@@ -1,7 +1,9 @@
-"""Curves beside the JSON lines, in wandb or TensorBoard. The JSON lines are the truth and are always written.
+"""Curves beside the JSON lines, in wandb or TensorBoard. The JSON lines are the truth and are
+always written.
 
-A tracker gets the very lines of `metrics.jsonl`, `evaluations.jsonl` and `domain_weights.jsonl`, flat. It is a
-convenience: where it fails, that is said once and tracking ends; the training goes on. Nothing asks for an account.
+A tracker gets the very lines of `metrics.jsonl`, `evaluations.jsonl` and `domain_weights.jsonl`,
+flat. It is a convenience: where it fails, that is said once and tracking ends; the training goes
+on. Nothing asks for an account.
 """
 
 import contextlib
@@ -58,7 +60,8 @@ class Tracker(Protocol):
 
 
 class Tracking:
-    """As what, and where, a command's runs are tracked. The first process does it; on the others nothing happens."""
+    """As what, and where, a command's runs are tracked. The first process does it; on the others
+    nothing happens."""
 
     def __init__(self, options: TrackingOptions, run_dir: Path, config: Mapping[str, Any]) -> None:
         self.options, self.config = options, redact(config)
@@ -100,7 +103,8 @@ class Tracking:
         tracked.close()
 
     def report(self, page: Path) -> None:
-        """Track a written report: the page, the JSON files beside it, and its headline. No collective."""
+        """Track a written report: the page, the JSON files beside it, and its headline. No
+        collective."""
         if self.options.backend == "none" or not comm.world().first:
             return
         beside = (page.with_name(f"{name}.json") for name in ("weights", "evaluation", "plan"))
@@ -166,8 +170,8 @@ class Tracked:
         tracker, self._tracker, self._tracking.failed = self._tracker, None, True
         told = redact(f"{type(error).__name__}: {error}")
         console.print(
-            f"tracking={self._tracking.options.backend}: {told}; tracking ends, the run goes on and its JSON lines are "
-            "whole",
+            f"tracking={self._tracking.options.backend}: {told}; tracking ends, the run goes on "
+            "and its JSON lines are whole",
             markup=False,
         )
         if tracker is not None:
@@ -176,7 +180,8 @@ class Tracked:
 
 
 def flat(line: Mapping[str, Any]) -> dict[str, Any]:
-    """{"step": 1, "weights": {"web": 0.5}} → {"step": 1, "weights/web": 0.5}; a domain's loss is domains/web/loss."""
+    """{"step": 1, "weights": {"web": 0.5}} → {"step": 1, "weights/web": 0.5}; a domain's loss is
+    domains/web/loss."""
     values: dict[str, Any] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
@@ -240,7 +245,8 @@ class _Wandb:
                     x_transaction_log_flush_interval=1,  # seconds: what is lost when wandb's own process is killed
                 ),
             )
-            # The axis is ours: after a kill some steps come again, and wandb's own count would drop them.
+            # The axis is ours: after a kill some steps come again, and wandb's own count would drop
+            # them.
             self._run.define_metric("*", step_metric="step")
             self._closing = stack.pop_all()
         where = (
@@ -270,7 +276,8 @@ class _Wandb:
 
 
 def _mode(options: TrackingOptions) -> Any:
-    """online, offline, or None: as the environment and wandb's own settings say. Asks nobody, and uses no network."""
+    """online, offline, or None: as the environment and wandb's own settings say. Asks nobody, and
+    uses no network."""
     import wandb
 
     if options.mode == "offline":
@@ -282,8 +289,8 @@ def _mode(options: TrackingOptions) -> Any:
     if options.mode == "online":
         if not known:
             raise UserError(
-                f"tracking.mode=online: {why}; run `wandb login`, or set WANDB_API_KEY; or use tracking.mode=offline, "
-                "which needs no account"
+                f"tracking.mode=online: {why}; run `wandb login`, or set WANDB_API_KEY; or use "
+                "tracking.mode=offline, which needs no account"
             )
         return "online"
     return None if known or os.environ.get("WANDB_MODE", "online") != "online" else "offline"
@@ -291,9 +298,11 @@ def _mode(options: TrackingOptions) -> Any:
 
 @contextlib.contextmanager
 def _contained(folder: Path) -> Iterator[None]:
-    """wandb's own files in `folder`, its messages unsaid, its errors sent nowhere; at the end, nothing of it stays.
+    """wandb's own files in `folder`, its messages unsaid, its errors sent nowhere; at the end,
+    nothing of it stays.
 
-    Its process must not outlive a run: a child job, perhaps on another machine, would try to talk to it.
+    Its process must not outlive a run: a child job, perhaps on another machine, would try to talk
+    to it.
     """
     import wandb
 

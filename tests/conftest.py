@@ -22,7 +22,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared by tests, as by users' runs: the corpus is prepared once, and equal models are trained once."""
+    """Shared by tests, as by users' runs: the corpus is prepared once, and equal models are trained
+    once."""
     return tmp_path_factory.mktemp("store")
 
 
@@ -58,13 +59,15 @@ def uninterrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """`command(*overrides)` runs the command in this process. Errors that are not the user's are raised."""
+    """`command(*overrides)` runs the command in this process. Errors that are not the user's are
+    raised."""
     return run_here
 
 
 @pytest.fixture(scope="session")
 def doremi() -> Command:
-    """`doremi(*overrides, processes=1, cwd=…)` runs the command in processes of its own, to its end."""
+    """`doremi(*overrides, processes=1, cwd=…)` runs the command in processes of its own, to its
+    end."""
 
     def run(
         *overrides: str, processes: int = 1, timeout: float = 900, cwd: Path | None = None

@@ -23,7 +23,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_micro_batches_do_not_change_alpha(command: Command, store: Path, tmp_path: Path) -> None:
-    """Batch 32 at once and as four micro-batches of 8: every α_t of 200 steps agrees to 1e-6, in float32."""
+    """Batch 32 at once and as four micro-batches of 8: every α_t of 200 steps agrees to 1e-6, in
+    float32."""
     source = [f"data.root={DEBPILE}"] if DEBPILE.is_dir() else []
     common = [
         *source,
@@ -35,7 +36,8 @@ def test_micro_batches_do_not_change_alpha(command: Command, store: Path, tmp_pa
     assert (
         command(*common, "stage=reference", f"store={store}", f"run_dir={tmp_path}/whole").code == 0
     )
-    # A store of its own, because a run's address leaves out how it is cut: in one store this would be the same run.
+    # A store of its own, because a run's address leaves out how it is cut: in one store this would
+    # be the same run.
     shutil.copytree(store, tmp_path / "store")
     for name, where, micro in (("whole", store, "null"), ("parts", tmp_path / "store", "8")):
         overrides = [

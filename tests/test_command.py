@@ -1,4 +1,5 @@
-"""Every mistake ends with exit code 2 and one message naming key, value and remedy, and leaves nothing half-done."""
+"""Every mistake ends with exit code 2 and one message naming key, value and remedy, and leaves
+nothing half-done."""
 
 import gzip
 import json

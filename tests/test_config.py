@@ -1,4 +1,5 @@
-"""Strict loading: a mistake is named by its whole key, with the value received; nothing is guessed or dropped."""
+"""Strict loading: a mistake is named by its whole key, with the value received; nothing is guessed
+or dropped."""
 
 import math
 import os
@@ -97,7 +98,8 @@ def test_fingerprints_know_content_and_not_order() -> None:
 
 
 def test_fingerprints_never_change() -> None:
-    """Finished runs are found by them: another value here means that every store in use is forgotten."""
+    """Finished runs are found by them: another value here means that every store in use is
+    forgotten."""
     assert fingerprint({"α": [1, 2.5, None, True], "b": "x"}) == "7740d30f98b0006f"
 
 

@@ -1,4 +1,5 @@
-"""Conventions as tests: the ladder of imports, pure methods, YAML that composes and loads, a quick command."""
+"""Conventions as tests: the ladder of imports, pure methods, YAML that composes and loads, a quick
+command."""
 
 import ast
 import os
@@ -44,7 +45,8 @@ def part_of(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module a file imports, also inside functions, and by name at run time; `from a import b` is a.b."""
+    """Every module a file imports, also inside functions, and by name at run time; `from a import
+    b` is a.b."""
     tree = ast.parse(path.read_text())
     documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -60,7 +62,8 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def ours(path: Path) -> set[str]:
-    """The files of the package that a file imports, as modules; a name of a module stands for the module."""
+    """The files of the package that a file imports, as modules; a name of a module stands for the
+    module."""
     found = set()
     for name in imports(path):
         if name.split(".")[0] == "doremi_train":
@@ -110,7 +113,8 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def test_tests_mirror_the_tree() -> None:
-    """A folder of tests is a folder of the package; what is tested at the top has no room of its own, or all of them."""
+    """A folder of tests is a folder of the package; what is tested at the top has no room of its
+    own, or all of them."""
     rooms = {
         path.parent.relative_to(ROOT / "tests").as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")

@@ -11,7 +11,8 @@ SHORT = (
     "training.threads=1", "evaluation.sequences=4", "evaluation.every=4",
 )  # fmt: skip
 
-# Recipe → overrides that make it small, how many runs it then has, and the title of its first picture.
+# Recipe → overrides that make it small, how many runs it then has, and the title of its first
+# picture.
 RECIPES = {
     "ablation": (["seed=0,1"], 6, "Mean validation loss of each setting"),
     "sizes": (["model=nano,tiny", "main.model=nano", "seed=0"], 2, "parameters of the proxy"),

@@ -1,4 +1,5 @@
-"""Whatever goes wrong, nothing is lost and nothing hangs: one test for every line of the README's table of faults."""
+"""Whatever goes wrong, nothing is lost and nothing hangs: one test for every line of the README's
+table of faults."""
 
 import random
 import resource
@@ -29,7 +30,8 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def ranks(count: int, *overrides: str) -> Iterator[list[forked.Forked]]:
-    """The command as `count` processes that no agent watches, as on several nodes; none outlives the test."""
+    """The command as `count` processes that no agent watches, as on several nodes; none outlives
+    the test."""
     started = forked.ranks(count, overrides, environment())
     try:
         yield started
@@ -51,7 +53,8 @@ def ranks(count: int, *overrides: str) -> Iterator[list[forked.Forked]]:
 def test_killed_at_random_steps_again_and_again(
     kills: int, processes: int, engine: str, prepared: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    """Twenty kills in all. Wherever they fall, the run ends in the bits of one that was never killed."""
+    """Twenty kills in all. Wherever they fall, the run ends in the bits of one that was never
+    killed."""
     overrides = [*prepared, "stage=proxy", f"engine={engine}"]
     never = doremi(
         *overrides,
@@ -64,7 +67,8 @@ def test_killed_at_random_steps_again_and_again(
     dice = random.Random(f"{processes} {engine}")
     fell: list[str] = []
     for kill in range(kills):
-        # Half of them in the reference, half in the proxy; from the checkpoint on, or before there is one.
+        # Half of them in the reference, half in the proxy; from the checkpoint on, or before there
+        # is one.
         stage = "reference" if kill < kills // 2 else "proxy"
         step = dice.randint(1, STEPS - 2)
         with ranks(processes, *overrides) as started:  # and all are killed

@@ -1,4 +1,5 @@
-"""What a user installs: the wheel works outside the checkout, and the files around it say what they must."""
+"""What a user installs: the wheel works outside the checkout, and the files around it say what they
+must."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""What wandb and TensorBoard hold, read back from their own files, is what the JSON lines hold. They harm nothing."""
+"""What wandb and TensorBoard hold, read back from their own files, is what the JSON lines hold.
+They harm nothing."""
 
 import json
 import os

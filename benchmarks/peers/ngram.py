@@ -1,7 +1,8 @@
-"""The package data-selection on the text that `benchmarks.ngram` laid out, run by an interpreter that has it.
+"""The package data-selection on the text that `benchmarks.ngram` laid out, run by an interpreter
+that has it.
 
-Answers each line it reads with the processor seconds, all processes together, of estimating the weights' parameters on
-all of raw.jsonl and computing all weights, in one process.
+Answers each line it reads with the processor seconds, all processes together, of estimating the
+weights' parameters on all of raw.jsonl and computing all weights, in one process.
 """
 
 import contextlib

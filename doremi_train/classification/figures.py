@@ -53,7 +53,8 @@ def macro_f1(logs: Tensor, label: Tensor) -> float:
 
 
 def calibration_error(logs: Tensor, label: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: |accuracy − confidence| over bins of equal width, weighted by their size."""
+    """Expected calibration error: |accuracy − confidence| over bins of equal width, weighted by
+    their size."""
     confidence, predicted = logs.exp().max(1)
     place = (confidence * bins).long().clamp_max(bins - 1)
     gap = (predicted == label).double() - confidence

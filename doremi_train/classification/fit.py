@@ -1,4 +1,5 @@
-"""Fitting a classifier: batches in an order that is a function of the seed, losses and weights of examples."""
+"""Fitting a classifier: batches in an order that is a function of the seed, losses and weights of
+examples."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def fit(
     watch: Callable[[dict[str, float]], None] = lambda line: None,
     check: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Train a new model; the best epoch is that of the highest validation accuracy, and of those the lowest loss.
+    """Train a new model; the best epoch is that of the highest validation accuracy, and of those
+    the lowest loss.
 
     `reference` (N,) is the column that `weighting` reads: losses of the checker, or of imp its `log_ratio`. Without
     `validation` the last epoch counts. `watch` gets a line after every step, `check` is called after every epoch.

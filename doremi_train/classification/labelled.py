@@ -1,4 +1,5 @@
-"""Texts with labels, from files of `.jsonl` (also `.zst`, `.gz`), `.parquet` or `.csv`: small enough for memory.
+"""Texts with labels, from files of `.jsonl` (also `.zst`, `.gz`), `.parquet` or `.csv`: small
+enough for memory.
 
 N examples.
 """
@@ -47,7 +48,8 @@ def find(root: str, name: str) -> str | None:
         found = [ending for ending in ENDINGS if fs.isfile(f"{inside.rstrip('/')}/{name}{ending}")]
     if len(found) > 1:
         raise UserError(
-            f"classify.root={root}: {' and '.join(name + ending for ending in found)} are there; keep one"
+            f"classify.root={root}: {' and '.join(name + ending for ending in found)} are there; "
+            "keep one"
         )
     return f"{root.rstrip('/')}/{name}{found[0]}" if found else None
 
@@ -55,7 +57,8 @@ def find(root: str, name: str) -> str | None:
 def read(path: str, text_key: str, label_key: str) -> Examples:
     """The examples of a file. A label is text or a whole number, which counts as its digits.
 
-    Raises UserError naming file and row for whatever is not such an example, and for a file without any.
+    Raises UserError naming file and row for whatever is not such an example, and for a file without
+    any.
     """
     with reaching(path, "classify.root"):
         fs, inside = filesystem(path, "classify.root")
@@ -129,18 +132,20 @@ def _jsonl(content: bytes, path: str) -> list[Any]:
 
 
 def classes(real: Examples, others: dict[str, Examples]) -> list[str]:
-    """The labels, sorted: those of the real examples. Raises UserError where other examples have one that they lack."""
+    """The labels, sorted: those of the real examples. Raises UserError where other examples have
+    one that they lack."""
     known = sorted(set(real.labels))
     if len(known) < 2:
         raise UserError(
-            f"the real examples: all their labels are {known[0]!r}; a classifier needs examples of two at least"
+            f"the real examples: all their labels are {known[0]!r}; a classifier needs examples of "
+            "two at least"
         )
     for name, examples in others.items():
         for label in sorted(set(examples.labels) - set(known)):
             raise UserError(
-                f"{examples.labels.count(label)} {name} examples are labelled {label!r}, which no real example is, so "
-                f"nothing could judge them; real labels are {', '.join(known[:20])}; add real examples of it, or leave "
-                "these out"
+                f"{examples.labels.count(label)} {name} examples are labelled {label!r}, which no "
+                "real example is, so nothing could judge them; real labels are "
+                f"{', '.join(known[:20])}; add real examples of it, or leave these out"
             )
     return known
 
@@ -154,7 +159,8 @@ def numbered(labels: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
 def split(
     numbers: NDArray[np.int64], part: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that stay, and rows (about `part` of every label) that are held out; a label's last example stays."""
+    """Rows that stay, and rows (about `part` of every label) that are held out; a label's last
+    example stays."""
     generator = np.random.Generator(np.random.PCG64(seed))
     held: list[int] = []
     for label in np.unique(numbers):

@@ -1,7 +1,8 @@
-"""A text classifier, small from scratch or any transformers encoder, and its training with importance-weighted losses.
+"""A text classifier, small from scratch or any transformers encoder, and its training with
+importance-weighted losses.
 
-Classifiers are many and small where language models are few and large: each is trained on one process, so the batch's
-sums of `methods.importance` need no exchange here.
+Classifiers are many and small where language models are few and large: each is trained on one
+process, so the batch's sums of `methods.importance` need no exchange here.
 
 N examples, B of a batch, L ids of the longest one, C classes.
 """
@@ -62,8 +63,9 @@ class Kind(NamedTuple):
 
 
 def kind(options: ClassifierOptions, texts: Sequence[str]) -> Kind:
-    """The family of `options.model`; what it has to learn of the language first, such as a vocabulary, it learns from
-    `texts`. Raises UserError where the model is neither known nor a folder that transformers loads."""
+    """The family of `options.model`; what it has to learn of the language first, such as a
+    vocabulary, it learns from `texts`. Raises UserError where the model is neither known nor a
+    folder that transformers loads."""
     if options.model == "ngrams":
         return Kind(lambda texts: [_ngrams(text, options.length) for text in texts], _Ngrams)
     if options.model == "encoder":
@@ -137,8 +139,8 @@ def _folder(options: ClassifierOptions) -> Kind:
     folder = Path(options.model)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"classify.model={options.model!r}: must be ngrams, encoder, or a local transformers folder with "
-            "config.json and safetensors"
+            f"classify.model={options.model!r}: must be ngrams, encoder, or a local transformers "
+            "folder with config.json and safetensors"
         )
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     logging.set_verbosity_error()  # that a classifier's head is new is no news

@@ -1,4 +1,5 @@
-"""Batches of a run: the draw of a step, read from the token store, cut into this rank's micro-batches.
+"""Batches of a run: the draw of a step, read from the token store, cut into this rank's
+micro-batches.
 
 K domains, B sequences of a micro-batch, T tokens a sequence.
 """
@@ -29,7 +30,8 @@ class Store(Protocol):
         """(K,) how many sequences each domain has."""
 
     def gather(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
-        """(B, T + 1) tokens for T ≤ `length`; one that carries no loss is there as its complement ~id, negative."""
+        """(B, T + 1) tokens for T ≤ `length`; one that carries no loss is there as its complement
+        ~id, negative."""
 
     def carrying(self, split: str, domain: Ints, sequence: Ints, length: int) -> Ints:
         """(B,) tokens that carry a loss."""
@@ -59,7 +61,8 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Random access to the batches of a run. One is read ahead, on the guess that the weights stay as they are."""
+    """Random access to the batches of a run. One is read ahead, on the guess that the weights stay
+    as they are."""
 
     def __init__(
         self,
@@ -85,7 +88,8 @@ class Batches:
         self._ahead: tuple[int, bytes, Future[Batch]] | None = None
 
     def get(self, step: int, weights: Tensor, counts: Ints) -> Batch:
-        """The batch of step `step` (from 0) under `weights` (K,), `counts` (K,) sequences having been drawn before."""
+        """The batch of step `step` (from 0) under `weights` (K,), `counts` (K,) sequences having
+        been drawn before."""
         mixture = weights.numpy()
         if self._ahead is not None and self._ahead[:2] == (step, mixture.tobytes()):
             batch = self._ahead[2].result()
@@ -110,7 +114,8 @@ class Batches:
         return Batch(micro, draw, self._tokens(draw))
 
     def among(self, batch: Batch, picks: Ints, local: Ints) -> Batch:
-        """Of a batch in one micro-batch the sequences `picks` of the draw, which are `local` of the micro-batch."""
+        """Of a batch in one micro-batch the sequences `picks` of the draw, which are `local` of the
+        micro-batch."""
         (micro,) = batch.micro
         kept = MicroBatch(*(None if field is None else field[local] for field in micro))  # type: ignore[arg-type]
         draw = some(batch.draw, picks)
@@ -143,7 +148,8 @@ def read(store: Store, split: str, domain: Ints, sequence: Ints, length: int) ->
 
 
 def require_sequences(store: Store, split: str, length: int) -> None:
-    """Raise UserError naming a domain whose split is shorter than one sequence of `length` + 1 tokens."""
+    """Raise UserError naming a domain whose split is shorter than one sequence of `length` + 1
+    tokens."""
     remedy = (
         "add text" if split == "train" else "give validation files, raise data.validation_fraction"
     )
@@ -153,14 +159,17 @@ def require_sequences(store: Store, split: str, length: int) -> None:
         if size == 0:
             raise UserError(
                 f"domain {name!r}: {tokens} {split} tokens are less than one sequence of "
-                f"training.sequence_length={length} + 1; {remedy}, shorten the sequence, or leave the domain out"
+                f"training.sequence_length={length} + 1; {remedy}, shorten the sequence, or leave "
+                "the domain out"
             )
 
 
 def fixed_sequences(store: Store, split: str, length: int, per_domain: int) -> tuple[Ints, Ints]:
-    """(domain (N,), sequence (N,)): at most `per_domain` sequences a domain, evenly spread over the split.
+    """(domain (N,), sequence (N,)): at most `per_domain` sequences a domain, evenly spread over the
+    split.
 
-    The choice depends on the data alone, never on a mixture or a seed. Raises UserError where a domain has none.
+    The choice depends on the data alone, never on a mixture or a seed. Raises UserError where a
+    domain has none.
     """
     require_sequences(store, split, length)
     domains, sequences = [], []

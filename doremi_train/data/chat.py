@@ -47,7 +47,8 @@ class Encoder:
     """The tokeniser of a local transformers folder, and its chat template."""
 
     def __init__(self, folder: str, key: str) -> None:
-        """Raises UserError where `folder`, given as `key`, has no tokeniser, or one without an end token."""
+        """Raises UserError where `folder`, given as `key`, has no tokeniser, or one without an end
+        token."""
         from transformers import AutoTokenizer
 
         try:
@@ -56,8 +57,9 @@ class Encoder:
             )
         except Exception as error:  # it fails in many ways
             raise UserError(
-                f"{key}={folder}: has no tokeniser that transformers loads ({one_line(error)[:300]}); give a model "
-                "folder with its tokenizer.json and tokenizer_config.json"
+                f"{key}={folder}: has no tokeniser that transformers loads "
+                f"({one_line(error)[:300]}); give a model folder with its tokenizer.json and "
+                "tokenizer_config.json"
             ) from None
         if found.eos_token_id is None:
             raise UserError(
@@ -71,7 +73,8 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Content address of what decides the ids: changes with the vocabulary, its rules and the chat template."""
+        """Content address of what decides the ids: changes with the vocabulary, its rules and the
+        chat template."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         whole = (
             backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
@@ -107,7 +110,8 @@ class Encoder:
             )
         except Exception as error:  # of the template
             raise UserError(
-                f"{place}: the tokeniser's chat template refuses these messages ({one_line(error)[:300]}); mend them"
+                f"{place}: the tokeniser's chat template refuses these messages "
+                f"({one_line(error)[:300]}); mend them"
             ) from None
 
 
@@ -138,7 +142,8 @@ def _messages(found: Any, place: str) -> list[dict[str, str]]:
         for key in ("role", "content"):
             if not isinstance(given.get(key), str):
                 raise UserError(
-                    f"{place}, message {nth}: needs role and content, both text; it is {message!r:.100}"
+                    f"{place}, message {nth}: needs role and content, both text; it is "
+                    f"{message!r:.100}"
                 )
     return found
 
@@ -169,8 +174,9 @@ def _templated(messages: list[dict[str, str]], place: str, encoder: Encoder) -> 
         after = encoder.rendered(messages[: nth + 1], place, asking=False)
         if not (before.startswith(done) and after.startswith(before)):
             raise UserError(
-                f"{place}, message {nth + 1}: the tokeniser's chat template lays it out otherwise once more messages "
-                "follow, so this answer cannot be told from the rest; give each answer as an example of its own"
+                f"{place}, message {nth + 1}: the tokeniser's chat template lays it out otherwise "
+                "once more messages follow, so this answer cannot be told from the rest; give each "
+                "answer as an example of its own"
             )
         answer = after[len(before) :] if message["content"] else ""
         pieces += [

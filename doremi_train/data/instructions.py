@@ -1,16 +1,19 @@
-"""Examples for supervised fine-tuning: what is asked, and the answer, which alone carries a loss. A line of JSON each:
+"""Examples for supervised fine-tuning: what is asked, and the answer, which alone carries a loss. A
+line of JSON each:
 
     {"prompt": "…", "completion": "…"}
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
 
-An example is pieces of text, each of which carries a loss or none. A piece is tokenised alone, as the question will be
-when there is no answer yet. A completion ends with the tokeniser's end token, which carries loss too. Messages are laid
-out by the tokeniser's chat template; where it has none, as `<|role|>`, a new line, the content and a new line, an
-answer ending with the end token. Written in a prompt, completion or content, special tokens are text; only a chat
-template, which mixes its own with the content, has all of them read.
+An example is pieces of text, each of which carries a loss or none. A piece is tokenised alone, as
+the question will be when there is no answer yet. A completion ends with the tokeniser's end token,
+which carries loss too. Messages are laid out by the tokeniser's chat template; where it has none,
+as `<|role|>`, a new line, the content and a new line, an answer ending with the end token. Written
+in a prompt, completion or content, special tokens are text; only a chat template, which mixes its
+own with the content, has all of them read.
 
-Each example is a sequence of its own, padded and not packed: what batch selection and influence pick is an example, no
-example sees another, and any model's attention will do. Batches are cut to their longest example.
+Each example is a sequence of its own, padded and not packed: what batch selection and influence
+pick is an example, no example sees another, and any model's attention will do. Batches are cut to
+their longest example.
 
     <folder>/manifest.json    what is there, and what was left out
              examples.npy     a row for each example, in the order of split, domain, file and line
@@ -75,7 +78,8 @@ def prepare(
     folder: Path,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """`folder`/<address> with the examples of these files, cut to `length` + 1 tokens: made, or found there.
+    """`folder`/<address> with the examples of these files, cut to `length` + 1 tokens: made, or
+    found there.
 
     An example without a token that carries a loss is left out, and so is a training example that is also a validation
     example. Without validation files data.validation_fraction of the examples is held out, by hash. Raises UserError
@@ -97,7 +101,8 @@ def prepare(
     bad = read_json(target / "manifest.json")["bad_lines"]
     if bad > options.max_bad_lines:
         raise UserError(
-            f"data.max_bad_lines={options.max_bad_lines}: but {bad} lines are broken; mend the files"
+            f"data.max_bad_lines={options.max_bad_lines}: but {bad} lines are broken; mend the "
+            "files"
         )
     return target
 
@@ -156,8 +161,8 @@ class _Collected:
 
     def _nothing(self, split: str, domain: str) -> str:
         because = (
-            f"; {len(self.left_out)} have no token that carries a loss within training.sequence_length={self.length} "
-            f"(such as {self.left_out[0]})"
+            f"; {len(self.left_out)} have no token that carries a loss within "
+            f"training.sequence_length={self.length} (such as {self.left_out[0]})"
             if self.left_out
             else ""
         )

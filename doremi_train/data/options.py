@@ -18,7 +18,8 @@ class Split:
 
 @dataclass(frozen=True, config=STRICT)
 class DataOptions:
-    """Exactly one source is read: `root`, else `domains`, else `files` split by `domain_key`, else `embedded`."""
+    """Exactly one source is read: `root`, else `domains`, else `files` split by `domain_key`, else
+    `embedded`."""
 
     embedded: Literal["installed", "planted"] | None = "installed"
     home: str | None = (

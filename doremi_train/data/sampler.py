@@ -1,13 +1,16 @@
-"""Which sequences a step trains on: a pure function of (seed, weights, step), whatever the number of processes.
+"""Which sequences a step trains on: a pure function of (seed, weights, step), whatever the number
+of processes.
 
-Quotas. Step t draws quota_k = ⌊b W_k + u_t⌋ − ⌊b W_{k−1} + u_t⌋ sequences of domain k, with W the cumulative weights
-and u_t = frac(t · golden ratio): systematic sampling with a rotating offset. Quotas sum to b, differ from b α_k by less
-than 1, and the count over many steps stays within O(log t) of t b α_k. For fixed weights the count before any step is
-closed form (`_floor_sum`), so seeking is O(K); for weights that change, the counts are carried along as cursors.
+Quotas. Step t draws quota_k = ⌊b W_k + u_t⌋ − ⌊b W_{k−1} + u_t⌋ sequences of domain k, with W the
+cumulative weights and u_t = frac(t · golden ratio): systematic sampling with a rotating offset.
+Quotas sum to b, differ from b α_k by less than 1, and the count over many steps stays within O(log
+t) of t b α_k. For fixed weights the count before any step is closed form (`_floor_sum`), so seeking
+is O(K); for weights that change, the counts are carried along as cursors.
 
-Order. Draw j of a domain with N sequences is epoch j // N, position j % N of that epoch's own permutation, computed by
-a small Feistel network: no list of N numbers is ever made, and every sequence comes once per epoch. A sub-sample of
-n sequences is the first n of one more such permutation, the same in every epoch.
+Order. Draw j of a domain with N sequences is epoch j // N, position j % N of that epoch's own
+permutation, computed by a small Feistel network: no list of N numbers is ever made, and every
+sequence comes once per epoch. A sub-sample of n sequences is the first n of one more such
+permutation, the same in every epoch.
 
 K domains, b sequences a batch.
 """
@@ -44,7 +47,8 @@ class Subsample(NamedTuple):
     seed: int
 
     def sizes(self, whole: Ints) -> Ints:
-        """(K,) sequences of each domain that are kept: the part, rounded up, so that none is left empty."""
+        """(K,) sequences of each domain that are kept: the part, rounded up, so that none is left
+        empty."""
         return np.array(
             [-(-int(n) * self.part.numerator // self.part.denominator) for n in whole],
             dtype=np.int64,
@@ -52,7 +56,8 @@ class Subsample(NamedTuple):
 
 
 class Sampler:
-    """Draws global batches of `batch` sequences from domains of `whole` (K,) sequences, or from a sub-sample of them.
+    """Draws global batches of `batch` sequences from domains of `whole` (K,) sequences, or from a
+    sub-sample of them.
 
     The permutations depend on the seed and a domain's name only, so adding a domain leaves the others' order alone.
     `sizes` (K,) are the sequences of each domain that may be drawn.
@@ -114,7 +119,8 @@ class Sampler:
     def _upcoming(
         self, domain: Ints, number: Ints, counts: Ints, quota: Ints, weights: NDArray[np.float64]
     ) -> Ints:
-        """(B,) as `sequence`. Where one is not known yet, computes those of the next _AHEAD draws as well."""
+        """(B,) as `sequence`. Where one is not known yet, computes those of the next _AHEAD draws
+        as well."""
         first, edges, known = (
             self._ahead
         )  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
@@ -137,7 +143,8 @@ class Sampler:
 
 
 def _floor_sum(n: int, m: int, a: int, b: Ints) -> Ints:
-    """Σ_{i<n} ⌊(a i + b) / m⌋ for every b ≥ 0, in O(log m) like Euclid's algorithm. a and m are common to all b."""
+    """Σ_{i<n} ⌊(a i + b) / m⌋ for every b ≥ 0, in O(log m) like Euclid's algorithm. a and m are
+    common to all b."""
     total = np.zeros_like(b)
     count = np.full_like(b, n)
     while True:
@@ -165,7 +172,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _permute(position: Ints, size: Ints, key: NDArray[np.uint64]) -> Ints:
-    """A permutation of 0 … size − 1 chosen by key, elementwise: Feistel on the next power of 2, walked until inside."""
+    """A permutation of 0 … size − 1 chosen by key, elementwise: Feistel on the next power of 2,
+    walked until inside."""
     bits = np.ceil(np.log2(size)).astype(np.uint64)
     low = bits // np.uint64(2)
     masks = [(np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << (bits - low)) - np.uint64(1)]

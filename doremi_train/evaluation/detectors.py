@@ -1,6 +1,8 @@
-"""What makes domain weights worth less than they look, seen in numbers: one function a failure, no files, no torch.
+"""What makes domain weights worth less than they look, seen in numbers: one function a failure, no
+files, no torch.
 
-Each takes the names of the domains and the numbers it judges, and returns what it found, which is mostly nothing.
+Each takes the names of the domains and the numbers it judges, and returns what it found, which is
+mostly nothing.
 
 K domains, T steps, S seeds, M models, E evaluations, H hash buckets. Losses are nats per token.
 """
@@ -46,7 +48,8 @@ class Finding(NamedTuple):
 
 
 def effective_number(weights: ArrayLike) -> float:
-    """exp(entropy) of weights (K,) that sum to 1: how many equal domains would be as mixed, from 1 to K."""
+    """exp(entropy) of weights (K,) that sum to 1: how many equal domains would be as mixed, from 1
+    to K."""
     shares = _floats(weights)
     shares = shares[shares > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()))
@@ -55,8 +58,9 @@ def effective_number(weights: ArrayLike) -> float:
 def one_hot(
     names: Sequence[str], weights: ArrayLike, traces: Sequence[ArrayLike] = ()
 ) -> list[Finding]:
-    """The average weights (K,) are those of one domain, or the weights of the steps (T, K), one array a seed, jump
-    from one domain to another: each step has far fewer domains than the average of the steps, past the start-up."""
+    """The average weights (K,) are those of one domain, or the weights of the steps (T, K), one
+    array a seed, jump from one domain to another: each step has far fewer domains than the average
+    of the steps, past the start-up."""
     average = _floats(weights)
     if len(names) < 2:
         return []
@@ -64,8 +68,9 @@ def one_hot(
     remedy = "take mixture=doremi_steady (step size 0.1, uniform reference), or a longer proxy run"
     if average[top] > DOMINANT or number < min(FEW, len(names) / 2):
         message = (
-            f"The mixture is almost only {names[top]}: weight {average[top]:.2f}, and the effective number of domains "
-            f"is {number:.1f} of {len(names)}. The final model would hardly see the others; {remedy}."
+            f"The mixture is almost only {names[top]}: weight {average[top]:.2f}, and the "
+            f"effective number of domains is {number:.1f} of {len(names)}. The final model would "
+            f"hardly see the others; {remedy}."
         )
         return [Finding("one_hot", (names[top],), message, number)]
     late = [steps[len(steps) // 2 :] for steps in map(_floats, traces)]
@@ -76,35 +81,37 @@ def one_hot(
     if each >= HOPS * mean:
         return []
     message = (
-        f"The weights jump between domains and do not converge: a step of the second half has {each:.1f} domains in "
-        f"effect, the average over these steps {mean:.1f}. The average looks balanced, but no model was trained on "
-        f"anything like it; {remedy}."
+        "The weights jump between domains and do not converge: a step of the second half has "
+        f"{each:.1f} domains in effect, the average over these steps {mean:.1f}. The average looks "
+        f"balanced, but no model was trained on anything like it; {remedy}."
     )
     return [Finding("one_hot", tuple(names), message, each)]
 
 
 def missing_by_quota(batch: int, mixture: ArrayLike) -> Floats:
-    """(K,) probability that a batch of `batch` sequences misses a domain, where each gets its share rounded up or down
-    in turn."""
+    """(K,) probability that a batch of `batch` sequences misses a domain, where each gets its share
+    rounded up or down in turn."""
     return 1 - np.minimum(batch * _floats(mixture), 1)
 
 
 def missing_by_trace(tokens: ArrayLike) -> Floats:
-    """(K,) part of the steps whose batch had no token of a domain, from tokens (T, K) of each step."""
+    """(K,) part of the steps whose batch had no token of a domain, from tokens (T, K) of each
+    step."""
     return (np.asarray(tokens) == 0).mean(axis=0)
 
 
 def absent(names: Sequence[str], missing: ArrayLike) -> list[Finding]:
-    """Domains that more than a few batches miss: one finding for all. `missing` (K,) is a part of the batches."""
+    """Domains that more than a few batches miss: one finding for all. `missing` (K,) is a part of
+    the batches."""
     parts = _floats(missing)
     found = np.flatnonzero(parts > ABSENT)
     if not len(found):
         return []
     domains = tuple(names[k] for k in found.tolist())
     message = (
-        f"{_percent(parts.max())} of the proxy's batches miss a domain ({', '.join(domains)}). In such a step its "
-        "excess loss is not known and its weight moves by the others' alone; raise training.batch_size, or merge "
-        "domains."
+        f"{_percent(parts.max())} of the proxy's batches miss a domain ({', '.join(domains)}). In "
+        "such a step its excess loss is not known and its weight moves by the others' alone; raise "
+        "training.batch_size, or merge domains."
     )
     return [Finding("absent", domains, message, float(parts.max()))]
 
@@ -115,9 +122,9 @@ def repeated(names: Sequence[str], proxy_epochs: ArrayLike) -> list[Finding]:
         Finding(
             "repeated",
             (name,),
-            f"The proxy passes over {name} {epochs:.1f} times. Beyond about {EPOCHS:.0f} passes the excess loss "
-            "measures what the models remember, not what is left to learn; add text, merge the domain with a like "
-            "one, or train the proxy for fewer steps.",
+            f"The proxy passes over {name} {epochs:.1f} times. Beyond about {EPOCHS:.0f} passes "
+            "the excess loss measures what the models remember, not what is left to learn; add "
+            "text, merge the domain with a like one, or train the proxy for fewer steps.",
             epochs,
         )
         for name, epochs in _pairs(names, proxy_epochs)
@@ -128,7 +135,8 @@ def repeated(names: Sequence[str], proxy_epochs: ArrayLike) -> list[Finding]:
 def mismatched(
     names: Sequence[str], proxy_epochs: ArrayLike, final_epochs: ArrayLike
 ) -> list[Finding]:
-    """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of the final run."""
+    """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of
+    the final run."""
     found = []
     for (name, proxy), final in zip(
         _pairs(names, proxy_epochs), _floats(final_epochs).tolist(), strict=True
@@ -136,9 +144,10 @@ def mismatched(
         low, high = sorted((proxy, final))
         if high > EPOCHS and high > MISMATCH * low:
             message = (
-                f"The proxy passes over {name} {proxy:.1f} times and the planned final run {final:.1f} times. A weight "
-                "found on fresh text does not hold for repeated text, nor the other way round; with main.tokens set, "
-                "proxy.match_repetition=true makes the proxy repeat its text as the final run will."
+                f"The proxy passes over {name} {proxy:.1f} times and the planned final run "
+                f"{final:.1f} times. A weight found on fresh text does not hold for repeated text, "
+                "nor the other way round; with main.tokens set, proxy.match_repetition=true makes "
+                "the proxy repeat its text as the final run will."
             )
             found.append(Finding("mismatched", (name,), message, high))
     return found
@@ -147,7 +156,8 @@ def mismatched(
 def unigram_entropy(counts: ArrayLike) -> float:
     """Nats per token of the best model without context, from the counts (V,) of a sample of tokens.
 
-    With the correction of Miller and Madow, since rare tokens that a sample misses make it look too predictable.
+    With the correction of Miller and Madow, since rare tokens that a sample misses make it look too
+    predictable.
     """
     seen = _floats(counts)
     seen = seen[seen > 0]
@@ -158,10 +168,12 @@ def unigram_entropy(counts: ArrayLike) -> float:
 
 
 def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike]) -> list[Finding]:
-    """Domains on which the best model gets as far as guessing without context, and no further, though the other
-    domains are learned. One that is neglected does not get there, and is not meant.
+    """Domains on which the best model gets as far as guessing without context, and no further,
+    though the other domains are learned. One that is neglected does not get there, and is not
+    meant.
 
-    `unigram` (K,) is that guess's loss; `curves` are the validation losses (E, K) of each model over its run.
+    `unigram` (K,) is that guess's loss; `curves` are the validation losses (E, K) of each model
+    over its run.
     """
     models = [curve for curve in map(_floats, curves) if len(curve)]
     if not models:
@@ -178,9 +190,9 @@ def noise(names: Sequence[str], unigram: ArrayLike, curves: Sequence[ArrayLike])
         Finding(
             "noise",
             (name,),
-            f"No model learns {name}: its loss of {last[k]:.2f} nats per token is that of guessing without context "
-            f"({bare[k]:.2f}), and falls no more. It takes tokens and teaches nothing; look at its text, and leave it "
-            "out if it is noise.",
+            f"No model learns {name}: its loss of {last[k]:.2f} nats per token is that of "
+            f"guessing without context ({bare[k]:.2f}), and falls no more. It takes tokens and "
+            "teaches nothing; look at its text, and leave it out if it is noise.",
             float(gain[k]),
         )
         for k, name in enumerate(names)
@@ -195,8 +207,9 @@ def trivial(names: Sequence[str], losses: ArrayLike) -> list[Finding]:
         Finding(
             "trivial",
             (name,),
-            f"Nothing is left to learn in {name}: its loss is {loss:.3f} nats per token. The weight it gets is spent "
-            "for nothing; look for repeated or generated text in it, and leave it out or deduplicate it.",
+            f"Nothing is left to learn in {name}: its loss is {loss:.3f} nats per token. The "
+            "weight it gets is spent for nothing; look for repeated or generated text in it, and "
+            "leave it out or deduplicate it.",
             loss,
         )
         for name, loss in _pairs(names, best)
@@ -210,16 +223,18 @@ def overfit(
     validation: ArrayLike,
     epochs: ArrayLike | None = None,
 ) -> list[Finding]:
-    """Domains that the reference knows by heart, from its losses (K,) on training and on validation text. One that it
-    passed over less than once, where its `epochs` (K,) are known, has but an uneven split."""
+    """Domains that the reference knows by heart, from its losses (K,) on training and on validation
+    text. One that it passed over less than once, where its `epochs` (K,) are known, has but an
+    uneven split."""
     passes = np.full(len(names), np.inf) if epochs is None else _floats(epochs)
     return [
         Finding(
             "overfit",
             (name,),
-            f"The reference has learned {name} by heart: {seen:.2f} nats per token on its training text, {unseen:.2f} "
-            "on validation text. The proxy is held against losses that nobody reaches on new text; add text, or train "
-            "the reference for fewer steps or on less of this domain.",
+            f"The reference has learned {name} by heart: {seen:.2f} nats per token on its "
+            f"training text, {unseen:.2f} on validation text. The proxy is held against losses "
+            "that nobody reaches on new text; add text, or train the reference for fewer steps or "
+            "on less of this domain.",
             float(unseen - seen),
         )
         for (name, seen), unseen, times in zip(
@@ -240,7 +255,8 @@ def duplicate(
     counts = _floats(halves)
     roots = np.sqrt(counts / np.maximum(counts.sum(axis=2, keepdims=True), 1))
     flat = roots.reshape(2 * len(names), -1)
-    # Squared Hellinger distance of two halves, which the noise of sampling makes larger by as much in every term.
+    # Squared Hellinger distance of two halves, which the noise of sampling makes larger by as much
+    # in every term.
     distance = (1 - flat @ flat.T).reshape(len(names), 2, len(names), 2)
     within = distance[:, 0, :, 1].diagonal()  # (K,) between the halves of one domain
     between = distance.mean(axis=(1, 3))
@@ -259,8 +275,9 @@ def duplicate(
             else:
                 continue
             message = (
-                f"{pair[0]} and {pair[1]} hold the same language: {seen}. Nothing tells their weights apart, and how "
-                "the two share what they get is chance; merge them, or deduplicate them."
+                f"{pair[0]} and {pair[1]} hold the same language: {seen}. Nothing tells their "
+                "weights apart, and how the two share what they get is chance; merge them, or "
+                "deduplicate them."
             )
             found.append(Finding("duplicate", pair, message, value))
     return found
@@ -269,7 +286,8 @@ def duplicate(
 def seed_spread(
     names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]
 ) -> list[Finding]:
-    """The named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable, as one finding.
+    """The named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable, as
+    one finding.
 
     Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where
     one domain's do. One seed says nothing, and nothing is returned.
@@ -289,9 +307,9 @@ def seed_spread(
     if not found:
         return []
     message = (
-        f"The weights are not distinguishable from {' or '.join(found)}: over {seeds} seeds no domain's weight differs "
-        f"from it by more than its interval, which is up to ±{half.max():.3f}. Take {found[0]}, or more proxy.seeds "
-        "and a longer proxy run."
+        f"The weights are not distinguishable from {' or '.join(found)}: over {seeds} seeds no "
+        "domain's weight differs from it by more than its interval, which is up to "
+        f"±{half.max():.3f}. Take {found[0]}, or more proxy.seeds and a longer proxy run."
     )
     return [Finding("seed_spread", tuple(names), message, float(half.max()))]
 

@@ -1,7 +1,8 @@
-"""Tasks for lm-evaluation-harness on local files, and what a model makes of them. Its package is loaded here alone.
+"""Tasks for lm-evaluation-harness on local files, and what a model makes of them. Its package is
+loaded here alone.
 
-A task is a folder with `test.jsonl` and `train.jsonl`, from which the one shot is taken. Its definition is a YAML file
-that `lm_eval --include_path` reads too:
+A task is a folder with `test.jsonl` and `train.jsonl`, from which the one shot is taken. Its
+definition is a YAML file that `lm_eval --include_path` reads too:
 
 | form | keys of a line | asked for |
 |---|---|---|
@@ -9,8 +10,8 @@ that `lm_eval --include_path` reads too:
 | `squadv2` | context, question, answers (empty where there is none) | one of the answers, or "unanswerable" |
 | `lambada`, `cloze` | text | its last word |
 
-All are answered by greedy generation after one example, and right by exact match but for case and punctuation, as in
-DoReMi (Xie et al. 2023, arXiv 2305.10429), section 3.
+All are answered by greedy generation after one example, and right by exact match but for case and
+punctuation, as in DoReMi (Xie et al. 2023, arXiv 2305.10429), section 3.
 """
 
 import importlib.util
@@ -62,7 +63,8 @@ class Accuracy(NamedTuple):
 
 
 def define(name: str, folder: Path, path: Path) -> None:
-    """Write the definition of task `name` on the files of `folder`. Raises UserError where one is missing."""
+    """Write the definition of task `name` on the files of `folder`. Raises UserError where one is
+    missing."""
     for part in ("test", "train"):
         if not (folder / f"{part}.jsonl").is_file():
             raise UserError(f"downstream.files.{name}={folder}: has no {part}.jsonl")
@@ -101,7 +103,8 @@ def require() -> None:
     """Raise UserError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "downstream.tasks: needs lm-evaluation-harness; install doremi-train[eval], or leave it empty"
+            "downstream.tasks: needs lm-evaluation-harness; install doremi-train[eval], or leave "
+            "it empty"
         )
 
 

@@ -1,4 +1,5 @@
-"""Loss per domain on fixed sequences, independent of mixture and seed: those of validation, where nothing else is said.
+"""Loss per domain on fixed sequences, independent of mixture and seed: those of validation, where
+nothing else is said.
 
 K domains, N sequences, T tokens a sequence.
 """
@@ -40,15 +41,18 @@ def measure(
     device: torch.device,
     trained_on: tuple[Ints, Ints] | None = None,
 ) -> dict[str, Any]:
-    """The entry of `evaluation.json` for one model: loss per domain, bits per byte, their mean and worst.
+    """The entry of `evaluation.json` for one model: loss per domain, bits per byte, their mean and
+    worst.
 
-    `trained_on`: domain (N,) and sequence (N,) of training sequences to measure on instead of validation.
+    `trained_on`: domain (N,) and sequence (N,) of training sequences to measure on instead of
+    validation.
     """
     world, domains = comm.world(), len(store.domains)
     split = "train" if trained_on else "validation"
     domain, sequence = trained_on or fixed_sequences(store, split, length, options.sequences)
     mine = np.arange(world.rank, len(domain), world.size)
-    # Every rank makes the same number of calls, because under sharding each is a collective; repeats count 0.
+    # Every rank makes the same number of calls, because under sharding each is a collective;
+    # repeats count 0.
     calls = math.ceil(math.ceil(len(domain) / world.size) / batch)
     sums = Sums(
         torch.zeros(domains, dtype=torch.float64), torch.zeros(domains, dtype=torch.float64)
@@ -70,7 +74,8 @@ def measure(
 def summary(store: Store, loss: Tensor, tokens: Tensor) -> dict[str, Any]:
     """Sums (K,) of losses in nats and of tokens → per-domain and headline figures.
 
-    Bits per byte use the mean bytes per token of the domain's whole validation split; null where the bytes are unknown.
+    Bits per byte use the mean bytes per token of the domain's whole validation split; null where
+    the bytes are unknown.
     """
     means = (loss / tokens).tolist()
     figures: dict[str, Any] = {}

@@ -1,7 +1,9 @@
-"""What finished runs say: read from their folders, grouped by what varies, compared, and put into one plain sentence.
+"""What finished runs say: read from their folders, grouped by what varies, compared, and put into
+one plain sentence.
 
-Losses are validation losses in nats per token, their mean is over domains, and an interval is a 95 % Student-t interval
-over seeds; where mixtures are compared it is that of the differences, seed by seed.
+Losses are validation losses in nats per token, their mean is over domains, and an interval is a 95
+% Student-t interval over seeds; where mixtures are compared it is that of the differences, seed by
+seed.
 """
 
 from collections.abc import Sequence
@@ -73,7 +75,8 @@ class Setting(NamedTuple):
 
     @property
     def models(self) -> dict[str, str]:
-        """The name that a reader sees of every trained model. Models that are the same run are one."""
+        """The name that a reader sees of every trained model. Models that are the same run are
+        one."""
         same: dict[tuple[float, ...], list[str]] = {}
         known = [
             name
@@ -92,7 +95,8 @@ class Setting(NamedTuple):
 
     @property
     def candidates(self) -> dict[str, str]:
-        """Those that were trained at the final size, to be compared with the learned mixture, which comes first."""
+        """Those that were trained at the final size, to be compared with the learned mixture, which
+        comes first."""
         return {name: label for name, label in self.models.items() if name not in _BESIDE}
 
     def losses(self, name: str) -> list[float]:
@@ -100,7 +104,8 @@ class Setting(NamedTuple):
         return [run.figures[name]["mean_loss"] for run in self.results]
 
     def gain(self, name: str) -> tuple[float, float]:
-        """How much higher another model's loss is than the learned mixture's: mean and half-width over paired seeds."""
+        """How much higher another model's loss is than the learned mixture's: mean and half-width
+        over paired seeds."""
         pairs = zip(self.losses(name), self.losses("main"), strict=True)
         return student_t([other - learned for other, learned in pairs])
 
@@ -214,9 +219,9 @@ def verdict(setting: Setting) -> str:
                  for name in others for gain in [setting.gain(name)[0]]]  # fmt: skip
         equal = [labels[name] for name in others if setting.gain(name)[0] <= 0]
         return (
-            f"With one seed {mixture} reaches {mean:.4f} nats per token on the mean over domains: {listed(parts)}"
-            f"{f', so no better than {listed(equal)}' if equal else ''}. One seed, no interval: differences of the size "
-            "of the seed-to-seed spread decide nothing."
+            f"With one seed {mixture} reaches {mean:.4f} nats per token on the mean over domains: "
+            f"{listed(parts)}{f', so no better than {listed(equal)}' if equal else ''}. One seed, "
+            "no interval: differences of the size of the seed-to-seed spread decide nothing."
         )
     parts, equal = [], []
     for name in others:
@@ -228,6 +233,6 @@ def verdict(setting: Setting) -> str:
         parts.append(f"{word} {labels[name]} (by {gain:+.4f} ± {half:.4f} nats per token)")
     remedy = f" {listed(equal).capitalize()} would serve as well." if equal else ""
     return (
-        f"Over {seeds} runs {mixture} is {listed(parts)}.{remedy} Paired 95 % Student-t intervals over seeds; "
-        "plus means that the other's loss is higher."
+        f"Over {seeds} runs {mixture} is {listed(parts)}.{remedy} Paired 95 % Student-t intervals "
+        "over seeds; plus means that the other's loss is higher."
     )

@@ -13,7 +13,8 @@ _RESAMPLES = 10_000
 
 
 def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Mean (K,) of S weight vectors and its 95 % Student-t interval, within [0, 1]; None for one sample."""
+    """Mean (K,) of S weight vectors and its 95 % Student-t interval, within [0, 1]; None for one
+    sample."""
     stacked = torch.stack(list(samples))  # (S, K)
     mean = stacked.mean(0) / stacked.mean(0).sum()
     if len(samples) == 1:
@@ -25,7 +26,8 @@ def summarize(samples: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] 
 
 
 def student_t(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of its two-sided Student-t interval; the half-width of a single value is infinite."""
+    """Mean and half-width of its two-sided Student-t interval; the half-width of a single value is
+    infinite."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, math.inf
@@ -45,7 +47,8 @@ class Paired(NamedTuple):
 
 
 def paired(others: Sequence[float], losses: Sequence[float]) -> Paired:
-    """Of losses with the same seeds. A bootstrap over so few seeds is too narrow, so `judged` asks both intervals."""
+    """Of losses with the same seeds. A bootstrap over so few seeds is too narrow, so `judged` asks
+    both intervals."""
     gains = np.array(others) - np.array(losses)
     mean, half = student_t(gains.tolist())
     drawn = np.random.default_rng(0).integers(len(gains), size=(_RESAMPLES, len(gains)))
@@ -61,8 +64,8 @@ def judged(name: str, other: str, gain: Paired, seeds: int) -> str:
     apart = abs(gain.mean) > gain.half and (gain.low > 0 or gain.high < 0)
     words = f"better than {other}" if gain.mean > 0 else f"worse than {other}"
     return (
-        f"{name} is {words if apart else f'not distinguishable from {other}'} ({amount}, ± {gain.half:.4f} over "
-        f"{seeds} seeds; bootstrap {gain.low:+.4f} to {gain.high:+.4f})."
+        f"{name} is {words if apart else f'not distinguishable from {other}'} ({amount}, ± "
+        f"{gain.half:.4f} over {seeds} seeds; bootstrap {gain.low:+.4f} to {gain.high:+.4f})."
     )
 
 
@@ -71,7 +74,8 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def spread(values: Sequence[float | None], digits: int = 4) -> str:
-    """Mean ± half-width; of one value the value. Seeds without one (such as a goal never reached) are said."""
+    """Mean ± half-width; of one value the value. Seeds without one (such as a goal never reached)
+    are said."""
     known = [value for value in values if value is not None]
     if not known:
         return "never" if values else ""

@@ -1,4 +1,5 @@
-"""Figures of the text itself: repeated bigrams and shared shingles, over a sample of each domain."""
+"""Figures of the text itself: repeated bigrams and shared shingles, over a sample of each
+domain."""
 
 from collections.abc import Sequence
 
@@ -26,7 +27,8 @@ def of_the_text(names: Sequence[str], samples: list[Tokens]) -> list[Finding]:
 
 
 def sample(store: TokenStore, length: int) -> list[Tokens]:
-    """Training sequences (n, length + 1) of each domain, about SAMPLE tokens, evenly spread over it."""
+    """Training sequences (n, length + 1) of each domain, about SAMPLE tokens, evenly spread over
+    it."""
     domain, sequence = fixed_sequences(store, "train", length, max(2, SAMPLE // length))
     tokens = store.gather("train", domain, sequence, length)
     return [tokens[domain == k] for k in range(len(store.domains))]

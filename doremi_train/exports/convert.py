@@ -1,4 +1,5 @@
-"""A mixture written for a trainer, and read back: shares of what it draws, and weights per token."""
+"""A mixture written for a trainer, and read back: shares of what it draws, and weights per
+token."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -60,8 +61,8 @@ def write(
     epochs: Mapping[str, float],
     schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
 ) -> str:
-    """The text for the trainer `to`. `schedule` is what is drawn from each step on, where it changes: the trainer gets
-    it if it can follow one, and else the whole run's `drawn`.
+    """The text for the trainer `to`. `schedule` is what is drawn from each step on, where it
+    changes: the trainer gets it if it can follow one, and else the whole run's `drawn`.
 
     Raises UserError naming the domains without a path, or a path that cannot be.
     """
@@ -69,8 +70,8 @@ def write(
     missing = [name for name in drawn if name not in paths]
     if missing and form.paths:
         raise UserError(
-            f"export.paths: no path for {', '.join(missing)}; export.to={to} needs one of each domain, "
-            f"as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
+            f"export.paths: no path for {', '.join(missing)}; export.to={to} needs one of each "
+            f"domain, as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
         )
 
     def found(drawn: Mapping[str, float]) -> list[Source]:
@@ -88,7 +89,8 @@ def write(
             )
         if to == "megatron" and source.path.split() != [source.path]:
             raise UserError(
-                f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use another path"
+                f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use "
+                "another path"
             )
     if schedule and form.write_stages:
         return form.write_stages([Stage(step, found(weights)) for step, weights in schedule])
@@ -98,9 +100,11 @@ def write(
 def read(
     to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], where: str
 ) -> dict[str, Any]:
-    """The weights {domain: weight} of a text for the trainer `to`, in its unit and unchecked; a domain not in it has 0.
+    """The weights {domain: weight} of a text for the trainer `to`, in its unit and unchecked; a
+    domain not in it has 0.
 
-    Raises UserError that starts with `where` for a text of another form, or a source that is no domain.
+    Raises UserError that starts with `where` for a text of another form, or a source that is no
+    domain.
     """
     try:
         found = dict(formats.FORMATS[to].read(text))

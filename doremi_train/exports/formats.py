@@ -1,7 +1,8 @@
 """Weights in the form of the trainers that people already use, and back: text out, text in.
 
-A weight is a part of the tokens. A trainer that draws sequences of one length takes it as it is; one that draws
-documents needs p_k ∝ w_k / (mean tokens per document of k). Which one draws what is read off its source:
+A weight is a part of the tokens. A trainer that draws sequences of one length takes it as it is;
+one that draws documents needs p_k ∝ w_k / (mean tokens per document of k). Which one draws what is
+read off its source:
 
 | target | draws | because |
 |---|---|---|
@@ -222,7 +223,8 @@ def _read_doremi(text: str) -> dict[str, Any]:
 
 
 def _module(imports: str, body: str) -> Callable[[Sequence[Source]], str]:
-    """A Python module with the weights as SOURCES, and a function that makes of them what the trainer takes."""
+    """A Python module with the weights as SOURCES, and a function that makes of them what the
+    trainer takes."""
 
     def write(sources: Sequence[Source]) -> str:
         lines = "".join(f"    {path!r}: {weight},\n" for path, weight in _by_path(sources).items())

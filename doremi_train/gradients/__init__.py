@@ -1,1 +1,2 @@
-"""Gradients of single examples without their materialisation: factors, products, and their capture."""
+"""Gradients of single examples without their materialisation: factors, products, and their
+capture."""

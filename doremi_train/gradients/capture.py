@@ -1,7 +1,8 @@
 """Capture of what per-example gradients are made of, and two routes that need no capture.
 
-One forward with hooks, and one backward for activations alone: no gradient of a parameter is computed. What it gives is
-`methods.factors.Examples`; LoRA's scale, dropout and masks are in it because autograd put them there.
+One forward with hooks, and one backward for activations alone: no gradient of a parameter is
+computed. What it gives is `methods.factors.Examples`; LoRA's scale, dropout and masks are in it
+because autograd put them there.
 
 n examples, T tokens of each.
 """
@@ -39,7 +40,8 @@ class _Use(NamedTuple):
     )
 
 
-# Numbers of the gradient of the logits that are kept; beyond, what is asked of it computes it again.
+# Numbers of the gradient of the logits that are kept; beyond, what is asked of it computes it
+# again.
 _KEPT = 1 << 24
 
 
@@ -54,7 +56,8 @@ def capture(
     verify: bool = False,
     sketch: int | None = None,
 ) -> Captured:
-    """Run `forward`, whose losses' sum is differentiated, and factor each example's part of that gradient.
+    """Run `forward`, whose losses' sum is differentiated, and factor each example's part of that
+    gradient.
 
     `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming the parameters that
     are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers. `verify` also computes the gradient by
@@ -141,8 +144,8 @@ def require_factored(model: nn.Module) -> None:
     odd = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if odd:
         raise NotFactored(
-            f"{', '.join(odd[:5])}: not of a Linear, Conv1D, Embedding, LayerNorm or RMSNorm layer, so the gradient of "
-            "one example cannot be told from the batch's"
+            f"{', '.join(odd[:5])}: not of a Linear, Conv1D, Embedding, LayerNorm or RMSNorm "
+            "layer, so the gradient of one example cannot be told from the batch's"
         )
 
 
@@ -185,7 +188,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _sketched_on_the_way(use: _Use, name: str, sketch: int) -> _Use:
-    """With the products of the input at once, and of the gradient in the backward, while they are in the cache."""
+    """With the products of the input at once, and of the gradient in the backward, while they are
+    in the cache."""
     x, weight = use.inputs[0].detach(), use.module.weight
     if x.dtype != use.output.dtype:  # under autocast: the factor is a copy, which is not there yet
         return use
@@ -283,14 +287,15 @@ def _by_token(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     """(n, T, …)"""
     if tensor.shape[:-1].numel() != shape[0] * shape[1]:
         raise NotFactored(
-            f"a layer saw {tuple(tensor.shape)} where {shape[0]} examples of {shape[1]} tokens were expected, so its "
-            "tokens cannot be told apart (experts, or convolutions, do this)"
+            f"a layer saw {tuple(tensor.shape)} where {shape[0]} examples of {shape[1]} tokens "
+            "were expected, so its tokens cannot be told apart (experts, or convolutions, do this)"
         )
     return tensor.reshape(*shape, tensor.shape[-1])
 
 
 def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype) -> None:
-    """Identities that hold whatever the model is: Σ g_i is the gradient G, Σ ⟨g_i, G⟩ = |G|², and 1ᵀK1 = |Σ g_i|²."""
+    """Identities that hold whatever the model is: Σ g_i is the gradient G, Σ ⟨g_i, G⟩ = |G|², and
+    1ᵀK1 = |Σ g_i|²."""
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
     summed = products.weighted(examples, torch.ones(n, device=next(iter(expected.values())).device))
     square = sum(float(gradient.double().square().sum()) for gradient in expected.values())

@@ -41,7 +41,8 @@ def forward_difference(
 def curvature(
     model: nn.Module, gradient: Callable[[], Direction], along: Direction, size: float = 1e-3
 ) -> float:
-    """⟨G, H G⟩ for G = `along`, from the slopes ⟨gradient(), G⟩ at θ ± ε G with |ε G| = size · |θ|."""
+    """⟨G, H G⟩ for G = `along`, from the slopes ⟨gradient(), G⟩ at θ ± ε G with |ε G| = size ·
+    |θ|."""
     epsilon = relative_step(model, along, size)
 
     def slope() -> Tensor:

@@ -1,7 +1,8 @@
-"""The gradients of single examples as their factors: one type for each use that a layer makes of a parameter.
+"""The gradients of single examples as their factors: one type for each use that a layer makes of a
+parameter.
 
-n examples, T tokens of each, p outputs and d inputs of a layer, r size of a sketch. Sums are float32 where factors are
-bf16, float64 where they are.
+n examples, T tokens of each, p outputs and d inputs of a layer, r size of a sketch. Sums are
+float32 where factors are bf16, float64 where they are.
 """
 
 from collections.abc import Iterator, Mapping
@@ -145,7 +146,8 @@ class Lookup(NamedTuple):
         return Lookup(regroup(self.ids, index), regroup(self.values, index, present), self.size)
 
     def compact(self) -> "Lookup":
-        """The same examples over the ids that occur alone; rows in another order, all others being 0."""
+        """The same examples over the ids that occur alone; rows in another order, all others being
+        0."""
         found, ids = self.ids.unique(return_inverse=True)
         return Lookup(ids, self.values, len(found))
 
@@ -192,8 +194,8 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
 
 
 def in_place(left: Tensor) -> bool:
-    """Whether products of examples are best added up one after the other: on a GPU each would be a launch, and in bf16
-    the sum would be rounded as often."""
+    """Whether products of examples are best added up one after the other: on a GPU each would be a
+    launch, and in bf16 the sum would be rounded as often."""
     return left.device.type == "cpu" and left.dtype == wide(left)
 
 

@@ -1,17 +1,20 @@
-"""What is asked of per-example gradients is computed from their factors, what a layer saw; they never exist.
+"""What is asked of per-example gradients is computed from their factors, what a layer saw; they
+never exist.
 
-A linear layer with inputs a_t and output gradients b_t has the gradient Σ_t b_t a_tᵀ of an example. From one capture:
+A linear layer with inputs a_t and output gradients b_t has the gradient Σ_t b_t a_tᵀ of an example.
+From one capture:
 
     ⟨g_i, G⟩     Σ_t b_itᵀ G a_it                          `tokens`, `dot`: also per token, and per packed document
     ⟨g_i, g_j⟩   Σ_t,s (a_it · a_js)(b_it · b_js)          `gram`, `norm2`; or rows of g_i, a bounded block at a time
     Σ_i w_i g_i  Σ_i,t w_i b_it a_itᵀ                      `weighted`: a gradient step without another backward
     R g_i S      Σ_t (Rᵀ b_it)(Sᵀ a_it)ᵀ                   `sketch`: few numbers whose dots are ⟨g_i, g_j⟩ on average
 
-The gradient of a parameter is a tuple of factors, one for each use, and all that is linear adds up over them. A Gram
-does not: a tied embedding and head have cross terms, so there the rows are added before the product.
+The gradient of a parameter is a tuple of factors, one for each use, and all that is linear adds up
+over them. A Gram does not: a tied embedding and head have cross terms, so there the rows are added
+before the product.
 
-n examples, T tokens of each, p outputs and d inputs of a layer, J directions, r size of a sketch. Sums are float32
-where factors are bf16, float64 where they are.
+n examples, T tokens of each, p outputs and d inputs of a layer, J directions, r size of a sketch.
+Sums are float32 where factors are bf16, float64 where they are.
 """
 
 import functools
@@ -83,7 +86,8 @@ def dot(examples: Examples, *directions: Direction) -> Tensor:
 
 
 def tokens(examples: Examples, direction: Direction) -> Tensor:
-    """(n, T) what every token adds to ⟨g_i, G⟩; summed over a packed document, that document's own."""
+    """(n, T) what every token adds to ⟨g_i, G⟩; summed over a packed document, that document's
+    own."""
     return torch.stack(
         [use.tokens(direction[name]) for name, uses in examples.items() for use in uses]
     ).sum(0)
@@ -101,8 +105,8 @@ def norm2(examples: Examples) -> Tensor:
 
 
 def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> dict[str, Tensor]:
-    """Σ_i weights_i g_i by parameter name, for weights (n,), of what was kept and else from the factors; examples of
-    weight 0 cost next to nothing, and may be NaN."""
+    """Σ_i weights_i g_i by parameter name, for weights (n,), of what was kept and else from the
+    factors; examples of weight 0 cost next to nothing, and may be NaN."""
     chosen = weights.nonzero()[:, 0]
     some = weights[chosen]
 
@@ -110,7 +114,8 @@ def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> d
         return use.weighted(weights) if _passes_over(use) else use.at(chosen).weighted(some)
 
     def total(uses: tuple[Factor, ...]) -> Tensor:
-        # A tied embedding is added to what its head gave: another table of its size would be most of the memory.
+        # A tied embedding is added to what its head gave: another table of its size would be most
+        # of the memory.
         first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))
         found = part(first).to(wide(_first(first)))
         for use in rest:
@@ -129,9 +134,11 @@ def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> d
 
 
 def sketch(examples: Examples, size: int) -> Tensor:
-    """(n, R) numbers whose inner products are those of the gradients on average; R is size² or less for a parameter.
+    """(n, R) numbers whose inner products are those of the gradients on average; R is size² or less
+    for a parameter.
 
-    The same projection for every call, device and process: it depends on a parameter's name and shape alone.
+    The same projection for every call, device and process: it depends on a parameter's name and
+    shape alone.
     """
     parts = []
     for name, uses in sorted(examples.items()):
@@ -142,7 +149,8 @@ def sketch(examples: Examples, size: int) -> Tensor:
 
 
 def sketch_of(direction: Direction, size: int) -> Tensor:
-    """(R,) the sketch of one vector, to be multiplied with `sketch` of examples that have the same parameters."""
+    """(R,) the sketch of one vector, to be multiplied with `sketch` of examples that have the same
+    parameters."""
     parts = []
     for name, whole in sorted(direction.items()):
         left, right = signs(name, tuple(whole.shape), size, whole.device, whole.dtype)
@@ -153,8 +161,8 @@ def sketch_of(direction: Direction, size: int) -> Tensor:
 def signs(
     name: str, shape: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """The sides (p, r) and (d, r) of a parameter's sketch: random signs, or the identity where that is no longer. Of a
-    vector (p, r²)."""
+    """The sides (p, r) and (d, r) of a parameter's sketch: random signs, or the identity where that
+    is no longer. Of a vector (p, r²)."""
     width = size if len(shape) == 2 else size * size
     sides = [
         _signs(f"{name} {side}", length, width, device, dtype) for side, length in enumerate(shape)
@@ -168,7 +176,8 @@ def at(examples: Examples, index: Tensor) -> dict[str, tuple[Factor, ...]]:
 
 
 def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, ...]]:
-    """Packed documents as examples of their own, for sequences whose documents do not attend to each other.
+    """Packed documents as examples of their own, for sequences whose documents do not attend to
+    each other.
 
     `document` (n, T) numbers them 0 … m − 1; a token with −1 belongs to none.
     """
@@ -190,7 +199,8 @@ def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, .
 
 
 def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
-    """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not linear in them."""
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not
+    linear in them."""
     p, *d = uses[0].shape
     first, *rest = sorted(
         uses, key=lambda use: isinstance(use, Lookup)
@@ -234,7 +244,8 @@ def _pairs_by_row(
             direction[start : start + part.shape[1]].flatten().to(flat.dtype)
             for direction in of_dots
         ]
-        # A direction is as long as one of the rows: to put several of them into one matrix would be to copy them.
+        # A direction is as long as one of the rows: to put several of them into one matrix would be
+        # to copy them.
         dots.append(
             torch.stack([flat @ one for one in against], 1)
             if against
@@ -245,7 +256,8 @@ def _pairs_by_row(
 
 
 def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
-    """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0 left out."""
+    """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0
+    left out."""
     if _only_lookup(uses):
         uses = (uses[0].compact(),)
     return (part for _, part in materialised(uses))
@@ -275,8 +287,8 @@ def _short(use: Outer) -> bool:
 
 
 def _passes_over(use: Factor) -> bool:
-    """Whether its weighted sum costs least as it is, rather than with a copy of the examples of other weights than 0: a
-    sum over tokens is read but once."""
+    """Whether its weighted sum costs least as it is, rather than with a copy of the examples of
+    other weights than 0: a sum over tokens is read but once."""
     if isinstance(use, Outer):
         return in_place(use.left)
     if isinstance(use, Softmax):

@@ -8,9 +8,10 @@ teaches about it is −dL_k/dn = α_k (L_k(n) − ε_k) / n. With a prior μ and
   π_{t+1} = 0.9 ρ̄_{t-1} + 0.1 ρ_t
 Until the warm-up is over the prior is drawn from.
 
-As in the paper's code n counts the steps of the run, and α is taken for 0.05 at least. The law is found on a grid of α
-(for each of which ε and β are linear least squares) instead of by descent from many starts, so that it is the same on
-every machine; the losses are means over a hundredth of the run.
+As in the paper's code n counts the steps of the run, and α is taken for 0.05 at least. The law is
+found on a grid of α (for each of which ε and β are linear least squares) instead of by descent from
+many starts, so that it is the same on every machine; the losses are means over a hundredth of the
+run.
 
 K domains, B sequences, T tokens a sequence, N pieces of the run, A values of α.
 """
@@ -98,7 +99,8 @@ def update(state: State, stats: Stats, options: Options) -> State:
 
 
 def _fit(state: State, options: Options) -> Law:
-    """From the pieces of the run so far, but for the first half of the warm-up, where the loss falls by other laws."""
+    """From the pieces of the run so far, but for the first half of the warm-up, where the loss
+    falls by other laws."""
     begun = int(state.step) * PIECES // int(state.steps) + 1
     skipped = min(int(options.warmup / 2 * PIECES), begun - 2) if begun > 2 else 0
     n = (torch.arange(PIECES, dtype=torch.float64) + 0.5) * int(state.steps) / PIECES
@@ -107,8 +109,8 @@ def _fit(state: State, options: Options) -> Law:
 
 
 def fit(n: Tensor, loss: Tensor, tokens: Tensor, now: float) -> Law:
-    """Least squares of ε + β n^{−α} to the mean losses of pieces at n (N,): loss (N, K) is summed over tokens (N, K),
-    which are their weights. Neither ε nor what is above it is below 0."""
+    """Least squares of ε + β n^{−α} to the mean losses of pieces at n (N,): loss (N, K) is summed
+    over tokens (N, K), which are their weights. Neither ε nor what is above it is below 0."""
     x = (n / now) ** -EXPONENTS[:, None]  # (A, N)
     y = loss / tokens.clamp_min(1)
     total, of_y, of_yy = tokens.sum(0), (tokens * y).sum(0), (tokens * y * y).sum(0)  # (K,)
@@ -126,7 +128,8 @@ def fit(n: Tensor, loss: Tensor, tokens: Tensor, now: float) -> Law:
         + 2 * floor * above * of_x
         + above**2 * of_xx
     )
-    # Through two pieces goes a law of every α: the slowest that fits as well is taken, not what rounding puts first.
+    # Through two pieces goes a law of every α: the slowest that fits as well is taken, not what
+    # rounding puts first.
     best = (error <= error.amin(0) + _SAME * of_yy).int().argmax(0)  # (K,)
     k = torch.arange(len(best))
     return Law(floor[best, k], above[best, k], EXPONENTS[best])

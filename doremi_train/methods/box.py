@@ -18,8 +18,8 @@ class Box(NamedTuple):
 def box(
     sizes: Floats, budget: float, max_epochs: float, floor: float, key: str = "swarm.floor"
 ) -> Box:
-    """At most `max_epochs` passes over each of `sizes` (K,) tokens in a run of `budget` tokens, and at least `floor`
-    where the cap leaves it.
+    """At most `max_epochs` passes over each of `sizes` (K,) tokens in a run of `budget` tokens, and
+    at least `floor` where the cap leaves it.
 
     Raises ValueError where no mixture is within; `key` is the floor's.
     """
@@ -27,19 +27,21 @@ def box(
     low = np.minimum(floor, high)
     if high.sum() < 1:
         raise ValueError(
-            f"a budget of {budget:.3g} tokens is more than mixture.max_epochs={max_epochs:g} epochs of all "
-            f"{sizes.sum():.3g} tokens; raise it, or train for fewer tokens"
+            f"a budget of {budget:.3g} tokens is more than mixture.max_epochs={max_epochs:g} "
+            f"epochs of all {sizes.sum():.3g} tokens; raise it, or train for fewer tokens"
         )
     if low.sum() > 1:
         raise ValueError(
-            f"{key}={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / domains"
+            f"{key}={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / "
+            "domains"
         )
     return Box(low, high)
 
 
 def project(points: Floats, within: Box) -> Floats:
-    """(…, K) → the mixtures in the box that are nearest in KL divergence, clip(s · point, low, high) with the s that
-    makes the sum 1: what a cap takes away goes to the others in proportion."""
+    """(…, K) → the mixtures in the box that are nearest in KL divergence, clip(s · point, low,
+    high) with the s that makes the sum 1: what a cap takes away goes to the others in
+    proportion."""
     positive = np.maximum(points / points.max(-1, keepdims=True), 1e-280)
     lowest = np.full((*points.shape[:-1], 1), -700.0)  # of log s
     highest = -lowest
@@ -51,8 +53,8 @@ def project(points: Floats, within: Box) -> Floats:
 
 
 def on_grid(point: Floats, within: Box) -> Floats:
-    """The mixture (K,) in multiples of 2⁻⁴⁵ with a sum of exactly 1: it reads back from any file as the same bits, and
-    has the same address on machines whose last bits differ."""
+    """The mixture (K,) in multiples of 2⁻⁴⁵ with a sum of exactly 1: it reads back from any file as
+    the same bits, and has the same address on machines whose last bits differ."""
     units = np.floor(point * 2.0**45)
     short = round(2.0**45 - units.sum())
     units[np.argsort(point - within.high, kind="stable")[:short]] += (
@@ -77,8 +79,8 @@ def divergence(points: Floats, prior: Floats) -> Floats:
 
 
 class Space(NamedTuple):
-    """Mixtures of V virtual domains, each a frozen mixture of domains: after some were added, dropped or split, what
-    did not change is one of them, and the others are themselves (Olmix)."""
+    """Mixtures of V virtual domains, each a frozen mixture of domains: after some were added,
+    dropped or split, what did not change is one of them, and the others are themselves (Olmix)."""
 
     spread: Floats  # (V, K) rows are mixtures, no domain is in two
 
@@ -102,13 +104,15 @@ class Space(NamedTuple):
         high = np.where(inside, within.high / ratio, np.inf).min(1)
         if (low > high).any() or low.sum() > 1 or high.sum() < 1:
             raise ValueError(
-                "what swarm.frozen keeps together does not fit within mixture.max_epochs and swarm.floor"
+                "what swarm.frozen keeps together does not fit within mixture.max_epochs and "
+                "swarm.floor"
             )
         return Box(low, np.minimum(high, 1))
 
 
 def space(frozen: Floats) -> Space:
-    """`frozen` (K,) is the relative weight of the domains that keep their proportions, and 0 for the others."""
+    """`frozen` (K,) is the relative weight of the domains that keep their proportions, and 0 for
+    the others."""
     kept = frozen > 0
     rows = np.eye(len(frozen))[~kept]
     return Space(np.vstack([frozen / frozen.sum(), rows]) if kept.any() else rows)

@@ -1,7 +1,8 @@
-"""The ordinary language-model objective: the mean loss over all tokens of the global batch, drawn from a fixed mixture.
+"""The ordinary language-model objective: the mean loss over all tokens of the global batch, drawn
+from a fixed mixture.
 
-K domains, B sequences, T tokens a sequence. It keeps the same shape as the papers' objectives, so that one loop trains
-them all.
+K domains, B sequences, T tokens a sequence. It keeps the same shape as the papers' objectives, so
+that one loop trains them all.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,5 @@
-"""DoGE: domain reweighting with generalization estimation (Fan et al. 2023, https://arxiv.org/abs/2310.15393).
+"""DoGE: domain reweighting with generalization estimation (Fan et al. 2023,
+https://arxiv.org/abs/2310.15393).
 
 Algorithm 1, and its form with a target set:
 α_0 = 1/K. For t = 1 … T:
@@ -8,11 +9,13 @@ Algorithm 1, and its form with a target set:
   4. one optimiser step on Σ_k α_t[k] g_k.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
 
-The paper's η is the learning rate; here η/μ is one number that stays. The paper's code divides W_t by the mean norm of
-the g_k, so that it is in units of a gradient and not of a gradient squared: so is it here, unless told otherwise.
+The paper's η is the learning rate; here η/μ is one number that stays. The paper's code divides W_t
+by the mean norm of the g_k, so that it is in units of a gradient and not of a gradient squared: so
+is it here, unless told otherwise.
 
-It is an objective (see `methods`) whose sums are not of losses alone: the caller adds up the gradient of each domain
-over micro-batches and ranks, and puts what `align` says of the whole batch into `Stats`.
+It is an objective (see `methods`) whose sums are not of losses alone: the caller adds up the
+gradient of each domain over micro-batches and ranks, and puts what `align` says of the whole batch
+into `Stats`.
 
 K domains, B sequences, T tokens a sequence, P numbers of a parameter. Sums and weights are float64.
 """
@@ -37,7 +40,8 @@ class Options:
 
 
 class Stats(NamedTuple):
-    """Sums over a batch, per domain, and what the caller fills in of the gradients of the whole batch."""
+    """Sums over a batch, per domain, and what the caller fills in of the gradients of the whole
+    batch."""
 
     loss: Tensor  # (K,) nats
     tokens: Tensor  # (K,)
@@ -68,8 +72,9 @@ def observe(
 
 
 def align(gradients: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(K,) ⟨g_k, g_target⟩ and (K,) |g_k|² of one parameter, from gradients (K, P) of the domains' mean losses and that
-    of the target (P,); without one the target of a domain is the sum of the others. They add up over parameters."""
+    """(K,) ⟨g_k, g_target⟩ and (K,) |g_k|² of one parameter, from gradients (K, P) of the domains'
+    mean losses and that of the target (P,); without one the target of a domain is the sum of the
+    others. They add up over parameters."""
     wide = gradients.double()
     square = wide.square().sum(1)
     if target is None:
@@ -78,7 +83,8 @@ def align(gradients: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def update(state: State, stats: Stats, options: Options) -> State:
-    """One exponentiated-gradient step; a domain that is not in the batch is aligned with nothing, W is 0."""
+    """One exponentiated-gradient step; a domain that is not in the batch is aligned with nothing, W
+    is 0."""
     alignment = stats.alignment
     if options.normalize:
         norms = stats.square[stats.tokens > 0].sqrt()
@@ -95,7 +101,8 @@ def weigh(
     losses: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> Tensor:
-    """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ has the gradient Σ_k α_t[k] g_k."""
+    """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ has the gradient Σ_k
+    α_t[k] g_k."""
     return (state.weights / tokens.clamp_min(1))[domain, None]
 
 
@@ -104,7 +111,8 @@ def sampling(state: State, options: Options) -> Tensor:
 
 
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
-    """What a stranger needs to recompute every α_t: W_t, beside α_t itself and the tokens it came from."""
+    """What a stranger needs to recompute every α_t: W_t, beside α_t itself and the tokens it came
+    from."""
     return {"weights": state.weights, "alignment": state.alignment, "tokens": stats.tokens.long()}
 
 

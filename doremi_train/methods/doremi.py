@@ -1,4 +1,5 @@
-"""DoReMi: domain reweighting by minimax optimisation (Xie et al. 2023, https://arxiv.org/abs/2305.10429), Algorithm 1.
+"""DoReMi: domain reweighting by minimax optimisation (Xie et al. 2023,
+https://arxiv.org/abs/2305.10429), Algorithm 1.
 
 α_0 = 1/K. For t = 1 … T:
   1. a batch of b sequences, uniform over domains;
@@ -7,7 +8,8 @@
   4. one optimiser step on Σ_k α_t[k] · (mean over the tokens of domain k of ℓ_θ), unclipped.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
 
-K domains, B sequences, T tokens a sequence. Losses are nats per token. Sums and weights are float64.
+K domains, B sequences, T tokens a sequence. Losses are nats per token. Sums and weights are
+float64.
 """
 
 from typing import Literal, NamedTuple
@@ -43,8 +45,8 @@ class Options:
 
     @property
     def holds(self) -> bool:
-        # A domain that is not drawn and counts as excess 0 only loses weight, and is drawn still less: with
-        # resampling it would starve. Its last known excess keeps it in the game.
+        # A domain that is not drawn and counts as excess 0 only loses weight, and is drawn still
+        # less: with resampling it would starve. Its last known excess keeps it in the game.
         return (self.absent or ("hold" if self.objective == "resample" else "zero")) == "hold"
 
 
@@ -108,7 +110,8 @@ def observe(
 
 
 def update(state: State, stats: Stats, options: Options) -> State:
-    """One exponentiated-gradient step on the domain weights, from the sums of the whole global batch."""
+    """One exponentiated-gradient step on the domain weights, from the sums of the whole global
+    batch."""
     present = stats.tokens > 0
     excess = stats.excess / stats.tokens.clamp_min(1)
     if options.clip == "domain" and options.score == "excess":
@@ -118,7 +121,8 @@ def update(state: State, stats: Stats, options: Options) -> State:
     )
     step = state.step + 1
     moved = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
-    # At the start, excess is what the reference has learned already: largest where there was most to learn quickly.
+    # At the start, excess is what the reference has learned already: largest where there was most
+    # to learn quickly.
     weights = torch.where(step > state.moves_after, moved, state.weights)
     counts = step > state.average_after
     return State(
@@ -140,9 +144,11 @@ def weigh(
     losses: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> Tensor:
-    """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ is the objective over the global batch.
+    """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ is the objective over the
+    global batch.
 
-    `tokens` (K,) counts the loss-carrying tokens of the global batch; a domain without any has no term.
+    `tokens` (K,) counts the loss-carrying tokens of the global batch; a domain without any has no
+    term.
     """
     if options.objective == "resample":
         return (1 / tokens.sum()).expand(len(domain), 1)
@@ -155,7 +161,8 @@ def sampling(state: State, options: Options) -> Tensor:
 
 
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
-    """What a stranger needs to recompute every α_t: λ_t, beside α_t itself and the tokens it came from."""
+    """What a stranger needs to recompute every α_t: λ_t, beside α_t itself and the tokens it came
+    from."""
     return {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
 
 

@@ -1,12 +1,14 @@
-"""Group DRO towards target losses: dynamic batch loading (Sheared LLaMA, Xia et al. 2023, arXiv 2310.06694).
+"""Group DRO towards target losses: dynamic batch loading (Sheared LLaMA, Xia et al. 2023, arXiv
+2310.06694).
 
 Every domain has a loss ℓ_ref that is to be reached (that of a reference model). Every m steps, with ℓ the domain's
 loss since the last time:
   Δ_k = max(ℓ_k − ℓ_ref,k, 0);  α_k ← α_k exp(η Δ_k) / Σ_j α_j exp(η Δ_j)
 and the next m steps are drawn from α. Until the warm-up is over the prior is drawn from.
 
-The paper measures ℓ on held-out text; here it is the loss of the training batches when they were drawn, which costs
-nothing and is the same where text is seen for the first time. A domain that was not drawn keeps its last Δ.
+The paper measures ℓ on held-out text; here it is the loss of the training batches when they were
+drawn, which costs nothing and is the same where text is seen for the first time. A domain that was
+not drawn keeps its last Δ.
 
 K domains, B sequences, T tokens a sequence.
 """

@@ -1,16 +1,20 @@
-"""GREATS: greedy selection of a batch by its effect on the validation loss (Wang et al., NeurIPS 2024).
+"""GREATS: greedy selection of a batch by its effect on the validation loss (Wang et al., NeurIPS
+2024).
 
-Of N candidates with gradients g_i (of the mean loss of their tokens), k are picked for a step of size η against their
-mean gradient, so each counts η/k. The drop in validation loss, to second order, is greedily made large:
+Of N candidates with gradients g_i (of the mean loss of their tokens), k are picked for a step of
+size η against their mean gradient, so each counts η/k. The drop in validation loss, to second
+order, is greedily made large:
 
     φ_i = (η/k) ⟨g_i, g_val⟩;  k times: i* = argmax φ, and φ_i ← φ_i − (η/k)² ⟨g_i, H g_i*⟩ for all that are left.
 
-The second term keeps what is alike from being picked twice. As published, H is the identity and a pick counts η: then
-the term is too small to change any pick (tested). So here H ≈ λ I with λ measured along the gradient
-(`gradients.curvature`), and a cosine cap refuses what is nearly the same as a pick. With an optimiser that multiplies
-gradients by P, g_val is P g_val, and λ = ⟨P g, H P g⟩ / ⟨g, g⟩.
+The second term keeps what is alike from being picked twice. As published, H is the identity and a
+pick counts η: then the term is too small to change any pick (tested). So here H ≈ λ I with λ
+measured along the gradient (`gradients.curvature`), and a cosine cap refuses what is nearly the
+same as a pick. With an optimiser that multiplies gradients by P, g_val is P g_val, and λ = ⟨P g, H
+P g⟩ / ⟨g, g⟩.
 
-N candidates, k picks, R numbers of a sketch. Everything here is float64 on the host, the same on every process.
+N candidates, k picks, R numbers of a sketch. Everything here is float64 on the host, the same on
+every process.
 """
 
 from typing import Literal, NamedTuple

@@ -42,8 +42,9 @@ def unimax(sizes: Tensor, budget: float, options: Options) -> Tensor:
     """
     if budget > options.max_epochs * float(sizes.sum()):
         raise ValueError(
-            f"a budget of {budget:.3g} tokens is more than mixture.max_epochs={options.max_epochs:g} epochs of all "
-            f"{float(sizes.sum()):.3g} tokens; raise it, or train for fewer tokens"
+            f"a budget of {budget:.3g} tokens is more than "
+            f"mixture.max_epochs={options.max_epochs:g} epochs of all {float(sizes.sum()):.3g} "
+            "tokens; raise it, or train for fewer tokens"
         )
     filled = torch.zeros(len(sizes), dtype=torch.float64)
     left = float(budget)

@@ -1,4 +1,5 @@
-"""Importance-weighted losses: how much one label or token counts, from its excess loss over a reference.
+"""Importance-weighted losses: how much one label or token counts, from its excess loss over a
+reference.
 
 IMP and DIMP (Kuo et al. 2025, https://arxiv.org/abs/2410.21526). The data come from a generator Q, a few real examples
 show the law P that is wanted, and p̂' is a model of those:
@@ -16,8 +17,8 @@ All of them are a policy on one excess e, in nats (ℓ is −log p, ℓ_ref that
   none   –                  1
 No gradient passes through a weight, but through focal's, as its paper has it.
 
-It is an objective (see `methods`), so sums make it the same on any number of ranks. RHO's global top k needs more than
-K sums: a histogram of e.
+It is an objective (see `methods`), so sums make it the same on any number of ranks. RHO's global
+top k needs more than K sums: a histogram of e.
 
 K domains, B sequences, T tokens a sequence (a label of a classifier is a sequence of one token).
 """
@@ -56,7 +57,8 @@ class Options(Weighting):
 
     @property
     def of_the_batch(self) -> bool:
-        """Whether a weight depends on the whole batch: then no part of it can be weighed before all is seen."""
+        """Whether a weight depends on the whole batch: then no part of it can be weighed before all
+        is seen."""
         return self.policy == "rho" or (self.normalize and self.policy != "none")
 
 
@@ -79,7 +81,8 @@ class State(NamedTuple):
 
 
 def ratio(excess: Tensor, options: Weighting) -> Tensor:
-    """exp(γ e), at most `clip`, of the same shape. e = −∞ (p̂' is 0) gives 0, e = ∞ (q̂ is 0) the clip, or ∞."""
+    """exp(γ e), at most `clip`, of the same shape. e = −∞ (p̂' is 0) gives 0, e = ∞ (q̂ is 0) the
+    clip, or ∞."""
     if options.power == 0:
         return torch.ones_like(excess)
     logarithm = options.power * excess.detach()
@@ -94,7 +97,8 @@ def focal(excess: Tensor, options: Weighting) -> Tensor:
 
 
 def log_ratio(reference: Tensor, data: Tensor) -> Tensor:
-    """IMP's static column ℓ_ref − ℓ_q = −e, from the losses of p̂' and of q̂. Where p̂' is 0 it is ∞, whatever q̂ is."""
+    """IMP's static column ℓ_ref − ℓ_q = −e, from the losses of p̂' and of q̂. Where p̂' is 0 it is
+    ∞, whatever q̂ is."""
     return torch.where(reference == math.inf, reference, reference - data)
 
 
@@ -106,7 +110,8 @@ def init(domains: int, steps: int, options: Options) -> State:
 def observe(
     losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
 ) -> Stats:
-    """Sums of a batch: losses (B, T), domain (B,) ids below K, reference (B, T): ℓ_ref, or of imp its `log_ratio`."""
+    """Sums of a batch: losses (B, T), domain (B,) ids below K, reference (B, T): ℓ_ref, or of imp
+    its `log_ratio`."""
     rho = options.policy == "rho"
     excess = _excess(losses.detach(), reference, options)
     weights = torch.zeros_like(excess) if rho else _weights(excess, None, options)
@@ -143,7 +148,8 @@ def weigh(
     losses: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> Tensor:
-    """(B, T) token weights, divided by the batch's tokens (K,) and, where asked for, by their global mean."""
+    """(B, T) token weights, divided by the batch's tokens (K,) and, where asked for, by their
+    global mean."""
     if losses is None:
         raise ValueError(
             "importance weights are a function of the losses (B, T), which are missing"
@@ -199,7 +205,8 @@ def _bin(excess: Tensor) -> Tensor:
 
 
 def _top(histogram: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin of a histogram (BINS,) in which the `wanted` () highest end, and the part of it that is among them."""
+    """The bin of a histogram (BINS,) in which the `wanted` () highest end, and the part of it that
+    is among them."""
     counted = histogram.flip(0).cumsum(0)
     nth = torch.searchsorted(counted, wanted)
     boundary = len(histogram) - 1 - nth

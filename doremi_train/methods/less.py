@@ -1,14 +1,17 @@
-"""LESS: Selecting Influential Data for Targeted Instruction Tuning (Xia et al. 2024, https://arxiv.org/abs/2402.04333).
+"""LESS: Selecting Influential Data for Targeted Instruction Tuning (Xia et al. 2024,
+https://arxiv.org/abs/2402.04333).
 
-What a step on the training example z does to the loss of a target's examples, summed over the checkpoints of a warm-up:
+What a step on the training example z does to the loss of a target's examples, summed over the
+checkpoints of a warm-up:
 
     Inf(z, s) = Σ_i η̄_i · cos(∇ℓ(s; θ_i), Γ(z; θ_i))            s a subtask of the target, of any number of examples
     Γ(z; θ)   = m̂ / (√v̂ + ε)                                     the direction of AdamW's step on z alone
     m = β₁ m_{t−1} + (1 − β₁) ∇ℓ(z; θ),   m̂ = m / (1 − β₁ᵗ),     and v alike of the squared gradient
     score(z)  = max over s of Inf(z, s)
 
-A gradient is that of the mean loss of an example's tokens, without dropout. The cosine stands there because gradients
-are the shorter the longer the example. Γ is not linear in ∇ℓ(z), so it has to exist: a block of rows at a time.
+A gradient is that of the mean loss of an example's tokens, without dropout. The cosine stands there
+because gradients are the shorter the longer the example. Γ is not linear in ∇ℓ(z), so it has to
+exist: a block of rows at a time.
 
 C checkpoints, N examples, S subtasks, k numbers of a projection.
 """
@@ -26,7 +29,8 @@ from doremi_train.config import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    """The paper prints ε inside the root. Its code does so too, corrects no bias, and takes the mean of cosines."""
+    """The paper prints ε inside the root. Its code does so too, corrects no bias, and takes the
+    mean of cosines."""
 
     epsilon: Literal["outside", "inside"] = "outside"  # √v̂ + ε as AdamW does, or √(v̂ + ε)
     bias_correction: bool = True
@@ -46,7 +50,8 @@ class Moments(NamedTuple):
 
 
 def direction(gradient: Tensor, moments: Moments, options: Options) -> Tensor:
-    """Γ of gradients (…, *shape) of examples, for moments of `shape`. AdamW moves by −η Γ, without its decay."""
+    """Γ of gradients (…, *shape) of examples, for moments of `shape`. AdamW moves by −η Γ, without
+    its decay."""
     (one, two), t = moments.betas, moments.step + 1
     of_first, of_second = (1 - one**t, 1 - two**t) if options.bias_correction else (1.0, 1.0)
     found = torch.add(moments.first * (one / of_first), gradient, alpha=(1 - one) / of_first)
@@ -69,7 +74,8 @@ def score(influences: Tensor) -> Tensor:
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """(≤ count,) indices of the highest finite scores, highest first; of equal ones the lower index."""
+    """(≤ count,) indices of the highest finite scores, highest first; of equal ones the lower
+    index."""
     order = scores.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argsort(
         descending=True, stable=True
     )
@@ -78,14 +84,16 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 # ── Projection ──────────────────────────────────────────────────────────────────────
 #
-# Number j of a parameter's gradient is added to number (j + shift) mod k of the projection with a random sign; the
-# shift is drawn for each k numbers that follow each other. Inner products stay what they were on average, at the cost
-# of one addition a number. Signs and shifts are hashes of where a number stands, and every number of the projection is
-# added up in the order of j: so it has the same bits on any device, in any batch, and however the parameter is cut.
+# Number j of a parameter's gradient is added to number (j + shift) mod k of the projection with a
+# random sign; the shift is drawn for each k numbers that follow each other. Inner products stay
+# what they were on average, at the cost of one addition a number. Signs and shifts are hashes of
+# where a number stands, and every number of the projection is added up in the order of j: so it has
+# the same bits on any device, in any batch, and however the parameter is cut.
 
 
 class Projection:
-    """Adds up the projections (N, k) of vectors of N examples, given parameter by parameter in pieces, in order."""
+    """Adds up the projections (N, k) of vectors of N examples, given parameter by parameter in
+    pieces, in order."""
 
     def __init__(self, count: int, size: int, seed: int, like: Tensor) -> None:
         self._sums = like.new_zeros(
@@ -94,7 +102,8 @@ class Projection:
         self.size, self._seed = size, seed
 
     def add(self, name: str, numbers: int, start: int, values: Tensor) -> None:
-        """Values (N, …) are those from number `start` on of the parameter `name`, which has so many `numbers`."""
+        """Values (N, …) are those from number `start` on of the parameter `name`, which has so many
+        `numbers`."""
         end, k = start + values.shape[1], self.size
         signs = _signs(name, self._seed, numbers, values.device)
         shifts = _shifts(name, self._seed, -(-numbers // k), k)
@@ -132,7 +141,8 @@ _MASK = 2**32 - 1
 
 
 def _hash(counters: Tensor, key: int) -> Tensor:
-    """32 random bits for every counter below 2³² (Wellons' lowbias32), in integers that are the same everywhere."""
+    """32 random bits for every counter below 2³² (Wellons' lowbias32), in integers that are the
+    same everywhere."""
     x = (counters ^ key) & _MASK
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & _MASK

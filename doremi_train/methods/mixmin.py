@@ -1,11 +1,13 @@
-"""MixMin: the mixture of experts that the target needs (Thudi et al. 2025, https://arxiv.org/abs/2502.10510).
+"""MixMin: the mixture of experts that the target needs (Thudi et al. 2025,
+https://arxiv.org/abs/2502.10510).
 
 A model p_k is trained on each domain alone. The model of a mixture λ of the data is taken for the mixture of these:
   λ* = argmin −E_target log Σ_k λ_k p_k(y|x),  low ≤ λ ≤ high, Σ λ = 1
 over the tokens of a target set, which is convex. A new domain costs one more model.
 
-It is solved by expectation maximisation: with r_k the mean over tokens of λ_k p_k / Σ_j λ_j p_j, the next λ maximises
-Σ_k r_k log λ_k, which within the box is clip(s · r, low, high). No step makes the objective worse.
+It is solved by expectation maximisation: with r_k the mean over tokens of λ_k p_k / Σ_j λ_j p_j,
+the next λ maximises Σ_k r_k log λ_k, which within the box is clip(s · r, low, high). No step makes
+the objective worse.
 
 K domains, N tokens of the target. Losses are nats.
 """

@@ -1,17 +1,20 @@
-"""Document selection by n-gram importance resampling (DSIR; Xie et al. 2023, https://arxiv.org/abs/2302.03169).
+"""Document selection by n-gram importance resampling (DSIR; Xie et al. 2023,
+https://arxiv.org/abs/2302.03169).
 
 1. features z(x) of a document: how often each of its 1- and 2-grams falls into each of m hash buckets;
 2. p̂, q̂: bucket frequencies of the target and of the raw corpus;
 3. log w(x) = Σ_j z_j(x) · (log p̂_j − log q̂_j);
 4. k documents without replacement, with probability ∝ w: the largest k of log w + Gumbel noise.
 
-*Exact mode* computes what the package `data-selection` does: `exact_buckets`, and `log_ratio` as it stands. There log w
-is a sum over the document, whose spread of hundreds of nats drowns the noise: it is top-k in disguise. The default
-divides by the length and by a temperature, and takes a floor of the size of a count: far below one, a few n-grams that
-the target happens not to have decide. Mixing p̂ with q̂, as a held-out half of the target likes best, is an option.
+*Exact mode* computes what the package `data-selection` does: `exact_buckets`, and `log_ratio` as it
+stands. There log w is a sum over the document, whose spread of hundreds of nats drowns the noise:
+it is top-k in disguise. The default divides by the length and by a temperature, and takes a floor
+of the size of a count: far below one, a few n-grams that the target happens not to have decide.
+Mixing p̂ with q̂, as a held-out half of the target likes best, is an option.
 
-The corpus may be larger than any memory: documents are met in parts, and everything global is a sum over parts
-(counts, `mass`, `digits`), so that it does not matter how they were divided, nor who looked at them.
+The corpus may be larger than any memory: documents are met in parts, and everything global is a sum
+over parts (counts, `mass`, `digits`), so that it does not matter how they were divided, nor who
+looked at them.
 
 N documents, m buckets, G groups with a budget of their own, C columns of scores.
 """
@@ -59,16 +62,19 @@ def exact_bucket(gram: str, buckets: int) -> int:
 
 
 def log_ratio(target: NDArray, raw: NDArray, mixing: float = 0.0, floor: float = FLOOR) -> Floats:
-    """(m,) log p̂ − log q̂ in nats from counts (m,). Both are raised by `floor`; p̂ is (1 − mixing) · p̂ + mixing · q̂."""
+    """(m,) log p̂ − log q̂ in nats from counts (m,). Both are raised by `floor`; p̂ is (1 − mixing)
+    · p̂ + mixing · q̂."""
     q = raw / raw.sum()
     p = (1 - mixing) * (target / target.sum()) + mixing * q
     return np.log(p + floor) - np.log(q + floor)
 
 
 def held_out_mixing(halves: tuple[NDArray, NDArray], raw: NDArray) -> float:
-    """The Jelinek-Mercer λ under which each half of the target, counts (m,), is likeliest by the other half and q̂.
+    """The Jelinek-Mercer λ under which each half of the target, counts (m,), is likeliest by the
+    other half and q̂.
 
-    The likelihood is concave in λ: its slope is brought to zero by bisection. At most 0.999, so that p̂ never vanishes.
+    The likelihood is concave in λ: its slope is brought to zero by bisection. At most 0.999, so
+    that p̂ never vanishes.
     """
     q = raw / raw.sum() + FLOOR
     p = [half / half.sum() for half in halves]
@@ -87,7 +93,8 @@ def held_out_mixing(halves: tuple[NDArray, NDArray], raw: NDArray) -> float:
 
 
 def kl(p: NDArray, q: NDArray) -> float:
-    """KL(p ‖ q) in nats of the distributions behind two counts (m,): half a count is added to every bucket."""
+    """KL(p ‖ q) in nats of the distributions behind two counts (m,): half a count is added to every
+    bucket."""
     first, second = (p + 0.5) / (p + 0.5).sum(), (q + 0.5) / (q + 0.5).sum()
     return float((first * (np.log(first) - np.log(second))).sum())
 
@@ -96,7 +103,8 @@ def kl(p: NDArray, q: NDArray) -> float:
 
 
 def noise(ids: Hashes, seed: int) -> Floats:
-    """(N,) standard Gumbel noise, by the seed and a document's id (N,) alone: the same in every order."""
+    """(N,) standard Gumbel noise, by the seed and a document's id (N,) alone: the same in every
+    order."""
     bits = mixed(ids ^ mixed(np.array([seed], np.uint64)))
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
     return -np.log(-np.log(uniform))
@@ -111,7 +119,8 @@ def mixed(values: Hashes) -> Hashes:
 
 
 def keys(scores: Floats, ids: Hashes, temperature: float, seed: int) -> Floats:
-    """(N,) log w + Gumbel noise of scores (N,) in nats: the documents with the largest are a sample ∝ w."""
+    """(N,) log w + Gumbel noise of scores (N,) in nats: the documents with the largest are a sample
+    ∝ w."""
     return scores / temperature + noise(ids, seed)
 
 
@@ -123,7 +132,8 @@ def ordered(values: Floats) -> Hashes:
 
 
 class Cut(NamedTuple):
-    """Where each group's budget ends in the descending order of keys: settled digit by digit, as in a radix sort."""
+    """Where each group's budget ends in the descending order of keys: settled digit by digit, as in
+    a radix sort."""
 
     prefix: Hashes  # (G,) leading digits of the first key that does not fit any more
     left: Integers  # (G,) budget that is left for keys with this prefix
@@ -131,13 +141,14 @@ class Cut(NamedTuple):
 
 
 def start(budgets: Integers) -> Cut:
-    """Nothing settled. Budgets (G,) are documents or tokens, of which the groups must have as many."""
+    """Nothing settled. Budgets (G,) are documents or tokens, of which the groups must have as
+    many."""
     return Cut(np.zeros(len(budgets), np.uint64), budgets.astype(np.int64), 0)
 
 
 def digits(cut: Cut, order: Hashes, group: Integers, cost: Integers) -> Integers:
-    """(G, 2^DIGIT) cost (N,) of the documents that share the prefix of their group (N,), by the next digit of `order`
-    (N,). A sum over documents: that of all of them is what `narrow` wants."""
+    """(G, 2^DIGIT) cost (N,) of the documents that share the prefix of their group (N,), by the
+    next digit of `order` (N,). A sum over documents: that of all of them is what `narrow` wants."""
     known = order >> np.uint64(64 - cut.bits) if cut.bits else np.zeros_like(order)
     same = known == cut.prefix[group]
     digit = (order[same] >> np.uint64(64 - cut.bits - DIGIT)).astype(np.int64) & (2**DIGIT - 1)
@@ -147,7 +158,8 @@ def digits(cut: Cut, order: Hashes, group: Integers, cost: Integers) -> Integers
 
 
 def narrow(cut: Cut, sums: Integers) -> Cut:
-    """Settle one digit more: that at which the sum (G, 2^DIGIT), from the largest digit down, passes what is left."""
+    """Settle one digit more: that at which the sum (G, 2^DIGIT), from the largest digit down,
+    passes what is left."""
     above = sums[:, ::-1].cumsum(1)[:, ::-1] - sums  # (G, D) cost of larger digits
     fits = above + sums <= cut.left[:, None]
     digit = np.where(fits.all(1), 0, sums.shape[1] - 1 - np.argmin(fits[:, ::-1], 1))
@@ -158,9 +170,11 @@ def narrow(cut: Cut, sums: Integers) -> Cut:
 def chosen(
     cut: Cut, order: Hashes, group: Integers, cost: Integers
 ) -> tuple[NDArray[np.bool_], Cut]:
-    """(N,) which documents are in, by a cut whose 64 bits are settled; and the cut for the documents after them.
+    """(N,) which documents are in, by a cut whose 64 bits are settled; and the cut for the
+    documents after them.
 
-    Keys above the cut are in. Equal ones (copies of one text) are, in their order, as long as they fit.
+    Keys above the cut are in. Equal ones (copies of one text) are, in their order, as long as they
+    fit.
     """
     inside = order > cut.prefix[group]
     left = cut.left.copy()

@@ -1,12 +1,13 @@
-"""ODM: online data mixing (Albalak et al. 2023, https://arxiv.org/abs/2312.02406), EXP3 with losses as rewards.
+"""ODM: online data mixing (Albalak et al. 2023, https://arxiv.org/abs/2312.02406), EXP3 with losses
+as rewards.
 
 With the exploration rate E_t = min(1/K, √(ln K / (K t))), after step t:
   R̂_k ← 0.9 R̂_k + 0.1 · L_k / π_k            L_k: loss of the batch from domain k, as part of the whole batch
   π_k = (1 − K E_{t+1}) exp(E_t R̂_k) / Σ_j exp(E_t R̂_j) + E_{t+1}
 Until the warm-up is over the prior is drawn from.
 
-L_k counts a domain as often as it was drawn, so L_k / π_k is its loss per token on average; one that is absent has
-reward 0, and the division makes up for it.
+L_k counts a domain as often as it was drawn, so L_k / π_k is its loss per token on average; one
+that is absent has reward 0, and the division makes up for it.
 
 K domains, B sequences, T tokens a sequence.
 """

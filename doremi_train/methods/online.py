@@ -1,7 +1,9 @@
-"""What mixtures that a run adapts while it goes on have in common: where they begin, and the caps that they keep.
+"""What mixtures that a run adapts while it goes on have in common: where they begin, and the caps
+that they keep.
 
-A method of this kind is an objective (see `methods`) that draws the next batch from its weights and takes the plain
-mean of the losses. All it remembers is in its state, so a run that continues draws the same.
+A method of this kind is an objective (see `methods`) that draws the next batch from its weights and
+takes the plain mean of the losses. All it remembers is in its state, so a run that continues draws
+the same.
 
 K domains, B sequences, T tokens a sequence.
 """
@@ -108,8 +110,8 @@ def warming(drawn: Drawn, options: Options) -> bool:
 
 
 def within(wanted: Tensor, drawn: Drawn, options: Options) -> Tensor:
-    """(K,) the mixture nearest to `wanted` (K,) with which the rest of the run can go on to its end: no domain then
-    gets more than its part of the whole run."""
+    """(K,) the mixture nearest to `wanted` (K,) with which the rest of the run can go on to its
+    end: no domain then gets more than its part of the whole run."""
     done = int(drawn.step) / int(drawn.steps)
     if done >= 1:
         return wanted

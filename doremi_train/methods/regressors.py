@@ -46,8 +46,9 @@ def log_linear(points: Floats, losses: Floats) -> LogLinear:
 
 
 def _log_linear(points: Floats, losses: Floats) -> Floats:
-    """(N, K), (N,) → c and t (K,) in one. Residuals are in units of the losses' spread; those beyond a tenth of it
-    hardly count (Cauchy), since a run that went wrong must not bend the others."""
+    """(N, K), (N,) → c and t (K,) in one. Residuals are in units of the losses' spread; those
+    beyond a tenth of it hardly count (Cauchy), since a run that went wrong must not bend the
+    others."""
     lowest, spread = losses.min(), max(1.4826 * scipy.stats.median_abs_deviation(losses), 1e-9)
     domains = points.shape[1]
     ridge = 1e-3 * (
@@ -94,7 +95,8 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
 
 
 def lightgbm(points: Floats, losses: Floats) -> Separate:
-    """Boosted trees with RegMix's rate and number; leaves of 3 runs, for there are tens of them and not hundreds."""
+    """Boosted trees with RegMix's rate and number; leaves of 3 runs, for there are tens of them and
+    not hundreds."""
     return Separate([_lightgbm(points, column) for column in losses.T])
 
 
@@ -110,7 +112,8 @@ def _lightgbm(points: Floats, losses: Floats) -> Callable[[Floats], Floats]:
 
 
 def gaussian_process(points: Floats, losses: Floats) -> Separate:
-    """A squared exponential of the Hellinger distance, with noise: length and noise by maximum likelihood."""
+    """A squared exponential of the Hellinger distance, with noise: length and noise by maximum
+    likelihood."""
     return Separate([_gaussian_process(points, column) for column in losses.T])
 
 

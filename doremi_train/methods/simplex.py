@@ -29,7 +29,8 @@ def normalize(values: Tensor | Sequence[float]) -> Tensor:
 
 
 def exponentiated(weights: Tensor, gain: Tensor, smoothing: float) -> Tensor:
-    """(K,) one exponentiated-gradient step: ∝ α exp(gain), then the part `smoothing` of it made uniform."""
+    """(K,) one exponentiated-gradient step: ∝ α exp(gain), then the part `smoothing` of it made
+    uniform."""
     # softmax in log space: exp(gain) overflows float64 beyond 709, softmax never does.
     raised = torch.softmax(weights.log() + gain, dim=0)
     return (1 - smoothing) * raised + smoothing / len(weights)

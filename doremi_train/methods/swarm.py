@@ -9,7 +9,8 @@ https://arxiv.org/abs/2403.16952), rounds as in CLIMB (Diao et al. 2025, https:/
   4. what the fits say of runs that they have not seen tells whether to believe them, and how far: gates, an interval.
 The caller trains p* as well, and takes it only where it does what was predicted.
 
-K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a mixture is a row that sums to 1.
+K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a mixture is a row
+that sums to 1.
 """
 
 from typing import Literal, NamedTuple
@@ -75,7 +76,8 @@ def solve(
 
 
 def _convex(fit: LogLinear, prior: Floats, within: Box, kl: float) -> Floats:
-    """Mirror descent: each step minimises the linearised loss + λ KL(p‖prior) + KL(p‖here) / step, in closed form."""
+    """Mirror descent: each step minimises the linearised loss + λ KL(p‖prior) + KL(p‖here) / step,
+    in closed form."""
     point, step = box.project(prior, within), 1.0
     for _ in range(10_000):
         gradient, here = fit.gradient(point), np.log(np.maximum(point, 1e-300))
@@ -83,7 +85,8 @@ def _convex(fit: LogLinear, prior: Floats, within: Box, kl: float) -> Floats:
             log = (here / step + kl * np.log(prior) - gradient) / (1 / step + kl)
             following = box.project(np.exp(log - log.max()), within)
             moved, turned = following - point, np.log(np.maximum(following, 1e-300)) - here
-            # The loss bends no more than KL / step does: in differences, which rounding leaves alone.
+            # The loss bends no more than KL / step does: in differences, which rounding leaves
+            # alone.
             if moved @ (fit.gradient(following) - gradient) <= moved @ turned / step:
                 break
             step /= 2
@@ -140,8 +143,9 @@ def diagnose(predicted: Floats, realised: Floats) -> Diagnostics:
 
 
 def interval(predicted: float, near: Floats, errors: Floats) -> tuple[float, float]:
-    """95 % Student-t interval of the mean loss of a new run, from the errors (N,) out of fold of the half of the runs
-    that is nearest; `near` (N,) is their distance from it. Errors at far corners say little about it."""
+    """95 % Student-t interval of the mean loss of a new run, from the errors (N,) out of fold of
+    the half of the runs that is nearest; `near` (N,) is their distance from it. Errors at far
+    corners say little about it."""
     half = errors[np.argsort(near, kind="stable")[: max(len(near) // 2, min(len(near), 8))]]
     width = float(
         scipy.stats.t.ppf(0.975, len(half)) * np.sqrt((half**2).mean() * (1 + 1 / len(half)))
@@ -150,29 +154,33 @@ def interval(predicted: float, near: Floats, errors: Floats) -> tuple[float, flo
 
 
 def gates(found: Diagnostics, point: Floats, points: Floats) -> list[str]:
-    """Why a proposal (K,) of a fit to runs on `points` (N, K) is not to be believed; empty where it may be."""
+    """Why a proposal (K,) of a fit to runs on `points` (N, K) is not to be believed; empty where it
+    may be."""
     between = box.distance(points[:, None], points)
     lonely = (between + np.diag(np.full(len(points), np.inf))).min(1).max()
     nearest = box.distance(points, point).min()
     refused = []
     if found.spearman < LEAST_SPEARMAN:
         refused.append(
-            f"out of fold the fit ranks runs with a Spearman correlation of {found.spearman:.2f} only"
+            f"out of fold the fit ranks runs with a Spearman correlation of {found.spearman:.2f} "
+            "only"
         )
     if found.regret_at_1 > found.blind_regret:
         refused.append(
-            f"the run that the fit would choose is {found.regret_at_1:.4f} nats per token above the best, and an "
-            f"average run only {found.blind_regret:.4f}"
+            f"the run that the fit would choose is {found.regret_at_1:.4f} nats per token above "
+            f"the best, and an average run only {found.blind_regret:.4f}"
         )
     if nearest > lonely:
         refused.append(
-            f"it is farther from every run ({nearest:.2f}) than any run is from its nearest ({lonely:.2f})"
+            f"it is farther from every run ({nearest:.2f}) than any run is from its nearest "
+            f"({lonely:.2f})"
         )
     return refused
 
 
 def confirm(realised: float, between: tuple[float, float]) -> list[str]:
-    """Why a proposal is refused once it was trained. A loss below the interval is a surprise, but no reason."""
+    """Why a proposal is refused once it was trained. A loss below the interval is a surprise, but
+    no reason."""
     if realised <= between[1]:
         return []
     return [

@@ -1,11 +1,13 @@
-"""A vocabulary adapted to a target, from sub-words to phrases (Chang et al. 2024, https://arxiv.org/abs/2409.14705).
+"""A vocabulary adapted to a target, from sub-words to phrases (Chang et al. 2024,
+https://arxiv.org/abs/2409.14705).
 
 1. start from the tokens of any tokeniser; add sub-words, words and phrases of the target;
 2. prune to the size wanted in a few geometric steps, each time the tokens whose removal changes the utility least, and
    count again how the rest tokenises the text: H_v = −(1 / l_v) Σ_j P(j) log P(j), l_v the mean length of a token;
 3. tokenise by longest match over bytes; the 256 single bytes stay, so that every text can be written.
 
-Most of a large vocabulary never occurs in a small target, so P is a mixture of target and raw frequencies. K tokens.
+Most of a large vocabulary never occurs in a small target, so P is a mixture of target and raw
+frequencies. K tokens.
 """
 
 import re
@@ -41,7 +43,8 @@ class Options:
 
 
 def phrases(texts: Iterable[str], options: Options) -> Counter[bytes]:
-    """How often each run of words comes that may be a token: with the space before it, never across lines."""
+    """How often each run of words comes that may be a token: with the space before it, never across
+    lines."""
     found: Counter[str] = Counter()
     for text in texts:
         for line in text.splitlines():
@@ -70,7 +73,8 @@ def utility(frequencies: Floats, lengths: Integers, length: str = "plain") -> fl
 
 
 def changes(frequencies: Floats, lengths: Integers, length: str = "plain") -> Floats:
-    """(K,) |H_v without token j − H_v|, had its occurrences never been. That of a token that is alone is infinite."""
+    """(K,) |H_v without token j − H_v|, had its occurrences never been. That of a token that is
+    alone is infinite."""
     p = frequencies
     plogp = p * np.log(np.where(p > 0, p, 1))
     entropy = -plogp.sum()
@@ -88,8 +92,9 @@ def changes(frequencies: Floats, lengths: Integers, length: str = "plain") -> Fl
 def prune(
     tokens: Sequence[bytes], frequencies: Floats, size: int, length: str = "plain"
 ) -> list[bytes]:
-    """The `size` tokens that are left, in their order; single bytes are never removed. Equal changes: the later token
-    in the order of bytes goes first. Raises ValueError where the size has no room for the bytes."""
+    """The `size` tokens that are left, in their order; single bytes are never removed. Equal
+    changes: the later token in the order of bytes goes first. Raises ValueError where the size has
+    no room for the bytes."""
     if size < len(BYTES):
         raise ValueError(f"a vocabulary of {size} has no room for the {len(BYTES)} single bytes")
     lengths = np.array([len(token) for token in tokens])

@@ -1,1 +1,2 @@
-"""A causal language model: its configuration, its folder, its losses per token, its optimiser and its costs."""
+"""A causal language model: its configuration, its folder, its losses per token, its optimiser and
+its costs."""

@@ -14,14 +14,16 @@ from doremi_train.config import STRICT, UserError, conf_dir
 
 @dataclass(frozen=True, config=STRICT)
 class ModelOptions:
-    """A model is a transformers config, as a mapping with `model_type` or as a local folder or config.json."""
+    """A model is a transformers config, as a mapping with `model_type` or as a local folder or
+    config.json."""
 
     config: dict[str, Any] | None = None
     path: str | None = None
 
 
 def preset(name: str, key: str) -> dict[str, Any]:
-    """The mapping in `conf/model/NAME.yaml`. Raises UserError listing the presets where there is none."""
+    """The mapping in `conf/model/NAME.yaml`. Raises UserError listing the presets where there is
+    none."""
     import yaml
 
     folder = conf_dir() / "model"
@@ -38,7 +40,8 @@ def resolve(
 
     `vocabulary` is its size and `end` the id that ends a document, both the tokeniser's.
 
-    Raises UserError where the config is unknown, wrong, or too short for sequences of `length` tokens.
+    Raises UserError where the config is unknown, wrong, or too short for sequences of `length`
+    tokens.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

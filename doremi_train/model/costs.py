@@ -1,8 +1,9 @@
 """What a run costs: FLOPs and memory counted from shapes, and the time of a micro-step, measured.
 
-F is one forward of a model; its backward is 2 F. A step of a language model costs 3 F, a proxy's with a live reference
-4 F, and 5 F where `exact` accumulation does every forward twice. Recomputation comes on top: of the layers under
-activation checkpointing, of the output projection where it is fused with the loss. Attention counts all T × T pairs.
+F is one forward of a model; its backward is 2 F. A step of a language model costs 3 F, a proxy's
+with a live reference 4 F, and 5 F where `exact` accumulation does every forward twice.
+Recomputation comes on top: of the layers under activation checkpointing, of the output projection
+where it is fused with the loss. Attention counts all T × T pairs.
 
 B sequences of a micro-batch, T tokens, V vocabulary, d hidden size, f width of the MLP.
 """
@@ -37,7 +38,8 @@ class Shape(NamedTuple):
 
 
 def shape(config: dict[str, Any]) -> Shape:
-    """Of a complete transformers config of any kind. Of a mixture of experts, those count that a token passes."""
+    """Of a complete transformers config of any kind. Of a mixture of experts, those count that a
+    token passes."""
     whole = configs.skeleton(config)
     text = whole.config.get_text_config()
     output = whole.get_output_embeddings()
@@ -79,8 +81,9 @@ def forward(of: Shape, length: int) -> int:
 
 
 def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str = "cpu") -> int:
-    """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows` sequences. Of a layer
-    that is computed again torch leaves out the last matrix where nothing follows it: up to 8 % less of a step."""
+    """FLOPs of one backward with what it computes again, per token, in micro-batches of `rows`
+    sequences. Of a layer that is computed again torch leaves out the last matrix where nothing
+    follows it: up to 8 % less of a step."""
     layers = 2 * of.matrices + 4 * length * of.attention
     again = layers * checkpointing + 2 * of.head * language_model.fuses(
         rows * length, of.vocabulary, of.hidden, device
@@ -92,7 +95,8 @@ def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str
 
 
 class Memory(NamedTuple):
-    """Bytes on one process. Activations are an estimate, good to a factor of about 1.5; the rest is counted."""
+    """Bytes on one process. Activations are an estimate, good to a factor of about 1.5; the rest is
+    counted."""
 
     parameters: int
     gradients: int
@@ -138,8 +142,9 @@ def memory(
 def activations(
     of: Shape, rows: int, length: int, precision: str, checkpointing: bool, device: str = "cpu"
 ) -> int:
-    """Bytes kept for the backward of a micro-batch, about: 12 d + 4 f numbers a token and layer (seen in GPT-NeoX,
-    GPT-2, Llama and Qwen), a layer's input alone where it is computed again; and logits with their log-softmax."""
+    """Bytes kept for the backward of a micro-batch, about: 12 d + 4 f numbers a token and layer
+    (seen in GPT-NeoX, GPT-2, Llama and Qwen), a layer's input alone where it is computed again; and
+    logits with their log-softmax."""
     tokens = rows * length
     layer = tokens * (12 * of.hidden + 4 * of.inner) * (3 if precision == "bf16" else 4)
     layers = 4 * tokens * of.hidden * of.layers + layer if checkpointing else layer * of.layers
@@ -164,7 +169,8 @@ def measure(
     checkpointing: bool,
     device: torch.device,
 ) -> Pace | str:
-    """The pace of a micro-batch of `rows` sequences, from a few that are really computed; or why it was not measured.
+    """The pace of a micro-batch of `rows` sequences, from a few that are really computed; or why it
+    was not measured.
 
     The bare model is taken, without engine and optimiser, so that every process can do this by itself. On a CPU fewer
     rows are tried where all would take too long. The random state stays as it was, and no memory is held.

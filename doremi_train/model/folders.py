@@ -35,14 +35,16 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
     inner = read(folder, key)
     if inner.config.vocab_size != vocabulary:
         raise UserError(
-            f"{key}={folder}: its vocabulary has {inner.config.vocab_size} entries, the data's tokeniser {vocabulary}; "
-            "use the tokeniser it was trained with (data.tokenizer), or train a reference"
+            f"{key}={folder}: its vocabulary has {inner.config.vocab_size} entries, the data's "
+            f"tokeniser {vocabulary}; use the tokeniser it was trained with (data.tokenizer), or "
+            "train a reference"
         )
     return LanguageModel(inner)
 
 
 def read(folder: Path, key: str) -> Any:
-    """The transformers model of a local folder, from safetensors only, in float32; no code in it is run.
+    """The transformers model of a local folder, from safetensors only, in float32; no code in it is
+    run.
 
     Raises UserError where it is missing or broken.
     """
@@ -52,8 +54,9 @@ def read(folder: Path, key: str) -> Any:
     logging.disable_progress_bar()  # progress is the stages' own
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{key}={folder}: its weights are a pickle, which can run code when it is loaded, and only safetensors "
-            "are read; load it with transformers where you trust it, and save it with save_pretrained()"
+            f"{key}={folder}: its weights are a pickle, which can run code when it is loaded, and "
+            "only safetensors are read; load it with transformers where you trust it, and save it "
+            "with save_pretrained()"
         )
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,7 +87,8 @@ def save(
     tokenizer: Tokenizer,
     end: int,
 ) -> None:
-    """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a document.
+    """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a
+    document.
 
     `tensors` are the model's, whole and by name: its own may be in parts on many processes.
     """

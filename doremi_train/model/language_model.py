@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from doremi_train.model.projection import Projection
 
-# Where the projection is fused with the loss. Logits that may exist at once: where there are more it is, in chunks of
-# so many. And a hidden size up to which it always is on a CPU, for computing the logits again then takes less time than
-# moving them through memory. Seen there on one thread, 2026-11-21, fused over plain: of a training step 0.87 for tiny
-# (d = 64), 0.98 for mini (128), 1.02 for small (256) with 1024 entries; of the projection alone with 8 M logits or more
-# 0.65 to 0.75 for d = 64, 0.9 to 1.1 for 256. On a GPU matrices must be large; that number is not measured.
+# Where the projection is fused with the loss. Logits that may exist at once: where there are more
+# it is, in chunks of so many. And a hidden size up to which it always is on a CPU, for computing
+# the logits again then takes less time than moving them through memory. Seen there on one thread,
+# 2026-11-21, fused over plain: of a training step 0.87 for tiny (d = 64), 0.98 for mini (128), 1.02
+# for small (256) with 1024 entries; of the projection alone with 8 M logits or more 0.65 to 0.75
+# for d = 64, 0.9 to 1.1 for 256. On a GPU matrices must be large; that number is not measured.
 _LOGITS_ON_CPU, _LOGITS_ELSEWHERE = 1 << 22, 1 << 26
 _NARROW_ON_CPU = 128
 
 
 class LanguageModel(nn.Module):
-    """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …) sees one call."""
+    """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …)
+    sees one call."""
 
     def __init__(self, inner: Any, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -37,7 +39,8 @@ class LanguageModel(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens (B, T + 1)."""
+        """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens
+        (B, T + 1)."""
         # Here and not around the call, because wrappers such as DeepSpeed's switch autocast off.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self._losses(tokens)
@@ -62,7 +65,8 @@ class LanguageModel(nn.Module):
 
 
 class CompletionModel(LanguageModel):
-    """The same where some tokens carry no loss: those are given as their complement ~id, and their loss is 0."""
+    """The same where some tokens carry no loss: those are given as their complement ~id, and their
+    loss is 0."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         carrying = tokens >= 0
@@ -74,7 +78,8 @@ class CompletionModel(LanguageModel):
 
 
 def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:
-    """Whether the loss of so many tokens is computed without their logits; on a `device` of this type, cpu or cuda."""
+    """Whether the loss of so many tokens is computed without their logits; on a `device` of this
+    type, cpu or cuda."""
     narrow = device == "cpu" and hidden_size <= _NARROW_ON_CPU
     return narrow or logits_at_once(tokens, vocabulary, device) < tokens * vocabulary
 
@@ -91,7 +96,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _head_is_plain(inner: Any) -> bool:
-    """Whether the logits are the output embedding of the last hidden state and nothing more (no cap, no scale)."""
+    """Whether the logits are the output embedding of the last hidden state and nothing more (no
+    cap, no scale)."""
     probe = torch.arange(4, device=inner.device).remainder(inner.config.vocab_size)[None]
     was_training = inner.training
     inner.eval()

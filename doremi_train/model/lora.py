@@ -1,4 +1,5 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: small matrices beside frozen ones are trained."""
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: small matrices beside frozen
+ones are trained."""
 
 from typing import Any
 
@@ -19,14 +20,15 @@ class LoraOptions:
 
 
 def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
-    """Put adapters into a transformers model, in place: it begins as it was. Returns peft's view of it, which saves and
-    merges them. The same for the same seed. Raises UserError where `options`, given as `key`, do not fit the model."""
+    """Put adapters into a transformers model, in place: it begins as it was. Returns peft's view of
+    it, which saves and merges them. The same for the same seed. Raises UserError where `options`,
+    given as `key`, do not fit the model."""
     try:
         import peft
     except ImportError:
         raise UserError(
-            f"{key}.rank={options.rank}: LoRA needs peft, which is not installed; pip install 'doremi-train[lora]', or "
-            f"train all parameters with {key}.rank=null"
+            f"{key}.rank={options.rank}: LoRA needs peft, which is not installed; pip install "
+            f"'doremi-train[lora]', or train all parameters with {key}.rank=null"
         ) from None
     torch.manual_seed(seed)
     config = peft.LoraConfig(
@@ -47,5 +49,6 @@ def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
         )
         names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise UserError(
-            f"{key}.targets={list(options.targets or ())}: {str(error)[:200]}; this model's layers end in {names}"
+            f"{key}.targets={list(options.targets or ())}: {str(error)[:200]}; this model's layers "
+            f"end in {names}"
         ) from None

@@ -1,4 +1,5 @@
-"""Optimisers and learning-rate schedules. A schedule is a pure function of the step: there is nothing to save."""
+"""Optimisers and learning-rate schedules. A schedule is a pure function of the step: there is
+nothing to save."""
 
 import math
 from typing import Literal
@@ -32,9 +33,11 @@ class OptimizerOptions:
 
 
 def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
-    """Learning rate of step 1 … steps: linear warmup, then decay that reaches the end value at the last step.
+    """Learning rate of step 1 … steps: linear warmup, then decay that reaches the end value at the
+    last step.
 
-    Exponential with 6 % warmup from 1e-3 to 1e-4 passes 7.1e-4 at 20 % and 3.4e-4 at 50 % of the run, as DoReMi's does.
+    Exponential with 6 % warmup from 1e-3 to 1e-4 passes 7.1e-4 at 20 % and 3.4e-4 at 50 % of the
+    run, as DoReMi's does.
     """
     warmup = options.warmup * steps
     if step <= warmup:
@@ -57,7 +60,8 @@ def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
     ]
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=options.learning_rate)
-    # One pass over the states, without copies of them; on a CPU 0.5 ms instead of 2.5 for the 27 tensors of `tiny`.
+    # One pass over the states, without copies of them; on a CPU 0.5 ms instead of 2.5 for the 27
+    # tensors of `tiny`.
     return torch.optim.AdamW(
         groups,
         lr=options.learning_rate,

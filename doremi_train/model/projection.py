@@ -1,12 +1,14 @@
-"""Cross-entropy of every token, fused with the output projection, so that the logits of all tokens never exist at once.
+"""Cross-entropy of every token, fused with the output projection, so that the logits of all tokens
+never exist at once.
 
-Both directions go over the logits a tile at a time, some tokens by some entries of the vocabulary: the forward keeps
-the log-sum-exp of every token, the backward computes the tile again and turns it into its gradient in place. Tiles are
-square where they can be, for then the head and the hidden states pass through memory least often. The gradient is not
-fixed in the forward, because DoReMi weighs the losses by what they turn out to be; this rules out torch's own chunked
-`linear_cross_entropy`, which computes gradients in the forward. Of the kernel libraries, Liger's gave wrong gradients
-for weighted per-token losses until July 2026, and cut-cross-entropy leaves small gradients out unless told otherwise;
-neither was tried here on a GPU, so none is used.
+Both directions go over the logits a tile at a time, some tokens by some entries of the vocabulary:
+the forward keeps the log-sum-exp of every token, the backward computes the tile again and turns it
+into its gradient in place. Tiles are square where they can be, for then the head and the hidden
+states pass through memory least often. The gradient is not fixed in the forward, because DoReMi
+weighs the losses by what they turn out to be; this rules out torch's own chunked
+`linear_cross_entropy`, which computes gradients in the forward. Of the kernel libraries, Liger's
+gave wrong gradients for weighted per-token losses until July 2026, and cut-cross-entropy leaves
+small gradients out unless told otherwise; neither was tried here on a GPU, so none is used.
 
 N tokens, d hidden size, V vocabulary.
 """
@@ -24,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 @dataclass
 class Also:
-    """What is left of the gradient of the logits after a backward: its product with `right`, and all of it where it is
-    at most `keep` numbers."""
+    """What is left of the gradient of the logits after a backward: its product with `right`, and
+    all of it where it is at most `keep` numbers."""
 
     right: Tensor | None = None  # (V, r)
     keep: int = 0
@@ -34,7 +36,8 @@ class Also:
 
 
 class Projection(nn.Module):
-    """Losses (N,) in nats from hidden states (N, d) and targets (N,): float32, or float64 where the states are.
+    """Losses (N,) in nats from hidden states (N, d) and targets (N,): float32, or float64 where the
+    states are.
 
     It shares the parameters of the model's own head. It is a module of its own because sharding engines gather a
     module's parameters when it is called. Under autocast the products are bf16, and the softmax float32, as there.
@@ -162,7 +165,8 @@ class _OfHiddenAlone(torch.autograd.Function):
             place = targets[rows, None]
             of_target, top = z.gather(1, place), z.amax(1, keepdim=True)
             torch.softmax(z, 1, out=z)
-            # log Σ exp(logits) is the highest logit less the logarithm of its part, which is never below 1 / V
+            # log Σ exp(logits) is the highest logit less the logarithm of its part, which is never
+            # below 1 / V
             torch.sub(top - z.amax(1, keepdim=True).log_(), of_target, out=losses[rows, None])
             z.scatter_add_(1, place, z.new_full((1, 1), -1.0).expand_as(place))
             z = z.to(dtype)
@@ -188,14 +192,14 @@ class _OfHiddenAlone(torch.autograd.Function):
 
 
 def _rows(vocabulary: int, logits: int, device: str) -> int:
-    """Tokens whose logits are computed together: on a CPU so few that these stay in its cache, if that is enough for a
-    product of matrices."""
+    """Tokens whose logits are computed together: on a CPU so few that these stay in its cache, if
+    that is enough for a product of matrices."""
     most = max(1, logits // vocabulary)
     return min(most, max(_ROWS_ON_CPU, _CACHED_ON_CPU // vocabulary)) if device == "cpu" else most
 
 
-# Seen on one thread, 2026-11-21: the softmax of 4096 × 1024 logits took 3.9 ms in pieces of 256 rows, 5.3 ms at once;
-# a product of 64 rows as long a row as one of 256, one of 16 twice as long.
+# Seen on one thread, 2026-11-21: the softmax of 4096 × 1024 logits took 3.9 ms in pieces of 256
+# rows, 5.3 ms at once; a product of 64 rows as long a row as one of 256, one of 16 twice as long.
 _ROWS_ON_CPU, _CACHED_ON_CPU = 64, 1 << 18
 
 

@@ -1,1 +1,2 @@
-"""Many processes: their ranks, their collectives, and the engines that divide a model among them."""
+"""Many processes: their ranks, their collectives, and the engines that divide a model among
+them."""

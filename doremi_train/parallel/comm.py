@@ -1,7 +1,8 @@
 """The only user of torch.distributed. On one process each of these is the identity.
 
-No call waits longer than `timeout` seconds for another process. What rank 0 does alone (tokenise, save, wait for a
-lock) may take hours: the others wait in `on_first`, where rank 0 gives a sign of life every few seconds.
+No call waits longer than `timeout` seconds for another process. What rank 0 does alone (tokenise,
+save, wait for a lock) may take hours: the others wait in `on_first`, where rank 0 gives a sign of
+life every few seconds.
 """
 
 import datetime
@@ -26,7 +27,8 @@ _WRAPPING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 class Lost(Exception):
-    """Another process ended, or did not answer in time. Exit code 1: the same command continues the run."""
+    """Another process ended, or did not answer in time. Exit code 1: the same command continues the
+    run."""
 
     exit_code = 1
     alone = True  # the first process may be the one that is gone: each says it
@@ -55,7 +57,8 @@ def join(cpu: bool, timeout: float) -> torch.device:
         or not torch.accelerator.is_available()
         or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     )
-    # How to wrap is the engine's business: neither accelerate nor transformers must act on these by themselves.
+    # How to wrap is the engine's business: neither accelerate nor transformers must act on these by
+    # themselves.
     said = {name: os.environ.pop(name) for name in _WRAPPING if name in os.environ}
     limit = datetime.timedelta(seconds=timeout)
     place = PartialState(cpu=cpu, timeout=limit)
@@ -91,8 +94,8 @@ def backend() -> str:
 
 
 def all_reduce_sum(sums: Sums, flag: bool = False) -> tuple[Sums, bool]:
-    """Add a NamedTuple of float64 tensors over ranks, and ask whether any rank raised `flag`: one exchange, and one
-    copy to the host, where the result is.
+    """Add a NamedTuple of float64 tensors over ranks, and ask whether any rank raised `flag`: one
+    exchange, and one copy to the host, where the result is.
 
     Every rank gets the same bits, because the backend reduces once and distributes the result.
     """
@@ -138,7 +141,8 @@ def broadcast(value: T) -> T:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Run on rank 0 alone and give its result to every rank. Its exception is raised on every rank, so none waits."""
+    """Run on rank 0 alone and give its result to every rank. Its exception is raised on every rank,
+    so none waits."""
     if not _many():
         return function()
     outcome: tuple[T | None, Exception | None] = (None, None)
@@ -158,7 +162,8 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 class _SignsOfLife:
-    """While rank 0 works, a thread tells the others that it still does; at the end, that it is done."""
+    """While rank 0 works, a thread tells the others that it still does; at the end, that it is
+    done."""
 
     def __enter__(self) -> None:
         self._done = threading.Event()
@@ -188,7 +193,8 @@ def _sign(working: bool) -> bool:
 
 
 def explain(error: BaseException) -> BaseException:
-    """The error itself, or `Lost` with a clear message where it says that another process is gone."""
+    """The error itself, or `Lost` with a clear message where it says that another process is
+    gone."""
     if isinstance(error, Lost) or not _many():
         return error
     text = str(error)

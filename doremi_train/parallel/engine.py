@@ -1,9 +1,11 @@
-"""How a model is spread over processes: replicated (DDP), sharded (FSDP2), or by DeepSpeed's ZeRO 1, 2 and 3.
+"""How a model is spread over processes: replicated (DDP), sharded (FSDP2), or by DeepSpeed's ZeRO
+1, 2 and 3.
 
-accelerate (or torchrun, or Slurm) starts the processes; `start` joins them and says what was really got. The wrapping
-is torch's and DeepSpeed's own on every device, so that what is tested on CPUs is what runs on GPUs. All engines average
-gradients over processes and keep parameters in float32. Their state is saved whole, by parameter name: a run continues
-on another number of processes, or with another engine.
+accelerate (or torchrun, or Slurm) starts the processes; `start` joins them and says what was really
+got. The wrapping is torch's and DeepSpeed's own on every device, so that what is tested on CPUs is
+what runs on GPUs. All engines average gradients over processes and keep parameters in float32.
+Their state is saved whole, by parameter name: a run continues on another number of processes, or
+with another engine.
 """
 
 import contextlib
@@ -28,10 +30,12 @@ class Engine(Protocol):
     wrapper: str  # the classes that really hold the model and its optimiser
 
     def warm_up(self, tokens: Tensor) -> None:
-        """Whatever the first step does otherwise than the later ones, done now: a run that continues begins there."""
+        """Whatever the first step does otherwise than the later ones, done now: a run that
+        continues begins there."""
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """The context of a micro-batch's forward and backward; gradients may be exchanged in the `last` one only."""
+        """The context of a micro-batch's forward and backward; gradients may be exchanged in the
+        `last` one only."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar."""
@@ -43,8 +47,8 @@ class Engine(Protocol):
         """Drop the gradients."""
 
     def state(self) -> dict[str, Any]:
-        """{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}, whole, on the first process's host memory;
-        empty dicts on the others. A collective."""
+        """{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}, whole, on the first
+        process's host memory; empty dicts on the others. A collective."""
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -56,8 +60,9 @@ def build(
     training: OptimizerOptions,
     state: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Spread a model that is complete on every process, after taking over what `state` of any engine on any number of
-    processes gave. Raises UserError for what the strategy cannot do exactly."""
+    """Spread a model that is complete on every process, after taking over what `state` of any
+    engine on any number of processes gave. Raises UserError for what the strategy cannot do
+    exactly."""
     if training.optimizer == "adafactor" and place.strategy not in ("single", "ddp"):
         raise UserError(
             f"training.optimizer=adafactor: factors whole matrices, which {place.strategy} cuts; "
@@ -65,8 +70,8 @@ def build(
         )
     if place.strategy.startswith("zero") and not all(p.requires_grad for p in model.parameters()):
         raise UserError(
-            f"engine={place.strategy}: divides what is trained, and here most of the model is frozen (LoRA); "
-            "use engine=ddp or fsdp2"
+            f"engine={place.strategy}: divides what is trained, and here most of the model is "
+            "frozen (LoRA); use engine=ddp or fsdp2"
         )
     if state is not None:  # before the model is in parts
         for name, tensor in language_model.tensors_of(model):

@@ -1,6 +1,7 @@
 """What was asked for, by our keys and by `accelerate launch`, which speaks through the environment.
 
-Some launches exit 0 and train something else: one process for two, DDP for FSDP2 or DeepSpeed. Here they are refused.
+Some launches exit 0 and train something else: one process for two, DDP for FSDP2 or DeepSpeed. Here
+they are refused.
 """
 
 import json
@@ -25,27 +26,32 @@ class EngineOptions:
 
 
 def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
-    """Strategy and DeepSpeed's file, from our key and from what `accelerate launch` put into the environment."""
+    """Strategy and DeepSpeed's file, from our key and from what `accelerate launch` put into the
+    environment."""
     environment = os.environ
-    # accelerate would start this very command as one process, or as several that never meet, and exit 0.
+    # accelerate would start this very command as one process, or as several that never meet, and
+    # exit 0.
     if (
         "ACCELERATE_MIXED_PRECISION" in environment
         and "MASTER_ADDR" in environment
         and "WORLD_SIZE" not in environment
     ):
         raise UserError(
-            "accelerate launch: was asked for several processes and started one, as it does with --cpu and with "
-            "distributed_type MULTI_CPU; use --config_file launch/accelerate/cpu.yaml, or torchrun"
+            "accelerate launch: was asked for several processes and started one, as it does with "
+            "--cpu and with distributed_type MULTI_CPU; use --config_file "
+            "launch/accelerate/cpu.yaml, or torchrun"
         )
     mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", {"bf16": "bf16", "fp32": "no"}[precision]):
         raise UserError(
-            f"accelerate launch: mixed_precision {mixed} is asked for, but training.precision={precision}; "
-            "leave it at no there, and set training.precision=bf16 for bf16"
+            f"accelerate launch: mixed_precision {mixed} is asked for, but "
+            f"training.precision={precision}; leave it at no there, and set "
+            "training.precision=bf16 for bf16"
         )
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO" and not options.compile:
         raise UserError(
-            "accelerate launch: a dynamo backend is asked for; leave it at no there, set engine.compile=true"
+            "accelerate launch: a dynamo backend is asked for; leave it at no there, set "
+            "engine.compile=true"
         )
     wanted, file = "auto", options.deepspeed
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -53,7 +59,8 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
             given = environment.get(name, default).lower()
             if given != ours:
                 raise UserError(
-                    f"accelerate launch: {name.lower()}: {given} is asked for, but only {ours} {remedy}"
+                    f"accelerate launch: {name.lower()}: {given} is asked for, but only {ours} "
+                    f"{remedy}"
                 )
         wanted = "fsdp2"
     elif environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -64,16 +71,19 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
         wanted = f"zero{stage}"
         if wanted not in ("zero1", "zero2", "zero3"):
             raise UserError(
-                f"accelerate launch: DeepSpeed with ZeRO stage {stage}; allowed: 1, 2, 3 (or DDP without it)"
+                f"accelerate launch: DeepSpeed with ZeRO stage {stage}; allowed: 1, 2, 3 (or DDP "
+                "without it)"
             )
     if "auto" not in (wanted, options.strategy) and wanted != options.strategy:
         raise UserError(
-            f"engine.strategy={options.strategy}: but accelerate's configuration asks for {wanted}; drop one of them"
+            f"engine.strategy={options.strategy}: but accelerate's configuration asks for "
+            f"{wanted}; drop one of them"
         )
     strategy = options.strategy if options.strategy != "auto" else wanted
     if options.deepspeed is not None and not strategy.startswith("zero"):
         raise UserError(
-            f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not {strategy}"
+            f"engine.deepspeed={options.deepspeed}: goes with engine=zero1, zero2 or zero3, not "
+            f"{strategy}"
         )
     return strategy, file
 
@@ -117,17 +127,20 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
         given = settings.pop(name, "auto")
         if given != "auto":
             raise UserError(
-                f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or at auto"
+                f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or "
+                "at auto"
             )
     zero = dict(settings.pop("zero_optimization", {}))
     if zero.get("stage", stage) != stage:
         raise UserError(
-            f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make them agree"
+            f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make "
+            "them agree"
         )
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device", "none") != "none":
             raise UserError(
-                f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more processes"
+                f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more "
+                "processes"
             )
     if stage != 2 and zero.setdefault(
         "overlap_comm", False

@@ -53,8 +53,8 @@ class Native:
         self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
 
     def warm_up(self, tokens: Tensor) -> None:
-        # DDP lays out its buckets anew after its first backward, and over more than two processes the last bits of a
-        # sum depend on the layout.
+        # DDP lays out its buckets anew after its first backward, and over more than two processes
+        # the last bits of a sum depend on the layout.
         if self._strategy == "ddp":
             self.model(tokens).sum().backward()
             self.discard()

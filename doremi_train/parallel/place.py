@@ -25,9 +25,11 @@ class Place(NamedTuple):
 
 
 def start(options: EngineOptions, precision: str, timeout: float) -> Place:
-    """Join the processes that the launcher started. `timeout` in seconds is how long one may wait for another.
+    """Join the processes that the launcher started. `timeout` in seconds is how long one may wait
+    for another.
 
-    Raises UserError where what was asked for, here or by accelerate's configuration, is not what would run.
+    Raises UserError where what was asked for, here or by accelerate's configuration, is not what
+    would run.
     """
     asked, file = launcher.asked(options, precision)
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -51,8 +53,9 @@ def start(options: EngineOptions, precision: str, timeout: float) -> Place:
         )
     if asked != "auto" and comm.backend() == "none":
         raise UserError(
-            f"engine.strategy={asked}: needs processes that know of each other, and this one was started alone; "
-            "start it with torchrun or accelerate launch (one process is enough), or take engine=auto"
+            f"engine.strategy={asked}: needs processes that know of each other, and this one was "
+            "started alone; start it with torchrun or accelerate launch (one process is enough), "
+            "or take engine=auto"
         )
     if asked == "auto":
         asked = "ddp" if size > 1 else "single"

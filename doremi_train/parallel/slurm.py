@@ -1,4 +1,5 @@
-"""Which rank a task of a Slurm step is, said in the variables that torch reads; and how a job outlives its requeue."""
+"""Which rank a task of a Slurm step is, said in the variables that torch reads; and how a job
+outlives its requeue."""
 
 import contextlib
 import os
@@ -47,8 +48,9 @@ def export_ranks() -> None:
 
 
 def outlive_requeue() -> None:
-    """To be called before a job asks Slurm to requeue it. Slurm then ends every process of the job, the `scontrol` that
-    asks among them, which would look as if it had failed: it inherits that SIGTERM is ignored. SIGKILL comes later."""
+    """To be called before a job asks Slurm to requeue it. Slurm then ends every process of the job,
+    the `scontrol` that asks among them, which would look as if it had failed: it inherits that
+    SIGTERM is ignored. SIGKILL comes later."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -59,7 +61,8 @@ def _each(compressed: str) -> list[int]:
 
 
 def _first_node() -> str:
-    """The host of rank 0. Where its name does not resolve, the address under which Slurm knows it."""
+    """The host of rank 0. Where its name does not resolve, the address under which Slurm knows
+    it."""
     name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[
         0
     ]  # n[03-05,7],m1 → n03

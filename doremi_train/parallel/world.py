@@ -16,8 +16,8 @@ class World(NamedTuple):
         return self.rank == 0
 
     def rows(self, batch: int, micro: int | None) -> list[slice]:
-        """Rows of the global batch that this rank takes, one slice for each of its micro-batches of at most `micro`
-        rows (None: all of its share).
+        """Rows of the global batch that this rank takes, one slice for each of its micro-batches of
+        at most `micro` rows (None: all of its share).
 
         All ranks take the same number of micro-batches, because each is a collective under sharding; where the batch
         does not divide, their sizes differ by one row, and some may be empty. Micro-batch m of all ranks together is

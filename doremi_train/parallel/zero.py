@@ -20,7 +20,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero:
-    """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided among the processes."""
+    """DeepSpeed's ZeRO: optimiser states (1), and gradients (2), and parameters (3) are divided
+    among the processes."""
 
     def __init__(
         self,
@@ -33,15 +34,17 @@ class Zero:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
 
-        # Its sums through shared memory on CPUs are compiled at the first start, behind a lock file that a killed start
-        # leaves for ever: every later one would wait for it. The processes' own backend sums just as well.
+        # Its sums through shared memory on CPUs are compiled at the first start, behind a lock file
+        # that a killed start leaves for ever: every later one would wait for it. The processes' own
+        # backend sums just as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._bare, self._stage = model, int(place.strategy[-1])
         if place.compile and self._stage < 3:
             model.compile()
         elif place.compile:
             raise UserError(
-                "engine.compile=true: not with zero3, which gathers parameters by hooks; use engine=fsdp2"
+                "engine.compile=true: not with zero3, which gathers parameters by hooks; use "
+                "engine=fsdp2"
             )
         settings = place.deepspeed | {
             "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own counts
@@ -124,7 +127,8 @@ class Zero:
         if self._stage < 3:
             safe_set_full_optimizer_state(tensor, value, key)
             return
-        # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last part is padded.
+        # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last
+        # part is padded.
         part, _ = self._optimizer._get_fp32_opt_state_partition(tensor, False, optim_state_key=key)
         world = comm.world()
         padded = nn.functional.pad(value.flatten(), (0, part.numel() * world.size - value.numel()))
@@ -144,7 +148,8 @@ class Zero:
         if self._stage < 3:
             states = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
             if all(states):
-                # DeepSpeed links all groups after its first group's first step, when the others have no state yet.
+                # DeepSpeed links all groups after its first group's first step, when the others
+                # have no state yet.
                 self._optimizer._hp_optimizer_states_linked = False
                 self._optimizer._lazy_init_hp_params_optimizer_state()
         found = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]

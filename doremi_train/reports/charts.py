@@ -1,7 +1,8 @@
-"""Charts as SVG markup for a page: drawn by matplotlib, coloured by the page's own CSS, so that they follow its light,
-dark and printed form. The same bytes for the same data.
+"""Charts as SVG markup for a page: drawn by matplotlib, coloured by the page's own CSS, so that
+they follow its light, dark and printed form. The same bytes for the same data.
 
-A curve is a mean over S seeds with a band from the lowest to the highest; with one seed the band has no width.
+A curve is a mean over S seeds with a band from the lowest to the highest; with one seed the band
+has no width.
 """
 
 import io
@@ -61,8 +62,9 @@ def lines(
     logarithmic: bool = False,
     powers: bool = False,
 ) -> str:
-    """Curves over steps; `settings`: x is a few values that were tried, each with a point, and a tick of its own;
-    `logarithmic`: so is the scale of x; `powers`: that of y too, so that a power of x is a line."""
+    """Curves over steps; `settings`: x is a few values that were tried, each with a point, and a
+    tick of its own; `logarithmic`: so is the scale of x; `powers`: that of y too, so that a power
+    of x is a line."""
     with _figure(4.0) as (axes, markup):
         colors = itertools.cycle(COLORS)
         for name, curve in curves.items():
@@ -123,7 +125,8 @@ def rows(
     colors: Mapping[str, str] | None = None,
     zero: bool = False,
 ) -> str:
-    """A row for each name, with a point of each kind on it; `zero`: a line at 0, from which the points are told."""
+    """A row for each name, with a point of each kind on it; `zero`: a line at 0, from which the
+    points are told."""
     with _figure(1.3 + 0.3 * len(names)) as (axes, markup):
         height = np.arange(len(names))[::-1]
         following = itertools.cycle(COLORS)
@@ -159,7 +162,8 @@ def rows(
 
 
 def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Running mean over `width` steps of the last but one axis, (…, T, K) → (…, T, K); shorter at both ends."""
+    """Running mean over `width` steps of the last but one axis, (…, T, K) → (…, T, K); shorter at
+    both ends."""
     if width <= 1:
         return values
     total = np.cumsum(np.concatenate([np.zeros_like(values[..., :1, :]), values], axis=-2), axis=-2)
@@ -199,7 +203,8 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _themed(text: str, title: str) -> str:
-    """The svg element alone, with the page's colours and identifiers that no other chart of the page has."""
+    """The svg element alone, with the page's colours and identifiers that no other chart of the
+    page has."""
     text = text[text.index("<svg") :]
     for color, variable in _VARIABLES.items():
         text = text.replace(color, variable)

@@ -1,4 +1,5 @@
-"""The page of `stage=classify`: every method on the test set, and the examples that count most and least.
+"""The page of `stage=classify`: every method on the test set, and the examples that count most and
+least.
 
 N generated examples.
 """
@@ -76,8 +77,8 @@ def _note(weights: NDArray[np.float64]) -> str:
     total, square = float(weights.sum()), float((weights**2).sum())
     effective = total**2 / square if square else 0.0
     return (
-        f"Of {len(weights)} generated examples {effective:.0f} do the work (effective sample size), under the model of "
-        "the first seed at its end."
+        f"Of {len(weights)} generated examples {effective:.0f} do the work (effective sample "
+        "size), under the model of the first seed at its end."
     )
 
 

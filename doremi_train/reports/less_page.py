@@ -1,4 +1,5 @@
-"""The page of `stage=select selection=less`: scores of every target, what is at both ends, and who chooses alike."""
+"""The page of `stage=select selection=less`: scores of every target, what is at both ends, and who
+chooses alike."""
 
 from collections.abc import Mapping
 from itertools import zip_longest

@@ -32,7 +32,8 @@ def show(
 
 
 def _runs(plan: Mapping[str, Any]) -> Table:
-    """Runs of one kind and cost are one row; one that is done, or the same as another, costs nothing."""
+    """Runs of one kind and cost are one row; one that is done, or the same as another, costs
+    nothing."""
     table = _table("run", "parameters", "tokens", "FLOPs", "memory", "time")
     table.title = f"Runs, on {plan['place']}"
     rows: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -92,19 +93,22 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         found.append(f"time is not estimated: {'; '.join(plan['not_measured'])}")
     elif plan["total_seconds"]:
         found.append(
-            f"about {human(plan['total_seconds'])} on {plan['processes']} process{'es' * (plan['processes'] > 1)} of "
-            "this machine, estimated from a few micro-steps measured now; what processes exchange, the optimiser's own "
-            "work and saving come on top"
+            f"about {human(plan['total_seconds'])} on {plan['processes']} "
+            f"process{'es' * (plan['processes'] > 1)} of this machine, estimated from a few "
+            "micro-steps measured now; what processes exchange, the optimiser's own work and "
+            "saving come on top"
         )
     if price and price["micro_batches"] > 1:
         cost = f", {human(price['seconds'])} of it" if price["seconds"] is not None else ""
         found.append(
-            f"a step has {price['micro_batches']} micro-batches, with which proxy.accumulation=exact costs "
-            f"{price['exact_over_lagged']:.2f} times what lagged does{cost}"
+            f"a step has {price['micro_batches']} micro-batches, with which "
+            f"proxy.accumulation=exact costs {price['exact_over_lagged']:.2f} times what lagged "
+            f"does{cost}"
         )
     elif price:
         found.append(
-            "a step is one micro-batch, with which proxy.accumulation=exact costs nothing more than lagged"
+            "a step is one micro-batch, with which proxy.accumulation=exact costs nothing more "
+            "than lagged"
         )
     found += [
         f"{name} looks at {short(run['candidates'])} tokens, of which it is trained on {short(run['tokens'])}"

@@ -77,7 +77,8 @@ def mixture(setting: Setting, free: dict[str, dict[str, float]], prefix: str) ->
 
 
 def picks(setting: Setting, prefix: str) -> list[str]:
-    """Which domains were picked of every batch's candidates over the steps, and penalties over scores."""
+    """Which domains were picked of every batch's candidates over the steps, and penalties over
+    scores."""
     traces = [run.picks for run in setting.results if run.picks]
     if not traces:
         return []
@@ -107,7 +108,8 @@ def picks(setting: Setting, prefix: str) -> list[str]:
 
 
 def proxy(setting: Setting, prefix: str) -> list[str]:
-    """How the weights came about: α, its effective number of domains, and what moved it, over the proxy's steps."""
+    """How the weights came about: α, its effective number of domains, and what moved it, over the
+    proxy's steps."""
     traces = [trace for run in setting.results for trace in run.traces]
     if not traces:
         return []
@@ -188,7 +190,8 @@ def _column(
 
 
 def learning(setting: Setting, prefix: str) -> list[str]:
-    """Validation loss over steps of everything trained at the final size, and where the baseline's end is reached."""
+    """Validation loss over steps of everything trained at the final size, and where the baseline's
+    end is reached."""
     curves = {}
     for name in setting.candidates:
         found = [run.curves.get(name, []) for run in setting.results]
@@ -274,7 +277,8 @@ def _goal_marks(setting: Setting) -> list[Mark]:
 
 
 def domain_losses(setting: Setting, prefix: str) -> list[str]:
-    """Per domain, how far each mixture is from the baseline, or from the reference where there is no baseline."""
+    """Per domain, how far each mixture is from the baseline, or from the reference where there is
+    no baseline."""
     labels = setting.candidates
     goal = _goal(setting)
     domains = list(setting.results[0].figures["main"]["domains"])

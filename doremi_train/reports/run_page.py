@@ -32,7 +32,8 @@ COLUMNS = ("model", "mean loss", "worst domain", "domains better than baseline",
 
 
 def selection_of(run: Result) -> dict[str, Any]:
-    """What the run chose of its corpus; empty where it took everything, or a choice made elsewhere."""
+    """What the run chose of its corpus; empty where it took everything, or a choice made
+    elsewhere."""
     folder = run.folder / "select"
     return (
         selection_page.content(folder, run.config.get("selection.vocabulary"))
@@ -148,7 +149,8 @@ def _cards(setting: Setting) -> list[tuple[str, str]]:
 
 
 def warnings_of(setting: Setting) -> list[str]:
-    """What the detectors and the plan said, each once, with the part of the runs that it holds for."""
+    """What the detectors and the plan said, each once, with the part of the runs that it holds
+    for."""
     said: dict[tuple[str, ...], list[str]] = {}
     for run in setting.results:
         for finding in run.findings:
@@ -164,7 +166,8 @@ def warnings_of(setting: Setting) -> list[str]:
 
 
 def _swarm(run: Result) -> dict[str, Any]:
-    """What a swarm proposed, what came of it, and its runs, best first; empty where there was none."""
+    """What a swarm proposed, what came of it, and its runs, best first; empty where there was
+    none."""
     if not run.swarm:
         return {}
     tried = [
@@ -270,7 +273,8 @@ def _model_rows(setting: Setting) -> list[list[str]]:
 
 
 def _task_rows(setting: Setting) -> list[list[str]]:
-    """Final accuracy in per cent of every model on every task, with its standard error where there is one seed."""
+    """Final accuracy in per cent of every model on every task, with its standard error where there
+    is one seed."""
     found = []
     for name, label in setting.candidates.items():
         for task in setting.results[0].downstream.get(name, {}):
@@ -286,7 +290,8 @@ def _task_rows(setting: Setting) -> list[list[str]]:
 
 
 def _samples(store: TokenStore) -> list[dict[str, Any]]:
-    """Two pieces of training text of each domain, from the beginning of a document where one is near."""
+    """Two pieces of training text of each domain, from the beginning of a document where one is
+    near."""
     tokenizer, found = store.tokenizer(), []
     for k, name in enumerate(store.domains[:_MOST_SAMPLES]):
         length = int(min(_SAMPLE_WINDOW, store.sizes("train")[k] // 4))
@@ -305,7 +310,8 @@ def _samples(store: TokenStore) -> list[dict[str, Any]]:
 
 
 def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
-    """The candidates of the last quarter of the steps that scored highest and lowest, with their text."""
+    """The candidates of the last quarter of the steps that scored highest and lowest, with their
+    text."""
     tokenizer, length, found = store.tokenizer(), run.config["training.sequence_length"], []
     for name, best in (("highest", max), ("lowest", min)):
         lines = [line[name] for line in run.picks[-max(1, len(run.picks) // 4) :]]
@@ -323,7 +329,8 @@ def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
 
 
 def summary(settings: Sequence[Setting]) -> dict[str, Any]:
-    """A row for each setting: the loss of every model, and what the learned mixture gained over each."""
+    """A row for each setting: the loss of every model, and what the learned mixture gained over
+    each."""
     labels = {
         name: label
         for name, label in sweep_charts.shared_models(settings).items()

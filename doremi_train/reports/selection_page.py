@@ -1,4 +1,5 @@
-"""What a selection chose, as a page and as a part of the report: beside each other what was chosen and what was not."""
+"""What a selection chose, as a page and as a part of the report: beside each other what was chosen
+and what was not."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from doremi_train.reports.page import write_page
 
 
 def write(page: Path, folder: Path, vocabulary: str | None) -> None:
-    """The page of a folder of choices; `vocabulary` is the file that its n-grams are made of, if any."""
+    """The page of a folder of choices; `vocabulary` is the file that its n-grams are made of, if
+    any."""
     write_page(page, "select.html.jinja", title=str(folder), selection=content(folder, vocabulary))
 
 

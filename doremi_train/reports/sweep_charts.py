@@ -12,7 +12,8 @@ from doremi_train.reports.run_charts import Place
 
 
 def compare(settings: Sequence[Setting]) -> list[str]:
-    """Result and weights against what varies: along an axis where it is numbers, else a row for each setting."""
+    """Result and weights against what varies: along an axis where it is numbers, else a row for
+    each setting."""
     axis = _axis(settings)
     return _setting_rows(settings) if axis is None else _setting_curves(settings, *axis)
 
@@ -99,7 +100,8 @@ def shared_models(settings: Sequence[Setting]) -> dict[str, str]:
 
 
 def _shared_domains(settings: Sequence[Setting]) -> list[str]:
-    """The domains that are drawn: those of the first setting that all have, since settings may differ in their data."""
+    """The domains that are drawn: those of the first setting that all have, since settings may
+    differ in their data."""
     runs = [run for setting in settings for run in setting.results]
     return [name for name in runs[0].weights if all(name in run.weights for run in runs)][
         : run_charts.CHOSEN
@@ -107,7 +109,8 @@ def _shared_domains(settings: Sequence[Setting]) -> list[str]:
 
 
 def _axis(settings: Sequence[Setting]) -> tuple[str, Place, str] | None:
-    """What to draw along x: (key, place of a setting, name of the axis); None where nothing that varies is a number."""
+    """What to draw along x: (key, place of a setting, name of the axis); None where nothing that
+    varies is a number."""
     if len({setting.size for setting in settings}) > 1:
         return "proxy", lambda setting: setting.size, "parameters of the proxy, without embeddings"
     if len({setting.main_size for setting in settings}) > 1:

@@ -117,16 +117,19 @@ class SelectionOptions:
         ]
         if len(budgets) > 1:
             raise UserError(
-                f"selection.{' and selection.'.join(budgets)}: only one is the budget; remove the others"
+                f"selection.{' and selection.'.join(budgets)}: only one is the budget; remove the "
+                "others"
             )
         if self.method == "less" and not isinstance(self.budget[1], int | float):
             raise UserError(
-                f"selection.{self.budget[0]}: selection=less has one budget for all domains; give a number"
+                f"selection.{self.budget[0]}: selection=less has one budget for all domains; give "
+                "a number"
             )
         chooses = self.less.train_on in ("less", "all", *self.less.baselines)
         if not chooses:
             raise UserError(
-                f"selection.less.train_on={self.less.train_on}: is not in selection.less.baselines; add it there"
+                f"selection.less.train_on={self.less.train_on}: is not in "
+                "selection.less.baselines; add it there"
             )
         needs = {
             "tokens": ("tokenizer", self.tokenizer),
@@ -135,26 +138,29 @@ class SelectionOptions:
         for features, (key, given) in needs.items():
             if (self.features == features) != (given is not None):
                 raise UserError(
-                    f"selection.{key}={given}: goes with selection.features={features}, and only with it; "
-                    f"selection.features={self.features} here"
+                    f"selection.{key}={given}: goes with selection.features={features}, and only "
+                    f"with it; selection.features={self.features} here"
                 )
         if self.granularity == "every" and self.features != "granular":
             raise UserError(
-                "selection.granularity=every: goes with selection.features=granular, and only with it"
+                "selection.granularity=every: goes with selection.features=granular, and only with "
+                "it"
             )
         if (self.method == "embedding") != (self.encoder is not None):
             raise UserError(
-                f"selection.encoder={self.encoder}: goes with selection=embedding, and only with it; give a local "
-                "transformers folder of a sentence encoder"
+                f"selection.encoder={self.encoder}: goes with selection=embedding, and only with "
+                "it; give a local transformers folder of a sentence encoder"
             )
         if self.exact and (self.features != "words" or self.mixing):
             raise UserError(
-                "selection.exact=true: is words without smoothing; remove selection.features and .mixing"
+                "selection.exact=true: is words without smoothing; remove selection.features and "
+                ".mixing"
             )
 
     @property
     def m(self) -> int:
-        """Buckets. More than the paper's, for fewer n-grams that share one; the table still fits a core's cache."""
+        """Buckets. More than the paper's, for fewer n-grams that share one; the table still fits a
+        core's cache."""
         return self.buckets or (10_000 if self.exact else 32_768)
 
     @property

@@ -1,8 +1,9 @@
-"""Text classification on generated examples that are weighted towards a few real ones (see `methods.importance`).
+"""Text classification on generated examples that are weighted towards a few real ones (see
+`methods.importance`).
 
-For every seed: split the real examples, train the checkers, write what they say of each generated example beside the
-data, train a classifier with every method, measure all on the same test set. The work is divided among the processes by
-whole classifiers, so their number changes no figure.
+For every seed: split the real examples, train the checkers, write what they say of each generated
+example beside the data, train a classifier with every method, measure all on the same test set. The
+work is divided among the processes by whole classifiers, so their number changes no figure.
 
 N examples.
 """
@@ -101,7 +102,8 @@ def _read(session: Session) -> Data:
     options = session.config.classify
     if options.root is None:
         raise UserError(
-            "classify.root: missing; give a folder with generated.*, real.* and test.* as classify.root=…"
+            "classify.root: missing; give a folder with generated.*, real.* and test.* as "
+            "classify.root=…"
         )
     examples = {}
     for name in ("generated", "real", "test", "validation"):
@@ -111,12 +113,14 @@ def _read(session: Session) -> Data:
         elif name != "validation":
             allowed = ", ".join(labelled.ENDINGS)
             raise UserError(
-                f"classify.root={options.root}: has no file {name}.* with one of the endings {allowed}"
+                f"classify.root={options.root}: has no file {name}.* with one of the endings "
+                f"{allowed}"
             )
     known = labelled.classes(examples["real"], examples)
     if options.folds > len(examples["generated"]):
         raise UserError(
-            f"classify.folds={options.folds}: more than the {len(examples['generated'])} generated examples"
+            f"classify.folds={options.folds}: more than the {len(examples['generated'])} generated "
+            "examples"
         )
     kind = models.kind(_training(options), [*examples["generated"].texts, *examples["real"].texts])
     tables = {
@@ -136,7 +140,8 @@ def _training(options: Classify) -> ClassifierOptions:
 
 
 def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
-    """Real examples that checkers are trained on, and those that choose the epoch and the temperature."""
+    """Real examples that checkers are trained on, and those that choose the epoch and the
+    temperature."""
     real = data.tables["real"]
     if "validation" in data.tables:
         return real, data.tables["validation"]
@@ -145,8 +150,9 @@ def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
     )
     if not len(held):
         raise UserError(
-            f"classify.validation_fraction={session.config.classify.validation_fraction}: of {len(real.label)} real "
-            "examples none is left to choose the epoch by; raise it, or give a file validation.*"
+            f"classify.validation_fraction={session.config.classify.validation_fraction}: of "
+            f"{len(real.label)} real examples none is left to choose the epoch by; raise it, or "
+            "give a file validation.*"
         )
     return real.take(kept), real.take(held)
 
@@ -208,7 +214,8 @@ def _check(session: Session, data: Data, seed: int, path: Path) -> None:
 
 
 def _diversity(session: Session, data: Data, seed: int) -> Judged:
-    """A model of the generated law on its own examples: of each by one that was not trained on it, if folds allow."""
+    """A model of the generated law on its own examples: of each by one that was not trained on it,
+    if folds allow."""
     options, generated = session.config.classify, data.tables["generated"]
     count = len(generated.label)
     if options.folds == 1:
@@ -229,7 +236,8 @@ def _diversity(session: Session, data: Data, seed: int) -> Judged:
 def _fitted(
     session: Session, data: Data, table: Table, seed: int, validation: Table | None = None
 ) -> Callable[[Table], Tensor]:
-    """Log-probabilities (N, C) by a classifier that was trained on `table` with the ordinary loss."""
+    """Log-probabilities (N, C) by a classifier that was trained on `table` with the ordinary
+    loss."""
     device, plain = session.place.device, importance.Options()
     training, check = _training(session.config.classify), partial(stop.check, "classify")
     fitted = fit.fit(
@@ -314,8 +322,8 @@ def _train(session: Session, data: Data, run: Run, method: str, seed: Seed) -> N
         found = figures.figures(fit.log_probabilities(fitted.model, test, device), test.label)
         if not all(map(math.isfinite, found.values())):
             raise UserError(
-                f"{method}: its loss is not finite: a checker gives some label a probability of exactly 0, or "
-                "classify.learning_rate is too high; set weighting.clip, or lower it"
+                f"{method}: its loss is not finite: a checker gives some label a probability of "
+                "exactly 0, or classify.learning_rate is too high; set weighting.clip, or lower it"
             )
         run.finish({"figures": found, "epoch": fitted.epoch, "examples": len(table.label)})
 
@@ -331,7 +339,8 @@ def _ingredients(data: Data, method: str, seed: Seed) -> tuple[Table, str, Tenso
         kept = np.flatnonzero(seed.quality.agrees.numpy())
         if not len(kept):
             raise UserError(
-                "classify.methods: filter keeps nothing, since the checker agrees with no generated label"
+                "classify.methods: filter keeps nothing, since the checker agrees with no "
+                "generated label"
             )
         return generated.take(kept), "none", None
     if method == "imp":
@@ -357,7 +366,8 @@ def _joined(one: Table, two: Table) -> Table:
 
 
 def _final_weights(own: Tensor, reference: Tensor | None, weighting: importance.Options) -> Tensor:
-    """(N,) float64 of every training example under the trained model, with mean 1 where they are normalised."""
+    """(N,) float64 of every training example under the trained model, with mean 1 where they are
+    normalised."""
     losses = own[:, None]
     column = None if reference is None else reference[:, None].double()
     domain = torch.zeros(len(own), dtype=torch.int64)

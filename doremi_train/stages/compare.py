@@ -1,10 +1,11 @@
 """Which mixture, how sure, at what cost: every method against what the same FLOPs buy without it.
 
-For each method and seed a run that derives its weights anew and trains the final model. Beside it the free mixtures,
-whose final run is longer by what the method's small runs cost, and random search with as many small runs: what the
-method is worth. And the free mixtures in as many steps: what its mixture is worth, as for a final run so large that the
-small ones cost next to nothing. All are ordinary runs in the store; none learns from runs that are not its own.
-`compare/compare.json` has every figure, `compare.html` a table and a picture a question.
+For each method and seed a run that derives its weights anew and trains the final model. Beside it
+the free mixtures, whose final run is longer by what the method's small runs cost, and random search
+with as many small runs: what the method is worth. And the free mixtures in as many steps: what its
+mixture is worth, as for a final run so large that the small ones cost next to nothing. All are
+ordinary runs in the store; none learns from runs that are not its own. `compare/compare.json` has
+every figure, `compare.html` a table and a picture a question.
 """
 
 import functools
@@ -83,8 +84,8 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def _questions(session: Session) -> tuple[list[Question], list[str]]:
-    """At equal FLOPs and at equal steps, which are one where a method costs nothing before the final run; and what of
-    it cannot be, in sentences."""
+    """At equal FLOPs and at equal steps, which are one where a method costs nothing before the
+    final run; and what of it cannot be, in sentences."""
     asked, found, failures = session.config.compare, [], []
     steps = budget.main_steps(session)
     for method in asked.methods:
@@ -112,7 +113,8 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
 
 
 def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
-    """As in a store where nothing is done yet, so that it is the same at any time. Runs that are one count once."""
+    """As in a store where nothing is done yet, so that it is the same at any time. Runs that are
+    one count once."""
     nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
     child = _session(
         session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere

@@ -28,7 +28,8 @@ _ANSWER = 16  # tokens of room for it
 
 @once
 def run(session: Session) -> dict[str, Any]:
-    """evaluation.json: {model: figures}, with steps to the baseline's loss and domains better than it."""
+    """evaluation.json: {model: figures}, with steps to the baseline's loss and domains better than
+    it."""
     store = prepare.run(session)
     trained = main.run(session)
     folders = {
@@ -65,7 +66,8 @@ def run(session: Session) -> dict[str, Any]:
 def _measure(
     session: Session, store: TokenStore, folder: Path, training_too: bool
 ) -> dict[str, Any]:
-    """`training_too`: also the loss on training sequences, which is far below where a domain is known by heart."""
+    """`training_too`: also the loss on training sequences, which is far below where a domain is
+    known by heart."""
     training, options, device = (
         session.config.training,
         session.config.evaluation,
@@ -85,7 +87,8 @@ def _measure(
 
 
 def _trained_on(session: Session, store: TokenStore) -> tuple[Ints, Ints]:
-    """Domain (N,) and sequence (N,): those of every domain that the reference drew first, as many as are evaluated."""
+    """Domain (N,) and sequence (N,): those of every domain that the reference drew first, as many
+    as are evaluated."""
     whole = store.sequences("train", session.config.training.sequence_length)
     batch = len(whole) * session.config.evaluation.sequences
     sampler = Sampler(whole, store.domains, batch, session.config.seed, budget.subsample(session))
@@ -94,7 +97,8 @@ def _trained_on(session: Session, store: TokenStore) -> tuple[Ints, Ints]:
 
 
 def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Add to each model of the main size: domains better than the baseline, and steps to the baseline's final loss."""
+    """Add to each model of the main size: domains better than the baseline, and steps to the
+    baseline's final loss."""
     if "baseline" not in figures:
         return
     baseline = figures["baseline"]["domains"]
@@ -111,8 +115,8 @@ def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]])
 
 
 def run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
-    """downstream.json: {model: {task: [{step, accuracy, standard_error, examples}, …]}}; nothing where no task is asked
-    for."""
+    """downstream.json: {model: {task: [{step, accuracy, standard_error, examples}, …]}}; nothing
+    where no task is asked for."""
     if session.config.downstream.tasks:
         comm.on_first(lambda: _run_tasks(session, trained))
 
@@ -180,14 +184,16 @@ def _measure_tasks(
 
 
 def _cloze(session: Session, folder: Path) -> Path:
-    """The files of the cloze task: passages of validation text, as many of every domain as there are, in turn."""
+    """The files of the cloze task: passages of validation text, as many of every domain as there
+    are, in turn."""
     store, wanted = prepare.run(session), session.config.downstream.examples + _SHOTS
     length = (
         session.config.training.sequence_length - _ANSWER
     ) // 2  # so that shot and question fit the model
     if length < downstream.LEAST_PASSAGES:
         raise UserError(
-            f"downstream.tasks: cloze needs sequences of {2 * downstream.LEAST_PASSAGES + _ANSWER} tokens at least, not "
+            f"downstream.tasks: cloze needs sequences of {2 * downstream.LEAST_PASSAGES + _ANSWER} "
+            "tokens at least, not "
             f"training.sequence_length={session.config.training.sequence_length}"
         )
     passages = [downstream.passages(store, k, length) for k in range(len(store.domains))]

@@ -1,4 +1,5 @@
-"""The mixture in the form that the trainer of the final run reads, with a side file that says where it comes from."""
+"""The mixture in the form that the trainer of the final run reads, with a side file that says where
+it comes from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ from doremi_train.stages.session import Session
 def run(session: Session) -> Path:
     """Write the file and `FILE.provenance.json`.
 
-    Raises UserError where export.paths lacks a domain, has one that is not in the data, or holds a password.
+    Raises UserError where export.paths lacks a domain, has one that is not in the data, or holds a
+    password.
     """
     options = session.config.export
     to, paths = str(options.to), options.paths or {}
@@ -30,7 +32,8 @@ def run(session: Session) -> Path:
     for name, place in paths.items():
         if redact(place) != place:
             raise UserError(
-                f"export.paths.{name}={place}: holds a password; leave it out, and give it to the trainer"
+                f"export.paths.{name}={place}: holds a password; leave it out, and give it to the "
+                "trainer"
             )
     chosen = mixtures.run(session)
     means = given.tokens_per_document(session, store, to)

@@ -1,13 +1,15 @@
-"""Supervised fine-tuning of a local model, whole or by LoRA, on prompts and completions or on messages.
+"""Supervised fine-tuning of a local model, whole or by LoRA, on prompts and completions or on
+messages.
 
-`finetune.model` is a transformers folder (safetensors) with its tokeniser, or a model folder that a run wrote. The
-examples are the lines of data.root, data.domains or data.files (see `data.instructions`); their mixture is that of
-their numbers, so each comes once an epoch. It is the one training loop: an example is a sequence, tokens that carry no
-loss are marked, and the loss is the mean over those of the global batch that do. So batches may be selected
+`finetune.model` is a transformers folder (safetensors) with its tokeniser, or a model folder that a
+run wrote. The examples are the lines of data.root, data.domains or data.files (see
+`data.instructions`); their mixture is that of their numbers, so each comes once an epoch. It is the
+one training loop: an example is a sequence, tokens that carry no loss are marked, and the loss is
+the mean over those of the global batch that do. So batches may be selected
 (`batch_selection=greats`), runs resume, and any number of processes gives the same.
 
-It writes `finetune/model`, complete and with the adapters merged, and with LoRA `finetune/adapter`, which peft loads on
-top of `finetune.model`.
+It writes `finetune/model`, complete and with the adapters merged, and with LoRA `finetune/adapter`,
+which peft loads on top of `finetune.model`.
 """
 
 from dataclasses import asdict
@@ -77,7 +79,8 @@ def run(session: Session) -> Run:
         finish(session, task, Trainer(task, tuning, session.place), save, said)
         after = tuned.result()["evaluation"]["mean_loss"]
         session.say(
-            f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats per token"
+            f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats "
+            "per token"
         )
     return tuned
 
@@ -107,13 +110,14 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
     positions = getattr(inner.config, "max_position_embeddings", None)
     if positions is not None and positions < length:
         raise UserError(
-            f"training.sequence_length={length}: the model has only {positions} positions; shorten it"
+            f"training.sequence_length={length}: the model has only {positions} positions; shorten "
+            "it"
         )
     tokens, entries = len(encoder.tokenizer), inner.config.vocab_size
     if tokens > entries:
         raise UserError(
-            f"finetune.model: its tokeniser has {tokens} tokens, its vocabulary only {entries} entries; "
-            "give the tokeniser it was trained with"
+            f"finetune.model: its tokeniser has {tokens} tokens, its vocabulary only {entries} "
+            "entries; give the tokeniser it was trained with"
         )
 
 
@@ -130,7 +134,8 @@ def _measured(
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
-    """Into a model as it was at the beginning, since the trained one may be in parts on many processes."""
+    """Into a model as it was at the beginning, since the trained one may be in parts on many
+    processes."""
     inner, adapters = tuning.build(session)
     inner.load_state_dict(
         folders.of_inner(tensors), strict=False
@@ -163,14 +168,14 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
             break
     if len(found) < wanted:
         raise UserError(
-            f"batch_selection.validation: {len(found)} examples, but batch_selection.validation_sequences={wanted}; "
-            "give more, or lower it"
+            f"batch_selection.validation: {len(found)} examples, but "
+            f"batch_selection.validation_sequences={wanted}; give more, or lower it"
         )
     reported = read(data, "validation", *targets.evaluated(session, data), length).tokens.numpy()
     known = {row[row != -1].tobytes() for row in reported}
     if any(row.astype(np.int64)[row != -1].tobytes() in known for row in found):
         raise UserError(
-            "batch_selection.validation: shares examples with the reported evaluation, towards which would then be "
-            "trained; give others"
+            "batch_selection.validation: shares examples with the reported evaluation, towards "
+            "which would then be trained; give others"
         )
     return torch.from_numpy(chat.padded(found))

@@ -1,4 +1,5 @@
-"""The final model on the learned mixture, and at the same size and budget the mixtures it has to beat."""
+"""The final model on the learned mixture, and at the same size and budget the mixtures it has to
+beat."""
 
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ from doremi_train.training.task import TrainingOptions
 
 @once
 def run(session: Session) -> dict[str, Run]:
-    """Every model of the comparison by its name in evaluation.json. Runs that are the same are trained once."""
+    """Every model of the comparison by its name in evaluation.json. Runs that are the same are
+    trained once."""
     store = prepare.run(session)
     learned = stages_mixtures.run(session)
     mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
@@ -46,7 +48,8 @@ def training(session: Session) -> TrainingOptions:
 
 
 def selection(session: Session, store: TokenStore, name: str) -> Setting | None:
-    """How the candidates of every step are picked: of the main model alone, so that a comparison shows its gain."""
+    """How the candidates of every step are picked: of the main model alone, so that a comparison
+    shows its gain."""
     return targets.setting(session, store) if name == "main" else None
 
 

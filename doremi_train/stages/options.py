@@ -1,4 +1,5 @@
-"""Every key of a command with its default, the whole of them checked, and which keys decide what is computed.
+"""Every key of a command with its default, the whole of them checked, and which keys decide what is
+computed.
 
 Keys that belong to one part of the work are the options of that part's own module.
 """
@@ -246,7 +247,8 @@ class Config:
             not self.run_dir.strip()
         ):  # would be the current folder, and this is most likely an unset variable
             raise UserError(
-                "run_dir='': must name a folder for what the run writes; give it as run_dir=runs/mine"
+                "run_dir='': must name a folder for what the run writes; give it as "
+                "run_dir=runs/mine"
             )
         _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
         learned = ["doremi", "doge", *ONLINE, "mixmin", "swarm", "search"]
@@ -256,41 +258,44 @@ class Config:
         _one_of("online.prior", self.online.prior, list(HEURISTICS))
         if self.training.loss_weighting == "imp" and self.reference.path is None:
             raise UserError(
-                "training.loss_weighting=imp: compares a reference of the text that is wanted with a model of this "
-                "data, and without reference.path both would be trained on this data; give reference.path=…, or take "
-                "dimp or rho"
+                "training.loss_weighting=imp: compares a reference of the text that is wanted with "
+                "a model of this data, and without reference.path both would be trained on this "
+                "data; give reference.path=…, or take dimp or rho"
             )
         for name in self.comparisons:
             _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         given = [self.mixture.path, self.mixture.weights]
         if len(given) - given.count(None) != (self.mixture.method == "file"):
             raise UserError(
-                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of them goes with "
-                "mixture=file, and only with it; write mixture=file mixture.path=weights.json"
+                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of "
+                "them goes with mixture=file, and only with it; write mixture=file "
+                "mixture.path=weights.json"
             )
         if self.reference.mixture == "file" and (
             self.mixture.method != "file" or self.mixture.format is not None
         ):
             raise UserError(
-                "reference.mixture=file: is the weights.json or the weights of mixture=file; write mixture=file "
-                "mixture.path=weights.json, without mixture.format"
+                "reference.mixture=file: is the weights.json or the weights of mixture=file; write "
+                "mixture=file mixture.path=weights.json, without mixture.format"
             )
         if self.stage == "swarm" and self.mixture.method != "swarm":
             raise UserError(
-                f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write mixture=swarm too"
+                f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write "
+                "mixture=swarm too"
             )
         if self.mixture.format is not None:
             _one_of("mixture.format", self.mixture.format, list(formats.FORMATS))
             if self.mixture.path is None:
                 raise UserError(
-                    f"mixture.format={self.mixture.format}: it is that of mixture.path, which is missing"
+                    f"mixture.format={self.mixture.format}: it is that of mixture.path, which is "
+                    "missing"
                 )
         for name in self.downstream.tasks:
             _one_of("downstream.tasks", name, list(downstream.FORMS))
             if name != "cloze" and name not in (self.downstream.files or {}):
                 raise UserError(
-                    f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of yours; give it as "
-                    f"downstream.files={{{name}: FOLDER}}"
+                    f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of "
+                    f"yours; give it as downstream.files={{{name}: FOLDER}}"
                 )
         if self.downstream.tasks:
             downstream.require()
@@ -303,7 +308,8 @@ class Config:
 
     @property
     def comparisons(self) -> tuple[str, ...]:
-        """What the final model has to beat: baseline is α_ref, and natural and uniform are never missing."""
+        """What the final model has to beat: baseline is α_ref, and natural and uniform are never
+        missing."""
         if self.main.comparisons is not None:
             return self.main.comparisons
         return (
@@ -341,8 +347,8 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_identity(options: TrainingOptions) -> dict[str, Any]:
-    """The part of the training options that decides a run's result; how main runs weigh their tokens, and against
-    what, is said by themselves."""
+    """The part of the training options that decides a run's result; how main runs weigh their
+    tokens, and against what, is said by themselves."""
     return {
         key: value
         for key, value in asdict(options).items()

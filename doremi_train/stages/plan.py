@@ -79,7 +79,8 @@ def _write(
 
 
 def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dict[str, Any]:
-    """For each domain its size, and how often every run passes over it: those here, and the one of `main.tokens`."""
+    """For each domain its size, and how often every run passes over it: those here, and the one of
+    `main.tokens`."""
     training, count = session.config.training, len(store.domains)
     length, sizes, validation = (
         training.sequence_length,
@@ -121,10 +122,11 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
 def _reference_losses(
     session: Session, store: TokenStore, runs: Sequence[Ahead]
 ) -> dict[str, int] | None:
-    """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read, for every round;
-    where they are cached, also for how many sequences of any run they are missing.
+    """Size of the reference's losses in fp16 on all sequences that the proxies of all seeds read,
+    for every round; where they are cached, also for how many sequences of any run they are missing.
 
-    What seeds have in common is an expectation, since they draw independently; draws from α are taken for uniform.
+    What seeds have in common is an expectation, since they draw independently; draws from α are
+    taken for uniform.
     """
     options, length = session.config.proxy, session.config.training.sequence_length
     if session.config.mixture.method != "doremi" or not reference_losses.needed(session):
@@ -145,8 +147,8 @@ def _reference_losses(
 
 
 def _absent(session: Session, domains: int) -> dict[str, float | None] | None:
-    """Probability that a batch of the proxy misses a domain: where draws are uniform; and where they are from α, for a
-    domain that has only the weight that smoothing leaves it."""
+    """Probability that a batch of the proxy misses a domain: where draws are uniform; and where
+    they are from α, for a domain that has only the weight that smoothing leaves it."""
     options, batch = session.config.proxy, session.config.training.batch_size
     if session.config.mixture.method != "doremi":
         return None

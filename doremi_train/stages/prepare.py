@@ -19,7 +19,8 @@ from doremi_train.storage.runs import set_status, stop
 def run(session: Session) -> TokenStore:
     """The prepared data of this configuration; made on the first process, opened on all.
 
-    Raises UserError where a source or the tokeniser changed since this run_dir was started, or a domain is too small.
+    Raises UserError where a source or the tokeniser changed since this run_dir was started, or a
+    domain is too small.
     """
     options = chosen.data(session)
     folder = comm.on_first(lambda: _prepare(session, options))
@@ -46,8 +47,9 @@ def _prepare(session: Session, options: DataOptions) -> Path:
         before = files.read_json(link / "manifest.json")["request"]
         if prepare.address(before) != prepare.address(request):
             raise UserError(
-                f"run_dir={session.run_dir}: its data changed since it was prepared:\n"
-                f"{prepare.explain_change(before, request)}\ntake another run_dir, or bring the old data back"
+                f"run_dir={session.run_dir}: its data changed since it was "
+                f"prepared:\n{prepare.explain_change(before, request)}\ntake another run_dir, or "
+                "bring the old data back"
             )
     with Bar("prepare", 1, unit="B", show=session.bar is None) as bar:
 

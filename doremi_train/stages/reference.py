@@ -25,7 +25,8 @@ _AT_ONCE = 1 << 20  # draws, so that their numbers take little memory
 
 
 def run(session: Session) -> Path:
-    """The folder of the reference of the first round; where its losses are cached, those that proxies need too."""
+    """The folder of the reference of the first round; where its losses are cached, those that
+    proxies need too."""
     store = prepare.run(session)
     trained = reference.folder(session, store, reference.mixture(session, store), "reference")
     if session.config.mixture.method == "doremi" and reference_losses.cached(session):
@@ -47,7 +48,8 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
     """
     if session.config.proxy.objective == "resample":
         session.say(
-            "reference losses       not computed ahead: with proxy.objective=resample the draws follow α"
+            "reference losses       not computed ahead: with proxy.objective=resample the draws "
+            "follow α"
         )
         return
     table = frozen.Table(
@@ -80,7 +82,8 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
             if stopping:
                 raise Preempted("reference losses: told to stop; the same command continues")
     session.say(
-        f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them computed now"
+        f"reference losses       {len(rows)} sequences in {table.path.parent}, {total} of them "
+        "computed now"
     )
 
 

@@ -1,7 +1,9 @@
-"""report.html: the mixture, how it came about, and what it gained; one self-contained page. And the same in a terminal.
+"""report.html: the mixture, how it came about, and what it gained; one self-contained page. And the
+same in a terminal.
 
-A run, its seeds and a sweep are one thing: settings, each with the runs that differ in their seed only. Over the folder
-of a sweep the page first compares the settings, then shows each of them as it shows a single run.
+A run, its seeds and a sweep are one thing: settings, each with the runs that differ in their seed
+only. Over the folder of a sweep the page first compares the settings, then shows each of them as it
+shows a single run.
 """
 
 import contextlib
@@ -74,7 +76,8 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
 
 @once
 def diagnose(session: Session) -> list[Finding]:
-    """Every finding of every detector that the stages of this run give numbers for, written to findings.json."""
+    """Every finding of every detector that the stages of this run give numbers for, written to
+    findings.json."""
     store = prepare.run(session)
     figures = evaluate.run(session)
     findings: list[Finding] = comm.on_first(lambda: _diagnose(session, store, figures))
@@ -143,7 +146,8 @@ def _of_the_models(
 
 
 def proxies(run_dir: Path) -> list[Path]:
-    """Folders of the proxies that the weights come from: the seeds of the last round, or the one there is."""
+    """Folders of the proxies that the weights come from: the seeds of the last round, or the one
+    there is."""
     rounds = sorted(
         run_dir.glob("proxy/round-*"), key=lambda folder: int(folder.name.removeprefix("round-"))
     )

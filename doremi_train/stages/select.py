@@ -1,4 +1,5 @@
-"""Choose the documents or examples that serve a target, and show the choice; stages that train use it as it is."""
+"""Choose the documents or examples that serve a target, and show the choice; stages that train use
+it as it is."""
 
 from pathlib import Path
 

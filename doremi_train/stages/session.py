@@ -22,7 +22,8 @@ from doremi_train.storage.mirror import Mirror
 
 @dataclass
 class Session:
-    """One command on this process: its configuration as composed and as checked, and its place among the processes."""
+    """One command on this process: its configuration as composed and as checked, and its place
+    among the processes."""
 
     config: Config
     plain: Mapping[str, Any]
@@ -52,7 +53,8 @@ class Session:
         return trackers.Tracking(self.config.tracking, self.run_dir, self.plain)
 
     def over(self, label: str, total: int) -> Bar:
-        """The progress of several runs, `total` tokens: a bar of their own, or a share of the one over all."""
+        """The progress of several runs, `total` tokens: a bar of their own, or a share of the one
+        over all."""
         return (
             Part(self.bar, label)
             if self.bar is not None
@@ -70,7 +72,8 @@ class Session:
     @contextlib.contextmanager
     def computing(self, run: runs.Run, name: str) -> Iterator[bool]:
         """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there is work to do:
-        a finished run is not done again, also when it was finished by somebody else while this process waited."""
+        a finished run is not done again, also when it was finished by somebody else while this process
+        waited."""
         with contextlib.ExitStack() as stack:
             comm.on_first(lambda: self._enter(stack, run, name))
             todo = comm.broadcast(not run.finished)
@@ -81,7 +84,8 @@ class Session:
     def alone(self, stage: str) -> Iterator[None]:
         """Hold the folder of a stage that is more than one run, and keep its status.
 
-        Raises UserError, and leaves the status alone, where the same stage of this run_dir is at work already.
+        Raises UserError, and leaves the status alone, where the same stage of this run_dir is at
+        work already.
         """
         folder = self.run_dir / stage
         with contextlib.ExitStack() as stack:
@@ -151,7 +155,8 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
 def open_session(
     plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]
 ) -> Session:
-    """Check the composed configuration, join the processes, and claim the run folder for this configuration."""
+    """Check the composed configuration, join the processes, and claim the run folder for this
+    configuration."""
     config = load(Config, plain)
     slurm.export_ranks()
     if config.training.threads:

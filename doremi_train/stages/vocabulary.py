@@ -1,4 +1,5 @@
-"""Learn a vocabulary, from sub-words to phrases, that suits the targets: for selection.features=granular."""
+"""Learn a vocabulary, from sub-words to phrases, that suits the targets: for
+selection.features=granular."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +29,10 @@ def run(session: Session) -> Path:
     result = made.result()
     first, last = result["steps"][0], result["steps"][-1]
     session.say(
-        f"vocabulary  {first['tokens']} → {last['tokens']} tokens, H_v {first['utility_plain']:.4f} → "
-        f"{last['utility_plain']:.4f} nats per byte (weighted by use {first['utility_used']:.4f} → "
-        f"{last['utility_used']:.4f}); use it with selection.features=granular selection.vocabulary={path}"
+        f"vocabulary  {first['tokens']} → {last['tokens']} tokens, H_v "
+        f"{first['utility_plain']:.4f} → {last['utility_plain']:.4f} nats per byte (weighted by "
+        f"use {first['utility_used']:.4f} → {last['utility_used']:.4f}); use it with "
+        f"selection.features=granular selection.vocabulary={path}"
     )
     return path
 

@@ -1,6 +1,7 @@
 """Checkpoints: saved aside, checked, renamed; the newest sound one is restored exactly.
 
-A checkpoint is one file of tensors and plain values, loaded with `weights_only=True`, and its checksum.
+A checkpoint is one file of tensors and plain values, loaded with `weights_only=True`, and its
+checksum.
 """
 
 import hashlib
@@ -48,7 +49,8 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
 
 
 def latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint whose checksum holds, or None. A torn or corrupt one is named and passed over.
+    """The newest checkpoint whose checksum holds, or None. A torn or corrupt one is named and
+    passed over.
 
     Raises UserError as `read` does.
     """
@@ -57,8 +59,8 @@ def latest(folder: Path) -> dict[str, Any] | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One checkpoint. Raises UserError where its checksum does not hold, and for one that holds more than tensors and
-    plain values: loading it could run code."""
+    """One checkpoint. Raises UserError where its checksum does not hold, and for one that holds
+    more than tensors and plain values: loading it could run code."""
     checksum = path.with_suffix(".sha256")
     if (
         not path.exists()
@@ -66,7 +68,8 @@ def read(path: Path) -> dict[str, Any]:
         or checksum.read_bytes() != _digest(path).encode()
     ):
         raise UserError(
-            f"{path}: missing, torn or corrupt; delete {path.parent.parent}, and it is computed again"
+            f"{path}: missing, torn or corrupt; delete {path.parent.parent}, and it is computed "
+            "again"
         )
     return _load(path)
 
@@ -76,8 +79,8 @@ def _load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: refused, because it holds more than tensors and plain values, and loading it could run code; "
-            "delete it, and find out who wrote it"
+            f"{path}: refused, because it holds more than tensors and plain values, and loading it "
+            "could run code; delete it, and find out who wrote it"
         ) from None
 
 
@@ -88,8 +91,8 @@ def remove(folder: Path) -> None:
 
 
 def push(run: Path, mirror: Mirror) -> None:
-    """Copy the newest checkpoint of the folder `run`, and the logs that belong to it, to the run's second home, and
-    keep as many there as here."""
+    """Copy the newest checkpoint of the folder `run`, and the logs that belong to it, to the run's
+    second home, and keep as many there as here."""
     kept = [f"{path.parent.name}/{path.name}" for path in _paths(run / FOLDER)]
     checksums = [_checksum(name) for name in kept]
     mirror.push(run, [*_logs(run), "recipe.json", kept[-1], checksums[-1]])
@@ -101,7 +104,8 @@ def push(run: Path, mirror: Mirror) -> None:
 
 
 def fetch(run: Path, mirror: Mirror) -> None:
-    """Bring the newest sound checkpoint and the logs, where the one in the folder `run` is older or there is none."""
+    """Bring the newest sound checkpoint and the logs, where the one in the folder `run` is older or
+    there is none."""
     here, there = _newest(run / FOLDER), mirror.sizes()
     for name in sorted(
         (name for name in there if name.startswith(FOLDER) and name.endswith(".pt")), reverse=True

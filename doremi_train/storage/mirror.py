@@ -21,7 +21,8 @@ class Torn(Exception):
 
 
 class Mirror:
-    """A folder's second home, at a path or URL. A file goes there, and comes back, whole or not at all."""
+    """A folder's second home, at a path or URL. A file goes there, and comes back, whole or not at
+    all."""
 
     def __init__(self, url: str, key: str = "remote") -> None:
         self.key, self.url = key, redact(url.rstrip("/"))  # for messages
@@ -68,7 +69,8 @@ class Mirror:
                 return None
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy `folder`/name there, in this order: the name that says that all is there comes last."""
+        """Copy `folder`/name there, in this order: the name that says that all is there comes
+        last."""
         for name in names:
             target = f"{self._path}/{name}"
             with urls.reaching(f"{self.url}/{name}", self.key):
@@ -81,7 +83,8 @@ class Mirror:
     def pull(
         self, folder: Path, name: str, size: int | None = None, sha256: str | None = None
     ) -> None:
-        """Copy name to `folder`/name. Raises Torn where it has not the size or the checksum that it must have."""
+        """Copy name to `folder`/name. Raises Torn where it has not the size or the checksum that it
+        must have."""
         with (
             urls.reaching(f"{self.url}/{name}", self.key),
             self._fs.open(f"{self._path}/{name}", "rb") as source,

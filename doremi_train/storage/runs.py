@@ -1,7 +1,9 @@
-"""Runs in the store: a folder named by the content of what it computes, locked while in use, never done twice.
+"""Runs in the store: a folder named by the content of what it computes, locked while in use, never
+done twice.
 
-`<store>/runs/<kind>-<address>/` holds `recipe.json` (everything that decides the result), `status.json`, the logs, the
-checkpoints and, at the end, `result.json`. Two stages, seeds or sweeps that need the same run share it.
+`<store>/runs/<kind>-<address>/` holds `recipe.json` (everything that decides the result),
+`status.json`, the logs, the checkpoints and, at the end, `result.json`. Two stages, seeds or sweeps
+that need the same run share it.
 """
 
 import os
@@ -24,13 +26,15 @@ class Preempted(Exception):
 
 
 class DiskFull(Exception):
-    """There is no room for what has to be written. Exit code 1: with room, the same command continues."""
+    """There is no room for what has to be written. Exit code 1: with room, the same command
+    continues."""
 
     exit_code = 1
 
 
 class Stop:
-    """Whether this process was asked to stop. Every loop looks at it; signals set it (see `__main__`)."""
+    """Whether this process was asked to stop. Every loop looks at it; signals set it (see
+    `__main__`)."""
 
     requested = False
 
@@ -95,7 +99,8 @@ class Run:
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:
-    """`status.json`: state (running, finished, preempted or failed), step, message; what launch scripts read.
+    """`status.json`: state (running, finished, preempted or failed), step, message; what launch
+    scripts read.
 
     Without a step the last one stays.
     """
@@ -109,8 +114,9 @@ def set_status(folder: Path, state: str, step: int | None = None, message: str =
 
 @contextmanager
 def lock(folder: Path, owner: str) -> Iterator[None]:
-    """Hold `folder` alone. Where another owner has it, wait: two runs may share a part, and it is computed once.
-    Where it is the same owner (a second start in one run_dir), raise UserError naming the process.
+    """Hold `folder` alone. Where another owner has it, wait: two runs may share a part, and it is
+    computed once. Where it is the same owner (a second start in one run_dir), raise UserError
+    naming the process.
 
     The lock is the kernel's (flock), so it ends with the process that held it, however that ended.
     """
@@ -121,7 +127,8 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
             holder = file.read().strip()
             if holder.startswith(f"{owner} "):
                 raise UserError(
-                    f"{folder}: in use by {holder}; wait until it ends, stop it, or take another run_dir"
+                    f"{folder}: in use by {holder}; wait until it ends, stop it, or take another "
+                    "run_dir"
                 )
             print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
             while not files.try_lock(file):

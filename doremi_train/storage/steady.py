@@ -42,9 +42,11 @@ def one_line(error: BaseException) -> str:
 
 
 def steadily(what: str, call: Callable[[], T]) -> T:
-    """`call()`, again after a growing wait where the network fails; every retry is said in one line.
+    """`call()`, again after a growing wait where the network fails; every retry is said in one
+    line.
 
-    Raises OSError at once where trying again is no use (missing, forbidden), and UserError after ATTEMPTS attempts.
+    Raises OSError at once where trying again is no use (missing, forbidden), and UserError after
+    ATTEMPTS attempts.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -137,7 +139,8 @@ class Steady:
 
 
 class SteadyFile(io.RawIOBase):
-    """A remote file that continues at the byte where a read failed, so that nothing is lost or read twice."""
+    """A remote file that continues at the byte where a read failed, so that nothing is lost or read
+    twice."""
 
     def __init__(self, fs: Any, path: str) -> None:
         self._fs, self._path, self.name = fs, path, fs.unstrip_protocol(path)

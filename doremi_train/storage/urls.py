@@ -1,5 +1,5 @@
-"""Storage beyond this machine: fsspec URLs opened safely, tried again where the network fails, and a second home of
-the store."""
+"""Storage beyond this machine: fsspec URLs opened safely, tried again where the network fails, and
+a second home of the store."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from doremi_train.config import UserError, redact
 from doremi_train.storage import steady
 from doremi_train.storage.steady import Steady
 
-# Protocols that only transfer bytes. Others may run code on this machine, as chained URLs (a::b) may.
+# Protocols that only transfer bytes. Others may run code on this machine, as chained URLs (a::b)
+# may.
 PROTOCOLS = (
     *("file", "local", "memory", "http", "https", "ftp", "sftp", "ssh", "smb", "webdav"),
     *("s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "oci", "oss", "tos", "hf", "hdfs", "webhdfs"),
@@ -49,20 +50,22 @@ def harmless(url: str) -> bool:
 def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
     """(file system, path in it) of a path or URL given as `key`.
 
-    Raises UserError for a protocol that may run code (unless `odd` ones are wanted), or whose package is missing.
+    Raises UserError for a protocol that may run code (unless `odd` ones are wanted), or whose
+    package is missing.
     """
     if not odd and not harmless(url):
         raise UserError(
-            f"{key}={url!r}: refused, because it may run a command on this machine; allowed are paths and "
-            f"{', '.join(PROTOCOLS)} URLs"
+            f"{key}={url!r}: refused, because it may run a command on this machine; allowed are "
+            f"paths and {', '.join(PROTOCOLS)} URLs"
         )
     scheme, separator, _ = url.partition("://")
     if not separator:
         return LocalFileSystem(), os.path.abspath(Path(url).expanduser())  # noqa: PTH100 (links are kept)
     if scheme in EXTRAS and redact(url) != url:
         raise UserError(
-            f"{key}={url!r}: credentials do not belong into this URL; take them out, and give them in the environment "
-            "or in the provider's own file (for s3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            f"{key}={url!r}: credentials do not belong into this URL; take them out, and give them "
+            "in the environment or in the provider's own file (for s3: AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)"
         )
     try:
         fs, path = fsspec.core.url_to_fs(url, **SETTINGS.get(scheme, {}))
@@ -91,5 +94,6 @@ def reaching(url: str, key: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, ValueError) as error:
         raise UserError(
-            f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); check path, rights and network"
+            f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); check path, rights and "
+            "network"
         ) from error

@@ -1,13 +1,15 @@
 """Which candidates a step trains on: GREATS, and the policies that it has to beat.
 
-A step draws N candidates, and k = training.batch_size of them are trained on. Where one forward holds all candidates
-of a process, the step is one pass: a forward, a backward for activations alone, the pick, and the picks' gradient from
-the stored factors. Otherwise (several micro-batches, activation checkpointing) the candidates are scored a micro-batch
-at a time, and the picks are a second, ordinary pass. Policies that need no gradient always take this way.
+A step draws N candidates, and k = training.batch_size of them are trained on. Where one forward
+holds all candidates of a process, the step is one pass: a forward, a backward for activations
+alone, the pick, and the picks' gradient from the stored factors. Otherwise (several micro-batches,
+activation checkpointing) the candidates are scored a micro-batch at a time, and the picks are a
+second, ordinary pass. Policies that need no gradient always take this way.
 
 What processes exchange is a row of numbers a candidate; everyone then picks the same.
 
-N candidates, n of them on this process, k picks, T tokens a sequence, M validation sequences, R numbers of a sketch.
+N candidates, n of them on this process, k picks, T tokens a sequence, M validation sequences, R
+numbers of a sketch.
 """
 
 from dataclasses import asdict
@@ -67,20 +69,20 @@ def described(setting: Setting | None) -> dict[str, Any]:
 
 
 def check(setting: Setting, count: int, parts: int, strategy: str, compiled: bool) -> None:
-    """Raise UserError where `count` picks cannot be made as the options say, under this engine and in so many
-    micro-batches of a process."""
+    """Raise UserError where `count` picks cannot be made as the options say, under this engine and
+    in so many micro-batches of a process."""
     options = setting.options
     if setting.candidates <= count:
         raise UserError(
-            f"batch_selection.candidates={setting.candidates}: must be more than training.batch_size={count}, "
-            "the number of picks"
+            f"batch_selection.candidates={setting.candidates}: must be more than "
+            f"training.batch_size={count}, the number of picks"
         )
     if options.method == "random":
         return
     if strategy not in ("single", "ddp") or compiled:
         raise UserError(
-            f"batch_selection={options.method}: scores candidates layer by layer on whole, uncompiled models; "
-            "use engine=ddp without engine.compile"
+            f"batch_selection={options.method}: scores candidates layer by layer on whole, "
+            "uncompiled models; use engine=ddp without engine.compile"
         )
     if (
         options.method == "greats"
@@ -127,6 +129,7 @@ def effort(
 
 
 def looks_ahead(step: int, every: int) -> bool:
-    """Whether step number `step` (from 1) takes the validation gradient anew. In the beginning it turns fastest: one
-    gradient for the first ten steps lost all that picking gains there (`benchmarks.policies`)."""
+    """Whether step number `step` (from 1) takes the validation gradient anew. In the beginning it
+    turns fastest: one gradient for the first ten steps lost all that picking gains there
+    (`benchmarks.policies`)."""
     return step <= every or (step - 1) % every == 0

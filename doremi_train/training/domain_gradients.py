@@ -1,10 +1,13 @@
-"""The gradient of every domain of a batch, from one forward and one backward for activations (for DoGE).
+"""The gradient of every domain of a batch, from one forward and one backward for activations (for
+DoGE).
 
-What a layer saw (`gradients.capture`) gives the gradient sum of each domain, which adds up over micro-batches and
-processes. Their products decide the weights, and then the step's own gradient is Σ_k weight_k · sum_k: nothing is
-computed twice. They are kept, K times the size of the model in float32 on every process.
+What a layer saw (`gradients.capture`) gives the gradient sum of each domain, which adds up over
+micro-batches and processes. Their products decide the weights, and then the step's own gradient is
+Σ_k weight_k · sum_k: nothing is computed twice. They are kept, K times the size of the model in
+float32 on every process.
 
-K domains, n sequences of a micro-batch, T tokens a sequence, M target sequences, P numbers of a parameter.
+K domains, n sequences of a micro-batch, T tokens a sequence, M target sequences, P numbers of a
+parameter.
 """
 
 import functools
@@ -59,8 +62,9 @@ class DomainGradients:
         return found.losses
 
     def align(self, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """`doge.align` of the batch over all processes, whose domains have `tokens` (K,), at step `step` from 0; (K,)
-        each, on the host. A collective, after which the sums are those of all processes."""
+        """`doge.align` of the batch over all processes, whose domains have `tokens` (K,), at step
+        `step` from 0; (K,) each, on the host. A collective, after which the sums are those of all
+        processes."""
         comm.average(list(self._sums.values()))
         size, target = comm.world().size, self._target_gradient(step)
         counts = tokens.clamp_min(1).to(self._device)[:, None]
@@ -79,7 +83,8 @@ class DomainGradients:
             parameter.grad = (weights.to(total) @ total).view_as(parameter)
 
     def _target_gradient(self, step: int) -> dict[str, Tensor] | None:
-        """Of the mean loss of the sequences that are next. Every process computes all of it: all have the same bits."""
+        """Of the mean loss of the sequences that are next. Every process computes all of it: all
+        have the same bits."""
         count = len(self._target.tokens)
         if not count:
             return None
@@ -93,11 +98,12 @@ class DomainGradients:
 
 
 def check(model: nn.Module, strategy: str, compiled: bool) -> None:
-    """Raise UserError where gradients cannot be taken apart: of this model, or under this engine."""
+    """Raise UserError where gradients cannot be taken apart: of this model, or under this
+    engine."""
     if strategy not in ("single", "ddp") or compiled:
         raise UserError(
-            "mixture=doge: takes gradients apart layer by layer on whole, uncompiled models; use engine=ddp without "
-            "engine.compile"
+            "mixture=doge: takes gradients apart layer by layer on whole, uncompiled models; use "
+            "engine=ddp without engine.compile"
         )
     try:
         capture.require_factored(model)

@@ -1,11 +1,13 @@
-"""Losses of the frozen reference: computed with every batch, or cached in the store and computed once.
+"""Losses of the frozen reference: computed with every batch, or cached in the store and computed
+once.
 
     <store>/losses/<address>/recipe.json    fingerprints of model, data and tokeniser, sequence length, precision
                              losses.f16     a row of T float16 for every training sequence, domain after domain; sparse
 
-Nothing else says what is there. No loss is stored as 0, so a row with a 0 in it was never written, or not to its end.
-That needs no lock: writers of one row write what the same model gives, and whoever sees it torn computes it again.
-The cache stays in the local store; a second home (`remote`) has no copy, since it can always be computed again.
+Nothing else says what is there. No loss is stored as 0, so a row with a 0 in it was never written,
+or not to its end. That needs no lock: writers of one row write what the same model gives, and
+whoever sees it torn computes it again. The cache stays in the local store; a second home (`remote`)
+has no copy, since it can always be computed again.
 
 K domains, N sequences of all domains together, B sequences of a micro-batch, T tokens a sequence.
 """
@@ -44,8 +46,9 @@ class Reference(Protocol):
     """The frozen reference as the trainer sees it."""
 
     def stored(self, domain: Ints, sequence: Ints) -> Tensor | None:
-        """What is known without the model of sequences `sequence` (B,) of `domain` (B,): (B, T) float16 with a 0 in
-        every row that is not, or nothing. Called by another thread, ahead of `losses`."""
+        """What is known without the model of sequences `sequence` (B,) of `domain` (B,): (B, T)
+        float16 with a 0 in every row that is not, or nothing. Called by another thread, ahead of
+        `losses`."""
 
     def losses(self, micro: MicroBatch) -> Tensor:
         """(B, T) float32 on the device, nats."""
@@ -69,7 +72,8 @@ class Live:
 
 
 class LogRatio:
-    """How much less likely the reference finds a token than a model of the data does: ℓ_ref − ℓ_q, for IMP."""
+    """How much less likely the reference finds a token than a model of the data does: ℓ_ref − ℓ_q,
+    for IMP."""
 
     def __init__(self, reference: Reference, data: Reference) -> None:
         self._reference, self._data = reference, data
@@ -144,7 +148,8 @@ class Table:
         return self._rows[rows]
 
     def write(self, rows: Ints, losses: Halves) -> None:
-        """Raises OSError where there is no room. Never through the map, where that would be a fatal signal."""
+        """Raises OSError where there is no room. Never through the map, where that would be a fatal
+        signal."""
         try:
             for row, values in zip(rows.tolist(), losses, strict=True):
                 left, at = memoryview(values.tobytes()), 2 * self.length * row
@@ -162,7 +167,8 @@ class Table:
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
-            f"reference.losses=cached: {what}; delete {self.path.parent}, and the same command computes it again"
+            f"reference.losses=cached: {what}; delete {self.path.parent}, and the same command "
+            "computes it again"
         )
 
 
@@ -192,7 +198,8 @@ def rounded(losses: Tensor) -> Halves:
 
 
 class Cached:
-    """Losses from the file. Only rows that are not in it are computed, and only then is the model loaded.
+    """Losses from the file. Only rows that are not in it are computed, and only then is the model
+    loaded.
 
     A computed loss is used as it is stored, rounded, so a run that was killed and continues sees the same numbers. For
     this the rows of a micro-batch also go first, in one write, to the file `pending`: a kill between two rows would
@@ -227,7 +234,8 @@ class Cached:
         return known.to(self._device, non_blocking=True).float()
 
     def _complete(self, micro: MicroBatch, missing: NDArray[np.bool_]) -> Halves:
-        """Rows that were missing when the batch was read ahead: from the file by now, or computed and written."""
+        """Rows that were missing when the batch was read ahead: from the file by now, or computed
+        and written."""
         rows = self._table.rows(micro.domain.numpy(), micro.sequence.numpy())[missing]
         # A sequence that comes twice in a batch is computed once.
         rows, nth, back = np.unique(rows, return_index=True, return_inverse=True)
@@ -241,7 +249,8 @@ class Cached:
 
     def _compute(self, micro: MicroBatch, nth: Ints) -> Halves:
         if self._live is None:
-            # Loading draws random numbers, and dropout of this step must not depend on whether it was needed.
+            # Loading draws random numbers, and dropout of this step must not depend on whether it
+            # was needed.
             with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
                 self._live = self._load()
         some = MicroBatch(micro.tokens[nth], micro.domain[nth], micro.sequence[nth])
@@ -254,7 +263,8 @@ class Cached:
         self._table.write(rows, losses)
 
     def _finish_write(self, pending: Path) -> None:
-        """What a killed run was writing: all of it, or nothing where `pending` itself was not written to its end."""
+        """What a killed run was writing: all of it, or nothing where `pending` itself was not
+        written to its end."""
         with contextlib.suppress(FileNotFoundError):
             content = pending.read_bytes()
             if zlib.crc32(content[4:]) == int.from_bytes(content[:4], "little"):

@@ -1,4 +1,5 @@
-"""What a run writes while it trains: metrics, evaluations, domain weights and picks, a line a step."""
+"""What a run writes while it trains: metrics, evaluations, domain weights and picks, a line a
+step."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Picking the examples of a step: candidates are scored, some are kept, and their gradients are taken."""
+"""Picking the examples of a step: candidates are scored, some are kept, and their gradients are
+taken."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -43,7 +44,8 @@ class Scores(NamedTuple):
 
 
 class Selector:
-    """The policy at work beside a model and its optimiser on this process. `state` belongs into checkpoints."""
+    """The policy at work beside a model and its optimiser on this process. `state` belongs into
+    checkpoints."""
 
     def __init__(
         self,
@@ -66,9 +68,11 @@ class Selector:
         return f"{self.options.method} picks {self.count} of {self.candidates}, {passes}"
 
     def choose(self, batch: Batch, rows: list[slice], step: int, rate: float, seed: int) -> Chosen:
-        """Pick from `batch`, of which this process has `rows`, for step number `step` (from 1) of learning rate `rate`.
+        """Pick from `batch`, of which this process has `rows`, for step number `step` (from 1) of
+        learning rate `rate`.
 
-        The same on every process. Raises ArithmeticError where fewer than k candidates have a finite score.
+        The same on every process. Raises ArithmeticError where fewer than k candidates have a
+        finite score.
         """
         options = self.options
         if options.method == "random":
@@ -110,7 +114,8 @@ class Selector:
     def _score(
         self, batch: Batch, rows: list[slice]
     ) -> tuple[Scores, Tensor | None, Examples | None, Products | None]:
-        """Scores of all candidates; and in one pass losses (n, T), factors and, by GREATS's exact route, products."""
+        """Scores of all candidates; and in one pass losses (n, T), factors and, by GREATS's exact
+        route, products."""
         values = torch.zeros(self.candidates, dtype=torch.float64, device=self._device)
         found: list[tuple[slice, Tensor]] = []
         losses = examples = exact = None
@@ -181,7 +186,8 @@ class Selector:
         self.state = State(target, curvature)
 
     def _gradient(self) -> dict[str, Tensor]:
-        """Of the mean validation loss. Every process computes all of it: then all have the same bits."""
+        """Of the mean validation loss. Every process computes all of it: then all have the same
+        bits."""
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         total = {name: torch.zeros_like(p) for name, p in named.items()}
         carrying = (self._validation[:, 1:] >= 0).sum()
@@ -194,8 +200,9 @@ class Selector:
         return total
 
     def _preconditioned(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What AdamW would make of it: divided by √v̂ + ε, with v after a step against this gradient, so that what was
-        never trained (√v = 0) does not outweigh all else. For other optimisers the gradient itself."""
+        """What AdamW would make of it: divided by √v̂ + ε, with v after a step against this
+        gradient, so that what was never trained (√v = 0) does not outweigh all else. For other
+        optimisers the gradient itself."""
         if not self.options.preconditioned or not isinstance(self._optimizer, torch.optim.AdamW):
             return gradient
         named, found = dict(self._model.named_parameters()), {}
@@ -242,7 +249,8 @@ class Selector:
         named = dict(self._model.named_parameters())
 
         def write(weights: Tensor) -> None:
-            """Σ weights_i g_i into .grad, averaged over processes as engines do; weights (…,) of the local picks."""
+            """Σ weights_i g_i into .grad, averaged over processes as engines do; weights (…,) of
+            the local picks."""
             of_all = weights.new_zeros(count).index_copy_(0, local.to(weights.device), weights)
             for name, gradient in products.weighted(examples, of_all, kept).items():
                 named[name].grad = gradient.to(named[name].dtype)
@@ -252,7 +260,8 @@ class Selector:
 
 
 class _FromFactors(torch.autograd.Function):
-    """Losses (n, T) whose backward is `write(weights of the rows)`, instead of one through the model."""
+    """Losses (n, T) whose backward is `write(weights of the rows)`, instead of one through the
+    model."""
 
     @staticmethod
     def forward(
@@ -266,7 +275,8 @@ class _FromFactors(torch.autograd.Function):
         (gradient,) = gradients
         if not torch.equal(gradient, gradient[:, :1].expand_as(gradient)):
             raise ValueError(
-                "one pass gives one weight to all tokens of a sequence; this objective weighs each token"
+                "one pass gives one weight to all tokens of a sequence; this objective weighs each "
+                "token"
             )
         ctx.write(gradient[:, 0])
         return None, None, None

@@ -95,10 +95,11 @@ def refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) ->
     """Raise UserError for what cannot be exact when a batch comes in several micro-batches."""
     if task.accumulation == "exact" and has_dropout(model):
         raise UserError(
-            f"{task.label}: its weights are those of the whole batch, so with several micro-batches "
-            "(proxy.accumulation=exact, or training.loss_weighting) every forward runs twice, which must agree: the "
-            "model may not have dropout; set its dropout to 0, raise training.micro_batch_size so that one is enough, "
-            "or use proxy.accumulation=lagged or weighting.normalize=false"
+            f"{task.label}: its weights are those of the whole batch, so with several "
+            "micro-batches (proxy.accumulation=exact, or training.loss_weighting) every forward "
+            "runs twice, which must agree: the model may not have dropout; set its dropout to 0, "
+            "raise training.micro_batch_size so that one is enough, or use "
+            "proxy.accumulation=lagged or weighting.normalize=false"
         )
     if (
         task.accumulation == "lagged"
@@ -106,14 +107,15 @@ def refuse_accumulation(task: Task, model: LanguageModel, place: place.Place) ->
         and place.strategy.startswith("zero")
     ):
         raise UserError(
-            f"training.on_nonfinite=skip: {place.strategy} has divided the gradients of the first micro-batches "
-            "before the last one's loss is known; raise training.micro_batch_size so that one is enough, or use "
-            "engine=fsdp2 or ddp"
+            f"training.on_nonfinite=skip: {place.strategy} has divided the gradients of the first "
+            "micro-batches before the last one's loss is known; raise training.micro_batch_size so "
+            "that one is enough, or use engine=fsdp2 or ddp"
         )
 
 
 def has_dropout(model: LanguageModel) -> bool:
-    """Whether two forwards of the model in training mode may differ: a dropout layer, or dropout inside attention."""
+    """Whether two forwards of the model in training mode may differ: a dropout layer, or dropout
+    inside attention."""
     config = model.inner.config
     attention = [
         getattr(config, name, 0.0) or 0.0

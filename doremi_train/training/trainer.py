@@ -75,14 +75,16 @@ class Trainer:
         self._loss = _Loss(*torch.zeros(2, dtype=torch.float64, device=self.device))
 
     def fit(self, watch: Watch = lambda line: None) -> Position:
-        """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when told to stop."""
+        """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when
+        told to stop."""
         position = self._restore()
         for after in self.steps(position, watch):
             position = after
         return position
 
     def steps(self, position: Position, watch: Watch = lambda line: None) -> Iterator[Position]:
-        """The steps from `position` to the end, each with its logs; gives the position after every one."""
+        """The steps from `position` to the end, each with its logs; gives the position after every
+        one."""
         task, training = self.task, self.task.training
         tokens = training.batch_size * training.sequence_length  # of one step
         with (
@@ -117,13 +119,14 @@ class Trainer:
                     self._save(position)
                 if stopping:
                     raise Preempted(
-                        f"{task.label}: told to stop; saved at step {position.step} of {training.steps}; "
-                        "the same command continues it"
+                        f"{task.label}: told to stop; saved at step {position.step} of "
+                        f"{training.steps}; the same command continues it"
                     )
                 yield position
 
     def step(self, position: Position) -> tuple[Position, Any, bool]:
-        """One optimiser step: forward, one exchange of sums, the objective's update, weighted backward.
+        """One optimiser step: forward, one exchange of sums, the objective's update, weighted
+        backward.
 
         Returns the new position, the global batch's sums, and whether any process was told to stop.
         """
@@ -141,7 +144,8 @@ class Trainer:
                 self.domain_gradients, state, batch, number
             )
         elif task.accumulation == "exact" and early:
-            # The weights of this very batch are known only after all of its forwards, so these are done twice.
+            # The weights of this very batch are known only after all of its forwards, so these are
+            # done twice.
             with torch.no_grad():
                 _, references, observed = zip(
                     *(self._observe(micro) for micro in batch.micro), strict=True
@@ -151,8 +155,9 @@ class Trainer:
                 with self.engine.accumulating(last=micro is last):
                     self._backward(self._losses(micro), reference, micro, state, stats.tokens)
         else:
-            # With one micro-batch these are the weights of this very batch too: nothing is computed twice. With more,
-            # they are those of the step before, or never move: every token count is known from the draw.
+            # With one micro-batch these are the weights of this very batch too: nothing is computed
+            # twice. With more, they are those of the step before, or never move: every token count
+            # is known from the draw.
             parts = []
             for micro in early:
                 with self.engine.accumulating(last=False):
@@ -181,7 +186,8 @@ class Trainer:
     def _by_domain(
         self, gradients: domain_gradients.DomainGradients, state: Any, batch: Batch, number: int
     ) -> tuple[Any, Any, bool, bool]:
-        """As `_learn`, of an objective that looks at every domain's gradient; the step's own is made from these."""
+        """As `_learn`, of an objective that looks at every domain's gradient; the step's own is
+        made from these."""
         gradients.begin()
         sums = _add([self._sums(micro, gradients.add(micro), None) for micro in batch.micro])
         alignment, square = gradients.align(batch.tokens, number - 1)
@@ -204,7 +210,8 @@ class Trainer:
         batch_selection.check(
             task.selection, training.batch_size, len(self._rows), place.strategy, place.compile
         )
-        # Several micro-batches, and layers that are computed again, are there to save the memory that factors take.
+        # Several micro-batches, and layers that are computed again, are there to save the memory
+        # that factors take.
         one_pass = len(self._rows) == 1 and not training.activation_checkpointing
         return selector.Selector(
             task.selection,
@@ -228,8 +235,8 @@ class Trainer:
         )
 
     def _select(self, selector: selector.Selector, batch: Batch, number: int) -> Batch:
-        """The picks of a batch of candidates. In one pass their losses are there already, and their gradient comes from
-        the stored factors; else they are an ordinary batch."""
+        """The picks of a batch of candidates. In one pass their losses are there already, and their
+        gradient comes from the stored factors; else they are an ordinary batch."""
         training = self.task.training
         rate = optim.learning_rate(number, training.steps, training)
         try:
@@ -246,14 +253,16 @@ class Trainer:
         """(B, T) with gradient."""
         if self._chosen is not None and self._chosen.losses is not None:
             return self._chosen.losses
-        # A rank without rows takes part all the same: under sharding every forward and backward is a collective.
+        # A rank without rows takes part all the same: under sharding every forward and backward is
+        # a collective.
         tokens = (
             micro.tokens if len(micro.tokens) else micro.tokens.new_zeros(1, micro.tokens.shape[1])
         )
         return self.engine.model(tokens.to(self.device, non_blocking=True))[: len(micro.tokens)]
 
     def _observe(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Any]:
-        """Losses (B, T) of a micro-batch with their gradient, the reference's, and the objective's sums."""
+        """Losses (B, T) of a micro-batch with their gradient, the reference's, and the objective's
+        sums."""
         task = self.task
         losses = self._losses(micro)
         reference = task.reference.losses(micro) if task.reference is not None else None
@@ -271,7 +280,8 @@ class Trainer:
     def _learn(
         self, state: Any, stats: Any, batch: Batch, number: int
     ) -> tuple[Any, Any, bool, bool]:
-        """The one exchange of a step: sums of all ranks, then the objective's update, the same everywhere.
+        """The one exchange of a step: sums of all ranks, then the objective's update, the same
+        everywhere.
 
         α is kept and updated in float64 on the host.
 
@@ -294,8 +304,9 @@ class Trainer:
         state: Any,
         tokens: Tensor,
     ) -> None:
-        """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator: weights are already
-        divided by global counts, and the number of ranks undoes the average that engines take over them."""
+        """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator:
+        weights are already divided by global counts, and the number of ranks undoes the average
+        that engines take over them."""
         task = self.task
         weights = task.objective.weigh(
             state, micro.domain, tokens, task.objective_options, losses, reference
@@ -315,7 +326,8 @@ class Trainer:
         self._chosen = None
 
     def _check_finite(self, stats: Any, number: int, batch: Batch) -> bool:
-        """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that ends the run."""
+        """Whether all sums are finite; the same on every rank. Raises TrainingFailed where that
+        ends the run."""
         finite = (
             torch.cat([field.view(len(field), -1) for field in stats], dim=1).isfinite().all(1)
         )  # (K,)
@@ -328,12 +340,13 @@ class Trainer:
             for k, n in zip(bad, names, strict=True)
         }
         found = (
-            f"{self.task.label}: the loss is not finite at step {number}, domain {', '.join(names)} "
-            f"(its sequences in this batch: {drawn})"
+            f"{self.task.label}: the loss is not finite at step {number}, domain "
+            f"{', '.join(names)} (its sequences in this batch: {drawn})"
         )
         if self.task.training.on_nonfinite == "stop":
             raise TrainingFailed(
-                f"{found}; lower training.learning_rate, look at that text, or set training.on_nonfinite=skip"
+                f"{found}; lower training.learning_rate, look at that text, or set "
+                "training.on_nonfinite=skip"
             )
         if self.world.first:
             print(f"{found}; the batch is left out on all processes", flush=True)
@@ -353,7 +366,8 @@ class Trainer:
 
     @property
     def _kept(self) -> set[int]:
-        """Steps after which the model is kept: one of text, for only that is asked downstream.tasks."""
+        """Steps after which the model is kept: one of text, for only that is asked
+        downstream.tasks."""
         parts = self.task.training.snapshots + 1 if isinstance(self.task.store, TokenStore) else 1
         return {self.task.training.steps * part // parts for part in range(1, parts)}
 
@@ -373,8 +387,10 @@ class Trainer:
         return Logs(self.task.run.folder if self.world.first else None, step, watch)
 
     def _save(self, position: Position) -> None:
-        """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not there."""
-        # The loss since the last line of metrics moves to rank 0, as in the checkpoint: a continued run logs the same.
+        """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not
+        there."""
+        # The loss since the last line of metrics moves to rank 0, as in the checkpoint: a continued
+        # run logs the same.
         loss = comm.all_reduce_sum(self._loss)[0]
         for part, total in zip(self._loss, loss, strict=True):
             part.copy_(total if self.world.first else torch.zeros_like(total))
@@ -413,8 +429,9 @@ class Trainer:
         step = saved["step"] if saved is not None else 0
         if comm.broadcast(step) != step:
             raise TrainingFailed(
-                f"{task.label}: process {self.world.rank} finds a checkpoint of step {step}, the first one another; "
-                f"{task.run.folder} must be on a file system that all nodes share: set store"
+                f"{task.label}: process {self.world.rank} finds a checkpoint of step {step}, the "
+                f"first one another; {task.run.folder} must be on a file system that all nodes "
+                "share: set store"
             )
         if saved is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))

@@ -86,7 +86,8 @@ def test_greats(tmp_path: Path) -> None:
 
 
 def test_the_interval_of_a_median_is_that_of_its_order_statistics() -> None:
-    """Binomial: of 20 pairs the 6th and the 15th enclose it with 95.9 %, the 7th and the 14th with 88.5 %."""
+    """Binomial: of 20 pairs the 6th and the 15th enclose it with 95.9 %, the 7th and the 14th with
+    88.5 %."""
     found = common.ratio([float(n) for n in range(1, 21)], [1.0] * 20)
     assert found == (10.5, 6, 15)
     assert common.ratio([3.0, 1.0, 2.0], [1.0] * 3) == (2, 1, 3)

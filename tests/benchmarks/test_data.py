@@ -1,4 +1,5 @@
-"""The benchmarks of the data run, and what they claim beside times holds: what is counted, opened and mapped."""
+"""The benchmarks of the data run, and what they claim beside times holds: what is counted, opened
+and mapped."""
 
 import importlib.util
 import json
@@ -64,7 +65,8 @@ def test_open_maps_are_bounded_whatever_is_read(tmp_path: Path) -> None:
 
 
 def test_delivered_proportions_are_within_counting_error(tmp_path: Path) -> None:
-    """Of batches as a trainer gets them, against α, after every step; unlike random draws, which stray by √t."""
+    """Of batches as a trainer gets them, against α, after every step; unlike random draws, which
+    stray by √t."""
     store = TokenStore.open(loader.wide_store(tmp_path, 7, 1))
     weights = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(7)))
     counts, delivered = np.zeros(7, np.int64), np.zeros(7)

@@ -1,4 +1,5 @@
-"""The sampler: quotas, closed-form counts, one pass per epoch, an order that nothing but the seed decides."""
+"""The sampler: quotas, closed-form counts, one pass per epoch, an order that nothing but the seed
+decides."""
 
 import itertools
 import math
@@ -168,7 +169,8 @@ def test_epochs_seeds_and_domains_have_permutations_of_their_own() -> None:
 
 
 def test_any_sequence_may_come_first() -> None:
-    """χ² over the first position of many permutations of 11: a false alarm once in ten thousand draws of the seed."""
+    """χ² over the first position of many permutations of 11: a false alarm once in ten thousand
+    draws of the seed."""
     firsts = [epochs(11, 1, seed=seed)[0, 0] for seed in range(2200)]
     assert stats.chisquare(np.bincount(firsts, minlength=11)).pvalue > 1e-4
 
@@ -304,7 +306,8 @@ def test_a_sub_sample_depends_on_its_seed_and_the_domain_s_name_alone() -> None:
 
 
 def test_any_sequence_may_be_kept() -> None:
-    """χ² over the one sequence of 11 that is kept: a false alarm once in ten thousand draws of the seed."""
+    """χ² over the one sequence of 11 that is kept: a false alarm once in ten thousand draws of the
+    seed."""
     kept = [
         run(subsampled([11], 1, Fraction(1, 11), seed), np.array([1.0]), 1)[0].sequence[0]
         for seed in range(2200)

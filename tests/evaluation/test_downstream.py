@@ -98,8 +98,8 @@ def test_accuracy_over_steps_of_both_models_is_in_the_report(done: Path) -> None
 def test_right_is_what_greedy_decoding_gives(
     done: Path, tiny: list[str], command: Command, tmp_path: Path
 ) -> None:
-    """All tasks of the paper, on files of one's own: half of the questions have the model's own answer, in other case
-    and among others; the other half do not."""
+    """All tasks of the paper, on files of one's own: half of the questions have the model's own
+    answer, in other case and among others; the other half do not."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,5 @@
-"""Export: exact sums, no zeros, the right unit, every form there and back, and read by the real parsers."""
+"""Export: exact sums, no zeros, the right unit, every form there and back, and read by the real
+parsers."""
 
 import ast
 import json
@@ -434,11 +435,13 @@ def test_given_weights_are_checked(
 
 @pytest.mark.acceptance
 def test_the_real_trainers_read_it(tmp_path: Path) -> None:
-    """In an environment of their own, since their pins disagree with ours and each other's; `.ci/run` makes it."""
+    """In an environment of their own, since their pins disagree with ours and each other's;
+    `.ci/run` makes it."""
     python = os.environ.get("DOREMI_PEERS")
     if not python:
         pytest.skip(
-            "DOREMI_PEERS does not name a Python with mosaicml-streaming, datasets, litdata, megatron-core"
+            "DOREMI_PEERS does not name a Python with mosaicml-streaming, datasets, litdata, "
+            "megatron-core"
         )
     paths = {name: str(tmp_path / name) for name in ("short", "long")}
     sequences = convert.shares({"short": 0.3, "long": 0.7}, None)

@@ -1,7 +1,8 @@
-"""Per-example gradients in factors against the most naive way, in float64, on transformers' models built small.
+"""Per-example gradients in factors against the most naive way, in float64, on transformers' models
+built small.
 
-The oracle is vmap(grad) of one example's loss; under dropout, where every call draws another mask, autograd of each
-loss of one and the same forward.
+The oracle is vmap(grad) of one example's loss; under dropout, where every call draws another mask,
+autograd of each loss of one and the same forward.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Overrides that make a whole pipeline take seconds, and two ways to run the command.
 
-`run_here` runs it inside this process: fast, for most tests. `start` starts real processes (forked from one that has
-imported what they need): for signals, collectives, working directories and everything else that a process owns.
+`run_here` runs it inside this process: fast, for most tests. `start` starts real processes (forked
+from one that has imported what they need): for signals, collectives, working directories and
+everything else that a process owns.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ TINY = (
     "evaluation.every=6",
 )
 
-# More steps than the other tests take, so that a signal finds the run at work; a checkpoint every 7 of them.
+# More steps than the other tests take, so that a signal finds the run at work; a checkpoint every 7
+# of them.
 LONG = ("training.steps=60", "training.checkpoint_every=7", "evaluation.every=20")
 
 

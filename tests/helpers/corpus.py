@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def words(seed: int, letters: str, vocabulary: int) -> Iterator[str]:
-    """Endless words over `letters`, frequent ones first (Zipf): every seed a language of its own."""
+    """Endless words over `letters`, frequent ones first (Zipf): every seed a language of its
+    own."""
     random_ = random.Random(seed)
     known = ["".join(random_.choices(letters, k=random_.randint(2, 8))) for _ in range(vocabulary)]
     weights = [1 / (rank + 1) for rank in range(vocabulary)]

@@ -1,8 +1,10 @@
-"""The command in processes that begin at once: forked from a server that has imported torch and the package already.
+"""The command in processes that begin at once: forked from a server that has imported torch and the
+package already.
 
-Each is a real process with a pid, signals, an environment, a working directory and output of its own, which runs the
-command from its first line; importing anew is five of the six seconds that a small run takes. What a launcher adds is
-tested in test_launch, test_engines, test_processes and test_slurm.
+Each is a real process with a pid, signals, an environment, a working directory and output of its
+own, which runs the command from its first line; importing anew is five of the six seconds that a
+small run takes. What a launcher adds is tested in test_launch, test_engines, test_processes and
+test_slurm.
 """
 
 import contextlib
@@ -81,8 +83,8 @@ class Forked:
 def ranks(
     count: int, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
 ) -> list[Forked]:
-    """The command as one process, or as `count` that know of each other and that no agent watches; they share their
-    output."""
+    """The command as one process, or as `count` that know of each other and that no agent watches;
+    they share their output."""
     if count == 1:
         return [Forked(overrides, env, cwd, _outputs())]
     with socket.socket() as free:

@@ -1,7 +1,9 @@
-"""Run by the interpreter of DOREMI_PEERS, without our packages: real trainers' loaders on what was exported.
+"""Run by the interpreter of DOREMI_PEERS, without our packages: real trainers' loaders on what was
+exported.
 
-`peers.py FOLDER` reads the exported files there and prints one JSON line: what was parsed, and for loaders that run
-here the part of all drawn tokens that came from the domain `short` (10 tokens a document; `long`: 40).
+`peers.py FOLDER` reads the exported files there and prints one JSON line: what was parsed, and for
+loaders that run here the part of all drawn tokens that came from the domain `short` (10 tokens a
+document; `long`: 40).
 """
 
 import contextlib
@@ -30,7 +32,8 @@ def blends(folder):
 
 @contextlib.contextmanager
 def without_pictures():
-    """mosaicml-streaming asks for torchvision at import, and PyPI's does not load beside a CPU build of torch."""
+    """mosaicml-streaming asks for torchvision at import, and PyPI's does not load beside a CPU
+    build of torch."""
     import transformers  # noqa: F401 — streaming imports it, and it looks for the real one
 
     names = (

@@ -61,8 +61,8 @@ def files(path: str) -> dict[str, int]:
 
 
 class BadNetwork:
-    """A proxy to `target` that answers a request as `verdict(method, path)` says: "pass", "fail" (503), "drop" (no
-    answer), or "cut" (half of the body)."""
+    """A proxy to `target` that answers a request as `verdict(method, path)` says: "pass", "fail"
+    (503), "drop" (no answer), or "cut" (half of the body)."""
 
     def __init__(self, target: str, verdict: Callable[[str, str], str]) -> None:
         self.verdict, self.asked = verdict, list[tuple[str, str]]()

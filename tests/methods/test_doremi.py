@@ -183,7 +183,8 @@ def test_sums_of_parts_are_the_sums_of_the_batch_whatever_the_order() -> None:
 
 
 def test_local_sums_give_other_weights_than_global_ones() -> None:
-    """A rank that updates from its own data alone is the commonest mistake: the sums must be seen to differ."""
+    """A rank that updates from its own data alone is the commonest mistake: the sums must be seen
+    to differ."""
     losses, reference, domain = random_batch(0, 3)
     options, start = Options(), doremi.init(3, 1, Options())
     parts = [
@@ -382,7 +383,8 @@ def equation_1(model: Tiny, weights: Tensor) -> Tensor:
 def one_step(
     model: Tiny, reference: Tiny, options: Options, size: int, micro: int
 ) -> tuple[State, Tensor]:
-    """α_1, and the gradient as `size` ranks with micro-batches of `micro` sequences make it, averaged as DDP does."""
+    """α_1, and the gradient as `size` ranks with micro-batches of `micro` sequences make it,
+    averaged as DDP does."""
     shares = [World(rank, size).rows(len(TOKENS), micro) for rank in range(size)]
     with torch.no_grad():
         stats = add(

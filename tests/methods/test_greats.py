@@ -85,7 +85,8 @@ def test_a_near_duplicate_is_refused_while_others_are_left() -> None:
 
 
 def pairs_of_examples() -> tuple[Tensor, Tensor, float]:
-    """gain (16,), gram (16, 16) and λ of eight examples and their exact duplicates, on a real model."""
+    """gain (16,), gram (16, 16) and λ of eight examples and their exact duplicates, on a real
+    model."""
     options = ModelOptions(**configs.preset("tiny", "model"))
     built = folders.build(configs.resolve(options, 300, 0, 32), 0)
     tokens = torch.randint(300, (16, 33), generator=torch.Generator().manual_seed(0))
@@ -339,7 +340,8 @@ def test_a_mistake_is_named(
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3"])
 def test_engines_that_cut_the_model_are_refused_by_name(strategy: str) -> None:
-    """No process has whole layers there, whose inputs scores are made of; picks at random need none."""
+    """No process has whole layers there, whose inputs scores are made of; picks at random need
+    none."""
     tokens = torch.zeros(2, 9, dtype=torch.int64)
     for method in ("greats", "topk", "grad_norm", "max_loss"):
         setting = batch_selection.Setting(BatchSelectionOptions(method=method), 8, tokens)

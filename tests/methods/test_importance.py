@@ -1,4 +1,5 @@
-"""Importance weights against what their paper proves, a naive oracle, and the ways to get them wrong.
+"""Importance weights against what their paper proves, a naive oracle, and the ways to get them
+wrong.
 
 C classes, B sequences, T tokens a sequence. q is the law of the data, p that of the checker.
 """
@@ -254,7 +255,8 @@ def test_rho_is_the_top_k_where_no_two_tokens_share_a_bin() -> None:
 @pytest.mark.parametrize("policy", ["none", "imp", "dimp", "rho"])
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_any_division_of_a_batch_gives_the_same_weights(policy: str, parts: int) -> None:
-    """As many ranks, or micro-batches: weights are those of the whole batch, and not of each part's own mean."""
+    """As many ranks, or micro-batches: weights are those of the whole batch, and not of each part's
+    own mean."""
     generator = torch.Generator().manual_seed(parts)
     losses, reference = torch.rand(2, 12, 5, generator=generator, dtype=torch.float64) * 4
     domain = torch.randint(3, (12,), generator=generator)

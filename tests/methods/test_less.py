@@ -1,4 +1,5 @@
-"""LESS against naive float64 oracles, its projection, its store, and whole commands on planted tasks."""
+"""LESS against naive float64 oracles, its projection, its store, and whole commands on planted
+tasks."""
 
 import itertools
 import math
@@ -16,8 +17,8 @@ from doremi_train.methods.less import Moments, Options
 def state(
     t: int, scale: float, shape: tuple[int, ...]
 ) -> tuple[torch.optim.AdamW, torch.nn.Parameter, Tensor]:
-    """AdamW without decay after t − 1 real steps in float64 (of which the last few hundred decide), its parameter, and
-    the gradient of the next."""
+    """AdamW without decay after t − 1 real steps in float64 (of which the last few hundred decide),
+    its parameter, and the gradient of the next."""
     generator = torch.Generator().manual_seed(t)
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     optimizer = torch.optim.AdamW(
@@ -80,7 +81,8 @@ def test_directions_of_a_batch_are_those_of_its_examples() -> None:
 
 
 def test_the_order_of_sums_and_maxima_matters() -> None:
-    """Two checkpoints, two examples, three subtasks by hand: other orders give other numbers, and another ranking."""
+    """Two checkpoints, two examples, three subtasks by hand: other orders give other numbers, and
+    another ranking."""
     cosines = torch.tensor(
         [[[0.9, 0.0, 0.0], [0.5, 0.1, 0.4]], [[-0.6, 0.0, 0.3], [0.3, 0.1, 0.0]]]
     )

@@ -1,4 +1,5 @@
-"""N-gram importance resampling against the published package, ten-line oracles and the law it samples by."""
+"""N-gram importance resampling against the published package, ten-line oracles and the law it
+samples by."""
 
 import hashlib
 import itertools
@@ -18,7 +19,8 @@ from scipy import stats
 
 from doremi_train.methods import ngram
 
-# The log ratios that data-selection 1.0.3 learned from TEXTS (target: the first two), summed by it over each text.
+# The log ratios that data-selection 1.0.3 learned from TEXTS (target: the first two), summed by it
+# over each text.
 TEXTS = (
     "Alice went down the rabbit-hole, and the rabbit went on; down, down, down!",
     "Élan vital: the RABBIT's hole was 12,5 metres deep… (Alice counted.)",

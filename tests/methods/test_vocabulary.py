@@ -1,4 +1,5 @@
-"""The adapted vocabulary: its utility against the formula, what pruning keeps, and any bytes there and back."""
+"""The adapted vocabulary: its utility against the formula, what pruning keeps, and any bytes there
+and back."""
 
 import base64
 import itertools

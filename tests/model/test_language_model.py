@@ -166,7 +166,8 @@ def test_presets_have_the_shapes_of_the_paper_with_any_vocabulary(
     total, body = configs.parameters(config)
     assert heads * head == width
     assert config["num_attention_heads"] == heads and config["vocab_size"] == vocabulary
-    # Attention 4 d² + 4 d, feed-forward 2 d f + f + d, two norms of 2 d; then the last norm. Embeddings are tied.
+    # Attention 4 d² + 4 d, feed-forward 2 d f + f + d, two norms of 2 d; then the last norm.
+    # Embeddings are tied.
     assert (
         body
         == layers * (4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width)
@@ -307,7 +308,8 @@ def test_the_fingerprint_of_a_folder_changes_with_its_weights(tmp_path: Path) ->
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
-    """transformers would fill the gap with random numbers, and the excess loss would be measured against noise."""
+    """transformers would fill the gap with random numbers, and the excess loss would be measured
+    against noise."""
     from safetensors.torch import load_file, save_file
 
     inner = build().inner

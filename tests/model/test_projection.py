@@ -1,4 +1,5 @@
-"""Cross-entropy fused with the output projection, against plain logits: values, gradients, precision, memory.
+"""Cross-entropy fused with the output projection, against plain logits: values, gradients,
+precision, memory.
 
 N tokens, d hidden size, V vocabulary.
 """
@@ -133,7 +134,8 @@ def test_no_more_logits_exist_than_were_asked_for() -> None:
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator has given out at a time meanwhile, beyond those before."""
+    """The most bytes that torch's allocator has given out at a time meanwhile, beyond those
+    before."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -148,7 +150,8 @@ def peak(work: Callable[[], object]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_peak_memory_of_a_step_does_not_depend_on_the_vocabulary(fused: bool) -> None:
-    """Without the embedding's own gradient. The same measure sees how it grows where logits are plain."""
+    """Without the embedding's own gradient. The same measure sees how it grows where logits are
+    plain."""
     peaks = []
     for vocabulary in (1 << 13, 1 << 17):
         options = ModelOptions(**configs.preset("nano", "model"))

@@ -1,4 +1,5 @@
-"""One, two and four processes × DDP, FSDP2, ZeRO × micro-batches × exact and lagged: the same weights and losses."""
+"""One, two and four processes × DDP, FSDP2, ZeRO × micro-batches × exact and lagged: the same
+weights and losses."""
 
 import json
 import subprocess
@@ -27,7 +28,8 @@ Trajectory = dict[str, list[Any]]
 def launch(
     tiny: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, str], dict[str, Trajectory]]:
-    """`launch(world, engine)` trains every case in one start of the processes; gives trace and metrics by case."""
+    """`launch(world, engine)` trains every case in one start of the processes; gives trace and
+    metrics by case."""
     folder = tmp_path_factory.mktemp("engines")
     assert run_here(*tiny, f"run_dir={folder / 'prepare'}", "stage=prepare").code == 0
     data = (folder / "prepare" / "prepare").resolve()
@@ -107,7 +109,8 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(
 ) -> None:
     alone, these = launch(1, "auto"), launch(world, name)
     for case in engines.cases(world):
-        # `lagged` with one micro-batch is no special case: it weighs with α of the step before, however it is cut.
+        # `lagged` with one micro-batch is no special case: it weighs with α of the step before,
+        # however it is cut.
         of = (
             "lagged-1"
             if case.startswith("lagged")
@@ -121,8 +124,8 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(
 
 
 def test_a_step_exchanges_one_sum_of_two_floats_a_domain_and_one(launch: Any) -> None:
-    """Whatever the number of micro-batches. Beside it there are the logged loss (2 and 1), here at every step, and at
-    the end one evaluation, of the same size as a step's."""
+    """Whatever the number of micro-batches. Beside it there are the logged loss (2 and 1), here at
+    every step, and at the end one evaluation, of the same size as a step's."""
     domains = 3
     for case in ("exact-1", "exact-4", "lagged-4"):
         exchanges = launch(2, "fsdp2")[case]["exchanges"]

@@ -1,4 +1,5 @@
-"""The configurations under launch/ start what they say, and a launch that would be something else is refused."""
+"""The configurations under launch/ start what they say, and a launch that would be something else
+is refused."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""What only real processes show: two give the numbers of one, and a run that was stopped ends in the same bits."""
+"""What only real processes show: two give the numbers of one, and a run that was stopped ends in
+the same bits."""
 
 import os
 import random
@@ -163,7 +164,8 @@ def test_a_second_start_in_one_run_dir_is_refused(
         and "run_dir" in second.err
         and "Traceback" not in second.err
     )
-    # The refused start must not have written over the status of the one at work, which ended after it.
+    # The refused start must not have written over the status of the one at work, which ended after
+    # it.
     assert read(run_dir / "reference" / "status.json")["state"] == "preempted"
 
 

@@ -1,4 +1,5 @@
-"""On a real Slurm of two nodes: ranks, requeues, arrays, dependent jobs, sweeps, and children of a run."""
+"""On a real Slurm of two nodes: ranks, requeues, arrays, dependent jobs, sweeps, and children of a
+run."""
 
 import json
 import os
@@ -52,7 +53,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             )
             patch.setenv("PYTHON", sys.executable)
-            # Slurm ends a job that asks to be requeued, and the scontrol that asks: here always before it returns.
+            # Slurm ends a job that asks to be requeued, and the scontrol that asks: here always
+            # before it returns.
             slow = folder / "bin" / "scontrol"
             slow.parent.mkdir()
             slow.write_text(
@@ -135,7 +137,8 @@ def test_two_nodes_are_one_process(
 
 
 def test_srun_alone_starts_ranks(alone: Path, fresh: list[str], tmp_path: Path) -> None:
-    """No script of ours, and an uneven layout: two tasks on one node and two on the other, by the short form 2(x2)."""
+    """No script of ours, and an uneven layout: two tasks on one node and two on the other, by the
+    short form 2(x2)."""
     call(
         "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "doremi_train", *fresh,
         f"run_dir={tmp_path / 'run'}", "stage=proxy", cwd=tmp_path,
@@ -220,8 +223,8 @@ def test_an_agent_s_job_is_requeued_too(fresh: list[str], tmp_path: Path) -> Non
 
 
 def test_a_time_limit_requeues_and_continues(fresh: list[str], tmp_path: Path) -> None:
-    """A real one, of three minutes. Slurm looks every half minute: the signal comes 90 to 120 seconds after the start,
-    when a run has begun on a busy machine too."""
+    """A real one, of three minutes. Slurm looks every half minute: the signal comes 90 to 120
+    seconds after the start, when a run has begun on a busy machine too."""
     run_dir = tmp_path / "run"
     steps = (
         "training.steps=1000000",
@@ -479,7 +482,8 @@ def test_a_stopped_parent_takes_its_jobs_along(fresh: list[str], tmp_path: Path)
 
 @pytest.fixture
 def selection(tmp_path: Path) -> list[str]:
-    """Overrides of a selection from twelve files. While there is a file `slow`, each takes as many seconds to read."""
+    """Overrides of a selection from twelve files. While there is a file `slow`, each takes as many
+    seconds to read."""
     pytest.importorskip("numba")
     script = tmp_path / "read.sh"
     script.write_text(
@@ -541,7 +545,8 @@ def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path:
 def test_a_selection_s_job_is_requeued_at_its_time_limit(
     selection: list[str], tmp_path: Path
 ) -> None:
-    """A real one, of two minutes, whose signal comes a minute before; what was done is not done again."""
+    """A real one, of two minutes, whose signal comes a minute before; what was done is not done
+    again."""
     assert run_here(*selection, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
     (tmp_path / "slow").write_text("15")
     parent = subprocess.Popen(
@@ -597,7 +602,8 @@ def test_a_selection_that_is_told_to_stop_is_requeued_too(
 
 
 def test_an_array_shares_the_scores_of_one_pool(tmp_path: Path) -> None:
-    """LESS: whichever task is there first warms up, both score, and either has the same choice in the end."""
+    """LESS: whichever task is there first warms up, both score, and either has the same choice in
+    the end."""
     pytest.importorskip("numba")
     from benchmarks import planted_tasks
 

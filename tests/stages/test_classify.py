@@ -1,4 +1,5 @@
-"""stage=classify: checkers, columns, every method in one command, and the mistakes that it names."""
+"""stage=classify: checkers, columns, every method in one command, and the mistakes that it
+names."""
 
 import csv
 import io
@@ -253,7 +254,8 @@ def table(pairs: list[Pair], kind: Kind) -> Table:
 
 
 def test_parity_is_a_plain_loop_bit_for_bit() -> None:
-    """Without clip and normalisation DIMP is ten lines of torch, to the last bit of every parameter."""
+    """Without clip and normalisation DIMP is ten lines of torch, to the last bit of every
+    parameter."""
     options = ClassifierOptions(epochs=2, least_steps=0, batch_size=32)
     kind = models.kind(options, [])
     data = table(planted(1, 128, 0.4), kind)
@@ -336,7 +338,8 @@ def passages() -> list[Pair]:
 def test_wrong_labels_planted_in_real_text(tmp_path: Path) -> None:
     """Six sections; 300 clean examples, and 6000 of which 45 % have the next section's label.
 
-    With the default learning rate of 0.03 all of them are better, and the checker's quality alone is as good as DIMP.
+    With the default learning rate of 0.03 all of them are better, and the checker's quality alone
+    is as good as DIMP.
     """
     sections = [
         "pentateuch",

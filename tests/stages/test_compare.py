@@ -1,4 +1,5 @@
-"""Methods against what the same FLOPs buy without them: the figures by hand, and a whole comparison of tiny runs."""
+"""Methods against what the same FLOPs buy without them: the figures by hand, and a whole comparison
+of tiny runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""The whole pipeline on a small corpus: every file of the contract, nothing done twice, and every variant runs."""
+"""The whole pipeline on a small corpus: every file of the contract, nothing done twice, and every
+variant runs."""
 
 import json
 import math
@@ -160,7 +161,8 @@ def test_evaluation(finished: Path) -> None:
         ] == max(losses)
         for domain in model["domains"].values():
             assert domain["tokens"] == 4 * 32 and 0 < domain["bits_per_byte"] < 10
-    # A learned mixture is compared at its last evaluation with what the final model measures: the same model.
+    # A learned mixture is compared at its last evaluation with what the final model measures: the
+    # same model.
     last = lines(finished / "main" / "evaluations.jsonl")[-1]
     assert last["step"] == STEPS and math.isclose(
         last["mean_loss"], figures["main"]["mean_loss"], rel_tol=1e-5

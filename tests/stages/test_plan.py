@@ -1,4 +1,5 @@
-"""The plan: what would run and at what cost, which warnings it gives, and that looking ahead changes nothing."""
+"""The plan: what would run and at what cost, which warnings it gives, and that looking ahead
+changes nothing."""
 
 import json
 import math
@@ -100,8 +101,9 @@ def test_the_price_of_exact_accumulation(
 @pytest.mark.parametrize(
     ("overrides", "learn", "look"),
     [
-        # 24 candidates for 8 picks, 4 validation sequences. In ordinary steps on the picks: 3 forwards with a backward
-        # for activations, half of one; the picks' weights, the other half; and the validation gradient's share.
+        # 24 candidates for 8 picks, 4 validation sequences. In ordinary steps on the picks: 3
+        # forwards with a backward for activations, half of one; the picks' weights, the other half;
+        # and the validation gradient's share.
         (["greats"], 3 / 2 + 1 / 2 + 4 / 8 / 10 + 2 * 4 / 8 / 100, 3 / 2 - 1 / 2),
         (
             ["greats", "batch_selection.route=exact"],

@@ -1,5 +1,5 @@
-"""What mixtures do where the truth is known: easy, hard, big and related languages, copies, noise, one sentence, a tiny
-domain."""
+"""What mixtures do where the truth is known: easy, hard, big and related languages, copies, noise,
+one sentence, a tiny domain."""
 
 from pathlib import Path
 

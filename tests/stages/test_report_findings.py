@@ -1,4 +1,5 @@
-"""findings.json of real runs: well-formed whatever stages there were, and of the planted corpus what is planted."""
+"""findings.json of real runs: well-formed whatever stages there were, and of the planted corpus
+what is planted."""
 
 import contextlib
 import json
@@ -217,7 +218,8 @@ def test_a_part_of_the_planted_documents_is_for_validation(fraction: float) -> N
 
 @pytest.mark.acceptance
 def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_path: Path) -> None:
-    """Default model, three quarters of the default length: each fault by its name, and ordinary languages have none."""
+    """Default model, three quarters of the default length: each fault by its name, and ordinary
+    languages have none."""
     overrides = ["data=planted", f"run_dir={tmp_path}", "training.steps=300", "training.threads=1"]
     overrides += ["main.steps=20", "main.comparisons=[]", "main.tokens=1200000"]
     assert command(*overrides, "stage=evaluate").code == 0

@@ -1,4 +1,5 @@
-"""Checkpoints: exact there and back, the newest sound one wins, nothing that could run code is read."""
+"""Checkpoints: exact there and back, the newest sound one wins, nothing that could run code is
+read."""
 
 from pathlib import Path
 from typing import Any

@@ -332,10 +332,10 @@ def test_several_processes_fetch_at_once(corpus: Path, bucket: str, tmp_path: Pa
     made = prepare(given, tmp_path / "here", mirror=Mirror(f"{bucket}/data"))
     elsewhere = prepare(given, tmp_path / "there", mirror=Mirror(f"{bucket}/data"))
     code = (
-        "import sys, numpy as np\nfrom pathlib import Path\nfrom doremi_train.data.tokens.shards import TokenStore\n"
-        "from doremi_train.storage.mirror import Mirror\n"
-        "store = TokenStore.open(sys.argv[1], Mirror(sys.argv[2]))\n"
-        "print(store.gather('train', np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum())"
+        "import sys, numpy as np\nfrom pathlib import Path\nfrom doremi_train.data.tokens.shards "
+        "import TokenStore\nfrom doremi_train.storage.mirror import Mirror\nstore = "
+        "TokenStore.open(sys.argv[1], Mirror(sys.argv[2]))\nprint(store.gather('train', "
+        "np.array([0, 1, 2]), np.array([0, 0, 0]), 32).sum())"
     )
     command = [sys.executable, "-c", code, str(elsewhere), f"{bucket}/data/{made.name}"]
     both = [

@@ -1,4 +1,5 @@
-"""The cache of the reference's losses: α as with a live reference, computed once, shared, refused where it is wrong."""
+"""The cache of the reference's losses: α as with a live reference, computed once, shared, refused
+where it is wrong."""
 
 import errno
 import json

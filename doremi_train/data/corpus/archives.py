@@ -12,7 +12,8 @@ from doremi_train.data.options import DataOptions
 
 
 def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
-    """A webdataset: KEY.txt is the text of a sample, else the text key of KEY.json; nothing is written to disk."""
+    """A webdataset: KEY.txt is the text of a sample, else the text key of KEY.json; nothing is
+    written to disk."""
     samples = 0
     with opening.open_file(source.url, options) as stream:
         tail = _Tail(stream)
@@ -61,7 +62,8 @@ def _split_name(member: tarfile.TarInfo, url: str) -> tuple[str, str]:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise UserError(
-            f"{url}: member {member.name!r} points outside the archive; write the tar with relative names"
+            f"{url}: member {member.name!r} points outside the archive; write the tar with "
+            "relative names"
         )
     return str(name.with_suffix("")) if name.suffix else str(
         name
@@ -69,7 +71,8 @@ def _split_name(member: tarfile.TarInfo, url: str) -> tuple[str, str]:
 
 
 class _Tail:
-    """A stream that remembers its end: tarfile takes a tar that was cut between two members for a whole one."""
+    """A stream that remembers its end: tarfile takes a tar that was cut between two members for a
+    whole one."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream

@@ -1,4 +1,5 @@
-"""A reader for every ending: JSON lines, parquet, plain text, Megatron's, archives, and what is made here."""
+"""A reader for every ending: JSON lines, parquet, plain text, Megatron's, archives, and what is
+made here."""
 
 import codecs
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ def objects(
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) without blank lines; of a line longer than LINE only LINE + 1 bytes are kept."""
+    """(number from 1, line) without blank lines; of a line longer than LINE only LINE + 1 bytes are
+    kept."""
     number = 0
     while line := stream.readline(records.LINE + 1):
         number += 1

@@ -1,7 +1,9 @@
-"""The embedded corpus: text that every machine with this package already has, so that a first run downloads nothing.
+"""The embedded corpus: text that every machine with this package already has, so that a first run
+downloads nothing.
 
-Seven domains, cut from the Python installation itself. The choice depends on nothing but names and sizes of files
-(hashed, never on directory order or times), so one installation always gives the same corpus.
+Seven domains, cut from the Python installation itself. The choice depends on nothing but names and
+sizes of files (hashed, never on directory order or times), so one installation always gives the
+same corpus.
 """
 
 import ast
@@ -53,7 +55,8 @@ def domains() -> tuple[str, ...]:
 
 
 def listing(domain: str, split: str, fraction: float) -> list[Document]:
-    """Documents of `split` (`train` or `validation`), sorted by name; `fraction` of the bytes are for validation."""
+    """Documents of `split` (`train` or `validation`), sorted by name; `fraction` of the bytes are
+    for validation."""
     chosen = _chosen(domain)
     wanted = fraction * sum(document.size for document in chosen)
     count = held = 0
@@ -67,7 +70,8 @@ def listing(domain: str, split: str, fraction: float) -> list[Document]:
 
 
 def version(documents: list[Document]) -> str:
-    """Digest of names and sizes: changes with the installed packages, not when they are installed again elsewhere."""
+    """Digest of names and sizes: changes with the installed packages, not when they are installed
+    again elsewhere."""
     return fingerprint([RECIPE, [[document.name, document.size] for document in documents]])
 
 
@@ -117,7 +121,8 @@ def _python_code() -> Iterator[Document]:
 
 
 def _docs_prose() -> Iterator[Document]:
-    """Docstrings of those standard modules whose code is in no other domain, and the topics of `help()`."""
+    """Docstrings of those standard modules whose code is in no other domain, and the topics of
+    `help()`."""
     folder = Path(sysconfig.get_path("stdlib"))
     for document in _stdlib():
         if _is_prose(document) and not _is_table(document):
@@ -234,7 +239,8 @@ def _docstrings(
 
 
 def _package(name: str) -> Path | None:
-    """Folder of an installed package, found without importing it; None where it is not installed."""
+    """Folder of an installed package, found without importing it; None where it is not
+    installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else None
 

@@ -1,8 +1,10 @@
-"""Tokens of Megatron's indexed datasets (MMapIndexedDataset version 1: PREFIX.bin with PREFIX.idx beside it).
+"""Tokens of Megatron's indexed datasets (MMapIndexedDataset version 1: PREFIX.bin with PREFIX.idx
+beside it).
 
-Layout of the .idx, little-endian: magic; uint64 version; uint8 code of the token type; uint64 number of sequences S;
-uint64 number of document bounds D; int32 sizes (S,) in tokens; int64 pointers (S,) in bytes into the .bin; int64
-bounds (D,), the first sequence of each document and S at the end. Some writers append one int8 mode per sequence.
+Layout of the .idx, little-endian: magic; uint64 version; uint8 code of the token type; uint64
+number of sequences S; uint64 number of document bounds D; int32 sizes (S,) in tokens; int64
+pointers (S,) in bytes into the .bin; int64 bounds (D,), the first sequence of each document and S
+at the end. Some writers append one int8 mode per sequence.
 """
 
 import struct
@@ -34,7 +36,8 @@ class Index(NamedTuple):
 def open_index(buffer: np.ndarray) -> Index:
     """The arrays of an .idx, as views of its bytes `buffer` (n,) uint8, usually memory-mapped.
 
-    Raises ValueError where the bytes are not an index of version 1, are too few, or contradict themselves.
+    Raises ValueError where the bytes are not an index of version 1, are too few, or contradict
+    themselves.
     """
     if len(buffer) < HEADER.size:
         raise ValueError(f"{len(buffer)} bytes are too few for an index")
@@ -58,7 +61,8 @@ def open_index(buffer: np.ndarray) -> Index:
 
 
 def _check(index: Index) -> None:
-    """Sequences must follow each other without gaps, and so must documents: then the .bin is read front to back."""
+    """Sequences must follow each other without gaps, and so must documents: then the .bin is read
+    front to back."""
     end = 0  # bytes
     for first in range(0, len(index.sizes), BLOCK):
         sizes = index.sizes[first : first + BLOCK].astype(np.int64) * index.dtype.itemsize

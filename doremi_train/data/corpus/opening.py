@@ -1,5 +1,5 @@
-"""Opening a file of a corpus: a local path, or a URL of a protocol that does nothing but transfer bytes (fsspec), or a
-command that the user allowed; decompressed on the way, in bounded memory.
+"""Opening a file of a corpus: a local path, or a URL of a protocol that does nothing but transfer
+bytes (fsspec), or a command that the user allowed; decompressed on the way, in bounded memory.
 """
 
 import io
@@ -51,17 +51,20 @@ class BadLines:
         self.count = 0
 
     def add(self, url: str, line_number: int, why: str) -> None:
-        """Count one more. Raises UserError naming file and line once more than data.max_bad_lines were met."""
+        """Count one more. Raises UserError naming file and line once more than data.max_bad_lines
+        were met."""
         self.count += 1
         if self.count > self.most:
             raise UserError(
-                f"{url}, line {line_number}: broken JSON line: {why}; data.max_bad_lines={self.most} are allowed "
-                "in all: mend the file, or raise data.max_bad_lines to skip and count such lines"
+                f"{url}, line {line_number}: broken JSON line: {why}; "
+                f"data.max_bad_lines={self.most} are allowed in all: mend the file, or raise "
+                "data.max_bad_lines to skip and count such lines"
             )
 
 
 def file_system(url: str, key: str, options: DataOptions) -> tuple[Any, str]:
-    """(file system, path in it). Raises UserError for a protocol that may run code, or that is not installed."""
+    """(file system, path in it). Raises UserError for a protocol that may run code, or that is not
+    installed."""
     if not harmless(url):
         refuse_command(url, key, options)
     return filesystem(url, key, odd=True)
@@ -70,8 +73,9 @@ def file_system(url: str, key: str, options: DataOptions) -> tuple[Any, str]:
 def refuse_command(url: str, key: str, options: DataOptions) -> None:
     if not options.allow_pipe:
         raise UserError(
-            f"{key}={url!r}: refused, because it may run a command on this machine; allowed are paths and "
-            f"{', '.join(PROTOCOLS)} URLs; if you wrote this list yourself, set data.allow_pipe=true"
+            f"{key}={url!r}: refused, because it may run a command on this machine; allowed are "
+            f"paths and {', '.join(PROTOCOLS)} URLs; if you wrote this list yourself, set "
+            "data.allow_pipe=true"
         )
 
 
@@ -95,7 +99,8 @@ def without_query(url: str) -> str:
 
 
 def _decompress(stream: io.BufferedReader, codec: str) -> io.BufferedReader:
-    """Arrow's streams read all frames of a file and, unlike others, raise where the last one is cut short."""
+    """Arrow's streams read all frames of a file and, unlike others, raise where the last one is cut
+    short."""
     if not stream.peek(1):
         raise EOFError("the file is empty")
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), CHUNK)
@@ -103,9 +108,11 @@ def _decompress(stream: io.BufferedReader, codec: str) -> io.BufferedReader:
 
 @contextmanager
 def _command(url: str) -> Iterator[BinaryIO]:
-    """Output of `pipe:COMMAND`. Raises UserError where the command, or any part of its pipeline, fails.
+    """Output of `pipe:COMMAND`. Raises UserError where the command, or any part of its pipeline,
+    fails.
 
-    A terminal and Slurm tell all processes to stop; here the reader decides when, and the command does not listen.
+    A terminal and Slurm tell all processes to stop; here the reader decides when, and the command
+    does not listen.
     """
     shell = [
         shutil.which("bash") or "sh",
@@ -117,7 +124,8 @@ def _command(url: str) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, process.stdout)
             if process.wait():
                 raise UserError(
-                    f"{url}: the command ended with status {process.returncode}; run it by hand to see why"
+                    f"{url}: the command ended with status {process.returncode}; run it by hand to "
+                    "see why"
                 )
         finally:
             process.kill()  # whoever stops reading early wants no more of it

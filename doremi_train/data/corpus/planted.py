@@ -1,4 +1,5 @@
-"""The planted corpus: domains whose faults are known, to see that the detectors find them and nothing else.
+"""The planted corpus: domains whose faults are known, to see that the detectors find them and
+nothing else.
 
 | domain | what it is | what is to be found |
 |---|---|---|
@@ -11,11 +12,13 @@
 | `trivial` | one sentence again and again: periodic | trivial |
 | `repeated` | a language of only 18 kB: the default proxy passes over it more than 15 times | repeated |
 
-A language has words of its own syllables. They come in classes that follow each other in a fixed order (its grammar),
-frequent ones first (Zipf), and each word has a few favourites to follow it (its habits): a small model learns the
-syllables first, then the words, then the grammar, and goes on learning habits for long.
+A language has words of its own syllables. They come in classes that follow each other in a fixed
+order (its grammar), frequent ones first (Zipf), and each word has a few favourites to follow it
+(its habits): a small model learns the syllables first, then the words, then the grammar, and goes
+on learning habits for long.
 
-Everything is drawn from PCG64's raw stream, which numpy promises never to change: the same bytes on every machine.
+Everything is drawn from PCG64's raw stream, which numpy promises never to change: the same bytes on
+every machine.
 """
 
 from functools import cache
@@ -77,7 +80,8 @@ def version(domain: str) -> str:
 
 
 def texts(domain: str, split: str, fraction: float) -> list[str]:
-    """Documents of `split` (`train` or `validation`); `fraction` of them, evenly spread, are for validation."""
+    """Documents of `split` (`train` or `validation`); `fraction` of them, evenly spread, are for
+    validation."""
     documents = _documents(domain)
     count = min(max(round(fraction * len(documents)), VALIDATION), len(documents) - 1)
     held = {number * len(documents) // count for number in range(count)}
@@ -88,8 +92,8 @@ def texts(domain: str, split: str, fraction: float) -> list[str]:
 
 @cache
 def _documents(domain: str) -> list[str]:
-    """All different, so that none has to be dropped because its text is on the other side too: a copy is divided as
-    what it copies."""
+    """All different, so that none has to be dropped because its text is on the other side too: a
+    copy is divided as what it copies."""
     language, characters = _DOMAINS[domain]
     if language is not None:
         return _write(language, domain, characters)

@@ -80,7 +80,8 @@ def _field(record: dict[str, Any], key: str, option: str, place: str) -> str:
         value = value[part]
     if not isinstance(value, str):
         raise UserError(
-            f"{option}={key!r}: a string is needed, {place} has a {type(value).__name__}; mend it, or name another key"
+            f"{option}={key!r}: a string is needed, {place} has a {type(value).__name__}; mend it, "
+            "or name another key"
         )
     return value
 
@@ -91,7 +92,8 @@ def no_key(option: str, key: str, place: str, keys: list[str]) -> str:
 
 
 def document(domain: str, split: str | None, chunks: Iterable[str]) -> Iterator[Piece]:
-    """A document as pieces of at most PIECE characters: the same ones however its text arrives in chunks."""
+    """A document as pieces of at most PIECE characters: the same ones however its text arrives in
+    chunks."""
     text = ""
     for chunk in chunks:
         text += chunk

@@ -70,7 +70,8 @@ class Router:
 
 
 def held_out(piece: Piece, options: DataOptions) -> bool:
-    """Whether the document that begins with this piece is for validation, by its source or by its hash."""
+    """Whether the document that begins with this piece is for validation, by its source or by its
+    hash."""
     return piece.split == "validation" or (
         piece.split is None and _key(piece) < _threshold(options)
     )
@@ -88,7 +89,8 @@ def _threshold(options: DataOptions) -> float:
 
 
 class HashSet:
-    """A set of 64-bit integers at about 8 bytes each: validation sets of any size fit the memory."""
+    """A set of 64-bit integers at about 8 bytes each: validation sets of any size fit the
+    memory."""
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, np.uint64)

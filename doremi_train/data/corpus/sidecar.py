@@ -1,8 +1,10 @@
-"""What a selection chose, by its sidecar: a row for every part of a document, where it stands and whether it is in.
+"""What a selection chose, by its sidecar: a row for every part of a document, where it stands and
+whether it is in.
 
-The columns that count: `shard` (the name of a source), `row` (of the document in it), `start`, `end` (bytes of its
-UTF-8, or tokens) and `selected`. The metadata may hold `data`, a fingerprint of the files, `selection`, one of the
-choice, and `domains`, those that were chosen from. Any tool may write one.
+The columns that count: `shard` (the name of a source), `row` (of the document in it), `start`,
+`end` (bytes of its UTF-8, or tokens) and `selected`. The metadata may hold `data`, a fingerprint of
+the files, `selection`, one of the choice, and `domains`, those that were chosen from. Any tool may
+write one.
 """
 
 import json
@@ -22,18 +24,21 @@ COLUMNS = ("shard", "row", "start", "end", "selected")
 
 
 def identity(options: DataOptions, sources: list[Source]) -> Any:
-    """A JSON value that changes with the selection. Raises UserError where it is none, or one of other files."""
+    """A JSON value that changes with the selection. Raises UserError where it is none, or one of
+    other files."""
     path = Path(str(options.selection))
     try:
         schema, metadata = pq.read_schema(path), _metadata(path)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"data.selection={path}: not a sidecar that can be read ({error}); give one of stage=select"
+            f"data.selection={path}: not a sidecar that can be read ({error}); give one of "
+            "stage=select"
         ) from None
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise UserError(
-            f"data.selection={path}: has no column {', '.join(missing)}; give a sidecar of stage=select"
+            f"data.selection={path}: has no column {', '.join(missing)}; give a sidecar of "
+            "stage=select"
         )
     if metadata.get("data") not in (None, fingerprint(signature(options, sources))):
         raise UserError(
@@ -43,7 +48,8 @@ def identity(options: DataOptions, sources: list[Source]) -> Any:
 
 
 def domains(options: DataOptions) -> frozenset[str] | None:
-    """The domains that something was chosen from: the others are left out. None where the sidecar does not say."""
+    """The domains that something was chosen from: the others are left out. None where the sidecar
+    does not say."""
     if options.selection is None:
         return None
     listed = _metadata(Path(options.selection)).get("domains")
@@ -70,7 +76,8 @@ class Selected:
         self._document, self._base, self._begins = -1, 0, True
 
     def parts(self, piece: Piece) -> list[Piece]:
-        """The chosen parts of the next piece. One that goes on in the piece after it does not end here."""
+        """The chosen parts of the next piece. One that goes on in the piece after it does not end
+        here."""
         if self._begins:
             self._document, self._base = self._document + 1, 0
         self._begins = piece.last

@@ -1,4 +1,5 @@
-"""Sources: from the data options to one ordered, deterministic list of files, which `data.reading` reads."""
+"""Sources: from the data options to one ordered, deterministic list of files, which `data.reading`
+reads."""
 
 import os
 from pathlib import Path
@@ -22,11 +23,13 @@ def resolve(options: DataOptions) -> list[Source]:
     given = [key for key in ("root", "domains", "files") if getattr(options, key) is not None]
     if len(given) > 1:
         raise UserError(
-            f"data.{' and data.'.join(given)}: only one of data.root, data.domains, data.files; remove the others"
+            f"data.{' and data.'.join(given)}: only one of data.root, data.domains, data.files; "
+            "remove the others"
         )
     if options.domain_key is not None and given != ["files"]:
         raise UserError(
-            f"data.domain_key={options.domain_key!r}: it divides data.files; give data.files, or remove data.domain_key"
+            f"data.domain_key={options.domain_key!r}: it divides data.files; give data.files, or "
+            "remove data.domain_key"
         )
     if options.root is not None:
         sources = _from_root(options.root, options)
@@ -40,7 +43,8 @@ def resolve(options: DataOptions) -> list[Source]:
         sources = _from_installed(options)
     else:
         raise UserError(
-            "data: nothing to read; give data.root, data.domains, data.files or data.embedded=installed"
+            "data: nothing to read; give data.root, data.domains, data.files or "
+            "data.embedded=installed"
         )
     sources.sort(key=lambda source: (source.domain or "", source.split or "", source.url))
     _refuse_twice(sources)
@@ -48,7 +52,8 @@ def resolve(options: DataOptions) -> list[Source]:
 
 
 def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
-    """A JSON value that changes with any source file or reading option: the content address of what is prepared.
+    """A JSON value that changes with any source file or reading option: the content address of what
+    is prepared.
 
     Files of data.root are named relative to it, so that the folder may move.
     """
@@ -89,12 +94,14 @@ def _from_root(root: str, options: DataOptions) -> list[Source]:
     with reaching(root, "data.root"):
         if not root or not fs.isdir(path):
             raise UserError(
-                f"data.root={root!r}: no such folder; give the folder whose sub-folders are the domains"
+                f"data.root={root!r}: no such folder; give the folder whose sub-folders are the "
+                "domains"
             )
         folders = [entry for entry in _entries(fs, path) if _is_folder(fs, entry)]
         if not folders:
             raise UserError(
-                f"data.root={root!r}: no domain in it; each domain is a sub-folder with train* files ({_allowed()})"
+                f"data.root={root!r}: no domain in it; each domain is a sub-folder with train* "
+                f"files ({_allowed()})"
             )
         return [source for folder in folders for source in _from_folder(fs, folder["name"])]
 
@@ -147,7 +154,8 @@ def _from_files(options: DataOptions) -> list[Source]:
         raise UserError("data.files=[]: nothing to read; give globs, paths or URLs")
     if options.domain_key is None:
         raise UserError(
-            "data.domain_key: missing; data.files needs the key that names a record's domain, such as meta.source"
+            "data.domain_key: missing; data.files needs the key that names a record's domain, such "
+            "as meta.source"
         )
     sources = [
         source
@@ -157,8 +165,8 @@ def _from_files(options: DataOptions) -> list[Source]:
     for source in sources:
         if not source.url.startswith(PIPE) and ending_of(source.url) in (".txt", ".bin"):
             raise UserError(
-                f"data.files: {source.url} has no records, so data.domain_key={options.domain_key!r} cannot name its "
-                "domain; give data.domains"
+                f"data.files: {source.url} has no records, so "
+                f"data.domain_key={options.domain_key!r} cannot name its domain; give data.domains"
             )
     return sources
 
@@ -217,7 +225,8 @@ def _match(
             return [_source(fs, path, domain, split, key, pattern)]
         if fs.isdir(path):
             raise UserError(
-                f"{key}={pattern!r}: a folder, not a file; give {pattern.rstrip('/')}/*.ENDING ({_allowed()})"
+                f"{key}={pattern!r}: a folder, not a file; give {pattern.rstrip('/')}/*.ENDING "
+                f"({_allowed()})"
             )
         magic = "*" if pattern.startswith("http") else "*?["  # a URL may have a ? query
         paths = sorted(fs.glob(path)) if any(character in path for character in magic) else []
@@ -229,7 +238,8 @@ def _match(
         ]
         if not paths:
             raise UserError(
-                f"{key}={pattern!r}: no such file, or the glob matches none; correct it or remove it"
+                f"{key}={pattern!r}: no such file, or the glob matches none; correct it or remove "
+                "it"
             )
         return [_source(fs, found, domain, split, key) for found in paths]
 
@@ -246,7 +256,8 @@ def _source(
     if ending == ".bin":
         if not fs.isfile(index_of(path)):
             raise UserError(
-                f"{key}: {url} is without {_base(index_of(path))}; put the .idx of this .bin beside it"
+                f"{key}: {url} is without {_base(index_of(path))}; put the .idx of this .bin "
+                "beside it"
             )
         version += " " + _version(fs, index_of(path))
     return Source(url, domain, split, int(fs.info(path).get("size") or 0), version)

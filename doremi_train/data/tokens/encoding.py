@@ -1,6 +1,8 @@
-"""From documents to token arrays, in order: pieces are cut and batched in a thread, and batches tokenised on all cores.
+"""From documents to token arrays, in order: pieces are cut and batched in a thread, and batches
+tokenised on all cores.
 
-reader thread (split, cut, batch) → two batches at a time on all cores → tokens in the order of the text
+reader thread (split, cut, batch) → two batches at a time on all cores → tokens in the order of the
+text
 """
 
 from collections import deque
@@ -50,7 +52,8 @@ class Work(NamedTuple):
 def work(
     router: Router, bad: BadLines, skip: Mapping[Stream, int], meter: "Meter"
 ) -> Iterator[Work]:
-    """Pieces in order, cut to a size that the tokeniser's memory allows, but the first `skip` of each stream."""
+    """Pieces in order, cut to a size that the tokeniser's memory allows, but the first `skip` of
+    each stream."""
     left = dict(skip)
     for source in router.order:
         for split, piece in router.pieces(source, bad):
@@ -71,8 +74,8 @@ def work(
 def tokenised(
     tokenizer: Tokenizer, items: Iterable[Work], vocabulary_size: int, end: int
 ) -> Generator[list[tuple[Work, np.ndarray]], None, None]:
-    """Batches of the items, each with its tokens (n,); a document ends with the token `end`. To be closed when it is
-    left early."""
+    """Batches of the items, each with its tokens (n,); a document ends with the token `end`. To be
+    closed when it is left early."""
     with closing(_in_background(_batches(items))) as batches, ThreadPoolExecutor(TOGETHER) as pool:
         for batch, tokens in _on(
             pool, lambda batch: list(_tokenise(tokenizer, batch, vocabulary_size)), batches
@@ -84,7 +87,8 @@ def tokenised(
 
 
 def _cut(content: Any, last: bool) -> Iterator[tuple[Any, bool]]:
-    """(part, whether the document ends with it) of a text or of tokens (n,): parts of at most PIECE."""
+    """(part, whether the document ends with it) of a text or of tokens (n,): parts of at most
+    PIECE."""
     while len(content) > PIECE:
         cut = PIECE
         if isinstance(content, str):  # before a space, where most tokenisers separate words
@@ -166,7 +170,8 @@ def _on(
 def _tokenise(
     tokenizer: Tokenizer, batch: list[Work], vocabulary_size: int
 ) -> Iterator[np.ndarray]:
-    """Tokens (n,) of each piece; the pieces are independent, so batches may be divided in any way."""
+    """Tokens (n,) of each piece; the pieces are independent, so batches may be divided in any
+    way."""
     encoded = iter(
         tokenizers.encode(tokenizer, [item.text for item in batch if item.text is not None])
     )
@@ -179,8 +184,9 @@ def _tokenise(
             and not 0 <= int(item.tokens.min()) <= int(item.tokens.max()) < vocabulary_size
         ):
             raise UserError(
-                f"{item.url}: token ids {int(item.tokens.min())} to {int(item.tokens.max())}, but data.tokenizer has "
-                f"only ids 0 to {vocabulary_size - 1}; give the tokeniser these files were made with"
+                f"{item.url}: token ids {int(item.tokens.min())} to {int(item.tokens.max())}, but "
+                f"data.tokenizer has only ids 0 to {vocabulary_size - 1}; give the tokeniser these "
+                "files were made with"
             )
         yield item.tokens.astype(np.int64)  # a narrow type might not hold the end of document
 
@@ -194,7 +200,8 @@ def _ended(tokens: np.ndarray, end: int, last: bool) -> np.ndarray:
 
 @dataclass
 class Meter:
-    """Progress in bytes of the sources: text is larger than its compressed file, so its share is estimated."""
+    """Progress in bytes of the sources: text is larger than its compressed file, so its share is
+    estimated."""
 
     sources: list[Source]
     description: str

@@ -1,9 +1,10 @@
-"""Text to token shards: one ordered stream, tokenised on all cores, the same bytes whoever computes it.
+"""Text to token shards: one ordered stream, tokenised on all cores, the same bytes whoever computes
+it.
 
     sources → `routing`: training or validation → `tokenising`: cut, batched, on all cores → `writing`: shards
 
-The result stands in a folder named by the content address of the request, so a changed source or tokeniser is never
-silently reused, and a killed preparation continues where the shards end.
+The result stands in a folder named by the content address of the request, so a changed source or
+tokeniser is never silently reused, and a killed preparation continues where the shards end.
 """
 
 import shutil
@@ -40,7 +41,8 @@ def silent(description: str, done: int, total: int | None) -> None:
 
 
 def request(options: DataOptions) -> Request:
-    """What decides the tokens: files (by size and time of change), reading options, tokeniser. Reads no text."""
+    """What decides the tokens: files (by size and time of change), reading options, tokeniser.
+    Reads no text."""
     return _request(options, resolve(options))
 
 
@@ -70,10 +72,11 @@ def explain_change(old: Request, new: Request) -> str:
 def prepare(
     options: DataOptions, folder: Path, progress: Progress = silent, mirror: Mirror | None = None
 ) -> Path:
-    """The finished token store `folder`/<address> of these options: made, continued or found there, or in `mirror`,
-    where it is then too.
+    """The finished token store `folder`/<address> of these options: made, continued or found there,
+    or in `mirror`, where it is then too.
 
-    Raises UserError for wrong options, unreadable sources, a domain without training tokens or validation documents.
+    Raises UserError for wrong options, unreadable sources, a domain without training tokens or
+    validation documents.
     """
     sources = resolve(options)
     wanted = _request(options, sources)
@@ -139,8 +142,8 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
     bad = orjson.loads((target / "manifest.json").read_bytes())["bad_lines"]
     if bad > options.max_bad_lines:
         raise UserError(
-            f"data.max_bad_lines={options.max_bad_lines}: {target} was prepared with {bad} broken lines left out; "
-            "mend the files, or raise data.max_bad_lines"
+            f"data.max_bad_lines={options.max_bad_lines}: {target} was prepared with {bad} broken "
+            "lines left out; mend the files, or raise data.max_bad_lines"
         )
 
 
@@ -195,8 +198,9 @@ def _check(writer: ShardWriter, sources: list[Source]) -> None:
     empty = sorted(domain for domain in domains if ("train", domain) not in streams)
     if empty:
         raise UserError(
-            f"data: no training document in domain {_some(empty)}: its files hold no text, or all of it went to "
-            "validation (data.validation_fraction) or is also a validation document; add text or remove the domain"
+            f"data: no training document in domain {_some(empty)}: its files hold no text, or all "
+            "of it went to validation (data.validation_fraction) or is also a validation document; "
+            "add text or remove the domain"
         )
     unseen = sorted(
         d
@@ -205,6 +209,6 @@ def _check(writer: ShardWriter, sources: list[Source]) -> None:
     )
     if unseen:
         raise UserError(
-            f"data: no validation document in domain {_some(unseen)}: documents are split by hash, and it has too few "
-            "of them; give validation files, or raise data.validation_fraction"
+            f"data: no validation document in domain {_some(unseen)}: documents are split by hash, "
+            "and it has too few of them; give validation files, or raise data.validation_fraction"
         )

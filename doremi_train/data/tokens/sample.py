@@ -19,7 +19,8 @@ READ_AHEAD = 4  # how many times the tokeniser's sample is read in search of dom
 def sampled_tokenizer(
     target: Path, options: DataOptions, sources: list[Source], progress: Progress
 ) -> Tokenizer:
-    """The store's tokeniser: given, or learned once; its file also serves a continued preparation."""
+    """The store's tokeniser: given, or learned once; its file also serves a continued
+    preparation."""
     file = target / "tokenizer.json"
     if file.exists():
         return tokenizers.parse(file.read_text(encoding="utf-8"))
@@ -33,7 +34,8 @@ def sampled_tokenizer(
 
 
 def _sample(options: DataOptions, sources: list[Source], meter: Meter) -> list[str]:
-    """The first training documents of each domain, up to an even share of data.tokenizer_sample characters.
+    """The first training documents of each domain, up to an even share of data.tokenizer_sample
+    characters.
 
     Where the files do not name the domains, a share shrinks whenever a new domain is met, and at most READ_AHEAD times
     the sample is read.
@@ -54,7 +56,8 @@ def _sample(options: DataOptions, sources: list[Source], meter: Meter) -> list[s
 def _sample_texts(
     options: DataOptions, sources: list[Source], shares: dict[str, "_Share"], meter: Meter
 ) -> Iterator[tuple[str, str]]:
-    """(domain, text) of training pieces, passing over the rest of a named domain once its share is full."""
+    """(domain, text) of training pieces, passing over the rest of a named domain once its share is
+    full."""
     router, bad = Router(options, sources), BadLines(options)
     for source in router.order:
         named = (
@@ -67,7 +70,8 @@ def _sample_texts(
         for split, piece in router.pieces(source, bad):
             if piece.text is None:
                 raise UserError(
-                    f"data.tokenizer='train': {source.url} is already tokenised; give the tokeniser it was made with"
+                    f"data.tokenizer='train': {source.url} is already tokenised; give the "
+                    "tokeniser it was made with"
                 )
             meter.show(meter.read(source, len(piece.text)))
             if split == "train":

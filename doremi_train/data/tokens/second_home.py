@@ -11,8 +11,8 @@ from doremi_train.storage.mirror import Mirror
 
 
 def fetch(target: Path, mirror: Mirror) -> bool:
-    """Bring what opens the store `target` from its second home, if it is finished there; its shards come when they are
-    needed. Returns whether there is such a store."""
+    """Bring what opens the store `target` from its second home, if it is finished there; its shards
+    come when they are needed. Returns whether there is such a store."""
     home = mirror.at(target.name)
     missing = [name for name in _OPENED if not (target / name).exists()]
     if missing and home.has("manifest.json"):
@@ -30,7 +30,8 @@ _OPENED = (
 
 
 def publish(target: Path, mirror: Mirror, progress: Progress) -> None:
-    """Copy a finished store to its second home, unless it is there; goes on where an earlier copy stopped."""
+    """Copy a finished store to its second home, unless it is there; goes on where an earlier copy
+    stopped."""
     home = mirror.at(target.name)
     if home.has("manifest.json"):
         return
@@ -51,6 +52,7 @@ def publish(target: Path, mirror: Mirror, progress: Progress) -> None:
 def _shard(path: Path) -> Path:
     if not path.exists():
         raise UserError(
-            f"store: {path} is missing, and it is not in remote either; delete {path.parents[2]}, run again"
+            f"store: {path} is missing, and it is not in remote either; delete {path.parents[2]}, "
+            "run again"
         )
     return path

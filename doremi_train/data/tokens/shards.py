@@ -1,10 +1,12 @@
-"""The token store: WebDataset tars of uncompressed arrays, an index that makes them random access, a manifest.
+"""The token store: WebDataset tars of uncompressed arrays, an index that makes them random access,
+a manifest.
 
     <store>/manifest.json, index.npy, tokenizer.json
     <store>/<split>/<folder of the domain>/00000.tar    members 00000000.tokens.npy, 00000000.ends.npy, 00000001.…
 
-A *stream* is one split of one domain. A *member* is a run of its tokens (about data.member_tokens of them) and the
-positions just after each end of a document. Legend: K domains, M members, B sequences.
+A *stream* is one split of one domain. A *member* is a run of its tokens (about data.member_tokens
+of them) and the positions just after each end of a document. Legend: K domains, M members, B
+sequences.
 """
 
 import fcntl
@@ -114,12 +116,14 @@ class TokenStore:
             return whole
         if not only or set(only) - set(whole.domains):
             raise UserError(
-                f"data.only=[{', '.join(only)}]: name some of the domains, {', '.join(whole.domains)}"
+                f"data.only=[{', '.join(only)}]: name some of the domains, "
+                f"{', '.join(whole.domains)}"
             )
         return whole.only(only)
 
     def only(self, domains: Sequence[str]) -> "TokenStore":
-        """The same store as if it had these domains only: its fingerprint does not know of the others."""
+        """The same store as if it had these domains only: its fingerprint does not know of the
+        others."""
         described = {domain: self.manifest["domains"][domain] for domain in sorted(set(domains))}
         content = {
             domain: {split: found[split]["sha256"] for split in SPLITS}
@@ -157,7 +161,8 @@ class TokenStore:
         return self._column(split, "documents")
 
     def bytes_per_token(self, split: str) -> np.ndarray:
-        """(K,) UTF-8 bytes of text per token, an end of document being a token; nan where unknown or without tokens."""
+        """(K,) UTF-8 bytes of text per token, an end of document being a token; nan where unknown
+        or without tokens."""
         text = [self.manifest["domains"][domain][split]["bytes"] for domain in self.domains]
         known = np.array([np.nan if n is None else n for n in text], np.float64)
         tokens = self.sizes(split)
@@ -171,9 +176,11 @@ class TokenStore:
     def gather(
         self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int
     ) -> np.ndarray:
-        """Tokens (B, length + 1) int64 of the sequences numbered `sequence` (B,) of the domains numbered `domain` (B,).
+        """Tokens (B, length + 1) int64 of the sequences numbered `sequence` (B,) of the domains
+        numbered `domain` (B,).
 
-        Raises IndexError where there is no such sequence, UserError where a shard is missing or was changed.
+        Raises IndexError where there is no such sequence, UserError where a shard is missing or was
+        changed.
         """
         domain, sequence = np.asarray(domain, np.int64), np.asarray(sequence, np.int64)
         windows = self._sequences_of(length)
@@ -257,7 +264,8 @@ class TokenStore:
                 size = os.fstat(file).st_size
                 if size != expected:
                     raise _damaged(path, f"has {size} bytes where {expected} were written")
-                # Not np.memmap, which resolves the path each time: with many shards opening is most of the reading.
+                # Not np.memmap, which resolves the path each time: with many shards opening is most
+                # of the reading.
                 tokens = np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_READ), self._dtype)
             finally:
                 os.close(file)
@@ -267,7 +275,8 @@ class TokenStore:
             return tokens
 
     def _fetch(self, mirror: Mirror, path: Path, size: int) -> None:
-        """Bring one shard of `size` bytes here; of several processes on this machine one does it."""
+        """Bring one shard of `size` bytes here; of several processes on this machine one does
+        it."""
         with (self.path / ".fetch.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if path.exists():
@@ -299,7 +308,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
         raise UserError(
-            f"store: {file} does not exist, so this is no finished token store; run with stage=prepare"
+            f"store: {file} does not exist, so this is no finished token store; run with "
+            "stage=prepare"
         )
     try:
         manifest = json.loads(file.read_bytes())
@@ -322,5 +332,6 @@ def _read(file: Path) -> bytes:
 
 def _damaged(file: Path, what: str) -> UserError:
     return UserError(
-        f"store: {file} {what}; delete the store's folder and run with stage=prepare to make it again"
+        f"store: {file} {what}; delete the store's folder and run with stage=prepare to make it "
+        "again"
     )

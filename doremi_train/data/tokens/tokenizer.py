@@ -1,4 +1,5 @@
-"""Tokenisers: load one from this machine, or learn byte-level BPE from a sample of the training text."""
+"""Tokenisers: load one from this machine, or learn byte-level BPE from a sample of the training
+text."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,8 @@ USUAL_ENDS = (  # in this order: a tokeniser that has several ends documents wit
 
 
 def load(name: str) -> Tokenizer:
-    """The tokeniser of a `tokenizer.json` or of a local transformers folder; nothing is ever downloaded.
+    """The tokeniser of a `tokenizer.json` or of a local transformers folder; nothing is ever
+    downloaded.
 
     Raises UserError where `name` is neither.
     """
@@ -36,13 +38,14 @@ def load(name: str) -> Tokenizer:
     if path.is_file():
         return _ready(_parse(path))
     raise UserError(
-        f"data.tokenizer={name!r}: no such file or folder; give a tokenizer.json, a local transformers folder "
-        "or `train` to learn one from the data"
+        f"data.tokenizer={name!r}: no such file or folder; give a tokenizer.json, a local "
+        "transformers folder or `train` to learn one from the data"
     )
 
 
 def learn(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocabulary_size` tokens; id 0 ends a document. A function of the texts alone."""
+    """Byte-level BPE of at most `vocabulary_size` tokens; id 0 ends a document. A function of the
+    texts alone."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,7 +70,8 @@ def serialise(tokenizer: Tokenizer) -> str:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Content address: does not depend on how the file was laid out, nor on truncation and padding."""
+    """Content address: does not depend on how the file was laid out, nor on truncation and
+    padding."""
     return content_address(json.loads(tokenizer.to_str()))
 
 
@@ -77,7 +81,8 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def end_of_document(tokenizer: Tokenizer, name: str | None = None) -> int:
-    """Id of the token that ends a document: `name` (data.end_of_document), else the first usual one that exists.
+    """Id of the token that ends a document: `name` (data.end_of_document), else the first usual one
+    that exists.
 
     Raises UserError where the tokeniser has no such token.
     """
@@ -134,7 +139,8 @@ def _parse(file: Path) -> Tokenizer:
 
 
 def _convert(folder: Path) -> Tokenizer:
-    """A folder with only the files of a slow tokeniser (vocab.txt, *.model): transformers converts them."""
+    """A folder with only the files of a slow tokeniser (vocab.txt, *.model): transformers converts
+    them."""
     from transformers import AutoTokenizer  # slow to import, rarely needed
 
     try:
@@ -145,6 +151,7 @@ def _convert(folder: Path) -> Tokenizer:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data.tokenizer={str(folder)!r}: neither has this folder a tokenizer.json, nor can transformers read "
-            f"another tokeniser there ({reason}); give a tokenizer.json, or `train` to learn one"
+            f"data.tokenizer={str(folder)!r}: neither has this folder a tokenizer.json, nor can "
+            f"transformers read another tokeniser there ({reason}); give a tokenizer.json, or "
+            "`train` to learn one"
         ) from None

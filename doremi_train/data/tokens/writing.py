@@ -1,4 +1,5 @@
-"""Writing a token store: members collect in memory, shards grow in turn, and a journal says what of them is whole.
+"""Writing a token store: members collect in memory, shards grow in turn, and a journal says what of
+them is whole.
 
 The format is that of `data.shards`.
 """
@@ -54,8 +55,9 @@ class _Buffer:
 
 
 class ShardWriter:
-    """Appends pieces to streams. Killed at any time, a new writer on the same folder continues after the last member
-    that reached the disk: the caller skips `held(stream)` pieces of each stream and appends the rest.
+    """Appends pieces to streams. Killed at any time, a new writer on the same folder continues
+    after the last member that reached the disk: the caller skips `held(stream)` pieces of each
+    stream and appends the rest.
 
     What is written is a function of the order of the pieces alone. A member closes with the piece that reaches
     `member_tokens`, or early, the largest first, where all buffers together pass `buffer_bytes`.
@@ -88,7 +90,8 @@ class ShardWriter:
     def append(
         self, stream: Stream, tokens: np.ndarray, ends_document: bool, text_bytes: int | None
     ) -> None:
-        """Add one piece: tokens (n,), whether a document ends after them, UTF-8 bytes of its text or None."""
+        """Add one piece: tokens (n,), whether a document ends after them, UTF-8 bytes of its text
+        or None."""
         buffer = self._buffers.setdefault(stream, _Buffer())
         before = buffer.size
         buffer.tokens += tokens.astype(self.dtype, copy=False).tobytes()
@@ -218,8 +221,8 @@ class ShardWriter:
                     self._close_shard(stream, shard)
             elif part.exists() or not part.with_suffix("").exists():
                 raise UserError(
-                    f"store: {part} is missing or shorter than the {promised} bytes that were written; "
-                    f"delete {self.folder} and run again with stage=prepare"
+                    f"store: {part} is missing or shorter than the {promised} bytes that were "
+                    f"written; delete {self.folder} and run again with stage=prepare"
                 )
 
 
@@ -228,7 +231,8 @@ def _add(a: int | None, b: int | None) -> int | None:
 
 
 def _npy_parts(values: np.ndarray) -> tuple[bytes, bytes]:
-    """Header and data of a .npy file; the header's length is a multiple of 64, so that maps of the data are aligned."""
+    """Header and data of a .npy file; the header's length is a multiple of 64, so that maps of the
+    data are aligned."""
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(values))
     return head.getvalue(), values.tobytes()
@@ -239,7 +243,8 @@ def _npy(values: np.ndarray) -> bytes:
 
 
 def _tar_entry(name: str, data: bytes) -> bytes:
-    """Header and padded data. A fresh TarInfo has no time, owner or user: the same data give the same bytes."""
+    """Header and padded data. A fresh TarInfo has no time, owner or user: the same data give the
+    same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)

@@ -1,4 +1,5 @@
-"""What importance resampling has to beat, beside chance: BM25, a linear classifier, the distance of embeddings."""
+"""What importance resampling has to beat, beside chance: BM25, a linear classifier, the distance of
+embeddings."""
 
 import itertools
 from functools import lru_cache
@@ -26,7 +27,8 @@ SEEN = 256  # tokens of a text that an encoder reads
 
 
 class BM25(Random):
-    """Lucene's BM25 of the target's documents as queries, the mean over them; words in hash buckets."""
+    """Lucene's BM25 of the target's documents as queries, the mean over them; words in hash
+    buckets."""
 
     def sums(self) -> Arrays:
         return {
@@ -62,11 +64,13 @@ class BM25(Random):
 
 
 class Classifier(NGrams):
-    """A linear classifier over the mean of hashed 1- and 2-grams, as fastText has them: logistic regression of the
-    target's text against a sample of the corpus, where both sides weigh the same."""
+    """A linear classifier over the mean of hashed 1- and 2-grams, as fastText has them: logistic
+    regression of the target's text against a sample of the corpus, where both sides weigh the
+    same."""
 
     def sums(self) -> Arrays:
-        """The parts with the smallest keys: as good as random, and the same however the corpus is divided."""
+        """The parts with the smallest keys: as good as random, and the same however the corpus is
+        divided."""
         return {"key": np.empty(0, np.uint64), "sample": np.empty((0, READ), np.uint64)}
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
@@ -137,7 +141,8 @@ def _buckets(mixed: NDArray[np.uint64], buckets: int) -> NDArray[np.int64]:
 
 
 class Embedding(Random):
-    """Cosine between a part's embedding and the mean of the target's, by a local sentence encoder."""
+    """Cosine between a part's embedding and the mean of the target's, by a local sentence
+    encoder."""
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         centres = [self._embed(documents).mean(0) for documents in targets.values()]
@@ -182,5 +187,6 @@ def _encoder(folder: str) -> tuple[Any, Any]:
         ).eval()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"selection.encoder={folder}: not a local folder of a sentence encoder ({str(error).splitlines()[0]})"
+            f"selection.encoder={folder}: not a local folder of a sentence encoder "
+            f"({str(error).splitlines()[0]})"
         ) from None

@@ -1,4 +1,5 @@
-"""From scores to a choice: where the budget ends, by sums over files that are read one after the other.
+"""From scores to a choice: where the budget ends, by sums over files that are read one after the
+other.
 
 N parts, G groups with a budget of their own (the whole corpus, or every domain), K domains.
 """
@@ -51,7 +52,8 @@ class Totals:
     )  # of every column: parts, Σ s, Σ s²
 
     def spread(self, name: str, exact: bool) -> float:
-        """The unit of temperatures: the standard deviation of a column; 1 of exact scores, and where all are equal."""
+        """The unit of temperatures: the standard deviation of a column; 1 of exact scores, and
+        where all are equal."""
         count, first, second = self.moments[name]
         variance = second / max(count, 1) - (first / max(count, 1)) ** 2
         return math.sqrt(variance) if variance > 1e-18 and not exact else 1.0
@@ -111,7 +113,8 @@ def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], N
     elif options.within == "domain":
         if empty:
             raise UserError(
-                f"{key}={asked}: no eligible document in domain {', '.join(empty)}; remove the domain"
+                f"{key}={asked}: no eligible document in domain {', '.join(empty)}; remove the "
+                "domain"
             )
         each = np.full(len(domains), asked, np.float64)
     else:
@@ -125,8 +128,8 @@ def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], N
     for domain, want, have in zip(domains, wanted, there, strict=True):
         if want > have:
             raise UserError(
-                f"{key}={asked}: {want} are asked for, but {domain} has only {have} eligible; ask for less, "
-                f"or lower selection.min_tokens={options.min_tokens}"
+                f"{key}={asked}: {want} are asked for, but {domain} has only {have} eligible; ask "
+                f"for less, or lower selection.min_tokens={options.min_tokens}"
             )
     if not wanted.any():
         raise UserError(f"{key}={asked}: nothing is asked for; raise it")
@@ -158,7 +161,8 @@ class Sampler:
     def sortable(
         self, table: pa.Table
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
-        """Order, group and cost (N,) of a table. What is not eligible costs nothing and comes last."""
+        """Order, group and cost (N,) of a table. What is not eligible costs nothing and comes
+        last."""
         group = np.empty(len(table), np.int64)
         for domain, rows in _by_domain(table).items():
             group[rows] = self.groups[domain]

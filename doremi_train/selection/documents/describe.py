@@ -1,4 +1,5 @@
-"""A second look at the text, once the choice is made: its words, examples, and the chosen text itself as shards."""
+"""A second look at the text, once the choice is made: its words, examples, and the chosen text
+itself as shards."""
 
 import contextlib
 import io
@@ -83,7 +84,8 @@ def look(at: Look) -> None:
 
 
 def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
-    """What is known of every part of this source, in order: row groups, each of which is of whole batches."""
+    """What is known of every part of this source, in order: row groups, each of which is of whole
+    batches."""
     chosen = pq.read_table(
         at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)]
     )
@@ -194,5 +196,6 @@ def require_text(task: Task) -> None:
     """Raises UserError where text is to be written and there is none."""
     if task.options.write != "none" and task.source.url.endswith(".bin"):
         raise UserError(
-            f"selection.write={task.options.write}: {task.source.url} holds tokens, not text; write none"
+            f"selection.write={task.options.write}: {task.source.url} holds tokens, not text; "
+            "write none"
         )

@@ -1,5 +1,6 @@
-"""Where tasks run: in a pool of processes, or on a Ray cluster; `stages.submit` has the array of Slurm jobs. Tasks are
-idempotent, so a lost worker costs only the task it was at, and no engine changes what is written."""
+"""Where tasks run: in a pool of processes, or on a Ray cluster; `stages.submit` has the array of
+Slurm jobs. Tasks are idempotent, so a lost worker costs only the task it was at, and no engine
+changes what is written."""
 
 import logging
 import os
@@ -21,12 +22,13 @@ class Engine(Protocol):
     """Where tasks run."""
 
     def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
-        """Do `work` for every task. Raises the error of the first that failed, and UserError where workers are lost
-        again and again."""
+        """Do `work` for every task. Raises the error of the first that failed, and UserError where
+        workers are lost again and again."""
 
 
 class Processes:
-    """Workers on this machine, kept from one run to the next; with one of them the work is done right here."""
+    """Workers on this machine, kept from one run to the next; with one of them the work is done
+    right here."""
 
     def __init__(self, workers: int | None) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
@@ -62,8 +64,8 @@ class Processes:
                 lost = lost + 1 if len(left) == before else 1
                 if lost > LOSSES:
                     raise UserError(
-                        f"selection.workers={self.workers}: workers were killed {lost} times in a row, as when memory "
-                        "is short; take fewer, and the same command continues"
+                        f"selection.workers={self.workers}: workers were killed {lost} times in a "
+                        "row, as when memory is short; take fewer, and the same command continues"
                     ) from None
 
     @staticmethod
@@ -87,8 +89,9 @@ class Processes:
 
 
 class Ray:
-    """Tasks of Ray Core on the cluster that RAY_ADDRESS names or that was started on this machine; where there is none,
-    on a Ray of this command's own. Every node reads the data and writes the store under the same paths."""
+    """Tasks of Ray Core on the cluster that RAY_ADDRESS names or that was started on this machine;
+    where there is none, on a Ray of this command's own. Every node reads the data and writes the
+    store under the same paths."""
 
     def __init__(self, workers: int | None) -> None:
         self.workers = workers
@@ -109,8 +112,8 @@ class Ray:
             )
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(
-                f"selection.engine=ray: no cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}); start one "
-                "with ray start --head"
+                f"selection.engine=ray: no cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} "
+                f"({error}); start one with ray start --head"
             ) from None
         return self
 
@@ -144,8 +147,8 @@ class Ray:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise UserError(
-                    f"selection.engine=ray: a task was lost {LOSSES + 1} times, as when memory is short ({error}); the "
-                    "same command continues"
+                    f"selection.engine=ray: a task was lost {LOSSES + 1} times, as when memory is "
+                    f"short ({error}); the same command continues"
                 ) from None
             done += len(ready)
             look(done)

@@ -1,4 +1,5 @@
-"""The adapted vocabulary: made from a tokeniser, a target and a sample of the raw corpus, kept as one JSON file."""
+"""The adapted vocabulary: made from a tokeniser, a target and a sample of the raw corpus, kept as
+one JSON file."""
 
 import base64
 import binascii
@@ -23,7 +24,8 @@ TYPE = "longest match over bytes"
 def make(
     start: Sequence[bytes], target: list[bytes], raw: list[bytes], options: vocabulary.Options
 ) -> tuple[list[bytes], list[dict[str, Any]]]:
-    """(tokens, a line for every step of pruning). Raises UserError where the size has no room for the bytes."""
+    """(tokens, a line for every step of pruning). Raises UserError where the size has no room for
+    the bytes."""
     if options.size < len(vocabulary.BYTES):
         raise UserError(f"vocabulary.size={options.size}: the 256 single bytes stay; give more")
     tokens = list(dict.fromkeys([*vocabulary.BYTES, *start, *learned(target, options)]))
@@ -56,7 +58,8 @@ def make(
 
 
 def learned(target: list[bytes], options: vocabulary.Options) -> list[bytes]:
-    """V_task: sub-words and words that BPE finds in the target, and its words and phrases, the frequent ones first."""
+    """V_task: sub-words and words that BPE finds in the target, and its words and phrases, the
+    frequent ones first."""
     texts = [document.decode() for document in target]
     phrases = vocabulary.phrases(texts, options)
     best = sorted(phrases, key=lambda phrase: (-phrases[phrase], phrase))[: options.learned // 2]
@@ -74,7 +77,8 @@ def count(tokens: Sequence[bytes], texts: list[bytes]) -> NDArray[np.int64]:
 
 
 def save(path: Path, tokens: Sequence[bytes]) -> str:
-    """Write a vocabulary, its tokens in the alphabet of byte-level tokenisers; returns its fingerprint."""
+    """Write a vocabulary, its tokens in the alphabet of byte-level tokenisers; returns its
+    fingerprint."""
     vocab = {
         "".join(_LETTERS[byte] for byte in token): number for number, token in enumerate(tokens)
     }
@@ -85,7 +89,8 @@ def save(path: Path, tokens: Sequence[bytes]) -> str:
 
 
 def load(path: str) -> tuple[list[bytes], str]:
-    """(tokens, fingerprint) of a file that `save` wrote. Raises UserError where it is none, or was changed."""
+    """(tokens, fingerprint) of a file that `save` wrote. Raises UserError where it is none, or was
+    changed."""
     try:
         content = json.loads(Path(path).read_bytes())
         print_ = content.pop("fingerprint")
@@ -93,7 +98,8 @@ def load(path: str) -> tuple[list[bytes], str]:
         tokens = [bytes(_BYTES[letter] for letter in token) for token in vocab]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"selection.vocabulary={path}: not a vocabulary ({error}); give vocabulary.json of stage=vocabulary"
+            f"selection.vocabulary={path}: not a vocabulary ({error}); give vocabulary.json of "
+            "stage=vocabulary"
         ) from None
     if fingerprint(content) != print_ or list(vocab.values()) != list(range(len(vocab))):
         raise UserError(
@@ -103,7 +109,8 @@ def load(path: str) -> tuple[list[bytes], str]:
 
 
 def start(path: str) -> list[bytes]:
-    """The tokens of a tokenizer.json, a local transformers folder or a .tiktoken file, special ones left out."""
+    """The tokens of a tokenizer.json, a local transformers folder or a .tiktoken file, special ones
+    left out."""
     if not path.endswith(".tiktoken"):
         return tokens_of(tokenizers.load(path))
     try:
@@ -116,8 +123,8 @@ def start(path: str) -> list[bytes]:
 
 
 def tokens_of(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every token but the special ones: byte-level, byte fallback, and the signs of the other kinds for a
-    space before (▁) or none (##)."""
+    """The bytes of every token but the special ones: byte-level, byte fallback, and the signs of
+    the other kinds for a space before (▁) or none (##)."""
     special = {
         token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
     }

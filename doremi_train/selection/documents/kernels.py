@@ -1,7 +1,7 @@
 """Inner loops over bytes, compiled by numba at their first call and kept on disk (extra `select`).
 
-A batch is the UTF-8 of its documents, one after the other. A token is a 64-bit hash. Tests hold every loop against the
-same thing written naively.
+A batch is the UTF-8 of its documents, one after the other. A token is a 64-bit hash. Tests hold
+every loop against the same thing written naively.
 """
 
 import itertools
@@ -57,8 +57,9 @@ class Alphabet(NamedTuple):
 
 @lru_cache(1)
 def alphabet() -> Alphabet:
-    """Word characters are those of Python's `\\w` and the marks written over and under them. A character of a script
-    written without spaces is a word of its own. Lower case is by character: where it would be several, the first."""
+    """Word characters are those of Python's `\\w` and the marks written over and under them. A
+    character of a script written without spaces is a word of its own. Lower case is by character:
+    where it would be several, the first."""
     kind = np.full(sys.maxunicode + 1, OTHER, np.uint8)
     lower = np.arange(sys.maxunicode + 1, dtype=np.uint32)
     for code in (
@@ -93,7 +94,8 @@ def joined(texts: Sequence[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]
 
 
 class Room:
-    """Memory for the tokens of one batch after another: to have it anew from the system costs a tenth of the time."""
+    """Memory for the tokens of one batch after another: to have it anew from the system costs a
+    tenth of the time."""
 
     def __init__(self) -> None:
         self.hashes, self.ends = np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -138,7 +140,8 @@ def sieved(runs: NDArray[np.uint64]) -> Known:
 def overlap(
     hashes: NDArray[np.uint64], bounds: NDArray[np.int64], known: Known
 ) -> NDArray[np.int64]:
-    """(P,) how many runs of SHINGLE tokens of each part, tokens bounds[p] to bounds[p + 1], are known."""
+    """(P,) how many runs of SHINGLE tokens of each part, tokens bounds[p] to bounds[p + 1], are
+    known."""
     shared = np.zeros(len(bounds) - 1, np.int64)
     if len(known.runs):
         copied(hashes, bounds, *known, shared)
@@ -156,8 +159,8 @@ def mix(value):
 
 @njit(cache=True, nogil=True)
 def words(text, offsets, kind, lower, ascii, hashes, ends, first):
-    """Split a batch into words: text (b,) uint8, document d from offsets[d] to offsets[d + 1]. Fills `Tokens`, whose
-    arrays have room for as many tokens as bytes; returns how many there are.
+    """Split a batch into words: text (b,) uint8, document d from offsets[d] to offsets[d + 1].
+    Fills `Tokens`, whose arrays have room for as many tokens as bytes; returns how many there are.
 
     Places are unsigned, since a signed one may be negative and would be looked at for that.
     """
@@ -222,8 +225,8 @@ def count(hashes, bounds, counts):
 
 @njit(cache=True, nogil=True)
 def score(hashes, bounds, table, sums):
-    """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C): two columns at a time, a target's and its
-    half's, whose sums then stay in registers."""
+    """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C): two columns at a time, a
+    target's and its half's, whose sums then stay in registers."""
     buckets, columns = np.uint64(len(table)), table.shape[1]
     for p in range(len(bounds) - 1):
         if bounds[p] == bounds[p + 1]:
@@ -246,7 +249,8 @@ def score(hashes, bounds, table, sums):
 
 @njit(cache=True, nogil=True)
 def identify(hashes, bounds, ids):
-    """Ids (P,): a hash of the tokens of each part, so the same for the same words wherever they stand."""
+    """Ids (P,): a hash of the tokens of each part, so the same for the same words wherever they
+    stand."""
     for p in range(len(bounds) - 1):
         value = START
         for i in range(bounds[p], bounds[p + 1]):
@@ -257,7 +261,8 @@ def identify(hashes, bounds, ids):
 
 @njit(cache=True, nogil=True)
 def shingles(hashes, start, end, out):
-    """Hashes of all runs of SHINGLE tokens from `start` to `end`; returns how many. A polynomial that rolls along."""
+    """Hashes of all runs of SHINGLE tokens from `start` to `end`; returns how many. A polynomial
+    that rolls along."""
     leaving = np.uint64(1)
     for _ in range(SHINGLE):
         leaving *= BASE
@@ -330,8 +335,8 @@ def grow(text, offsets, edges, nodes, ends):
 
 @njit(cache=True, nogil=True)
 def longest(text, start, end, edges, nodes, ends, ids, first):
-    """Tokens of the parts of a text, from start[p] to end[p]: always the longest that matches. Fills ids, with room for
-    as many as bytes, and first (P + 1,); returns how many there are."""
+    """Tokens of the parts of a text, from start[p] to end[p]: always the longest that matches.
+    Fills ids, with room for as many as bytes, and first (P + 1,); returns how many there are."""
     n = 0
     for p in range(len(start)):
         first[p] = n
@@ -362,7 +367,8 @@ def segment(
 
 @njit(cache=True, nogil=True)
 def frequencies(hashes, bounds, seen, documents):
-    """Add to documents (m,) in how many parts each bucket of a token comes; seen (m,) int64 is room, all zero."""
+    """Add to documents (m,) in how many parts each bucket of a token comes; seen (m,) int64 is
+    room, all zero."""
     buckets = np.uint64(len(documents))
     for p in range(len(bounds) - 1):
         for i in range(bounds[p], bounds[p + 1]):
@@ -373,8 +379,9 @@ def frequencies(hashes, bounds, seen, documents):
 
 @njit(cache=True, nogil=True)
 def bm25(hashes, bounds, weights, saturation, length, mean, seen, sums):
-    """Add to sums (P, C) the weights (m, C) of a part's tokens, each times f (k + 1) / (f + k (1 − b + b n / mean)) for
-    its frequency f among the part's n tokens: k is `saturation`, b is `length`. seen (m,) int64 is room, all zero."""
+    """Add to sums (P, C) the weights (m, C) of a part's tokens, each times f (k + 1) / (f + k (1 −
+    b + b n / mean)) for its frequency f among the part's n tokens: k is `saturation`, b is
+    `length`. seen (m,) int64 is room, all zero."""
     buckets = np.uint64(len(weights))
     for p in range(len(bounds) - 1):
         n = bounds[p + 1] - bounds[p]

@@ -45,8 +45,8 @@ class Batch(NamedTuple):
 
 
 def batches(source: Source, data: DataOptions, bad: BadLines, chunk: int | None) -> Iterator[Batch]:
-    """The training documents of one source, cut into parts of at most `chunk` tokens; None: not cut. The tokens of a
-    batch hold until the next is asked for."""
+    """The training documents of one source, cut into parts of at most `chunk` tokens; None: not
+    cut. The tokens of a batch hold until the next is asked for."""
     waiting: list[Document] = []
     size, room = 0, kernels.Room()
     for document in documents(source, data, bad, whole=chunk is None):
@@ -109,7 +109,8 @@ def batch(documents: list[Document], chunk: int | None, room: kernels.Room | Non
 
 
 def texts(sources: Iterable[Source], data: DataOptions, key: str) -> list[bytes]:
-    """All documents of target or benchmark files, which fit the memory. Raises UserError where there is none."""
+    """All documents of target or benchmark files, which fit the memory. Raises UserError where
+    there is none."""
     found: list[bytes] = []
     for source in sources:
         pieces: list[str] = []

@@ -1,7 +1,8 @@
 """How well each part serves each target: the methods of selection.
 
-A method observes the raw corpus once, as sums over parts; is fitted to these sums and the targets' text; and scores
-every part. It is made anew in every process from arrays alone. B documents, P parts, m buckets, C columns (targets).
+A method observes the raw corpus once, as sums over parts; is fitted to these sums and the targets'
+text; and scores every part. It is made anew in every process from arrays alone. B documents, P
+parts, m buckets, C columns (targets).
 """
 
 from collections.abc import Mapping
@@ -117,21 +118,23 @@ class NGrams(Random):
         return found / np.maximum(grams, 1)[:, None]
 
     def grains(self, batch: Batch) -> list[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
-        """The ways to write a batch as tokens, each as `features`: one, where nothing else is said."""
+        """The ways to write a batch as tokens, each as `features`: one, where nothing else is
+        said."""
         return [self.features(batch)]
 
     def features(self, batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Token hashes (n,) and the first token of each part (P + 1,)."""
         if batch.text is None:
             raise UserError(
-                "selection.features=words: these files hold tokens, not text; give selection.features=tokens and their "
-                "tokeniser as selection.tokenizer"
+                "selection.features=words: these files hold tokens, not text; give "
+                "selection.features=tokens and their tokeniser as selection.tokenizer"
             )
         return batch.tokens.hashes, batch.bounds
 
 
 class WordGrams(NGrams):
-    """N-grams of words, which the diagnostics count too: neighbouring buckets are one of their coarser ones."""
+    """N-grams of words, which the diagnostics count too: neighbouring buckets are one of their
+    coarser ones."""
 
     def words(self, sums: Arrays) -> NDArray[np.int64] | None:
         return None if self.options.m % BUCKETS else sums["counts"].reshape(BUCKETS, -1).sum(1)
@@ -160,7 +163,8 @@ class GranularGrams(NGrams):
         return self.grains(batch)[-1]
 
     def grains(self, batch: Batch) -> list[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
-        """The longest match; where every granularity is asked for, after those of tokens of at most one word, two, …"""
+        """The longest match; where every granularity is asked for, after those of tokens of at most
+        one word, two, …"""
         super().features(batch)  # refuses tokens
         assert batch.text is not None
         salt, tries = _opened(str(self.options.vocabulary))
@@ -172,7 +176,8 @@ class GranularGrams(NGrams):
 
 
 class ExactGrams(NGrams):
-    """What the package `data-selection` computes: log w is a sum over a whole document, and short ones are left out."""
+    """What the package `data-selection` computes: log w is a sum over a whole document, and short
+    ones are left out."""
 
     def observe(self, batch: Batch, sums: Arrays) -> None:
         for buckets in self._buckets(batch):
@@ -222,7 +227,8 @@ def _tokenizer(name: str) -> tokenizers.Tokenizer:
 
 @lru_cache(2)
 def _opened(path: str) -> tuple[np.uint64, list[tuple[NDArray[np.uint64], kernels.Trie]]]:
-    """(fingerprint, for each number of words that a token has at most: the tokens' numbers, and the tokens)."""
+    """(fingerprint, for each number of words that a token has at most: the tokens' numbers, and the
+    tokens)."""
     tokens, print_ = granular.load(path)
     words = np.array([max(len(token.split()), 1) for token in tokens])
     parts = [np.flatnonzero(words <= most) for most in np.unique(words)]

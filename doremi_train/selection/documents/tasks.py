@@ -1,6 +1,8 @@
-"""Work on one source, to be done anywhere and any number of times: what it writes is a function of its input alone.
+"""Work on one source, to be done anywhere and any number of times: what it writes is a function of
+its input alone.
 
-A task whose output exists is done. Outputs appear whole or not at all, so a worker may be killed at any time.
+A task whose output exists is done. Outputs appear whole or not at all, so a worker may be killed at
+any time.
 """
 
 import io
@@ -62,7 +64,8 @@ class Task:
 
 
 def count(task: Task) -> None:
-    """What the method has to know of the corpus, of this source: sums, and the words' n-grams for the diagnostics."""
+    """What the method has to know of the corpus, of this source: sums, and the words' n-grams for
+    the diagnostics."""
     if task.counts.exists():
         return
     scorer, bad = task.scorer, BadLines(task.data)
@@ -183,8 +186,8 @@ def summed(tasks: list[Task]) -> Arrays:
 
 
 def fit(options: SelectionOptions, columns: Targets, sums: Arrays, forbidden: Targets) -> Arrays:
-    """The content of `model.npz`: the names of the columns, the method's model, and the runs of tokens that a part must
-    not share with documents of the kinds in `forbidden`."""
+    """The content of `model.npz`: the names of the columns, the method's model, and the runs of
+    tokens that a part must not share with documents of the kinds in `forbidden`."""
     model = {
         "names": np.array(list(columns)),
         **METHODS[options.method](options).fit(columns, sums),

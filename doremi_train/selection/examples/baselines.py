@@ -47,7 +47,8 @@ def by_words(
 
 
 def resampled(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """(N,) keys whose largest are a draw without replacement, likelier for high scores: these and Gumbel noise."""
+    """(N,) keys whose largest are a draw without replacement, likelier for high scores: these and
+    Gumbel noise."""
     noise = np.random.Generator(np.random.Philox(key=[seed, 0])).gumbel(size=len(scores))
     return scores + _TEMPERATURE * max(float(scores.std()), 1e-12) * noise
 
@@ -56,8 +57,9 @@ def resampled(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 def representations(
     inner: Any, examples: Sequence[Coded], tokens: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Unit vectors (N, d) of examples by a transformers model: `rds`, its last layer at the last token; `rds_plus`, the
-    mean over all tokens, later ones weighing more (Ivison et al. 2025, https://arxiv.org/abs/2503.01807)."""
+    """Unit vectors (N, d) of examples by a transformers model: `rds`, its last layer at the last
+    token; `rds_plus`, the mean over all tokens, later ones weighing more (Ivison et al. 2025,
+    https://arxiv.org/abs/2503.01807)."""
     found = {
         name: torch.zeros(len(examples), inner.config.hidden_size) for name in ("rds", "rds_plus")
     }
@@ -77,8 +79,8 @@ def representations(
 
 
 def round_robin(cosines: NDArray[np.floating], count: int) -> list[int]:
-    """Up to `count` examples of cosines (N, V): each of the target's examples in turn takes the one most like it that
-    is not taken yet."""
+    """Up to `count` examples of cosines (N, V): each of the target's examples in turn takes the one
+    most like it that is not taken yet."""
     orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in cosines.T]
     taken: dict[int, None] = {}
     while len(taken) < min(count, len(cosines)):

@@ -1,7 +1,9 @@
-"""What `methods.less` needs of a model: gradients of examples, batch by batch, and AdamW's direction for each of them.
+"""What `methods.less` needs of a model: gradients of examples, batch by batch, and AdamW's
+direction for each of them.
 
-No vector as long as the parameters exists for an example: of a layer's gradients a block of rows is made from the
-factors of `gradients.capture`, turned into directions, multiplied or projected, and dropped.
+No vector as long as the parameters exists for an example: of a layer's gradients a block of rows is
+made from the factors of `gradients.capture`, turned into directions, multiplied or projected, and
+dropped.
 
 n examples of a batch, T tokens, S subtasks, k numbers of a projection.
 """
@@ -24,8 +26,8 @@ Coded = NDArray[np.int32]  # (length,) ids; of a token that carries no loss its 
 
 
 class Checkpoint(NamedTuple):
-    """A model of the warm-up and what AdamW knew then. The model gives losses (n, T) of tokens (n, T + 1); a token that
-    carries no loss stands there as its complement ~id, and its loss is 0."""
+    """A model of the warm-up and what AdamW knew then. The model gives losses (n, T) of tokens (n,
+    T + 1); a token that carries no loss stands there as its complement ~id, and its loss is 0."""
 
     model: nn.Module
     moments: Mapping[str, Moments]  # by parameter name
@@ -53,8 +55,8 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Mom
 def batches(
     examples: Sequence[Coded], tokens: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """(numbers (n,), tokens (n, T + 1)) of examples of equal or similar length, at most so many `tokens` together with
-    their padding, or one example."""
+    """(numbers (n,), tokens (n, T + 1)) of examples of equal or similar length, at most so many
+    `tokens` together with their padding, or one example."""
     waiting: list[int] = []
     for number in [*sorted(range(len(examples)), key=lambda n: (len(examples[n]), n)), None]:
         if waiting and (number is None or (len(waiting) + 1) * len(examples[number]) > tokens):
@@ -79,8 +81,9 @@ def factors(model: nn.Module, batch: Tensor) -> Examples:
 
 @torch.no_grad()
 def target(model: nn.Module, found: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
-    """What a subtask's examples are to their cosine with anything: the mean of their gradients, with length 1; or the
-    mean of their gradients of length 1, whose products with a vector of length 1 are the mean of cosines."""
+    """What a subtask's examples are to their cosine with anything: the mean of their gradients,
+    with length 1; or the mean of their gradients of length 1, whose products with a vector of
+    length 1 are the mean of cosines."""
     total: dict[str, Tensor] = {}
     count = 0
     for batch in found:

@@ -1,7 +1,9 @@
-"""Rows of numbers about the examples of a pool on disk, in shards: gradient features, or cosines with targets.
+"""Rows of numbers about the examples of a pool on disk, in shards: gradient features, or cosines
+with targets.
 
-Any number of processes and commands fill one folder together: each takes a shard that nobody has. A shard carries the
-fingerprint of everything that decides its content, so none is ever read for another.
+Any number of processes and commands fill one folder together: each takes a shard that nobody has. A
+shard carries the fingerprint of everything that decides its content, so none is ever read for
+another.
 """
 
 import time
@@ -51,7 +53,8 @@ class Rows:
         path = folder / "rows.json"
         if path.exists() and fingerprint(files.read_json(path)) != self._print:
             raise UserError(
-                f"{folder}: holds rows of other examples, models or settings; delete it, or take another"
+                f"{folder}: holds rows of other examples, models or settings; delete it, or take "
+                "another"
             )
         others = [shard.name for shard in folder.glob("*.npy") if self._print not in shard.name]
         if others:
@@ -75,8 +78,9 @@ class Rows:
         first: int,
         look: Callable[[int], None],
     ) -> None:
-        """Compute whatever shards are not there, beginning with number `first` so that several processes meet late; and
-        wait for those that others are at. `look` is told how many rows are there, often; what it raises ends this."""
+        """Compute whatever shards are not there, beginning with number `first` so that several
+        processes meet late; and wait for those that others are at. `look` is told how many rows are
+        there, often; what it raises ends this."""
         while missing := [
             number for number in range(self.shards) if not self._path(number).exists()
         ]:
@@ -109,7 +113,8 @@ class Rows:
                 raise ValueError(f"it has {found.shape} {found.dtype}")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path}: torn or of another size ({error}); delete it, and the same command goes on"
+                f"{path}: torn or of another size ({error}); delete it, and the same command goes "
+                "on"
             ) from None
         return found
 
@@ -118,8 +123,8 @@ class Rows:
 
 
 def stored(rows: NDArray[np.floating], kind: Kind) -> NDArray[Any]:
-    """Rows as they are kept. Of features only the direction counts, so int8 and float16 rows are scaled, each by its
-    largest number to 127, or by its length to 1."""
+    """Rows as they are kept. Of features only the direction counts, so int8 and float16 rows are
+    scaled, each by its largest number to 127, or by its length to 1."""
     if kind == "float64":
         return rows.astype(np.float64)
     by = (

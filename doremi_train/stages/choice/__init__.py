@@ -1,4 +1,5 @@
-"""The choice of documents or of examples that a run trains on, by whichever method was asked for."""
+"""The choice of documents or of examples that a run trains on, by whichever method was asked
+for."""
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def run(session: Session) -> Path:
     """
     if session.config.selection.method == "none":
         raise UserError(
-            "selection=none: nothing to select; give selection=ngram selection.targets={NAME: [FILES]}"
+            "selection=none: nothing to select; give selection=ngram "
+            "selection.targets={NAME: [FILES]}"
         )
     return (
         less.run(session) if session.config.selection.method == "less" else documents.run(session)

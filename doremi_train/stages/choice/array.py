@@ -18,7 +18,8 @@ from doremi_train.training.task import TrainingFailed
 
 @dataclass(frozen=True)
 class Share(Again):
-    """Tasks for one job of an array, one after the other. After a time limit it begins anew: done is not done again."""
+    """Tasks for one job of an array, one after the other. After a time limit it begins anew: done
+    is not done again."""
 
     work: Callable[[Any], object]
     tasks: Sequence[Any]
@@ -43,7 +44,8 @@ class Array:
     def run(
         self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]
     ) -> None:
-        """Raises the error of the first job that failed, and TrainingFailed where jobs are lost again and again."""
+        """Raises the error of the first job that failed, and TrainingFailed where jobs are lost
+        again and again."""
         count, lost = min(self.jobs or self.options.parallel, len(tasks)), 0
         left = [Share(work, tasks[first::count]) for first in range(count)]
         while left:
@@ -56,7 +58,8 @@ class Array:
                 )
 
     def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
-        """The shares of those jobs of an array that ended without a result, as when they are killed."""
+        """The shares of those jobs of an array that ended without a result, as when they are
+        killed."""
         with jobs.clean_environment(), jobs.slurm_refusals():
             executor = jobs.slurm_executor(self.options, self.logs, nodes=1, tasks=1, gpus=0)
             with executor.batch():

@@ -17,8 +17,8 @@ def data(session: Session) -> DataOptions:
         return options
     if session.config.selection.method == "less":
         raise UserError(
-            f"selection=less: chooses examples for stage=finetune, and stage={session.config.stage} reads text; take "
-            "another selection"
+            "selection=less: chooses examples for stage=finetune, and "
+            f"stage={session.config.stage} reads text; take another selection"
         )
     if options.selection is not None:
         raise UserError(
@@ -36,8 +36,8 @@ def examples(session: Session) -> Session:
         return session
     if options.method != "less":
         raise UserError(
-            f"selection={options.method}: chooses documents, and stage=finetune reads examples; take selection=less "
-            f"selection.less.train_on={options.method}"
+            f"selection={options.method}: chooses documents, and stage=finetune reads examples; "
+            f"take selection=less selection.less.train_on={options.method}"
         )
     target = target_files.trained(session)
     assert options.targets is not None

@@ -1,6 +1,7 @@
 """Choose from the raw corpus the documents that serve a target; the rest of the run trains on them.
 
-Scores are kept in the store, named by what decides them: another budget, temperature or seed needs no scoring again.
+Scores are kept in the store, named by what decides them: another budget, temperature or seed needs
+no scoring again.
 """
 
 import contextlib
@@ -95,7 +96,8 @@ def _recipe(session: Session) -> dict[str, Any]:
 
 
 def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Score the corpus, unless that was done; then choose for every target. The content of `result.json`."""
+    """Score the corpus, unless that was done; then choose for every target. The content of
+    `result.json`."""
     from doremi_train.selection.documents import choose, parts, scorers
 
     text = target_files.text_options(session)
@@ -178,8 +180,9 @@ def _score(
         sums = tasks.summed(work)
         if sums["bad_lines"] > raw.max_bad_lines:
             raise UserError(
-                f"data.max_bad_lines={raw.max_bad_lines}: there are {sums['bad_lines']} broken JSON lines in all; "
-                "mend the files, or raise data.max_bad_lines to skip and count such lines"
+                f"data.max_bad_lines={raw.max_bad_lines}: there are {sums['bad_lines']} broken "
+                "JSON lines in all; mend the files, or raise data.max_bad_lines to skip and count "
+                "such lines"
             )
         if not (home / "model.npz").exists():
             benchmarks = target_files.files_of(session, options.benchmarks, "selection.benchmarks")
@@ -202,7 +205,8 @@ def _choose(
     session: Session, folder: Path, name: str, work: list[Any], scores: Any, found: Any, pool: engines.Engine,
     metadata: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the sidecar, the mixture and the shards of one target; what is to be said about its choice."""
+    """Write the sidecar, the mixture and the shards of one target; what is to be said about its
+    choice."""
     from doremi_train.selection.documents import choose, describe
 
     options = session.config.selection
@@ -274,12 +278,12 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
         share = part["tokens"] / max(eligible[1], 1)
         lines += [
             "",
-            f"{name}: {part['documents']} documents, {short(part['tokens'])} tokens ({share:.1%}), by "
-            f"{part['target_documents']} target documents; {folder / name}",
+            f"{name}: {part['documents']} documents, {short(part['tokens'])} tokens "
+            f"({share:.1%}), by {part['target_documents']} target documents; {folder / name}",
             f"  effective sample size {part['effective_sample_size']:.1f} documents; "
             f"{part['overlap_with_top_k']:.1%} are those of plain top-k",
-            f"  KL from a half of the target that was held out: {kl['raw']:.3f} nats to the corpus, {kl['chosen']:.3f} "
-            f"to the choice, a reduction of {kl['reduction']:.3f}",
+            f"  KL from a half of the target that was held out: {kl['raw']:.3f} nats to the "
+            f"corpus, {kl['chosen']:.3f} to the choice, a reduction of {kl['reduction']:.3f}",
             "  tokens  " + "".join(f"{length:>8}+" for length in part["lengths"]["eligible"]),
         ]
         lines += [

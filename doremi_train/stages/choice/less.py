@@ -1,4 +1,5 @@
-"""LESS (`methods.less`), step by step: a warm-up, what its checkpoints say of every example, and a choice.
+"""LESS (`methods.less`), step by step: a warm-up, what its checkpoints say of every example, and a
+choice.
 
     warm-up      a part of the pool is trained on for a few epochs; each leaves parameters and AdamW's state
     scoring      cosines of every example's AdamW direction with the targets' gradients, at each checkpoint: exactly,
@@ -6,9 +7,10 @@
     choice       the examples of the highest influence, beside those of the baselines
     fine-tuning  stage=finetune with the same keys trains on a choice
 
-Each is done once in a store, whoever asks; any number of processes and commands on one store score the pool together.
-The pool is the training split of data.*, read as stage=finetune reads it. With `selection.scorer_model` another model
-warms up and scores; a choice is lines of files, so any model may be trained on it.
+Each is done once in a store, whoever asks; any number of processes and commands on one store score
+the pool together. The pool is the training split of data.*, read as stage=finetune reads it. With
+`selection.scorer_model` another model warms up and scores; a choice is lines of files, so any model
+may be trained on it.
 
 N examples of the pool, S subtasks of all targets together.
 """
@@ -59,7 +61,8 @@ def run(session: Session) -> Path:
         scores = _influences(scorer, warm, pool, served)
     if not served:
         session.say(
-            "select                 the features are in the store; give selection.targets to choose by them"
+            "select                 the features are in the store; give selection.targets to "
+            "choose by them"
         )
         return session.store
     with session.computing(choice, "select") as todo:
@@ -82,7 +85,8 @@ def show(session: Session, folder: Path) -> None:
 
 
 def _scorer(session: Session) -> Session:
-    """The same with the model that warms up and scores in the place of the one that is trained in the end."""
+    """The same with the model that warms up and scores in the place of the one that is trained in
+    the end."""
     options, tuned = session.config.selection, session.config.finetune
     folder = options.scorer_model or tuned.model
     if folder is None:
@@ -91,7 +95,8 @@ def _scorer(session: Session) -> Session:
         )
     if session.config.training.optimizer != "adamw":
         raise UserError(
-            f"training.optimizer={session.config.training.optimizer}: selection=less follows AdamW's steps; take adamw"
+            f"training.optimizer={session.config.training.optimizer}: selection=less follows "
+            "AdamW's steps; take adamw"
         )
     return replace(session, config=replace(session.config, finetune=replace(tuned, model=folder)))
 

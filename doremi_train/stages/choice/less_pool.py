@@ -41,7 +41,8 @@ def gather(session: Session, data: Instructions) -> Pool:
 
 
 def serving(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Coded, bytes]]]:
-    """The examples of every subtask, and their text. Raises UserError for a target that has none to be used."""
+    """The examples of every subtask, and their text. Raises UserError for a target that has none to
+    be used."""
     length = session.config.training.sequence_length
     served: dict[Subtask, list[tuple[Coded, bytes]]] = {}
     for name, sources in target_files.targets(session).items():
@@ -53,8 +54,8 @@ def serving(session: Session, encoder: Encoder) -> dict[Subtask, list[tuple[Code
                 )
         if name not in {target for target, _ in served}:
             raise UserError(
-                f"selection.targets.{name}: no example whose answer lies within training.sequence_length={length}; "
-                "give some, or raise it"
+                f"selection.targets.{name}: no example whose answer lies within "
+                f"training.sequence_length={length}; give some, or raise it"
             )
     return served
 

@@ -18,7 +18,8 @@ def trained(session: Session) -> str:
         return known[0]
     if options.train not in known:
         raise UserError(
-            f"selection.train={options.train}: which target's choice to train on; one of {', '.join(known)}"
+            f"selection.train={options.train}: which target's choice to train on; one of "
+            f"{', '.join(known)}"
         )
     return options.train
 
@@ -28,7 +29,8 @@ def targets(session: Session) -> dict[str, list[Source]]:
     given = session.config.selection.targets
     if not given:
         raise UserError(
-            "selection.targets: missing; give files of the text to serve: selection.targets={NAME: [FILES]}"
+            "selection.targets: missing; give files of the text to serve: "
+            "selection.targets={NAME: [FILES]}"
         )
     for name in given:
         if not name or "/" in name or name.startswith("."):

@@ -59,7 +59,7 @@ def model_folder(session: Session) -> str:
     folder = session.config.finetune.model
     if folder is None:
         raise UserError(
-            "finetune.model: missing; give a local transformers folder, or a model folder of an earlier run such as "
-            "runs/mine/main/model"
+            "finetune.model: missing; give a local transformers folder, or a model folder of an "
+            "earlier run such as runs/mine/main/model"
         )
     return folder

@@ -1,6 +1,8 @@
-"""The warm-up of LESS: a few epochs on a random part of the pool, each of which leaves parameters and AdamW's state.
+"""The warm-up of LESS: a few epochs on a random part of the pool, each of which leaves parameters
+and AdamW's state.
 
-Or what transformers' own Trainer left in its folders (`selection.less.checkpoints`), if that was a warm-up.
+Or what transformers' own Trainer left in its folders (`selection.less.checkpoints`), if that was a
+warm-up.
 """
 
 import hashlib
@@ -149,8 +151,8 @@ def _opened(
         capture.require_factored(tuning)
     except capture.NotFactored as error:
         raise UserError(
-            f"finetune.model={session.config.finetune.model}: {error}; train only layers that can be, as with "
-            "finetune.lora.targets=[q_proj, v_proj]"
+            f"finetune.model={session.config.finetune.model}: {error}; train only layers that can "
+            "be, as with finetune.lora.targets=[q_proj, v_proj]"
         ) from None
     tuning.precision, device = session.config.training.precision, session.place.device
     there = {
@@ -164,7 +166,8 @@ def _opened(
 
 
 def _given(session: Session, folders: list[Path]) -> Warm:
-    """Folders checkpoint-N of one training, in the order of their steps; rates are those of its log."""
+    """Folders checkpoint-N of one training, in the order of their steps; rates are those of its
+    log."""
     rates, before, prints = [], 0, []
     for folder in folders:
         try:
@@ -176,8 +179,8 @@ def _given(session: Session, folders: list[Path]) -> Warm:
                 )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"selection.less.checkpoints: {folder} is no checkpoint of transformers' Trainer ({one_line(error)}); "
-                "give its folders checkpoint-N"
+                f"selection.less.checkpoints: {folder} is no checkpoint of transformers' Trainer "
+                f"({one_line(error)}); give its folders checkpoint-N"
             ) from None
         own = [
             line["learning_rate"]
@@ -186,8 +189,9 @@ def _given(session: Session, folders: list[Path]) -> Warm:
         ]
         if not own:
             raise UserError(
-                f"selection.less.checkpoints: {folder} logged no learning rate since step {before}; give the folders "
-                "in the order of their steps, of a training with logging_steps=1"
+                f"selection.less.checkpoints: {folder} logged no learning rate since step "
+                f"{before}; give the folders in the order of their steps, of a training with "
+                "logging_steps=1"
             )
         rates.append(float(np.mean(own)))
         before = state["global_step"]
@@ -195,7 +199,8 @@ def _given(session: Session, folders: list[Path]) -> Warm:
 
 
 def _of_trainer(session: Session, folder: Path) -> Checkpoint:
-    """The optimiser's state is by number: those that decay come first, as the Trainer divides them."""
+    """The optimiser's state is by number: those that decay come first, as the Trainer divides
+    them."""
     from transformers import Trainer as Theirs
 
     key = f"selection.less.checkpoints: {folder}"

@@ -33,8 +33,9 @@ def _capped(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mi
     if kept is found:
         return mixture
     session.say(
-        f"{', '.join(name for name, less in zip(store.domains, kept < found, strict=True) if less)}: more than "
-        f"mixture.max_epochs={session.config.mixture.max_epochs:g} passes; what was too much went to the others"
+        f"{', '.join(name for name, less in zip(store.domains, kept < found, strict=True) if less)}: "
+        f"more than mixture.max_epochs={session.config.mixture.max_epochs:g} passes; what was too "
+        "much went to the others"
     )
     return replace(mixture, weights=dict(zip(store.domains, kept.tolist(), strict=True)))
 

@@ -1,4 +1,5 @@
-"""DoGE: one small run, or several seeds of it, whose weights follow how the gradients of domains agree."""
+"""DoGE: one small run, or several seeds of it, whose weights follow how the gradients of domains
+agree."""
 
 from dataclasses import fields
 
@@ -21,7 +22,8 @@ from doremi_train.training.trainer import Trainer
 
 @once
 def run(session: Session) -> mixture.Mixture:
-    """Train every seed, and take the mean of their averages. Raises UserError where rounds are asked for."""
+    """Train every seed, and take the mean of their averages. Raises UserError where rounds are
+    asked for."""
     store = prepare.run(session)
     found = recipes(session, store)
     if seeds.apart(session):
@@ -32,10 +34,12 @@ def run(session: Session) -> mixture.Mixture:
 
 
 def recipes(session: Session, store: TokenStore) -> list[Run]:
-    """The run of every seed, wherever and whenever it is trained. Raises UserError where rounds are asked for."""
+    """The run of every seed, wherever and whenever it is trained. Raises UserError where rounds are
+    asked for."""
     if session.config.proxy.rounds > 1:
         raise UserError(
-            "proxy.rounds: mixture=doge has no reference that a further round could replace; leave it at 1"
+            "proxy.rounds: mixture=doge has no reference that a further round could replace; leave "
+            "it at 1"
         )
     return [_recipe(session, store, index) for index in range(session.config.proxy.seeds)]
 

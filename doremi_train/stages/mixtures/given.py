@@ -1,4 +1,5 @@
-"""Weights that train nothing: given in the command, in a file of ours or of another trainer, or computed from sizes."""
+"""Weights that train nothing: given in the command, in a file of ours or of another trainer, or
+computed from sizes."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """MixMin: a small model of every domain, and the mixture of them that a target needs.
 
-An expert is a run on its domain alone, addressed by that domain and the tokeniser: with a given tokeniser a new domain
-costs one run.
+An expert is a run on its domain alone, addressed by that domain and the tokeniser: with a given
+tokeniser a new domain costs one run.
 
 K domains, M target sequences, T tokens a sequence.
 """
@@ -62,7 +62,8 @@ def experts(session: Session, store: TokenStore) -> dict[str, Run]:
 
 
 def state(session: Session, store: TokenStore) -> Run:
-    """The run that solves. Raises UserError where caps and floor leave no mixture, or the target is wrong."""
+    """The run that solves. Raises UserError where caps and floor leave no mixture, or the target is
+    wrong."""
     within = _box(session, store)
     return Run(
         session.store,
@@ -83,7 +84,8 @@ def _name(domain: str) -> str:
 def _ingredients(
     session: Session, store: TokenStore
 ) -> tuple[dict[str, Any], Tensor, TrainingOptions, Subsample | None]:
-    """What an expert is trained from: model, its one domain, training options and part of the data."""
+    """What an expert is trained from: model, its one domain, training options and part of the
+    data."""
     shape = language_model.resolved_model(session, store)
     one = torch.ones(1, dtype=torch.float64)
     return shape, one, session.config.training, budget.subsample(session)
@@ -109,7 +111,8 @@ def _train(session: Session, store: TokenStore) -> list[Run]:
 
 
 def _submit(session: Session, store: TokenStore) -> None:
-    """The experts that are not finished as jobs side by side: each the reference stage on its domain."""
+    """The experts that are not finished as jobs side by side: each the reference stage on its
+    domain."""
     trained = experts(session, store)
     children = {}
     for domain in store.domains:
@@ -127,7 +130,8 @@ def _submit(session: Session, store: TokenStore) -> None:
 
 
 def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> Floats:
-    """(N,) losses of an expert on the target's tokens; every process computes some of the sequences."""
+    """(N,) losses of an expert on the target's tokens; every process computes some of the
+    sequences."""
     training, world, device = session.config.training, comm.world(), session.place.device
     loaded = folders.load(expert.folder / "model", store.vocabulary_size, "model").to(device).eval()
     loaded.precision = training.precision
@@ -155,8 +159,8 @@ def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) 
     }
     session.say(
         f"mixmin: the mixed experts reach {found.loss:.4f} nats per token of the target, "
-        f"{provenance['experts_loss_natural']:.4f} with natural and {provenance['experts_loss_uniform']:.4f} with "
-        "uniform weights"
+        f"{provenance['experts_loss_natural']:.4f} with natural and "
+        f"{provenance['experts_loss_uniform']:.4f} with uniform weights"
     )
     weighed = dict(zip(store.domains, point.tolist(), strict=True))
     search.finish({"weights": weighed, "provenance": provenance})

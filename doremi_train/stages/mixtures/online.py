@@ -1,4 +1,5 @@
-"""Online mixtures: the main run adapts its own, and what it drew is written down as weights and as a staged schedule.
+"""Online mixtures: the main run adapts its own, and what it drew is written down as weights and as
+a staged schedule.
 
 K domains.
 """
@@ -82,7 +83,8 @@ def mixture(session: Session) -> doremi_train_mixture.Mixture:
 
 
 def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """[(first step from 0, mean mixture until the next), …] of what every step drew, in STAGES pieces at most."""
+    """[(first step from 0, mean mixture until the next), …] of what every step drew, in STAGES
+    pieces at most."""
     edges = np.unique(np.linspace(0, len(trace), min(STAGES, len(trace)) + 1).astype(int)).tolist()
     found = []
     for first, last in itertools.pairwise(edges):
@@ -125,8 +127,8 @@ def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> 
     method = config.mixture.method
     if config.training.loss_weighting != "none" or config.batch_selection.method != "none":
         raise UserError(
-            f"mixture={method}: looks at the plain losses of whole batches; leave training.loss_weighting and "
-            "batch_selection at none"
+            f"mixture={method}: looks at the plain losses of whole batches; leave "
+            "training.loss_weighting and batch_selection at none"
         )
     within = budget.caps(session, store, asked.floor, "online.floor")
     common: dict[str, Any] = {
@@ -142,14 +144,16 @@ def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> 
 
 
 def known_target(session: Session, store: TokenStore) -> list[float] | None:
-    """(K,) losses that dro is to reach, where they are known without training or measuring; for other methods ()."""
+    """(K,) losses that dro is to reach, where they are known without training or measuring; for
+    other methods ()."""
     config, given = session.config, session.config.online.target_losses
     if config.mixture.method != "dro":
         return []
     if given is not None:
         if set(given) != set(store.domains):
             raise UserError(
-                f"online.target_losses: names {', '.join(given)}; must name exactly {', '.join(store.domains)}"
+                f"online.target_losses: names {', '.join(given)}; must name exactly "
+                f"{', '.join(store.domains)}"
             )
         return [given[name] for name in store.domains]
     if config.reference.path is not None:

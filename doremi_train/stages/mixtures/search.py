@@ -1,4 +1,5 @@
-"""Random search: small runs on mixtures drawn as a swarm draws them, and the best of them. What a fit has to beat."""
+"""Random search: small runs on mixtures drawn as a swarm draws them, and the best of them. What a
+fit has to beat."""
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ def run(session: Session) -> mixture.Mixture:
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:
-    """swarm.runs of them (K,), within the swarm's caps, by the names of their runs under run_dir."""
+    """swarm.runs of them (K,), within the swarm's caps, by the names of their runs under
+    run_dir."""
     problem, _ = swarm.state(session, store)
     random = np.random.default_rng([session.config.seed, _STREAM])
     points = problem.space.expand(design(problem.prior, problem.inside, problem.draws, random))

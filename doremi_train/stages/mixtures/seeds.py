@@ -1,4 +1,5 @@
-"""The seeds of a small run that learns domain weights: their names, as jobs side by side, and their mean.
+"""The seeds of a small run that learns domain weights: their names, as jobs side by side, and their
+mean.
 
 K domains.
 """
@@ -32,8 +33,8 @@ def apart(session: Session) -> bool:
 
 
 def submitted(session: Session, runs: Sequence[Run], number: int, **changes: Any) -> None:
-    """The runs of a round that are not finished as jobs side by side: each the proxy stage with that one seed, and with
-    these changes to the configuration."""
+    """The runs of a round that are not finished as jobs side by side: each the proxy stage with
+    that one seed, and with these changes to the configuration."""
     children = {}
     for index, run in enumerate(runs):
         if not run.finished:

@@ -1,6 +1,8 @@
-"""Small runs on many mixtures: in this process one after another, as local processes, or as Slurm jobs.
+"""Small runs on many mixtures: in this process one after another, as local processes, or as Slurm
+jobs.
 
-They are the ordinary runs of a reference, content-addressed in the store: whoever needs one of them finds it there.
+They are the ordinary runs of a reference, content-addressed in the store: whoever needs one of them
+finds it there.
 """
 
 from collections.abc import Mapping
@@ -31,7 +33,8 @@ def tokens(session: Session) -> int:
 def train(
     session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar
 ) -> dict[str, Run]:
-    """A run on each mixture (K,), linked by its name under run_dir; `whole` counts the tokens of all of them."""
+    """A run on each mixture (K,), linked by its name under run_dir; `whole` counts the tokens of
+    all of them."""
     if session.config.submit.cluster != "none":
         _submit(session, store, mixtures, whole)
     found = {}
@@ -45,7 +48,8 @@ def train(
 def _submit(
     session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar
 ) -> None:
-    """The runs that are not finished as jobs side by side: each the reference stage on a given mixture."""
+    """The runs that are not finished as jobs side by side: each the reference stage on a given
+    mixture."""
     found = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
     waiting = {
         run.folder: name for name, run in found.items() if not run.finished
@@ -81,7 +85,8 @@ def losses(run: Run, store: TokenStore) -> list[float]:
 
 
 def finished_like(session: Session, one: Run) -> list[dict[str, float]]:
-    """The mixtures of the finished runs in the store that differ from `one` in their mixture only."""
+    """The mixtures of the finished runs in the store that differ from `one` in their mixture
+    only."""
 
     def rest(recipe: Mapping[str, Any]) -> str:
         return fingerprint({**recipe, "mixture": None})

@@ -1,7 +1,9 @@
-"""A swarm's search: mixtures are drawn, a small run trained on each, losses fitted, a mixture proposed and confirmed.
+"""A swarm's search: mixtures are drawn, a small run trained on each, losses fitted, a mixture
+proposed and confirmed.
 
-`run_dir/swarm` is a run in the store itself, done once. It holds `runs.jsonl`, a line for every run that was fitted,
-and `fit.json`: what was proposed and predicted, what came of it, and why a proposal was refused.
+`run_dir/swarm` is a run in the store itself, done once. It holds `runs.jsonl`, a line for every run
+that was fitted, and `fit.json`: what was proposed and predicted, what came of it, and why a
+proposal was refused.
 
 K domains, V virtual domains (as many, where nothing is frozen), N runs.
 """
@@ -42,7 +44,8 @@ def run(session: Session) -> mixture.Mixture:
 
 
 def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
-    """What is searched, and the run that does it. Raises UserError where caps and floors leave no mixture."""
+    """What is searched, and the run that does it. Raises UserError where caps and floors leave no
+    mixture."""
     problem, options = swarm_problem.problem_of(session, store), session.config.swarm
     like = small_runs.recipe(
         session, store, torch.from_numpy(problem.space.expand(problem.prior))
@@ -58,7 +61,8 @@ def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
 
 
 def planned(session: Session, problem: Problem) -> dict[str, Tensor | None]:
-    """Every run of the search by its name under run_dir, with its mixture (K,) where it is known beforehand."""
+    """Every run of the search by its name under run_dir, with its mixture (K,) where it is known
+    beforehand."""
     options = session.config.swarm
     found: dict[str, Tensor | None] = dict(_draw(session, problem, [], 1))
     for number in range(2, options.rounds + 1):
@@ -137,7 +141,8 @@ def _found(session: Session, store: TokenStore, problem: Problem, folder: Path) 
 def _draw(
     session: Session, problem: Problem, rows: Sequence[Row], number: int
 ) -> dict[str, Tensor]:
-    """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as anchors."""
+    """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as
+    anchors."""
     options, random = session.config.swarm, swarm_problem.generator(session, number)
     found = {}
     if number == 1:

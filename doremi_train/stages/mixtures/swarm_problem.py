@@ -40,8 +40,8 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
     options = session.config.swarm
     if options.regressor == "lightgbm" and importlib.util.find_spec("lightgbm") is None:
         raise UserError(
-            "swarm.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or take log_linear or "
-            "gaussian_process"
+            "swarm.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or "
+            "take log_linear or gaussian_process"
         )
     within = budget.caps(session, store, options.floor, "swarm.floor")
     space = box.space(_frozen(options.frozen, store.domains))
@@ -66,7 +66,8 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
 
 
 def _frozen(path: str | None, names: Sequence[str]) -> Floats:
-    """(K,) the weights of the domains that keep their proportions; 0 for those that the file does not know."""
+    """(K,) the weights of the domains that keep their proportions; 0 for those that the file does
+    not know."""
     if path is None:
         return np.zeros(len(names))
     try:

@@ -56,7 +56,8 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row]) -> Proposed
 
 
 def baselines(problem: Problem) -> dict[str, Tensor]:
-    """What a proposal has to beat, (K,) each: natural, uniform, and UniMax, which is uniform within caps and floors."""
+    """What a proposal has to beat, (K,) each: natural, uniform, and UniMax, which is uniform within
+    caps and floors."""
     uniform = np.full(len(problem.names), 1 / len(problem.names))
     unimax = box.on_grid(box.project(uniform, problem.within), problem.within)
     found = {"natural": problem.natural, "uniform": uniform}
@@ -75,7 +76,8 @@ def conclude(
     proposed: Proposed,
     confirmed: Sequence[Row],
 ) -> None:
-    """Take the best mixture of those that were trained, within caps and floors and not refused; and write all down."""
+    """Take the best mixture of those that were trained, within caps and floors and not refused; and
+    write all down."""
     lines: list[dict[str, Any]] = []
     for index, row in enumerate(confirmed):
         realised = float(np.mean(row.losses))
@@ -137,13 +139,14 @@ def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> s
     low, high = first["interval"]
     if chosen is first:
         return (
-            f"the proposal reached {first['realised']:.4f} nats per token ({low:.4f} to {high:.4f} predicted) and is "
-            "the best of those confirmed"
+            f"the proposal reached {first['realised']:.4f} nats per token ({low:.4f} to {high:.4f} "
+            "predicted) and is the best of those confirmed"
         )
     why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} nats per token"
     return (
-        f"the proposal is {'refused' if first['refused'] else 'not the best'}: {why}; {chosen['name']} is written "
-        f"instead, with {chosen['realised']:.4f} the best of those confirmed"
+        f"the proposal is {'refused' if first['refused'] else 'not the best'}: {why}; "
+        f"{chosen['name']} is written instead, with {chosen['realised']:.4f} the best of those "
+        "confirmed"
     )
 
 

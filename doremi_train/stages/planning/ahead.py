@@ -1,4 +1,5 @@
-"""The runs that a command would make, found before any of them: their names, and what the store has of them.
+"""The runs that a command would make, found before any of them: their names, and what the store has
+of them.
 
 K domains.
 """
@@ -33,7 +34,8 @@ from doremi_train.storage.runs import Run
 
 
 def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | None]:
-    """Every run of the pipeline in its order, and the mixture (K,) of the final model where it is known by now.
+    """Every run of the pipeline in its order, and the mixture (K,) of the final model where it is
+    known by now.
 
     What depends on a run that is not finished is taken for not begun, and every round for one that will be needed.
     Raises UserError where mixture.max_epochs leaves no mixture.
@@ -108,7 +110,8 @@ def _adapted(session: Session, store: TokenStore, found: "Found") -> Run | None:
 def _weighting(
     session: Session, store: TokenStore, found: "Found"
 ) -> language_model.Weighting | None:
-    """How the main runs weigh their tokens, where that is known by now; the models it needs are runs too."""
+    """How the main runs weigh their tokens, where that is known by now; the models it needs are
+    runs too."""
     policy, given = session.config.training.loss_weighting, session.config.reference.path
     if policy == "none":
         return None
@@ -124,7 +127,8 @@ def _weighting(
 
 
 def _search(session: Session, store: TokenStore, found: "Found") -> Tensor | None:
-    """References and proxies of all rounds, followed through those that are finished; ᾱ (K,) if all are."""
+    """References and proxies of all rounds, followed through those that are finished; ᾱ (K,) if all
+    are."""
     options, steps = session.config.proxy, session.config.training.steps
     shape = language_model.resolved_model(session, store)
     before: Tensor | None = reference.mixture(session, store)

@@ -18,7 +18,8 @@ from doremi_train.training.batch_selection import Effort, effort
 
 
 class Bill:
-    """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be done."""
+    """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be
+    done."""
 
     def __init__(
         self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]
@@ -123,7 +124,8 @@ class Bill:
         )
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
-        """The last stage: every model once more, and the reference on training text too; in every command."""
+        """The last stage: every model once more, and the reference on training text too; in every
+        command."""
         found = [
             (run, costs.shape(run.config))
             for run in runs
@@ -148,7 +150,8 @@ class Bill:
         }
 
     def accumulation(self, runs: Sequence[Ahead]) -> dict[str, Any] | None:
-        """Price of proxy.accumulation=exact over lagged: one forward more, where a batch comes in several parts."""
+        """Price of proxy.accumulation=exact over lagged: one forward more, where a batch comes in
+        several parts."""
         proxies = [run for run in runs if run.kind == "proxy"]
         if not proxies:
             return None

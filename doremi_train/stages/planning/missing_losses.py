@@ -1,4 +1,5 @@
-"""For how many sequences a frozen model is still to be run, where its losses are cached: an estimate for the plan."""
+"""For how many sequences a frozen model is still to be run, where its losses are cached: an
+estimate for the plan."""
 
 from collections.abc import Sequence
 
@@ -19,7 +20,8 @@ _LOOKED_AT = (
 
 
 def missing(session: Session, store: TokenStore, run: Run | None, index: int, before: int) -> float:
-    """Sequences that the proxy of seed `index` finds without a loss, `before` other seeds having run before it.
+    """Sequences that the proxy of seed `index` finds without a loss, `before` other seeds having
+    run before it.
 
     An estimate: from some of its draws how much is there (`run` is None: nothing), and what seeds have in common is an
     expectation, since they draw independently. Draws from α are taken for uniform.
@@ -40,10 +42,12 @@ def missing_of_main(
     mixed: Tensor,
     before: Ints,
 ) -> tuple[float, Ints]:
-    """Sequences that a main run on `mixed` (K,) finds without a loss, summed over the models that weigh it (None: one
-    that is not trained yet); and the draws (K,) with which main runs have passed, `before` of them ahead of this one.
+    """Sequences that a main run on `mixed` (K,) finds without a loss, summed over the models that
+    weigh it (None: one that is not trained yet); and the draws (K,) with which main runs have
+    passed, `before` of them ahead of this one.
 
-    All main runs of a command draw a domain's sequences in one order. What proxies read is not counted off.
+    All main runs of a command draw a domain's sequences in one order. What proxies read is not
+    counted off.
     """
     training = session.config.training
     whole = store.sequences("train", training.sequence_length)

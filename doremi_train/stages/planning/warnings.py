@@ -8,8 +8,8 @@ from doremi_train.methods import simplex
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 
-# Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned first, not which has
-# most left to learn. A step size of 0.1 hardly lets it.
+# Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned
+# first, not which has most left to learn. A step size of 0.1 hardly lets it.
 START_UP = 200  # steps
 START_UP_SHARE = 0.1  # part of ᾱ that they may be
 SMALL_STEP = 0.1
@@ -23,8 +23,9 @@ def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict
     names = list(domains)
     found = {
         "tiny": [
-            f"Domain {name} has only {domain['training_sequences']} training sequences ({domain['training_tokens']:,} "
-            "tokens), which cannot stand for it; add text, or merge it with a like one."
+            f"Domain {name} has only {domain['training_sequences']} training sequences "
+            f"({domain['training_tokens']:,} tokens), which cannot stand for it; add text, or "
+            "merge it with a like one."
             for name, domain in domains.items()
             if domain["training_sequences"] < TINY
         ]
@@ -67,16 +68,17 @@ def too_short(
     share = max(0, min(START_UP, steps) - left_out) / (steps - left_out)
     if share > START_UP_SHARE and step_size > SMALL_STEP:
         found.append(
-            f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain is learned first, and "
-            f"they are {share:.0%} of its average; take mixture=doremi_steady (step size {SMALL_STEP}, uniform "
-            f"reference), or training.steps={round(START_UP / START_UP_SHARE)} or more."
+            f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain "
+            f"is learned first, and they are {share:.0%} of its average; take "
+            f"mixture=doremi_steady (step size {SMALL_STEP}, uniform reference), or "
+            f"training.steps={round(START_UP / START_UP_SHARE)} or more."
         )
     seen = steps * batch / domains
     if seen < SEQUENCES:
         enough = -(-SEQUENCES * domains // batch)
         found.append(
-            f"The proxy sees {seen:.0f} sequences of each domain. Fewer than about {SEQUENCES} do not tell losses "
-            f"apart that differ by 0.01 nats per token; take training.steps={enough} or more, a larger "
-            "training.batch_size, or fewer domains."
+            f"The proxy sees {seen:.0f} sequences of each domain. Fewer than about {SEQUENCES} do "
+            "not tell losses apart that differ by 0.01 nats per token; take "
+            f"training.steps={enough} or more, a larger training.batch_size, or fewer domains."
         )
     return found

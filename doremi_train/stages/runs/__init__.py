@@ -1,1 +1,2 @@
-"""The runs that stages share: language models, the reference and its losses, targets, and children as jobs."""
+"""The runs that stages share: language models, the reference and its losses, targets, and children
+as jobs."""

@@ -1,4 +1,5 @@
-"""The runs that a command would make, found before any of them: their names, and what the store has of them."""
+"""The runs that a command would make, found before any of them: their names, and what the store has
+of them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Steps, tokens and parts of the data that runs of a command have in common, and the limits of its mixtures."""
+"""Steps, tokens and parts of the data that runs of a command have in common, and the limits of its
+mixtures."""
 
 from fractions import Fraction
 from typing import Any
@@ -38,8 +39,9 @@ def proxy_seed(session: Session, index: int) -> int:
 
 
 def subsample(session: Session) -> Subsample | None:
-    """The part of every domain that reference and proxy read; None: all. At equal weights they pass over it as often as
-    the final run passes over the whole. It is the same for every proxy seed of a command."""
+    """The part of every domain that reference and proxy read; None: all. At equal weights they pass
+    over it as often as the final run passes over the whole. It is the same for every proxy seed of
+    a command."""
     training = session.config.training
     part = Fraction(
         training.steps * training.batch_size * training.sequence_length, final_tokens(session)
@@ -55,8 +57,8 @@ def described(part: Subsample | None) -> dict[str, Any]:
 
 
 def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:
-    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at least `floor` (of
-    this key). Raises UserError where that leaves none."""
+    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at
+    least `floor` (of this key). Raises UserError where that leaves none."""
     sizes = np.asarray(store.sizes("train"), dtype=np.float64)
     try:
         return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
@@ -65,7 +67,8 @@ def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box
 
 
 def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:
-    """(K,) a mixture from sizes, for a run of `steps` steps. Raises UserError where it cannot be met."""
+    """(K,) a mixture from sizes, for a run of `steps` steps. Raises UserError where it cannot be
+    met."""
     training = session.config.training
     budget = steps * training.batch_size * training.sequence_length
     sizes = torch.from_numpy(np.asarray(store.sizes("train"), dtype=np.float64))
@@ -76,12 +79,13 @@ def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Ten
 
 
 def within(session: Session, store: TokenStore) -> box.Box | None:
-    """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave stay as they are.
-    Raises UserError where it leaves none."""
+    """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave
+    stay as they are. Raises UserError where it leaves none."""
     return None if session.config.mixture.method == "file" else caps(session, store, 0.0, "")
 
 
 def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
-    """(K,) within mixture.max_epochs: what a domain has too much goes to the others in proportion."""
+    """(K,) within mixture.max_epochs: what a domain has too much goes to the others in
+    proportion."""
     box, point = within(session, store), found.numpy()
     return found if box is None or inside(point, box) else torch.from_numpy(project(point, box))

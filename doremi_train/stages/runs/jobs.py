@@ -1,4 +1,5 @@
-"""One child run as a process here or as a job of Slurm: started, watched, stopped, and what became of it."""
+"""One child run as a process here or as a job of Slurm: started, watched, stopped, and what became
+of it."""
 
 import contextlib
 import os
@@ -22,7 +23,8 @@ _LINES_OF_A_LOG = 15
 
 
 class Again(Protocol):
-    """What submitit calls, and calls again after a time limit; it returns an exit code and a message."""
+    """What submitit calls, and calls again after a time limit; it returns an exit code and a
+    message."""
 
     def __call__(self) -> tuple[int, str]: ...
 
@@ -122,12 +124,14 @@ def slurm_refusals() -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"submit: Slurm took no job: {error}; sbatch must be here, and allow submit.partition, .extra and the like"
+            f"submit: Slurm took no job: {error}; sbatch must be here, and allow submit.partition, "
+            ".extra and the like"
         ) from None
 
 
 def ended(job: Any, look: bool) -> bool:
-    """Whether a job ended, with a result or not; `look`: also in the queue, since not every Slurm keeps accounts."""
+    """Whether a job ended, with a result or not; `look`: also in the queue, since not every Slurm
+    keeps accounts."""
     if hasattr(job, "_process"):
         return job._process.poll() is not None
     if all(job.task(number).paths.result_pickle.exists() for number in range(job.num_tasks)):
@@ -163,7 +167,8 @@ def failure_of(name: str, job: Any) -> Exception | None:
 
 
 def has_result(job: Any) -> bool:
-    """Whether a job that ended left a result; a file of another machine may be seen a while later."""
+    """Whether a job that ended left a result; a file of another machine may be seen a while
+    later."""
     for _ in range(50):
         if job.task(0).paths.result_pickle.exists():
             return True

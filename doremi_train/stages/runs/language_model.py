@@ -1,4 +1,5 @@
-"""A language model trained on a fixed mixture: reference, baseline, uniform and main are all this run."""
+"""A language model trained on a fixed mixture: reference, baseline, uniform and main are all this
+run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -41,7 +42,8 @@ def recipe(
     weighting: Weighting | None = None,
     selection: batch_selection.Setting | None = None,
 ) -> Run:
-    """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same folder."""
+    """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same
+    folder."""
     return Run(
         session.store,
         "language_model",
@@ -71,8 +73,8 @@ def train(
     selection: batch_selection.Setting | None = None,
     bar: Bar | None = None,
 ) -> Run:
-    """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs, for whom it is moved
-    on in silence."""
+    """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs,
+    for whom it is moved on in silence."""
     run = recipe(session, store, config, weights, training, part, weighting, selection)
     bar = bar or session.part(name)
     with session.computing(run, name) as todo:
@@ -118,8 +120,8 @@ def finish(
     save: Save | None = None,
     said: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train to the end, save the model, and write the result: the run is done. `save`: otherwise than as a model of the
-    token store; `said`: what the result says more."""
+    """Train to the end, save the model, and write the result: the run is done. `save`: otherwise
+    than as a model of the token store; `said`: what the result says more."""
     with session.tracking.run(task.label, task.run.folder.name, trainer.begins_at) as tracked:
         position = trainer.fit(tracked.line)
         measured = trainer.evaluate()

@@ -33,7 +33,8 @@ def mixture(session: Session, store: TokenStore) -> Tensor:
 
 
 def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Path:
-    """The model folder of the reference trained on the mixture `mixed` (K,), or of `reference.path`."""
+    """The model folder of the reference trained on the mixture `mixed` (K,), or of
+    `reference.path`."""
     given = session.config.reference.path
     if given is None:
         return (
@@ -42,7 +43,8 @@ def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Pat
         )
     if session.config.proxy.rounds > 1:
         raise UserError(
-            f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a reference of its own"
+            f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a "
+            "reference of its own"
         )
     folders.load(
         Path(given), store.vocabulary_size, "reference.path"
@@ -53,6 +55,7 @@ def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Pat
 def ingredients(
     session: Session, store: TokenStore, mixed: Tensor
 ) -> tuple[dict[str, Any], Tensor, TrainingOptions, Subsample | None]:
-    """What the reference on `mixed` (K,) is trained from: model, mixture, training options and part of the data."""
+    """What the reference on `mixed` (K,) is trained from: model, mixture, training options and part
+    of the data."""
     shape = language_model.resolved_model(session, store)
     return shape, mixed, session.config.training, budget.subsample(session)

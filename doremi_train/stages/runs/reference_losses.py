@@ -1,4 +1,5 @@
-"""The reference's losses as the proxies need them: live or cached, computed ahead, and counted for the plan.
+"""The reference's losses as the proxies need them: live or cached, computed ahead, and counted for
+the plan.
 
 K domains.
 """

@@ -1,7 +1,8 @@
-"""Child runs side by side, each the command itself on a configuration of its own: processes here, or a Slurm array.
+"""Child runs side by side, each the command itself on a configuration of its own: processes here,
+or a Slurm array.
 
-What a child computes is found by its content address afterwards, so a child that was done before is not sent again, and
-the parent needs nothing from a child but that it ended well.
+What a child computes is found by its content address afterwards, so a child that was done before is
+not sent again, and the parent needs nothing from a child but that it ended well.
 """
 
 import time
@@ -23,8 +24,8 @@ def submit(
     children: Mapping[str, Mapping[str, Any]],
     watch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run composed configurations, named for messages, `submit.parallel` at a time; return when all ended well.
-    `watch` is called now and then meanwhile.
+    """Run composed configurations, named for messages, `submit.parallel` at a time; return when all
+    ended well. `watch` is called now and then meanwhile.
 
     Raises Preempted when told to stop, after the children saved, and the error of the first child that failed, after
     the others saved. Called on every rank; rank 0 submits.
@@ -33,7 +34,8 @@ def submit(
 
 
 def configured(session: Session, folder: Path, **changes: Any) -> dict[str, Any]:
-    """This session's configuration for a child with a run_dir of its own; a change is a key such as "proxy.seeds"."""
+    """This session's configuration for a child with a run_dir of its own; a change is a key such as
+    "proxy.seeds"."""
     places = {
         "run_dir": str(folder),
         "store": str(session.store.resolve()),

@@ -1,6 +1,7 @@
 """Text towards which something is chosen: given as files, or drawn apart from what is evaluated.
 
-Batch selection looks at it while the final model is trained, and some mixtures are made for it (keys `target.*`).
+Batch selection looks at it while the final model is trained, and some mixtures are made for it
+(keys `target.*`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ from doremi_train.training.batch_selection import Setting
 
 
 class _Wanted(NamedTuple):
-    """So many sequences of these domains, and the keys of the configuration that say so, for messages."""
+    """So many sequences of these domains, and the keys of the configuration that say so, for
+    messages."""
 
     files_key: str
     domains_key: str
@@ -62,8 +64,8 @@ def _of_selection(session: Session, store: Store) -> _Wanted:
 
 
 def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = ()) -> Tensor:
-    """(M, T + 1) what target.files or target.domains say; without them some of the domains `otherwise`, and none (M is
-    0) where that is empty too."""
+    """(M, T + 1) what target.files or target.domains say; without them some of the domains
+    `otherwise`, and none (M is 0) where that is empty too."""
     asked = session.config.target
     names = asked.domains or otherwise
     if asked.files is None and not names:
@@ -82,12 +84,14 @@ def _nothing(session: Session) -> Tensor:
 
 
 def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
-    """(M, T + 1) from the validation split, evenly over the domains and none that the reported evaluation looks at."""
+    """(M, T + 1) from the validation split, evenly over the domains and none that the reported
+    evaluation looks at."""
     names, length = wanted.domains, session.config.training.sequence_length
     unknown = sorted(set(names) - set(store.domains))
     if unknown:
         raise UserError(
-            f"{wanted.domains_key}: {', '.join(unknown)}: unknown; allowed: {', '.join(store.domains)}"
+            f"{wanted.domains_key}: {', '.join(unknown)}: unknown; allowed: "
+            f"{', '.join(store.domains)}"
         )
     reported = set(zip(*(part.tolist() for part in evaluated(session, store)), strict=True))
     found = []
@@ -102,8 +106,9 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
         if len(free) < count:
             raise UserError(
                 f"{wanted.sequences_key}={wanted.sequences}: {count} of domain {name!r}, but "
-                f"besides those that are evaluated its validation split has {len(free)}; lower evaluation.sequences, "
-                f"raise data.validation_fraction, choose {wanted.domains_key}, or give {wanted.files_key}"
+                f"besides those that are evaluated its validation split has {len(free)}; lower "
+                "evaluation.sequences, raise data.validation_fraction, choose "
+                f"{wanted.domains_key}, or give {wanted.files_key}"
             )
         found += [(k, free[i * len(free) // count]) for i in range(count)]
     domain, sequence = np.array(found, dtype=np.int64).T
@@ -139,8 +144,8 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
     }
     if any(target[start : start + half].tobytes() in known for start in range(needed - half)):
         raise UserError(
-            f"{wanted.files_key}: shares text with the reported evaluation, towards which would then be "
-            "trained; give text that is not in the data's validation split"
+            f"{wanted.files_key}: shares text with the reported evaluation, towards which would "
+            "then be trained; give text that is not in the data's validation split"
         )
     return torch.from_numpy(target).unfold(0, length + 1, length).clone()
 

@@ -1,5 +1,5 @@
-"""How the main runs weigh their tokens (`training.loss_weighting`): against the reference, and with imp also against a
-model of the data itself, which is trained as a reference would be.
+"""How the main runs weigh their tokens (`training.loss_weighting`): against the reference, and with
+imp also against a model of the data itself, which is trained as a reference would be.
 """
 
 from dataclasses import asdict
@@ -23,7 +23,8 @@ def models(session: Session) -> int:
 
 
 def of(session: Session, store: TokenStore) -> Weighting | None:
-    """The weighting of this command's main runs, its frozen models being trained first; None: every token counts 1."""
+    """The weighting of this command's main runs, its frozen models being trained first; None: every
+    token counts 1."""
     if session.config.training.loss_weighting == "none":
         return None
     before = reference.mixture(session, store)
@@ -37,7 +38,8 @@ def of(session: Session, store: TokenStore) -> Weighting | None:
 
 
 def against(session: Session, store: TokenStore, folders: list[Path]) -> Weighting:
-    """The weighting against the models of these folders: the reference and, with imp, the model of the data."""
+    """The weighting against the models of these folders: the reference and, with imp, the model of
+    the data."""
     config = session.config
     options = importance.Options(**asdict(config.weighting), policy=config.training.loss_weighting)
     fingerprints = [folder_fingerprint(folder) for folder in folders]

@@ -1,4 +1,5 @@
-"""Ready configurations of public corpora: each prepares an imitation of the layout, and published weights fit it."""
+"""Ready configurations of public corpora: each prepares an imitation of the layout, and published
+weights fit it."""
 
 import gzip
 import json

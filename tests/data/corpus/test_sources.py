@@ -252,11 +252,11 @@ def test_the_order_is_the_same_in_two_processes(tmp_path):
     for domain in "zyxw":
         write_as(tmp_path / domain, ".txt")
     program = (
-        "import sys; from doremi_train.data.options import DataOptions\n"
-        "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
-        "from doremi_train.data.corpus.sources import *\n"
-        "o = DataOptions(root=sys.argv[1]); s = resolve(o); print(signature(o, s), s)\n"
-        "print([p for x in s for p in read(x, o, BadLines(o))])"
+        "import sys; from doremi_train.data.options import DataOptions\nfrom "
+        "doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading "
+        "import *\nfrom doremi_train.data.corpus.sources import *\no = "
+        "DataOptions(root=sys.argv[1]); s = resolve(o); print(signature(o, s), s)\nprint([p for x "
+        "in s for p in read(x, o, BadLines(o))])"
     )
     outputs = set()
     for seed in "12":
@@ -324,19 +324,20 @@ def test_giant_text_in_pieces_with_bounded_memory(tmp_path):
 
 @pytest.mark.slow
 def test_large_files_stay_within_memory(tmp_path):
-    """200 MB of records in one parquet row group and in one zst frame; the whole process stays below 300 MB."""
+    """200 MB of records in one parquet row group and in one zst frame; the whole process stays
+    below 300 MB."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
     records = ["word " * 2000 + str(index) for index in range(20_000)]
     pq.write_table(pa.table({"text": records}), tmp_path / "x.parquet", row_group_size=len(records))
     (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(jsonl(records)))
     program = (
-        "import re, sys; from pathlib import Path; from doremi_train.data.options import *\n"
-        "from doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading import *\n"
-        "from doremi_train.data.corpus.sources import *\n"
-        "o = DataOptions(domains={'a': Split((sys.argv[1],))})\n"
-        "n = sum(1 for s in resolve(o) for p in read(s, o, BadLines(o)))\n"
-        "print(n, int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024)"
+        "import re, sys; from pathlib import Path; from doremi_train.data.options import *\nfrom "
+        "doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading "
+        "import *\nfrom doremi_train.data.corpus.sources import *\no = "
+        "DataOptions(domains={'a': Split((sys.argv[1],))})\nn = sum(1 for s in resolve(o) for p in "
+        "read(s, o, BadLines(o)))\nprint(n, int(re.search(r'VmHWM:\\s+(\\d+)', "
+        "Path('/proc/self/status').read_text())[1]) // 1024)"
     )
     for name in ("x.parquet", "x.jsonl.zst"):
         command = [sys.executable, "-c", program, str(tmp_path / name)]

@@ -1,4 +1,5 @@
-"""Preparation: the same text gives the same shards in whatever files it comes, whoever is killed on the way."""
+"""Preparation: the same text gives the same shards in whatever files it comes, whoever is killed on
+the way."""
 
 import gzip
 import io

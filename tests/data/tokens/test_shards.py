@@ -1,4 +1,5 @@
-"""The token store: anyone's reader opens it, gather equals a naive reading, damage is refused, kills are survived."""
+"""The token store: anyone's reader opens it, gather equals a naive reading, damage is refused,
+kills are survived."""
 
 import io
 import json

@@ -1,4 +1,5 @@
-"""Tokenisers: learned ones are deterministic and lossless, loaded ones are used as the data needs them."""
+"""Tokenisers: learned ones are deterministic and lossless, loaded ones are used as the data needs
+them."""
 
 import json
 import os

@@ -42,7 +42,8 @@ def test_bm25_is_lucene_s() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> list[str]:
-    """A domain that hides documents of the target's language, and overrides to select 12 of its 100 documents."""
+    """A domain that hides documents of the target's language, and overrides to select 12 of its 100
+    documents."""
     hidden, stream = documents(3, "nopqrst", 300, 8000), documents(3, "nopqrst", 300, 10**6)
     write_jsonl(
         tmp_path / "raw" / "mixed" / "train.jsonl",
@@ -90,7 +91,8 @@ def test_a_classifier_is_the_minimum_of_its_loss_whatever_the_division() -> None
     table = scorer.fit(target, sums[0])["table"].astype(np.float64)
 
     def loss(table: np.ndarray) -> float:
-        """As the docstring says it; the penalty is that of the weights without their offset, the least there is."""
+        """As the docstring says it; the penalty is that of the weights without their offset, the
+        least there is."""
         served, others = (
             scorer.score(whole(texts), {"table": table})[:, 0] for texts in (target["t"], corpus)
         )

@@ -27,7 +27,8 @@ TEXTS = [
 
 
 def naive_words(text: str) -> list[str]:
-    """Runs of letters, digits and marks; of what is neither these nor space; single characters of some scripts."""
+    """Runs of letters, digits and marks; of what is neither these nor space; single characters of
+    some scripts."""
     words, before = [], kernels.SPACE
     for character in text:
         kind = kernels.OTHER

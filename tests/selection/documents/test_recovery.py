@@ -31,7 +31,8 @@ def read(path: Path) -> list[dict]:
 def precision(
     pool: list[str], hidden: list[str], few: int, seed: int, folder: Path, *overrides: str
 ) -> float:
-    """Part of the chosen that were hidden, where as many are asked for as were hidden, by `few` documents like them."""
+    """Part of the chosen that were hidden, where as many are asked for as were hidden, by `few`
+    documents like them."""
     order = np.random.default_rng(seed).permutation(len(hidden))
     target = write_jsonl(folder / "target.jsonl", [hidden[i] for i in order[:few]])
     write_jsonl(folder / "raw" / "pool" / "train.jsonl", pool)
@@ -109,7 +110,8 @@ HELD_OUT = (
 
 @pytest.mark.parametrize("few", [5, 50])
 def test_domains_on_which_nothing_was_tuned(few: int) -> None:
-    """The beginnings of 150 documents of every domain, so that exact mode takes no minutes; plain top-k."""
+    """The beginnings of 150 documents of every domain, so that exact mode takes no minutes; plain
+    top-k."""
     if not CORPORA.is_dir():
         pytest.skip("the corpora of real text are not here")
     pile = {
@@ -142,6 +144,7 @@ def test_domains_on_which_nothing_was_tuned(few: int) -> None:
             found[name].append(float((best < len(hidden)).mean()))
     for name, values in found.items():
         print(
-            f"{few}, {name}: {np.mean(values):.3f}; {np.reshape(values, (len(HELD_OUT), 3)).mean(1).round(3)}"
+            f"{few}, {name}: {np.mean(values):.3f}; "
+            f"{np.reshape(values, (len(HELD_OUT), 3)).mean(1).round(3)}"
         )
     assert np.mean(found["default"]) >= np.mean(found["exact"]) - 0.02, found

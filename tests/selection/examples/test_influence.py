@@ -1,4 +1,5 @@
-"""Influence scores on real models against the most naive way in float64, and rows on disk that processes share."""
+"""Influence scores on real models against the most naive way in float64, and rows on disk that
+processes share."""
 
 import json
 import subprocess
@@ -27,7 +28,8 @@ V = 13
 
 
 class Losses(nn.Module):
-    """(n, T + 1) → (n, T), in the model's own dtype; 0 for targets below 0, which are complements."""
+    """(n, T + 1) → (n, T), in the model's own dtype; 0 for targets below 0, which are
+    complements."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -166,7 +168,8 @@ def test_a_projected_feature_is_the_projection_of_the_whole_direction(
 def test_cosines_of_stored_features_are_close_to_the_exact_ones(
     kind: Any, tolerance: float
 ) -> None:
-    """The projection as wide as this small model: what is left is its own error and that of the rounding."""
+    """The projection as wide as this small model: what is left is its own error and that of the
+    rounding."""
     at, _ = trained(lora=False)
     (numbers, batch), pool = all_of(examples(12), 10_000)[0], 12
     target = influence.target(at.model, [b for _, b in all_of(examples(3, 2))], Options())
@@ -207,7 +210,8 @@ def test_batches_hold_each_example_once_and_stay_within_bounds() -> None:
 
 
 def test_representations_are_of_an_example_alone() -> None:
-    """The last token's, and the mean that weighs the n-th token n times; padding changes nothing."""
+    """The last token's, and the mean that weighs the n-th token n times; padding changes
+    nothing."""
     inner: Any = build(lora=False).inner
     pool = examples(6)
     found = baselines.representations(inner, pool, 1000, torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Selection of documents as a user meets it: what is chosen, written and refused, and what trains on it."""
+"""Selection of documents as a user meets it: what is chosen, written and refused, and what trains
+on it."""
 
 import contextlib
 import json
@@ -252,8 +253,8 @@ def test_a_run_selects_and_trains_on_the_choice_with_the_validation_of_all(
 def test_doremi_over_domains_trains_on_the_choice_within_each(
     raw: Path, target: Path, tmp_path: Path
 ) -> None:
-    """One command: the budget of every domain is chosen from, DoReMi weighs what was chosen, and the final models train
-    on it by these weights."""
+    """One command: the budget of every domain is chosen from, DoReMi weighs what was chosen, and
+    the final models train on it by these weights."""
     budgets = {"mixed": 3000, "plain": 5000}
     run_dir = tmp_path / "run"
     budget = f"selection.tokens={{mixed: {budgets['mixed']}, plain: {budgets['plain']}}}"
@@ -486,7 +487,8 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
 def test_memory_does_not_grow_with_a_file(
     form: str, small: int, large: int, target: Path, tmp_path: Path
 ) -> None:
-    """Peak of the whole command on so many times 6 MB of text: as one document (.txt), and as 100 000 each time."""
+    """Peak of the whole command on so many times 6 MB of text: as one document (.txt), and as 100
+    000 each time."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
     program = (
@@ -572,7 +574,8 @@ def test_killed_workers_and_a_killed_command_change_nothing(
 
 @pytest.fixture
 def ray_nodes() -> Iterator[Any]:
-    """A Ray cluster of two nodes on this machine, which a command finds by RAY_ADDRESS; workers find this checkout."""
+    """A Ray cluster of two nodes on this machine, which a command finds by RAY_ADDRESS; workers
+    find this checkout."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

@@ -1,4 +1,5 @@
-"""`selection=less` as a command: its steps, what it leaves out and refuses, and what it finds on planted tasks."""
+"""`selection=less` as a command: its steps, what it leaves out and refuses, and what it finds on
+planted tasks."""
 
 import json
 import shutil
@@ -26,7 +27,8 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model, a pool of 100 examples with a few odd ones, and two targets, one with two subtasks."""
+    """An untrained model, a pool of 100 examples with a few odd ones, and two targets, one with two
+    subtasks."""
     folder = tmp_path_factory.mktemp("less")
     planted_tasks.untrained(folder / "model", width=32)
     pool = records(1, 20, 0.2)
@@ -310,7 +312,8 @@ def test_checkpoints_of_transformers_trainer_are_read_by_name(
 def test_planted_tasks_are_recovered_where_words_say_nothing(
     command: Command, tmp_path: Path
 ) -> None:
-    """The best 5 % of a pool of five tasks, a fifth of it noise: right answers of the target's own task."""
+    """The best 5 % of a pool of five tasks, a fifth of it noise: right answers of the target's own
+    task."""
     found = planted_tasks.recovered(
         command, tmp_path, planted_tasks.pretrained(command, tmp_path / "base", 64)
     )

@@ -1,4 +1,5 @@
-"""DoGE against the most naive way, in float64, and under the one trainer: parts, processes, a stop, a target."""
+"""DoGE against the most naive way, in float64, and under the one trainer: parts, processes, a stop,
+a target."""
 
 import json
 import math

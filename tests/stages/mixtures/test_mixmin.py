@@ -1,4 +1,5 @@
-"""MixMin against a general solver, in float64, and as a mixture of experts that are ordinary runs."""
+"""MixMin against a general solver, in float64, and as a mixture of experts that are ordinary
+runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Online mixtures: each paper's update against the most naive way, caps, and the main run that they steer."""
+"""Online mixtures: each paper's update against the most naive way, caps, and the main run that they
+steer."""
 
 import itertools
 import math

@@ -1,4 +1,5 @@
-"""Swarm regression: planted surfaces of known optimum, caps to 1e-12, what is refused; and the stage on real runs."""
+"""Swarm regression: planted surfaces of known optimum, caps to 1e-12, what is refused; and the
+stage on real runs."""
 
 import json
 from pathlib import Path
@@ -23,7 +24,8 @@ NOISE = 0.01  # nats, of real runs at different seeds
 
 
 def surface(domains: int, seed: int) -> LogLinear:
-    """Losses as mixtures make them: each falls mostly with its own domain, and a little with the others."""
+    """Losses as mixtures make them: each falls mostly with its own domain, and a little with the
+    others."""
     random = np.random.default_rng(seed)
     slope = random.uniform(0, 0.7, (domains, 1)) - random.uniform(0.2, 0.6, (domains, domains))
     slope -= np.diag(random.uniform(1, 3, domains))
@@ -261,7 +263,8 @@ def test_what_cannot_rank_or_goes_where_no_run_is_is_refused() -> None:
 
 
 def test_a_loss_above_its_interval_is_refused() -> None:
-    """As with 18 runs, no anchors and no regularisation: 3.622 predicted, 3.728 found, 3.627 with uniform."""
+    """As with 18 runs, no anchors and no regularisation: 3.622 predicted, 3.728 found, 3.627 with
+    uniform."""
     (reason,) = swarm.confirm(3.728, (3.60, 3.65))
     assert "3.7280" in reason and "3.6000 to 3.6500" in reason
     assert swarm.confirm(3.65, (3.60, 3.65)) == swarm.confirm(3.5, (3.60, 3.65)) == []
@@ -313,7 +316,8 @@ def made(store: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def swarmed(tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole job. Its final model is of the proxies' size and length: the very run that confirmed the mixture."""
+    """A whole job. Its final model is of the proxies' size and length: the very run that confirmed
+    the mixture."""
     run_dir = tmp_path_factory.mktemp("swarm") / "run"
     outcome = run_here(*tiny, *SWARM, f"run_dir={run_dir}")
     assert outcome.code == 0, outcome

@@ -1,4 +1,5 @@
-"""Child runs as processes on this machine: the same result as one after another, stopped and failed as one command."""
+"""Child runs as processes on this machine: the same result as one after another, stopped and failed
+as one command."""
 
 import os
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_seeds_side_by_side_are_those_one_after_another(
         assert (
             tmp_path / f"two/proxy/round-{rounds}/jobs" / f"seed-{seed}" / "proxy/result.json"
         ).exists()
-    # How it is computed is no part of what is: the same run_dir without jobs has nothing left to do.
+    # How it is computed is no part of what is: the same run_dir without jobs has nothing left to
+    # do.
     again = doremi(*fresh, *seeds, f"run_dir={tmp_path / 'two'}")
     assert again.code == 0 and "is job" not in again.out
 
