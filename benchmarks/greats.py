@@ -25,6 +25,7 @@ from doremi_train.data.batches import read
 from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import cross_entropy, greats
 from doremi_train.model import folders, optim
+from doremi_train.model.language_model import LanguageModel
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection
 from doremi_train.training.batch_selection import BatchSelectionOptions
@@ -57,16 +58,19 @@ def training(
         evaluation=EvaluationOptions(every=STEPS),
         selection=batch_selection.Setting(selection, count, target) if selection else None,
     )
-    trainer = Trainer(task, folders.build(of.config, 0), of.place)
+    trainer = Trainer(task, built(of), of.place)
     state = cross_entropy.init(DOMAINS, STEPS, task.objective_options)
     yield from trainer.steps(Position(0, state, np.zeros(DOMAINS, dtype=np.int64)))
+
+
+def built(of: Setting) -> LanguageModel:
+    return folders.build(of.config, 0, precision=of.training.precision)
 
 
 def naive(of: Setting) -> Steps:
     """A backward for every example, all their gradients in memory, and the picks once more."""
     device, count, length = of.place.device, of.training.batch_size, of.training.sequence_length
-    lm = folders.build(of.config, 0).to(device)
-    lm.precision = of.training.precision
+    lm = built(of).to(device)
     parameters = list(lm.parameters())
     optimizer = optim.build(lm, of.training)
 

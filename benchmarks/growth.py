@@ -86,7 +86,9 @@ def domains(count: int, folder: Path) -> Parts:
         "update α": update,
         "seek": lambda: sampler.counts_before(STEP, weights),
         "open the store": lambda: TokenStore.open(store_folder),
-        "plan": lambda: warnings.warnings(session, plan._domains(session, store, None)),
+        "plan": lambda: warnings.warnings(
+            session, plan._domains(session, store, None, small_runs=True), proxies=True
+        ),
     }
 
 

@@ -26,6 +26,7 @@ from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.model import configs, costs, folders
 from doremi_train.model.configs import ModelOptions
+from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import place
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
@@ -91,12 +92,16 @@ def ours(
         accumulation="exact",
         reference=reference,
     )
-    built = folders.build(of.config, 0)
+    trained = built(of, 0)
     if not of.fused:
-        built.projection = None
-    trainer = Trainer(task, built, of.place)
+        trained.projection = None
+    trainer = Trainer(task, trained, of.place)
     start = Position(0, objective.init(DOMAINS, STEPS, options), np.zeros(DOMAINS, dtype=np.int64))
     yield from trainer.steps(start)
+
+
+def built(of: Setting, seed: int) -> LanguageModel:
+    return folders.build(of.config, seed, precision=of.training.precision)
 
 
 def plain(of: Setting, label: str = "plain") -> Steps:
@@ -105,7 +110,7 @@ def plain(of: Setting, label: str = "plain") -> Steps:
 
 
 def live(of: Setting) -> Steps:
-    reference = frozen.Live(folders.build(of.config, 1), of.place.device, of.training.precision)
+    reference = frozen.Live(built(of, 1), of.place.device)
     return ours(of, "live", doremi, doremi.Options(), reference)
 
 

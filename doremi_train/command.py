@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.config import UserError, fingerprint, load, redact
 from doremi_train.parallel import slurm
 from doremi_train.stages import STAGES
 
@@ -103,12 +103,16 @@ def run(plain: dict[str, Any]) -> None:
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
     from doremi_train.parallel import comm
+    from doremi_train.stages import mixtures
+    from doremi_train.stages.options import Config
     from doremi_train.stages.session import open_session
     from doremi_train.storage import runs
 
     requeue = _listen(runs.stop)
     try:
-        session = open_session(plain, child)
+        config = load(Config, plain)
+        mixtures.check(config)
+        session = open_session(config, plain, child)
         with session.alone(plain["stage"]) if stage.several else contextlib.nullcontext():
             importlib.import_module(f"doremi_train.stages.{stage.module}").run(session)
     except runs.Preempted:

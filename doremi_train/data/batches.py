@@ -6,7 +6,7 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ class Store(Protocol):
 
     domains: tuple[str, ...]
     fingerprint: str
+
+    def named(self, vector: Any) -> dict[str, float]:
+        """{domain: value} of a tensor or array (K,)."""
 
     def sizes(self, split: str) -> Ints:
         """(K,) tokens."""

@@ -230,6 +230,10 @@ class Instructions:
             self._index["stream"], np.arange(len(SPLITS) * len(self.domains) + 1)
         )
 
+    def named(self, vector: Any) -> dict[str, float]:
+        """{domain: value} of a tensor or array (K,)."""
+        return dict(zip(self.domains, vector.tolist(), strict=True))
+
     def sizes(self, split: str) -> Ints:
         """(K,) tokens."""
         return np.diff(self._ends[self._first])[self._streams(split)]

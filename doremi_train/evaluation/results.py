@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from doremi_train import files
 from doremi_train.evaluation.statistics import listed, student_t
-from doremi_train.methods import ONLINE
+from doremi_train.methods import HEURISTICS
 from doremi_train.model import configs
 
 _ORDER = (
@@ -55,7 +55,7 @@ class Result(NamedTuple):
     @property
     def learned(self) -> bool:
         """Whether the mixture was learned, or is one that was given."""
-        return self.mixture["method"] not in ("natural", "uniform", "temperature", "unimax", "file")
+        return self.mixture["method"] not in (*HEURISTICS, "file")
 
 
 class Setting(NamedTuple):
@@ -125,8 +125,8 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         folder.glob("proxy/round-*"), key=lambda path: int(path.name.partition("-")[2])
     )
     proxies = sorted(numbers[-1].glob("seed-*")) if numbers else [folder / "proxy"]
-    online = config.get("mixture.method") in ONLINE  # learned by the main run itself
-    learners = [folder / "main"] if online else proxies
+    itself = (folder / "main" / "domain_weights.jsonl").exists()  # the main run learned it
+    learners = [folder / "main"] if itself else proxies
     traces = [list(files.read_lines(learner / "domain_weights.jsonl")) for learner in learners]
     rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]
     plan = folder / "plan.json"

@@ -214,8 +214,7 @@ def _try(
     checkpointing: bool,
     device: torch.device,
 ) -> Pace:
-    built = folders.build(config, 0, checkpointing).to(device).train()
-    built.precision = precision
+    built = folders.build(config, 0, checkpointing, precision).to(device).train()
     tokens = (
         torch.arange(rows * (length + 1), device=device).view(rows, length + 1)
         % config["vocab_size"]

@@ -17,7 +17,10 @@ from doremi_train.model.language_model import LanguageModel
 
 
 def build(
-    config: dict[str, Any], seed: int, activation_checkpointing: bool = False
+    config: dict[str, Any],
+    seed: int,
+    activation_checkpointing: bool = False,
+    precision: str = "fp32",
 ) -> LanguageModel:
     """A freshly initialised model: the same parameters for the same config and seed."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,10 +30,10 @@ def build(
     inner = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(values.pop("model_type"), **values)
     )
-    return LanguageModel(inner.float(), activation_checkpointing)
+    return LanguageModel(inner.float(), activation_checkpointing, precision)
 
 
-def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
+def load(folder: Path, vocabulary: int, key: str, precision: str = "fp32") -> LanguageModel:
     """A saved model. Raises UserError where it is missing, broken or of another vocabulary."""
     inner = read(folder, key)
     if inner.config.vocab_size != vocabulary:
@@ -39,7 +42,7 @@ def load(folder: Path, vocabulary: int, key: str) -> LanguageModel:
             f"tokeniser {vocabulary}; use the tokeniser it was trained with (data.tokenizer), or "
             "train a reference"
         )
-    return LanguageModel(inner)
+    return LanguageModel(inner, precision=precision)
 
 
 def read(folder: Path, key: str) -> Any:

@@ -27,13 +27,15 @@ class LanguageModel(nn.Module):
     """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …)
     sees one call."""
 
-    def __init__(self, inner: Any, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, inner: Any, activation_checkpointing: bool = False, precision: str = "fp32"
+    ) -> None:
         super().__init__()
         self.inner = inner
         inner.config.use_cache = False
         if activation_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})
-        self.precision = "fp32"  # of the forward and backward; parameters stay float32
+        self.precision = precision  # of the forward and backward; parameters stay float32
         self.projection = (
             Projection(inner.get_output_embeddings()) if _head_is_plain(inner) else None
         )

@@ -61,13 +61,11 @@ class Native:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
+        wrapped: Any = self.model
         if self._strategy == "fsdp2":
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        with (
-            self.model.no_sync()
-            if self._strategy == "ddp" and not last
-            else contextlib.nullcontext()
-        ):  # type: ignore[operator]
+            wrapped.set_requires_gradient_sync(last)
+        alone = self._strategy == "ddp" and not last
+        with wrapped.no_sync() if alone else contextlib.nullcontext():
             yield
 
     def backward(self, loss: Tensor) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from doremi_train.evaluation import results
 from doremi_train.evaluation.results import Setting
 from doremi_train.evaluation.statistics import student_t
+from doremi_train.methods import ONLINE
 from doremi_train.reports.charts import COLORS, Curve, Mark, Point, lines, rows, smooth
 
 Place = Callable[[Setting], float]
@@ -130,11 +131,8 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
             for k, name in enumerate(names)
         }
 
-    one, many = (
-        ("proxy", "proxies")
-        if setting.results[0].mixture["method"] in ("doremi", "doge")
-        else ("run", "runs")
-    )
+    online = setting.results[0].mixture["method"] in ONLINE
+    one, many = ("run", "runs") if online else ("proxy", "proxies")
     band = (
         f"mean of {len(traces)} {many}, band from lowest to highest"
         if len(traces) > 1

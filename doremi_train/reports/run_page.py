@@ -1,6 +1,6 @@
 """What the page of a run says: cards, warnings, tables of domains and models, samples of text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,15 +18,6 @@ from doremi_train.reports import run_charts, selection_page, sweep_charts
 _MOST_SAMPLES = 60  # domains of which text is shown
 _MOST_RUNS, _MOST_WEIGHTS = 60, 12  # of a swarm, in its table
 _SAMPLE_WINDOW, _SAMPLE_TOKENS, _SAMPLE_CHARACTERS = 2000, 160, 320
-_HOW = {
-    "doremi": "The proxy raises the weight of a domain where its loss is above the reference's (the excess loss, "
-    "clipped at 0 per token): there is more to learn. The mixture is the average of α over the steps.",
-    "doge": "The proxy raises the weight of a domain whose gradient points where that of the target does, or without "
-    "a target those of the other domains. The mixture is the average of α over the steps.",
-    "ado": "The main run draws what it still learns from, by laws that are fitted to its losses.",
-    "odm": "The main run draws what has high loss, and a part of everything, as a bandit does.",
-    "dro": "The main run draws what is furthest above its target loss.",
-}
 COLUMNS = ("model", "mean loss", "worst domain", "domains better than baseline", "steps to baseline's loss",
             "mean loss − learned, paired")  # fmt: skip
 
@@ -57,8 +48,9 @@ def overall(settings: Sequence[Setting]) -> str:
 # ── One setting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def section(setting: Setting, number: int) -> dict[str, Any]:
-    """Everything the page shows of one setting."""
+def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, Any]:
+    """Everything the page shows of one setting; `how` says of every way how its mixture comes
+    about."""
     first = setting.results[0]
     folder = first.folder / "prepare"
     store = TokenStore.open(folder, only=first.config.get("data.only")) if folder.exists() else None
@@ -80,7 +72,7 @@ def section(setting: Setting, number: int) -> dict[str, Any]:
         "free": list(free),
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
-        "how": _HOW.get(first.mixture["method"], _HOW["doremi"]),
+        "how": how.get(first.mixture["method"], how["file"]),
         "swarm": _swarm(first),
         "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
@@ -108,10 +100,9 @@ def _free_mixtures(run: Result, store: TokenStore | None) -> dict[str, dict[str,
     found = {}
     for name in ("natural", "uniform", "unimax"):
         try:
-            weights = HEURISTICS[name](sizes, budget, options).tolist()
+            found[name] = store.named(HEURISTICS[name](sizes, budget, options))
         except ValueError:  # UniMax where the budget is more than its epochs of all data
             continue
-        found[name] = dict(zip(store.domains, weights, strict=True))
     return found
 
 
@@ -210,7 +201,7 @@ def _domain_rows(
     setting: Setting, free: dict[str, dict[str, float]], store: TokenStore | None
 ) -> list[dict[str, Any]]:
     points = run_charts.mixture_points(setting)
-    sizes = dict(zip(store.domains, store.sizes("train").tolist(), strict=True)) if store else {}
+    sizes = store.named(store.sizes("train")) if store else {}
     largest = max(point.value for point in points.values()) or 1.0
     found = []
     for name, point in points.items():

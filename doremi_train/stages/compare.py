@@ -144,7 +144,7 @@ def _configured(session: Session, one: Contender, seed: int) -> dict[str, Any]:
 
 
 def _session(session: Session, plain: Mapping[str, Any], **more: Any) -> Session:
-    return Session(load(Config, plain), plain, session.place, **more)
+    return Session(load(Config, plain), plain, session.place, session.child, **more)
 
 
 def _train(

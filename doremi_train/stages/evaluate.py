@@ -73,8 +73,7 @@ def _measure(
         session.config.evaluation,
         session.place.device,
     )
-    loaded = folders.load(folder, store.vocabulary_size, "model").to(device)
-    loaded.precision = training.precision
+    loaded = folders.load(folder, store.vocabulary_size, "model", training.precision).to(device)
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     figures = losses.measure(loaded, store, training.sequence_length, batch, options, device)
     if training_too:

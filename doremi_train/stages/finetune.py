@@ -36,12 +36,10 @@ from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import targets
-from doremi_train.stages.runs.language_model import finish
+from doremi_train.stages.runs.language_model import Begun, task_of, train_once
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection
-from doremi_train.training.task import Task
-from doremi_train.training.trainer import Trainer
 
 
 @once
@@ -51,32 +49,30 @@ def run(session: Session) -> Run:
     data = prepared(session, encoder)
     selection = targets.chosen(session, data, lambda: _given(session, data, encoder))
     tuned = recipe(session, data, selection)
-    with session.computing(tuned, "finetune") as todo:
-        if not todo:
-            session.say(f"finetune               is in the store already: {tuned.folder.name}")
-            return tuned
-        training, sizes = (
-            session.config.training,
-            data.sequences("train", session.config.training.sequence_length),
-        )
-        task = Task(
-            label="finetune",
-            run=tuned,
+    before: dict[str, Any] = {}
+
+    def begin() -> Begun:
+        training = session.config.training
+        sizes = data.sequences("train", training.sequence_length)
+        task = task_of(
+            session,
+            tuned,
+            "finetune",
+            data,
             objective=cross_entropy,
             objective_options=cross_entropy.Options(weights=tuple((sizes / sizes.sum()).tolist())),
-            store=data,
-            seed=session.config.seed,
-            training=training,
-            evaluation=session.config.evaluation,
             selection=selection,
         )
         inner = build(session).inner
         _require_room(inner, encoder, training.sequence_length)
-        tuning = language_model.CompletionModel(inner, training.activation_checkpointing)
-        before = _measured(session, tuning, data)
-        save = partial(_save, session, tuned, encoder)
+        model = language_model.CompletionModel(
+            inner, training.activation_checkpointing, training.precision
+        )
+        before.update(_measured(session, model, data))
         said = {"before": before, "data": {key: data.manifest[key] for key in _REPORTED}}
-        finish(session, task, Trainer(task, tuning, session.place), save, said)
+        return Begun(task, model, partial(_save, session, tuned, encoder), said)
+
+    if train_once(session, tuned, "finetune", begin):
         after = tuned.result()["evaluation"]["mean_loss"]
         session.say(
             f"finetune               held-out loss {before['mean_loss']:.4f} → {after:.4f} nats "
@@ -126,7 +122,6 @@ def _measured(
 ) -> dict[str, Any]:
     """The held-out loss of the model before it is trained."""
     training, device = session.config.training, session.place.device
-    tuning.precision = training.precision
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     return losses.measure(
         tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device

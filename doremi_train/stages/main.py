@@ -25,7 +25,7 @@ def run(session: Session) -> dict[str, Run]:
     mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
     shape = language_model.resolved_model(session, store, session.config.main.model)
     weighed = weighting.of(session, store)
-    adapted = {"main": online.run(session)} if online.asked(session) else {}
+    adapted = {"main": online.main(session)} if online.asked(session) else {}
     return adapted | {
         name: language_model.train(
             session,

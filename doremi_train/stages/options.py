@@ -27,7 +27,6 @@ from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.exports import formats
 from doremi_train.methods import (
     HEURISTICS,
-    ONLINE,
     doge,
     doremi,
     heuristics,
@@ -120,6 +119,26 @@ class MixtureOptions(heuristics.Options):
     format: str | None = None  # of that file, where it is a trainer's
     weights: dict[str, float] | None = None  # of method `file`, instead of one
     normalize: bool = False  # accept weights that do not sum to 1
+
+    def __post_init__(self) -> None:
+        given = [self.path, self.weights]
+        if len(given) - given.count(None) != self.given:
+            raise UserError(
+                f"mixture.path={self.path}, mixture.weights={self.weights}: one of "
+                "them goes with mixture=file, and only with it; write mixture=file "
+                "mixture.path=weights.json"
+            )
+        if self.format is not None:
+            one_of("mixture.format", self.format, list(formats.FORMATS))
+            if self.path is None:
+                raise UserError(
+                    f"mixture.format={self.format}: it is that of mixture.path, which is missing"
+                )
+
+    @property
+    def given(self) -> bool:
+        """Whether the weights are those of a file or of the command."""
+        return self.method == "file"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -250,12 +269,10 @@ class Config:
                 "run_dir='': must name a folder for what the run writes; give it as "
                 "run_dir=runs/mine"
             )
-        _one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
-        learned = ["doremi", "doge", *ONLINE, "mixmin", "swarm", "search"]
-        _one_of("mixture", self.mixture.method, [*learned, "file", *HEURISTICS])
-        _one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
-        _one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
-        _one_of("online.prior", self.online.prior, list(HEURISTICS))
+        one_of("selection", self.selection.method, ["none", "less", *selection_options.METHODS])
+        one_of("reference.mixture", self.reference.mixture, ["file", *HEURISTICS])
+        one_of("swarm.prior", self.swarm.prior, list(HEURISTICS))
+        one_of("online.prior", self.online.prior, list(HEURISTICS))
         if self.training.loss_weighting == "imp" and self.reference.path is None:
             raise UserError(
                 "training.loss_weighting=imp: compares a reference of the text that is wanted with "
@@ -263,35 +280,16 @@ class Config:
                 "data; give reference.path=…, or take dimp or rho"
             )
         for name in self.comparisons:
-            _one_of("main.comparisons", name, ["baseline", *HEURISTICS])
-        given = [self.mixture.path, self.mixture.weights]
-        if len(given) - given.count(None) != (self.mixture.method == "file"):
-            raise UserError(
-                f"mixture.path={self.mixture.path}, mixture.weights={self.mixture.weights}: one of "
-                "them goes with mixture=file, and only with it; write mixture=file "
-                "mixture.path=weights.json"
-            )
+            one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         if self.reference.mixture == "file" and (
-            self.mixture.method != "file" or self.mixture.format is not None
+            not self.mixture.given or self.mixture.format is not None
         ):
             raise UserError(
                 "reference.mixture=file: is the weights.json or the weights of mixture=file; write "
                 "mixture=file mixture.path=weights.json, without mixture.format"
             )
-        if self.stage == "swarm" and self.mixture.method != "swarm":
-            raise UserError(
-                f"stage=swarm: goes with mixture=swarm, not {self.mixture.method}; write "
-                "mixture=swarm too"
-            )
-        if self.mixture.format is not None:
-            _one_of("mixture.format", self.mixture.format, list(formats.FORMATS))
-            if self.mixture.path is None:
-                raise UserError(
-                    f"mixture.format={self.mixture.format}: it is that of mixture.path, which is "
-                    "missing"
-                )
         for name in self.downstream.tasks:
-            _one_of("downstream.tasks", name, list(downstream.FORMS))
+            one_of("downstream.tasks", name, list(downstream.FORMS))
             if name != "cloze" and name not in (self.downstream.files or {}):
                 raise UserError(
                     f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of "
@@ -299,12 +297,10 @@ class Config:
                 )
         if self.downstream.tasks:
             downstream.require()
-        for name in self.compare.methods:
-            _one_of("compare.methods", name, learned)
         for name in self.compare.baselines:
-            _one_of("compare.baselines", name, list(HEURISTICS))
+            one_of("compare.baselines", name, list(HEURISTICS))
         if self.export.to is not None or self.stage == "export":
-            _one_of("export.to", str(self.export.to), list(formats.FORMATS))
+            one_of("export.to", str(self.export.to), list(formats.FORMATS))
 
     @property
     def comparisons(self) -> tuple[str, ...]:
@@ -319,7 +315,7 @@ class Config:
         )
 
 
-def _one_of(key: str, value: str, allowed: list[str]) -> None:
+def one_of(key: str, value: str, allowed: list[str]) -> None:
     if value not in allowed:
         raise UserError(f"{key}={value}: unknown; allowed: {', '.join(allowed)}")
 

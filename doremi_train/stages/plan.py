@@ -54,8 +54,9 @@ def _write(
     bill = Bill(session, store, paces)
     stages, evaluation = {run.name: bill.run(run) for run in runs}, bill.evaluation(runs)
     seconds = [part["seconds"] for part in (*stages.values(), evaluation)]
-    domains = _domains(session, store, learned)
-    warned = warnings.warnings(session, domains)
+    kinds = {run.kind for run in runs}
+    domains = _domains(session, store, learned, small_runs=bool(kinds & {"proxy", "doge"}))
+    warned = warnings.warnings(session, domains, proxies="proxy" in kinds)
     plan = {
         "domains": domains,
         "stages": stages,
@@ -67,7 +68,7 @@ def _write(
         "processes": comm.world().size,
         "accumulation": bill.accumulation(runs),
         "reference_losses": _reference_losses(session, store, runs),
-        "absent": _absent(session, len(store.domains)),
+        "absent": _absent(session, len(store.domains)) if "proxy" in kinds else None,
         "warnings": [message for messages in warned.values() for message in messages],
     }
     files.write_json(session.run_dir / "plan.json", plan)
@@ -78,7 +79,9 @@ def _write(
 # ── Data ────────────────────────────────────────────────────────────────────────────
 
 
-def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dict[str, Any]:
+def _domains(
+    session: Session, store: TokenStore, learned: Tensor | None, small_runs: bool
+) -> dict[str, Any]:
     """For each domain its size, and how often every run passes over it: those here, and the one of
     `main.tokens`."""
     training, count = session.config.training, len(store.domains)
@@ -97,7 +100,6 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
     once = store.sequences("train", length) * length  # (K,) tokens of one pass
     tokens = budget.main_steps(session) * training.batch_size * length
     reference_weights = reference.mixture(session, store)
-    proxies = session.config.mixture.method in ("doremi", "doge")
     return {
         name: {
             "training_tokens": int(sizes[k]),
@@ -105,8 +107,8 @@ def _domains(session: Session, store: TokenStore, learned: Tensor | None) -> dic
             "training_sequences": int(once[k] // length),
             "natural_weight": float(final["natural"][k]),
             "reference_weight": float(reference_weights[k]),
-            "proxy_sequences": int(sampler.sizes[k]) if proxies else None,  # that it may read
-            "proxy_epochs": float(proxy_epochs[k]) if proxies else None,
+            "proxy_sequences": int(sampler.sizes[k]) if small_runs else None,  # that it may read
+            "proxy_epochs": float(proxy_epochs[k]) if small_runs else None,
             "main_epochs": {
                 way: float(weights[k] * tokens / once[k]) for way, weights in here.items()
             },
@@ -129,7 +131,7 @@ def _reference_losses(
     taken for uniform.
     """
     options, length = session.config.proxy, session.config.training.sequence_length
-    if session.config.mixture.method != "doremi" or not reference_losses.needed(session):
+    if "proxy" not in {run.kind for run in runs} or not reference_losses.needed(session):
         return None
     sampler = reference_losses.sampler(session, store, 0)
     read = np.minimum(
@@ -146,12 +148,10 @@ def _reference_losses(
     return size
 
 
-def _absent(session: Session, domains: int) -> dict[str, float | None] | None:
+def _absent(session: Session, domains: int) -> dict[str, float | None]:
     """Probability that a batch of the proxy misses a domain: where draws are uniform; and where
     they are from α, for a domain that has only the weight that smoothing leaves it."""
     options, batch = session.config.proxy, session.config.training.batch_size
-    if session.config.mixture.method != "doremi":
-        return None
     uniform, floor = detectors.missing_by_quota(
         batch, [1 / domains, options.smoothing / domains]
     ).tolist()

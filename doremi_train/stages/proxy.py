@@ -1,22 +1,10 @@
-"""The proxy: Group DRO against the reference, for every round and seed, averaged into weights.json.
+"""The proxies alone: those of the mixture's way, or DoReMi's where it has none."""
 
-With mixture=doge it is DoGE's run instead.
-"""
-
-import contextlib
-
-from doremi_train import mixture
-from doremi_train.stages.mixtures import doge, doremi, seeds
-from doremi_train.stages.session import Session, once
+from doremi_train.mixture import Mixture
+from doremi_train.stages.mixtures import WAYS, doge, doremi
+from doremi_train.stages.session import Session
 
 
-@once
-def run(session: Session) -> mixture.Mixture:
-    """Reference and proxy, round after round, until the mixture stays where it was."""
-    train = doge.run if session.config.mixture.method == "doge" else doremi.rounds
-    with (
-        session.reporting(session.run_dir / "proxy")
-        if seeds.several(session)
-        else contextlib.nullcontext()
-    ):
-        return train(session)
+def run(session: Session) -> Mixture:
+    """Train them, round after round and seed after seed; what they say is returned, not written."""
+    return (doge if WAYS[session.method] is doge else doremi).run(session)

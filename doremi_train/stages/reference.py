@@ -15,6 +15,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import WAYS, doremi
 from doremi_train.stages.runs import reference, reference_losses
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Preempted, stop
@@ -29,7 +30,7 @@ def run(session: Session) -> Path:
     proxies need too."""
     store = prepare.run(session)
     trained = reference.folder(session, store, reference.mixture(session, store), "reference")
-    if session.config.mixture.method == "doremi" and reference_losses.cached(session):
+    if WAYS[session.method] is doremi and reference_losses.cached(session):
         with session.reporting(session.run_dir / "reference"):
             fill(session, store, trained)
     return trained

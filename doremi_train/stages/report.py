@@ -26,6 +26,7 @@ from doremi_train.parallel import comm
 from doremi_train.reports import run_page, run_table, sweep_charts
 from doremi_train.reports.page import write_page
 from doremi_train.stages import evaluate, prepare
+from doremi_train.stages.mixtures import WAYS
 from doremi_train.stages.options import identity
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session, once, sweep
@@ -50,7 +51,7 @@ def _read(folders: Sequence[Path]) -> list[Setting]:
 
 
 def _report(page: Path, settings: Sequence[Setting]) -> None:
-    verdict = run_page.overall(settings)
+    verdict, how = run_page.overall(settings), {name: way.HOW for name, way in WAYS.items()}
     write_page(
         page,
         title=str(page.parent),
@@ -58,7 +59,9 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         columns=run_page.COLUMNS,
         charts=sweep_charts.compare(settings) if len(settings) > 1 else [],
         summary=run_page.summary(settings) if len(settings) > 1 else None,
-        sections=[run_page.section(setting, number) for number, setting in enumerate(settings)],
+        sections=[
+            run_page.section(setting, number, how) for number, setting in enumerate(settings)
+        ],
         selection=run_page.selection_of(settings[0].results[0]),
     )
     console.print(

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from doremi_train import files, trackers
-from doremi_train.config import UserError, load, redact
+from doremi_train.config import UserError, redact
 from doremi_train.console import Bar, Part, console
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
@@ -65,18 +65,25 @@ class Session:
         """A run's share of the bar over all; None where it shows its own."""
         return Part(self.bar, label) if self.bar is not None else None
 
+    @property
+    def method(self) -> str:
+        """Name of the way to the mixture: a key of `stages.mixtures.WAYS`."""
+        return self.config.mixture.method
+
     def say(self, text: str) -> None:
         if comm.world().first:
             console.print(text)
 
     @contextlib.contextmanager
-    def computing(self, run: runs.Run, name: str) -> Iterator[bool]:
-        """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there is work to do:
-        a finished run is not done again, also when it was finished by somebody else while this process
-        waited."""
+    def computing(self, run: runs.Run, name: str, quiet: bool = False) -> Iterator[bool]:
+        """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there is
+        work to do: a finished run is not done again, also when it was finished by somebody else
+        while this process waited; which is said, unless `quiet`."""
         with contextlib.ExitStack() as stack:
             comm.on_first(lambda: self._enter(stack, run, name))
             todo = comm.broadcast(not run.finished)
+            if not (todo or quiet):
+                self.say(f"{name:<22} is in the store already: {run.folder.name}")
             with self.reporting(run.folder) if todo else contextlib.nullcontext():
                 yield todo
 
@@ -153,11 +160,9 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
 
 
 def open_session(
-    plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]
+    config: Config, plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]
 ) -> Session:
-    """Check the composed configuration, join the processes, and claim the run folder for this
-    configuration."""
-    config = load(Config, plain)
+    """Join the processes, and claim the run folder for this configuration, which was checked."""
     slurm.export_ranks()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)

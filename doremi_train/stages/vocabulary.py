@@ -22,7 +22,7 @@ def run(session: Session) -> Path:
     """Make `vocabulary.json`, with its log and picture, unless that was done."""
     recipe = comm.on_first(lambda: _recipe(session))
     made = Run(session.store, "vocabulary", recipe)
-    with session.computing(made, "vocabulary") as todo:
+    with session.computing(made, "vocabulary", quiet=True) as todo:
         if todo:
             comm.on_first(lambda: made.finish(_make(session, made.folder)))
     path = session.run_dir / "vocabulary" / "vocabulary.json"

@@ -57,9 +57,8 @@ class Reference(Protocol):
 class Live:
     """The model itself, whole on every process."""
 
-    def __init__(self, model: LanguageModel, device: torch.device, precision: str) -> None:
+    def __init__(self, model: LanguageModel, device: torch.device) -> None:
         self._model, self._device = model.eval().requires_grad_(False).to(device), device
-        self._model.precision = precision
 
     def stored(self, domain: Ints, sequence: Ints) -> Tensor | None:
         return None

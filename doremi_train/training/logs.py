@@ -41,9 +41,7 @@ class Logs:
         columns = task.objective.record(position.state, stats)
         if columns:
             named = {
-                key: dict(zip(task.store.domains, column.tolist(), strict=True))
-                if column.dim()
-                else column.item()
+                key: task.store.named(column) if column.dim() else column.item()
                 for key, column in columns.items()
             }
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch

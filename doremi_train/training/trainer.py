@@ -49,7 +49,6 @@ class Trainer:
             stored,
         )
         self.bare = model
-        model.precision = training.precision
         self._saved = checkpoint.latest(task.run.folder / "checkpoints")
         self.begins_at = self._saved["step"] if self._saved is not None else 0
         self.engine = engine.build(place, model, training, self._saved)

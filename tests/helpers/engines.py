@@ -110,19 +110,20 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
         evaluation=EvaluationOptions(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
         reference=Live(
-            folders.load(reference, store.vocabulary_size, "reference"),
+            folders.load(reference, store.vocabulary_size, "reference", case.precision),
             place.device,
-            case.precision,
         ),
     )
-    built = folders.build(shape(store), 1)
+    built = folders.build(shape(store), 1, precision=case.precision)
     if case.broken_step is not None:
         break_one(built, store, case)
     if case.stopped is not None:
         with pytest.raises(Preempted, match=f"saved at step {case.stopped} of {STEPS}"):
             fit(task, built, place, case.stopped)
         stop.requested = False
-        built = folders.build(shape(store), 2)  # another one: what counts is in the checkpoint
+        built = folders.build(
+            shape(store), 2, precision=case.precision
+        )  # another one: what counts is in the checkpoint
     fit(task, built, place)
 
 

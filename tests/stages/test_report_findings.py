@@ -15,13 +15,14 @@ from helpers.corpus import documents, write_jsonl
 from omegaconf import OmegaConf
 
 from doremi_train import command
-from doremi_train.config import conf_dir
+from doremi_train.config import conf_dir, load
 from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
 from doremi_train.evaluation.detectors import Finding
 from doremi_train.parallel import comm
 from doremi_train.stages import evaluate, prepare, report
+from doremi_train.stages.options import Config
 from doremi_train.stages.runs import budget, reference
 from doremi_train.stages.session import Session, open_session
 
@@ -37,7 +38,7 @@ def opened(*overrides: str) -> Iterator[Session]:
         composed = hydra.compose("config", overrides=list(overrides))
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     try:
-        yield open_session(plain, command.child)
+        yield open_session(load(Config, plain), plain, command.child)
     finally:
         comm.leave()
 

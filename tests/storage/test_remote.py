@@ -24,7 +24,7 @@ from helpers.sources import TEXTS, jsonl, one, options, refused, texts, write_as
 from doremi_train.config import UserError
 from doremi_train.data.tokens.prepare import prepare
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.storage import steady, urls
+from doremi_train.storage import steady
 from doremi_train.storage.mirror import Mirror
 
 pytest.importorskip("s3fs", reason="extra `test` brings it")
@@ -248,7 +248,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(
         return "pass"
 
     network(judge)
-    wait = urls.time.sleep
+    wait = steady.time.sleep
     other = fsspec.filesystem("s3")
     monkeypatch.setattr(
         "doremi_train.storage.steady.time.sleep",

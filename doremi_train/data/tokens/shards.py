@@ -17,13 +17,14 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from doremi_train.config import UserError
@@ -97,6 +98,14 @@ class TokenStore:
         self._windows: dict[int, _Windows] = {}
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+
+    def named(self, vector: Any) -> dict[str, float]:
+        """{domain: value} of a tensor or array (K,)."""
+        return dict(zip(self.domains, vector.tolist(), strict=True))
+
+    def vector(self, values: Mapping[str, float]) -> NDArray[np.float64]:
+        """(K,) of {domain: value}: the inverse of `named`."""
+        return np.array([values[name] for name in self.domains], np.float64)
 
     @classmethod
     def open(

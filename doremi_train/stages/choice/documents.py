@@ -48,7 +48,7 @@ def run(session: Session) -> Path:
     """The folder of the choices, one for every target."""
     wanted = comm.on_first(lambda: _recipe(session))
     choice = Run(session.store, "selection", wanted)
-    with session.computing(choice, "select") as todo:
+    with session.computing(choice, "select", quiet=True) as todo:
         if todo:
             comm.on_first(lambda: choice.finish(_select(session, choice.folder, wanted)))
     return choice.folder

@@ -65,7 +65,7 @@ def run(session: Session) -> Path:
             "choose by them"
         )
         return session.store
-    with session.computing(choice, "select") as todo:
+    with session.computing(choice, "select", quiet=True) as todo:
         if todo:
             comm.on_first(
                 lambda: choice.finish(

@@ -30,13 +30,11 @@ from doremi_train.model.language_model import CompletionModel
 from doremi_train.selection.examples.influence import Checkpoint
 from doremi_train.stages.choice.tuning import build
 from doremi_train.stages.options import training_identity
-from doremi_train.stages.runs.language_model import finish
+from doremi_train.stages.runs.language_model import Begun, task_of, train_once
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run
 from doremi_train.storage.steady import one_line
-from doremi_train.training.task import Task
-from doremi_train.training.trainer import Trainer
 
 
 class Warm(NamedTuple):
@@ -82,31 +80,32 @@ def _trained(session: Session, data: Instructions) -> Warm:
         "seed": config.seed,
     }
     warm = Run(session.store, "warmup", recipe)
-    with session.computing(warm, "warmup") as todo:
-        if todo:
-            task = Task(
-                label="warm-up",
-                run=warm,
-                objective=cross_entropy,
-                objective_options=cross_entropy.Options(
-                    weights=tuple((sizes / sizes.sum()).tolist())
-                ),
-                store=data,
-                seed=config.seed,
-                training=training,
-                evaluation=replace(config.evaluation, every=training.steps),
-                subsample=part,
-            )
-            tuning = language_model.CompletionModel(
-                build(session).inner, training.activation_checkpointing
-            )
-            taken = [
-                optim.learning_rate(step, training.steps, training)
-                for step in range(1, training.steps + 1)
-            ]
-            rates = np.array(taken).reshape(options.epochs, epoch).mean(1).tolist()
-            said = {"examples": int(sizes.sum()), "learning_rates": rates}
-            finish(session, task, Trainer(task, tuning, session.place), partial(_keep, warm), said)
+
+    def begin() -> Begun:
+        task = task_of(
+            session,
+            warm,
+            "warm-up",
+            data,
+            objective=cross_entropy,
+            objective_options=cross_entropy.Options(weights=tuple((sizes / sizes.sum()).tolist())),
+            training=training,
+            evaluation=replace(config.evaluation, every=training.steps),
+            subsample=part,
+            bar=None,
+        )
+        tuning = language_model.CompletionModel(
+            build(session).inner, training.activation_checkpointing, training.precision
+        )
+        taken = [
+            optim.learning_rate(step, training.steps, training)
+            for step in range(1, training.steps + 1)
+        ]
+        rates = np.array(taken).reshape(options.epochs, epoch).mean(1).tolist()
+        said = {"examples": int(sizes.sum()), "learning_rates": rates}
+        return Begun(task, tuning, partial(_keep, warm), said)
+
+    train_once(session, warm, "warmup", begin, quiet=True)
     return Warm(warm.address, warm.result()["learning_rates"], partial(_checkpoint, session, warm))
 
 
@@ -123,7 +122,9 @@ def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
 def _checkpoint(session: Session, warm: Run, epoch: int) -> Checkpoint:
     """An epoch's end. The optimiser's state is whole and by name, whatever engine trained it."""
     saved = checkpoint.read(warm.folder / "epochs" / f"step-{epoch * warm.recipe['epoch']:09d}.pt")
-    tuning = language_model.CompletionModel(build(session).inner)
+    tuning = language_model.CompletionModel(
+        build(session).inner, precision=session.config.training.precision
+    )
     parameters = dict(tuning.named_parameters())
     for name, tensor in saved["model"].items():
         if name in parameters:
@@ -154,7 +155,7 @@ def _opened(
             f"finetune.model={session.config.finetune.model}: {error}; train only layers that can "
             "be, as with finetune.lora.targets=[q_proj, v_proj]"
         ) from None
-    tuning.precision, device = session.config.training.precision, session.place.device
+    device = session.place.device
     there = {
         name: m._replace(first=m.first.to(device), second=m.second.to(device))
         for name, m in moments.items()
@@ -211,7 +212,7 @@ def _of_trainer(session: Session, folder: Path) -> Checkpoint:
         outer: Any = PeftModel.from_pretrained(inner, str(folder), is_trainable=True)
     else:
         inner = outer = folders.read(folder, "selection.less.checkpoints")
-    tuning = language_model.CompletionModel(inner)
+    tuning = language_model.CompletionModel(inner, precision=session.config.training.precision)
     names = {id(parameter): name for name, parameter in tuning.named_parameters()}
     decays = set(Theirs.get_decay_parameter_names(None, outer))  # type: ignore[arg-type]
     trained = [(name, p) for name, p in outer.named_parameters() if p.requires_grad]

@@ -1,70 +1,103 @@
-"""The mixture of the final run, by the method asked for, as weights.json."""
+"""The ways to a mixture, and the mixture of the final run, by the way asked for, as weights.json."""
 
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from doremi_train import __version__, mixture
-from doremi_train import mixture as doremi_train_mixture
-from doremi_train.config import fingerprint
+from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.mixture import Mixture
 from doremi_train.parallel import comm
-from doremi_train.stages import prepare, proxy
-from doremi_train.stages.mixtures import given, mixmin, online, search, swarm
+from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, swarm
+from doremi_train.stages.options import Config, one_of
 from doremi_train.stages.runs import budget, language_model
-from doremi_train.stages.runs.budget import final_tokens
+from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.session import Session, once
 
 
+class Way(Protocol):
+    """A way to a mixture: a module of this package."""
+
+    @property
+    def HOW(self) -> str:
+        """How it comes about, in the words of the report."""
+
+    def run(self, session: Session) -> Mixture:
+        """Compute it, with every run that it needs; done at most once in a command."""
+
+    def ahead(self, session: Session, store: TokenStore, found: Found) -> Tensor | None:
+        """Add the runs that `run` would make to `found`; the mixture (K,) where it is known by now.
+
+        What depends on a run that is not finished is taken for not begun.
+        """
+
+
+# mixture=… → the way there. Those of `given` are free; of all others it is asked what they gain.
+WAYS: dict[str, Way] = {
+    "doremi": doremi,
+    "doge": doge,
+    "ado": online.ado,
+    "odm": online.odm,
+    "dro": online.furthest,
+    "mixmin": mixmin,
+    "swarm": swarm,
+    "search": search,
+    "file": given,
+    "natural": given,
+    "uniform": given,
+    "temperature": given,
+    "unimax": given,
+}
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a way that there is not."""
+    method = config.mixture.method
+    one_of("mixture", method, list(WAYS))
+    learned = [name for name, way in WAYS.items() if way is not given]
+    for name in config.compare.methods:
+        one_of("compare.methods", name, learned)
+    if config.stage == "swarm" and WAYS[method] is not swarm:
+        raise UserError(
+            f"stage=swarm: goes with mixture=swarm, not {method}; write mixture=swarm too"
+        )
+
+
 @once
-def run(session: Session) -> mixture.Mixture:
+def run(session: Session) -> Mixture:
     """Compute it, complete it with epochs and provenance, and write it."""
     store = prepare.run(session)
     budget.within(session, store)  # before anything is trained that could not be used
-    mixture = _capped(session, store, _compute(session, store))
-    mixture = complete(session, store, mixture)
-    comm.on_first(lambda: doremi_train_mixture.save(session.run_dir / "weights.json", mixture))
-    return mixture
+    found = _capped(session, store, WAYS[session.method].run(session))
+    found = complete(session, store, found)
+    comm.on_first(lambda: mixture.save(session.run_dir / "weights.json", found))
+    return found
 
 
-def _capped(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:
-    found = mixture.tensor(store.domains)
-    kept = budget.capped(session, store, found)
-    if kept is found:
-        return mixture
+def _capped(session: Session, store: TokenStore, found: Mixture) -> Mixture:
+    point = found.tensor(store.domains)
+    kept = budget.capped(session, store, point)
+    if kept is point:
+        return found
+    cut = [name for name, less in zip(store.domains, kept < point, strict=True) if less]
     session.say(
-        f"{', '.join(name for name, less in zip(store.domains, kept < found, strict=True) if less)}: "
-        f"more than mixture.max_epochs={session.config.mixture.max_epochs:g} passes; what was too "
-        "much went to the others"
+        f"{', '.join(cut)}: more than mixture.max_epochs={session.config.mixture.max_epochs:g} "
+        "passes; what was too much went to the others"
     )
-    return replace(mixture, weights=dict(zip(store.domains, kept.tolist(), strict=True)))
+    return replace(found, weights=store.named(kept))
 
 
-def _compute(session: Session, store: TokenStore) -> mixture.Mixture:
-    if session.config.mixture.method == "swarm":
-        return swarm.run(session)
-    if online.asked(session):
-        return online.mixture(session)
-    if session.config.mixture.method == "search":
-        return search.run(session)
-    if session.config.mixture.method == "mixmin":
-        return mixmin.run(session)
-    if session.config.mixture.method in ("doremi", "doge"):
-        return proxy.run(session)
-    return given.given(session, store)
-
-
-def complete(session: Session, store: TokenStore, mixture: mixture.Mixture) -> mixture.Mixture:
-    """With the epochs that the final run makes of each domain, and where the weights come from."""
-    epochs = (
-        mixture.tensor(store.domains).numpy()
-        * final_tokens(session)
-        / np.asarray(store.sizes("train"))
-    )
+def complete(session: Session, store: TokenStore, found: Mixture) -> Mixture:
+    """Add the epochs that the final run makes of each domain, and where the weights come from."""
+    tokens = found.tensor(store.domains).numpy() * budget.final_tokens(session)
     shape = language_model.resolved_model(session, store)
     return replace(
-        mixture,
-        epochs=dict(zip(store.domains, epochs.tolist(), strict=True)),
+        found,
+        epochs=store.named(tokens / np.asarray(store.sizes("train"))),
         provenance={
             "seed": session.config.seed,
             "steps": session.config.training.steps,
@@ -73,5 +106,5 @@ def complete(session: Session, store: TokenStore, mixture: mixture.Mixture) -> m
             "data": store.fingerprint,
             "version": __version__,
         }
-        | mixture.provenance,
+        | found.provenance,
     )

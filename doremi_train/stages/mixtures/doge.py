@@ -3,34 +3,53 @@ agree."""
 
 from dataclasses import fields
 
+from torch import Tensor
+
 from doremi_train import mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.methods import doge
-from doremi_train.model import folders
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget, language_model, targets
+from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.language_model import Begun
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.training import domain_gradients
-from doremi_train.training.task import Task
-from doremi_train.training.trainer import Trainer
+
+HOW = (
+    "The proxy raises the weight of a domain whose gradient points where that of the target does, "
+    "or without a target those of the other domains. The mixture is the average of α over the "
+    "steps."
+)
 
 
 @once
 def run(session: Session) -> mixture.Mixture:
     """Train every seed, and take the mean of their averages. Raises UserError where rounds are
     asked for."""
-    store = prepare.run(session)
-    found = recipes(session, store)
-    if seeds.apart(session):
-        seeds.submitted(session, found, 1)
-    trained = [_train(session, store, index, run) for index, run in enumerate(found)]
-    mean, interval = statistics.summarize([seeds.average(one, store) for one in trained])
-    return seeds.mixture(session, store, mean, interval)
+    with seeds.reporting(session):
+        store = prepare.run(session)
+        wanted = recipes(session, store)
+        if seeds.apart(session):
+            seeds.submitted(session, wanted, 1)
+        trained = [_train(session, store, index, run) for index, run in enumerate(wanted)]
+        mean, interval = statistics.summarize([seeds.average(one, store) for one in trained])
+        return seeds.mixture(session, store, "doge", mean, interval)
+
+
+def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+    """Its seeds; their mean average (K,) if all are finished."""
+    wanted, shape = recipes(session, store), language_model.resolved_model(session, store)
+    for index, run in enumerate(wanted):
+        name = seeds.name_of(session, 1, index)
+        found.add(name, "doge", shape, session.config.training.steps, run)
+    if not all(run.finished for run in wanted):
+        return None
+    return statistics.summarize([seeds.average(run, store) for run in wanted])[0]
 
 
 def recipes(session: Session, store: TokenStore) -> list[Run]:
@@ -66,34 +85,24 @@ def _recipe(session: Session, store: TokenStore, index: int) -> Run:
 
 
 def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
-    config, name, seed = (
-        session.config,
-        seeds.name_of(session, 1, index),
-        budget.proxy_seed(session, index),
-    )
-    with session.computing(run, name) as todo:
-        if not todo:
-            session.say(f"{name:<22} is in the store already: {run.folder.name}")
-            return run
-        task = Task(
-            label=name,
-            run=run,
+    config, seed = session.config, budget.proxy_seed(session, index)
+    name = seeds.name_of(session, 1, index)
+
+    def begin() -> Begun:
+        towards = targets.of_mixtures(session, store)
+        task = language_model.task_of(
+            session,
+            run,
+            name,
+            store,
             objective=doge,
             objective_options=config.doge,
-            store=store,
             seed=seed,
-            training=config.training,
-            evaluation=config.evaluation,
             subsample=budget.subsample(session),
-            target=domain_gradients.Target(
-                targets.of_mixtures(session, store), config.doge.target_batch
-            ),
-            bar=session.part(name),
+            target=domain_gradients.Target(towards, config.doge.target_batch),
         )
-        built = folders.build(
-            language_model.resolved_model(session, store),
-            seed,
-            config.training.activation_checkpointing,
-        )
-        language_model.finish(session, task, Trainer(task, built, session.place))
+        shape = language_model.resolved_model(session, store)
+        return Begun(task, language_model.built(shape, config.training, seed))
+
+    language_model.train_once(session, run, name, begin)
     return run

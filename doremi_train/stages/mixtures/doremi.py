@@ -3,6 +3,8 @@
 from dataclasses import fields
 from pathlib import Path
 
+from torch import Tensor
+
 from doremi_train import mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
@@ -11,11 +13,18 @@ from doremi_train.model import folders
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import Proxy, training_identity
+from doremi_train.stages.planning import missing_losses
 from doremi_train.stages.runs import budget, language_model, reference, reference_losses
-from doremi_train.stages.session import Session
+from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.language_model import Begun
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.training.task import Task
-from doremi_train.training.trainer import Trainer
+
+HOW = (
+    "The proxy raises the weight of a domain where its loss is above the reference's (the excess "
+    "loss, clipped at 0 per token): there is more to learn. The mixture is the average of α over "
+    "the steps."
+)
 
 
 def reference_name(number: int) -> str:
@@ -23,7 +32,14 @@ def reference_name(number: int) -> str:
     return "reference" if number == 1 else f"proxy/round-{number}/reference"
 
 
-def rounds(session: Session) -> mixture.Mixture:
+@once
+def run(session: Session) -> mixture.Mixture:
+    """Reference and proxy, round after round, until the mixture stays where it was."""
+    with seeds.reporting(session):
+        return _rounds(session)
+
+
+def _rounds(session: Session) -> mixture.Mixture:
     store = prepare.run(session)
     options = session.config.proxy
     before = reference.mixture(session, store)  # (K,) α_ref
@@ -39,7 +55,47 @@ def rounds(session: Session) -> mixture.Mixture:
         if moved < options.round_tolerance:
             break
         before = mean
-    return seeds.mixture(session, store, mean, interval, number)
+    return seeds.mixture(session, store, "doremi", mean, interval, number)
+
+
+def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+    """References and proxies of all rounds, followed through those that are finished; ᾱ (K,) if all
+    are."""
+    options, steps = session.config.proxy, session.config.training.steps
+    shape = language_model.resolved_model(session, store)
+    before: Tensor | None = reference.mixture(session, store)
+    for number in range(1, options.rounds + 1):
+        folder: Path | None = None
+        if before is not None and session.config.reference.path is not None:
+            folder = reference.folder(session, store, before, "reference")
+        elif before is not None:
+            run = language_model.recipe(
+                session, store, *reference.ingredients(session, store, before)
+            )
+            found.add(reference_name(number), "reference", shape, steps, run)
+            folder = run.folder / "model" if run.finished else None
+        else:
+            found.add(reference_name(number), "reference", shape, steps, None)
+        proxies = [
+            recipe(session, store, folder, index) if folder else None
+            for index in range(options.seeds)
+        ]
+        waiting = 0  # proxies of this round that are still to be run
+        for index, one in enumerate(proxies):
+            found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
+            if reference_losses.cached(session) and found.runs[-1].left:
+                missing = missing_losses.missing(session, store, one, index, waiting)
+                found.runs[-1] = found.runs[-1]._replace(missing=missing)
+                waiting += 1
+        finished = [one for one in proxies if one is not None and one.finished]
+        if before is None or len(finished) < options.seeds:
+            before = None
+            continue
+        mean, _ = statistics.summarize([seeds.average(one, store) for one in finished])
+        moved, before = float((mean - before).abs().max()), mean
+        if moved < options.round_tolerance:
+            break
+    return before
 
 
 def recipe(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
@@ -68,32 +124,27 @@ def _train(
     session: Session, store: TokenStore, reference_folder: Path, number: int, index: int
 ) -> Run:
     """One proxy: seed `index` of round `number`."""
-    config = session.config
+    config, seed = session.config, budget.proxy_seed(session, index)
     name = seeds.name_of(session, number, index)
     run = recipe(session, store, reference_folder, index)
-    with session.computing(run, name) as todo:
-        if not todo:
-            session.say(f"{name:<22} is in the store already: {run.folder.name}")
-            return run
-        task = Task(
-            label=name,
-            run=run,
+
+    def begin() -> Begun:
+        task = language_model.task_of(
+            session,
+            run,
+            name,
+            store,
             objective=doremi,
             objective_options=algorithm(config.proxy),
-            store=store,
-            seed=budget.proxy_seed(session, index),
-            training=config.training,
-            evaluation=config.evaluation,
+            seed=seed,
             accumulation=config.proxy.accumulation,
             reference=reference_losses.of(session, store, run, reference_folder),
             subsample=budget.subsample(session),
-            bar=session.part(name),
         )
         shape = language_model.resolved_model(session, store)
-        built = folders.build(
-            shape, budget.proxy_seed(session, index), config.training.activation_checkpointing
-        )
-        language_model.finish(session, task, Trainer(task, built, session.place))
+        return Begun(task, language_model.built(shape, config.training, seed))
+
+    language_model.train_once(session, run, name, begin)
     return run
 
 

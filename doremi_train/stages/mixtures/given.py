@@ -3,17 +3,33 @@ computed from sizes."""
 
 from pathlib import Path
 
+from torch import Tensor
+
 from doremi_train import mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.exports import convert, formats
+from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget
+from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session
 
+HOW = "The weights were given, or computed from the sizes of the domains: nothing was trained."
+
+
+def run(session: Session) -> mixture.Mixture:
+    """The mixture of a way that trains nothing."""
+    return given(session, prepare.run(session))
+
+
+def ahead(session: Session, store: TokenStore, found: Found) -> Tensor:
+    """Nothing is run; the mixture (K,)."""
+    return given(session, store).tensor(store.domains)
+
 
 def given(session: Session, store: TokenStore) -> mixture.Mixture:
-    """The mixture of a method that trains nothing."""
+    """The weights of the command, of a file, or those that sizes make."""
     options = session.config.mixture
     if options.weights is not None:
         found = mixture.checked(
@@ -25,7 +41,7 @@ def given(session: Session, store: TokenStore) -> mixture.Mixture:
     if options.path is not None:
         return mixture.load(Path(options.path), store.domains, options.normalize)
     sized = budget.heuristic(session, store, options.method, main_steps(session))
-    return mixture.Mixture(options.method, dict(zip(store.domains, sized.tolist(), strict=True)))
+    return mixture.Mixture(options.method, store.named(sized))
 
 
 def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixture.Mixture:
@@ -46,5 +62,4 @@ def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[
     """The mean of each domain; None where the trainer draws sequences, whose weights need none."""
     if (session.config.export.unit or formats.FORMATS[form].draws) == "sequences":
         return None
-    means = store.sizes("train") / store.documents("train")
-    return dict(zip(store.domains, means.tolist(), strict=True))
+    return store.named(store.sizes("train") / store.documents("train"))

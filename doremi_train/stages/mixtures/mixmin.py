@@ -23,6 +23,7 @@ from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget, language_model, submit, targets
+from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 from doremi_train.training.task import TrainingOptions
@@ -32,6 +33,12 @@ class Losses(NamedTuple):
     """Of one expert, to be added over processes that each fill in their own rows."""
 
     rows: Tensor  # (M, T) nats
+
+
+HOW = (
+    "An expert is trained on every domain alone; the mixture is that of the experts which finds "
+    "the target least surprising."
+)
 
 
 @once
@@ -45,10 +52,19 @@ def run(session: Session) -> mixture.Mixture:
             experts = _train(session, store)
             losses = np.stack([_look(session, store, one, towards) for one in experts])  # (K, N)
             comm.on_first(lambda: _conclude(session, store, search, losses))
-        else:
-            session.say(f"{'mixmin':<22} is in the store already: {search.folder.name}")
     found = comm.on_first(search.result)
     return mixture.Mixture("mixmin", found["weights"], provenance=found["provenance"])
+
+
+def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+    """The expert of every domain; the mixture (K,) if it is solved."""
+    shape, steps = language_model.resolved_model(session, store), session.config.training.steps
+    for name, run in experts(session, store).items():
+        found.add(name, "expert", shape, steps, run)
+    search = state(session, store)
+    if not search.finished:
+        return None
+    return mixture.Mixture("mixmin", search.result()["weights"]).tensor(store.domains)
 
 
 def experts(session: Session, store: TokenStore) -> dict[str, Run]:
@@ -133,8 +149,9 @@ def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> 
     """(N,) losses of an expert on the target's tokens; every process computes some of the
     sequences."""
     training, world, device = session.config.training, comm.world(), session.place.device
-    loaded = folders.load(expert.folder / "model", store.vocabulary_size, "model").to(device).eval()
-    loaded.precision = training.precision
+    folder = expert.folder / "model"
+    loaded = folders.load(folder, store.vocabulary_size, "model", training.precision)
+    loaded.to(device).eval()
     rows = torch.zeros(len(towards), towards.shape[1] - 1, dtype=torch.float64, device=device)
     mine = torch.arange(world.rank, len(towards), world.size)
     with torch.no_grad():
@@ -155,15 +172,14 @@ def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) 
         "experts_loss": found.loss,
         "experts_loss_natural": mixmin.mixed(losses, natural),
         "experts_loss_uniform": mixmin.mixed(losses, even),
-        "expert_losses": dict(zip(store.domains, losses.mean(1).tolist(), strict=True)),
+        "expert_losses": store.named(losses.mean(1)),
     }
     session.say(
         f"mixmin: the mixed experts reach {found.loss:.4f} nats per token of the target, "
         f"{provenance['experts_loss_natural']:.4f} with natural and "
         f"{provenance['experts_loss_uniform']:.4f} with uniform weights"
     )
-    weighed = dict(zip(store.domains, point.tolist(), strict=True))
-    search.finish({"weights": weighed, "provenance": provenance})
+    search.finish({"weights": store.named(point), "provenance": provenance})
 
 
 def _box(session: Session, store: TokenStore) -> Box:

@@ -8,78 +8,100 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from doremi_train import files
-from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
+from doremi_train.mixture import Mixture
 from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget, language_model, reference
+from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.runs.budget import main_steps
+from doremi_train.stages.runs.language_model import Begun
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.training.task import Task, TrainingOptions
-from doremi_train.training.trainer import Trainer
+from doremi_train.training.task import TrainingOptions
 
 STAGES = 50  # of a schedule, at most
 
 
 def asked(session: Session) -> bool:
     """Whether the mixture is one that the main run adapts."""
-    return session.config.mixture.method in ONLINE
+    return session.method in ONLINE
 
 
 @once
-def run(session: Session) -> Run:
+def main(session: Session) -> Run:
     """The main run."""
-    store = prepare.run(session)
-    config = session.config
+    store, config = prepare.run(session), session.config
     target = known_target(session, store)
     options = options_of(
         session, store, _reference_losses(session, store) if target is None else target
     )
-    found = recipe(session, store, options)
-    with session.computing(found, "main") as todo:
-        if not todo:
-            session.say(f"{'main':<22} is in the store already: {found.folder.name}")
-            return found
-        task = Task(
-            label="main",
-            run=found,
-            objective=ONLINE[config.mixture.method],
+    run = recipe(session, store, options)
+
+    def begin() -> Begun:
+        task = language_model.task_of(
+            session,
+            run,
+            "main",
+            store,
+            objective=ONLINE[session.method],
             objective_options=options,
-            store=store,
-            seed=config.seed,
             training=_training(session),
-            evaluation=config.evaluation,
-            bar=session.part("main"),
         )
         shape = language_model.resolved_model(session, store, config.main.model)
-        built = folders.build(shape, config.seed, config.training.activation_checkpointing)
-        language_model.finish(session, task, Trainer(task, built, session.place))
-    return found
+        return Begun(task, language_model.built(shape, config.training, config.seed))
+
+    language_model.train_once(session, run, "main", begin)
+    return run
 
 
-def mixture(session: Session) -> doremi_train_mixture.Mixture:
-    """What the main run drew of each domain, and when."""
-    found = run(session)
-    drawn, trace = comm.on_first(
-        lambda: (
-            found.result()["weights"],
-            list(files.read_lines(found.folder / "domain_weights.jsonl")),
+class Adapted(NamedTuple):
+    """A way whose mixture is what the main run drew."""
+
+    HOW: str
+
+    def run(self, session: Session) -> Mixture:
+        """What the main run drew of each domain, and when."""
+        trained = main(session)
+        drawn, trace = comm.on_first(
+            lambda: (
+                trained.result()["weights"],
+                list(files.read_lines(trained.folder / "domain_weights.jsonl")),
+            )
         )
-    )
-    return doremi_train_mixture.Mixture(
-        session.config.mixture.method, drawn, schedule=schedule(trace)
-    )
+        return Mixture(session.method, drawn, schedule=schedule(trace))
+
+    def ahead(self, session: Session, store: TokenStore, found: Found) -> None:
+        """The main run; a reference whose losses it needs is a run too. What it will draw is not
+        known before."""
+        config, target = session.config, known_target(session, store)
+        wanted = config.online.target_losses is None and config.reference.path is None
+        if ONLINE[session.method] is dro and wanted:
+            ingredients = reference.ingredients(session, store, reference.mixture(session, store))
+            run = language_model.recipe(session, store, *ingredients)
+            found.add("reference", "reference", ingredients[0], config.training.steps, run)
+        known = None
+        if target is not None:
+            known = recipe(session, store, options_of(session, store, target))
+        shape = language_model.resolved_model(session, store, config.main.model)
+        found.add("main", "main", shape, main_steps(session), known)
+
+
+ado = Adapted(
+    "The main run draws what it still learns from, by laws that are fitted to its losses."
+)
+odm = Adapted("The main run draws what has high loss, and a part of everything, as a bandit does.")
+furthest = Adapted("The main run draws what is furthest above its target loss.")
 
 
 def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
@@ -109,7 +131,7 @@ def recipe(session: Session, store: TokenStore, options: online.Options) -> Run:
         {
             "data": store.fingerprint,
             "model": language_model.resolved_model(session, store, session.config.main.model),
-            "method": session.config.mixture.method,
+            "method": session.method,
             "options": asdict(options),
             "training": training_identity(_training(session)),
             "evaluation": session.plain["evaluation"],
@@ -124,7 +146,7 @@ def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> 
     Raises UserError where caps leave no mixture, or something else weighs or picks what is drawn.
     """
     config, asked, steps = session.config, session.config.online, main_steps(session)
-    method = config.mixture.method
+    method = session.method
     if config.training.loss_weighting != "none" or config.batch_selection.method != "none":
         raise UserError(
             f"mixture={method}: looks at the plain losses of whole batches; leave "
@@ -138,7 +160,7 @@ def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> 
         "warmup": asked.warmup,
         "every": asked.every or max(1, steps // 50),
     }
-    if method == "dro":
+    if ONLINE[method] is dro:
         return dro.Options(**common, step_size=asked.step_size, target_losses=tuple(target))
     return online.Options(**common)
 
@@ -147,7 +169,7 @@ def known_target(session: Session, store: TokenStore) -> list[float] | None:
     """(K,) losses that dro is to reach, where they are known without training or measuring; for
     other methods ()."""
     config, given = session.config, session.config.online.target_losses
-    if config.mixture.method != "dro":
+    if ONLINE[session.method] is not dro:
         return []
     if given is not None:
         if set(given) != set(store.domains):
@@ -167,8 +189,8 @@ def _reference_losses(session: Session, store: TokenStore) -> list[float]:
     """(K,) validation losses of the reference, which is trained if it is not there."""
     config, training = session.config, session.config.training
     folder = reference.folder(session, store, reference.mixture(session, store), "reference")
-    loaded = folders.load(folder, store.vocabulary_size, "reference.path").to(session.place.device)
-    loaded.precision = training.precision
+    loaded = folders.load(folder, store.vocabulary_size, "reference.path", training.precision)
+    loaded.to(session.place.device)
     rows = comm.world().largest(training.batch_size, training.micro_batch_size)
     length, options = training.sequence_length, config.evaluation
     return _by_domain(

@@ -11,11 +11,17 @@ from doremi_train.methods.swarm import design
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm
+from doremi_train.stages.runs import language_model
+from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.session import Session, once
 
-_STREAM = (
-    1 << 20
-)  # of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs
+HOW = (
+    "Small runs are trained on mixtures that are drawn at random; the mixture is that of the run "
+    "with the lowest mean validation loss."
+)
+
+# Of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs.
+_STREAM = 1 << 20
 
 
 @once
@@ -34,10 +40,15 @@ def run(session: Session) -> mixture.Mixture:
         }
     )
     best = min(reached, key=lambda name: reached[name])
-    named = dict(zip(store.domains, drawn[best].tolist(), strict=True))
-    return mixture.Mixture(
-        "search", named, provenance={"runs": len(drawn), "chosen": best, "realised": reached[best]}
-    )
+    provenance = {"runs": len(drawn), "chosen": best, "realised": reached[best]}
+    return mixture.Mixture("search", store.named(drawn[best]), provenance=provenance)
+
+
+def ahead(session: Session, store: TokenStore, found: Found) -> None:
+    """The runs of a random search, of which the best is not known before."""
+    shape, steps = language_model.resolved_model(session, store), session.config.training.steps
+    for name, mixed in mixtures(session, store).items():
+        found.add(name, "swarm", shape, steps, small_runs.recipe(session, store, mixed))
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:

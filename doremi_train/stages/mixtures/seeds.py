@@ -4,14 +4,16 @@ mean.
 K domains.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from doremi_train import mixture as doremi_train_mixture
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.mixture import Mixture
 from doremi_train.stages.runs import budget, submit
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
@@ -48,27 +50,34 @@ def submitted(session: Session, runs: Sequence[Run], number: int, **changes: Any
     submit.submit(session, children)
 
 
+@contextlib.contextmanager
+def reporting(session: Session) -> Iterator[None]:
+    """Keep the status of `proxy/` where it is a folder of runs."""
+    with session.reporting(session.run_dir / "proxy") if several(session) else nullcontext():
+        yield
+
+
 def average(run: Run, store: TokenStore) -> Tensor:
     """ᾱ (K,) of a finished run."""
-    found = run.result()["weights"]
-    return torch.tensor([found[name] for name in store.domains], dtype=torch.float64)
+    return torch.from_numpy(store.vector(run.result()["weights"]))
 
 
 def mixture(
     session: Session,
     store: TokenStore,
+    method: str,
     mean: Tensor,
     interval: tuple[Tensor, Tensor] | None,
     rounds: int = 1,
-) -> doremi_train_mixture.Mixture:
-    """Of the mean (K,) over seeds, and its interval where there are several."""
+) -> Mixture:
+    """The mean (K,) over seeds, with its interval where there are several."""
     low_high = None
     if interval is not None:
-        pairs = zip(store.domains, interval[0].tolist(), interval[1].tolist(), strict=True)
-        low_high = {name: (low, high) for name, low, high in pairs}
-    return doremi_train_mixture.Mixture(
-        method=session.config.mixture.method,
-        weights=dict(zip(store.domains, mean.tolist(), strict=True)),
+        low, high = map(store.named, interval)
+        low_high = {name: (low[name], high[name]) for name in store.domains}
+    return Mixture(
+        method=method,
+        weights=store.named(mean),
         interval=low_high,
         provenance={"proxy_seeds": session.config.proxy.seeds, "rounds": rounds},
     )

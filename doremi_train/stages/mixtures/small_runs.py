@@ -56,7 +56,7 @@ def _submit(
     }  # of equal runs one
     children = {}
     for name in waiting.values():
-        mixed = dict(zip(store.domains, mixtures[name].tolist(), strict=True))
+        mixed = store.named(mixtures[name])
         given = {"reference.mixture": "file", "mixture.method": "file", "mixture.weights": mixed}
         children[name] = submit.configured(
             session, session.run_dir / "jobs" / name, stage="reference", **given

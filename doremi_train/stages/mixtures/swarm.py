@@ -25,8 +25,15 @@ from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
+from doremi_train.stages.runs import language_model
+from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
+
+HOW = (
+    "Small runs are trained on many mixtures and their losses fitted; the mixture is the best of "
+    "what the fit proposes and of the free ones, all confirmed by a run."
+)
 
 
 @once
@@ -37,10 +44,21 @@ def run(session: Session) -> mixture.Mixture:
     with session.computing(search, "swarm") as todo:
         if todo:
             _search(session, store, problem, search)
-        else:
-            session.say(f"{'swarm':<22} is in the store already: {search.folder.name}")
     found = comm.on_first(search.result)
     return mixture.Mixture("swarm", found["weights"], provenance=found["provenance"])
+
+
+def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+    """The runs of a swarm: those that depend on a fit are not known before it."""
+    problem, search = state(session, store)
+    shape, steps = language_model.resolved_model(session, store), session.config.training.steps
+    for name, mixed in planned(session, problem).items():
+        if mixed is not None or not search.finished:
+            run = None if mixed is None else small_runs.recipe(session, store, mixed)
+            found.add(name, "swarm", shape, steps, run)
+    if not search.finished:
+        return None
+    return mixture.Mixture("swarm", search.result()["weights"]).tensor(store.domains)
 
 
 def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:

@@ -18,8 +18,11 @@ SEQUENCES = 1000
 TINY = 20  # training sequences of a domain below which they cannot stand for it
 
 
-def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """What makes domain weights worth less, seen before anything runs, by kind."""
+def warnings(
+    session: Session, domains: Mapping[str, Mapping[str, Any]], proxies: bool
+) -> dict[str, list[str]]:
+    """What makes domain weights worth less, seen before anything runs, by kind. `proxies`: whether
+    they come from proxies."""
     names = list(domains)
     found = {
         "tiny": [
@@ -30,7 +33,7 @@ def warnings(session: Session, domains: Mapping[str, Mapping[str, Any]]) -> dict
             if domain["training_sequences"] < TINY
         ]
     }
-    if session.config.mixture.method != "doremi":
+    if not proxies:
         return found
     options, training = session.config.proxy, session.config.training
     epochs = [domain["proxy_epochs"] for domain in domains.values()]

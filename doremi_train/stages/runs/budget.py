@@ -63,7 +63,7 @@ def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box
     try:
         return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
     except ValueError as error:
-        raise UserError(f"mixture={session.config.mixture.method}: {error}") from None
+        raise UserError(f"mixture={session.method}: {error}") from None
 
 
 def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:
@@ -81,7 +81,7 @@ def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Ten
 def within(session: Session, store: TokenStore) -> box.Box | None:
     """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave
     stay as they are. Raises UserError where it leaves none."""
-    return None if session.config.mixture.method == "file" else caps(session, store, 0.0, "")
+    return None if session.config.mixture.given else caps(session, store, 0.0, "")
 
 
 def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:

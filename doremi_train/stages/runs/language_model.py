@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from doremi_train.console import Bar
+from doremi_train.data.batches import Store
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import cross_entropy, importance
 from doremi_train.model import configs, folders
 from doremi_train.model.configs import ModelOptions
+from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget
@@ -50,7 +52,7 @@ def recipe(
         {
             "data": store.fingerprint,
             "model": config,
-            "mixture": dict(zip(store.domains, weights.tolist(), strict=True)),
+            "mixture": store.named(weights),
             "training": training_identity(training),
             "evaluation": session.plain["evaluation"],
             "seed": session.config.seed,
@@ -77,20 +79,16 @@ def train(
     for whom it is moved on in silence."""
     run = recipe(session, store, config, weights, training, part, weighting, selection)
     bar = bar or session.part(name)
-    with session.computing(run, name) as todo:
-        if not todo and bar is None:
-            session.say(f"{name:<22} is in the store already: {run.folder.name}")
-        if not todo:
-            return run
-        task = Task(
-            label=name,
-            run=run,
+
+    def begin() -> Begun:
+        task = task_of(
+            session,
+            run,
+            name,
+            store,
             objective=cross_entropy,
             objective_options=cross_entropy.Options(weights=tuple(weights.tolist())),
-            store=store,
-            seed=session.config.seed,
             training=training,
-            evaluation=session.config.evaluation,
             subsample=part,
             selection=selection,
             bar=bar,
@@ -103,33 +101,64 @@ def train(
                 accumulation="exact" if options.of_the_batch else "lagged",
                 reference=weighting.reference(run),
             )
-        built = folders.build(config, session.config.seed, training.activation_checkpointing)
-        finish(session, task, Trainer(task, built, session.place))
+        return Begun(task, built(config, training, session.config.seed))
+
+    train_once(session, run, name, begin, quiet=bar is not None)
     return run
 
 
-Save = Callable[
-    [dict[str, Tensor]], None
-]  # of the model's whole tensors by name, into the run's folder
+Save = Callable[[dict[str, Tensor]], None]
 
 
-def finish(
-    session: Session,
-    task: Task,
-    trainer: Trainer,
-    save: Save | None = None,
-    said: Mapping[str, Any] | None = None,
-) -> None:
-    """Train to the end, save the model, and write the result: the run is done. `save`: otherwise
-    than as a model of the token store; `said`: what the result says more."""
+class Begun(NamedTuple):
+    """What is to be trained."""
+
+    task: Task
+    model: LanguageModel  # as it is before the first step
+    save: Save | None = None  # otherwise than as a model of the token store: whole tensors by name
+    said: Mapping[str, Any] | None = None  # what the result says more
+
+
+def train_once(
+    session: Session, run: Run, name: str, begin: Callable[[], Begun], quiet: bool = False
+) -> bool:
+    """Train a run unless it is in the store already, and link it as `run_dir/name`. `begin` is asked
+    only where there is work to do; whether there was is what is returned."""
+    with session.computing(run, name, quiet) as todo:
+        if todo:
+            begun = begin()
+            trainer = Trainer(begun.task, begun.model, session.place)
+            _finish(session, begun, trainer)
+    return todo
+
+
+def task_of(session: Session, run: Run, name: str, store: Store, **of: Any) -> Task:
+    """A task with what all runs of a command have in common; `of` says the rest, and what differs."""
+    common: dict[str, Any] = {
+        "seed": session.config.seed,
+        "training": session.config.training,
+        "evaluation": session.config.evaluation,
+        "bar": session.part(name),
+    }
+    return Task(label=name, run=run, store=store, **(common | of))
+
+
+def built(config: dict[str, Any], training: TrainingOptions, seed: int) -> LanguageModel:
+    """A freshly initialised model of this shape, as these options train it."""
+    return folders.build(config, seed, training.activation_checkpointing, training.precision)
+
+
+def _finish(session: Session, begun: Begun, trainer: Trainer) -> None:
+    """Train to the end, save the model, and write the result: the run is done."""
+    task = begun.task
     with session.tracking.run(task.label, task.run.folder.name, trainer.begins_at) as tracked:
         position = trainer.fit(tracked.line)
         measured = trainer.evaluate()
         tensors = trainer.engine.state()["model"]
-        more = {"evaluation": measured, **(said or {})}
-        write = save or (lambda tensors: _save(task, trainer, tensors))
+        more = {"evaluation": measured, **(begun.said or {})}
+        save = begun.save or (lambda tensors: _save(task, trainer, tensors))
         comm.on_first(
-            lambda: tracked.summary(_write(task, trainer, position, more, lambda: write(tensors)))
+            lambda: tracked.summary(_write(task, trainer, position, more, lambda: save(tensors)))
         )
     trainer.engine.close()
 
@@ -150,14 +179,11 @@ def _write(
 ) -> dict[str, float]:
     """Returns the headline."""
     save()
-    epochs = dict(
-        zip(task.store.domains, (position.counts / trainer.batches.sizes).tolist(), strict=True)
-    )
+    epochs = task.store.named(position.counts / trainer.batches.sizes)
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
     result |= {"engine": trainer.engine_used, **more}
     if hasattr(task.objective, "result"):
-        average = task.objective.result(position.state).tolist()
-        result["weights"] = dict(zip(task.store.domains, average, strict=True))
+        result["weights"] = task.store.named(task.objective.result(position.state))
     task.run.finish(result)
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")

@@ -66,8 +66,9 @@ def draws(session: Session, sampler: Sampler) -> Ints:
 
 
 def live(session: Session, store: TokenStore, folder: Path) -> Live:
-    frozen = folders.load(folder, store.vocabulary_size, "reference.path")
-    return Live(frozen, session.place.device, session.config.training.precision)
+    precision = session.config.training.precision
+    frozen = folders.load(folder, store.vocabulary_size, "reference.path", precision)
+    return Live(frozen, session.place.device)
 
 
 def recipe_of(session: Session, store: TokenStore, fingerprint: str) -> dict[str, str | int]:
