@@ -25,9 +25,8 @@ from doremi_train.parallel import comm
 @dataclass(frozen=True, config=STRICT)
 class TrackingOptions:
     backend: Literal["none", "wandb", "tensorboard"] = "none"
-    mode: Literal["auto", "online", "offline"] = (
-        "auto"  # auto: online where a login is found without asking
-    )
+    # auto: online where a login is found without asking
+    mode: Literal["auto", "online", "offline"] = "auto"
     project: str = "doremi-train"
     entity: str | None = None
     group: str | None = None  # null: the name of the folder
@@ -60,7 +59,7 @@ class Tracker(Protocol):
 
 
 class Tracking:
-    """As what, and where, a command's runs are tracked. The first process does it; on the others
+    """What a command's runs are tracked as, and where. The first process does it; on the others
     nothing happens."""
 
     def __init__(self, options: TrackingOptions, run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -238,11 +237,15 @@ class _Wandb:
                 settings=wandb.Settings(
                     root_dir=str(tracking.folder),
                     console="off",
-                    reinit="create_new",  # no run of the whole interpreter, which would stay where closing fails
-                    finish_timeout=20,  # seconds; what is not sent then stays on disk for `wandb sync`
-                    disable_git=True,  # an address of a repository, and the command line, may hold passwords
+                    # no run of the whole interpreter, which would stay where closing fails
+                    reinit="create_new",
+                    # seconds; what is not sent then stays on disk for `wandb sync`
+                    finish_timeout=20,
+                    # an address of a repository, and the command line, may hold passwords
+                    disable_git=True,
                     x_disable_meta=True,
-                    x_transaction_log_flush_interval=1,  # seconds: what is lost when wandb's own process is killed
+                    # seconds: what is lost when wandb's own process is killed
+                    x_transaction_log_flush_interval=1,
                 ),
             )
             # The axis is ours: after a kill some steps come again, and wandb's own count would drop
