@@ -25,8 +25,9 @@ from doremi_train.parallel import comm
 @dataclass(frozen=True, config=STRICT)
 class TrackingOptions:
     backend: Literal["none", "wandb", "tensorboard"] = "none"
-    # auto: online where a login is found without asking
-    mode: Literal["auto", "online", "offline"] = "auto"
+    mode: Literal["auto", "online", "offline"] = (
+        "auto"  # auto: online where a login is found without asking
+    )
     project: str = "doremi-train"
     entity: str | None = None
     group: str | None = None  # null: the name of the folder
@@ -237,15 +238,11 @@ class _Wandb:
                 settings=wandb.Settings(
                     root_dir=str(tracking.folder),
                     console="off",
-                    # no run of the whole interpreter, which would stay where closing fails
-                    reinit="create_new",
-                    # seconds; what is not sent then stays on disk for `wandb sync`
-                    finish_timeout=20,
-                    # an address of a repository, and the command line, may hold passwords
-                    disable_git=True,
+                    reinit="create_new",  # no run of the whole interpreter, which would stay where closing fails
+                    finish_timeout=20,  # seconds; what is not sent then stays on disk for `wandb sync`
+                    disable_git=True,  # an address of a repository, and the command line, may hold passwords
                     x_disable_meta=True,
-                    # seconds: what is lost when wandb's own process is killed
-                    x_transaction_log_flush_interval=1,
+                    x_transaction_log_flush_interval=1,  # seconds: what is lost when wandb's own process is killed
                 ),
             )
             # The axis is ours: after a kill some steps come again, and wandb's own count would drop

@@ -28,8 +28,7 @@ _VOCABULARY, _WIDTH, _LAYERS = 4096, 128, 2  # of an encoder from scratch
 
 @dataclass(frozen=True, config=STRICT)
 class ClassifierOptions:
-    # ngrams: logistic regression on words and pairs; encoder: a small transformer; or a folder
-    model: str = "ngrams"
+    model: str = "ngrams"  # ngrams: logistic regression on words and pairs; encoder: a small transformer; or a folder
     length: Positive = 128  # tokens of a text that are read (of ngrams: words)
     epochs: Positive = 8
     least_steps: Count = 200  # a small set is passed over as often as these take
