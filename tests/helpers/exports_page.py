@@ -25,7 +25,6 @@ def exports_table() -> str:
             "",
             f"- Know sources by name, and need no `export.paths`: {by_name}.",
             f"- Follow a staged mixture, where the others get the whole run's: {staged}.",
-            "",
         ]
     )
 
@@ -33,7 +32,7 @@ def exports_table() -> str:
 def page() -> str:
     """Text of docs/export.md with the part between its marks as the registry has it."""
     before, rest = PAGE.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n{exports_table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{exports_table()}\n\n{END}{rest.split(END)[1]}"
 
 
 def _listed(formats: dict[str, Format]) -> str:
