@@ -60,7 +60,7 @@ class Tracker(Protocol):
 
 
 class Tracking:
-    """As what, and where, a command's runs are tracked. The first process does it; on the others
+    """What a command's runs are tracked as, and where. The first process does it; on the others
     nothing happens."""
 
     def __init__(self, options: TrackingOptions, run_dir: Path, config: Mapping[str, Any]) -> None:

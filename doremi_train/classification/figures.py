@@ -17,13 +17,13 @@ class Judged(NamedTuple):
 
 
 def judge(logs: Tensor, label: Tensor, temperature: float) -> Judged:
-    """From log-probabilities (N, C), divided by the temperature."""
+    """Judge by log-probabilities (N, C), divided by the temperature."""
     scaled = (logs / temperature).log_softmax(1)
     return Judged(-label_probabilities(scaled, label), scaled.argmax(1) == label, temperature)
 
 
 def temperature(logs: Tensor, label: Tensor) -> float:
-    """That of the lowest loss on examples the model was not trained on; between 1/20 and 20."""
+    """Temperature of the lowest loss on examples the model was not trained on; 1/20 to 20."""
 
     def loss(logarithm: float) -> float:
         return float(judge(logs, label, math.exp(logarithm)).loss.mean())
@@ -36,7 +36,7 @@ def temperature(logs: Tensor, label: Tensor) -> float:
 
 
 def label_probabilities(logs: Tensor, label: Tensor) -> Tensor:
-    """(N,)"""
+    """Log-probability (N,) of each example's own label."""
     return logs.gather(1, label[:, None])[:, 0]
 
 
@@ -64,7 +64,7 @@ def calibration_error(logs: Tensor, label: Tensor, bins: int = 15) -> float:
 
 
 def figures(logs: Tensor, label: Tensor) -> dict[str, float]:
-    """Of test log-probabilities (N, C) against the labels (N,)."""
+    """Figures of test log-probabilities (N, C) against the labels (N,)."""
     return {
         "accuracy": accuracy(logs, label),
         "macro_f1": macro_f1(logs, label),

@@ -35,8 +35,9 @@ def fit(
     """Train a new model; the best epoch is that of the highest validation accuracy, and of those
     the lowest loss.
 
-    `reference` (N,) is the column that `weighting` reads: losses of the checker, or of imp its `log_ratio`. Without
-    `validation` the last epoch counts. `watch` gets a line after every step, `check` is called after every epoch.
+    `reference` (N,) is the column that `weighting` reads: losses of the checker, or of imp its
+    `log_ratio`. Without `validation` the last epoch counts. `watch` gets a line after every step,
+    `check` is called after every epoch.
     """
     torch.manual_seed(seed)
     model = kind.build(classes).to(device)
@@ -47,13 +48,12 @@ def fit(
     state, step = importance.init(1, 0, weighting), 0
     in_epoch = math.ceil(len(table.label) / options.batch_size)
     epochs = max(options.epochs, math.ceil(options.least_steps / in_epoch))
-    best, found, kept = (-1.0, 0.0), epochs, None
+    best, best_epoch, kept = (-1.0, 0.0), epochs, None
     for epoch in range(1, epochs + 1):
         model.train()
         for rows in order(len(table.label), seed, epoch).split(options.batch_size):
-            losses = _losses(model, table, rows, device)[
-                :, None
-            ]  # (B, 1): a label is a sequence of one token
+            # (B, 1): a label is a sequence of one token
+            losses = _losses(model, table, rows, device)[:, None]
             column = None if reference is None else reference[rows, None].to(device)
             domain = torch.zeros(len(rows), dtype=torch.int64, device=device)
             stats = importance.observe(losses, column, domain, 1, weighting)
@@ -83,27 +83,27 @@ def fit(
                 -float(figures.label_probabilities(logs, validation.label).neg().mean()),
             )
             if score > best:
-                best, found = score, epoch
+                best, best_epoch = score, epoch
                 kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if kept is not None:
         model.load_state_dict(kept)
-    return Fitted(model.eval(), found)
+    return Fitted(model.eval(), best_epoch)
 
 
 def order(count: int, seed: int, epoch: int) -> Tensor:
-    """(N,) the examples in the order of an epoch."""
+    """Examples (N,) in the order of an epoch."""
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(mixed[0]) >> 1))
 
 
 def _losses(model: nn.Module, table: Table, rows: Tensor, device: torch.device) -> Tensor:
-    """(B,) nats."""
+    """Losses (B,) in nats."""
     logits = model(*_batch(table, rows, device))
     return nn.functional.cross_entropy(logits, table.label[rows].to(device), reduction="none")
 
 
 def _batch(table: Table, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids (B, L), mask (B, L)), no wider than the longest of them."""
+    """Ids (B, L) and mask (B, L), no wider than the longest of them."""
     length = table.length[rows]
     width = max(1, int(length.max()))
     ids = table.ids[rows, :width]
@@ -115,7 +115,7 @@ def _batch(table: Table, rows: Tensor, device: torch.device) -> tuple[Tensor, Te
 def log_probabilities(
     model: nn.Module, table: Table, device: torch.device, batch: int = 256
 ) -> Tensor:
-    """(N, C) float64 on the host, the model in evaluation mode."""
+    """Log-probabilities (N, C), float64 on the host, the model in evaluation mode."""
     training = model.training
     model.eval()
     parts = [

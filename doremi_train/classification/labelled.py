@@ -107,7 +107,7 @@ def _parquet(content: bytes) -> list[Any]:
 
 
 def _csv(content: bytes) -> list[Any]:
-    """With a header; every field is text."""
+    """Rows of a file with a header; every field is text."""
     names = pa.csv.open_csv(io.BytesIO(content)).schema.names
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
@@ -151,7 +151,7 @@ def classes(real: Examples, others: dict[str, Examples]) -> list[str]:
 
 
 def numbered(labels: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
-    """(N,) the place of each label among the known ones."""
+    """Places (N,) of the labels among the known ones."""
     place = {label: number for number, label in enumerate(known)}
     return np.array([place[label] for label in labels], np.int64)
 
@@ -171,5 +171,5 @@ def split(
 
 
 def folds(count: int, number: int, seed: int) -> NDArray[np.int64]:
-    """(N,) the fold of each example, of equal sizes."""
+    """Folds (N,) of the examples, of equal sizes."""
     return np.random.Generator(np.random.PCG64(seed)).permutation(np.arange(count) % number)

@@ -20,21 +20,26 @@ Floats = NDArray[np.float64]
 # The largest weight that any published run of DoReMi gave a domain is 0.61, of 22.
 DOMINANT = 0.8  # average weight of one domain above which the others hardly count
 FEW = 2.0  # effective number of domains below which a mixture of many is one of hardly two
-HOPS = 0.65  # effective number in a step, as a part of that of the steps' average: 0.75 to 1 where runs were sound
+# Effective number in a step, as a part of that of the steps' average: 0.75 to 1 in sound runs.
+HOPS = 0.65
 ABSENT = 0.05  # part of the batches that may miss a domain
-EPOCHS = 4.0  # passes that are worth nearly as much as fresh text (Muennighoff et al. 2023, arXiv 2305.16264)
-MISMATCH = (
-    4.0  # ratio of passes between proxy and final run, where one of them repeats more than EPOCHS
-)
+# Passes that are worth nearly as much as fresh text (Muennighoff et al. 2023, arXiv 2305.16264).
+EPOCHS = 4.0
+# Ratio of passes between proxy and final run, where one of them repeats more than EPOCHS.
+MISMATCH = 4.0
 GAIN = 0.05  # part of the context-free loss: a small model soon saves more on any language
-FLAT = 0.02  # part of the loss that a domain which is still being learned loses over the second half of a run
+# Part of the loss that a domain which is still being learned loses over a run's second half.
+FLAT = 0.02
 TRIVIAL = 0.1  # nats per token: each is foreseen with 90 %
-OVERFIT = 0.1  # part of the validation loss that is missing on training text; an uneven split makes up to as much
-SAME = 0.1  # distance beyond that of two halves, as a part of it, up to which two domains are one language
-UNSURE = 0.3  # distance of two halves of one domain, beyond which the sample is too small to compare languages
-COPIED = (
-    0.2  # part of a domain's text that may stand in another: licences and boilerplate stay below
-)
+# Part of the validation loss that is missing on training text; an uneven split makes up to as
+# much.
+OVERFIT = 0.1
+# Distance beyond that of two halves, as a part of it, up to which two domains are one language.
+SAME = 0.1
+# Distance of two halves of one domain, beyond which the sample is too small to compare.
+UNSURE = 0.3
+# Part of a domain's text that may stand in another: licences and boilerplate stay below.
+COPIED = 0.2
 LEVEL = 0.95  # of the test whether seeds agree on a difference
 
 
@@ -89,13 +94,13 @@ def one_hot(
 
 
 def missing_by_quota(batch: int, mixture: ArrayLike) -> Floats:
-    """(K,) probability that a batch of `batch` sequences misses a domain, where each gets its share
+    """Probability (K,) that a batch of `batch` sequences misses a domain, where each gets its share
     rounded up or down in turn."""
     return 1 - np.minimum(batch * _floats(mixture), 1)
 
 
 def missing_by_trace(tokens: ArrayLike) -> Floats:
-    """(K,) part of the steps whose batch had no token of a domain, from tokens (T, K) of each
+    """Part (K,) of the steps whose batch had no token of a domain, from tokens (T, K) of each
     step."""
     return (np.asarray(tokens) == 0).mean(axis=0)
 
@@ -249,8 +254,8 @@ def duplicate(
 ) -> list[Finding]:
     """Pairs of domains that hold the same language, or the same text.
 
-    `halves` (K, 2, H): counts of hashed bigrams in two halves of a sample of each domain. `shared` (K, K): part of the
-    text of the smaller one that also stands in the other.
+    `halves` (K, 2, H): counts of hashed bigrams in two halves of a sample of each domain. `shared`
+    (K, K): part of the text of the smaller one that also stands in the other.
     """
     counts = _floats(halves)
     roots = np.sqrt(counts / np.maximum(counts.sum(axis=2, keepdims=True), 1))
@@ -261,7 +266,7 @@ def duplicate(
     within = distance[:, 0, :, 1].diagonal()  # (K,) between the halves of one domain
     between = distance.mean(axis=(1, 3))
     copied = np.zeros_like(between) if shared is None else _floats(shared)
-    found = []
+    findings = []
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
             pair = (names[a], names[b])
@@ -279,18 +284,17 @@ def duplicate(
                 "weights apart, and how the two share what they get is chance; merge them, or "
                 "deduplicate them."
             )
-            found.append(Finding("duplicate", pair, message, value))
-    return found
+            findings.append(Finding("duplicate", pair, message, value))
+    return findings
 
 
 def seed_spread(
     names: Sequence[str], samples: ArrayLike, mixtures: Mapping[str, ArrayLike]
 ) -> list[Finding]:
-    """The named mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable, as
-    one finding.
+    """Mixtures (K,) from which the weights (S, K) of S seeds are not distinguishable: one finding.
 
-    Student-t on every domain, with the level divided among them (Bonferroni): the weights differ from a mixture where
-    one domain's do. One seed says nothing, and nothing is returned.
+    Student-t on every domain, with the level divided among them (Bonferroni): the weights differ
+    from a mixture where one domain's do. One seed says nothing, and nothing is returned.
     """
     weights = _floats(samples)
     seeds, domains = weights.shape
@@ -298,18 +302,18 @@ def seed_spread(
         return []
     quantile = float(scipy.stats.t.ppf(1 - (1 - LEVEL) / domains / 2, seeds - 1))
     half = quantile * weights.std(axis=0, ddof=1) / np.sqrt(seeds)
-    found = [
+    alike = [
         mixture
         for mixture, values in mixtures.items()
         # 1e-12: equal weights that differ in their last bits are equal.
         if (np.abs(weights.mean(axis=0) - _floats(values)) <= half + 1e-12).all()
     ]
-    if not found:
+    if not alike:
         return []
     message = (
-        f"The weights are not distinguishable from {' or '.join(found)}: over {seeds} seeds no "
+        f"The weights are not distinguishable from {' or '.join(alike)}: over {seeds} seeds no "
         "domain's weight differs from it by more than its interval, which is up to "
-        f"±{half.max():.3f}. Take {found[0]}, or more proxy.seeds and a longer proxy run."
+        f"±{half.max():.3f}. Take {alike[0]}, or more proxy.seeds and a longer proxy run."
     )
     return [Finding("seed_spread", tuple(names), message, float(half.max()))]
 

@@ -7,7 +7,7 @@ definition is a YAML file that `lm_eval --include_path` reads too:
 | form | keys of a line | asked for |
 |---|---|---|
 | `triviaqa`, `naturalqs`, `webquestions` | question, answers (a list) | one of the answers |
-| `squadv2` | context, question, answers (empty where there is none) | one of the answers, or "unanswerable" |
+| `squadv2` | context, question, answers (or none) | one of the answers, or "unanswerable" |
 | `lambada`, `cloze` | text | its last word |
 
 All are answered by greedy generation after one example, and right by exact match but for case and
@@ -111,7 +111,7 @@ def require() -> None:
 def measure(
     model: Path, definitions: Path, names: Sequence[str], device: torch.device, limit: int
 ) -> dict[str, Accuracy]:
-    """Of a saved model, by task."""
+    """Accuracy of a saved model, by task."""
     from datasets.utils.logging import disable_progress_bar
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -122,7 +122,7 @@ def measure(
     loaded = HFLM(
         str(model), device=str(device), batch_size=16, dtype="float32", trust_remote_code=False
     )
-    found: Mapping[str, Any] | None = simple_evaluate(
+    results: Mapping[str, Any] | None = simple_evaluate(
         loaded,
         tasks=[f"doremi_{name}" for name in names],
         task_manager=TaskManager(include_path=str(definitions), include_defaults=False),
@@ -130,20 +130,20 @@ def measure(
         bootstrap_iters=0,
         log_samples=False,
     )
-    assert found is not None
-    return {name: _accuracy(found, f"doremi_{name}") for name in names}
+    assert results is not None
+    return {name: _accuracy(results, f"doremi_{name}") for name in names}
 
 
-def _accuracy(found: Mapping[str, Any], task: str) -> Accuracy:
+def _accuracy(results: Mapping[str, Any], task: str) -> Accuracy:
     value, count = (
-        found["results"][task]["exact_match,answer"],
-        found["n-samples"][task]["effective"],
+        results["results"][task]["exact_match,answer"],
+        results["n-samples"][task]["effective"],
     )
     return Accuracy(float(value), float((value * (1 - value) / count) ** 0.5), int(count))
 
 
 def passages(store: TokenStore, k: int, length: int) -> Iterator[str]:
-    """Of domain k, of whole words that end with one of letters or digits."""
+    """Passages of domain k, of whole words, the last one of letters or digits."""
     tokenizer = store.tokenizer()
     for n in range(int(store.sequences("validation", length)[k])):
         tokens = store.gather("validation", np.array([k]), np.array([n]), length)[0]

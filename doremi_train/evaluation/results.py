@@ -95,8 +95,8 @@ class Setting(NamedTuple):
 
     @property
     def candidates(self) -> dict[str, str]:
-        """Those that were trained at the final size, to be compared with the learned mixture, which
-        comes first."""
+        """Models of the final size, to be compared with the learned mixture's, which comes
+        first."""
         return {name: label for name, label in self.models.items() if name not in _BESIDE}
 
     def losses(self, name: str) -> list[float]:
@@ -213,7 +213,10 @@ def verdict(setting: Setting) -> str:
     mean, half = student_t(setting.losses("main"))
     if not others:
         size = f"{mean:.4f}" if seeds == 1 else f"{mean:.4f} ± {half:.4f}"
-        return f"{mixture.capitalize()} reaches {size} nats per token; it was not compared with any other mixture."
+        return (
+            f"{mixture.capitalize()} reaches {size} nats per token; it was not compared with any "
+            "other mixture."
+        )
     if seeds == 1:
         parts = [f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'} than {labels[name]}"
                  for name in others for gain in [setting.gain(name)[0]]]  # fmt: skip

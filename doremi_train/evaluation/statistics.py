@@ -47,8 +47,8 @@ class Paired(NamedTuple):
 
 
 def paired(others: Sequence[float], losses: Sequence[float]) -> Paired:
-    """Of losses with the same seeds. A bootstrap over so few seeds is too narrow, so `judged` asks
-    both intervals."""
+    """Difference of losses with the same seeds. A bootstrap over so few seeds is too narrow, so
+    `judged` asks both intervals."""
     gains = np.array(others) - np.array(losses)
     mean, half = student_t(gains.tolist())
     drawn = np.random.default_rng(0).integers(len(gains), size=(_RESAMPLES, len(gains)))
@@ -57,7 +57,7 @@ def paired(others: Sequence[float], losses: Sequence[float]) -> Paired:
 
 
 def judged(name: str, other: str, gain: Paired, seeds: int) -> str:
-    """One plain sentence."""
+    """Verdict on a difference, in one plain sentence."""
     amount = f"{gain.mean:+.4f} nats per token"
     if gain.half is None:
         return f"{name} against {other}: {amount}; one seed, no interval, so this decides nothing."

@@ -35,7 +35,7 @@ def sample(store: TokenStore, length: int) -> list[Tokens]:
 
 
 def _bigrams(tokens: Tokens) -> Tokens:
-    """(BUCKETS,) counts of hashed pairs of neighbours in (n, T + 1)."""
+    """Counts (BUCKETS,) of hashed pairs of neighbours in (n, T + 1)."""
     pairs = tokens.astype(np.uint64)
     hashed = (pairs[:, :-1] * MULTIPLIER + pairs[:, 1:]) * MULTIPLIER >> np.uint64(
         64 - BUCKETS.bit_length() + 1
@@ -55,7 +55,7 @@ def _shingles(tokens: Tokens) -> NDArray[np.uint64]:
 
 
 def _shared(shingles: Sequence[NDArray[np.uint64]]) -> Floats:
-    """(K, K) part of the smaller domain's shingles that are in the other too."""
+    """Part (K, K) of the smaller domain's shingles that are in the other too."""
     shared = np.zeros((len(shingles), len(shingles)))
     for a, mine in enumerate(shingles):
         for b, other in enumerate(shingles[:a]):

@@ -1,5 +1,4 @@
-"""A mixture written for a trainer, and read back: shares of what it draws, and weights per
-token."""
+"""A mixture written for a trainer, and read back: shares of its draws, and parts of the tokens."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from doremi_train.exports import formats
 from doremi_train.exports.formats import Source, Stage
 
 WHOLE = 10**12  # parts that are shared out: 12 decimals
+# What a reader meets in a file of another form.
 _MALFORMED = (
     ValueError,
     LookupError,
@@ -20,7 +20,8 @@ _MALFORMED = (
     AttributeError,
     SyntaxError,
     RecursionError,
-)  # a file of another form
+    yaml.YAMLError,
+)
 
 
 def shares(
@@ -28,8 +29,8 @@ def shares(
 ) -> dict[str, float]:
     """Parts of a trainer's draws, without domains that get none, from parts of the tokens.
 
-    Decimals of 12 digits that sum to exactly 1, by largest remainder. `tokens_per_document` is the mean of each
-    domain; None where sequences are drawn.
+    Decimals of 12 digits that sum to exactly 1, by largest remainder. `tokens_per_document` is the
+    mean of each domain; None where sequences are drawn.
     """
     exact = {
         name: Fraction(weight) / (Fraction(tokens_per_document[name]) if tokens_per_document else 1)
@@ -61,8 +62,8 @@ def write(
     epochs: Mapping[str, float],
     schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
 ) -> str:
-    """The text for the trainer `to`. `schedule` is what is drawn from each step on, where it
-    changes: the trainer gets it if it can follow one, and else the whole run's `drawn`.
+    """Text for the target `to`. `schedule` is what is drawn from each step on, where it changes:
+    the trainer gets it if it can follow one, and else the whole run's `drawn`.
 
     Raises UserError naming the domains without a path, or a path that cannot be.
     """
@@ -74,49 +75,49 @@ def write(
             f"domain, as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
         )
 
-    def found(drawn: Mapping[str, float]) -> list[Source]:
+    def sources(drawn: Mapping[str, float]) -> list[Source]:
         return [
             Source(name, paths.get(name, name), weight, epochs.get(name, 0.0))
             for name, weight in drawn.items()
         ]
 
-    sources = found(drawn)
-    for source in sources:
-        same = [other.domain for other in sources if other.path == source.path]
+    whole = sources(drawn)
+    for source in whole:
+        same = [other.domain for other in whole if other.path == source.path]
         if len(same) > 1:
             raise UserError(
                 f"export.paths: {' and '.join(same)} both have {source.path!r}; give each its own"
             )
-        if to == "megatron" and source.path.split() != [source.path]:
+        reason = form.refuses(source) if form.refuses else None
+        if reason:
             raise UserError(
-                f"export.paths.{source.domain}={source.path!r}: Megatron splits at spaces; use "
-                "another path"
+                f"export.paths.{source.domain}={source.path!r}: {reason}; use another path"
             )
     if schedule and form.write_stages:
-        return form.write_stages([Stage(step, found(weights)) for step, weights in schedule])
-    return form.write(sources)
+        return form.write_stages([Stage(step, sources(weights)) for step, weights in schedule])
+    return form.write(whole)
 
 
 def read(
     to: str, text: str, domains: Sequence[str], paths: Mapping[str, str], where: str
 ) -> dict[str, Any]:
-    """The weights {domain: weight} of a text for the trainer `to`, in its unit and unchecked; a
-    domain not in it has 0.
+    """Weights {domain: weight} of a text for the target `to`, in its unit and unchecked; a domain
+    that is not in it has 0.
 
     Raises UserError that starts with `where` for a text of another form, or a source that is no
     domain.
     """
     try:
-        found = dict(formats.FORMATS[to].read(text))
-    except (*_MALFORMED, yaml.YAMLError) as error:
+        drawn = dict(formats.FORMATS[to].read(text))
+    except _MALFORMED as error:
         raise UserError(f"{where}: not of the form of mixture.format={to} ({error})") from None
     names = {name: name for name in domains} | {path: name for name, path in paths.items()}
     result: dict[str, Any] = dict.fromkeys(domains, 0.0)
-    for source, weight in found.items():
+    for source, weight in drawn.items():
         if names.get(source) not in result:
             raise UserError(
-                f"{where}: {source!r} is neither a domain nor in export.paths; the data has {', '.join(domains)}; "
-                "give export.paths={DOMAIN: PATH}"
+                f"{where}: {source!r} is neither a domain nor in export.paths; the data has "
+                f"{', '.join(domains)}; give export.paths={{DOMAIN: PATH}}"
             )
         result[names[source]] = weight
     return result

@@ -1,25 +1,13 @@
-"""Weights in the form of the trainers that people already use, and back: text out, text in.
+"""Export targets: weights in the form of the trainers that people already use, and back.
+
+A target is one entry of `FORMATS`, which says all about it; commands, messages, the table in
+`docs/export.md` and tests follow from the entries.
 
 A weight is a part of the tokens. A trainer that draws sequences of one length takes it as it is;
 one that draws documents needs p_k ∝ w_k / (mean tokens per document of k). Which one draws what is
-read off its source:
+read off its source, and the entry says where.
 
-| target | draws | because |
-|---|---|---|
-| Megatron-LM, NeMo | sequences | BlendedDataset indexes samples of GPTDataset, which are of sequence_length |
-| GPT-NeoX | sequences | BlendableDataset, the same; unless weight_by_num_documents, which overrides the weights |
-| nanotron | sequences | Nanoset counts samples of sequence_length tokens |
-| MosaicML Streaming | sequences | a sample of the MDS, which llm-foundry writes with --concat_tokens |
-| datasets | documents | interleave_datasets draws rows |
-| OLMo-core | sequences | target_ratio · requested_tokens tokens of each source |
-| torchtitan | sequences | DatasetMix draws elements of its children, here packed ones |
-| LitData, LitGPT | sequences | TokensLoader gives blocks of tokens |
-| Levanter | sequences | MixtureDataset draws from token sequence datasets, in blocks of mixture_block_size |
-| lingua | documents | choose_source draws lines; they are packed afterwards |
-| webdataset | documents | RandomMix draws samples, a text each |
-| DoReMi | sequences | draws examples, which its preprocessing makes of one length |
-
-Zeros are left out: several of them reject one, or wait forever for it.
+Zeros are left out: several trainers reject one, or wait forever for it.
 """
 
 import ast
@@ -50,38 +38,43 @@ class Stage(NamedTuple):
 
 
 class Format(NamedTuple):
-    """What one trainer reads."""
+    """An export target: all that the house knows of what one trainer reads."""
 
+    trainer: str  # its name, and of others that read the same file
+    file: str  # what the file is, or where it goes (Markdown)
     draws: Unit
-    ending: str  # of the file
+    because: str  # what in the trainer's source says so
+    ending: str  # of the file's name
     write: Callable[[Sequence[Source]], str]
-    read: Callable[[str], Mapping[str, Any]]  # {path or domain: weight}
+    read: Callable[[str], Mapping[str, Any]]  # {path or domain: weight}; runs nothing
     paths: bool = True  # False: sources go by name, so export.paths is not needed
-    write_stages: Callable[[Sequence["Stage"]], str] | None = (
-        None  # None: it knows one mixture for the whole run
-    )
+    # None: it knows one mixture for the whole run
+    write_stages: Callable[[Sequence[Stage]], str] | None = None
+    refuses: Callable[[Source], str | None] | None = None  # why it cannot read a source
 
 
 # Forms
 
 
 def _pairs(flat: Sequence[Any]) -> dict[str, float]:
-    """[weight, path, weight, path, …]"""
+    """Weights by path, of [weight, path, weight, path, …]."""
     return _once(
         (str(path), float(weight)) for weight, path in zip(flat[::2], flat[1::2], strict=True)
     )
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Weights by path. Raises ValueError for a path that is there twice."""
+    weights: dict[str, Any] = {}
     for path, weight in pairs:
-        if path in found:
+        if path in weights:
             raise ValueError(f"{path} is there twice")
-        found[path] = weight
-    return found
+        weights[path] = weight
+    return weights
 
 
 def _only(stages: Sequence[Any]) -> Any:
+    """The one stage. Raises ValueError where there are several."""
     if len(stages) != 1:
         raise ValueError(
             f"it has {len(stages)} stages, and a mixture is one; keep the one that is meant"
@@ -102,16 +95,20 @@ def _columns(sources: Sequence[Source]) -> tuple[list[str], list[float]]:
 
 
 def _megatron(sources: Sequence[Source]) -> str:
-    """For --data-args-path FILE, or --data-path $(cat FILE)."""
     return "".join(f"{source.weight} {source.path}\n" for source in sources)
 
 
 def _read_megatron(text: str) -> dict[str, float]:
-    """Also the JSON of --per-split-data-args-path."""
+    """Weights by path, of this file or of the JSON of --per-split-data-args-path."""
     if not text.lstrip().startswith("{"):
         return _pairs(text.split())
     train = json.loads(text)["train"]
     return _pairs(train.split() if isinstance(train, str) else train)
+
+
+def _megatron_splits(source: Source) -> str | None:
+    """A complaint about a path that is several words."""
+    return None if source.path.split() == [source.path] else "Megatron splits at spaces"
 
 
 def _nemo(sources: Sequence[Source]) -> str:
@@ -138,13 +135,13 @@ def _nanotron(sources: Sequence[Source]) -> str:
 
 
 def _nanotron_stages(stages: Sequence[Stage]) -> str:
-    found = []
+    entries = []
     for step, sources in stages:
         paths, numbers = _columns(sources)
         data = {"dataset": {"dataset_folder": paths, "dataset_weights": numbers}}
         name = f"mixture from step {step + 1}" if len(stages) > 1 else "mixture"
-        found.append({"name": name, "start_training_step": step + 1, "data": data})
-    return _yaml({"data_stages": found})
+        entries.append({"name": name, "start_training_step": step + 1, "data": data})
+    return _yaml({"data_stages": entries})
 
 
 def _read_nanotron(text: str) -> dict[str, Any]:
@@ -153,7 +150,6 @@ def _read_nanotron(text: str) -> dict[str, Any]:
 
 
 def _mosaicml_streaming(sources: Sequence[Source]) -> str:
-    """For llm-foundry's dataset, or Stream(**fields) for each."""
     return _yaml(
         {"streams": {s.domain: {"remote": s.path, "proportion": s.weight} for s in sources}}
     )
@@ -164,7 +160,7 @@ def _read_mosaicml_streaming(text: str) -> dict[str, Any]:
 
 
 def _olmo_core(sources: Sequence[Source]) -> str:
-    """A SourceMixtureList. It refuses a source that would be repeated more often than it may."""
+    # It refuses a source that would be repeated more often than it may.
     return _yaml(
         {
             "sources": [
@@ -199,8 +195,8 @@ def _levanter_stages(stages: Sequence[Stage]) -> str:
 
 def _read_levanter(text: str) -> dict[str, Any]:
     content = yaml.safe_load(text)
-    found = content.get("data", content)["train_weights"]
-    return dict(found) if isinstance(found, Mapping) else dict(_only(found)[1])
+    weights = content.get("data", content)["train_weights"]
+    return dict(weights) if isinstance(weights, Mapping) else dict(_only(weights)[1])
 
 
 def _lingua(sources: Sequence[Source]) -> str:
@@ -212,10 +208,9 @@ def _read_lingua(text: str) -> dict[str, Any]:
 
 
 def _doremi(sources: Sequence[Source]) -> str:
-    found = _by_path(sources)
-    return (
-        json.dumps({"train_domain_weights": found, "eval_domain_weights": found}, indent=1) + "\n"
-    )
+    weights = _by_path(sources)
+    content = {"train_domain_weights": weights, "eval_domain_weights": weights}
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _read_doremi(text: str) -> dict[str, Any]:
@@ -223,7 +218,7 @@ def _read_doremi(text: str) -> dict[str, Any]:
 
 
 def _module(imports: str, body: str) -> Callable[[Sequence[Source]], str]:
-    """A Python module with the weights as SOURCES, and a function that makes of them what the
+    """A writer of Python modules: the weights as SOURCES, and `body`, which makes of them what the
     trainer takes."""
 
     def write(sources: Sequence[Source]) -> str:
@@ -234,16 +229,18 @@ def _module(imports: str, body: str) -> Callable[[Sequence[Source]], str]:
 
 
 def _read_module(text: str) -> dict[str, Any]:
-    """Without running it."""
+    """SOURCES of a Python module, which is parsed and not run."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SOURCES":
             return dict(ast.literal_eval(node.value))
     raise ValueError("no SOURCES = {…}")
 
 
+# A backslash ends a line of ours that goes on in the line that is written.
 _datasets = _module(
     "from datasets import interleave_datasets, load_dataset",
-    '''def mixture(seed=0, open_source=lambda path: load_dataset(path, split="train", streaming=True)):
+    '''def mixture(seed=0, \
+open_source=lambda path: load_dataset(path, split="train", streaming=True)):
     """One dataset; a draw is a row of one source, so rows must be documents."""
     return interleave_datasets(
         [open_source(path) for path in SOURCES],
@@ -256,8 +253,10 @@ _datasets = _module(
 _torchtitan = _module(
     "from torchtitan.components.data import WeightedDataset",
     '''def mixture(open_source):
-    """The `datasets` of a dataset mix. `open_source(path)` is the config of a packed dataset: a draw is a row of it."""
-    return tuple(WeightedDataset(dataset=open_source(path), weight=weight) for path, weight in SOURCES.items())
+    """The `datasets` of a dataset mix. `open_source(path)` is the config of a packed dataset: \
+a draw is a row of it."""
+    return tuple(WeightedDataset(dataset=open_source(path), weight=weight) \
+for path, weight in SOURCES.items())
 ''',
 )
 _litdata = _module(
@@ -265,39 +264,148 @@ _litdata = _module(
     '''def mixture(block_size, seed=0):
     """One dataset; a draw is a block of tokens of one source."""
     datasets = [
-        StreamingDataset(path, item_loader=TokensLoader(block_size=block_size), shuffle=True, drop_last=True, seed=seed)
+        StreamingDataset(path, item_loader=TokensLoader(block_size=block_size), \
+shuffle=True, drop_last=True, seed=seed)
         for path in SOURCES
     ]
-    return CombinedStreamingDataset(datasets, seed=seed, weights=tuple(SOURCES.values()), iterate_over_all=False)
+    return CombinedStreamingDataset(datasets, seed=seed, \
+weights=tuple(SOURCES.values()), iterate_over_all=False)
 ''',
 )
 _webdataset = _module(
     "import webdataset",
     '''def mixture(open_source=lambda path: webdataset.WebDataset(path, shardshuffle=False)):
     """One dataset; a draw is a sample of one source, so samples must be documents."""
-    return webdataset.RandomMix([open_source(path) for path in SOURCES], probs=list(SOURCES.values()), longest=True)
+    return webdataset.RandomMix([open_source(path) for path in SOURCES], \
+probs=list(SOURCES.values()), longest=True)
 ''',
 )
 
 
 FORMATS: dict[str, Format] = {
-    "megatron": Format("sequences", "txt", _megatron, _read_megatron),
-    "nemo": Format("sequences", "json", _nemo, lambda text: _pairs(yaml.safe_load(text))),
-    "gpt_neox": Format("sequences", "yml", _gpt_neox, _read_gpt_neox),
+    "megatron": Format(
+        trainer="Megatron-LM",
+        file="for `--data-args-path FILE`, or `--data-path $(cat FILE)`",
+        draws="sequences",
+        because="BlendedDataset indexes samples of GPTDataset, which are of `sequence_length`",
+        ending="txt",
+        write=_megatron,
+        read=_read_megatron,
+        refuses=_megatron_splits,
+    ),
+    "nemo": Format(
+        trainer="NeMo",
+        file="flat JSON list, for `paths`",
+        draws="sequences",
+        because="Megatron-LM's BlendedDataset",
+        ending="json",
+        write=_nemo,
+        read=lambda text: _pairs(yaml.safe_load(text)),
+    ),
+    "gpt_neox": Format(
+        trainer="GPT-NeoX",
+        file="YAML, `train-data-paths` and `train-data-weights`",
+        draws="sequences",
+        because="BlendableDataset, as Megatron-LM's; unless `weight_by_num_documents`, which "
+        "overrides the weights",
+        ending="yml",
+        write=_gpt_neox,
+        read=_read_gpt_neox,
+    ),
     "nanotron": Format(
-        "sequences", "yaml", _nanotron, _read_nanotron, write_stages=_nanotron_stages
+        trainer="nanotron",
+        file="YAML of data stages, several where the mixture is staged",
+        draws="sequences",
+        because="Nanoset counts samples of `sequence_length` tokens",
+        ending="yaml",
+        write=_nanotron,
+        read=_read_nanotron,
+        write_stages=_nanotron_stages,
     ),
     "mosaicml_streaming": Format(
-        "sequences", "yaml", _mosaicml_streaming, _read_mosaicml_streaming
+        trainer="MosaicML Streaming, llm-foundry",
+        file="YAML `streams`, for llm-foundry's dataset or `Stream(**fields)` of each",
+        draws="sequences",
+        because="a draw is a sample of the MDS, which llm-foundry writes with `--concat_tokens`",
+        ending="yaml",
+        write=_mosaicml_streaming,
+        read=_read_mosaicml_streaming,
     ),
-    "datasets": Format("documents", "py", _datasets, _read_module),
-    "olmo_core": Format("sequences", "yaml", _olmo_core, _read_olmo_core),
-    "torchtitan": Format("sequences", "py", _torchtitan, _read_module),
-    "litdata": Format("sequences", "py", _litdata, _read_module),
+    "datasets": Format(
+        trainer="datasets",
+        file="Python, `mixture()` with `interleave_datasets`",
+        draws="documents",
+        because="`interleave_datasets` draws rows",
+        ending="py",
+        write=_datasets,
+        read=_read_module,
+    ),
+    "olmo_core": Format(
+        trainer="OLMo-core",
+        file="YAML of a `SourceMixtureList`",
+        draws="sequences",
+        because="it takes `target_ratio` · `requested_tokens` tokens of each source",
+        ending="yaml",
+        write=_olmo_core,
+        read=_read_olmo_core,
+    ),
+    "torchtitan": Format(
+        trainer="torchtitan",
+        file="Python, `mixture(open_source)` of `WeightedDataset`",
+        draws="sequences",
+        because="DatasetMix draws elements of its children, here packed datasets",
+        ending="py",
+        write=_torchtitan,
+        read=_read_module,
+    ),
+    "litdata": Format(
+        trainer="LitData, LitGPT",
+        file="Python, `mixture(block_size)` with `CombinedStreamingDataset`",
+        draws="sequences",
+        because="TokensLoader gives blocks of tokens",
+        ending="py",
+        write=_litdata,
+        read=_read_module,
+    ),
     "levanter": Format(
-        "sequences", "yaml", _levanter, _read_levanter, paths=False, write_stages=_levanter_stages
+        trainer="Levanter",
+        file="YAML, `train_weights`, staged where the mixture is",
+        draws="sequences",
+        because="MixtureDataset draws from datasets of token sequences, in blocks of "
+        "`mixture_block_size`",
+        ending="yaml",
+        write=_levanter,
+        read=_read_levanter,
+        paths=False,
+        write_stages=_levanter_stages,
     ),
-    "lingua": Format("documents", "yaml", _lingua, _read_lingua, paths=False),
-    "webdataset": Format("documents", "py", _webdataset, _read_module),
-    "doremi": Format("sequences", "json", _doremi, _read_doremi, paths=False),
+    "lingua": Format(
+        trainer="lingua",
+        file="YAML, `data.sources`",
+        draws="documents",
+        because="`choose_source` draws lines, which are packed afterwards",
+        ending="yaml",
+        write=_lingua,
+        read=_read_lingua,
+        paths=False,
+    ),
+    "webdataset": Format(
+        trainer="webdataset",
+        file="Python, `mixture()` with `RandomMix`",
+        draws="documents",
+        because="RandomMix draws samples, a text each",
+        ending="py",
+        write=_webdataset,
+        read=_read_module,
+    ),
+    "doremi": Format(
+        trainer="DoReMi",
+        file="the original's JSON",
+        draws="sequences",
+        because="it draws examples, which its preprocessing makes of one length",
+        ending="json",
+        write=_doremi,
+        read=_read_doremi,
+        paths=False,
+    ),
 }

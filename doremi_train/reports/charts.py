@@ -19,7 +19,8 @@ from doremi_train.console import short
 
 # Mid tones, which can be read on white and on near black.
 COLORS = (
-    "#3b7dd8", "#e07b39", "#3f9c57", "#d1495b", "#8f6bbf", "#1d9aa1", "#b5892a", "#c06090", "#7d8a2e", "#8a6652",
+    "#3b7dd8", "#e07b39", "#3f9c57", "#d1495b", "#8f6bbf",
+    "#1d9aa1", "#b5892a", "#c06090", "#7d8a2e", "#8a6652",
 )  # fmt: skip
 _GREY = "#8b919c"
 # Matplotlib needs colours: these stand for the page's, and are put back as CSS variables.
@@ -187,9 +188,12 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
         # Names of domains are text: no mathtext between dollar signs, no glyph outlines.
         "svg.hashsalt": "doremi", "svg.fonttype": "none", "text.parse_math": False,
         "text.color": _INK, "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
-        "axes.edgecolor": _LINE, "grid.color": _LINE, "axes.facecolor": "none", "figure.facecolor": "none",
-        "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlepad": 12,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+        "axes.edgecolor": _LINE, "grid.color": _LINE,
+        "axes.facecolor": "none", "figure.facecolor": "none",
+        "axes.titlelocation": "left", "axes.titlesize": 12,
+        "axes.titleweight": "bold", "axes.titlepad": 12,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+        "axes.axisbelow": True,
         "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 9,
     }  # fmt: skip
     with pyplot.rc_context(style):

@@ -60,15 +60,21 @@ def verdict(figures: Figures) -> str:
     plain = figures["generated"]["accuracy"]["seeds"]
     gain, half = student_t([a - b for a, b in zip(mine, plain, strict=True)])
     if len(mine) == 1:
-        return f"{said} That is {gain:+.4f} against the ordinary loss on the generated examples; one seed, no interval."
+        return (
+            f"{said} That is {gain:+.4f} against the ordinary loss on the generated examples; one "
+            "seed, no interval."
+        )
     word = "more than" if gain > half else "not distinguishable from"
-    return f"{said} That is {word} the ordinary loss on the generated examples (by {gain:+.4f} ± {half:.4f}, paired)."
+    return (
+        f"{said} That is {word} the ordinary loss on the generated examples (by {gain:+.4f} ± "
+        f"{half:.4f}, paired)."
+    )
 
 
 def _chart(figures: Figures) -> str:
     points = []
-    for found in figures.values():
-        mean, half = found["accuracy"]["mean"], found["accuracy"]["half_width"]
+    for by_column in figures.values():
+        mean, half = by_column["accuracy"]["mean"], by_column["accuracy"]["half_width"]
         points.append(Point(mean) if half is None else Point(mean, mean - half, mean + half))
     return charts.rows("Accuracy on the test set", "accuracy", list(figures), {"accuracy": points})
 

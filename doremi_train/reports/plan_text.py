@@ -87,12 +87,12 @@ def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Ta
 
 def sentences(plan: Mapping[str, Any]) -> list[str]:
     """What the tables do not say."""
-    found = []
+    said = []
     price, losses, absent = plan["accumulation"], plan["reference_losses"], plan["absent"]
     if plan["not_measured"]:
-        found.append(f"time is not estimated: {'; '.join(plan['not_measured'])}")
+        said.append(f"time is not estimated: {'; '.join(plan['not_measured'])}")
     elif plan["total_seconds"]:
-        found.append(
+        said.append(
             f"about {human(plan['total_seconds'])} on {plan['processes']} "
             f"process{'es' * (plan['processes'] > 1)} of this machine, estimated from a few "
             "micro-steps measured now; what processes exchange, the optimiser's own work and "
@@ -100,18 +100,19 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         )
     if price and price["micro_batches"] > 1:
         cost = f", {human(price['seconds'])} of it" if price["seconds"] is not None else ""
-        found.append(
+        said.append(
             f"a step has {price['micro_batches']} micro-batches, with which "
             f"proxy.accumulation=exact costs {price['exact_over_lagged']:.2f} times what lagged "
             f"does{cost}"
         )
     elif price:
-        found.append(
+        said.append(
             "a step is one micro-batch, with which proxy.accumulation=exact costs nothing more "
             "than lagged"
         )
-    found += [
-        f"{name} looks at {short(run['candidates'])} tokens, of which it is trained on {short(run['tokens'])}"
+    said += [
+        f"{name} looks at {short(run['candidates'])} tokens, of which it is trained on "
+        f"{short(run['tokens'])}"
         for name, run in plan["stages"].items()
         if run["candidates"] > run["tokens"]
     ]
@@ -121,9 +122,9 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             if losses["missing"]
             else "all there"
         )
-        found.append(f"reference losses, cached: {size(losses['bytes'])} of fp16, {left}")
+        said.append(f"reference losses, cached: {size(losses['bytes'])} of fp16, {left}")
     elif losses:
-        found.append(f"reference losses, if cached: {size(losses['bytes'])} of fp16")
+        said.append(f"reference losses, if cached: {size(losses['bytes'])} of fp16")
     if absent:
         floor = absent["at_floor"]
         at_floor = (
@@ -131,10 +132,10 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             if floor is not None
             else ""
         )
-        found.append(
+        said.append(
             f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}"
         )
-    return found
+    return said
 
 
 def human(seconds: float | None) -> str:

@@ -48,7 +48,7 @@ def mixture_points(setting: Setting) -> dict[str, Point]:
     return found
 
 
-# ── Charts of one setting ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Charts of one setting ─────────────────────────────────────────────────────────────────────────
 
 
 def mixture(setting: Setting, free: dict[str, dict[str, float]], prefix: str) -> str:
@@ -180,7 +180,7 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
 def _column(
     traces: Sequence[list[dict[str, Any]]], key: str, names: Sequence[str], steps: int
 ) -> NDArray[np.float64]:
-    """(S, T, K); a skipped step has no excess, and counts as 0."""
+    """Values (S, T, K) of a key of the traces; a skipped step has no excess, and counts as 0."""
     rows_ = [
         [[line[key][name] or 0.0 for name in names] for line in trace[:steps]] for trace in traces
     ]
@@ -275,8 +275,8 @@ def _goal_marks(setting: Setting) -> list[Mark]:
 
 
 def domain_losses(setting: Setting, prefix: str) -> list[str]:
-    """Per domain, how far each mixture is from the baseline, or from the reference where there is
-    no baseline."""
+    """Distance of each mixture from the baseline in every domain, or from the reference where there
+    is no baseline."""
     labels = setting.candidates
     goal = _goal(setting)
     domains = list(setting.results[0].figures["main"]["domains"])
@@ -288,13 +288,13 @@ def domain_losses(setting: Setting, prefix: str) -> list[str]:
             continue
         points[label] = []
         for domain in domains:
-            found = [
+            gains = [
                 run.figures[name]["domains"][domain]["loss"]
                 - run.figures[goal]["domains"][domain]["loss"]
                 for run in setting.results
             ]
-            mean, half = student_t(found)
-            ends = (mean - half, mean + half) if len(found) > 1 else ()
+            mean, half = student_t(gains)
+            ends = (mean - half, mean + half) if len(gains) > 1 else ()
             points[label].append(Point(mean, *ends))
     learned = points[labels["main"]]
     order = sorted(range(len(domains)), key=lambda k: learned[k].value)
@@ -305,7 +305,7 @@ def domain_losses(setting: Setting, prefix: str) -> list[str]:
             f"{prefix}Loss per domain against {labels[goal]}: left of the line is better",
             "difference in nats per token",
             [domains[k] for k in order],
-            {label: [found[k] for k in order] for label, found in points.items()},
+            {label: [by_domain[k] for k in order] for label, by_domain in points.items()},
             {label: MODEL_COLORS[name] for name, label in labels.items() if name in MODEL_COLORS},
             zero=True,
         )

@@ -45,7 +45,7 @@ def overall(settings: Sequence[Setting]) -> str:
     )
 
 
-# ── One setting ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One setting ───────────────────────────────────────────────────────────────────────────────────
 
 
 def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, Any]:
@@ -227,8 +227,8 @@ def _domain_rows(
 
 
 def loss_rows(setting: Setting) -> list[dict[str, Any]]:
-    """Per domain, every model's loss, with bits per byte; the best of a row is marked."""
-    found = []
+    """Rows of domains: every model's loss, with bits per byte; the best of a row is marked."""
+    rows = []
     for domain in setting.results[0].weights:
         cells: list[dict[str, Any]] = []
         for name in setting.models:
@@ -242,8 +242,8 @@ def loss_rows(setting: Setting) -> list[dict[str, Any]]:
         for cell in cells:
             cell["best"] = bool(known) and cell["value"] == min(known)
             cell["bits"] = f"{fmean(cell['bits']):.3f}" if cell["bits"] else ""
-        found.append({"name": domain, "cells": cells})
-    return found
+        rows.append({"name": domain, "cells": cells})
+    return rows
 
 
 def _model_rows(setting: Setting) -> list[list[str]]:
@@ -316,7 +316,7 @@ def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
     return found
 
 
-# ── Several settings ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Several settings ──────────────────────────────────────────────────────────────────────────────
 
 
 def summary(settings: Sequence[Setting]) -> dict[str, Any]:

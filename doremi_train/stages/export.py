@@ -23,6 +23,7 @@ def run(session: Session) -> Path:
     """
     options = session.config.export
     to, paths = str(options.to), options.paths or {}
+    form = formats.FORMATS[to]
     store = prepare.run(session)
     unknown = [name for name in paths if name not in store.domains]
     if unknown:
@@ -40,9 +41,7 @@ def run(session: Session) -> Path:
     drawn = convert.shares(chosen.weights, means)
     schedule = [(step, convert.shares(mixed, means)) for step, mixed in chosen.schedule or []]
     text = convert.write(to, drawn, paths, chosen.epochs, schedule)
-    path = Path(
-        options.path or session.run_dir / "export" / f"mixture_{to}.{formats.FORMATS[to].ending}"
-    )
+    path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{form.ending}")
     left_out = [name for name in store.domains if name not in drawn]
     beside = {
         "to": to,
@@ -56,7 +55,7 @@ def run(session: Session) -> Path:
     comm.on_first(lambda: _write(path, text, beside))
     unit = "documents, so weights are divided by mean tokens per document" if means else "sequences"
     session.say(f"export: {path}, for a trainer that draws {unit}")
-    if schedule and formats.FORMATS[to].write_stages:
+    if schedule and form.write_stages:
         session.say(
             f"export: {len(schedule)} stages, for a run of {budget.main_steps(session)} steps"
         )

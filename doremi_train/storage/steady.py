@@ -38,7 +38,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ── Trying again ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Trying again ──────────────────────────────────────────────────────────────────────────────────
 
 
 def steadily(what: str, call: Callable[[], T]) -> T:

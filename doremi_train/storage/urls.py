@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# ── Opening URLs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Opening URLs ──────────────────────────────────────────────────────────────────────────────────
 
 
 def harmless(url: str) -> bool:
@@ -48,7 +48,7 @@ def harmless(url: str) -> bool:
 
 
 def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
-    """(file system, path in it) of a path or URL given as `key`.
+    """File system, and path in it, of a path or URL given as `key`.
 
     Raises UserError for a protocol that may run code (unless `odd` ones are wanted), or whose
     package is missing.
