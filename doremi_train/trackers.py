@@ -25,15 +25,30 @@ from doremi_train.parallel import comm
 @dataclass(frozen=True, config=STRICT)
 class TrackingOptions:
     backend: Literal["none", "wandb", "tensorboard"] = "none"
-    mode: Literal["auto", "online", "offline"] = (
-        "auto"  # auto: online where a login is found without asking
-    )
+    """Where curves are shown."""
+
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """Whether wandb sends curves at once; auto: online where a login is found without asking, else
+    offline."""
+
     project: str = "doremi-train"
+    """Project of wandb."""
+
     entity: str | None = None
-    group: str | None = None  # null: the name of the folder
+    """User or team of wandb; null: wandb's default."""
+
+    group: str | None = None
+    """Group of wandb; null: the name of the folder that tracking.path says."""
+
     tags: tuple[str, ...] = ()
-    name: str | None = None  # what stands before the name of each run
-    path: str | None = None  # the folder; null: run_dir
+    """Tags of wandb."""
+
+    name: str | None = None
+    """What stands before the name of each run (reference, proxy, main, …); null: nothing."""
+
+    path: str | None = None
+    """Folder in which wandb/ and tensorboard/ are written; null: run_dir, or a sweep's own for its
+    jobs."""
 
 
 class Subject(NamedTuple):
@@ -215,9 +230,8 @@ def _headline(run_dir: Path) -> dict[str, float]:
 class _Wandb:
     def __init__(self, tracking: Tracking, subject: Subject) -> None:
         options = tracking.options
-        (tracking.folder / "wandb").mkdir(
-            parents=True, exist_ok=True
-        )  # wandb would silently take another folder
+        # Otherwise wandb would silently take another folder.
+        (tracking.folder / "wandb").mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_contained(tracking.folder))
             import wandb
@@ -238,11 +252,15 @@ class _Wandb:
                 settings=wandb.Settings(
                     root_dir=str(tracking.folder),
                     console="off",
-                    reinit="create_new",  # no run of the whole interpreter, which would stay where closing fails
-                    finish_timeout=20,  # seconds; what is not sent then stays on disk for `wandb sync`
-                    disable_git=True,  # an address of a repository, and the command line, may hold passwords
+                    # No run of the whole interpreter, which would stay where closing fails.
+                    reinit="create_new",
+                    # Seconds; what is not sent then stays on disk for `wandb sync`.
+                    finish_timeout=20,
+                    # An address of a repository, and the command line, may hold passwords.
+                    disable_git=True,
                     x_disable_meta=True,
-                    x_transaction_log_flush_interval=1,  # seconds: what is lost when wandb's own process is killed
+                    # Seconds: what is lost when wandb's own process is killed.
+                    x_transaction_log_flush_interval=1,
                 ),
             )
             # The axis is ours: after a kill some steps come again, and wandb's own count would drop

@@ -28,13 +28,27 @@ _VOCABULARY, _WIDTH, _LAYERS = 4096, 128, 2  # of an encoder from scratch
 
 @dataclass(frozen=True, config=STRICT)
 class ClassifierOptions:
-    model: str = "ngrams"  # ngrams: logistic regression on words and pairs; encoder: a small transformer; or a folder
-    length: Positive = 128  # tokens of a text that are read (of ngrams: words)
+    model: str = "ngrams"
+    """Classifier: ngrams, encoder (a small transformer from scratch), or a transformers folder.
+    `ngrams` is logistic regression on words and pairs of words."""
+
+    length: Positive = 128
+    """Tokens of a text that are read; of ngrams, words."""
+
     epochs: Positive = 8
-    least_steps: Count = 200  # a small set is passed over as often as these take
+    """Epochs, of which the best one by accuracy on validation is taken."""
+
+    least_steps: Count = 200
+    """Steps at least: a small set is passed over as often as these take."""
+
     batch_size: Positive = 128
-    learning_rate: PositiveFloat = 0.03  # falls linearly to 0
+    """Examples of a step."""
+
+    learning_rate: PositiveFloat = 0.03
+    """Learning rate of the first step; it falls linearly to 0."""
+
     weight_decay: NonNegativeFloat = 0.01
+    """Decay of the parameters."""
 
 
 class Table(NamedTuple):

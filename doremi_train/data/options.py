@@ -13,7 +13,10 @@ class Split:
     """Files of one domain: globs, paths or fsspec URLs."""
 
     train: tuple[str, ...]
-    validation: tuple[str, ...] = ()  # empty: split off by hash of the text
+    """Paths, globs or fsspec URLs."""
+
+    validation: tuple[str, ...] = ()
+    """The same; empty: split off by a hash of the text."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,36 +25,57 @@ class DataOptions:
     `embedded`."""
 
     embedded: Literal["installed", "planted"] | None = "installed"
-    home: str | None = (
-        None  # folder or URL of a public corpus, for its ready configuration (conf/data)
-    )
-    root: str | None = (
-        None  # each sub-folder is a domain with train* and optionally validation* files
-    )
+    """Text that comes with this machine, or is generated with known faults, where no other source
+    is given."""
+
+    home: str | None = None
+    """Folder or URL of a public corpus, for data=pile, redpajama and the like."""
+
+    root: str | None = None
+    """Folder in which each sub-folder is a domain, with files train* and optionally validation*."""
+
     domains: dict[str, Split] | None = None
-    files: tuple[str, ...] | None = None  # one stream; the domain of a record is its `domain_key`
-    domain_key: str | None = None  # dotted path, such as meta.pile_set_name
-    text_key: str = "text"  # dotted path
-    tokenizer: str = (
-        "train"  # a tokenizer.json, a local transformers folder, or `train` to learn one
-    )
-    vocabulary_size: Annotated[int, Ge(257)] = (
-        1024  # of a learned tokeniser: 256 bytes and the end of document at least
-    )
-    tokenizer_sample: Positive = (
-        10_000_000  # characters a learned tokeniser sees, shared evenly by the domains
-    )
-    end_of_document: str | None = (
-        None  # token that ends a document; found by itself in the usual tokenisers
-    )
-    only: tuple[str, ...] | None = None  # domains that take part; null: all. Not prepared anew
-    selection: str | None = None  # a sidecar of stage=select: only what it chose is training data
-    validation_fraction: Annotated[float, Gt(0), Lt(1)] = (
-        0.03  # of documents, where no validation files are given
-    )
-    max_bad_lines: Count = 0  # broken JSON lines skipped and counted before the run stops
-    allow_pipe: bool = (
-        False  # `pipe:` URLs run a shell command: only for data lists you wrote yourself
-    )
-    member_tokens: Positive = 1_000_000  # tokens of one array in a shard, about
+    """Files of every domain, {name: {train: [path, glob or URL], validation: […]}}. Without
+    validation it is split off by a hash of the text."""
+
+    files: tuple[str, ...] | None = None
+    """Files of one stream, split by domain_key."""
+
+    domain_key: str | None = None
+    """Dotted key of a record's domain, such as meta.pile_set_name."""
+
+    text_key: str = "text"
+    """Dotted key of a record's text."""
+
+    tokenizer: str = "train"
+    """A tokenizer.json, a local transformers folder, or train, which learns one."""
+
+    vocabulary_size: Annotated[int, Ge(257)] = 1024
+    """Tokens of a learned tokeniser, 256 bytes and the end of document among them."""
+
+    tokenizer_sample: Positive = 10_000_000
+    """Characters that a learned tokeniser sees, shared evenly by the domains."""
+
+    end_of_document: str | None = None
+    """Token that ends a document; null: found by itself in the usual tokenisers."""
+
+    only: tuple[str, ...] | None = None
+    """Domains that take part, as in [code, web]; null: all. They are not prepared anew."""
+
+    selection: str | None = None
+    """A sidecar.parquet of stage=select, whose choice alone is training data; null: all is."""
+
+    validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.03
+    """Part of the documents that validates, where no validation files are given."""
+
+    max_bad_lines: Count = 0
+    """Broken JSON lines that are skipped and counted before the run stops."""
+
+    allow_pipe: bool = False
+    """Whether pipe: URLs may run shell commands. It is for data lists that you wrote yourself."""
+
+    member_tokens: Positive = 1_000_000
+    """Tokens of one array in a shard, about."""
+
     members_per_shard: Positive = 16
+    """Arrays of a shard."""

@@ -20,10 +20,11 @@ from doremi_train.parallel import comm
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationOptions:
-    sequences: Positive = 32  # per domain, evenly spread over its validation split
-    every: Positive | None = (
-        None  # steps between evaluations while training; null: a 20th of the run
-    )
+    sequences: Positive = 32
+    """Sequences per domain, evenly spread over its validation split."""
+
+    every: Positive | None = None
+    """Steps between evaluations while training; null: a 20th of the run."""
 
 
 class Sums(NamedTuple):

@@ -32,11 +32,14 @@ from doremi_train.methods import simplex
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    step_size: NonNegativeFloat = 0.1  # η/μ
-    smoothing: Fraction = 1e-3  # c, towards the uniform mixture; 0 in the paper
-    normalize: bool = (
-        True  # divide W by the mean norm of the domains' gradients, as the paper's code does
-    )
+    step_size: NonNegativeFloat = 0.1
+    """Step size η/μ of the exponentiated update."""
+
+    smoothing: Fraction = 1e-3
+    """Part c of the uniform mixture in α; 0 in the paper."""
+
+    normalize: bool = True
+    """Whether gradients are divided by their mean norm, as the paper's code does."""
 
 
 class Stats(NamedTuple):

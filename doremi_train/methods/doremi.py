@@ -26,22 +26,30 @@ from doremi_train.methods import simplex
 class Options:
     """Defaults are the paper's."""
 
-    step_size: NonNegativeFloat = 1.0  # η; 0 keeps α uniform
-    smoothing: Fraction = 1e-3  # c, towards the uniform mixture
-    clip: Literal["token", "domain"] = (
-        "token"  # where max(·, 0) is taken; `domain`: after the domain's mean
-    )
-    absent: Literal["zero", "hold"] | None = (
-        None  # excess of a domain not in the batch; null: hold for resample only
-    )
-    warmup: Fraction = 0.0  # part of the run in which α stays uniform; it is left out of ᾱ
-    average_from: Fraction = 0.0  # part of the run left out of ᾱ at its start
-    objective: Literal["weight", "resample"] = (
-        "weight"  # weight the loss by α_t, or draw the next batch from α_t
-    )
-    score: Literal["excess", "hardest", "easiest"] = (
-        "excess"  # ℓ_θ − ℓ_ref clipped; or ℓ_θ, or −ℓ_ref, both unclipped
-    )
+    step_size: NonNegativeFloat = 1.0
+    """Step size η of the exponentiated update; 0 keeps α uniform."""
+
+    smoothing: Fraction = 1e-3
+    """Part c of the uniform mixture in α."""
+
+    clip: Literal["token", "domain"] = "token"
+    """Where the excess is clipped at 0: at every token, or after the domain's mean."""
+
+    absent: Literal["zero", "hold"] | None = None
+    """Excess of a domain that is not in the batch: 0, or the last one; null: hold for resample,
+    else zero."""
+
+    warmup: Fraction = 0.0
+    """Part of the run in which α stays uniform; it is left out of the average."""
+
+    average_from: Fraction = 0.0
+    """Part of the run, at its start, that is left out of the average."""
+
+    objective: Literal["weight", "resample"] = "weight"
+    """Whether α weighs the loss, or draws the next batch."""
+
+    score: Literal["excess", "hardest", "easiest"] = "excess"
+    """What raises a weight: ℓ_θ − ℓ_ref clipped at 0, or unclipped ℓ_θ alone, or −ℓ_ref alone."""
 
     @property
     def holds(self) -> bool:

@@ -29,10 +29,12 @@ from doremi_train.config import STRICT, PositiveFloat
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    curvature: Literal["calibrated", "identity"] = "calibrated"  # identity: as published
-    cosine_cap: PositiveFloat | None = (
-        0.95  # a candidate more alike to a pick is refused while others are left
-    )
+    curvature: Literal["calibrated", "identity"] = "calibrated"
+    """Curvature of the loss: measured along the gradient, or the identity, as published."""
+
+    cosine_cap: PositiveFloat | None = 0.95
+    """Cosine to a pick above which a candidate is left out, while there are others; null: none is.
+    """
 
 
 class Picks(NamedTuple):

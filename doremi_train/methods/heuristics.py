@@ -16,8 +16,11 @@ from doremi_train.methods import simplex
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    temperature: PositiveFloat = 2.0  # τ: 1 is natural, large is uniform
-    max_epochs: PositiveFloat = 4.0  # N of UniMax; every other mixture is kept to it afterwards
+    temperature: PositiveFloat = 2.0
+    """Temperature τ of the mixture of that name: 1 is natural, large is uniform."""
+
+    max_epochs: PositiveFloat = 4.0
+    """Most passes of the final run over a domain; what is above goes to the others."""
 
 
 def natural(sizes: Tensor, budget: float, options: Options) -> Tensor:

@@ -44,10 +44,17 @@ _TINY = 1e-300  # where every weight is 0, so is the loss
 class Weighting:
     """clip=None and normalize=False is the papers' form."""
 
-    power: NonNegativeFloat = 1.0  # γ; 0 is the ordinary loss
-    clip: PositiveFloat | None = 5.0  # the largest weight of imp and dimp; null: none
-    normalize: bool = True  # divide by the mean weight of the whole global batch
-    keep: Annotated[float, Gt(0), Le(1)] = 0.6  # part of a batch's tokens that rho keeps
+    power: NonNegativeFloat = 1.0
+    """Power γ of the ratio; 0 is the ordinary loss."""
+
+    clip: PositiveFloat | None = 5.0
+    """Largest weight of imp and dimp; null: none, as in the papers."""
+
+    normalize: bool = True
+    """Whether weights are divided by their mean over the global batch; false: as in the papers."""
+
+    keep: Annotated[float, Gt(0), Le(1)] = 0.6
+    """Part of a batch's tokens that rho keeps."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -32,11 +32,14 @@ class Options:
     """The paper prints ε inside the root. Its code does so too, corrects no bias, and takes the
     mean of cosines."""
 
-    epsilon: Literal["outside", "inside"] = "outside"  # √v̂ + ε as AdamW does, or √(v̂ + ε)
+    epsilon: Literal["outside", "inside"] = "outside"
+    """Where ε stands in AdamW's direction: outside the root, or inside it, as the paper prints."""
+
     bias_correction: bool = True
-    cosine: Literal["of_mean", "mean"] = (
-        "of_mean"  # with the mean of a subtask's gradients, or the mean of the cosines
-    )
+    """Whether AdamW's moments are corrected for their start; false is the published code's."""
+
+    cosine: Literal["of_mean", "mean"] = "of_mean"
+    """Cosine with a subtask's mean gradient, or the mean of cosines with each of its examples."""
 
 
 class Moments(NamedTuple):

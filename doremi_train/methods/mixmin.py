@@ -25,7 +25,8 @@ STEPS = 20_000
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    floor: Fraction = 0.0  # least weight of a domain, as far as mixture.max_epochs leaves it
+    floor: Fraction = 0.0
+    """Least weight of a domain, as far as the caps leave it."""
 
 
 class Found(NamedTuple):

@@ -35,11 +35,16 @@ LEAST_SPEARMAN = 0.5  # below, out of fold, a fit is no guide
 @dataclass(frozen=True, config=STRICT)
 class Options:
     regressor: Literal["log_linear", "lightgbm", "gaussian_process"] = "log_linear"
-    runs: Positive | None = (
-        None  # drawn in every round, beside the anchors; null: 3 for each domain
-    )
-    kl: NonNegativeFloat = 0.05  # λ: nats of loss per nat of KL(p‖prior)
-    floor: Fraction = 0.0  # least weight of a domain
+    """What fits the loss of each domain."""
+
+    runs: Positive | None = None
+    """Runs drawn in every round, beside natural and uniform; null: 3 for each domain."""
+
+    kl: NonNegativeFloat = 0.05
+    """Pull λ towards the prior, in nats of loss per nat of KL(p‖prior)."""
+
+    floor: Fraction = 0.0
+    """Least weight of a domain."""
 
 
 # ── Design ──────────────────────────────────────────────────────────────────────────

@@ -30,16 +30,35 @@ _WORDS = re.compile(r" ?[^\s]+")
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    size: Positive = 10_000  # |v|, single bytes among them
-    steps: Positive = 10  # t
-    learned: Positive = 10_000  # tokens of the target
-    words: Positive = 4  # of a phrase at most
-    characters: Positive = 40  # of a phrase at most
-    count: Positive = 2  # of a phrase at least
-    target_share: Fraction = 0.5  # μ of P = μ · target + (1 − μ) · raw
-    start: str | None = None  # a tokenizer.json, a local transformers folder or a .tiktoken file
-    sample: Positive = 10_000_000  # bytes of the raw corpus whose frequencies count
-    length: Literal["plain", "used"] = "plain"  # l_v over the vocabulary, or weighted by P
+    size: Positive = 10_000
+    """Tokens |v| in the end, the 256 bytes among them."""
+
+    steps: Positive = 10
+    """Steps t of pruning."""
+
+    learned: Positive = 10_000
+    """Sub-words, words and phrases that are learned of the target."""
+
+    words: Positive = 4
+    """Words of a phrase, at most."""
+
+    characters: Positive = 40
+    """Characters of a phrase, at most."""
+
+    count: Positive = 2
+    """Occurrences of a phrase, at least."""
+
+    target_share: Fraction = 0.5
+    """Part μ of the target in the frequencies; the rest is that of a sample of the raw corpus."""
+
+    start: str | None = None
+    """Tokens to start from: a tokenizer.json, a local transformers folder or a .tiktoken file."""
+
+    sample: Positive = 10_000_000
+    """Bytes of the sample of the raw corpus."""
+
+    length: Literal["plain", "used"] = "plain"
+    """Which mean length of a token counts: over the vocabulary, or as it is used."""
 
 
 def phrases(texts: Iterable[str], options: Options) -> Counter[bytes]:

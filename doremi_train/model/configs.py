@@ -18,7 +18,11 @@ class ModelOptions:
     config.json."""
 
     config: dict[str, Any] | None = None
+    """Config of any causal language model of transformers, {model_type: llama, …}; null: that of
+    path."""
+
     path: str | None = None
+    """Local folder or config.json of such a config; null: see config."""
 
 
 def preset(name: str, key: str) -> dict[str, Any]:

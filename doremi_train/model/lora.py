@@ -11,12 +11,17 @@ from doremi_train.config import STRICT, Fraction, Positive, PositiveFloat, UserE
 
 @dataclass(frozen=True, config=STRICT)
 class LoraOptions:
-    rank: Positive | None = 16  # r; null: no LoRA, all parameters are trained
-    alpha: PositiveFloat = 32.0  # what is added is scaled by alpha / rank
+    rank: Positive | None = 16
+    """Rank r of the small matrices; null: no LoRA, all parameters are trained."""
+
+    alpha: PositiveFloat = 32.0
+    """Number α: what LoRA adds is scaled by alpha / rank."""
+
     dropout: Fraction = 0.0
-    targets: tuple[str, ...] | None = (
-        None  # ends of module names; null: every linear layer but the head
-    )
+    """Part of LoRA's inputs that is dropped."""
+
+    targets: tuple[str, ...] | None = None
+    """Ends of module names, such as [q_proj, v_proj]; null: every linear layer but the head."""
 
 
 def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:

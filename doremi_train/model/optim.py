@@ -16,14 +16,31 @@ class OptimizerOptions:
     """Defaults are DoReMi's, but for the optimiser (Adafactor there)."""
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Optimiser."""
+
     learning_rate: PositiveFloat = 1e-3
+    """Largest learning rate, at the end of the warmup."""
+
     end_learning_rate: NonNegativeFloat = 1e-4
+    """Learning rate that the decay ends at, with the last step."""
+
     schedule: Literal["exponential", "cosine", "constant"] = "exponential"
-    warmup: Fraction = 0.06  # part of the steps
-    weight_decay: NonNegativeFloat = 1e-2  # of matrices; never of biases, norms
-    gradient_clip: PositiveFloat | None = 1.0  # global norm; null: none
+    """How the learning rate falls after the warmup."""
+
+    warmup: Fraction = 0.06
+    """Part of the steps in which the learning rate rises linearly."""
+
+    weight_decay: NonNegativeFloat = 1e-2
+    """Decay of matrices, never of biases and norms."""
+
+    gradient_clip: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient; null: none."""
+
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates β₁ and β₂ of AdamW's moments."""
+
     adam_epsilon: PositiveFloat = 1e-8
+    """Number ε under AdamW's step."""
 
     def __post_init__(self) -> None:
         if self.schedule == "exponential" and self.end_learning_rate == 0:

@@ -18,11 +18,21 @@ Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 @dataclass(frozen=True, config=STRICT)
 class EngineOptions:
-    strategy: Strategy = "auto"  # auto: what accelerate's configuration asks for, else ddp
-    processes: Positive | None = None  # how many there must be; null: as many as were started
+    strategy: Strategy = "auto"
+    """What processes share out; auto: what accelerate's configuration asks for, else ddp."""
+
+    processes: Positive | None = None
+    """Processes that there must be; null: as many as were started."""
+
     device: Literal["auto", "cpu"] = "auto"
-    compile: bool = False  # torch.compile
-    deepspeed: str | None = None  # a JSON file with more of DeepSpeed's own settings
+    """Where tensors live; auto: a GPU where there is one."""
+
+    compile: bool = False
+    """Whether torch.compile compiles the model."""
+
+    deepspeed: str | None = None
+    """A JSON file with more of DeepSpeed's own settings, such as launch/deepspeed/zero2.json; null:
+    none."""
 
 
 def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:

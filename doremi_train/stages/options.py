@@ -47,78 +47,111 @@ from doremi_train.training.task import TrainingOptions
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    mixture: str = (
-        "natural"  # α_ref: a mixture computed from sizes, or `file`, that of mixture=file
-    )
-    path: str | None = None  # an existing model folder instead of training one
-    losses: Literal["live", "cached"] = (
-        "live"  # computed with every batch, or once for all in the store, in float16
-    )
+    mixture: str = "natural"
+    """Mixture α_ref that the reference is trained on; file: that of mixture=file."""
+
+    path: str | None = None
+    """Folder of an existing model that is the reference; null: one is trained."""
+
+    losses: Literal["live", "cached"] = "live"
+    """Whether the reference's losses are computed with every batch, or once for all and kept in the
+    store in float16. The latter is for seeds, sweeps and rounds against one reference."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Proxy(doremi.Options):
-    accumulation: Literal["exact", "lagged"] = (
-        "exact"  # which α weighs the loss when a batch comes in several parts
-    )
+    accumulation: Literal["exact", "lagged"] = "exact"
+    """Which α weighs the loss when a batch comes in several parts: this step's, by a second
+    forward, or that of the step before."""
+
     rounds: Positive = 1
-    round_tolerance: NonNegativeFloat = 1e-3  # rounds end when no weight moves by more
+    """Rounds at most, each with a reference trained on the mixture of the round before."""
+
+    round_tolerance: NonNegativeFloat = 1e-3
+    """Most that any weight moves by when rounds end."""
+
     seeds: Positive = 1
-    match_repetition: bool = (
-        False  # read as much less of every domain as the run is shorter than the final one
-    )
+    """Proxies whose mean is the mixture, each with a seed of its own."""
+
+    match_repetition: bool = False
+    """Whether reference and proxy read so much less of a domain that they repeat it as main.tokens
+    will."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Doge(doge.Options):
-    target_batch: Positive = (
-        8  # sequences of the target that a step looks at, where target.* names one
-    )
+    target_batch: Positive = 8
+    """Sequences of the target that a step looks at, where target.* names one."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Online:
-    prior: str = "natural"  # a mixture computed from sizes: where the run begins
-    floor: Fraction = 0.01  # least weight of a domain, as far as mixture.max_epochs leaves it
-    warmup: Fraction = 0.05  # part of the run on the prior
-    every: Positive | None = (
-        None  # steps between fits of ado, and changes of dro; null: a 50th of the run
-    )
-    step_size: NonNegativeFloat = 1.0  # η of dro
-    target_losses: dict[str, PositiveFloat] | None = (
-        None  # of dro, nats per token; null: those of the reference
-    )
+    prior: str = "natural"
+    """Mixture that the run begins with."""
+
+    floor: Fraction = 0.01
+    """Least weight of a domain, as far as mixture.max_epochs leaves it."""
+
+    warmup: Fraction = 0.05
+    """Part of the run that is spent on the prior."""
+
+    every: Positive | None = None
+    """Steps between fits of ado, and changes of dro; null: a 50th of the run."""
+
+    step_size: NonNegativeFloat = 1.0
+    """Step size η of dro."""
+
+    target_losses: dict[str, PositiveFloat] | None = None
+    """Target losses of dro, {domain: nats per token}; null: the reference's on validation text."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Target:
-    files: tuple[str, ...] | None = None  # paths, globs or URLs
-    domains: tuple[str, ...] | None = (
-        None  # or the validation text of these, apart from what is evaluated
-    )
+    files: tuple[str, ...] | None = None
+    """Paths, globs or URLs of the target's text; null: see domains."""
+
+    domains: tuple[str, ...] | None = None
+    """Domains whose validation text is the target, apart from what is evaluated; null: none."""
+
     sequences: Positive = 64
+    """Sequences that are taken of the target."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Swarm(swarm.Options):
-    prior: str = (
-        "natural"  # a mixture computed from sizes: where draws lie around, and what λ pulls towards
-    )
-    rounds: Positive = 1  # of draws; from the second on where the fit expects low losses
-    candidates: Positive = 2  # proposals that are trained, each next one nearer to the prior
-    reuse: bool = True  # fit also the runs in the store that differ in their mixture only
-    frozen: str | None = (
-        None  # a weights.json, whose domains keep their proportions among themselves
-    )
+    prior: str = "natural"
+    """Mixture that draws lie around, and that λ pulls towards."""
+
+    rounds: Positive = 1
+    """Rounds of draws, from the second on where the fit expects low losses."""
+
+    candidates: Positive = 2
+    """Proposals that are trained, each next one nearer to the prior."""
+
+    reuse: bool = True
+    """Whether to fit also the runs in the store that differ in their mixture only."""
+
+    frozen: str | None = None
+    """A weights.json whose domains keep their proportions among themselves, when others were added,
+    dropped or split; null: none."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class MixtureOptions(heuristics.Options):
     method: str = "doremi"
-    path: str | None = None  # of method `file`
-    format: str | None = None  # of that file, where it is a trainer's
-    weights: dict[str, float] | None = None  # of method `file`, instead of one
-    normalize: bool = False  # accept weights that do not sum to 1
+    """How the mixture is found; mixture=NAME sets it."""
+
+    path: str | None = None
+    """A weights.json, or a trainer's file, for mixture=file."""
+
+    format: str | None = None
+    """Trainer whose file mixture.path is; null: it is a weights.json."""
+
+    weights: dict[str, float] | None = None
+    """Weights {domain: weight} for mixture=file, instead of a path."""
+
+    normalize: bool = False
+    """Whether weights that do not sum to 1 are accepted, and normalised."""
 
     def __post_init__(self) -> None:
         given = [self.path, self.weights]
@@ -143,14 +176,18 @@ class MixtureOptions(heuristics.Options):
 
 @dataclass(frozen=True, config=STRICT)
 class Main:
-    model: str | None = None  # a preset; null: the proxy's
-    steps: Positive | None = None  # null: training.steps
-    tokens: Positive | None = (
-        None  # of the final run this mixture is for; null: what main.steps makes
-    )
-    comparisons: tuple[str, ...] | None = (
-        None  # trained beside it at its size; null: see Config.comparisons
-    )
+    model: str | None = None
+    """Preset of the final model; null: the proxy's."""
+
+    steps: Positive | None = None
+    """Steps of the final model; null: training.steps."""
+
+    tokens: Positive | None = None
+    """Budget of your real final run, from which epochs are computed; null: that of main.steps."""
+
+    comparisons: tuple[str, ...] | None = None
+    """Mixtures that are trained beside the final model at its size, equal ones once; null: baseline
+    (α_ref), natural and uniform."""
 
 
 Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
@@ -158,113 +195,225 @@ Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp
 
 @dataclass(frozen=True, config=STRICT)
 class Classify(ClassifierOptions):
-    root: str | None = (
-        None  # a folder with generated.*, real.*, test.* and maybe validation.*: .jsonl, .parquet or .csv
-    )
-    validation_fraction: Fraction = (
-        0.2  # of the real examples of every label, where there is no validation file
-    )
+    root: str | None = None
+    """Folder with generated.*, real.* (some hundred examples of what is wanted), test.* and maybe
+    validation.*. They are .jsonl, .parquet or .csv."""
+
+    validation_fraction: Fraction = 0.2
+    """Part of the real examples of every label that validates, where there is no validation file.
+    """
+
     text_key: str = "text"
+    """Key of an example's text."""
+
     label_key: str = "label"
+    """Key of an example's label."""
+
     methods: tuple[Method, ...] = get_args(Method)
+    """Ways to train a classifier."""
+
     seeds: Positive = 4
-    folds: Positive = 5  # parts of the generated examples, each judged by a model of the others; 1: by one of them all
-    temperature: bool = True  # scale the checkers to what they were not trained on
-    focal_power: NonNegativeFloat = 2.0  # γ of focal
-    columns: str | None = None  # folder of what the checkers say; null: classify.root
+    """Seeds of each way."""
+
+    folds: Positive = 5
+    """Parts of the generated examples, each judged by a model of the others; 1: all by one of all.
+    """
+
+    temperature: bool = True
+    """Whether the checkers are scaled to examples that they were not trained on."""
+
+    focal_power: NonNegativeFloat = 2.0
+    """Power γ of the focal loss."""
+
+    columns: str | None = None
+    """Folder of what the checkers say of the generated examples; null: classify.root."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Compare:
     methods: tuple[str, ...] = ("doremi", "swarm")
-    baselines: tuple[str, ...] = (
-        "natural",
-        "uniform",
-        "unimax",
-    )  # longer by what small runs cost, and as long
-    search: bool = True  # random search with as many small runs too
-    seeds: Positive = 3  # end to end: each derives the weights anew
+    """Methods that are compared, values of mixture."""
+
+    baselines: tuple[str, ...] = ("natural", "uniform", "unimax")
+    """Free mixtures, trained longer by what a method's small runs cost, and as long."""
+
+    search: bool = True
+    """Whether random search with as many small runs takes part."""
+
+    seeds: Positive = 3
+    """End-to-end seeds, each of which derives the weights anew."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Finetune:
-    model: str | None = (
-        None  # local transformers folder with its tokeniser, or a model folder of an earlier run
-    )
+    model: str | None = None
+    """A local transformers folder with its tokeniser, or a model folder of an earlier run."""
+
     lora: LoraOptions = LoraOptions()
+    """LoRA, small matrices beside frozen ones (extra `lora`)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Downstream:
-    tasks: tuple[str, ...] = ()  # of downstream.FORMS
-    files: dict[str, str] | None = (
-        None  # {task: folder with test.jsonl and train.jsonl}; cloze needs none
-    )
-    examples: Positive = 200  # of each, at most
+    tasks: tuple[str, ...] = ()
+    """Tasks of the final models; cloze is of validation text."""
+
+    files: dict[str, str] | None = None
+    """Folders of the other tasks, {task: folder with test.jsonl and train.jsonl}. Their keys are in
+    doremi_train/evaluation/downstream.py."""
+
+    examples: Positive = 200
+    """Examples of each task, at most."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Export:
-    to: str | None = None  # a trainer: a key of exports.FORMATS
-    path: str | None = None  # of the file; null: in run_dir/export
-    paths: dict[str, str] | None = None  # where the trainer finds each domain
-    unit: formats.Unit | None = None  # of its draws; null: see exports
+    to: str | None = None
+    """Trainer that the mixture is written for."""
+
+    path: str | None = None
+    """File that is written; null: in run_dir/export."""
+
+    paths: dict[str, str] | None = None
+    """Where the trainer finds each domain, {domain: path}."""
+
+    unit: formats.Unit | None = None
+    """What the trainer draws; null: as the table in docs/export.md says."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Submit:
-    cluster: Literal["none", "local", "slurm"] = (
-        "none"  # where child runs go; none: one after another in this process
-    )
-    parallel: Positive = 4  # at once
-    timeout_minutes: Positive = (
-        240  # of one Slurm job, which saves and is requeued until it is done
-    )
-    nodes: Positive = 1  # of one child, as the keys below
+    cluster: Literal["none", "local", "slurm"] = "none"
+    """Where child runs go; none: one after another in this process."""
+
+    parallel: Positive = 4
+    """Jobs at once."""
+
+    timeout_minutes: Positive = 240
+    """Minutes of a Slurm job, which saves before and is requeued until it is done."""
+
+    nodes: Positive = 1
+    """Nodes of each job."""
+
     tasks_per_node: Positive = 1
+    """Processes of a job on each node."""
+
     gpus_per_node: Count = 0
+    """GPUs of a job on each node."""
+
     cpus_per_task: Positive | None = None
+    """CPU cores of each process; null: as the cluster says."""
+
     partition: str | None = None
-    extra: dict[str, str | int] | None = None  # other options of sbatch, as in {account: mine}
+    """Partition of Slurm; null: the cluster's own."""
+
+    extra: dict[str, str | int] | None = None
+    """Other options of sbatch, such as {account: mine, mem: 64G}."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
     stage: str
+    """What to do; each stage first does whatever it needs that is not finished."""
+
     run_dir: str
+    """Folder of what the run writes."""
+
     store: str | None
-    remote: str | None  # path or fsspec URL
+    """Folder of token shards and content-addressed runs; null: run_dir/store. Share one between
+    runs, seeds and sweeps."""
+
+    remote: str | None
+    """A second home of what is in the store, to go on elsewhere: an fsspec URL such as
+    s3://bucket/doremi, or a path; null: none."""
+
     seed: Count
+    """Seed of everything that is drawn."""
+
     data: DataOptions
+    """Text, and how it becomes tokens."""
+
     model: ModelOptions
+    """The model of reference and proxy, and the final one where main.model does not say otherwise.
+    """
+
     training: TrainingOptions
+    """Training of reference, proxy and main alike."""
+
     weighting: importance.Weighting
+    """How tokens or labels are weighed, for training.loss_weighting and stage=classify."""
+
     engine: EngineOptions
+    """How models are spread over processes."""
+
     evaluation: EvaluationOptions
+    """Validation loss of every model."""
+
     reference: Reference
+    """What the proxy's excess loss is measured against."""
+
     proxy: Proxy
+    """Proxy runs by Group DRO; the defaults are the paper's."""
+
     doge: Doge
+    """Small runs that learn weights by how domains' gradients agree (mixture=doge; proxy.seeds of
+    them)."""
+
     online: Online
+    """Mixtures that the main run adapts within mixture.max_epochs (mixture=ado, odm, dro)."""
+
     mixmin: mixmin.Options
+    """A small run on each domain alone; the mixture of them that has least loss on the target
+    (mixture=mixmin)."""
+
     target: Target
+    """Text that the mixture is to serve; null: all domains alike."""
+
     swarm: Swarm
+    """Many small runs, a fit of each validation loss, the best mixture within mixture.max_epochs
+    (mixture=swarm)."""
+
     mixture: MixtureOptions
+    """The weights that the final model is trained on."""
+
     main: Main
+    """The final model."""
+
     selection: SelectionOptions
+    """Choice of documents, or with selection=less of examples, that are trained on."""
+
     vocabulary: vocabulary.Options
+    """Tokens for selection.features=granular, from the selection's targets (stage=vocabulary)."""
+
     batch_selection: BatchSelectionOptions
+    """Which candidates of every step the final model is trained on."""
+
     classify: Classify
+    """Texts and labels, generated ones weighted towards a few real ones (stage=classify)."""
+
     compare: Compare
+    """Methods against what the same FLOPs buy without them (stage=compare)."""
+
     finetune: Finetune
+    """Fine-tuning on data.* of .jsonl lines with prompt and completion, or messages
+    (stage=finetune)."""
+
     downstream: Downstream
+    """What the final models can do, by lm-evaluation-harness (extra `eval`); may change at any
+    time."""
+
     export: Export
+    """The mixture for your trainer (stage=export); may change at any time."""
+
     submit: Submit
+    """Child runs, such as those of proxy.seeds and of a swarm, side by side."""
+
     tracking: TrackingOptions
+    """Where curves are shown beside the JSON lines, which are always written."""
 
     def __post_init__(self) -> None:
-        if (
-            not self.run_dir.strip()
-        ):  # would be the current folder, and this is most likely an unset variable
+        # Would be the current folder, and this is most likely an unset variable.
+        if not self.run_dir.strip():
             raise UserError(
                 "run_dir='': must name a folder for what the run writes; give it as "
                 "run_dir=runs/mine"
@@ -322,13 +471,13 @@ def one_of(key: str, value: str, allowed: list[str]) -> None:
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
 _FREE = (
-    "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe", "selection.engine",
-    "selection.workers", "selection.less.batch_tokens",
+    "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe",
+    "selection.engine", "selection.workers", "selection.less.batch_tokens",
 )  # fmt: skip
 _FREE_GROUPS = ("compare", "downstream", "engine", "export", "submit", "tracking")
 _FREE_TRAINING = (
-    "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "log_every", "threads",
-    "timeout", "snapshots",
+    "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints",
+    "log_every", "threads", "timeout", "snapshots",
 )  # fmt: skip
 
 

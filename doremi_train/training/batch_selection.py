@@ -23,28 +23,46 @@ from doremi_train.methods import greats
 from doremi_train.parallel import comm
 
 GRADIENT = ("greats", "topk", "grad_norm")  # policies that need one
-KEPT = (
-    1 << 26
-)  # numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32
+# Numbers of per-example gradients that the exact route keeps until the pick, 256 MB in float32.
+KEPT = 1 << 26
 
 
 @dataclass(frozen=True, config=STRICT)
 class BatchSelectionOptions(greats.Options):
     method: Literal["none", "greats", "topk", "max_loss", "grad_norm", "random"] = "none"
-    candidates: Positive | None = None  # N of a step; null: twice training.batch_size
-    route: Literal["sketch", "exact"] = "sketch"  # of inner products
-    sketch: Positive = 16  # numbers a side: a matrix becomes 16 × 16
-    preconditioned: bool = True  # score the step that AdamW would take, not the gradient's
-    validation: tuple[str, ...] | None = (
-        None  # files of the target; null: drawn from the validation split
-    )
-    domains: tuple[str, ...] | None = None  # it is drawn from these; null: all
-    validation_sequences: Positive = 16  # M
-    validation_every: Positive = (
-        10  # steps between gradients of the validation loss; the first so many take one each
-    )
-    curvature_every: Positive = 100  # steps between measurements of λ
-    verify: bool = False  # check the identities of per-example gradients at every step; slow
+    """How picks are made of a step's candidates; none: every sequence that is drawn is trained on.
+    """
+
+    candidates: Positive | None = None
+    """Sequences N drawn a step, of which training.batch_size are picked; null: twice as many."""
+
+    route: Literal["sketch", "exact"] = "sketch"
+    """How inner products of gradients are computed."""
+
+    sketch: Positive = 16
+    """Numbers a side that a matrix's gradient is projected to."""
+
+    preconditioned: bool = True
+    """Whether the step of AdamW is scored instead of the gradient's."""
+
+    validation: tuple[str, ...] | None = None
+    """Files of the target text; null: drawn from the validation split, apart from what is
+    evaluated."""
+
+    domains: tuple[str, ...] | None = None
+    """Domains that the target text is drawn from; null: all."""
+
+    validation_sequences: Positive = 16
+    """Sequences M of the target text."""
+
+    validation_every: Positive = 10
+    """Steps between gradients of the target's loss; the first so many steps take one each."""
+
+    curvature_every: Positive = 100
+    """Steps between measurements of the curvature."""
+
+    verify: bool = False
+    """Whether the identities of per-example gradients are checked at every step, which is slow."""
 
 
 class Setting(NamedTuple):
@@ -105,10 +123,13 @@ class Effort(NamedTuple):
 def effort(
     options: BatchSelectionOptions, candidates: int, count: int, validation: int, one_pass: bool
 ) -> Effort:
-    """Of picking `count` of the candidates by `validation` sequences (0: it looks at none), once the first steps are
-    done. A backward for activations alone, and the weights' part of one, are half a backward each; exact inner products
-    of all candidates are as much as their weights' part, and sketches are not counted; nor that the picks' part is
-    almost free where exact gradients are kept (`KEPT`)."""
+    """What it costs to pick `count` of the candidates by `validation` sequences (0: it looks at
+    none), once the first steps are done.
+
+    A backward for activations alone, and the weights' part of one, are half a backward each; exact
+    inner products of all candidates are as much as their weights' part, and sketches are not
+    counted; nor that the picks' part is almost free where exact gradients are kept (`KEPT`).
+    """
     share = candidates / count
     if options.method == "random":
         return Effort(1.0, 0.0)

@@ -23,31 +23,46 @@ from doremi_train.training.frozen import Reference
 @dataclass(frozen=True, config=STRICT)
 class TrainingOptions(OptimizerOptions):
     steps: Positive = 400
-    batch_size: Positive = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: Positive | None = (
-        None  # most sequences per process and forward; null: all of its share
-    )
-    sequence_length: Positive = 128  # tokens
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # of the forward and backward; parameters and α stay fp32 and fp64
-    )
+    """Optimiser steps of a run."""
+
+    batch_size: Positive = 32
+    """Sequences per optimiser step, over all processes."""
+
+    micro_batch_size: Positive | None = None
+    """Most sequences per process and forward; null: the process's whole share."""
+
+    sequence_length: Positive = 128
+    """Tokens of a sequence."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of forward and backward; parameters and α stay fp32 and fp64."""
+
     activation_checkpointing: bool = False
-    checkpoint_every: Positive = 100  # steps
+    """Whether activations are computed a second time in the backward instead of kept."""
+
+    checkpoint_every: Positive = 100
+    """Steps between checkpoints."""
+
     keep_checkpoints: Positive = 2
-    log_every: Positive = 10  # steps between lines of metrics.jsonl
-    snapshots: Count = (
-        0  # models kept on the way, evenly spread over the steps, for downstream.tasks
-    )
-    loss_weighting: Literal["none", "imp", "dimp", "rho"] = (
-        "none"  # of tokens in the main runs, against the reference
-    )
-    on_nonfinite: Literal["stop", "skip"] = (
-        "stop"  # where a loss is not finite; skip: leave the batch out
-    )
-    timeout: PositiveFloat = (
-        600.0  # seconds to wait for another process before giving it up for lost
-    )
-    threads: Count = 0  # of torch on a CPU, per process; 0: torch's own choice
+    """Checkpoints that are kept of a run."""
+
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+
+    snapshots: Count = 0
+    """Models kept on the way, evenly spread over the steps, for downstream.tasks."""
+
+    loss_weighting: Literal["none", "imp", "dimp", "rho"] = "none"
+    """How the main runs weigh tokens against the reference; see weighting."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss is not finite, whether to end the run or to leave the batch out."""
+
+    timeout: PositiveFloat = 600.0
+    """Seconds to wait for another process before giving it up for lost."""
+
+    threads: Count = 0
+    """Threads of torch on a CPU, per process; 0: torch's own choice."""
 
 
 class TrainingFailed(Exception):
