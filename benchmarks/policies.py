@@ -37,6 +37,7 @@ from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection
 from doremi_train.training.batch_selection import BatchSelectionOptions
+from doremi_train.training.step import Picks
 from doremi_train.training.task import Position, Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
@@ -224,9 +225,9 @@ def trained(
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.bare.train()
         clock = time.process_time()
-        for position in trainer.steps(_begin(task)):
+        for taken in trainer.steps(_begin(task)):
             seconds.append(time.process_time() - clock)
-            picked = list(_picked(trainer, store))
+            position, picked = taken.position, list(_picked(taken.picks, store))
             clean.append(statistics.fmean(name != "noise" for name, _ in picked) if picked else 0.7)
             distinct.append(len(set(picked)) / len(picked) if picked else 1.0)
             if position.step * CURVE // steps > (position.step - 1) * CURVE // steps:
@@ -251,14 +252,12 @@ def trained(
     )
 
 
-def _picked(trainer: Trainer, store: shards.TokenStore) -> Iterator[tuple[str, int]]:
-    if trainer._chosen is None:
+def _picked(picks: Picks | None, store: shards.TokenStore) -> Iterator[tuple[str, int]]:
+    if picks is None:
         return
-    for at in trainer._chosen.picked.tolist():
-        name, sequence = (
-            store.domains[trainer._candidates.domain[at]],
-            int(trainer._candidates.sequence[at]),
-        )
+    for at in picks.chosen.picked.tolist():
+        name = store.domains[picks.candidates.domain[at]]
+        sequence = int(picks.candidates.sequence[at])
         yield name, sequence % COPIES if name == "copies" else sequence
 
 

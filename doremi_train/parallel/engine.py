@@ -28,6 +28,7 @@ class Engine(Protocol):
 
     model: nn.Module  # to be called for losses; a collective, under sharding
     wrapper: str  # the classes that really hold the model and its optimiser
+    optimizer: Any  # as torch's, with `param_groups` and `state`
 
     def warm_up(self, tokens: Tensor) -> None:
         """Whatever the first step does otherwise than the later ones, done now: a run that

@@ -54,7 +54,7 @@ class Zero:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 62,
         }
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.build(model, training),
             config=settings,
@@ -63,7 +63,7 @@ class Zero:
         self.model: nn.Module = self._engine
         if moments:
             self._load(moments)
-        self.wrapper = f"{type(self._engine).__name__}, {type(self._optimizer).__name__}"
+        self.wrapper = f"{type(self._engine).__name__}, {type(self.optimizer).__name__}"
 
     def warm_up(self, tokens: Tensor) -> None:
         pass
@@ -76,7 +76,7 @@ class Zero:
         self._engine.backward(loss)
 
     def step(self, rate: float) -> None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
 
@@ -113,9 +113,7 @@ class Zero:
         step = next(iter(moments.values()))["step"]
         for flat in self._flat():  # the states that torch would make at the first step
             zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            self._optimizer.optimizer.state[flat] = zeros | {
-                "step": step.to(flat.device, copy=True)
-            }
+            self.optimizer.optimizer.state[flat] = zeros | {"step": step.to(flat.device, copy=True)}
         self._link()
         for name, tensor in self._bare.named_parameters():
             for key in _MOMENTS:
@@ -129,14 +127,14 @@ class Zero:
             return
         # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last
         # part is padded.
-        part, _ = self._optimizer._get_fp32_opt_state_partition(tensor, False, optim_state_key=key)
+        part, _ = self.optimizer._get_fp32_opt_state_partition(tensor, False, optim_state_key=key)
         world = comm.world()
         padded = nn.functional.pad(value.flatten(), (0, part.numel() * world.size - value.numel()))
         part.copy_(padded.narrow(0, part.numel() * world.rank, part.numel()))
 
     def _flat(self) -> list[Tensor]:
         """The flat parts of this process that the optimiser really updates."""
-        optimizer = self._optimizer
+        optimizer = self.optimizer
         return (
             optimizer.single_partition_of_fp32_groups
             if self._stage < 3
@@ -146,11 +144,11 @@ class Zero:
     def _link(self) -> int:
         """Updates done so far, after making every parameter's optimiser state findable by name."""
         if self._stage < 3:
-            states = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
+            states = [self.optimizer.optimizer.state.get(flat) for flat in self._flat()]
             if all(states):
                 # DeepSpeed links all groups after its first group's first step, when the others
                 # have no state yet.
-                self._optimizer._hp_optimizer_states_linked = False
-                self._optimizer._lazy_init_hp_params_optimizer_state()
-        found = [self._optimizer.optimizer.state.get(flat) for flat in self._flat()]
+                self.optimizer._hp_optimizer_states_linked = False
+                self.optimizer._lazy_init_hp_params_optimizer_state()
+        found = [self.optimizer.optimizer.state.get(flat) for flat in self._flat()]
         return int(found[0]["step"]) if found and found[0] else 0

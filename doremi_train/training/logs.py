@@ -10,7 +10,7 @@ import numpy as np
 from doremi_train import files
 from doremi_train.data.batches import some
 from doremi_train.data.sampler import Draw
-from doremi_train.training import selector
+from doremi_train.training.step import Picks
 from doremi_train.training.task import Position, Task, Watch
 
 
@@ -47,15 +47,12 @@ class Logs:
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
             self._write("domain_weights", {"step": position.step, **named, **mark})
 
-    def selection(
-        self, domains: tuple[str, ...], step: int, candidates: Draw, chosen: selector.Chosen
-    ) -> None:
+    def selection(self, domains: tuple[str, ...], step: int, picks: Picks) -> None:
+        candidates, chosen = picks
+
         def count(drawn: Draw) -> dict[str, int]:
-            return dict(
-                zip(
-                    domains, np.bincount(drawn.domain, minlength=len(domains)).tolist(), strict=True
-                )
-            )
+            counts = np.bincount(drawn.domain, minlength=len(domains))
+            return dict(zip(domains, counts.tolist(), strict=True))
 
         def one(at: int) -> dict[str, Any]:
             domain, sequence = domains[int(candidates.domain[at])], int(candidates.sequence[at])

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: what carries a loss, and that the one training loop does the rest."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -335,15 +334,16 @@ def test_a_stopped_run_continues_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from doremi_train.storage.runs import stop
-    from doremi_train.training import task, trainer
+    from doremi_train.training.step import Step, Taken
+    from doremi_train.training.task import Position
 
-    really: Callable[..., Any] = trainer.Trainer.step
+    really = Step.take
 
-    def step(self: trainer.Trainer, position: task.Position) -> Any:
+    def take(self: Step, position: Position) -> Taken:
         stop.requested = position.step == 6
         return really(self, position)
 
-    monkeypatch.setattr(trainer.Trainer, "step", step)
+    monkeypatch.setattr(Step, "take", take)
     assert command(*tuning).code == 75
     checkpoint = next((tmp_path / "run" / "finetune" / "checkpoints").glob("*.pt"))
     assert all("lora" in name for name in torch.load(checkpoint, weights_only=True)["model"])
