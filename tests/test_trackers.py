@@ -648,6 +648,12 @@ def test_backends_are_imported_only_when_asked_for() -> None:
 
 
 def test_the_stage_of_a_run_is_found_by_its_name() -> None:
-    labels = {"reference": "reference", "proxy": "proxy", "proxy/round-2/seed-0": "proxy", "baseline": "main",
-              "proxy/round-2/reference": "reference", "main": "main"}  # fmt: skip
+    labels = {
+        "reference": "reference",
+        "proxy": "proxy",
+        "proxy/round-2/seed-0": "proxy",
+        "baseline": "main",
+        "proxy/round-2/reference": "reference",
+        "main": "main",
+    }
     assert {label: trackers._stage(label) for label in labels} == labels

@@ -60,8 +60,9 @@ def test_without_the_harness_it_is_said_before_anything_runs(
 # ── With the harness ────────────────────────────────────────────────────────────────
 
 TASKS = (
-    "training.sequence_length=128", "training.batch_size=4", "training.snapshots=2", "main.comparisons=[baseline]",
-    "reference.mixture=uniform", "mixture=natural", "seed=77", "downstream.examples=12",
+    "training.sequence_length=128", "training.batch_size=4", "training.snapshots=2",
+    "main.comparisons=[baseline]", "reference.mixture=uniform", "mixture=natural", "seed=77",
+    "downstream.examples=12",
 )  # fmt: skip
 
 

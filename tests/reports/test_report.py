@@ -60,7 +60,7 @@ def run_of(folder: Path, width: int, seed: int, gain: float = 0.5, **more: float
     return folder
 
 
-# ── Verdicts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Verdicts ────────────────────────────────────────────────────────────────────────
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_models_that_are_one_run_are_one_column(tmp_path: Path) -> None:
     }
 
 
-# ── Settings of a sweep ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Settings of a sweep ─────────────────────────────────────────────────────────────
 
 
 def test_runs_are_grouped_by_what_varies_beside_the_seed(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_page_of_a_sweep_has_every_setting(
     )
 
 
-# ── Charts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Charts ──────────────────────────────────────────────────────────────────────────
 
 
 def test_a_chart_takes_its_colours_from_the_page_and_its_names_as_text() -> None:
@@ -208,7 +208,7 @@ def test_smoothing_is_the_mean_of_the_window() -> None:
     assert np.array_equal(charts.smooth(values, 1), values)
 
 
-# ── In a browser ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── In a browser ────────────────────────────────────────────────────────────────────
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -222,8 +222,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
     profile = tmp_path_factory.mktemp("chromium")
-    quiet = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-             "disable-component-update", "disable-sync", "hide-scrollbars", "proxy-server=127.0.0.1:9")  # fmt: skip
+    quiet = (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+        "hide-scrollbars", "proxy-server=127.0.0.1:9",
+    )  # fmt: skip
 
     def show(page: Path, *flags: str) -> str:
         command = [
@@ -339,7 +342,8 @@ def test_a_selection_shows_what_was_chosen_beside_what_was_not(
         )
     target = write_jsonl(tmp_path / "target.jsonl", list(documents(3, "nopqrst", 200, 2000)))
     outcome = run_here(
-        "stage=select", f"data.root={tmp_path / 'raw'}", "selection=ngram", f"run_dir={tmp_path / 'run'}",
+        "stage=select", f"data.root={tmp_path / 'raw'}", "selection=ngram",
+        f"run_dir={tmp_path / 'run'}",
         f"selection.targets={{t: [{target}]}}", "selection.workers=1", "selection.overlap=null",
     )  # fmt: skip
     assert outcome.code == 0 and "report: " in outcome.out, outcome

@@ -94,7 +94,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-# ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Sources ─────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_missing_bucket_and_a_missing_key_are_named(bucket: str) -> None:
     refused(options(root=f"{bucket}/corpus"), f"{bucket}/corpus", "no such folder")
 
 
-# ── A network that fails ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── A network that fails ────────────────────────────────────────────────────────────
 
 
 # Some 4 MB that hardly compress: a file of it takes several requests of BLOCK bytes.
@@ -257,7 +257,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(
     refused(one(f"{bucket}/x.jsonl"), "x.jsonl: changed while it was read")
 
 
-# ── Token shards in a second home ────────────────────────────────────────────────────────────────────────────────────
+# ── Token shards in a second home ───────────────────────────────────────────────────
 
 
 def test_only_the_shards_that_are_touched_are_fetched(
@@ -350,7 +350,7 @@ def test_several_processes_fetch_at_once(corpus: Path, bucket: str, tmp_path: Pa
     assert not list(elsewhere.rglob("*.partial"))
 
 
-# ── Runs in a second home ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Runs in a second home ───────────────────────────────────────────────────────────
 
 
 def test_another_machine_finds_everything_done(
