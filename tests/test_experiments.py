@@ -27,12 +27,6 @@ RECIPES = {
 }
 
 
-def test_every_recipe_is_tested() -> None:
-    folder = Path(__file__).parents[1] / "conf" / "experiment"
-    elsewhere = {"importance", "compare"}  # test_classify, test_compare
-    assert {path.stem for path in folder.glob("*.yaml")} - elsewhere == RECIPES.keys()
-
-
 @pytest.mark.parametrize(
     "name",
     [
