@@ -168,6 +168,18 @@ def test_every_page_is_reached_from_the_readme(page: Path) -> None:
     assert f"docs/{page.name}" in {link.partition("#")[0] for link in links(PAGES[0])}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    """Tests go by their names below tests/; words in capitals stand for a name."""
+    for name in re.findall(r"`([\w./-]+)`", unfenced(page.read_text())):
+        if re.search(r"[/_][A-Z]+\.", name):
+            continue
+        if re.fullmatch(r"(\w+/)*test_\w+\.py", name):
+            assert list((ROOT / "tests").rglob(name.removeprefix("tests/"))), name
+        elif re.match(r"(doremi_train|conf|launch|benchmarks)/", name):
+            assert (ROOT / name).exists(), name
+
+
 # ── Faults ──────────────────────────────────────────────────────────────────────────
 
 

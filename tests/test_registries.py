@@ -189,6 +189,8 @@ def loaded(path: Path) -> ModuleType:
 
 def value_of(registry: str) -> Any:
     module, _, name = registry.rpartition(".")
+    if module.startswith("doremi_train.selection.documents."):
+        pytest.importorskip("numba")
     return getattr(importlib.import_module(module), name)
 
 
