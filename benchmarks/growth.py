@@ -179,9 +179,12 @@ def documents(
         )
         for seed, part in enumerate(times):
             seconds_, peak_ = command(
-                "stage=select", "selection=ngram", f"selection.targets={{t: [{home / 'target.jsonl'}]}}",
-                f"data.root={home / 'raw'}", f"selection.chunk={WORDS}", f"selection.documents={size // 10}",
-                "selection.workers=1", f"seed={seed}", f"store={home / 'store'}", f"run_dir={home / part}",
+                "stage=select", "selection=ngram",
+                f"selection.targets={{t: [{home / 'target.jsonl'}]}}",
+                f"data.root={home / 'raw'}", f"selection.chunk={WORDS}",
+                f"selection.documents={size // 10}",
+                "selection.workers=1", f"seed={seed}", f"store={home / 'store'}",
+                f"run_dir={home / part}",
             )  # fmt: skip
             times[part].append(seconds_)
             memory[part].append(peak_)
@@ -334,7 +337,11 @@ def picture(label: str, found: Mapping[str, Any]) -> str:
 
 def drawn(chart: str) -> str:
     """A chart as a file of its own: with the colours that elsewhere a page gives."""
-    style = "<style>:root{--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}@media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--line:#3d444d}}</style>"
+    style = (
+        "<style>:root{--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}"
+        "@media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--line:#3d444d}}"
+        "</style>"
+    )
     head, _, rest = chart.partition(">")
     return f"{head}>{style}{rest}"
 

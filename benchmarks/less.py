@@ -103,9 +103,10 @@ def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> S
     torch.manual_seed(0)
     device = torch.device(given.device)
     config = AutoConfig.for_model(
-        "llama", vocab_size=given.vocabulary, hidden_size=given.width, intermediate_size=4 * given.width,
-        num_hidden_layers=given.layers, num_attention_heads=max(1, given.width // 64), pad_token_id=None,
-        tie_word_embeddings=True,
+        "llama", vocab_size=given.vocabulary, hidden_size=given.width,
+        intermediate_size=4 * given.width,
+        num_hidden_layers=given.layers, num_attention_heads=max(1, given.width // 64),
+        pad_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     inner = AutoModelForCausalLM.from_config(config)
     options = LoraOptions(

@@ -2,7 +2,7 @@
 gather from memory maps and over other libraries' loaders on the same tokens; and what seeking,
 opening and waiting take.
 
-The other libraries live in an environment of their own, whose interpreter `--peers` names (README).
+The other libraries live in an environment of their own, whose interpreter `--peers` names.
 All sides deliver int64 tokens (B, T + 1) and domain ids (B,), drawn evenly from 8 domains.
 """
 

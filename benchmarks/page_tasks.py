@@ -67,7 +67,8 @@ def selecting(folder: Path, base: Path, root: Path, target: str, count: int) -> 
         *("selection=less", f"finetune.model={base}", *_TRAINING, "training.batch_size=16"),
         *("training.schedule=constant", "training.learning_rate=0.001", "finetune.lora.rank=null"),
         "data.embedded=null",
-        f"data.domains={{pool: {{train: [{folder}/pool/*.jsonl], validation: [{folder}/held.jsonl]}}}}",
+        f"data.domains={{pool: {{train: [{folder}/pool/*.jsonl], "
+        f"validation: [{folder}/held.jsonl]}}}}",
         f"selection.targets={{{target}: [{folder}/target/{target}.jsonl]}}",
     ]
 

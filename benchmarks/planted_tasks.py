@@ -62,15 +62,17 @@ def untrained(folder: Path, width: int = 64, layers: int = 1) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(LETTERS) + 1, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+        "llama", vocab_size=len(LETTERS) + 1, hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=4, bos_token_id=0, eos_token_id=0,
+        pad_token_id=None,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 TRAINING = (
-    "data.embedded=null", "finetune.lora.rank=null", "training.threads=1", "training.sequence_length=12",
+    "data.embedded=null", "finetune.lora.rank=null", "training.threads=1",
+    "training.sequence_length=12",
     "evaluation.sequences=64",
 )  # fmt: skip
 
@@ -92,7 +94,8 @@ def pretrained(command: Callable[..., Any], folder: Path, width: int, steps: int
             f"training.steps={steps}",
             "training.learning_rate=0.003",
         ),
-        f"data.domains={{all: {{train: [{folder}/train.jsonl], validation: [{folder}/held.jsonl]}}}}",
+        f"data.domains={{all: {{train: [{folder}/train.jsonl], "
+        f"validation: [{folder}/held.jsonl]}}}}",
     )
     assert outcome.code == 0, outcome
     return folder / "run/finetune/model"
@@ -109,7 +112,8 @@ def selecting(folder: Path, base: Path, count: int = 200) -> list[str]:
     return [
         *("selection=less", f"finetune.model={base}", *TRAINING, "training.batch_size=16"),
         *("training.schedule=constant", "training.learning_rate=0.003"),
-        f"data.domains={{pool: {{train: [{folder}/pool.jsonl], validation: [{folder}/held.jsonl]}}}}",
+        f"data.domains={{pool: {{train: [{folder}/pool.jsonl], "
+        f"validation: [{folder}/held.jsonl]}}}}",
         "selection.targets={"
         + ", ".join(f"{task}: [{folder}/target/{task}.jsonl]" for task in TASKS)
         + "}",

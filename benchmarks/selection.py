@@ -144,8 +144,8 @@ def trained(
         LENGTH,
     )
     training = TrainingOptions(
-        steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=4e-3, end_learning_rate=4e-4,
-        checkpoint_every=10 * steps,
+        steps=steps, batch_size=BATCH, sequence_length=LENGTH, learning_rate=4e-3,
+        end_learning_rate=4e-4, checkpoint_every=10 * steps,
     )  # fmt: skip
     task = Task(
         label="selection",

@@ -37,8 +37,9 @@ SPAN, NOISE = 200, 0.1  # characters shuffled together; part of the characters
 CHARACTERS = 600_000  # of each domain and split, at most
 LENGTH, SEQUENCES = 128, 512  # that are looked at
 HOW = (
-    "model=nano", "mixture=natural", "main.comparisons=[]", "training.threads=1", "training.batch_size=16",
-    "training.learning_rate=0.006", "training.end_learning_rate=0.0006", "evaluation.sequences=16",
+    "model=nano", "mixture=natural", "main.comparisons=[]", "training.threads=1",
+    "training.batch_size=16", "training.learning_rate=0.006", "training.end_learning_rate=0.0006",
+    "evaluation.sequences=16",
 )  # fmt: skip
 
 Spans = list[tuple[int, int]]
@@ -192,8 +193,9 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
     tokenizer = out / "clean-run" / "prepare" / "tokenizer.json"
     reference = out / "clean-run" / "reference" / "model"
     train(
-        "-m", *shared, f"data.root={out / 'noisy'}", f"data.tokenizer={tokenizer}", f"reference.path={reference}",
-        f"run_dir={out / 'runs'}", f"training.loss_weighting={','.join(POLICIES)}", f"seed={','.join(map(str, seeds))}",
+        "-m", *shared, f"data.root={out / 'noisy'}", f"data.tokenizer={tokenizer}",
+        f"reference.path={reference}", f"run_dir={out / 'runs'}",
+        f"training.loss_weighting={','.join(POLICIES)}", f"seed={','.join(map(str, seeds))}",
     )  # fmt: skip
     runs = {}
     for path in (out / "runs").glob("*/config.yaml"):

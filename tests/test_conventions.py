@@ -270,9 +270,9 @@ def test_defaults_of_the_proxy_are_the_paper_s() -> None:
 def test_the_paper_s_training_is_there_by_name() -> None:
     training = compose("training=paper")["training"]
     expected = {
-        "steps": 200_000, "batch_size": 512, "sequence_length": 1024, "optimizer": "adafactor", "warmup": 0.06,
-        "learning_rate": 1e-3, "end_learning_rate": 1e-4, "schedule": "exponential", "weight_decay": 1e-2,
-        "gradient_clip": 1.0,
+        "steps": 200_000, "batch_size": 512, "sequence_length": 1024, "optimizer": "adafactor",
+        "warmup": 0.06, "learning_rate": 1e-3, "end_learning_rate": 1e-4, "schedule": "exponential",
+        "weight_decay": 1e-2, "gradient_clip": 1.0,
     }  # fmt: skip
     assert {name: training[name] for name in expected} == expected
 

@@ -1,5 +1,5 @@
-"""Whatever goes wrong, nothing is lost and nothing hangs: one test for every line of the README's
-table of faults."""
+"""Whatever goes wrong, nothing is lost and nothing hangs: the lines of the table in docs/faults.md
+that no other file shows. `test_readme` compares the table with the tests."""
 
 import random
 import resource

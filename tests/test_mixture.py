@@ -17,8 +17,8 @@ from doremi_train.mixture import Mixture
 
 DOMAINS = ("a", "b")
 REDPAJAMA = {  # as published: sums to 0.9999
-    "common_crawl": 0.7256, "c4": 0.1446, "github": 0.0488, "wikipedia": 0.0198, "book": 0.0215, "arxiv": 0.0231,
-    "stackexchange": 0.0165,
+    "common_crawl": 0.7256, "c4": 0.1446, "github": 0.0488, "wikipedia": 0.0198, "book": 0.0215,
+    "arxiv": 0.0231, "stackexchange": 0.0165,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from helpers.corpus import documents, write_jsonl
 
 from doremi_train.config import UserError, redact
 
-# ── Secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Secrets ─────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_credentials_in_an_object_store_s_url_are_refused_unseen(tmp_path: Path)
         assert "hush" not in outcome.out + outcome.err
 
 
-# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Commands ────────────────────────────────────────────────────────────────────────
 
 
 KEYS = {
@@ -178,7 +178,7 @@ def test_remote_takes_no_command_even_where_data_may(tiny: list[str], tmp_path: 
     assert outcome.code == 2 and "remote='pipe:ls': refused" in outcome.err
 
 
-# ── Pickles and foreign code ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Pickles and foreign code ────────────────────────────────────────────────────────
 
 
 class Bomb:
@@ -281,7 +281,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-# ── The report ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The report ──────────────────────────────────────────────────────────────────────
 
 
 class Page(HTMLParser):

@@ -1,10 +1,10 @@
 """Other libraries' loaders on the tokens that `benchmarks.loader` laid out, each as its
 documentation says it is fast.
 
-Run by the interpreter of an environment that has them (README), in a folder with a tokens.npy
-(sequences, T + 1) for every domain. Says in one line which it has, then answers each line `NAME
-WORKERS BATCHES` with the seconds that so many batches took: int64 tokens (B, T + 1) and domain ids
-(B,), as a model takes them, drawn evenly from the domains.
+Run by the interpreter of an environment that has them (`.ci/run` makes one), in a folder with a
+tokens.npy (sequences, T + 1) for every domain. Says in one line which it has, then answers each
+line `NAME WORKERS BATCHES` with the seconds that so many batches took: int64 tokens (B, T + 1) and
+domain ids (B,), as a model takes them, drawn evenly from the domains.
 """
 
 import contextlib

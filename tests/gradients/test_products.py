@@ -73,8 +73,10 @@ def ours(kind: str, fused: bool, **more: Any) -> Case:
 
 def lora(kind: str, targets: list[str]) -> Case:
     peft = pytest.importorskip("peft")
-    options = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.3, target_modules=targets, bias="none",
-                              fan_in_fan_out=kind == "gpt2")  # fmt: skip
+    options = peft.LoraConfig(
+        r=3, lora_alpha=7, lora_dropout=0.3, target_modules=targets, bias="none",
+        fan_in_fan_out=kind == "gpt2",
+    )  # fmt: skip
     model = peft.get_peft_model(build(kind), options).double()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -125,8 +127,10 @@ def oracle(case: Case) -> dict[str, Tensor]:
             )
             for loss in losses
         ]
-        return {name: torch.stack([torch.zeros_like(p) if row[i] is None else row[i] for row in rows])
-                for i, (name, p) in enumerate(named.items())}  # fmt: skip
+        return {
+            name: torch.stack([torch.zeros_like(p) if row[i] is None else row[i] for row in rows])
+            for i, (name, p) in enumerate(named.items())
+        }
     tokens, mask = batch(), torch.ones(N, T, dtype=torch.float64)
     mask[2, 3:] = 0
 

@@ -6,13 +6,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 N, T, V, D = 4, 6, 13, 8
+WIDE = {"hidden_size": D, "intermediate_size": 12, "num_attention_heads": 2}
 SHAPES = {
-    "llama": {"hidden_size": D, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "gpt_neox": {"hidden_size": D, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "llama": {"num_hidden_layers": 2, **WIDE},
+    "gpt_neox": {"num_hidden_layers": 2, **WIDE},
     "gpt2": {"n_embd": D, "n_layer": 2, "n_head": 2, "n_positions": T},  # Conv1D, positions, tied
-    "qwen3": {"hidden_size": D, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "num_key_value_heads": 1, "head_dim": 4},
-}  # fmt: skip
+    "qwen3": {"num_hidden_layers": 1, **WIDE, "num_key_value_heads": 1, "head_dim": 4},
+}
 
 
 def build(kind: str, attention: str = "eager", **more: Any) -> Any:

@@ -99,6 +99,8 @@ def write_as(folder: Path, ending: str) -> None:
             (folder / f"train-{index}.txt").write_bytes(text.encode())
     elif ending == ".parquet":
         write_parquet(path, TEXTS)
+    elif ending == ".bin":  # a token a byte
+        write_megatron(path.with_suffix(""), [[list(text.encode())] for text in TEXTS])
     elif ending == ".tar":
         write_tar(path, [(f"{index:03}.txt", text.encode()) for index, text in enumerate(TEXTS)])
     elif ending.endswith(".zst"):

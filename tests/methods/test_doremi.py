@@ -15,13 +15,8 @@ from torch import Tensor, nn
 
 from doremi_train.config import UserError, load
 from doremi_train.methods import (
-    OBJECTIVES,
     cross_entropy,
-    doge,
     doremi,
-    dro,
-    importance,
-    online,
     simplex,
 )
 from doremi_train.methods.doremi import Options, State, Stats
@@ -468,47 +463,6 @@ def test_no_gradient_flows_through_the_excess_or_the_reference() -> None:
     assert not stats.excess.requires_grad and not state.weights.requires_grad
     (doremi.weigh(state, DOMAIN, stats.tokens, Options()) * model(TOKENS)).sum().backward()
     assert all(p.grad is None for p in reference.parameters())
-
-
-# Every objective keeps one contract
-
-HALF: dict[str, Any] = {"prior": (0.5, 0.25, 0.25), "high": (0.9, 0.9, 0.9)}
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("cross_entropy", cross_entropy.Options(weights=(0.5, 0.25, 0.25)))]
-    + [("doge", doge.Options()), ("dro", dro.Options(**HALF, target_losses=(1.0, 1.0, 1.0)))]
-    + [(name, online.Options(**HALF)) for name in ("ado", "odm")]
-    + [
-        ("doremi", Options(objective=o, score=s))
-        for o in ("weight", "resample")
-        for s in ("excess", "hardest")
-    ]
-    + [
-        ("importance", importance.Options(policy=p, weights=(1.0, 0.0, 0.0)))
-        for p in ("none", "imp", "dimp", "rho")
-    ],
-)
-def test_contract_of_an_objective(name: str, options: Any) -> None:
-    objective = OBJECTIVES[name]
-    losses, reference, domain = random_batch(0, 3, sequences=8)
-    halves = [
-        objective.observe(losses[r], reference[r], domain[r], 3, options)
-        for r in (slice(0, 4), slice(4, 8))
-    ]
-    whole = objective.observe(losses, reference, domain, 3, options)
-    for a, b, both in zip(*halves, whole, strict=True):
-        assert len(both) == 3 and both.dtype == torch.float64
-        torch.testing.assert_close(a + b, both, rtol=0, atol=1e-12)
-    state = objective.update(objective.init(3, 10, options), whole, options)
-    assert float(objective.sampling(state, options).sum()) == pytest.approx(1)
-    weights = objective.weigh(state, domain, whole.tokens, options, losses, reference)
-    assert torch.broadcast_shapes(weights.shape, losses.shape) == losses.shape
-    assert float(weights.expand_as(losses).sum()) == pytest.approx(
-        1
-    )  # a mean: the loss has the scale of nats
-    assert all(column.shape in ((3,), ()) for column in objective.record(state, whole).values())
 
 
 def test_cross_entropy_is_the_mean_over_all_tokens() -> None:

@@ -144,9 +144,11 @@ def test_the_validation_gradient_is_taken_at_each_of_the_first_steps_and_then_no
 
 # ── In the training loop ────────────────────────────────────────────────────────────
 
-SELECTING = ("stage=main", "mixture=natural", "main.comparisons=[]", "batch_selection.validation_every=4",
-             "training.batch_size=6", "batch_selection.candidates=14", "batch_selection.validation_sequences=6",
-             "evaluation.sequences=2")  # fmt: skip
+SELECTING = (
+    "stage=main", "mixture=natural", "main.comparisons=[]", "training.batch_size=6",
+    "batch_selection.candidates=14", "batch_selection.validation_sequences=6",
+    "batch_selection.validation_every=4", "evaluation.sequences=2",
+)  # fmt: skip
 
 
 def lines(run_dir: Path, name: str = "batch_selection") -> list[dict[str, Any]]:
@@ -243,9 +245,16 @@ def test_a_stopped_run_continues_with_the_same_bits(
 
 @pytest.mark.parametrize(
     "policy",
-    ["greats_published", "topk", "max_loss", "grad_norm", "random", "greats batch_selection.route=exact",
-     "grad_norm batch_selection.route=exact"],
-)  # fmt: skip
+    [
+        "greats_published",
+        "topk",
+        "max_loss",
+        "grad_norm",
+        "random",
+        "greats batch_selection.route=exact",
+        "grad_norm batch_selection.route=exact",
+    ],
+)
 def test_every_policy_trains(
     policy: str, tiny: list[str], command: Command, tmp_path: Path
 ) -> None:

@@ -36,7 +36,8 @@ def state(
 
 def moments(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> Moments:
     found = optimizer.state.get(parameter) or {
-        "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter), "step": 0,
+        "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
+        "step": 0,
     }  # fmt: skip
     return Moments(found["exp_avg"], found["exp_avg_sq"], int(found["step"]), (0.9, 0.999), 1e-8)
 

@@ -33,8 +33,10 @@ PEER = os.environ.get("DATA_SELECTION_PYTHON")
 
 
 def exact_scores(target: list[str], raw: list[str]) -> list[float]:
-    counts = [np.bincount(np.concatenate([ngram.exact_buckets(t, 10_000) for t in side]), minlength=10_000)
-              for side in (target, raw)]  # fmt: skip
+    buckets = [
+        np.concatenate([ngram.exact_buckets(t, 10_000) for t in side]) for side in (target, raw)
+    ]
+    counts = [np.bincount(one, minlength=10_000) for one in buckets]
     ratio = ngram.log_ratio(*counts)
     return [float(ratio[ngram.exact_buckets(text, 10_000)].sum()) for text in raw]
 

@@ -186,8 +186,9 @@ def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> N
     assert (folder / "vocabulary.svg").read_text().startswith("<svg")
     assert len(json.loads((folder / "result.json").read_text())["steps"]) == 11
     chosen = run_here(
-        "stage=select", *common, "selection=ngram", "selection.features=granular", "selection.documents=15",
-        f"selection.vocabulary={folder / 'vocabulary.json'}", f"run_dir={tmp_path / 's'}", "selection.workers=1",
+        "stage=select", *common, "selection=ngram", "selection.features=granular",
+        "selection.documents=15", f"selection.vocabulary={folder / 'vocabulary.json'}",
+        f"run_dir={tmp_path / 's'}", "selection.workers=1",
     )  # fmt: skip
     assert chosen.code == 0, chosen
     assert "Utility of the vocabulary" in (tmp_path / "s" / "select" / "report.html").read_text()

@@ -106,10 +106,11 @@ def memory(strategy: str, processes: int, optimizer: str = "adamw") -> costs.Mem
 
 
 @pytest.mark.parametrize(
-    ("strategy", "parts"),  # of parameters, gradients and optimiser states in bytes a parameter, on four processes
+    ("strategy", "parts"),
+    # of parameters, gradients and optimiser states in bytes a parameter, on four processes
     [
-        ("single", (4, 4, 8)), ("ddp", (4, 4, 8)), ("fsdp2", (1, 1, 2)), ("zero1", (4, 4, 3)), ("zero2", (4, 1, 3)),
-        ("zero3", (1, 1, 3)),
+        ("single", (4, 4, 8)), ("ddp", (4, 4, 8)), ("fsdp2", (1, 1, 2)), ("zero1", (4, 4, 3)),
+        ("zero2", (4, 1, 3)), ("zero3", (1, 1, 3)),
     ],
 )  # fmt: skip
 def test_states_are_divided_as_the_engine_divides_them(

@@ -17,7 +17,8 @@ GOT = {
     "fsdp2": "fsdp2, 2 processes on cpu (gloo), fp32: FSDPLanguageModel, AdamW",
     "zero1": "zero1, 2 processes on cpu (gloo), fp32: DeepSpeedEngine, DeepSpeedZeroOptimizer",
     "zero2": "zero2, 2 processes on cpu (gloo), fp32: DeepSpeedEngine, DeepSpeedZeroOptimizer",
-    "zero3": "zero3, 2 processes on cpu (gloo), fp32: DeepSpeedEngine, DeepSpeedZeroOptimizer_Stage3",
+    "zero3": "zero3, 2 processes on cpu (gloo), fp32: "
+    "DeepSpeedEngine, DeepSpeedZeroOptimizer_Stage3",
 }
 
 

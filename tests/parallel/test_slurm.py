@@ -58,7 +58,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             slow = folder / "bin" / "scontrol"
             slow.parent.mkdir()
             slow.write_text(
-                f'#!/bin/sh\n{shutil.which("scontrol")} "$@" || exit\n[ "$1" != requeue ] || sleep 4\n'
+                f'#!/bin/sh\n{shutil.which("scontrol")} "$@" || exit\n'
+                '[ "$1" != requeue ] || sleep 4\n'
             )
             slow.chmod(0o755)
             patch.setenv("PATH", os.pathsep.join([str(slow.parent), os.environ["PATH"]]))
@@ -71,7 +72,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def call(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         [str(argument) for argument in arguments],
-        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=420, check=False,
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=420,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout, done.stderr)
     return done.stdout
@@ -128,8 +130,10 @@ def test_two_nodes_are_one_process(
     launcher: str, alone: Path, fresh: list[str], tmp_path: Path
 ) -> None:
     job = submit(
-        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, f"run_dir={tmp_path / 'run'}",
-        "stage=main", "main.comparisons=[]", cwd=tmp_path, LAUNCHER=launcher, ACCELERATE_USE_CPU="1",
+        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh,
+        f"run_dir={tmp_path / 'run'}",
+        "stage=main", "main.comparisons=[]", cwd=tmp_path, LAUNCHER=launcher,
+        ACCELERATE_USE_CPU="1",
         CONFIG=str(ROOT / "launch" / "accelerate" / "ddp.yaml"),
     )  # fmt: skip
     assert ended(job, tmp_path) == "COMPLETED"
@@ -140,8 +144,8 @@ def test_srun_alone_starts_ranks(alone: Path, fresh: list[str], tmp_path: Path) 
     """No script of ours, and an uneven layout: two tasks on one node and two on the other, by the
     short form 2(x2)."""
     call(
-        "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "doremi_train", *fresh,
-        f"run_dir={tmp_path / 'run'}", "stage=proxy", cwd=tmp_path,
+        "srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m",
+        "doremi_train", *fresh, f"run_dir={tmp_path / 'run'}", "stage=proxy", cwd=tmp_path,
     )  # fmt: skip
     for a, b in zip(
         *(lines(run / "proxy" / "domain_weights.jsonl") for run in (alone, tmp_path / "run")),
@@ -154,8 +158,8 @@ def test_a_batch_script_of_several_tasks_is_one_process(fresh: list[str], tmp_pa
     script = tmp_path / "plain.sbatch"
     script.write_text('#!/bin/bash\n"$PYTHON" -m doremi_train "$@"\n')
     job = submit(
-        "--ntasks=4", "--output=out.log", script, *fresh, f"run_dir={tmp_path / 'run'}", "stage=reference",
-        cwd=tmp_path,
+        "--ntasks=4", "--output=out.log", script, *fresh, f"run_dir={tmp_path / 'run'}",
+        "stage=reference", cwd=tmp_path,
     )  # fmt: skip
     assert ended(job, tmp_path) == "COMPLETED"
     assert (tmp_path / "out.log").read_text().count("reference              done in") == 1
@@ -199,8 +203,8 @@ def test_told_to_stop_it_is_requeued_and_ends_in_the_same_bits(
 ) -> None:
     run_dir = tmp_path / "run"
     job = submit(
-        LAUNCH / "stage.sbatch", *fresh, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]",
-        cwd=tmp_path,
+        LAUNCH / "stage.sbatch", *fresh, *LONG, f"run_dir={run_dir}", "stage=main",
+        "main.comparisons=[]", cwd=tmp_path,
     )  # fmt: skip
     wait_for(begun(run_dir, job), "a checkpoint")
     call("scancel", "--signal=USR1", job, cwd=tmp_path)  # as Slurm does before a time limit
@@ -212,9 +216,9 @@ def test_an_agent_s_job_is_requeued_too(fresh: list[str], tmp_path: Path) -> Non
     """torchrun, which accelerate starts too, makes 75 into 1: the status file says why."""
     run_dir = tmp_path / "run"
     job = submit(
-        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, *LONG, f"run_dir={run_dir}",
-        "stage=reference", "training.steps=400", "training.checkpoint_every=20",
-        cwd=tmp_path, LAUNCHER="torchrun", ACCELERATE_USE_CPU="1",
+        "--nodes=2", "--ntasks-per-node=1", LAUNCH / "stage.sbatch", *fresh, *LONG,
+        f"run_dir={run_dir}", "stage=reference", "training.steps=400",
+        "training.checkpoint_every=20", cwd=tmp_path, LAUNCHER="torchrun", ACCELERATE_USE_CPU="1",
     )  # fmt: skip
     wait_for(begun(run_dir, job), "a checkpoint")
     call("scancel", "--signal=USR1", job, cwd=tmp_path)
@@ -232,8 +236,8 @@ def test_a_time_limit_requeues_and_continues(fresh: list[str], tmp_path: Path) -
         "evaluation.every=1000000",
     )
     job = submit(
-        "--time=3", "--signal=USR1@90", LAUNCH / "stage.sbatch", *fresh, *steps, f"run_dir={run_dir}",
-        "stage=reference", cwd=tmp_path,
+        "--time=3", "--signal=USR1@90", LAUNCH / "stage.sbatch", *fresh, *steps,
+        f"run_dir={run_dir}", "stage=reference", cwd=tmp_path,
     )  # fmt: skip
     status = run_dir / "reference" / "status.json"
     wait_for(
@@ -254,8 +258,8 @@ def test_a_time_limit_requeues_and_continues(fresh: list[str], tmp_path: Path) -
 def test_a_cancelled_job_saves_and_stays_away(fresh: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = submit(
-        LAUNCH / "stage.sbatch", *fresh, *LONG, "training.steps=100000", f"run_dir={run_dir}", "stage=reference",
-        cwd=tmp_path,
+        LAUNCH / "stage.sbatch", *fresh, *LONG, "training.steps=100000", f"run_dir={run_dir}",
+        "stage=reference", cwd=tmp_path,
     )  # fmt: skip
     wait_for(begun(run_dir, job), "a checkpoint")
     call("scancel", job, cwd=tmp_path)
@@ -402,8 +406,9 @@ def test_seeds_of_a_proxy_as_jobs_give_the_same_bytes(fresh: list[str], tmp_path
         == 0
     )
     call(
-        sys.executable, "-m", "doremi_train", *seeds, f"run_dir={tmp_path / 'two'}", "submit.cluster=slurm",
-        "submit.tasks_per_node=1", "submit.extra={comment: seeds}", cwd=tmp_path,
+        sys.executable, "-m", "doremi_train", *seeds, f"run_dir={tmp_path / 'two'}",
+        "submit.cluster=slurm", "submit.tasks_per_node=1", "submit.extra={comment: seeds}",
+        cwd=tmp_path,
     )  # fmt: skip
     assert (tmp_path / "one" / "weights.json").read_bytes() == (
         tmp_path / "two" / "weights.json"
@@ -424,8 +429,8 @@ def test_a_swarm_is_an_array(tiny: list[str], fresh: list[str], tmp_path: Path) 
         "training.steps=6",
     ]
     out = call(
-        sys.executable, "-m", "doremi_train", *fresh, *swarm, f"run_dir={tmp_path / 'run'}", "submit.cluster=slurm",
-        "submit.parallel=2", cwd=tmp_path,
+        sys.executable, "-m", "doremi_train", *fresh, *swarm, f"run_dir={tmp_path / 'run'}",
+        "submit.cluster=slurm", "submit.parallel=2", cwd=tmp_path,
     )  # fmt: skip
     jobs = [line.split(" is job ")[1].split()[0] for line in out.splitlines() if " is job " in line]
     assert [job.partition("_")[2] for job in jobs[:3]] == ["0", "1", "2"]  # natural, uniform, run-0
@@ -441,9 +446,9 @@ def test_ranks_of_one_step_submit_children_of_two_tasks(
     """The children inherit nothing of their parent's step, and have ranks of their own."""
     run_dir = tmp_path / "run"
     call(
-        "srun", "--ntasks=2", "--nodes=1", sys.executable, "-m", "doremi_train", *fresh, f"run_dir={run_dir}",
-        "stage=proxy", "proxy.seeds=2", "submit.cluster=slurm", "submit.tasks_per_node=2", "submit.parallel=1",
-        cwd=tmp_path,
+        "srun", "--ntasks=2", "--nodes=1", sys.executable, "-m", "doremi_train", *fresh,
+        f"run_dir={run_dir}", "stage=proxy", "proxy.seeds=2", "submit.cluster=slurm",
+        "submit.tasks_per_node=2", "submit.parallel=1", cwd=tmp_path,
     )  # fmt: skip
     first = run_dir / "proxy" / "round-1" / "seed-0" / "domain_weights.jsonl"
     for a, b in zip(lines(alone / "proxy" / "domain_weights.jsonl"), lines(first), strict=True):
@@ -493,8 +498,10 @@ def selection(tmp_path: Path) -> list[str]:
     files = [write_jsonl(tmp_path / "raw" / f"{n:02d}.jsonl", texts[n::12] * 20) for n in range(12)]
     train = ", ".join(f'"pipe:sh {script} {file}"' for file in files)
     target = write_jsonl(tmp_path / "target.jsonl", list(documents(3, "nopqrst", 300, 3000)))
-    return ["stage=select", f"data.domains={{d: {{train: [{train}]}}}}", "data.allow_pipe=true", "selection=ngram",
-            f"selection.targets={{t: [{target}]}}"]  # fmt: skip
+    return [
+        "stage=select", f"data.domains={{d: {{train: [{train}]}}}}", "data.allow_pipe=true",
+        "selection=ngram", f"selection.targets={{t: [{target}]}}",
+    ]  # fmt: skip
 
 
 def same_choice(one: Path, two: Path) -> None:
@@ -519,8 +526,8 @@ def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path:
                  f"selection.targets={{t: [{target}]}}"]  # fmt: skip
     assert run_here(*overrides, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
     parent = subprocess.Popen(
-        [sys.executable, "-m", "doremi_train", *overrides, "selection.engine=slurm", "selection.workers=3",
-         f"run_dir={tmp_path / 'array'}"],
+        [sys.executable, "-m", "doremi_train", *overrides, "selection.engine=slurm",
+         "selection.workers=3", f"run_dir={tmp_path / 'array'}"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -550,8 +557,8 @@ def test_a_selection_s_job_is_requeued_at_its_time_limit(
     assert run_here(*selection, "selection.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
     (tmp_path / "slow").write_text("15")
     parent = subprocess.Popen(
-        [sys.executable, "-m", "doremi_train", *selection, "selection.engine=slurm", "selection.workers=2",
-         "submit.timeout_minutes=2", f"run_dir={tmp_path / 'array'}"],
+        [sys.executable, "-m", "doremi_train", *selection, "selection.engine=slurm",
+         "selection.workers=2", "submit.timeout_minutes=2", f"run_dir={tmp_path / 'array'}"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,11 @@ from helpers.processes import lines, read
 from doremi_train.classification import figures, fit, labelled, models
 from doremi_train.classification.models import ClassifierOptions, Kind, Table
 from doremi_train.methods import importance
+from doremi_train.stages.options import Method
 
 CPU = torch.device("cpu")
 KJV = Path(__file__).parents[3] / "shared" / "corpora" / "kjv" / "verses-00000.jsonl.zst"
-METHODS = ("generated", "real", "both", "focal", "quality", "filter", "imp", "dimp")
+METHODS = get_args(Method)
 SHORT = (
     "training.threads=1",
     "stage=classify",

@@ -87,10 +87,12 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tuning(base: Path, asked: Path, tmp_path: Path) -> list[str]:
     return [
-        "stage=finetune", f"finetune.model={base}", f"data.root={asked}", f"run_dir={tmp_path / 'run'}",
-        "finetune.lora.rank=4", "training.sequence_length=64", "training.batch_size=8", "training.steps=12",
-        "training.learning_rate=0.01", "training.log_every=4", "training.threads=1", "evaluation.sequences=6",
-        "evaluation.every=6", "training.checkpoint_every=4",
+        "stage=finetune", f"finetune.model={base}", f"data.root={asked}",
+        f"run_dir={tmp_path / 'run'}",
+        "finetune.lora.rank=4", "training.sequence_length=64", "training.batch_size=8",
+        "training.steps=12", "training.learning_rate=0.01", "training.log_every=4",
+        "training.threads=1", "evaluation.sequences=6", "evaluation.every=6",
+        "training.checkpoint_every=4",
     ]  # fmt: skip
 
 
@@ -146,7 +148,11 @@ def test_of_messages_the_answers_carry_a_loss(base: Path) -> None:
 
 def test_a_template_that_rewrites_answers_is_refused(base: Path) -> None:
     encoder = Encoder(str(base), "finetune.model")
-    encoder.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}"
+        "{{ m.role }}{% if loop.last %}!{% endif %}{{ m.content }}"
+        "{% endfor %}"
+    )
     messages = [
         {"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")
     ]
@@ -403,8 +409,10 @@ def test_all_parameters_are_trained_without_lora(
     assert not (tmp_path / "run" / "finetune" / "adapter").exists()
 
 
-SELECTING = ("batch_selection=greats", "batch_selection.candidates=16", "batch_selection.verify=true",
-             "batch_selection.validation_sequences=6", "evaluation.sequences=4", "training.steps=6")  # fmt: skip
+SELECTING = (
+    "batch_selection=greats", "batch_selection.candidates=16", "batch_selection.verify=true",
+    "batch_selection.validation_sequences=6", "evaluation.sequences=4", "training.steps=6",
+)  # fmt: skip
 
 
 def same_picks(one: Path, two: Path) -> None:

@@ -501,6 +501,7 @@ def test_the_report_escapes_names_of_domains(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_domains_with_their_own_validation_files(corpus: Path, tmp_path: Path) -> None:
     held_out = write_jsonl(tmp_path / "held-out.jsonl", documents(7, "abcdefgh", 50, 20_000))
-    domains = f"{{a: {{train: ['{corpus}/plain/*'], validation: ['{held_out}']}}, b: {{train: ['{corpus}/rich/*']}}}}"
+    a = f"{{train: ['{corpus}/plain/*'], validation: ['{held_out}']}}"
+    domains = f"{{a: {a}, b: {{train: ['{corpus}/rich/*']}}}}"
     ran(*TINY, f"data.domains={domains}", f"run_dir={tmp_path / 'run'}", "stage=reference")
     assert (tmp_path / "run" / "reference" / "model").is_dir()

@@ -85,7 +85,8 @@ def test_the_price_of_exact_accumulation(
     mode: str, forwards: int, tiny: list[str], tmp_path: Path
 ) -> None:
     found = planned(
-        *tiny, f"run_dir={tmp_path}", "seed=71", "training.micro_batch_size=2", f"proxy.accumulation={mode}",
+        *tiny, f"run_dir={tmp_path}", "seed=71", "training.micro_batch_size=2",
+        f"proxy.accumulation={mode}",
         "evaluation.every=12",
     )  # fmt: skip
     evaluated = 2 * 3 * 4 * LENGTH  # in tokens, one forward each
@@ -120,8 +121,8 @@ def test_candidates_of_main_are_counted(
 ) -> None:
     found = planned(
         *tiny, f"run_dir={tmp_path}", "seed=71", "mixture=uniform", "main.comparisons=[natural]",
-        "batch_selection.candidates=24", "batch_selection.validation_sequences=4", "evaluation.sequences=2",
-        f"batch_selection={overrides[0]}", *overrides[1:],
+        "batch_selection.candidates=24", "batch_selection.validation_sequences=4",
+        "evaluation.sequences=2", f"batch_selection={overrides[0]}", *overrides[1:],
     )  # fmt: skip
     main, ordinary = found["stages"]["main"], found["stages"]["natural"]
     layers, head = 2 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * LENGTH * 2 * 32, 2 * 32 * 300

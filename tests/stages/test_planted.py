@@ -10,8 +10,8 @@ from helpers.processes import lines, read
 pytestmark = pytest.mark.acceptance
 
 PLANTED = (
-    "data=planted", "training.steps=300", "training.threads=1", "evaluation.every=100", "main.steps=20",
-    "main.tokens=1200000",
+    "data=planted", "training.steps=300", "training.threads=1", "evaluation.every=100",
+    "main.steps=20", "main.tokens=1200000",
 )  # fmt: skip
 EVEN = 1 / 11
 ALIKE = [("copy", "easy"), ("twin_a", "twin_b")]

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.acceptance
 
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Germany": "Berlin", "Japan": "Tokyo",
-    "Austria": "Vienna", "Greece": "Athens", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki",
-    "Poland": "Warsaw", "Hungary": "Budapest", "Ireland": "Dublin", "Egypt": "Cairo", "Kenya": "Nairobi",
-    "Peru": "Lima", "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Russia": "Moscow", "China": "Beijing",
-    "Iran": "Tehran", "Iraq": "Baghdad",
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
+    "Germany": "Berlin", "Japan": "Tokyo", "Austria": "Vienna", "Greece": "Athens",
+    "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Poland": "Warsaw",
+    "Hungary": "Budapest", "Ireland": "Dublin", "Egypt": "Cairo", "Kenya": "Nairobi",
+    "Peru": "Lima", "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Russia": "Moscow",
+    "China": "Beijing", "Iran": "Tehran", "Iraq": "Baghdad",
 }  # fmt: skip
 
 
@@ -77,10 +78,10 @@ def asked(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     split = "{{train: [{0}/{1}.jsonl], validation: [{0}/held-{1}.jsonl]}}"
     domains = ", ".join(f"{name}: {split.format(folder, name)}" for name in ("capitals", "sums"))
     return folder, [
-        f"finetune.model={smol}", f"data.domains={{{domains}}}", "data.embedded=null", "finetune.lora.rank=8",
-        "finetune.lora.targets=[q_proj,v_proj]", "training.sequence_length=24", "training.threads=1",
-        "training.learning_rate=0.001", "training.schedule=constant", "evaluation.sequences=4",
-        "training.log_every=1",
+        f"finetune.model={smol}", f"data.domains={{{domains}}}", "data.embedded=null",
+        "finetune.lora.rank=8", "finetune.lora.targets=[q_proj,v_proj]",
+        "training.sequence_length=24", "training.threads=1", "training.learning_rate=0.001",
+        "training.schedule=constant", "evaluation.sequences=4", "training.log_every=1",
     ]  # fmt: skip
 
 
@@ -122,8 +123,9 @@ def test_less_finds_the_target_s_kind_and_trains_on_it(
     run_dir = tmp_path / "run"
     less = [
         *overrides, "selection=less", f"selection.targets={{capitals: [{folder}/target.jsonl]}}",
-        "selection.documents=8", "selection.less.warmup=0.3", "selection.less.epochs=2", "training.batch_size=4",
-        "selection.less.baselines=[random]", "training.steps=3", f"run_dir={run_dir}",
+        "selection.documents=8", "selection.less.warmup=0.3", "selection.less.epochs=2",
+        "training.batch_size=4", "selection.less.baselines=[random]", "training.steps=3",
+        f"run_dir={run_dir}",
     ]  # fmt: skip
     outcome = command("stage=select", *less)
     assert outcome.code == 0, outcome

@@ -27,7 +27,8 @@ from doremi_train.stages.runs import budget, reference
 from doremi_train.stages.session import Session, open_session
 
 KINDS = {
-    "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate", "seed_spread",
+    "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate",
+    "seed_spread",
 }  # fmt: skip
 ORDINARY = {"big", "hard", "related_a", "related_b"}
 
@@ -139,7 +140,8 @@ def test_a_reference_that_knows_a_small_domain_by_heart(tmp_path: Path, tiny: li
     )
     found = diagnosed(
         *tiny, f"data.root={root}", f"run_dir={tmp_path / 'run'}", "reference.mixture=uniform",
-        "model.config.hidden_size=128", "model.config.intermediate_size=512", "training.learning_rate=0.003",
+        "model.config.hidden_size=128", "model.config.intermediate_size=512",
+        "training.learning_rate=0.003",
         "training.steps=300", "evaluation.every=100", "main.steps=2", "main.comparisons=[]",
     )  # fmt: skip
     well_formed(tmp_path / "run", found)

@@ -17,10 +17,10 @@ from helpers.corpus import documents
 from doremi_train import mixture as doremi_train_mixture
 
 PILE = (
-    "ArXiv", "BookCorpus2", "Books3", "DM Mathematics", "Enron Emails", "EuroParl", "FreeLaw", "Github",
-    "Gutenberg (PG-19)", "HackerNews", "NIH ExPorter", "OpenSubtitles", "OpenWebText2", "PhilPapers", "Pile-CC",
-    "PubMed Abstracts", "PubMed Central", "StackExchange", "USPTO Backgrounds", "Ubuntu IRC", "Wikipedia (en)",
-    "YoutubeSubtitles",
+    "ArXiv", "BookCorpus2", "Books3", "DM Mathematics", "Enron Emails", "EuroParl", "FreeLaw",
+    "Github", "Gutenberg (PG-19)", "HackerNews", "NIH ExPorter", "OpenSubtitles", "OpenWebText2",
+    "PhilPapers", "Pile-CC", "PubMed Abstracts", "PubMed Central", "StackExchange",
+    "USPTO Backgrounds", "Ubuntu IRC", "Wikipedia (en)", "YoutubeSubtitles",
 )  # fmt: skip
 GLAM = ("Books", "Conversations", "Filtered webpages", "Forums", "News", "Wikipedia")
 REDPAJAMA = ("arxiv", "book", "c4", "common_crawl", "github", "stackexchange", "wikipedia")
@@ -29,19 +29,21 @@ SLIMPAJAMA = (
     "RedPajamaStackExchange", "RedPajamaWikipedia",
 )  # fmt: skip
 COMMON_PILE = (
-    "arxiv_abstracts", "arxiv_papers", "biodiversity_heritage_library", "caselaw_access_project", "cccc",
-    "data_provenance_initiative", "doab", "foodista", "github_archive", "library_of_congress", "libretexts", "news",
-    "oercommons", "peS2o", "pre_1929_books", "pressbooks", "project_gutenberg", "public_domain_review", "pubmed",
-    "python_enhancement_proposals", "regulations", "stackexchange", "stackv2_edu", "stackv2_html", "ubuntu_irc",
-    "uk_hansard", "usgpo", "uspto", "wikimedia", "wikiteam", "youtube",
+    "arxiv_abstracts", "arxiv_papers", "biodiversity_heritage_library", "caselaw_access_project",
+    "cccc", "data_provenance_initiative", "doab", "foodista", "github_archive",
+    "library_of_congress", "libretexts", "news", "oercommons", "peS2o", "pre_1929_books",
+    "pressbooks", "project_gutenberg", "public_domain_review", "pubmed",
+    "python_enhancement_proposals", "regulations", "stackexchange", "stackv2_edu", "stackv2_html",
+    "ubuntu_irc", "uk_hansard", "usgpo", "uspto", "wikimedia", "wikiteam", "youtube",
 )  # fmt: skip
 DOLMA = {  # domain: folders
-    "algebraic_stack": ["proof_pile_2-algebraic_stack"], "arxiv": ["redpajama-arxiv"], "books": ["books"],
-    "c4": ["c4-filtered"], "cc_en": ["cc_en_head", "cc_en_middle", "cc_en_tail"],
-    "cc_news": ["cc_news_head", "cc_news_middle"], "flan": ["tulu_flan"], "megawika": ["wikiref_megawika"],
-    "open_web_math": ["proof_pile_2-open_web_math"], "pes2o": ["pes2o"], "reddit": ["reddit"],
-    "refinedweb": ["falcon-refinedweb-filtered"], "stackexchange": ["redpajama-stackexchange"],
-    "starcoder": ["starcoder"], "wiki": ["wiki"],
+    "algebraic_stack": ["proof_pile_2-algebraic_stack"], "arxiv": ["redpajama-arxiv"],
+    "books": ["books"], "c4": ["c4-filtered"],
+    "cc_en": ["cc_en_head", "cc_en_middle", "cc_en_tail"],
+    "cc_news": ["cc_news_head", "cc_news_middle"], "flan": ["tulu_flan"],
+    "megawika": ["wikiref_megawika"], "open_web_math": ["proof_pile_2-open_web_math"],
+    "pes2o": ["pes2o"], "reddit": ["reddit"], "refinedweb": ["falcon-refinedweb-filtered"],
+    "stackexchange": ["redpajama-stackexchange"], "starcoder": ["starcoder"], "wiki": ["wiki"],
 }  # fmt: skip
 
 Record = dict[str, Any]

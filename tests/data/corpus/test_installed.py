@@ -23,7 +23,8 @@ digest = hashlib.sha256()
 for domain in installed.domains():
     for split in ("train", "validation"):
         documents = installed.listing(domain, split, 0.03)
-        digest.update(json.dumps([domain, split, installed.version(documents), *installed.texts(documents)]).encode())
+        read = [domain, split, installed.version(documents), *installed.texts(documents)]
+        digest.update(json.dumps(read).encode())
 print(digest.hexdigest(), "torch" in sys.modules)
 """
 

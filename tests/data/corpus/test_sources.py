@@ -29,7 +29,7 @@ from helpers.sources import (
 )
 
 from doremi_train.config import UserError
-from doremi_train.data.corpus import formats, records
+from doremi_train.data.corpus import records
 from doremi_train.data.corpus.opening import BadLines
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.records import PIECE
@@ -40,17 +40,6 @@ SHARED = PROJECT.parent / "shared"
 
 
 # Formats
-
-
-@pytest.mark.parametrize("ending", [ending for ending in formats.READERS if ending != ".bin"])
-def test_every_format_gives_the_same_texts(tmp_path, ending):
-    write_as(tmp_path / "root" / "a", ending)
-    given = options(root=str(tmp_path / "root"))
-    assert texts(given) == TEXTS
-    assert {(piece.domain, piece.split, piece.last) for piece in pieces(given)} == {
-        ("a", None, True)
-    }
-    assert all(source.size > 0 and source.version.isdigit() for source in resolve(given))
 
 
 def test_jsonl_line_ends_blank_lines_byte_order_mark_and_empty_texts(tmp_path):

@@ -23,7 +23,8 @@ TEXTS = [
 ]
 LEARN = """
 from doremi_train.data.tokens import tokenizer
-texts = [f"the {a} and {b} of {a}{b} {i * i}" for i in range(300) for a in "xyzuvw" for b in ("foo", "bar", "qux")]
+pairs = [(a, b) for a in "xyzuvw" for b in ("foo", "bar", "qux")]
+texts = [f"the {a} and {b} of {a}{b} {i * i}" for i in range(300) for a, b in pairs]
 print(tokenizer.fingerprint(tokenizer.learn(texts, 400)))
 """
 

@@ -32,7 +32,8 @@ def test_bm25_is_lucene_s() -> None:
     expected = [
         sum(
             math.log(1 + (len(corpus) - holds[word] + 0.5) / (holds[word] + 0.5))
-            * words.count(word) * 2.5 / (words.count(word) + 1.5 * (0.25 + 0.75 * len(words) / mean))
+            * words.count(word) * 2.5
+            / (words.count(word) + 1.5 * (0.25 + 0.75 * len(words) / mean))
             for query in queries for word in query
         ) / len(queries)
         for words in corpus
@@ -53,8 +54,9 @@ def place(tmp_path: Path) -> list[str]:
         next(stream)
     target = write_jsonl(tmp_path / "target.jsonl", [next(stream) for _ in range(5)])
     return [
-        "stage=select", f"data.root={tmp_path / 'raw'}", f"selection.targets={{t: [{target}]}}", "selection.workers=1",
-        "selection.documents=12", "selection.temperature=0", f"run_dir={tmp_path / 'run'}",
+        "stage=select", f"data.root={tmp_path / 'raw'}", f"selection.targets={{t: [{target}]}}",
+        "selection.workers=1", "selection.documents=12", "selection.temperature=0",
+        f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
 
 
@@ -119,7 +121,8 @@ def test_chance_finds_little_and_the_seed_decides_what(place: list[str], tmp_pat
     chosen = []
     for seed in (0, 1):
         done = run_here("selection=random", *place, f"seed={seed}", "selection.temperature=1.0",
-                        f"run_dir={tmp_path / str(seed)}", f"store={tmp_path / 'store'}")  # fmt: skip
+                        f"run_dir={tmp_path / str(seed)}",
+                        f"store={tmp_path / 'store'}")  # fmt: skip
         assert done.code == 0, done
         table = pq.read_table(
             tmp_path / str(seed) / "select/t/sidecar.parquet", filters=[("selected", "==", True)]

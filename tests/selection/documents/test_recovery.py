@@ -40,9 +40,12 @@ def precision(
     for domain in ("pool", "planted"):  # given, so that none of the others is held out
         write_jsonl(folder / "raw" / domain / "validation.jsonl", ["a text that is none of these"])
     done = run_here(
-        "stage=select", f"data.root={folder / 'raw'}", "selection=ngram", f"selection.targets={{t: [{target}]}}",
-        f"selection.documents={len(hidden) - few}", "selection.chunk=null", f"run_dir={folder / 'run'}",
-        f"store={folder / 'store'}", "selection.workers=1", "selection.overlap=null", f"seed={seed}", *overrides,
+        "stage=select", f"data.root={folder / 'raw'}", "selection=ngram",
+        f"selection.targets={{t: [{target}]}}",
+        f"selection.documents={len(hidden) - few}", "selection.chunk=null",
+        f"run_dir={folder / 'run'}",
+        f"store={folder / 'store'}", "selection.workers=1", "selection.overlap=null",
+        f"seed={seed}", *overrides,
     )  # fmt: skip
     assert done.code == 0, done
     table = pq.read_table(

@@ -48,8 +48,8 @@ def build(lora: bool, tied: bool = False) -> Losses:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", vocab_size=V, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        pad_token_id=None, use_cache=False, tie_word_embeddings=tied,
+        "llama", vocab_size=V, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=None, use_cache=False, tie_word_embeddings=tied,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
     if lora:

@@ -52,7 +52,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def selecting(raw: Path, target: Path, run_dir: Path, *more: str) -> list[str]:
     given = {key: value for key, _, value in (override.partition("=") for override in more)}
     defaults = {
-        "stage": "select", "data.root": str(raw), "selection": "ngram", "selection.targets": f"{{nopq: [{target}]}}",
+        "stage": "select", "data.root": str(raw), "selection": "ngram",
+        "selection.targets": f"{{nopq: [{target}]}}",
         "run_dir": str(run_dir), "selection.workers": "1",
     }  # fmt: skip
     return [f"{key}={value}" for key, value in (defaults | given).items()]
@@ -400,7 +401,7 @@ def test_several_targets_are_served_in_one_pass(raw: Path, target: Path, tmp_pat
     assert error.code == 2 and "selection.train=None" in error.err and "abc" in error.err
 
 
-# ── What is wrong is said, and leaves nothing half-written ───────────────────────────────────────────────────────────
+# ── What is wrong is said, and leaves nothing half-written ──────────────────────────
 
 
 def broken(path: Path) -> Path:
@@ -474,12 +475,14 @@ def test_a_sidecar_of_other_files_is_refused(raw: Path, target: Path, tmp_path: 
         ("other", sidecar, "other files"),
         ("no", target, "not a sidecar"),
     ):
-        outcome = run_here("stage=prepare", f"data.root={tmp_path / 'raw'}", f"data.selection={selection}", *TINY,
-                           f"run_dir={tmp_path / name}")  # fmt: skip
+        outcome = run_here(
+            "stage=prepare", f"data.root={tmp_path / 'raw'}", f"data.selection={selection}", *TINY,
+            f"run_dir={tmp_path / name}",
+        )  # fmt: skip
         assert outcome.code == 2 and said in outcome.err, outcome
 
 
-# ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Memory ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.acceptance
@@ -517,7 +520,7 @@ def test_memory_does_not_grow_with_a_file(
     assert peaks[1] < peaks[0] + 64, peaks
 
 
-# ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Kills ───────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -569,7 +572,7 @@ def test_killed_workers_and_a_killed_command_change_nothing(
         assert result(tmp_path / name) == result(tmp_path / "calm")
 
 
-# ── Engines ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Engines ─────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture

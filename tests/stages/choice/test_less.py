@@ -19,9 +19,9 @@ from doremi_train.model.optim import OptimizerOptions
 pytest.importorskip("numba", reason="the baselines by words need the extra select")
 
 TINY = (
-    "stage=select", "selection=less", "data.embedded=null", "finetune.lora.rank=null", "training.threads=1",
-    "training.sequence_length=12", "training.batch_size=8", "training.learning_rate=0.001", "selection.less.epochs=2",
-    "evaluation.sequences=8",
+    "stage=select", "selection=less", "data.embedded=null", "finetune.lora.rank=null",
+    "training.threads=1", "training.sequence_length=12", "training.batch_size=8",
+    "training.learning_rate=0.001", "selection.less.epochs=2", "evaluation.sequences=8",
 )  # fmt: skip
 
 
@@ -252,8 +252,9 @@ def elsewhere(request: pytest.FixtureRequest, folder: Path) -> tuple[Path, Any]:
     ids = np.random.default_rng(0).integers(1, 13, (8, 10)).tolist()
     out = folder / f"elsewhere-{request.param}"
     arguments = TrainingArguments(
-        str(out), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="epoch", logging_steps=1,
-        report_to="none", use_cpu=True, learning_rate=1e-3, disable_tqdm=True, weight_decay=0.1,
+        str(out), num_train_epochs=2, per_device_train_batch_size=4, save_strategy="epoch",
+        logging_steps=1, report_to="none", use_cpu=True, learning_rate=1e-3, disable_tqdm=True,
+        weight_decay=0.1,
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]

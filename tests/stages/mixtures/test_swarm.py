@@ -98,8 +98,8 @@ def test_a_projection_is_the_nearest_in_divergence() -> None:
         np.array([0.7, 0.02, 0.2, 0.08]),
     )
     naive = minimize(
-        lambda p: divergence(p, point), np.full(4, 0.25), bounds=list(zip(*box, strict=True)), tol=1e-14,
-        method="SLSQP", constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
+        lambda p: divergence(p, point), np.full(4, 0.25), bounds=list(zip(*box, strict=True)),
+        tol=1e-14, method="SLSQP", constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
     )  # fmt: skip
     assert_allclose(project(point, box), naive.x, atol=1e-6)
 
@@ -189,7 +189,8 @@ def test_the_optimum_is_that_of_a_naive_solver_and_keeps_caps(kl: float) -> None
     found = swarm.solve(true, prior, box, kl, random())
     naive = minimize(
         lambda p: true.predict(p[None]).mean() + kl * divergence(p, prior), project(prior, box),
-        bounds=list(zip(*box, strict=True)), constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
+        bounds=list(zip(*box, strict=True)),
+        constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
         method="SLSQP", tol=1e-14,
     )  # fmt: skip
     assert_allclose(found, naive.x, atol=1e-5)
@@ -383,7 +384,7 @@ def test_the_report_shows_fitted_against_realised(swarmed: Path) -> None:
     page = (swarmed / "report.html").read_text()
     assert "The proposal" in page and "regret at 1" in page and "refused, because" in page
     for run in lines(swarmed / "swarm/runs.jsonl"):
-        cells = f"<td>{run['loss']:.4f}</td><td>{run['fitted']:.4f}</td><td>{run['out_of_fold']:.4f}</td>"
+        cells = "".join(f"<td>{run[key]:.4f}</td>" for key in ("loss", "fitted", "out_of_fold"))
         assert f"<td>{run['run'].removeprefix('swarm/')}</td>{cells}" in page
 
 

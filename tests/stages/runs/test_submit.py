@@ -161,9 +161,10 @@ def test_how_children_run_is_no_part_of_what_is_computed() -> None:
 # ── Ranks from variables ────────────────────────────────────────────────────────────
 
 STEP = {
-    "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
-    "SLURM_STEP_NUM_TASKS": "7", "SLURM_NTASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
-    "SLURM_STEP_NODELIST": "n[03-05,7],m1", "MASTER_ADDR": "10.0.0.1",
+    "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "7", "SLURM_NTASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_STEP_NODELIST": "n[03-05,7],m1",
+    "MASTER_ADDR": "10.0.0.1",
 }  # fmt: skip
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
