@@ -52,6 +52,7 @@ from doremi_train.parallel.launcher import Strategy
 from doremi_train.selection import options as selection_options
 from doremi_train.selection.options import SelectionOptions
 from doremi_train.stages import STAGES
+from doremi_train.stages.mixtures import WAYS
 from doremi_train.trackers import TrackingOptions
 from doremi_train.training.batch_selection import BatchSelectionOptions
 
@@ -93,7 +94,7 @@ CONTRACTS = {
     "doremi_train.methods.HEURISTICS": Contract("test_contract_of_a_heuristic"),
     "doremi_train.methods.regressors.REGRESSORS": Contract("test_contract_of_a_regressor"),
     "doremi_train.exports.formats.FORMATS": Contract(
-        "exports/test_exports.py::test_every_form_goes_there_and_back", "to"
+        "exports/test_exports.py::test_every_target_keeps_the_contract", "to"
     ),
     "doremi_train.data.corpus.formats.READERS": Contract("test_contract_of_a_reader", "ending"),
     "doremi_train.selection.documents.registry.METHODS": Contract("test_contract_of_a_scorer"),
@@ -108,6 +109,9 @@ CONTRACTS = {
         "test_trackers.py::test_tracking_leaves_the_process_as_it_was", "backend"
     ),
     "doremi_train.stages.STAGES": Contract("test_contract_of_a_stage"),
+    "doremi_train.stages.mixtures.WAYS": Contract(
+        "stages/mixtures/test_ways.py::test_contract_of_a_way"
+    ),
 }
 
 # Choices that stand elsewhere than in a dict: their names, and the contract.
@@ -260,6 +264,10 @@ ASKED = {  # what a key allows, and what there is
         group("batch_selection"),
     ),
     "selection.method": (("none", "less", *selection_options.METHODS), group("selection")),
+    "mixture.method": (
+        (*WAYS, *published(), "doremi_steady"),  # the last two are ways with settings
+        group("mixture"),
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import webdataset
 import yaml
-from helpers import exports_contract, exports_page
+from helpers import exports_contract
 from helpers.command import ROOT, Command, run_here
 from helpers.exports_contract import PATHS, WEIGHTS
 from hypothesis import given, settings
@@ -65,12 +65,6 @@ def test_documents_are_drawn_in_inverse_proportion_to_their_length() -> None:
 @pytest.mark.parametrize("to", FORMATS)
 def test_every_target_keeps_the_contract(to: str) -> None:
     exports_contract.check(to)
-
-
-def test_the_page_has_the_table_of_the_registry() -> None:
-    assert exports_page.PAGE.read_text() == exports_page.page(), (
-        "docs/export.md is stale; write it anew with `python tests/helpers/exports_page.py`"
-    )
 
 
 HALF = convert.shares({"a": 0.3, "b": 0.7}, None)

@@ -2,7 +2,7 @@
 
 One place has to be touched: its entry in `FORMATS` of doremi_train/exports/formats.py, here in ten
 lines. The command, its messages, the contract test, and the table in docs/export.md (written anew
-by `python tests/helpers/exports_page.py`) follow from the entry.
+by `python tests/helpers/pages.py`) follow from the entry.
 """
 
 import ast
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import exports_contract, exports_page
+from helpers import exports_contract, pages
 from helpers.command import Command
 
 import doremi_train
@@ -80,10 +80,11 @@ def test_it_keeps_the_contract(plug: str) -> None:
 
 
 def test_it_is_in_the_table(plug: str) -> None:
-    table = exports_page.exports_table()
+    table = pages.table_of_exports()
     assert f"| `plug` | seqio | {PLUG.file} | documents: {PLUG.because} |" in table
     assert "need no `export.paths`: `levanter`, `lingua`, `doremi`, `plug`." in table
-    assert exports_page.PAGE.read_text() != exports_page.page()  # so the page would be stale
+    page = pages.ROOT / "docs" / "export.md"
+    assert page.read_text() != pages.generated()[page]  # so the page would be stale
 
 
 def test_no_other_file_knows_a_target_by_name() -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from doremi_train.config import UserError, load
 from doremi_train.stages import STAGES
+from doremi_train.stages.mixtures import check
 from doremi_train.stages.options import Config
 from helpers.configuration import compose
 
@@ -164,7 +165,7 @@ def registered(name: str, kind: Any) -> tuple[str, ...]:
     inner = functools.reduce(lambda part, key: part.setdefault(key, {}), parts, values)
     inner[last] = "?" if text == [str] else ["?"]
     try:
-        load(Config, values)
+        check(load(Config, values))
     except UserError as error:
         found = re.search(r"=\?: unknown; allowed: (.+)$", str(error))
         return tuple(found[1].split(", ")) if found else ()

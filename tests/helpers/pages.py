@@ -10,6 +10,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from doremi_train.config import conf_dir  # noqa: E402
+from doremi_train.exports.formats import FORMATS, Format  # noqa: E402
+from doremi_train.stages.mixtures import WAYS  # noqa: E402
 from helpers import keys  # noqa: E402
 
 # Files in which every key has its comment: the whole configuration, and of each group the option
@@ -44,9 +46,41 @@ def table_of_keys() -> str:
     return "\n".join(lines)
 
 
+def table_of_ways() -> str:
+    """A row a way to a mixture."""
+    rows = [f"| `{name}` | {way.HOW} |" for name, way in WAYS.items()]
+    return "\n".join(["| `mixture=` | what it does |", "|---|---|", *rows])
+
+
+def table_of_exports() -> str:
+    """A row for each target, then which of them differ in what they need or follow."""
+    rows = [
+        f"| `{to}` | {form.trainer} | {form.file} | {form.draws}: {form.because} |"
+        for to, form in FORMATS.items()
+    ]
+    by_name = _listed({to: form for to, form in FORMATS.items() if not form.paths})
+    staged = _listed({to: form for to, form in FORMATS.items() if form.write_stages})
+    return "\n".join(
+        [
+            "| `export.to` | trainer | file | draws, as its source says |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"- Know sources by name, and need no `export.paths`: {by_name}.",
+            f"- Follow a staged mixture, where the others get the whole run's: {staged}.",
+        ]
+    )
+
+
+def _listed(formats: dict[str, Format]) -> str:
+    return ", ".join(f"`{to}`" for to in formats)
+
+
 # (page, marker): the table between <!-- marker --> and <!-- end of marker --> in the page.
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/keys.md", "keys"): table_of_keys,
+    ("docs/mixtures.md", "ways"): table_of_ways,
+    ("docs/export.md", "exports"): table_of_exports,
 }
 
 

@@ -13,6 +13,7 @@ from doremi_train.mixture import Mixture
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, swarm
+from doremi_train.stages.mixtures.given import Given
 from doremi_train.stages.options import Config, one_of
 from doremi_train.stages.runs import budget, language_model
 from doremi_train.stages.runs.ahead import Found
@@ -36,7 +37,7 @@ class Way(Protocol):
         """
 
 
-# mixture=… → the way there. Those of `given` are free; of all others it is asked what they gain.
+# mixture=… → the way there. What is given is free; of all others it is asked what they gain.
 WAYS: dict[str, Way] = {
     "doremi": doremi,
     "doge": doge,
@@ -46,11 +47,11 @@ WAYS: dict[str, Way] = {
     "mixmin": mixmin,
     "swarm": swarm,
     "search": search,
-    "file": given,
-    "natural": given,
-    "uniform": given,
-    "temperature": given,
-    "unimax": given,
+    "file": given.file,
+    "natural": given.natural,
+    "uniform": given.uniform,
+    "temperature": given.temperature,
+    "unimax": given.unimax,
 }
 
 
@@ -58,7 +59,7 @@ def check(config: Config) -> None:
     """Raise UserError for a way that there is not."""
     method = config.mixture.method
     one_of("mixture", method, list(WAYS))
-    learned = [name for name, way in WAYS.items() if way is not given]
+    learned = [name for name, way in WAYS.items() if not isinstance(way, Given)]
     for name in config.compare.methods:
         one_of("compare.methods", name, learned)
     if config.stage == "swarm" and WAYS[method] is not swarm:

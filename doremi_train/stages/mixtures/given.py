@@ -2,6 +2,7 @@
 computed from sizes."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,42 +10,55 @@ from doremi_train import mixture
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.exports import convert, formats
+from doremi_train.mixture import Mixture
 from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget
 from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session
 
-HOW = "The weights were given, or computed from the sizes of the domains: nothing was trained."
+
+class Given(NamedTuple):
+    """A way that trains nothing."""
+
+    HOW: str
+
+    def run(self, session: Session) -> Mixture:
+        """The mixture, from the command, a file or sizes."""
+        return given(session, prepare.run(session))
+
+    def ahead(self, session: Session, store: TokenStore, found: Found) -> Tensor:
+        """Nothing is run; the mixture (K,)."""
+        return given(session, store).tensor(store.domains)
 
 
-def run(session: Session) -> mixture.Mixture:
-    """The mixture of a way that trains nothing."""
-    return given(session, prepare.run(session))
+file = Given("The weights are given, in the command, in a weights.json or in a trainer's file.")
+natural = Given("Weights in proportion to the sizes of the domains.")
+uniform = Given("The same weight for every domain, whatever its size.")
+temperature = Given("Weights in proportion to size^(1/τ).")
+unimax = Given(
+    "The same number of tokens of every domain, but none repeated for more than "
+    "`mixture.max_epochs`."
+)
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> Tensor:
-    """Nothing is run; the mixture (K,)."""
-    return given(session, store).tensor(store.domains)
-
-
-def given(session: Session, store: TokenStore) -> mixture.Mixture:
+def given(session: Session, store: TokenStore) -> Mixture:
     """The weights of the command, of a file, or those that sizes make."""
     options = session.config.mixture
     if options.weights is not None:
         found = mixture.checked(
             options.weights, store.domains, "mixture.weights", options.normalize
         )
-        return mixture.Mixture("file", found)
+        return Mixture("file", found)
     if options.path is not None and options.format is not None:
         return imported(session, store, Path(options.path), options.format)
     if options.path is not None:
         return mixture.load(Path(options.path), store.domains, options.normalize)
     sized = budget.heuristic(session, store, options.method, main_steps(session))
-    return mixture.Mixture(options.method, store.named(sized))
+    return Mixture(options.method, store.named(sized))
 
 
-def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixture.Mixture:
+def imported(session: Session, store: TokenStore, path: Path, form: str) -> Mixture:
     """The mixture of a file that was written for a trainer."""
     where = f"mixture.path={path}"
     try:
@@ -53,9 +67,7 @@ def imported(session: Session, store: TokenStore, path: Path, form: str) -> mixt
         raise UserError(f"{where}: cannot be read ({error})") from None
     drawn = convert.read(form, text, store.domains, session.config.export.paths or {}, where)
     drawn = mixture.checked(drawn, store.domains, where, normalize=True)
-    return mixture.Mixture(
-        "file", convert.weights(drawn, tokens_per_document(session, store, form))
-    )
+    return Mixture("file", convert.weights(drawn, tokens_per_document(session, store, form)))
 
 
 def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:

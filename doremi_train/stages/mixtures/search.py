@@ -1,6 +1,8 @@
 """Random search: small runs on mixtures drawn as a swarm draws them, and the best of them. What a
 fit has to beat."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -14,6 +16,7 @@ from doremi_train.stages.mixtures import small_runs, swarm
 from doremi_train.stages.runs import language_model
 from doremi_train.stages.runs.ahead import Found
 from doremi_train.stages.session import Session, once
+from doremi_train.storage.runs import Run
 
 HOW = (
     "Small runs are trained on mixtures that are drawn at random; the mixture is that of the run "
@@ -34,21 +37,30 @@ def run(session: Session) -> mixture.Mixture:
         session.over("search", len(drawn) * small_runs.tokens(session)) as bar,
     ):
         trained = small_runs.train(session, store, drawn, bar)
-    reached = comm.on_first(
-        lambda: {
-            name: float(np.mean(small_runs.losses(run, store))) for name, run in trained.items()
-        }
-    )
-    best = min(reached, key=lambda name: reached[name])
-    provenance = {"runs": len(drawn), "chosen": best, "realised": reached[best]}
+    best, reached = comm.on_first(lambda: _best(trained, store))
+    provenance = {"runs": len(drawn), "chosen": best, "realised": reached}
     return mixture.Mixture("search", store.named(drawn[best]), provenance=provenance)
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> None:
-    """The runs of a random search, of which the best is not known before."""
+def ahead(session: Session, store: TokenStore, found: Found) -> torch.Tensor | None:
+    """The runs of a random search; the best mixture (K,) when all are finished."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
-    for name, mixed in mixtures(session, store).items():
-        found.add(name, "swarm", shape, steps, small_runs.recipe(session, store, mixed))
+    drawn = mixtures(session, store)
+    wanted = {name: small_runs.recipe(session, store, mixed) for name, mixed in drawn.items()}
+    for name, run in wanted.items():
+        found.add(name, "swarm", shape, steps, run)
+    if not all(run.finished for run in wanted.values()):
+        return None
+    return drawn[_best(wanted, store)[0]]
+
+
+def _best(finished: Mapping[str, Run], store: TokenStore) -> tuple[str, float]:
+    """Name and mean validation loss of the run that has the lowest."""
+    reached = {
+        name: float(np.mean(small_runs.losses(run, store))) for name, run in finished.items()
+    }
+    best = min(reached, key=lambda name: reached[name])
+    return best, reached[best]
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:
