@@ -42,9 +42,8 @@ def sweep_name(overrides: list[str]) -> str:
         if key not in _PLACES
     ]
     name = quote(",".join(named), safe="=,.+[]{}:") or "default"
-    if (
-        len(name) > 200
-    ):  # file systems end at 255: the last overrides, where a sweep usually stands, and a hash of all
+    if len(name) > 200:  # file systems end at 255
+        # The last overrides, where a sweep usually stands, and a hash of all.
         name = f"{name[-150:].partition(',')[2]},{fingerprint(named)}".lstrip(",")
     return name
 
@@ -134,8 +133,9 @@ def run(plain: dict[str, Any]) -> None:
 def _listen(stop: Any) -> Callable[[], None]:
     """SIGTERM, SIGUSR1 and SIGINT ask every loop to save and stop; a second SIGINT ends at once.
 
-    In a job of submitit its signal of a time limit does so too. What is returned, to be called when all is saved, then
-    does what submitit would have done at once: put the job back into the queue, and leave.
+    In a job of submitit its signal of a time limit does so too. What is returned, to be called when
+    all is saved, then does what submitit would have done at once: put the job back into the queue,
+    and leave.
     """
     asked: list[Callable[[], None]] = []
 

@@ -35,8 +35,8 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     """Validate plain values into the options dataclass `cls`, refusing unknown keys and wrong
     types.
 
-    `key` is where the values stand in the whole configuration, for messages. Raises UserError naming every wrong key,
-    the value received and what is allowed.
+    `key` is where the values stand in the whole configuration, for messages. Raises UserError
+    naming every wrong key, the value received and what is allowed.
     """
     try:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).

@@ -19,16 +19,14 @@ class Mixture:
 
     method: str
     weights: dict[str, float]  # sum 1
-    interval: dict[str, tuple[float, float]] | None = (
-        None  # 95 %, Student-t over proxy seeds; None for one seed
-    )
+    # 95 %, Student-t over proxy seeds; None for one seed.
+    interval: dict[str, tuple[float, float]] | None = None
     epochs: dict[str, float] = field(
         default_factory=dict
     )  # passes over each domain in the final run
     provenance: dict[str, Any] = field(default_factory=dict)
-    schedule: Sequence[tuple[int, dict[str, float]]] | None = (
-        None  # weights from each step on, where they changed
-    )
+    # Weights from each step on, where they changed.
+    schedule: Sequence[tuple[int, dict[str, float]]] | None = None
 
     def tensor(self, domains: Sequence[str]) -> Tensor:
         """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that

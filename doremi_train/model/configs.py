@@ -1,4 +1,4 @@
-"""From keys to a transformers config: presets, folders, and what must agree with the tokeniser."""
+"""Transformers configs from keys: presets, folders, and what must agree with the tokeniser."""
 
 import difflib
 import json

@@ -38,8 +38,8 @@ class Shape(NamedTuple):
 
 
 def shape(config: dict[str, Any]) -> Shape:
-    """Of a complete transformers config of any kind. Of a mixture of experts, those count that a
-    token passes."""
+    """Shape of a complete transformers config of any kind; in a mixture of experts, those count
+    that a token passes."""
     whole = configs.skeleton(config)
     text = whole.config.get_text_config()
     output = whole.get_output_embeddings()
@@ -118,10 +118,11 @@ def memory(
     reference: int = 0,
     device: str = "cpu",
 ) -> Memory:
-    """Of a run in micro-batches of `rows` sequences, with a frozen reference of so many parameters.
+    """Memory of a run in micro-batches of `rows` sequences, with a frozen reference of so many
+    parameters.
 
-    `strategy` is an engine's: FSDP2 and ZeRO 3 divide all states among the processes, ZeRO 2 keeps whole parameters,
-    ZeRO 1 also whole gradients; and ZeRO updates a copy of the parameters.
+    `strategy` is an engine's: FSDP2 and ZeRO 3 divide all states among the processes, ZeRO 2 keeps
+    whole parameters, ZeRO 1 also whole gradients; and ZeRO updates a copy of the parameters.
     """
     whole, moments = (
         4 * of.parameters,
@@ -172,8 +173,9 @@ def measure(
     """The pace of a micro-batch of `rows` sequences, from a few that are really computed; or why it
     was not measured.
 
-    The bare model is taken, without engine and optimiser, so that every process can do this by itself. On a CPU fewer
-    rows are tried where all would take too long. The random state stays as it was, and no memory is held.
+    The bare model is taken, without engine and optimiser, so that every process can do this by
+    itself. On a CPU fewer rows are tried where all would take too long. The random state stays as
+    it was, and no memory is held.
     """
     of = shape(config)
     cost = length * (

@@ -39,8 +39,9 @@ class Projection(nn.Module):
     """Losses (N,) in nats from hidden states (N, d) and targets (N,): float32, or float64 where the
     states are.
 
-    It shares the parameters of the model's own head. It is a module of its own because sharding engines gather a
-    module's parameters when it is called. Under autocast the products are bf16, and the softmax float32, as there.
+    It shares the parameters of the model's own head. It is a module of its own because sharding
+    engines gather a module's parameters when it is called. Under autocast the products are bf16,
+    and the softmax float32, as there.
     """
 
     def __init__(self, head: nn.Linear) -> None:
@@ -129,9 +130,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _OfHiddenAlone(torch.autograd.Function):
-    """The same where nobody asks for the gradient of the head. All that is left of a token, the gradient of its hidden
-    state first of all, is in proportion to the gradient of its loss; so it is made for 1 in the forward, while the
-    token's logits are there, and the backward has none to compute again."""
+    """The same where nobody asks for the gradient of the head. All that is left of a token, the
+    gradient of its hidden state first of all, is in proportion to the gradient of its loss; so it
+    is made for 1 in the forward, while the token's logits are there, and the backward has none to
+    compute again."""
 
     @staticmethod
     def forward(

@@ -232,7 +232,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def share(value: Tensor, like: Tensor) -> Tensor:
-    """Of a value that every process has, the part it holds of `like`, on its device."""
+    """The part that this process holds of `like`, of a value that every process has, on its
+    device."""
     value = value.to(like.device)
     if not _in_parts(like):
         return value.clone()

@@ -21,7 +21,8 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         size, backend = comm.world().size, comm.backend()
         compiled = ", compiled" if self.compile else ""
-        return f"{self.strategy}, {size} process{'es' * (size > 1)} on {self.device.type} ({backend}){compiled}"
+        processes = f"{size} process{'es' * (size > 1)}"
+        return f"{self.strategy}, {processes} on {self.device.type} ({backend}){compiled}"
 
 
 def start(options: EngineOptions, precision: str, timeout: float) -> Place:

@@ -10,12 +10,13 @@ import subprocess
 
 
 def export_ranks() -> None:
-    """Where this process is one of several tasks of a Slurm step (`srun`), or of a local job of submitit, set RANK,
-    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What is set already stays: a launcher such as
-    torchrun has said who is who, and MASTER_ADDR and MASTER_PORT are the user's to choose.
+    """Where this process is one of several tasks of a Slurm step (`srun`), or of a local job of
+    submitit, set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What
+    is set already stays: a launcher such as torchrun has said who is who, and MASTER_ADDR and
+    MASTER_PORT are the user's to choose.
 
-    A batch script of eight tasks has SLURM_NTASKS=8 and SLURM_PROCID=0 too, and is one process: only a step's tasks
-    have SLURM_STEP_NUM_TASKS. Devices stay as Slurm binds them.
+    A batch script of eight tasks has SLURM_NTASKS=8 and SLURM_PROCID=0 too, and is one process:
+    only a step's tasks have SLURM_STEP_NUM_TASKS. Devices stay as Slurm binds them.
     """
     get = os.environ.get
     if "RANK" in os.environ:
@@ -48,8 +49,8 @@ def export_ranks() -> None:
 
 
 def outlive_requeue() -> None:
-    """To be called before a job asks Slurm to requeue it. Slurm then ends every process of the job,
-    the `scontrol` that asks among them, which would look as if it had failed: it inherits that
+    """Ignore SIGTERM, before a job asks Slurm to requeue it: Slurm then ends every process of the
+    job, the `scontrol` that asks among them, which would look as if it had failed: it inherits that
     SIGTERM is ignored. SIGKILL comes later."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

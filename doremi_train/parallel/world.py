@@ -19,9 +19,10 @@ class World(NamedTuple):
         """Rows of the global batch that this rank takes, one slice for each of its micro-batches of
         at most `micro` rows (None: all of its share).
 
-        All ranks take the same number of micro-batches, because each is a collective under sharding; where the batch
-        does not divide, their sizes differ by one row, and some may be empty. Micro-batch m of all ranks together is
-        one contiguous block, so a rank's share does not depend on its size.
+        All ranks take the same number of micro-batches, because each is a collective under
+        sharding; where the batch does not divide, their sizes differ by one row, and some may be
+        empty. Micro-batch m of all ranks together is one contiguous block, so a rank's share does
+        not depend on its size.
 
         Raises UserError where there are more processes than rows.
         """

@@ -309,8 +309,9 @@ def _train(session: Session, data: Data, run: Run, method: str, seed: Seed) -> N
         weighting = importance.Options(**plain, policy=policy)  # type: ignore[arg-type]
         log = files.JsonLines(run.folder / "metrics.jsonl")
         fitted = fit.fit(
-            data.kind, len(data.classes), table, _training(session.config.classify), weighting, seed.number, device,
-            reference, seed.validation, log.write, partial(stop.check, "classify"),
+            data.kind, len(data.classes), table, _training(session.config.classify), weighting,
+            seed.number, device, reference, seed.validation, log.write,
+            partial(stop.check, "classify"),
         )  # fmt: skip
         log.close()
         if policy != "none":

@@ -34,7 +34,7 @@ from doremi_train.storage.runs import stop
 
 
 class Cost(NamedTuple):
-    """Of one method and seed."""
+    """Costs of one method and seed."""
 
     proxies: float  # FLOPs of everything before the final run
     main: float  # FLOPs of the final run
@@ -84,8 +84,8 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def _questions(session: Session) -> tuple[list[Question], list[str]]:
-    """At equal FLOPs and at equal steps, which are one where a method costs nothing before the
-    final run; and what of it cannot be, in sentences."""
+    """Comparisons at equal FLOPs and at equal steps, which are one where a method costs nothing
+    before the final run; and what of it cannot be, in sentences."""
     asked, found, failures = session.config.compare, [], []
     steps = budget.main_steps(session)
     for method in asked.methods:
@@ -97,7 +97,10 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
             flops.append(("search", {"swarm.runs": count}))
         questions = {f"What {method} gains over what the same FLOPs buy otherwise": flops}
         if longer > steps:
-            title = f"What {method}'s mixture gains over free ones in as many steps, its small runs aside"
+            title = (
+                f"What {method}'s mixture gains over free ones in as many steps, its small runs "
+                "aside"
+            )
             questions[title] = [(name, {"main.steps": steps}) for name in asked.baselines]
         for title, tried in questions.items():
             others = []
@@ -113,8 +116,8 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
 
 
 def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
-    """As in a store where nothing is done yet, so that it is the same at any time. Runs that are
-    one count once."""
+    """Costs as in a store where nothing is done yet, so that they are the same at any time. Runs
+    that are one count once."""
     nowhere = {"store": str(session.run_dir / "compare" / "nothing"), "remote": None}
     child = _session(
         session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere
@@ -229,8 +232,10 @@ def _outcome(session: Session, one: Contender) -> dict[str, Any]:
     }
 
 
-_COLUMNS = ("mixture", "mean loss", "worst domain", "FLOPs", "of them before the final run", "regret", "optimism",
-            "method's gain, Student-t", "paired bootstrap")  # fmt: skip
+_COLUMNS = (
+    "mixture", "mean loss", "worst domain", "FLOPs", "of them before the final run", "regret",
+    "optimism", "method's gain, Student-t", "paired bootstrap",
+)  # fmt: skip
 
 
 def _show(session: Session, content: Mapping[str, Any]) -> None:

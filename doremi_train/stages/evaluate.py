@@ -156,7 +156,7 @@ def _state_of_tasks(session: Session, one: Run, described: Mapping[str, Any]) ->
 
 
 def _models(one: Run) -> dict[int, Path]:
-    """Of a run: those kept on the way and the final one, by step."""
+    """Models of a run by step: those kept on the way and the final one."""
     kept = {
         int(path.name.removeprefix("step-")): path for path in one.folder.glob("snapshots/step-*")
     }

@@ -129,7 +129,7 @@ def _measured(
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
-    """Into a model as it was at the beginning, since the trained one may be in parts on many
+    """Save into a model as it was at the beginning, since the trained one may be in parts on many
     processes."""
     inner, adapters = tuning.build(session)
     inner.load_state_dict(

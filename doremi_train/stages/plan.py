@@ -82,7 +82,7 @@ def _write(
 def _domains(
     session: Session, store: TokenStore, learned: Tensor | None, small_runs: bool
 ) -> dict[str, Any]:
-    """For each domain its size, and how often every run passes over it: those here, and the one of
+    """Size of each domain, and how often every run passes over it: those here, and the one of
     `main.tokens`."""
     training, count = session.config.training, len(store.domains)
     length, sizes, validation = (

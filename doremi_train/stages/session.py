@@ -76,8 +76,8 @@ class Session:
 
     @contextlib.contextmanager
     def computing(self, run: runs.Run, name: str, quiet: bool = False) -> Iterator[bool]:
-        """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there is
-        work to do: a finished run is not done again, also when it was finished by somebody else
+        """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there
+        is work to do: a finished run is not done again, also when it was finished by somebody else
         while this process waited; which is said, unless `quiet`."""
         with contextlib.ExitStack() as stack:
             comm.on_first(lambda: self._enter(stack, run, name))

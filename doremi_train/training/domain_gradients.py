@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 
 class DomainGradients:
-    """At work beside a model on this process."""
+    """Gradients of every domain, taken beside a model on this process."""
 
     def __init__(
         self, model: nn.Module, domains: int, target: Target, device: torch.device
@@ -83,8 +83,8 @@ class DomainGradients:
             parameter.grad = (weights.to(total) @ total).view_as(parameter)
 
     def _target_gradient(self, step: int) -> dict[str, Tensor] | None:
-        """Of the mean loss of the sequences that are next. Every process computes all of it: all
-        have the same bits."""
+        """Gradient of the mean loss of the sequences that are next. Every process computes all of
+        it: all have the same bits."""
         count = len(self._target.tokens)
         if not count:
             return None

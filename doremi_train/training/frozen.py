@@ -1,8 +1,10 @@
 """Losses of the frozen reference: computed with every batch, or cached in the store and computed
 once.
 
-    <store>/losses/<address>/recipe.json    fingerprints of model, data and tokeniser, sequence length, precision
-                             losses.f16     a row of T float16 for every training sequence, domain after domain; sparse
+    <store>/losses/<address>/recipe.json    fingerprints of model, data and tokeniser, sequence
+                                            length, precision
+                             losses.f16     a row of T float16 for every training sequence, domain
+                                            after domain; sparse
 
 Nothing else says what is there. No loss is stored as 0, so a row with a 0 in it was never written,
 or not to its end. That needs no lock: writers of one row write what the same model gives, and
@@ -200,9 +202,10 @@ class Cached:
     """Losses from the file. Only rows that are not in it are computed, and only then is the model
     loaded.
 
-    A computed loss is used as it is stored, rounded, so a run that was killed and continues sees the same numbers. For
-    this the rows of a micro-batch also go first, in one write, to the file `pending`: a kill between two rows would
-    leave the others to be computed in a smaller batch, which differs in the last bits.
+    A computed loss is used as it is stored, rounded, so a run that was killed and continues sees
+    the same numbers. For this the rows of a micro-batch also go first, in one write, to the file
+    `pending`: a kill between two rows would leave the others to be computed in a smaller batch,
+    which differs in the last bits.
     """
 
     def __init__(

@@ -31,9 +31,8 @@ class Chosen(NamedTuple):
     scores: Tensor  # (N,) that the policy looked at
     ratio: float  # penalties over scores
     local: Tensor | None = None  # (…,) of the picks those on this process, into its candidates
-    losses: Tensor | None = (
-        None  # (…, T) of these, whose backward writes the gradient; None: a second pass is needed
-    )
+    # (…, T) of these, whose backward writes the gradient; None: a second pass is needed.
+    losses: Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -101,7 +100,7 @@ class Selector:
         return self._chosen(picks, found.value, rows, losses, examples, exact)
 
     def saved(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state, for a checkpoint."""
         target = {name: value.cpu() for name, value in self.state.target.items()}
         return {"target": target, "curvature": self.state.curvature}
 
@@ -186,8 +185,8 @@ class Selector:
         self.state = State(target, curvature)
 
     def _gradient(self) -> dict[str, Tensor]:
-        """Of the mean validation loss. Every process computes all of it: then all have the same
-        bits."""
+        """Gradient of the mean validation loss. Every process computes all of it: then all have the
+        same bits."""
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         total = {name: torch.zeros_like(p) for name, p in named.items()}
         carrying = (self._validation[:, 1:] >= 0).sum()

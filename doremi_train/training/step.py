@@ -51,7 +51,7 @@ class Picks(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """After the exchange, the same on every rank."""
+    """What a step knows after the exchange, the same on every rank."""
 
     state: Any  # of the objective
     stats: Any  # of the global batch
@@ -141,8 +141,8 @@ class Step:
     def _by_domain(
         self, gradients: DomainGradients, state: Any, batch: Batch, number: int
     ) -> Learned:
-        """As `_learn`, for an objective that looks at every domain's gradient; the step's own is
-        made from these."""
+        """Learn as `_learn` does, for an objective that looks at every domain's gradient; the
+        step's own is made from these."""
         gradients.begin()
         sums = add([self._sums(micro, gradients.add(micro), None) for micro in batch.micro])
         alignment, square = gradients.align(batch.tokens, number - 1)
@@ -223,7 +223,8 @@ class Step:
         self.engine.backward(total * self.world.size)
 
     def _seed(self, number: int) -> None:
-        """Dropout is a function of (seed, step, rank), so a resumed run needs no generator state."""
+        """Dropout is a function of (seed, step, rank), so a resumed run needs no generator
+        state."""
         entropy = [self.task.seed, number, self.world.rank]
         mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         # Not torch.manual_seed: without a GPU it formats a traceback each time, and keeps it.

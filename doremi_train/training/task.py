@@ -85,12 +85,10 @@ class Task(NamedTuple):
     accumulation: Literal["exact", "lagged"] = "lagged"
     reference: Reference | None = None
     subsample: Subsample | None = None  # the part of every domain that is read; None: all
-    selection: batch_selection.Setting | None = (
-        None  # of more candidates than are trained on; None: no selection
-    )
-    target: domain_gradients.Target | None = (
-        None  # of an objective that looks at every domain's gradient; None: losses
-    )
+    # Of more candidates than are trained on; None: no selection.
+    selection: batch_selection.Setting | None = None
+    # Of an objective that looks at every domain's gradient; None: losses.
+    target: domain_gradients.Target | None = None
     bar: Bar | None = None  # that this run moves on; None: one of its own
 
 

@@ -1,4 +1,5 @@
-"""The ways to a mixture, and the mixture of the final run, by the way asked for, as weights.json."""
+"""The ways to a mixture, and the mixture of the final run, by the way asked for, as
+weights.json."""
 
 from dataclasses import replace
 from typing import Protocol

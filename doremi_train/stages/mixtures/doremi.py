@@ -28,7 +28,7 @@ HOW = (
 
 
 def reference_name(number: int) -> str:
-    """Under run_dir, of the reference of round `number`, from 1."""
+    """Name under run_dir of the reference of round `number`, from 1."""
     return "reference" if number == 1 else f"proxy/round-{number}/reference"
 
 

@@ -30,7 +30,7 @@ from doremi_train.training.task import TrainingOptions
 
 
 class Losses(NamedTuple):
-    """Of one expert, to be added over processes that each fill in their own rows."""
+    """Losses of one expert, to be added over processes that each fill in their own rows."""
 
     rows: Tensor  # (M, T) nats
 

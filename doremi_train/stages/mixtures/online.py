@@ -141,7 +141,7 @@ def recipe(session: Session, store: TokenStore, options: online.Options) -> Run:
 
 
 def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> online.Options:
-    """Of the method asked for; `target` (K,) are the losses that dro is to reach.
+    """Options of the method asked for; `target` (K,) are the losses that dro is to reach.
 
     Raises UserError where caps leave no mixture, or something else weighs or picks what is drawn.
     """

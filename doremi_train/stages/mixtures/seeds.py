@@ -25,7 +25,7 @@ def several(session: Session) -> bool:
 
 
 def name_of(session: Session, number: int, index: int) -> str:
-    """Under run_dir, of the run of seed `index` in round `number`, from 1."""
+    """Name under run_dir of the run of seed `index` in round `number`, from 1."""
     return f"proxy/round-{number}/seed-{index}" if several(session) else "proxy"
 
 

@@ -25,7 +25,7 @@ def recipe(session: Session, store: TokenStore, mixed: Tensor) -> Run:
 
 
 def tokens(session: Session) -> int:
-    """Of one run."""
+    """Tokens of one run."""
     training = session.config.training
     return training.steps * training.batch_size * training.sequence_length
 

@@ -24,8 +24,8 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     """Every run of the pipeline in its order, and the mixture (K,) of the final model where it is
     known by now.
 
-    What depends on a run that is not finished is taken for not begun, and every round for one that will be needed.
-    Raises UserError where mixture.max_epochs leaves no mixture.
+    What depends on a run that is not finished is taken for not begun, and every round for one that
+    will be needed. Raises UserError where mixture.max_epochs leaves no mixture.
     """
     found = Found(session)
     budget.within(session, store)

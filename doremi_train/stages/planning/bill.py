@@ -197,6 +197,6 @@ class Bill:
         return proxy if path is None else costs.shape(files.read_json(Path(path) / "config.json"))
 
     def _evaluations(self, steps: int) -> int:
-        """Of one run: while it trains, at its end, and once more for its result."""
+        """Evaluations of one run: while it trains, at its end, and once more for its result."""
         every = self.session.config.evaluation.every or max(1, steps // 20)
         return -(-steps // every) + 1

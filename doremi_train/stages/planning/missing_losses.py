@@ -1,5 +1,5 @@
-"""For how many sequences a frozen model is still to be run, where its losses are cached: an
-estimate for the plan."""
+"""Sequences for which a frozen model is still to be run, where its losses are cached: an estimate
+for the plan."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,17 @@ from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 from doremi_train.training import frozen
 
-_LOOKED_AT = (
-    1024  # draws of a proxy, spread over domains and time, that tell the plan how much is there
-)
+# Draws of a proxy, spread over domains and time, that tell the plan how much is there.
+_LOOKED_AT = 1024
 
 
 def missing(session: Session, store: TokenStore, run: Run | None, index: int, before: int) -> float:
     """Sequences that the proxy of seed `index` finds without a loss, `before` other seeds having
     run before it.
 
-    An estimate: from some of its draws how much is there (`run` is None: nothing), and what seeds have in common is an
-    expectation, since they draw independently. Draws from α are taken for uniform.
+    An estimate: from some of its draws how much is there (`run` is None: nothing), and what seeds
+    have in common is an expectation, since they draw independently. Draws from α are taken for
+    uniform.
     """
     drawing = reference_losses.sampler(session, store, index)
     count = np.minimum(reference_losses.draws(session, drawing), drawing.sizes)  # (K,)

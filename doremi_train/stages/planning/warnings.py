@@ -53,7 +53,10 @@ def warnings(
         > training.steps * training.batch_size * training.sequence_length
     )
     if mismatched and longer and not options.match_repetition:
-        hint = "proxy.match_repetition=true lets reference and proxy repeat their data as the final run will."
+        hint = (
+            "proxy.match_repetition=true lets reference and proxy repeat their data as the final "
+            "run will."
+        )
         found["mismatched"].insert(0, hint)
     left_out = max(options.warmup, options.average_from)
     found["short"] = too_short(

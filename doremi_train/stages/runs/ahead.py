@@ -19,9 +19,8 @@ class Ahead(NamedTuple):
     steps: int
     done: int  # steps that are in the store already
     same_as: str | None  # an earlier run of the pipeline, which is this very one
-    missing: float = (
-        0.0  # sequences for which a frozen model is still to be run, where its losses are cached
-    )
+    # Sequences for which a frozen model is still to be run, where its losses are cached.
+    missing: float = 0.0
 
     @property
     def left(self) -> float:

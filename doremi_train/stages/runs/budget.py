@@ -15,9 +15,8 @@ from doremi_train.methods import HEURISTICS, box
 from doremi_train.methods.box import inside, project
 from doremi_train.stages.session import Session
 
-SEEDS_APART = (
-    1_000_000  # between the proxies of one command: far from the seeds a sweep counts through
-)
+# Between the proxies of one command: far from the seeds a sweep counts through.
+SEEDS_APART = 1_000_000
 
 
 def main_steps(session: Session) -> int:
@@ -34,7 +33,7 @@ def final_tokens(session: Session) -> int:
 
 
 def proxy_seed(session: Session, index: int) -> int:
-    """Of proxy number `index` of a command."""
+    """Seed of proxy number `index` of a command."""
     return session.config.seed + SEEDS_APART * index
 
 

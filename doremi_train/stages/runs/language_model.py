@@ -122,8 +122,8 @@ class Begun(NamedTuple):
 def train_once(
     session: Session, run: Run, name: str, begin: Callable[[], Begun], quiet: bool = False
 ) -> bool:
-    """Train a run unless it is in the store already, and link it as `run_dir/name`. `begin` is asked
-    only where there is work to do; whether there was is what is returned."""
+    """Train a run unless it is in the store already, and link it as `run_dir/name`. `begin` is
+    asked only where there is work to do; whether there was is what is returned."""
     with session.computing(run, name, quiet) as todo:
         if todo:
             begun = begin()
@@ -133,7 +133,8 @@ def train_once(
 
 
 def task_of(session: Session, run: Run, name: str, store: Store, **of: Any) -> Task:
-    """A task with what all runs of a command have in common; `of` says the rest, and what differs."""
+    """A task with what all runs of a command have in common; `of` says the rest, and what
+    differs."""
     common: dict[str, Any] = {
         "seed": session.config.seed,
         "training": session.config.training,

@@ -27,8 +27,8 @@ def submit(
     """Run composed configurations, named for messages, `submit.parallel` at a time; return when all
     ended well. `watch` is called now and then meanwhile.
 
-    Raises Preempted when told to stop, after the children saved, and the error of the first child that failed, after
-    the others saved. Called on every rank; rank 0 submits.
+    Raises Preempted when told to stop, after the children saved, and the error of the first child
+    that failed, after the others saved. Called on every rank; rank 0 submits.
     """
     comm.on_first(lambda: _submit(session, children, watch))
 
