@@ -38,9 +38,8 @@ from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import DataOptions
-from doremi_train.data.tokens.prepare import locked, silent
 from doremi_train.data.tokens.shards import SPLITS
-from doremi_train.files import read_json, replacing, write_json
+from doremi_train.files import locked, read_json, replacing, write_json
 
 RECIPE = 1  # raise when the same request would give other tokens
 _INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line")])
@@ -95,7 +94,7 @@ def prepare(
     }
     target = folder / f"instructions-{fingerprint(request)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{target.name}.lock", silent):
+    with locked(folder / f"{target.name}.lock", check):
         if not (target / "manifest.json").exists():
             _write(target, _Collected(options, length).fill(sources, encoder, check), request)
     bad = read_json(target / "manifest.json")["bad_lines"]

@@ -8,9 +8,8 @@ tokeniser is never silently reused, and a killed preparation continues where the
 """
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
 from doremi_train.data.tokens.shards import token_dtype
 from doremi_train.data.tokens.writing import ShardWriter, write_manifest
-from doremi_train.files import try_lock
+from doremi_train.files import locked
 from doremi_train.storage.mirror import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
@@ -83,10 +82,10 @@ def prepare(
     target = folder / address(wanted)
     if not (target / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{target.name}.lock", progress):
-            found = (
-                target / "manifest.json"
-            ).exists()  # where the process we waited for has made it
+        waiting = partial(progress, "waiting for another process", 0, None)
+        with locked(folder / f"{target.name}.lock", waiting):
+            # Where the process we waited for has made it.
+            found = (target / "manifest.json").exists()
             if not found and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
@@ -125,16 +124,6 @@ def _without_files(wanted: Request) -> Request:
 def _some(names: list[str], most: int = 10) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-@contextmanager
-def locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Only one process prepares an address; the others wait, and may be told to stop."""
-    with path.open("w") as file:
-        while not try_lock(file):
-            progress("waiting for another process", 0, None)
-            time.sleep(0.2)
-        yield
 
 
 def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
