@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doremi_train.methods import ngram
+from doremi_train.selection.documents import kernels, scorers
 from doremi_train.selection.options import SelectionOptions
 
-kernels = pytest.importorskip("doremi_train.selection.documents.kernels")
-scorers = pytest.importorskip("doremi_train.selection.documents.scorers")
+pytest.importorskip("numba")
 
 MASK = 2**64 - 1
 TEXTS = [
