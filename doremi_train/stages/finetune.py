@@ -44,9 +44,9 @@ from doremi_train.training import batch_selection
 
 @once
 def run(session: Session) -> Run:
-    session = chosen.examples(session)
+    session, picked = chosen.examples(session)
     encoder = Encoder(model_folder(session), "finetune.model")
-    data = prepared(session, encoder)
+    data = prepared(session, encoder, picked=picked)
     selection = targets.chosen(session, data, lambda: _given(session, data, encoder))
     tuned = recipe(session, data, selection)
     before: dict[str, Any] = {}
@@ -155,10 +155,9 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
     )
     found, wanted = [], asked.validation_sequences
     for one in instructions.examples(
-        sources.resolve(where), where, encoder, opening.BadLines(where)
+        sources.resolve(where), where, encoder, length, opening.BadLines(where)
     ):
-        tokens = chat.coded(one.example, length)
-        found += [tokens] if (tokens >= 0).any() else []
+        found += [one.tokens] if (one.tokens >= 0).any() else []
         if len(found) == wanted:
             break
     if len(found) < wanted:
