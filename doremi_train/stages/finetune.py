@@ -129,8 +129,8 @@ def _measured(
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
-    """Into a model as it was at the beginning, since the trained one may be in parts on many
-    processes."""
+    """Save as a model folder: into a model as it was at the beginning, since the trained one may be
+    in parts on many processes."""
     inner, adapters = tuning.build(session)
     inner.load_state_dict(
         folders.of_inner(tensors), strict=False

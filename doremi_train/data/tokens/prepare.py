@@ -1,7 +1,9 @@
 """Text to token shards: one ordered stream, tokenised on all cores, the same bytes whoever computes
 it.
 
-    sources → `routing`: training or validation → `tokenising`: cut, batched, on all cores → `writing`: shards
+    sources → `corpus.routing`: training or validation
+            → `encoding`: cut, batched, on all cores
+            → `writing`: shards
 
 The result stands in a folder named by the content address of the request, so a changed source or
 tokeniser is never silently reused, and a killed preparation continues where the shards end.
@@ -136,7 +138,7 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
         )
 
 
-# ── The stages of a preparation ──────────────────────────────────────────────────────────────────────────────────────
+# ── The stages of a preparation ───────────────────────────────────────────────────
 
 
 def _fill(

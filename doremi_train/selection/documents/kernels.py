@@ -54,7 +54,7 @@ def require_numba() -> None:
 
 
 class Tokens(NamedTuple):
-    """Of a batch of B documents, n tokens in all."""
+    """The tokens of a batch of B documents, n in all."""
 
     hashes: NDArray[np.uint64]  # (n,)
     ends: NDArray[np.int64]  # (n,) first byte after the token, in the batch
@@ -105,8 +105,8 @@ def alphabet() -> Alphabet:
 
 
 UNSPACED = (  # Thai and Lao, Tibetan, Burmese, Khmer, kana, Han
-    (0x0E00, 0x1000), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100), (0x3400, 0x4DC0),
-    (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000),
+    (0x0E00, 0x1000), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100),
+    (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000),
 )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def words(text, offsets, kind, lower, ascii, hashes, ends, first):
 
 @loop
 def bucket(mixed, buckets):
-    """Of a mixed hash: its upper half as a fraction of all buckets."""
+    """The bucket of a mixed hash: its upper half as a fraction of all buckets."""
     return ((mixed >> np.uint64(32)) * buckets) >> np.uint64(32)
 
 
@@ -301,7 +301,7 @@ def shingles(hashes, start, end, out):
 
 @loop
 def copied(hashes, bounds, known, sieve, shift, shared):
-    """For each part how many of its runs of SHINGLE tokens are known: adds to shared (P,)."""
+    """Add to shared (P,) how many runs of SHINGLE tokens of each part are known."""
     most = 0
     for p in range(len(bounds) - 1):
         most = max(most, bounds[p + 1] - bounds[p])
@@ -323,7 +323,7 @@ class Trie(NamedTuple):
 
 
 def trie(tokens: Sequence[bytes]) -> Trie:
-    """Of a vocabulary that holds every single byte; the number of a token is its place."""
+    """The trie of a vocabulary that holds every single byte; a token's number is its place."""
     text, offsets = joined(tokens)
     size = 1 << (4 * len(text)).bit_length()
     edges, nodes = np.full(size, -1, np.int64), np.zeros(size, np.int64)

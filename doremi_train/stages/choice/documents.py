@@ -205,18 +205,30 @@ def _score(
 
 
 def _choose(
-    session: Session, folder: Path, name: str, work: list[Any], scores: Any, found: Any, pool: engines.Engine,
+    session: Session,
+    folder: Path,
+    name: str,
+    work: list[tasks.Task],
+    scores: choose.Scores,
+    found: choose.Totals,
+    pool: engines.Engine,
     metadata: dict[str, str],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the sidecar, the mixture and the shards of one target; what is to be said about its
     choice."""
     options = session.config.selection
     groups, budgets = choose.budgets(options, found)
     samplers = [
-        choose.Sampler(scores, column, options.temperature * found.spread(column, options.exact), session.config.seed,
-                       groups, options.budget[0] == "documents")
+        choose.Sampler(
+            scores,
+            column,
+            options.temperature * found.spread(column, options.exact),
+            session.config.seed,
+            groups,
+            options.budget[0] == "documents",
+        )
         for column in (name, f"{name}/half")
-    ]  # fmt: skip
+    ]
     cuts = [sampler.cut(budgets) for sampler in samplers]
     top = replace(samplers[0], temperature=0.0).cut(budgets)
     profile = choose.write_sidecar(folder / "sidecar.parquet", samplers[0], cuts[0], top, metadata)
@@ -241,7 +253,8 @@ def _choose(
 
 
 def _kl(documents: list[bytes], raw: Any, chosen: Any) -> dict[str, float]:
-    """From the half of a target that the choice by the other half has not seen, in nats."""
+    """Divergences from the half of a target that the choice by the other half has not seen, in
+    nats."""
     held_out = tasks.words(scorers.whole(scorers.halves(documents)[1]))
     far, near = ngram.kl(held_out, raw), ngram.kl(held_out, chosen)
     return {"raw": far, "chosen": near, "reduction": far - near}

@@ -1,9 +1,11 @@
 """LESS (`methods.less`), step by step: a warm-up, what its checkpoints say of every example, and a
 choice.
 
-    warm-up      a part of the pool is trained on for a few epochs; each leaves parameters and AdamW's state
-    scoring      cosines of every example's AdamW direction with the targets' gradients, at each checkpoint: exactly,
-                 or by projected features that are kept, so that later targets cost nothing but their own gradients
+    warm-up      a part of the pool is trained on for a few epochs; each leaves parameters and
+                 AdamW's state
+    scoring      cosines of every example's AdamW direction with the targets' gradients, at each
+                 checkpoint: exactly, or by projected features that are kept, so that later targets
+                 cost nothing but their own gradients
     choice       the examples of the highest influence, beside those of the baselines
     fine-tuning  stage=finetune with the same keys trains on a choice
 

@@ -181,9 +181,14 @@ def _write_scores(
 
 
 def _described(
-    name: str, pool: Pool, texts: list[bytes], served: Mapping[Subtask, Any], scores: NDArray[np.float64],
-    ranked: list[int], picks: Mapping[str, list[int]],
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    pool: Pool,
+    texts: list[bytes],
+    served: Mapping[Subtask, Any],
+    scores: NDArray[np.float64],
+    ranked: list[int],
+    picks: Mapping[str, list[int]],
+) -> dict[str, Any]:
     def shown(number: int) -> dict[str, Any]:
         file, line = pool.places[number]
         return {
@@ -220,14 +225,16 @@ def _described(
 def summary(result: Mapping[str, Any], folder: Path) -> str:
     empty = result["without_loss"]
     lines = [
-        f"pool {result['examples']} examples; left out {empty['examples']} without a token that carries a loss"
+        f"pool {result['examples']} examples; left out {empty['examples']} without a token that "
+        "carries a loss"
         + (f" (such as {empty['first'][0]})" if empty["examples"] else "")
         + f", {result['copies']} copies of others, {result['without_score']} without a score"
     ]
     for name, part in result["targets"].items():
         lines += [
             "",
-            f"{name}: by {sum(part['subtasks'].values())} examples of {len(part['subtasks'])} subtasks",
+            f"{name}: by {sum(part['subtasks'].values())} examples of "
+            f"{len(part['subtasks'])} subtasks",
         ]
         for method, found in part["methods"].items():
             mine = part["methods"]["less"]["shared"][method] / max(
