@@ -5,7 +5,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,6 +80,17 @@ def try_lock(file: IO[Any]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock that the file `path` is, for this process alone. While another has it,
+    `waiting` is called again and again; what it raises ends the wait."""
+    with path.open("w") as file:
+        while not try_lock(file):
+            waiting()
+            time.sleep(0.2)
+        yield
 
 
 class JsonLines:

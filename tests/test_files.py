@@ -58,3 +58,17 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert list(files.read_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_a_lock_is_waited_for_and_the_wait_can_be_ended(tmp_path: Path) -> None:
+    class Told(Exception):
+        pass
+
+    def tell() -> None:
+        raise Told
+
+    path = tmp_path / "lock"
+    with files.locked(path), pytest.raises(Told), files.locked(path, tell):
+        pytest.fail("two hold it")
+    with files.locked(path, tell):  # free again
+        pass

@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokeniser, token shards, counter-based sampler."""
+"""Text becomes batches: sources, tokeniser, token shards, counter-based sampler."""

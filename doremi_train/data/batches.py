@@ -44,7 +44,8 @@ class Store(Protocol):
 
 
 class MicroBatch(NamedTuple):
-    tokens: Tensor  # (B, T + 1) int64: inputs are all but the last, targets all but the first; see Store.gather
+    # (B, T + 1) int64: inputs are all but the last, targets all but the first; see Store.gather
+    tokens: Tensor
     domain: Tensor  # (B,) int64
     sequence: Tensor  # (B,) int64 index within the domain
     reference: Tensor | None = (
@@ -117,8 +118,8 @@ class Batches:
         return Batch(micro, draw, self._tokens(draw))
 
     def among(self, batch: Batch, picks: Ints, local: Ints) -> Batch:
-        """Of a batch in one micro-batch the sequences `picks` of the draw, which are `local` of the
-        micro-batch."""
+        """The sequences `picks` of the draw, which are `local` of the micro-batch, of a batch in
+        one micro-batch."""
         (micro,) = batch.micro
         kept = MicroBatch(*(None if field is None else field[local] for field in micro))  # type: ignore[arg-type]
         draw = some(batch.draw, picks)

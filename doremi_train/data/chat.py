@@ -1,4 +1,4 @@
-"""From prompts, completions and messages to tokens of which some carry a loss."""
+"""Prompts, completions and messages become tokens of which some carry a loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -103,7 +103,7 @@ class Encoder:
         return Example(np.array(ids, np.int32), np.array(carries, bool))
 
     def rendered(self, messages: list[dict[str, str]], place: str, asking: bool) -> str:
-        """By the chat template; `asking` for the next answer."""
+        """Messages as the chat template lays them out; `asking` for the next answer."""
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=asking

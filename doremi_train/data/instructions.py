@@ -17,18 +17,22 @@ their longest example.
 
     <folder>/manifest.json    what is there, and what was left out
              examples.npy     a row for each example, in the order of split, domain, file and line
-             tokens.npy       ids of all of them; one that carries no loss as its complement ~id, so negative
+             tokens.npy       ids of all of them; one that carries no loss as its complement ~id,
+                              so negative
+             records.jsonl    where they are kept: the record of each example, in the same order
 
 K domains, B examples of a batch, n tokens of an example, T the most that are read.
 """
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError, fingerprint, redact
@@ -38,12 +42,11 @@ from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import DataOptions
-from doremi_train.data.tokens.prepare import locked, silent
 from doremi_train.data.tokens.shards import SPLITS
-from doremi_train.files import read_json, replacing, write_json
+from doremi_train.files import locked, read_json, replacing, write_json
 
 RECIPE = 1  # raise when the same request would give other tokens
-_INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line")])
+_INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line", "cut")])
 _NAMED = 10  # places of examples left out that are kept for the report
 
 
@@ -56,19 +59,46 @@ class Read(NamedTuple):
     domain: str
     source: Source
     line: int  # from 1
-    example: Example
+    tokens: NDArray[np.int32]  # (n,) as they are stored
+    cut: bool  # whether it has more of them
+    record: Mapping[str, Any] | None  # None where it was picked
+
+
+class Picked(NamedTuple):
+    """Training examples that are tokenised already: the lines of the training file, in order."""
+
+    pool: "Instructions"
+    numbers: Sequence[int]  # among the training examples of the pool
+
+    def serves(self, request: Mapping[str, Any]) -> bool:
+        """Whether the request's tokeniser and length gave these tokens."""
+        made = self.pool.manifest["request"]
+        return all(made[key] == request[key] for key in ("recipe", "tokenizer", "sequence_length"))
 
 
 def examples(
-    sources: list[Source], options: DataOptions, encoder: Encoder, bad: BadLines
+    sources: list[Source],
+    options: DataOptions,
+    encoder: Encoder,
+    length: int,
+    bad: BadLines,
+    picked: Picked | None = None,
 ) -> Iterator[Read]:
-    """Every example of the sources, in their order, whole.
+    """Every example of the sources, in their order, cut to `length` + 1 tokens; those for training
+    are not read where they were `picked`.
 
     Raises UserError naming file and line for one that is none.
     """
     for source in sources:
+        if picked is not None and source.split == "train":
+            for line, number in enumerate(picked.numbers, 1):
+                tokens, cut = picked.pool.training(number)
+                yield Read(str(source.domain), source, line, tokens, cut, None)
+            continue
         for domain, line, record in records(source, options, bad):
-            yield Read(domain, source, line, encoder.encode(record, f"{source.url}, line {line}"))
+            example = encoder.encode(record, f"{source.url}, line {line}")
+            tokens = chat.coded(example, length)
+            yield Read(domain, source, line, tokens, len(example.ids) > len(tokens), record)
 
 
 def prepare(
@@ -77,13 +107,17 @@ def prepare(
     length: int,
     folder: Path,
     check: Callable[[], None] = lambda: None,
+    keep_records: bool = False,
+    picked: Picked | None = None,
 ) -> Path:
     """`folder`/<address> with the examples of these files, cut to `length` + 1 tokens: made, or
-    found there.
+    found there. `keep_records` has each example's record beside its tokens; `picked` are the
+    training examples, where another pool has them.
 
-    An example without a token that carries a loss is left out, and so is a training example that is also a validation
-    example. Without validation files data.validation_fraction of the examples is held out, by hash. Raises UserError
-    for what is not such examples, and for a domain without any to train or validate on.
+    An example without a token that carries a loss is left out, and so is a training example that is
+    also a validation example. Without validation files data.validation_fraction of the examples is
+    held out, by hash. Raises UserError for what is not such examples, and for a domain without any
+    to train or validate on.
     """
     sources = resolve(options)
     request = {
@@ -95,9 +129,19 @@ def prepare(
     }
     target = folder / f"instructions-{fingerprint(request)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{target.name}.lock", silent):
-        if not (target / "manifest.json").exists():
-            _write(target, _Collected(options, length).fill(sources, encoder, check), request)
+    with locked(folder / f"{target.name}.lock", check):
+        needed = ["manifest.json", *["records.jsonl"] * keep_records]
+        if not all((target / name).exists() for name in needed):
+            collected = _Collected(options, length, keep_records)
+            if picked is not None and not picked.serves(request):
+                picked = None
+            # First what is for validation: what comes again in training is left out there.
+            ordered = sorted(sources, key=lambda source: source.split != "validation")
+            for read in examples(ordered, options, encoder, length, collected.bad, picked):
+                check()
+                collected.add(read)
+            collected.require_all(sources)
+            _write(target, collected, request)
     bad = read_json(target / "manifest.json")["bad_lines"]
     if bad > options.max_bad_lines:
         raise UserError(
@@ -107,42 +151,44 @@ def prepare(
     return target
 
 
-class _Collected:
-    """Examples in memory, before they are written: about 4 bytes a token."""
+class _Row(NamedTuple):
+    """What is kept of an example."""
 
-    def __init__(self, options: DataOptions, length: int) -> None:
-        self.options, self.length = options, length
-        self.found: dict[
-            tuple[str, str], list[tuple[NDArray[np.int32], int, int]]
-        ] = {}  # (tokens, file, line)
+    tokens: NDArray[np.int32]  # (n,)
+    cut: bool
+    file: int
+    line: int
+    record: bytes | None
+
+
+class _Collected:
+    """Examples in memory, before they are written: about 4 bytes a token, and their records."""
+
+    def __init__(self, options: DataOptions, length: int, keep_records: bool) -> None:
+        self.options, self.length, self.keep_records = options, length, keep_records
+        self.found: dict[tuple[str, str], list[_Row]] = {}  # by split and domain
         self.files: list[str] = []
         self.bad = BadLines(options)
         self.left_out: list[str] = []  # places
         self.counts: Counter[str] = Counter()
         self._validation: set[bytes] = set()
 
-    def fill(
-        self, sources: list[Source], encoder: Encoder, check: Callable[[], None]
-    ) -> "_Collected":
-        # First what is for validation: what comes again in training is left out there.
-        ordered = sorted(sources, key=lambda source: source.split != "validation")
-        for read in examples(ordered, self.options, encoder, self.bad):
-            check()
-            self._add(read)
+    def require_all(self, sources: list[Source]) -> None:
+        """Raise UserError naming a domain without examples to train or validate on."""
         for domain in sorted(
             {domain for _, domain in self.found} | {s.domain for s in sources if s.domain}
         ):
             for split in SPLITS:
                 if (split, domain) not in self.found:
                     raise UserError(self._nothing(split, domain))
-        return self
 
-    def _add(self, read: Read) -> None:
-        tokens, url = chat.coded(read.example, self.length), redact(read.source.url)
+    def add(self, read: Read) -> None:
+        """Keep an example, or count why it is left out."""
+        tokens, url = read.tokens, redact(read.source.url)
         if (tokens < 0).all():
             self.left_out.append(f"{url}, line {read.line}")
             return
-        self.counts["cut"] += len(read.example.ids) > len(tokens)
+        self.counts["cut"] += read.cut
         key = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
         split = read.source.split
         if split is None:
@@ -155,9 +201,9 @@ class _Collected:
             return
         if not self.files or self.files[-1] != url:
             self.files.append(url)
-        self.found.setdefault((split, read.domain), []).append(
-            (tokens, len(self.files) - 1, read.line)
-        )
+        record = orjson.dumps(read.record) if self.keep_records else None
+        row = _Row(tokens, read.cut, len(self.files) - 1, read.line, record)
+        self.found.setdefault((split, read.domain), []).append(row)
 
     def _nothing(self, split: str, domain: str) -> str:
         because = (
@@ -169,7 +215,8 @@ class _Collected:
         remedy = (
             "add some"
             if split == "train"
-            else f"give validation files, or raise data.validation_fraction={self.options.validation_fraction}"
+            else "give validation files, or raise "
+            f"data.validation_fraction={self.options.validation_fraction}"
         )
         return f"domain {domain!r}: no {split} example{because}; {remedy}"
 
@@ -177,17 +224,22 @@ class _Collected:
 def _write(target: Path, collected: _Collected, request: Mapping[str, Any]) -> None:
     domains = sorted({domain for _, domain in collected.found})
     streams = [collected.found[split, domain] for split in SPLITS for domain in domains]
-    index = np.zeros(sum(map(len, streams)), _INDEX)
-    rows = [(stream, *one) for stream, found in enumerate(streams) for one in found]
-    for name, column in zip(("stream", "file", "line"), (0, 2, 3), strict=True):
-        index[name] = [row[column] for row in rows]
-    index["end"] = np.cumsum([len(row[1]) for row in rows])
-    index["carrying"] = [int((row[1] >= 0).sum()) for row in rows]
-    tokens = np.concatenate([row[1] for row in rows])
+    rows = list(itertools.chain(*streams))
+    index = np.zeros(len(rows), _INDEX)
+    index["stream"] = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
+    index["file"] = [row.file for row in rows]
+    index["line"] = [row.line for row in rows]
+    index["cut"] = [row.cut for row in rows]
+    index["end"] = np.cumsum([len(row.tokens) for row in rows])
+    index["carrying"] = [int((row.tokens >= 0).sum()) for row in rows]
+    tokens = np.concatenate([row.tokens for row in rows])
     target.mkdir(exist_ok=True)
     for name, values in (("tokens", tokens), ("examples", index)):
         with replacing(target / f"{name}.npy") as aside, aside.open("wb") as file:
             np.save(file, values, allow_pickle=False)
+    if collected.keep_records:
+        with replacing(target / "records.jsonl") as aside, aside.open("wb") as file:
+            file.writelines(row.record + b"\n" for row in rows if row.record is not None)
     content = hashlib.sha256(
         tokens.tobytes() + index["stream"].tobytes() + index["end"].tobytes()
     ).hexdigest()
@@ -223,6 +275,7 @@ class Instructions:
         self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
         self.domains = tuple(self.manifest["domains"])
         self.fingerprint: str = self.manifest["fingerprint"]
+        self._folder = folder
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
         self._index = np.load(folder / "examples.npy", allow_pickle=False)
         self._ends = np.concatenate([[0], self._index["end"]])
@@ -265,6 +318,17 @@ class Instructions:
         """File and line of an example."""
         row = self._index[int(self._first[self._streams(split)][domain]) + sequence]
         return self.manifest["files"][row["file"]], int(row["line"])
+
+    def training(self, number: int) -> tuple[NDArray[np.int32], bool]:
+        """(tokens (n,), whether they were cut) of a training example, by its number among those of
+        all domains: they are the first rows."""
+        return self._stored(number), bool(self._index["cut"][number])
+
+    def records(self) -> list[bytes]:
+        """The record of every training example, a line of JSON each. Raises OSError where they were
+        not kept."""
+        with (self._folder / "records.jsonl").open("rb") as file:
+            return list(itertools.islice(file, self._first[len(self.domains)]))
 
     def _stored(self, row: int) -> NDArray[np.int32]:
         return np.asarray(self._tokens[self._ends[row] : self._ends[row + 1]])

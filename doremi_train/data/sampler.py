@@ -28,7 +28,8 @@ _BITS = 32  # fixed point of the quotas: weights are resolved to 2⁻³² / b
 _ONE = 1 << _BITS
 _GOLDEN = 0x9E3779B1  # golden ratio · 2³², odd
 _ROUND = [(2 * turn + 1) * 0xD1B54A32D192ED03 % (1 << 64) for turn in range(4)]
-_AHEAD = 2048  # draws whose sequences are computed together: for a few most of the time would be Python's
+# Draws whose sequences are computed together: for a few most of the time would be Python's.
+_AHEAD = 2048
 _MAX_STEP = 1 << 30  # beyond it floor_sum would leave 63 bits
 
 
@@ -59,8 +60,8 @@ class Sampler:
     """Draws global batches of `batch` sequences from domains of `whole` (K,) sequences, or from a
     sub-sample of them.
 
-    The permutations depend on the seed and a domain's name only, so adding a domain leaves the others' order alone.
-    `sizes` (K,) are the sequences of each domain that may be drawn.
+    The permutations depend on the seed and a domain's name only, so adding a domain leaves the
+    others' order alone. `sizes` (K,) are the sequences of each domain that may be drawn.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ Baseline = Literal["random", "bm25", "ngram", "rds", "rds_plus"]
 
 @dataclass(frozen=True, config=STRICT)
 class Less(less.Options):
-    """Of method `less`, which chooses examples for stage=finetune."""
+    """Options of method `less`, which chooses examples for stage=finetune."""
 
     warmup: Share = 0.05
     """Part of the pool that the scoring model is trained on first."""

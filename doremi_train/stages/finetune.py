@@ -44,9 +44,9 @@ from doremi_train.training import batch_selection
 
 @once
 def run(session: Session) -> Run:
-    session = chosen.examples(session)
+    session, picked = chosen.examples(session)
     encoder = Encoder(model_folder(session), "finetune.model")
-    data = prepared(session, encoder)
+    data = prepared(session, encoder, picked=picked)
     selection = targets.chosen(session, data, lambda: _given(session, data, encoder))
     tuned = recipe(session, data, selection)
     before: dict[str, Any] = {}
@@ -129,8 +129,8 @@ def _measured(
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
-    """Save into a model as it was at the beginning, since the trained one may be in parts on many
-    processes."""
+    """Save as a model folder: into a model as it was at the beginning, since the trained one may be
+    in parts on many processes."""
     inner, adapters = tuning.build(session)
     inner.load_state_dict(
         folders.of_inner(tensors), strict=False
@@ -155,10 +155,9 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
     )
     found, wanted = [], asked.validation_sequences
     for one in instructions.examples(
-        sources.resolve(where), where, encoder, opening.BadLines(where)
+        sources.resolve(where), where, encoder, length, opening.BadLines(where)
     ):
-        tokens = chat.coded(one.example, length)
-        found += [tokens] if (tokens >= 0).any() else []
+        found += [one.tokens] if (one.tokens >= 0).any() else []
         if len(found) == wanted:
             break
     if len(found) < wanted:

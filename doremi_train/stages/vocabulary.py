@@ -12,6 +12,7 @@ from doremi_train.data.corpus.sources import resolve, signature
 from doremi_train.data.options import DataOptions
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
+from doremi_train.selection.documents import granular, kernels, parts
 from doremi_train.stages.choice import target_files
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
@@ -38,8 +39,7 @@ def run(session: Session) -> Path:
 
 
 def _recipe(session: Session) -> dict[str, Any]:
-    from doremi_train.selection.documents import granular
-
+    kernels.require_numba()  # wrong before the work, and not after it
     options, raw, text = (
         session.config.vocabulary,
         session.config.data,
@@ -57,8 +57,6 @@ def _recipe(session: Session) -> dict[str, Any]:
 
 
 def _make(session: Session, folder: Path) -> dict[str, Any]:
-    from doremi_train.selection.documents import granular, parts
-
     options = session.config.vocabulary
     text = target_files.text_options(session)
     target = [
@@ -83,8 +81,6 @@ def _picture(log: list[dict[str, Any]]) -> str:
 
 def _sample(sources: list[Source], data: DataOptions, size: int) -> list[bytes]:
     """The first training documents of every source, `size` bytes in all."""
-    from doremi_train.selection.documents import parts
-
     found: list[bytes] = []
     for source in sources:
         left = size // len(sources)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from doremi_train.config import UserError
 from doremi_train.data import instructions
 from doremi_train.data.chat import Encoder, Example, coded, padded
-from doremi_train.data.instructions import Instructions
-from doremi_train.data.options import DataOptions
+from doremi_train.data.instructions import Instructions, Picked
+from doremi_train.data.options import DataOptions, Split
 from doremi_train.data.tokens import tokenizer
 from doremi_train.gradients import capture, products
 from doremi_train.model import configs, folders, language_model, lora
@@ -223,6 +223,45 @@ def test_what_has_no_loss_and_what_is_held_out_is_left_out_and_said(
         data.carrying("train", np.zeros(5, int), np.arange(5), 48).tolist()
         == (rows[:, 1:] >= 0).sum(1).tolist()
     )
+
+
+def test_examples_picked_from_a_pool_are_those_of_a_file_of_their_records(
+    base: Path, tmp_path: Path
+) -> None:
+    """Also where they are cut, or held out too; tokens of another length are read anew."""
+    encoder, held = Encoder(str(base), "finetune.model"), pairs(7, 4)
+    long = {"prompt": "ab cd ", "completion": "ef " * 60}
+    records = [*pairs(8, 5), {"prompt": "ab", "completion": ""}, long, held[1]]
+    write(tmp_path / "held.jsonl", held)
+    write(tmp_path / "other.jsonl", pairs(9, 1))
+
+    def where(file: str, held_out: str) -> DataOptions:
+        split = Split((f"{tmp_path}/{file}",), (f"{tmp_path}/{held_out}",))
+        return DataOptions(embedded=None, domains={"mine": split})
+
+    write(tmp_path / "pool.jsonl", records)
+    options = where("pool.jsonl", "other.jsonl")
+    plain = instructions.prepare(options, encoder, 48, tmp_path / "store")
+    made = {path.name: path.read_bytes() for path in plain.iterdir()}
+    # A pool that was prepared without its records has them from now on, at the same address.
+    assert plain == instructions.prepare(
+        options, encoder, 48, tmp_path / "store", keep_records=True
+    )
+    assert made.items() < {path.name: path.read_bytes() for path in plain.iterdir()}.items()
+    pool = Instructions(plain)
+    kept = [json.loads(record) for record in pool.records()]
+    assert kept == [one for one in records if one["completion"]]
+    numbers = [6, 0, 5, 3]
+    write(tmp_path / "picked.jsonl", [kept[number] for number in numbers])
+    for length in (48, 40):
+        given = (where("picked.jsonl", "held.jsonl"), encoder, length)
+        one = instructions.prepare(*given, tmp_path / "one")
+        two = instructions.prepare(*given, tmp_path / "two", picked=Picked(pool, numbers))
+        assert Instructions(one).manifest["cut"] >= 1
+        assert Instructions(one).manifest["also_in_validation"] == 1
+        assert one.name == two.name
+        for path in one.iterdir():
+            assert path.read_bytes() == (two / path.name).read_bytes(), path.name
 
 
 def test_without_validation_files_the_same_examples_are_held_out_whatever_their_order(

@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 from doremi_train.config import fingerprint
 
-RECIPE = 1  # raise when the same files would give other text: prepared data of the older recipe is then not reused
+# Raise when the same files would give other text: prepared data of the older recipe is then not
+# reused.
+RECIPE = 1
 DOCUMENT = 60_000  # characters; longer documents are cut at the end of a line
 SHORTEST = 200  # characters; shorter files (an empty __init__.py) are no documents
 SMALLEST = 300_000  # bytes; a domain with less text on this machine is left out
@@ -42,7 +44,9 @@ PACKAGES = ("matplotlib", "networkx", "numpy", "scipy", "sympy", "torch", "trans
 
 
 class Document(NamedTuple):
-    name: str  # path relative to its tree, the same on every machine; what follows a colon is a part of the file
+    # Path relative to its tree, the same on every machine; what follows a colon is a part of the
+    # file.
+    name: str
     size: int  # bytes of text, about
     read: Callable[[], str]  # raises OSError, UnicodeDecodeError or SyntaxError
 

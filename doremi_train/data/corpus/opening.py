@@ -17,7 +17,8 @@ from doremi_train.config import UserError
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
-READER = 1  # raise when the same files would give other documents: data prepared before is then not reused
+# Raise when the same files would give other documents: data prepared before is then not reused.
+READER = 1
 CHUNK = 1 << 20  # bytes read together
 CODECS = {"zst": "zstd", "gz": "gzip"}
 
@@ -36,11 +37,12 @@ class Piece(NamedTuple):
 class Source:
     """One file."""
 
-    url: str  # absolute local path, fsspec URL, pipe:COMMAND, or installed:DOMAIN/SPLIT, or planted:…
+    url: str  # absolute local path, fsspec URL, pipe:COMMAND, installed:DOMAIN/SPLIT, or planted:…
     domain: str | None  # None: the record's data.domain_key says
     split: str | None  # as in Piece
     size: int  # bytes; 0 where unknown
-    version: str  # time of change in ns for local files; ETag or the like for remote ones; "" if nothing is known
+    # Time of change in ns for local files; ETag or the like for remote ones; "" if unknown.
+    version: str
 
 
 class BadLines:
@@ -117,7 +119,8 @@ def _command(url: str) -> Iterator[BinaryIO]:
     shell = [
         shutil.which("bash") or "sh",
         "-c",
-        f"trap '' INT TERM USR1 USR2; (set -o pipefail) 2>/dev/null && set -o pipefail; {url.removeprefix(PIPE)}",
+        "trap '' INT TERM USR1 USR2; (set -o pipefail) 2>/dev/null && set -o pipefail; "
+        f"{url.removeprefix(PIPE)}",
     ]
     with subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:

@@ -5,12 +5,12 @@ nothing else.
 |---|---|---|
 | `easy`, `hard` | made-up languages of 200 and 5000 words | nothing |
 | `big` | one of 1000 words, a quarter of all text | nothing |
-| `related_a`, `related_b` | the same words, each followed by others than in the other one | nothing |
+| `related_a`, `related_b` | the same words, each followed by others than in the other | nothing |
 | `copy` | the documents of `easy` once more | duplicate |
 | `twin_a`, `twin_b` | one language, other documents | duplicate |
 | `noise` | characters drawn at random | noise |
 | `trivial` | one sentence again and again: periodic | trivial |
-| `repeated` | a language of only 18 kB: the default proxy passes over it more than 15 times | repeated |
+| `repeated` | a language of only 18 kB: the default proxy sees it more than 15 times | repeated |
 
 A language has words of its own syllables. They come in classes that follow each other in a fixed
 order (its grammar), frequent ones first (Zipf), and each word has a few favourites to follow it

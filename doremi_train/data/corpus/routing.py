@@ -15,8 +15,9 @@ from doremi_train.data.options import DataOptions
 class Router:
     """Decides the split of every document, such that no text is in validation and in training.
 
-    Order: given validation files, then documents split by hash (the same text falls on the same side, whatever its
-    domain), then given training files. A document equal to a validation document met before is dropped and counted.
+    Order: given validation files, then documents split by hash (the same text falls on the same
+    side, whatever its domain), then given training files. A document equal to a validation document
+    met before is dropped and counted.
     """
 
     def __init__(self, options: DataOptions, sources: list[Source]) -> None:

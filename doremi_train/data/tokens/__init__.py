@@ -1,1 +1,1 @@
-"""From text to token shards: tokeniser, encoding, writing and reading."""
+"""Text becomes token shards: tokeniser, encoding, writing and reading."""

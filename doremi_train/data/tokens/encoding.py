@@ -1,4 +1,4 @@
-"""From documents to token arrays, in order: pieces are cut and batched in a thread, and batches
+"""Documents become token arrays, in order: pieces are cut and batched in a thread, and batches
 tokenised on all cores.
 
 reader thread (split, cut, batch) → two batches at a time on all cores → tokens in the order of the
@@ -28,7 +28,8 @@ PIECE = (
 )  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
 BATCH_BYTES = 2**22  # UTF-8 bytes tokenised together
 BATCH_PIECES = 2**14
-TOGETHER = 2  # batches in work: while one's tokens become arrays, on one core, the other keeps all cores busy
+# Batches in work: while one's tokens become arrays, on one core, the other keeps all cores busy.
+TOGETHER = 2
 
 Progress = Callable[
     [str, int, int | None], None
@@ -192,7 +193,7 @@ def _tokenise(
 
 
 def _ended(tokens: np.ndarray, end: int, last: bool) -> np.ndarray:
-    """With the end-of-document token, if the document ends here and does not bring its own."""
+    """Tokens of a piece and the end of the document, where it ends and does not bring its own."""
     if not last or (len(tokens) and int(tokens[-1]) == end):
         return tokens
     return np.append(tokens, np.asarray(end, tokens.dtype))

@@ -1,16 +1,17 @@
 """Text to token shards: one ordered stream, tokenised on all cores, the same bytes whoever computes
 it.
 
-    sources → `routing`: training or validation → `tokenising`: cut, batched, on all cores → `writing`: shards
+    sources → `corpus.routing`: training or validation
+            → `encoding`: cut, batched, on all cores
+            → `writing`: shards
 
 The result stands in a folder named by the content address of the request, so a changed source or
 tokeniser is never silently reused, and a killed preparation continues where the shards end.
 """
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
 from doremi_train.data.tokens.shards import token_dtype
 from doremi_train.data.tokens.writing import ShardWriter, write_manifest
-from doremi_train.files import try_lock
+from doremi_train.files import locked
 from doremi_train.storage.mirror import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
@@ -83,10 +84,10 @@ def prepare(
     target = folder / address(wanted)
     if not (target / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{target.name}.lock", progress):
-            found = (
-                target / "manifest.json"
-            ).exists()  # where the process we waited for has made it
+        waiting = partial(progress, "waiting for another process", 0, None)
+        with locked(folder / f"{target.name}.lock", waiting):
+            # Where the process we waited for has made it.
+            found = (target / "manifest.json").exists()
             if not found and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
@@ -127,16 +128,6 @@ def _some(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-@contextmanager
-def locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Only one process prepares an address; the others wait, and may be told to stop."""
-    with path.open("w") as file:
-        while not try_lock(file):
-            progress("waiting for another process", 0, None)
-            time.sleep(0.2)
-        yield
-
-
 def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
     """max_bad_lines is not part of the address, so a store made under a looser one may be found."""
     bad = orjson.loads((target / "manifest.json").read_bytes())["bad_lines"]
@@ -147,7 +138,7 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
         )
 
 
-# ── The stages of a preparation ──────────────────────────────────────────────────────────────────────────────────────
+# ── The stages of a preparation ───────────────────────────────────────────────────
 
 
 def _fill(

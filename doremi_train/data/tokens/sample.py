@@ -13,7 +13,9 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress
 from doremi_train.files import write_bytes
 
-READ_AHEAD = 4  # how many times the tokeniser's sample is read in search of domains, where the files do not name them
+# How many times the tokeniser's sample is read in search of domains, where the files do not name
+# them.
+READ_AHEAD = 4
 
 
 def sampled_tokenizer(
@@ -37,8 +39,8 @@ def _sample(options: DataOptions, sources: list[Source], meter: Meter) -> list[s
     """The first training documents of each domain, up to an even share of data.tokenizer_sample
     characters.
 
-    Where the files do not name the domains, a share shrinks whenever a new domain is met, and at most READ_AHEAD times
-    the sample is read.
+    Where the files do not name the domains, a share shrinks whenever a new domain is met, and at
+    most READ_AHEAD times the sample is read.
     """
     shares = {source.domain: _Share() for source in sources if source.domain is not None}
     named, seen = bool(shares), 0

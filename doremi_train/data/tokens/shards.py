@@ -2,7 +2,8 @@
 a manifest.
 
     <store>/manifest.json, index.npy, tokenizer.json
-    <store>/<split>/<folder of the domain>/00000.tar    members 00000000.tokens.npy, 00000000.ends.npy, 00000001.…
+    <store>/<split>/<folder of the domain>/00000.tar
+        members 00000000.tokens.npy, 00000000.ends.npy, 00000001.…
 
 A *stream* is one split of one domain. A *member* is a run of its tokens (about data.member_tokens
 of them) and the positions just after each end of a document. Legend: K domains, M members, B
@@ -72,9 +73,10 @@ class _Windows(NamedTuple):
 class TokenStore:
     """Random access to the sequences of a finished store.
 
-    A sequence is a window of length + 1 tokens with stride `length` inside one member, so of one domain only.
-    Opening reads manifest.json and index.npy; a shard is opened when a sequence of it is asked for, and where it is not
-    on this machine it comes from `mirror`, the store's second home.
+    A sequence is a window of length + 1 tokens with stride `length` inside one member, so of one
+    domain only. Opening reads manifest.json and index.npy; a shard is opened when a sequence of it
+    is asked for, and where it is not on this machine it comes from `mirror`, the store's second
+    home.
     """
 
     def __init__(

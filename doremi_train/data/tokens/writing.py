@@ -37,7 +37,8 @@ class StreamState:
     documents: int = 0
     bytes: int | None = 0  # UTF-8 bytes of the text; None: not known
     shards: list[int] = field(default_factory=list)  # size of each tar in bytes
-    sha256: str = ""  # chained over the members: depends on the tokens, the ends and where members are divided
+    # Chained over the members: depends on the tokens, the ends and where members are divided.
+    sha256: str = ""
 
 
 @dataclass
@@ -59,8 +60,9 @@ class ShardWriter:
     after the last member that reached the disk: the caller skips `held(stream)` pieces of each
     stream and appends the rest.
 
-    What is written is a function of the order of the pieces alone. A member closes with the piece that reaches
-    `member_tokens`, or early, the largest first, where all buffers together pass `buffer_bytes`.
+    What is written is a function of the order of the pieces alone. A member closes with the piece
+    that reaches `member_tokens`, or early, the largest first, where all buffers together pass
+    `buffer_bytes`.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class ShardWriter:
         return data
 
     def forget_journal(self) -> None:
-        """To be called when the manifest is written: nothing is left to continue."""
+        """Forget how to continue: the manifest is written, and nothing is left to do."""
         self._journal.unlink(missing_ok=True)
 
     def _flush(self, stream: Stream) -> None:

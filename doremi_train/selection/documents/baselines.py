@@ -17,10 +17,8 @@ from doremi_train.selection.documents.scorers import NO_TEXT, Arrays, NGrams, Ra
 
 BUCKETS = 2**18  # of words for BM25: hardly two words of a text share one
 SATURATION, LENGTH = 1.5, 0.75  # k₁ and b
-SAMPLE, READ = (
-    2048,
-    128,
-)  # parts of the corpus that a classifier tells from the target, and tokens of each
+# Parts of the corpus that a classifier tells from the target, and tokens of each.
+SAMPLE, READ = 2048, 128
 PENALTY = 1e-6  # of its squared weights
 TEXTS = 32  # embedded together
 SEEN = 256  # tokens of a text that an encoder reads
@@ -58,8 +56,15 @@ class BM25(Random):
         found = np.zeros((len(batch.start), model["weights"].shape[1]))
         room = np.zeros(BUCKETS, np.int64)
         kernels.bm25(
-            batch.tokens.hashes, batch.bounds, model["weights"], SATURATION, LENGTH, float(model["mean"]), room, found
-        )  # fmt: skip
+            batch.tokens.hashes,
+            batch.bounds,
+            model["weights"],
+            SATURATION,
+            LENGTH,
+            float(model["mean"]),
+            room,
+            found,
+        )
         return found
 
 

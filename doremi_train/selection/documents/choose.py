@@ -1,5 +1,4 @@
-"""From scores to a choice: where the budget ends, by sums over files that are read one after the
-other.
+"""A choice by scores: where the budget ends, by sums over files that are read one after the other.
 
 N parts, G groups with a budget of their own (the whole corpus, or every domain), K domains.
 """
@@ -211,7 +210,7 @@ class Profile:
     in_top: int = 0  # chosen parts that plain top-k would have chosen too
 
     def as_json(self) -> dict[str, Any]:
-        """For `result.json`."""
+        """The content for `result.json`."""
         documents = sum(part[0] for part in self.domains.values())
         return {
             "documents": documents,

@@ -106,7 +106,7 @@ def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
             position += len(table)
 
 
-# ── The chosen text as shards, a folder for each domain: a data.root ─────────────────────────────────────────────────
+# ── The chosen text as shards, a folder for each domain: a data.root ──────────────
 
 Write = Callable[[str, int, str], None]  # domain, id, text
 

@@ -73,7 +73,7 @@ def count(tokens: Sequence[bytes], texts: list[bytes]) -> NDArray[np.int64]:
     return np.bincount(ids, minlength=len(tokens))
 
 
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Files ─────────────────────────────────────────────────────────────────────────
 
 
 def save(path: Path, tokens: Sequence[bytes]) -> str:

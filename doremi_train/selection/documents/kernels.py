@@ -4,22 +4,18 @@ A batch is the UTF-8 of its documents, one after the other. A token is a 64-bit 
 every loop against the same thing written naively.
 """
 
+import functools
 import itertools
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError
-
-try:
-    from numba import njit
-except ImportError:
-    raise UserError("selection: needs numba; pip install 'doremi-train[select]'") from None
 
 SPACE, WORD, OTHER, ALONE = 0, 1, 2, 3  # classes of characters
 SHINGLE = 13  # tokens that are no coincidence: who shares them has copied
@@ -29,8 +25,36 @@ BASE = np.uint64(0x9FB21C651E98DF25)
 SCATTER = np.uint64(0xD6E8FEB86659FD93)
 
 
+LOOPS: list[Callable[..., Any]] = []  # as they are written
+
+
+def loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop that is compiled when one of them is first called: no other command waits for numba.
+    Raises UserError then, where numba is not installed."""
+
+    @functools.wraps(function)
+    def first(*arguments: Any) -> Any:
+        require_numba()
+        return globals()[function.__name__](*arguments)
+
+    LOOPS.append(function)
+    return first
+
+
+@lru_cache(1)
+def require_numba() -> None:
+    """Put the compiled loops in their own places in this module, so that they call each other and
+    nothing stands between. Raises UserError where numba is not installed."""
+    try:
+        from numba import njit
+    except ImportError:
+        raise UserError("selection: needs numba; pip install 'doremi-train[select]'") from None
+    for function in LOOPS:
+        globals()[function.__name__] = njit(cache=True, nogil=True)(function)
+
+
 class Tokens(NamedTuple):
-    """Of a batch of B documents, n tokens in all."""
+    """The tokens of a batch of B documents, n in all."""
 
     hashes: NDArray[np.uint64]  # (n,)
     ends: NDArray[np.int64]  # (n,) first byte after the token, in the batch
@@ -81,8 +105,8 @@ def alphabet() -> Alphabet:
 
 
 UNSPACED = (  # Thai and Lao, Tibetan, Burmese, Khmer, kana, Han
-    (0x0E00, 0x1000), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100), (0x3400, 0x4DC0),
-    (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000),
+    (0x0E00, 0x1000), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100),
+    (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32000),
 )  # fmt: skip
 
 
@@ -148,7 +172,7 @@ def overlap(
     return shared
 
 
-@njit(cache=True, nogil=True)
+@loop
 def mix(value):
     """`methods.ngram.mixed` of one number."""
     value += np.uint64(0x9E3779B97F4A7C15)
@@ -157,7 +181,7 @@ def mix(value):
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@loop
 def words(text, offsets, kind, lower, ascii, hashes, ends, first):
     """Split a batch into words: text (b,) uint8, document d from offsets[d] to offsets[d + 1].
     Fills `Tokens`, whose arrays have room for as many tokens as bytes; returns how many there are.
@@ -202,13 +226,13 @@ def words(text, offsets, kind, lower, ascii, hashes, ends, first):
     return n
 
 
-@njit(cache=True, nogil=True)
+@loop
 def bucket(mixed, buckets):
-    """Of a mixed hash: its upper half as a fraction of all buckets."""
+    """The bucket of a mixed hash: its upper half as a fraction of all buckets."""
     return ((mixed >> np.uint64(32)) * buckets) >> np.uint64(32)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def count(hashes, bounds, counts):
     """Add the 1- and 2-grams of each part, tokens bounds[p] to bounds[p + 1], to counts (m,)."""
     buckets = np.uint64(len(counts))
@@ -223,7 +247,7 @@ def count(hashes, bounds, counts):
             counts[bucket(before, buckets)] += 1
 
 
-@njit(cache=True, nogil=True)
+@loop
 def score(hashes, bounds, table, sums):
     """Add table (m, C) of the 1- and 2-grams of each part to sums (P, C): two columns at a time, a
     target's and its half's, whose sums then stay in registers."""
@@ -247,7 +271,7 @@ def score(hashes, bounds, table, sums):
                 sums[p, d] += second
 
 
-@njit(cache=True, nogil=True)
+@loop
 def identify(hashes, bounds, ids):
     """Ids (P,): a hash of the tokens of each part, so the same for the same words wherever they
     stand."""
@@ -259,7 +283,7 @@ def identify(hashes, bounds, ids):
         ids[p] = mix(value)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def shingles(hashes, start, end, out):
     """Hashes of all runs of SHINGLE tokens from `start` to `end`; returns how many. A polynomial
     that rolls along."""
@@ -275,9 +299,9 @@ def shingles(hashes, start, end, out):
     return max(end - start - SHINGLE + 1, 0)
 
 
-@njit(cache=True, nogil=True)
+@loop
 def copied(hashes, bounds, known, sieve, shift, shared):
-    """For each part how many of its runs of SHINGLE tokens are known: adds to shared (P,)."""
+    """Add to shared (P,) how many runs of SHINGLE tokens of each part are known."""
     most = 0
     for p in range(len(bounds) - 1):
         most = max(most, bounds[p + 1] - bounds[p])
@@ -299,7 +323,7 @@ class Trie(NamedTuple):
 
 
 def trie(tokens: Sequence[bytes]) -> Trie:
-    """Of a vocabulary that holds every single byte; the number of a token is its place."""
+    """The trie of a vocabulary that holds every single byte; a token's number is its place."""
     text, offsets = joined(tokens)
     size = 1 << (4 * len(text)).bit_length()
     edges, nodes = np.full(size, -1, np.int64), np.zeros(size, np.int64)
@@ -307,7 +331,7 @@ def trie(tokens: Sequence[bytes]) -> Trie:
     return Trie(edges, nodes, ends[: grow(text, offsets, edges, nodes, ends)])
 
 
-@njit(cache=True, nogil=True)
+@loop
 def place(edges, edge):
     """Where an edge is in the table, or would be."""
     at = np.int64(mix(np.uint64(edge)) & np.uint64(len(edges) - 1))
@@ -316,7 +340,7 @@ def place(edges, edge):
     return at
 
 
-@njit(cache=True, nogil=True)
+@loop
 def grow(text, offsets, edges, nodes, ends):
     """Fill a trie; returns how many nodes it has."""
     used = 1
@@ -333,7 +357,7 @@ def grow(text, offsets, edges, nodes, ends):
     return used
 
 
-@njit(cache=True, nogil=True)
+@loop
 def longest(text, start, end, edges, nodes, ends, ids, first):
     """Tokens of the parts of a text, from start[p] to end[p]: always the longest that matches.
     Fills ids, with room for as many as bytes, and first (P + 1,); returns how many there are."""
@@ -365,7 +389,7 @@ def segment(
     return ids[:n], first
 
 
-@njit(cache=True, nogil=True)
+@loop
 def frequencies(hashes, bounds, seen, documents):
     """Add to documents (m,) in how many parts each bucket of a token comes; seen (m,) int64 is
     room, all zero."""
@@ -377,7 +401,7 @@ def frequencies(hashes, bounds, seen, documents):
             seen[at] = p + 1
 
 
-@njit(cache=True, nogil=True)
+@loop
 def bm25(hashes, bounds, weights, saturation, length, mean, seen, sums):
     """Add to sums (P, C) the weights (m, C) of a part's tokens, each times f (k + 1) / (f + k (1 −
     b + b n / mean)) for its frequency f among the part's n tokens: k is `saturation`, b is

@@ -23,7 +23,8 @@ Arrays = dict[str, NDArray]
 Targets = Mapping[str, list[bytes]]  # documents of every column
 BUCKETS = 2**13  # of the words by which distributions are compared, whatever the method
 
-UNSEEN = 0.1  # of a count, for n-grams that a target has not: between 0.01 and 1 hidden documents are found best
+# Of a count, for n-grams that a target has not: between 0.01 and 1 hidden documents are found best.
+UNSEEN = 0.1
 NO_TEXT = "selection: the raw corpus holds no training text; give files that hold text"
 
 

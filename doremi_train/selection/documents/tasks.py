@@ -103,7 +103,7 @@ def score(task: Task) -> None:
 
 
 def schema(names: list[str]) -> pa.Schema:
-    """Of a file of scores: a row for every part."""
+    """The columns of a file of scores: a row for every part."""
     return pa.schema(
         [
             ("row", pa.int64()),  # of the document in its source
@@ -156,7 +156,7 @@ def _refused(batch: Batch, tokens: NDArray[np.int64], task: Task) -> NDArray[np.
     return refused.astype(np.int8)
 
 
-# ── What the driver hands to its workers ─────────────────────────────────────────────────────────────────────────────
+# ── What the driver hands to its workers ──────────────────────────────────────────
 
 
 def _runs(documents: list[bytes], tokenizer: str | None) -> Arrays:

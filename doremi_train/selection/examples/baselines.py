@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from doremi_train.selection.documents.registry import METHODS
+from doremi_train.selection.documents.scorers import whole
 from doremi_train.selection.examples.influence import Coded, batches
 from doremi_train.selection.options import SelectionOptions
 
@@ -32,9 +34,6 @@ def by_words(
     method: str, pool: Sequence[bytes], targets: Mapping[str, list[bytes]]
 ) -> NDArray[np.float64]:
     """(N, targets) scores of a method of document selection, each text uncut."""
-    from doremi_train.selection.documents.registry import METHODS  # numba is an extra
-    from doremi_train.selection.documents.scorers import whole
-
     scorer = METHODS[method](SelectionOptions(method=method))
     found = [
         whole(list(pool[first : first + _TOGETHER])) for first in range(0, len(pool), _TOGETHER)

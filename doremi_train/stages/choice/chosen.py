@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from doremi_train.config import UserError
 from doremi_train.data import options as data_options
+from doremi_train.data.instructions import Picked
 from doremi_train.data.options import DataOptions
 from doremi_train.stages import choice
-from doremi_train.stages.choice import target_files
+from doremi_train.stages.choice import less, less_choice, target_files
 from doremi_train.stages.session import Session
 
 
@@ -29,11 +30,12 @@ def data(session: Session) -> DataOptions:
     return replace(options, selection=str(choice.run(session) / target / "sidecar.parquet"))
 
 
-def examples(session: Session) -> Session:
-    """The same with a choice as its data, for stage=finetune; with selection=none as it is."""
+def examples(session: Session) -> tuple[Session, Picked | None]:
+    """(the same with a choice as its data, for stage=finetune; where its examples are in the pool);
+    with selection=none as it is."""
     options = session.config.selection
     if options.method == "none":
-        return session
+        return session, None
     if options.method != "less":
         raise UserError(
             f"selection={options.method}: chooses documents, and stage=finetune reads examples; "
@@ -41,7 +43,8 @@ def examples(session: Session) -> Session:
         )
     target = target_files.trained(session)
     assert options.targets is not None
-    chosen = choice.run(session) / target / f"{options.less.train_on}.jsonl"
+    folder = choice.run(session) / target
+    chosen = folder / f"{options.less.train_on}.jsonl"
     split = data_options.Split((str(chosen),), options.less.test or options.targets[target])
     where = replace(
         session.config.data,
@@ -51,4 +54,5 @@ def examples(session: Session) -> Session:
         domain_key=None,
         domains={target: split},
     )
-    return replace(session, config=replace(session.config, data=where))
+    trained = replace(session, config=replace(session.config, data=where))
+    return trained, less_choice.picked(folder, options.less.train_on, less.pool(session))

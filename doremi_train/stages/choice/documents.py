@@ -18,11 +18,19 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar, short
 from doremi_train.data.corpus.sources import names, resolve, signature
 from doremi_train.data.tokens import tokenizer as tokenizers
-from doremi_train.data.tokens.prepare import locked
 from doremi_train.methods import ngram
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
-from doremi_train.selection.documents import engines
+from doremi_train.selection.documents import (
+    choose,
+    describe,
+    engines,
+    granular,
+    kernels,
+    parts,
+    scorers,
+    tasks,
+)
 from doremi_train.stages.choice import array, target_files
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, stop
@@ -64,8 +72,7 @@ def show(session: Session, folder: Path) -> None:
 
 def _recipe(session: Session) -> dict[str, Any]:
     """Everything that decides the choice; under "scores" what decides the scores."""
-    from doremi_train.selection.documents import granular
-
+    kernels.require_numba()  # wrong before the work, and not after it
     options = session.config.selection
     raw = session.config.data
     given = {
@@ -98,8 +105,6 @@ def _recipe(session: Session) -> dict[str, Any]:
 def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Score the corpus, unless that was done; then choose for every target. The content of
     `result.json`."""
-    from doremi_train.selection.documents import choose, parts, scorers
-
     text = target_files.text_options(session)
     served = {
         name: parts.texts(found, text, f"selection.targets.{name}")
@@ -161,8 +166,6 @@ def _score(
     session: Session, home: Path, columns: Mapping[str, list[bytes]], pool: engines.Engine
 ) -> tuple[list[Any], Any]:
     """(a task for every source, all of them done; the sums over the corpus)."""
-    from doremi_train.selection.documents import describe, parts, tasks
-
     options, raw = session.config.selection, session.config.data
     work = [
         tasks.Task(home, number, source, raw, options) for number, source in enumerate(resolve(raw))
@@ -170,7 +173,7 @@ def _score(
     for task in work:
         describe.require_text(task)
     home.mkdir(parents=True, exist_ok=True)
-    with locked(home / "lock", lambda *_: stop.check("select")):
+    with files.locked(home / "lock", lambda: stop.check("select")):
         _everywhere(
             pool,
             "select: counting",
@@ -202,20 +205,30 @@ def _score(
 
 
 def _choose(
-    session: Session, folder: Path, name: str, work: list[Any], scores: Any, found: Any, pool: engines.Engine,
+    session: Session,
+    folder: Path,
+    name: str,
+    work: list[tasks.Task],
+    scores: choose.Scores,
+    found: choose.Totals,
+    pool: engines.Engine,
     metadata: dict[str, str],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the sidecar, the mixture and the shards of one target; what is to be said about its
     choice."""
-    from doremi_train.selection.documents import choose, describe
-
     options = session.config.selection
     groups, budgets = choose.budgets(options, found)
     samplers = [
-        choose.Sampler(scores, column, options.temperature * found.spread(column, options.exact), session.config.seed,
-                       groups, options.budget[0] == "documents")
+        choose.Sampler(
+            scores,
+            column,
+            options.temperature * found.spread(column, options.exact),
+            session.config.seed,
+            groups,
+            options.budget[0] == "documents",
+        )
         for column in (name, f"{name}/half")
-    ]  # fmt: skip
+    ]
     cuts = [sampler.cut(budgets) for sampler in samplers]
     top = replace(samplers[0], temperature=0.0).cut(budgets)
     profile = choose.write_sidecar(folder / "sidecar.parquet", samplers[0], cuts[0], top, metadata)
@@ -240,9 +253,8 @@ def _choose(
 
 
 def _kl(documents: list[bytes], raw: Any, chosen: Any) -> dict[str, float]:
-    """From the half of a target that the choice by the other half has not seen, in nats."""
-    from doremi_train.selection.documents import scorers, tasks
-
+    """Divergences from the half of a target that the choice by the other half has not seen, in
+    nats."""
     held_out = tasks.words(scorers.whole(scorers.halves(documents)[1]))
     far, near = ngram.kl(held_out, raw), ngram.kl(held_out, chosen)
     return {"raw": far, "chosen": near, "reduction": far - near}

@@ -1,9 +1,11 @@
 """LESS (`methods.less`), step by step: a warm-up, what its checkpoints say of every example, and a
 choice.
 
-    warm-up      a part of the pool is trained on for a few epochs; each leaves parameters and AdamW's state
-    scoring      cosines of every example's AdamW direction with the targets' gradients, at each checkpoint: exactly,
-                 or by projected features that are kept, so that later targets cost nothing but their own gradients
+    warm-up      a part of the pool is trained on for a few epochs; each leaves parameters and
+                 AdamW's state
+    scoring      cosines of every example's AdamW direction with the targets' gradients, at each
+                 checkpoint: exactly, or by projected features that are kept, so that later targets
+                 cost nothing but their own gradients
     choice       the examples of the highest influence, beside those of the baselines
     fine-tuning  stage=finetune with the same keys trains on a choice
 
@@ -32,6 +34,7 @@ from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar
 from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus.sources import resolve, signature
+from doremi_train.data.instructions import Instructions
 from doremi_train.methods import less
 from doremi_train.parallel import comm
 from doremi_train.reports import less_page
@@ -41,7 +44,7 @@ from doremi_train.selection.examples.rows import Rows, cosines
 from doremi_train.stages.choice import less_choice, less_pool, tuning, warmup
 from doremi_train.stages.choice.less_pool import Pool, Subtask
 from doremi_train.stages.choice.warmup import Warm
-from doremi_train.stages.session import Session
+from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 
 SCORES = 1  # raise when the same request would give other scores
@@ -51,14 +54,14 @@ _SHARD = 512  # examples scored by one process at a time
 def run(session: Session) -> Path:
     """The folder of the choices."""
     scorer = _scorer(session)
-    key = "selection.scorer_model" if session.config.selection.scorer_model else "finetune.model"
-    encoder = Encoder(str(scorer.config.finetune.model), key)
-    pool = less_pool.gather(session, tuning.prepared(scorer, encoder))
-    served = less_pool.serving(session, encoder) if session.config.selection.targets else {}
-    warm = warmup.run(scorer, pool.data)
+    data = pool(session)
+    candidates = less_pool.gather(session, data)
+    targeted = session.config.selection.targets
+    served = less_pool.serving(session, _encoder(session)) if targeted else {}
+    warm = warmup.run(scorer, data)
     choice = Run(session.store, "selection", _recipe(session, warm, served))
     if not choice.finished:
-        scores = _influences(scorer, warm, pool, served)
+        scores = _influences(scorer, warm, candidates, served)
     if not served:
         session.say(
             "select                 the features are in the store; give selection.targets to "
@@ -69,10 +72,22 @@ def run(session: Session) -> Path:
         if todo:
             comm.on_first(
                 lambda: choice.finish(
-                    less_choice.choose(scorer, choice.folder, pool, served, scores)
+                    less_choice.choose(scorer, choice.folder, candidates, served, scores)
                 )
             )
     return choice.folder
+
+
+@once
+def pool(session: Session) -> Instructions:
+    """The examples to choose from, tokenised for the model that scores them, with their records."""
+    return tuning.prepared(_scorer(session), _encoder(session), keep_records=True)
+
+
+@once
+def _encoder(session: Session) -> Encoder:
+    key = "selection.scorer_model" if session.config.selection.scorer_model else "finetune.model"
+    return Encoder(str(_scorer(session).config.finetune.model), key)
 
 
 def show(session: Session, folder: Path) -> None:

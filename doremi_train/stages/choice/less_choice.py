@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.data.corpus.opening import BadLines
-from doremi_train.data.corpus.reading import records
-from doremi_train.data.corpus.sources import resolve
+from doremi_train.data.instructions import Instructions, Picked
 from doremi_train.methods import less
 from doremi_train.model import folders
 from doremi_train.selection.examples import baselines
@@ -43,8 +41,9 @@ def choose(
     copy_of = [
         first.setdefault(tokens.tobytes(), number) for number, tokens in enumerate(pool.tokens)
     ]
-    texts = _texts(session, pool)
-    orders = _Orders(session, pool, [baselines.text(record) for record in texts], served)
+    records = pool.data.records()
+    texts = [baselines.text(orjson.loads(record)) for record in records]
+    orders = _Orders(session, pool, texts, served)
     targets = {}
     for name in dict.fromkeys(target for target, _ in served):
         columns = [column for column, (target, _) in enumerate(served) if target == name]
@@ -55,8 +54,10 @@ def choose(
             for method, order in ranked.items()
         } | {"all": list(range(len(pool.tokens)))}
         for method, picked in picks.items():
-            lines = b"".join(orjson.dumps(texts[n]) + b"\n" for n in picked)
+            lines = b"".join(records[n] for n in picked)
             files.write_bytes(folder / name / f"{method}.jsonl", lines)
+        numbers = orjson.dumps({"pool": pool.data.fingerprint, "examples": picks})
+        files.write_bytes(folder / name / "picks.json", numbers)
         _write_scores(folder / name / "scores.parquet", pool, copy_of, scores.numpy(), picks)
         targets[name] = _described(name, pool, texts, served, scores.numpy(), ranked["less"], picks)
     empty = pool.data.manifest["without_loss"]
@@ -146,16 +147,14 @@ def _budgeted(session: Session, order: Sequence[int], pool: Pool) -> list[int]:
     )
 
 
-def _texts(session: Session, pool: Pool) -> list[dict[str, Any]]:
-    """The record of every example."""
-    data = session.config.data
-    wanted = {place: number for number, place in enumerate(pool.places)}
-    found: dict[int, dict[str, Any]] = {}
-    for source in resolve(data):
-        for _, line, record in records(source, data, BadLines(data)):
-            if (source.url, line) in wanted:
-                found[wanted[source.url, line]] = record
-    return [found[number] for number in range(len(pool.places))]
+def picked(folder: Path, method: str, pool: Instructions) -> Picked | None:
+    """A method's choice for a target, of which this is the folder, as examples of the pool. None
+    where it was made of another pool, or before their numbers were kept."""
+    path = folder / "picks.json"
+    if not path.exists():
+        return None
+    kept = files.read_json(path)
+    return Picked(pool, kept["examples"][method]) if kept["pool"] == pool.fingerprint else None
 
 
 def _write_scores(
@@ -182,18 +181,22 @@ def _write_scores(
 
 
 def _described(
-    name: str, pool: Pool, texts: list[dict[str, Any]], served: Mapping[Subtask, Any], scores: NDArray[np.float64],
-    ranked: list[int], picks: Mapping[str, list[int]],
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    pool: Pool,
+    texts: list[bytes],
+    served: Mapping[Subtask, Any],
+    scores: NDArray[np.float64],
+    ranked: list[int],
+    picks: Mapping[str, list[int]],
+) -> dict[str, Any]:
     def shown(number: int) -> dict[str, Any]:
         file, line = pool.places[number]
-        said = baselines.text(texts[number]).decode()
         return {
             "score": float(scores[number]),
             "file": file,
             "line": line,
             "domain": pool.domains[number],
-            "text": said,
+            "text": texts[number].decode(),
         }
 
     known = scores[np.isfinite(scores)]
@@ -222,14 +225,16 @@ def _described(
 def summary(result: Mapping[str, Any], folder: Path) -> str:
     empty = result["without_loss"]
     lines = [
-        f"pool {result['examples']} examples; left out {empty['examples']} without a token that carries a loss"
+        f"pool {result['examples']} examples; left out {empty['examples']} without a token that "
+        "carries a loss"
         + (f" (such as {empty['first'][0]})" if empty["examples"] else "")
         + f", {result['copies']} copies of others, {result['without_score']} without a score"
     ]
     for name, part in result["targets"].items():
         lines += [
             "",
-            f"{name}: by {sum(part['subtasks'].values())} examples of {len(part['subtasks'])} subtasks",
+            f"{name}: by {sum(part['subtasks'].values())} examples of "
+            f"{len(part['subtasks'])} subtasks",
         ]
         for method, found in part["methods"].items():
             mine = part["methods"]["less"]["shared"][method] / max(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from doremi_train.config import UserError
 from doremi_train.data import instructions
 from doremi_train.data.chat import Encoder
-from doremi_train.data.instructions import Instructions
+from doremi_train.data.instructions import Instructions, Picked
 from doremi_train.model import folders, lora
 from doremi_train.parallel import comm
 from doremi_train.stages.session import Session
@@ -19,14 +19,26 @@ class Built(NamedTuple):
     adapters: Any  # peft's view of them
 
 
-def prepared(session: Session, encoder: Encoder) -> Instructions:
-    """The examples; tokenised on the first process, opened on all."""
+def prepared(
+    session: Session,
+    encoder: Encoder,
+    keep_records: bool = False,
+    picked: Picked | None = None,
+) -> Instructions:
+    """The examples; tokenised on the first process, opened on all. The rest as in
+    `instructions.prepare`."""
     length = session.config.training.sequence_length
 
     def make() -> Path:
         check = partial(stop.check, "finetune")
         return instructions.prepare(
-            session.config.data, encoder, length, session.store / "data", check
+            session.config.data,
+            encoder,
+            length,
+            session.store / "data",
+            check,
+            keep_records,
+            picked,
         )
 
     data = Instructions(comm.on_first(make))

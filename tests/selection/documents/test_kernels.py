@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doremi_train.methods import ngram
+from doremi_train.selection.documents import kernels, scorers
 from doremi_train.selection.options import SelectionOptions
 
-kernels = pytest.importorskip("doremi_train.selection.documents.kernels")
-scorers = pytest.importorskip("doremi_train.selection.documents.scorers")
+pytest.importorskip("numba")
 
 MASK = 2**64 - 1
 TEXTS = [
@@ -157,3 +157,9 @@ def test_shared_runs_are_counted(n: int) -> None:
         kernels.overlap(np.concatenate([hashes, hashes]), np.array([0, n, 2 * n]), known).tolist()
         == [len(runs & copies)] * 2
     )
+
+
+def test_nothing_stands_before_a_compiled_loop() -> None:
+    kernels.require_numba()
+    for function in kernels.LOOPS:
+        assert getattr(kernels, function.__name__).py_func is function

@@ -3,6 +3,8 @@ planted tasks."""
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from helpers.command import Command, start
 
 from benchmarks import planted_tasks
 from benchmarks.planted_tasks import TASKS, records, write
+from doremi_train.data import instructions
+from doremi_train.data.chat import Encoder
+from doremi_train.data.corpus import formats
+from doremi_train.data.corpus.opening import Source
+from doremi_train.data.options import DataOptions, Split
 from doremi_train.model import optim
 from doremi_train.model.optim import OptimizerOptions
 
@@ -189,6 +196,56 @@ def test_finetune_trains_on_a_choice(
     assert outcome.code == 0, outcome
     told = json.loads((tmp_path / "run/finetune/result.json").read_text())["data"]["examples"]
     assert told == {"birch": {"train": 5, "validation": 5}}
+
+
+def test_a_record_of_the_pool_is_read_once_and_tokenised_once_up_to_training(
+    folder: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the one reader of JSON lines and the one encoder, in an empty store."""
+    read: Counter[str] = Counter()
+    tokenised: Counter[str] = Counter()
+    objects, encode = formats.objects, Encoder.encode
+
+    def counted_objects(source: Source, *rest: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, record in objects(source, *rest):
+            read[f"{source.url}, line {number}"] += 1
+            yield number, record
+
+    def counted_encode(self: Encoder, record: dict[str, Any], place: str) -> Any:
+        tokenised[place] += 1
+        return encode(self, record, place)
+
+    monkeypatch.setattr(formats, "objects", counted_objects)
+    monkeypatch.setattr(Encoder, "encode", counted_encode)
+    steps = ("stage=finetune", "selection.train=birch", "training.steps=1")
+    run_dir = f"run_dir={tmp_path}/run"
+    assert command(*overrides(folder, store=f"{tmp_path}/store"), *steps, run_dir).code == 0
+    pool = {
+        f"{folder}/pool.jsonl, line {n}": 1 for n in range(1, len(lines(folder / "pool.jsonl")) + 1)
+    }
+    assert {place: n for place, n in read.items() if "pool.jsonl" in place} == pool
+    assert {place: n for place, n in tokenised.items() if "pool.jsonl" in place} == pool
+    assert not any(str(tmp_path) in place for place in (read | tokenised))  # nor the choice again
+
+
+@pytest.mark.parametrize("method", ["less", "random", "all"])
+def test_examples_of_a_choice_are_prepared_as_its_file_would_be(
+    folder: Path, chosen: Path, command: Command, tmp_path: Path, method: str
+) -> None:
+    """The same address and the same bytes, so the same run."""
+    more = (f"selection.less.train_on={method}", "selection.train=birch", "training.steps=1")
+    outcome = command(*overrides(folder), "stage=finetune", *more, f"run_dir={tmp_path}/run")
+    assert outcome.code == 0, outcome
+    file = (chosen / "select" / "birch" / f"{method}.jsonl").resolve()
+    where = DataOptions(
+        embedded=None, domains={"birch": Split((str(file),), (f"{folder}/birch.jsonl",))}
+    )
+    encoder = Encoder(f"{folder}/model", "finetune.model")
+    alone = instructions.prepare(where, encoder, 12, tmp_path / "alone")
+    there = folder / "store" / "data" / alone.name
+    assert sorted(path.name for path in alone.iterdir()) == sorted(p.name for p in there.iterdir())
+    for path in alone.iterdir():
+        assert path.read_bytes() == (there / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize(
