@@ -62,7 +62,7 @@ class Counted(Live):
         }
         options = ModelOptions(config=config | {"num_attention_heads": 2})
         shape = configs.resolve(options, data.vocabulary_size, data.end_of_document, LENGTH)
-        super().__init__(folders.build(shape, seed), CPU, "fp32")
+        super().__init__(folders.build(shape, seed), CPU)
         self.seen: list[tuple[int, int]] = []
 
     def losses(self, micro: MicroBatch) -> torch.Tensor:
