@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from doremi_train.methods import online
-from doremi_train.methods.online import Drawn, Options, Stats, observe, result, sampling, weigh
+from doremi_train.methods.online import (
+    Drawn,
+    Options,
+    Stats,
+    observe,
+    result,
+    sampling,
+    token_wise,
+    weigh,
+)
 
 PIECES = 100  # of a run, N
 RECENT, SMOOTH = 0.9, 0.9  # of h, and the part of ρ̄ in π
@@ -32,7 +41,18 @@ _SAME = (
     1e-10  # of the sum of squares: errors that are no nearer to each other than losses are rounded
 )
 
-__all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
+__all__ = [
+    "Options",
+    "Stats",
+    "init",
+    "observe",
+    "record",
+    "result",
+    "sampling",
+    "token_wise",
+    "update",
+    "weigh",
+]
 
 
 class Law(NamedTuple):

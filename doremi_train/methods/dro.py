@@ -21,9 +21,20 @@ from torch import Tensor
 
 from doremi_train.config import STRICT, NonNegativeFloat
 from doremi_train.methods import online, simplex
-from doremi_train.methods.online import Drawn, Stats, observe, result, sampling, weigh
+from doremi_train.methods.online import Drawn, Stats, observe, result, sampling, token_wise, weigh
 
-__all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
+__all__ = [
+    "Options",
+    "Stats",
+    "init",
+    "observe",
+    "record",
+    "result",
+    "sampling",
+    "token_wise",
+    "update",
+    "weigh",
+]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -32,6 +32,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from doremi_train.config import STRICT, NonNegativeFloat, PositiveFloat
+from doremi_train.methods import simplex
+
+token_wise = True
 
 BINS, _PER_NAT = (
     2048,
@@ -122,10 +125,8 @@ def observe(
     rho = options.policy == "rho"
     excess = _excess(losses.detach(), reference, options)
     weights = torch.zeros_like(excess) if rho else _weights(excess, None, options)
-    columns = (
-        torch.stack([losses.detach(), torch.ones_like(excess), weights, weights**2]).double().sum(2)
-    )  # (4, B)
-    loss, tokens, weight, square = columns.new_zeros(4, domains).index_add_(1, domain, columns)
+    columns = torch.stack([losses.detach(), weights, weights**2])  # (3, B, T)
+    (loss, weight, square), tokens = simplex.sums(columns, domain, domains)
     bins = BINS if rho else 0
     histogram = torch.zeros(domains, bins, dtype=torch.float64, device=losses.device)
     if rho:
@@ -152,15 +153,11 @@ def weigh(
     domain: Tensor,
     tokens: Tensor,
     options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
+    losses: Tensor,
+    reference: Tensor | None,
 ) -> Tensor:
-    """(B, T) token weights, divided by the batch's tokens (K,) and, where asked for, by their
-    global mean."""
-    if losses is None:
-        raise ValueError(
-            "importance weights are a function of the losses (B, T), which are missing"
-        )
+    """(B, T) token weights from losses (B, T) and the reference's (B, T), divided by the batch's
+    tokens (K,) and, where asked for, by their global mean."""
     weights = _weights(_excess(losses, reference, options), state, options)
     return weights / (state.scale * tokens.sum())
 
@@ -177,6 +174,10 @@ def record(state: State, stats: Stats) -> dict[str, Tensor]:
         "tokens": stats.tokens.long(),
         "effective_sample_size": state.effective,
     }
+
+
+def result(state: State) -> None:
+    """None: the mixture is given, not learned."""
 
 
 # ── Parts ───────────────────────────────────────────────────────────────────────────

@@ -19,11 +19,31 @@ import torch
 from torch import Tensor
 
 from doremi_train.methods import online
-from doremi_train.methods.online import Drawn, Options, Stats, observe, result, sampling, weigh
+from doremi_train.methods.online import (
+    Drawn,
+    Options,
+    Stats,
+    observe,
+    result,
+    sampling,
+    token_wise,
+    weigh,
+)
 
 KEPT = 0.9  # of R̂ from step to step
 
-__all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
+__all__ = [
+    "Options",
+    "Stats",
+    "init",
+    "observe",
+    "record",
+    "result",
+    "sampling",
+    "token_wise",
+    "update",
+    "weigh",
+]
 
 
 class State(NamedTuple):
