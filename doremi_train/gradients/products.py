@@ -4,10 +4,11 @@ never exist.
 A linear layer with inputs a_t and output gradients b_t has the gradient Σ_t b_t a_tᵀ of an example.
 From one capture:
 
-    ⟨g_i, G⟩     Σ_t b_itᵀ G a_it                          `tokens`, `dot`: also per token, and per packed document
-    ⟨g_i, g_j⟩   Σ_t,s (a_it · a_js)(b_it · b_js)          `gram`, `norm2`; or rows of g_i, a bounded block at a time
-    Σ_i w_i g_i  Σ_i,t w_i b_it a_itᵀ                      `weighted`: a gradient step without another backward
-    R g_i S      Σ_t (Rᵀ b_it)(Sᵀ a_it)ᵀ                   `sketch`: few numbers whose dots are ⟨g_i, g_j⟩ on average
+    ⟨g_i, G⟩     Σ_t b_itᵀ G a_it                  `tokens`, `dot`: also per token
+    ⟨g_i, g_j⟩   Σ_t,s (a_it · a_js)(b_it · b_js)  `gram`, `norm2`; or rows, a block at a time
+    Σ_i w_i g_i  Σ_i,t w_i b_it a_itᵀ              `weighted`: a step without another backward
+    R g_i S      Σ_t (Rᵀ b_it)(Sᵀ a_it)ᵀ           `sketch`: few numbers whose dots are ⟨g_i, g_j⟩
+                                                   on average
 
 The gradient of a parameter is a tuple of factors, one for each use, and all that is linear adds up
 over them. A Gram does not: a tied embedding and head have cross terms, so there the rows are added

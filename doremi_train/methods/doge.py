@@ -3,8 +3,9 @@ https://arxiv.org/abs/2310.15393).
 
 Algorithm 1, and its form with a target set:
 α_0 = 1/K. For t = 1 … T:
-  1. a batch, uniform over domains; g_k is the gradient of the mean loss over the tokens of domain k;
-  2. W_t[k] = ⟨g_k, g_target⟩, for a target set; or without one ⟨g_k, Σ_{j≠k} g_j⟩, what helps the other domains too;
+  1. a batch, uniform over domains; g_k is the gradient of the mean loss over domain k's tokens;
+  2. W_t[k] = ⟨g_k, g_target⟩, for a target set; or without one ⟨g_k, Σ_{j≠k} g_j⟩, what helps the
+     other domains too;
   3. α' = α_{t−1} · exp(η/μ W_t);  α_t = (1 − c) α' / Σ α' + c / K;
   4. one optimiser step on Σ_k α_t[k] g_k.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.

@@ -3,7 +3,7 @@ https://arxiv.org/abs/2305.10429), Algorithm 1.
 
 α_0 = 1/K. For t = 1 … T:
   1. a batch of b sequences, uniform over domains;
-  2. λ_t[k] = Σ over the tokens of domain k of max(ℓ_θ − ℓ_ref, 0), divided by the number of tokens of domain k;
+  2. λ_t[k] = Σ over the tokens of domain k of max(ℓ_θ − ℓ_ref, 0), divided by their number;
   3. α' = α_{t−1} · exp(η λ_t);  α_t = (1 − c) α' / Σ α' + c / K;
   4. one optimiser step on Σ_k α_t[k] · (mean over the tokens of domain k of ℓ_θ), unclipped.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.

@@ -1,8 +1,8 @@
 """Group DRO towards target losses: dynamic batch loading (Sheared LLaMA, Xia et al. 2023, arXiv
 2310.06694).
 
-Every domain has a loss ℓ_ref that is to be reached (that of a reference model). Every m steps, with ℓ the domain's
-loss since the last time:
+Every domain has a loss ℓ_ref that is to be reached (that of a reference model). Every m steps, with
+ℓ the domain's loss since the last time:
   Δ_k = max(ℓ_k − ℓ_ref,k, 0);  α_k ← α_k exp(η Δ_k) / Σ_j α_j exp(η Δ_j)
 and the next m steps are drawn from α. Until the warm-up is over the prior is drawn from.
 

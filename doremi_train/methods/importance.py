@@ -1,12 +1,13 @@
 """Importance-weighted losses: how much one label or token counts, from its excess loss over a
 reference.
 
-IMP and DIMP (Kuo et al. 2025, https://arxiv.org/abs/2410.21526). The data come from a generator Q, a few real examples
-show the law P that is wanted, and p̂' is a model of those:
-  IMP   w = (p̂'(y|x) / q̂(y|x))^γ          with a model q̂ of the data: static, a column computed once;
-  DIMP  w = (p̂'(y|x) / sg p_θ(y|x))^γ     with the model as it is now (sg: no gradient);
+IMP and DIMP (Kuo et al. 2025, https://arxiv.org/abs/2410.21526). The data come from a generator Q,
+a few real examples show the law P that is wanted, and p̂' is a model of those:
+  IMP   w = (p̂'(y|x) / q̂(y|x))^γ        with a model q̂ of the data: static, a column made once;
+  DIMP  w = (p̂'(y|x) / sg p_θ(y|x))^γ   with the model as it is now (sg: no gradient);
   L = (1/n) Σ w · ℓ_θ.
-RHO-1 (Lin et al. 2024, https://arxiv.org/abs/2404.07965): the mean loss of a batch's top k % of tokens by ℓ_θ − ℓ_ref.
+RHO-1 (Lin et al. 2024, https://arxiv.org/abs/2404.07965): the mean loss of a batch's top k % of
+tokens by ℓ_θ − ℓ_ref.
 Focal loss (Lin et al. 2017, https://arxiv.org/abs/1708.02002): w = (1 − p_θ)^γ.
 
 All of them are a policy on one excess e, in nats (ℓ is −log p, ℓ_ref that of p̂'):
@@ -36,10 +37,8 @@ from doremi_train.methods import simplex
 
 token_wise = True
 
-BINS, _PER_NAT = (
-    2048,
-    64,
-)  # of RHO's histogram: e from −16 to 16 nats, the outermost bins hold what lies beyond
+# Of RHO's histogram: e from −16 to 16 nats, the outermost bins hold what lies beyond.
+BINS, _PER_NAT = 2048, 64
 _TINY = 1e-300  # where every weight is 0, so is the loss
 
 

@@ -2,7 +2,7 @@
 as rewards.
 
 With the exploration rate E_t = min(1/K, √(ln K / (K t))), after step t:
-  R̂_k ← 0.9 R̂_k + 0.1 · L_k / π_k            L_k: loss of the batch from domain k, as part of the whole batch
+  R̂_k ← 0.9 R̂_k + 0.1 · L_k / π_k    L_k: loss of the batch from domain k, as part of the whole
   π_k = (1 − K E_{t+1}) exp(E_t R̂_k) / Σ_j exp(E_t R̂_j) + E_{t+1}
 Until the warm-up is over the prior is drawn from.
 

@@ -41,8 +41,8 @@ class Separate(NamedTuple):
 
 def log_linear(points: Floats, losses: Floats) -> LogLinear:
     """Robust least squares from several starts: (N, K), (N, M) → c, t."""
-    found = np.array([_log_linear(points, column) for column in losses.T])  # (M, 1 + K)
-    return LogLinear(found[:, 0], found[:, 1:])
+    solved = np.array([_log_linear(points, column) for column in losses.T])  # (M, 1 + K)
+    return LogLinear(solved[:, 0], solved[:, 1:])
 
 
 def _log_linear(points: Floats, losses: Floats) -> Floats:
