@@ -31,6 +31,12 @@ class UserError(Exception):
         super().__init__(redact(message))
 
 
+def in_keys(message: object, keys: Mapping[str, str]) -> str:
+    """What a method says of its own arguments, in words of the command: `keys` by argument."""
+    arguments = "|".join(map(re.escape, keys))
+    return re.sub(rf"\b({arguments})\b", lambda argument: keys[argument[0]], str(message))
+
+
 def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     """Validate plain values into the options dataclass `cls`, refusing unknown keys and wrong
     types.

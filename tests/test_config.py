@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import (
@@ -22,8 +23,10 @@ from doremi_train.config import (
     conf_dir,
     fingerprint,
     flatten,
+    in_keys,
     load,
 )
+from doremi_train.methods import heuristics
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -131,3 +134,15 @@ def test_flatten_names_leaves_by_their_whole_path() -> None:
 
 def test_the_configuration_folder_is_found() -> None:
     assert (conf_dir() / "config.yaml").is_file()
+
+
+def test_what_a_method_says_is_put_into_words_of_the_command() -> None:
+    keys = {"max_epochs": "mixture.max_epochs", "floor": "swarm.floor"}
+    said = in_keys(ValueError("max_epochs=4 and floor=0.1 of floors, or max_epochs"), keys)
+    assert said == "mixture.max_epochs=4 and swarm.floor=0.1 of floors, or mixture.max_epochs"
+    with pytest.raises(ValueError) as error:
+        heuristics.unimax(torch.tensor([10.0]), 100.0, heuristics.Options())
+    assert in_keys(error.value, keys) == (
+        "a budget of 100 tokens is more than mixture.max_epochs=4 epochs of all 10 tokens; "
+        "raise it, or train for fewer tokens"
+    )

@@ -362,19 +362,25 @@ def test_contract_of_an_objective(name: str, options: Any) -> None:
         assert float(mixture.sum()) == pytest.approx(1) and bool((mixture >= 0).all())
 
         # Weights are finite, not below 0 and those of a mean: the loss keeps the scale of nats.
-        weights = objective.weigh(state, domain, whole.tokens, options, losses, reference)
-        assert weights.shape in ((B, 1), (B, T))
+        by_token = (losses, reference) if objective.token_wise else ()
+        weights = objective.weigh(state, domain, whole.tokens, options, *by_token)
+        assert weights.shape == (B, T if objective.token_wise else 1)
         assert bool(torch.isfinite(weights).all()) and bool((weights >= 0).all())
         if present == K:
             assert float(weights.detach().expand(B, T).sum()) == pytest.approx(1)
         for r in rows:
-            own = objective.weigh(state, domain[r], whole.tokens, options, losses[r], reference[r])
+            own = objective.weigh(
+                state, domain[r], whole.tokens, options, *(part[r] for part in by_token)
+            )
             torch.testing.assert_close(own, weights[r], rtol=1e-12, atol=0)
 
         for column in objective.record(state, whole).values():
             assert column.shape in ((K,), ()) and bool(torch.isfinite(column).all())
-    if result := getattr(objective, "result", None):
-        assert_mixture(result(state))
+    learned = objective.result(state)
+    assert (learned is None) == (name in ("cross_entropy", "importance"))
+    if learned is not None:
+        assert_mixture(learned)
+    assert isinstance(options, objective.Options)  # type: ignore[arg-type]
 
 
 def assert_mixture(weights: Tensor, domains: int = K) -> None:

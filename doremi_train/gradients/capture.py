@@ -1,7 +1,7 @@
 """Capture of what per-example gradients are made of, and two routes that need no capture.
 
 One forward with hooks, and one backward for activations alone: no gradient of a parameter is
-computed. What it gives is `methods.factors.Examples`; LoRA's scale, dropout and masks are in it
+computed. What it gives is `factors.Examples`; LoRA's scale, dropout and masks are in it
 because autograd put them there.
 
 n examples, T tokens of each.
@@ -35,9 +35,8 @@ class _Use(NamedTuple):
     output: Tensor
     dtype: torch.dtype  # in which matrices are multiplied there
     also: Also | None = None
-    sketched: list[Tensor] | None = (
-        None  # products of the input and of the gradient with their sides of a sketch
-    )
+    # Products of the input and of the gradient with their sides of a sketch.
+    sketched: list[Tensor] | None = None
 
 
 # Numbers of the gradient of the logits that are kept; beyond, what is asked of it computes it
@@ -59,11 +58,12 @@ def capture(
     """Run `forward`, whose losses' sum is differentiated, and factor each example's part of that
     gradient.
 
-    `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming the parameters that
-    are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers. `verify` also computes the gradient by
-    autograd, and raises ArithmeticError where sums over the examples differ from it. Where nothing but a `sketch` of
-    this size and weighted sums will be asked for, sums over tokens are taken at once, and the products with its sides
-    while their factors are in the cache.
+    `shape` is (n, T): the model's layers see (n, T, …), or (n · T, …). Raises NotFactored naming
+    the parameters that are not those of Linear, Conv1D, Embedding, LayerNorm or RMSNorm layers.
+    `verify` also computes the gradient by autograd, and raises ArithmeticError where sums over the
+    examples differ from it. Where nothing but a `sketch` of this size and weighted sums will be
+    asked for, sums over tokens are taken at once, and the products with its sides while their
+    factors are in the cache.
     """
     require_factored(model)
     uses: list[_Use] = []
@@ -112,7 +112,7 @@ def capture(
     total = losses.sum()
     expected = _gradient(model, total) if verify else None
     gradients = torch.autograd.grad(total, [use.output for use in uses])
-    found: dict[str, tuple[Factor, ...]] = {}
+    factors: dict[str, tuple[Factor, ...]] = {}
     with torch.no_grad():
         for use, gradient in zip(uses, gradients, strict=True):
             rule = _rule(use.module)
@@ -122,15 +122,15 @@ def capture(
                     if sketch is not None and not verify and isinstance(factor, Sum):
                         factor = Sum(factor.rows(slice(0, None))[:, None])
                     name = names[id(parameter)]
-                    found[name] = (*found.get(name, ()), factor)
+                    factors[name] = (*factors.get(name, ()), factor)
         if expected is not None:
             _verify(
-                found,
+                factors,
                 expected,
                 shape[0],
                 min((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize),
             )
-    return Captured(losses.detach(), found)
+    return Captured(losses.detach(), factors)
 
 
 def require_factored(model: nn.Module) -> None:
@@ -150,24 +150,25 @@ def require_factored(model: nn.Module) -> None:
 
 
 def _gradient(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Of a scalar, by autograd; the graph stays."""
+    """Gradient of a scalar, by autograd; the graph stays."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        loss, list(named.values()), retain_graph=True, allow_unused=True
+    )
     return {
         name: torch.zeros_like(p) if g is None else g
-        for (name, p), g in zip(named.items(), found, strict=True)
+        for (name, p), g in zip(named.items(), gradients, strict=True)
     }
 
 
 # ── Rules ───────────────────────────────────────────────────────────────────────────
 
-Found = Iterator[tuple[nn.Parameter, Factor]]
-Rule = Callable[
-    [_Use, Tensor, tuple[int, int]], Found
-]  # of a call, the gradient of its output, and (n, T)
+Factors = Iterator[tuple[nn.Parameter, Factor]]
+# Of a call, the gradient of its output, and (n, T).
+Rule = Callable[[_Use, Tensor, tuple[int, int]], Factors]
 
 
-def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Factors:
     left = _by_token(gradient, shape)
     right = _by_token(use.inputs[0].detach(), shape).to(left.dtype)  # as autocast multiplied them
     known = None
@@ -183,13 +184,14 @@ def _linear(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Or transformers' Conv1D, GPT-2's linear layer, which keeps its matrix the other way round."""
+    """Whether it is torch's, and not transformers' Conv1D, GPT-2's linear layer, which keeps its
+    matrix the other way round."""
     return type(module) is nn.Linear
 
 
 def _sketched_on_the_way(use: _Use, name: str, sketch: int) -> _Use:
-    """With the products of the input at once, and of the gradient in the backward, while they are
-    in the cache."""
+    """The call with the products of the input, made at once, and of the gradient, made in the
+    backward, while they are in the cache."""
     x, weight = use.inputs[0].detach(), use.module.weight
     if x.dtype != use.output.dtype:  # under autocast: the factor is a copy, which is not there yet
         return use
@@ -205,14 +207,14 @@ def _sketched_on_the_way(use: _Use, name: str, sketch: int) -> _Use:
     return use._replace(sketched=products)
 
 
-def _embedding(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+def _embedding(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Factors:
     ids = use.inputs[0]
     if use.module.padding_idx is not None:  # whose row torch never trains
         gradient = gradient * (ids != use.module.padding_idx)[..., None]
     yield use.module.weight, Lookup(ids, gradient, len(use.module.weight))
 
 
-def _norm(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+def _norm(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Factors:
     module, x = use.module, use.inputs[0].detach()
     if isinstance(module, nn.LayerNorm):
         x = F.layer_norm(
@@ -240,7 +242,7 @@ def _by_position(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     )
 
 
-def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Found:
+def _projection(use: _Use, gradient: Tensor, shape: tuple[int, int]) -> Factors:
     hidden, targets, *_ = use.inputs
     hidden, module = hidden.detach().to(use.dtype), use.module
     weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
@@ -306,9 +308,9 @@ def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype)
         for name, gradient in expected.items()
     }
     known = {name: gradient for name, gradient in expected.items() if name in examples}
-    found = products.products(examples, (known,))
-    errors["Σ ⟨g_i, G⟩"] = abs(float(found.dots.double().sum()) / square - 1)
-    errors["1ᵀK1"] = abs(float(found.gram.double().sum()) / square - 1)
+    met = products.products(examples, (known,))
+    errors["Σ ⟨g_i, G⟩"] = abs(float(met.dots.double().sum()) / square - 1)
+    errors["1ᵀK1"] = abs(float(met.gram.double().sum()) / square - 1)
     for what, error in errors.items():
         if not error <= tolerance:
             raise ArithmeticError(
@@ -316,7 +318,8 @@ def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype)
             )
 
 
-def _distance(found: Tensor | None, expected: Tensor) -> float:
+def _distance(gradient: Tensor | None, expected: Tensor) -> float:
     return (
-        float((expected.double() - (0 if found is None else found.double())).square().sum()) ** 0.5
+        float((expected.double() - (0 if gradient is None else gradient.double())).square().sum())
+        ** 0.5
     )

@@ -1,41 +1,11 @@
-"""Derivatives along a direction of the parameters, forward and by differences."""
+"""Curvature along a direction of the parameters, by differences of gradients."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from doremi_train.gradients.factors import Direction
-
-
-def forward_derivative(
-    model: nn.Module, losses: Callable[[Callable[..., Any]], Tensor], direction: Direction
-) -> Tensor:
-    """⟨g_i, G⟩ by forward-mode differentiation, exact, at the cost of about three forwards.
-
-    `losses(call)` is to compute the losses (n, …) with `call(…)` in the place of `model(…)`.
-    """
-    parameters = {name: p.detach() for name, p in model.named_parameters() if name in direction}
-
-    def at(values: dict[str, Tensor]) -> Tensor:
-        return losses(
-            lambda *inputs, **named: torch.func.functional_call(model, values, inputs, named)
-        )
-
-    # The fused kernels of attention have no forward derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.func.jvp(at, (parameters,), (dict(direction),))[1]
-
-
-@torch.no_grad()
-def forward_difference(
-    model: nn.Module, losses: Callable[[], Tensor], direction: Direction, size: float = 1e-3
-) -> Tensor:
-    """⟨g_i, G⟩ about, by two forwards at θ ± ε G with |ε G| = size · |θ|: for scoring only."""
-    epsilon = relative_step(model, direction, size)
-    above, below = (_moved(model, direction, step, losses) for step in (epsilon, -epsilon))
-    return (above - below) / (2 * epsilon)
 
 
 def curvature(
@@ -47,9 +17,9 @@ def curvature(
 
     def slope() -> Tensor:
         with torch.enable_grad():
-            found = gradient()
+            here = gradient()
         return torch.stack(
-            [(found[name].double() * part).sum() for name, part in along.items()]
+            [(here[name].double() * part).sum() for name, part in along.items()]
         ).sum()
 
     above, below = (_moved(model, along, step, slope) for step in (epsilon, -epsilon))

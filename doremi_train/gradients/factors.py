@@ -6,7 +6,8 @@ float32 where factors are bf16, float64 where they are.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,16 @@ NUMBERS = 1 << 20  # of materialised rows that may exist at once
 
 
 class Factor(Protocol):
-    """One use of a parameter of shape (p, d), or (p,)."""
+    """One use of a parameter of shape (p, d), or (p,). What it says of itself here is true of most;
+    others say otherwise."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+        """Shape of the parameter."""
+
+    @property
+    def floats(self) -> Tensor:
+        """(n, T, …), one of its tensors, on the device and of the type of all its floats."""
 
     def rows(self, rows: slice) -> Tensor:
         """(n, rows, d) or (n, rows): these rows of every example's gradient."""
@@ -36,28 +42,77 @@ class Factor(Protocol):
     def at(self, examples: Tensor) -> "Factor":
         """The factor of these examples alone, by index."""
 
-    def regrouped(self, index: Tensor, present: Tensor) -> "Factor":
-        """Examples (m, L) of the tokens `index` into (n · T), as far as they are `present`."""
+    # ── What is cheapest ────────────────────────────────────────────────────────────
+
+    def gram(self) -> Tensor | None:
+        """(n, n) ⟨g_i, g_j⟩ from products of all tokens with each other; None where that costs more
+        than rows."""
+        return None
+
+    @property
+    def skips(self) -> bool:
+        """Whether its weighted sum costs least as it is, rather than with a copy of the examples of
+        other weights than 0: a sum over tokens is read but once."""
+        return False
+
+    @property
+    def sparse(self) -> bool:
+        """Whether most rows are 0, so that only some are looked at, and it is added in place."""
+        return False
+
+    def compact(self) -> tuple[Tensor | slice, "Factor"]:
+        """Numbers of the rows that are looked at, and the factor over these alone."""
+        return slice(None), self
+
+    def added(self, total: Tensor, weights: Tensor) -> Tensor:
+        """`total` (p, …) and Σ_i weights_i g_i; `total` may be used up."""
+        return total + self.weighted(weights)
+
+    def added_rows(self, total: Tensor, rows: slice) -> Tensor:
+        """`total` (n, rows, …) and these rows; `total` may be used up."""
+        return total + self.rows(rows)
 
 
-Examples = Mapping[
-    str, tuple[Factor, ...]
-]  # the gradients of n examples: all uses of every parameter, by its name
+# The gradients of n examples: all uses of every parameter, by its name.
+Examples = Mapping[str, tuple[Factor, ...]]
 Direction = Mapping[str, Tensor]  # one vector as long as the parameters, by their names
 
 
-class Outer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Outer(Factor):
     """Σ_t left_t right_tᵀ: a linear layer."""
 
     left: Tensor  # (n, T, p)
     right: Tensor  # (n, T, d)
-    known: tuple[Tensor, Tensor] | None = (
-        None  # (n, T, r) each: their products with the sides of a sketch
-    )
+    # (n, T, r) each: their products with the sides of a sketch
+    known: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.left.shape[-1], self.right.shape[-1]
+
+    @property
+    def floats(self) -> Tensor:
+        return self.left
+
+    @property
+    def short(self) -> bool:
+        """Whether products of tokens cost less than rows."""
+        n, T, p = self.left.shape
+        d = self.right.shape[-1]
+        return n * T * (p + d) < p * d and (n * T) ** 2 <= NUMBERS
+
+    def gram(self) -> Tensor | None:
+        if not self.short:
+            return None
+        n, T = self.left.shape[:2]
+        left, right = self.left.flatten(0, 1), self.right.flatten(0, 1)
+        met = (left @ left.T).to(wide(left)) * (right @ right.T)
+        return met.view(n, T, n, T).sum((1, 3))
+
+    @property
+    def skips(self) -> bool:
+        return in_place(self.left)
 
     def rows(self, rows: slice) -> Tensor:
         return self.left[..., rows].mT @ self.right
@@ -95,11 +150,9 @@ class Outer(NamedTuple):
     def at(self, examples: Tensor) -> "Outer":
         return Outer(self.left.index_select(0, examples), self.right.index_select(0, examples))
 
-    def regrouped(self, index: Tensor, present: Tensor) -> "Outer":
-        return Outer(regroup(self.left, index, present), regroup(self.right, index))
 
-
-class Lookup(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Lookup(Factor):
     """Σ_t e(id_t) values_tᵀ: an embedding."""
 
     ids: Tensor  # (n, T)
@@ -110,13 +163,22 @@ class Lookup(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return self.size, self.values.shape[-1]
 
+    @property
+    def floats(self) -> Tensor:
+        return self.values
+
+    @property
+    def sparse(self) -> bool:
+        return True
+
     def rows(self, rows: slice) -> Tensor:
         n, _, d = self.values.shape
         height = min(rows.stop, self.size) - rows.start
         return self.added_rows(self.values.new_zeros(n, height, d, dtype=wide(self.values)), rows)
 
     def added_rows(self, total: Tensor, rows: slice) -> Tensor:
-        """`total` (n, rows, d), in place, with these rows added to it."""
+        if total.dtype != wide(self.values):
+            return total + self.rows(rows)
         n, height, d = total.shape
         inside = (self.ids >= rows.start) & (self.ids < rows.stop)
         of_example = torch.arange(n, device=self.ids.device)[:, None].expand_as(self.ids)[inside]
@@ -131,7 +193,6 @@ class Lookup(NamedTuple):
         return self.added(self.values.new_zeros(self.shape, dtype=wide(self.values)), weights)
 
     def added(self, total: Tensor, weights: Tensor) -> Tensor:
-        """`total` (V, d), in place, with Σ_i weights_i g_i added to it."""
         values = self.values.to(total.dtype) * weights[:, None, None].to(total.dtype)
         return total.index_add_(0, self.ids.flatten(), values.flatten(0, 1))
 
@@ -142,17 +203,13 @@ class Lookup(NamedTuple):
     def at(self, examples: Tensor) -> "Lookup":
         return Lookup(self.ids[examples], self.values[examples], self.size)
 
-    def regrouped(self, index: Tensor, present: Tensor) -> "Lookup":
-        return Lookup(regroup(self.ids, index), regroup(self.values, index, present), self.size)
-
-    def compact(self) -> "Lookup":
-        """The same examples over the ids that occur alone; rows in another order, all others being
-        0."""
-        found, ids = self.ids.unique(return_inverse=True)
-        return Lookup(ids, self.values, len(found))
+    def compact(self) -> tuple[Tensor, "Lookup"]:
+        present, ids = self.ids.unique(return_inverse=True)
+        return present, Lookup(ids, self.values, len(present))
 
 
-class Sum(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Sum(Factor):
     """Σ_t values_t: a bias, or the scale of a norm."""
 
     values: Tensor  # (n, T, p)
@@ -161,6 +218,14 @@ class Sum(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return (self.values.shape[-1],)
 
+    @property
+    def floats(self) -> Tensor:
+        return self.values
+
+    @property
+    def skips(self) -> bool:
+        return True
+
     def rows(self, rows: slice) -> Tensor:
         return self.values[..., rows].sum(1, dtype=wide(self.values))
 
@@ -168,10 +233,8 @@ class Sum(NamedTuple):
         return _dot(self.values, direction)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        rows, chosen = (
-            self.rows(slice(0, None)),
-            weights.nonzero()[:, 0],
-        )  # others may not be finite: not even 0 times
+        rows = self.rows(slice(0, None))
+        chosen = weights.nonzero()[:, 0]  # others may not be finite: not even 0 times
         return weights[chosen].to(rows.dtype) @ rows[chosen]
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
@@ -179,9 +242,6 @@ class Sum(NamedTuple):
 
     def at(self, examples: Tensor) -> "Sum":
         return Sum(self.values[examples])
-
-    def regrouped(self, index: Tensor, present: Tensor) -> "Sum":
-        return Sum(regroup(self.values, index, present))
 
 
 # ── What they have in common ────────────────────────────────────────────────────────
@@ -201,13 +261,13 @@ def in_place(left: Tensor) -> bool:
 
 def _runs(weights: Tensor) -> list[tuple[slice, float]]:
     """Examples that follow each other and have the same weight; those of weight 0 left out."""
-    found: list[tuple[slice, float]] = []
+    runs: list[tuple[slice, float]] = []
     for number, weight in enumerate(weights.tolist()):
-        if found and found[-1] == (slice(found[-1][0].start, number), weight):
-            found[-1] = slice(found[-1][0].start, number + 1), weight
+        if runs and runs[-1] == (slice(runs[-1][0].start, number), weight):
+            runs[-1] = slice(runs[-1][0].start, number + 1), weight
         elif weight:
-            found.append((slice(number, number + 1), weight))
-    return found
+            runs.append((slice(number, number + 1), weight))
+    return runs
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -218,11 +278,3 @@ def wide(tensor: Tensor) -> torch.dtype:
 def _dot(one: Tensor, two: Tensor) -> Tensor:
     """Σ over the last dimension, in float32 at least."""
     return (one.to(wide(one)) * two).sum(-1)
-
-
-def regroup(tensor: Tensor, index: Tensor, present: Tensor | None = None) -> Tensor:
-    """(n, T, …) → (m, L, …); 0 where not present."""
-    found = tensor.flatten(0, 1)[index]
-    if present is None:
-        return found
-    return found * present.view(*present.shape, *[1] * (found.dim() - 2)).to(found.dtype)

@@ -4,10 +4,11 @@ never exist.
 A linear layer with inputs a_t and output gradients b_t has the gradient Σ_t b_t a_tᵀ of an example.
 From one capture:
 
-    ⟨g_i, G⟩     Σ_t b_itᵀ G a_it                          `tokens`, `dot`: also per token, and per packed document
-    ⟨g_i, g_j⟩   Σ_t,s (a_it · a_js)(b_it · b_js)          `gram`, `norm2`; or rows of g_i, a bounded block at a time
-    Σ_i w_i g_i  Σ_i,t w_i b_it a_itᵀ                      `weighted`: a gradient step without another backward
-    R g_i S      Σ_t (Rᵀ b_it)(Sᵀ a_it)ᵀ                   `sketch`: few numbers whose dots are ⟨g_i, g_j⟩ on average
+    ⟨g_i, G⟩     Σ_t b_itᵀ G a_it                  `tokens`, `dot`: also per token
+    ⟨g_i, g_j⟩   Σ_t,s (a_it · a_js)(b_it · b_js)  `gram`, `norm2`; or rows, a block at a time
+    Σ_i w_i g_i  Σ_i,t w_i b_it a_itᵀ              `weighted`: a step without another backward
+    R g_i S      Σ_t (Rᵀ b_it)(Sᵀ a_it)ᵀ           `sketch`: few numbers whose dots are ⟨g_i, g_j⟩
+                                                   on average
 
 The gradient of a parameter is a tuple of factors, one for each use, and all that is linear adds up
 over them. A Gram does not: a tied embedding and head have cross terms, so there the rows are added
@@ -21,28 +22,15 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from doremi_train.gradients import factors
-from doremi_train.gradients.factors import (
-    Direction,
-    Examples,
-    Factor,
-    Lookup,
-    Outer,
-    Sum,
-    blocks,
-    in_place,
-    wide,
-)
-from doremi_train.gradients.softmax import Softmax, SoftmaxBias
+from doremi_train.gradients.factors import Direction, Examples, Factor, blocks, in_place, wide
 
-Kept = Mapping[
-    str, tuple[Tensor, ...]
-]  # gradients (n, rows, …) themselves, a block of rows after the other
+# Gradients (n, rows, …) themselves, a block of rows after the other.
+Kept = Mapping[str, tuple[Tensor, ...]]
 
 
 class Products(NamedTuple):
@@ -54,18 +42,22 @@ class Products(NamedTuple):
 def products(examples: Examples, directions: tuple[Direction, ...] = (), keep: int = 0) -> Products:
     """All inner products in one pass: exact, by the cheaper of two routes for every parameter.
 
-    Rows cost n · T · p · d multiplications and are materialised a block at a time; the token route n² T² (p + d), which
-    is less where all tokens together are fewer than about half of the width. Of the rows that are materialised up to
-    `keep` numbers are kept: a weighted sum of them costs almost nothing more.
+    Rows cost n · T · p · d multiplications and are materialised a block at a time; the token route
+    n² T² (p + d), which is less where all tokens together are fewer than about half of the width.
+    Of the rows that are materialised up to `keep` numbers are kept: a weighted sum of them costs
+    almost nothing more.
     """
     gram, dots, kept = [], [], {}
     for name, uses in examples.items():
         against = [direction[name] for direction in directions]
-        if len(uses) == 1 and isinstance(uses[0], Outer) and _short(uses[0]):
-            met, along = _pairs_by_token(uses[0], against)
+        met = uses[0].gram() if len(uses) == 1 else None
+        if met is not None:
+            parts = [uses[0].tokens(direction).sum(1) for direction in against]
+            along = torch.stack(parts, 1) if parts else met.new_zeros(len(met), 0)
         else:
-            numbers = _examples(uses[0]) * math.prod(uses[0].shape)
-            rows: list[Tensor] | None = [] if numbers <= keep and not _only_lookup(uses) else None
+            numbers = len(uses[0].floats) * math.prod(uses[0].shape)
+            whole = len(uses) > 1 or not uses[0].sparse  # else few rows are looked at
+            rows: list[Tensor] | None = [] if numbers <= keep and whole else None
             met, along = _pairs_by_row(uses, against, rows)
             if rows:
                 kept[name] = tuple(rows)
@@ -99,7 +91,7 @@ def norm2(examples: Examples) -> Tensor:
         [
             part.flatten(1).to(wide(part)).square().sum(1)
             for uses in examples.values()
-            for part in _materialised(uses)
+            for _, part in materialised(_compact(uses)[1])
         ]
     ).sum(0)
 
@@ -110,19 +102,16 @@ def weighted(examples: Examples, weights: Tensor, kept: Kept | None = None) -> d
     chosen = weights.nonzero()[:, 0]
     some = weights[chosen]
 
-    def part(use: Factor) -> Tensor:
-        return use.weighted(weights) if _passes_over(use) else use.at(chosen).weighted(some)
+    def chosen_of(use: Factor) -> tuple[Factor, Tensor]:
+        return (use, weights) if use.skips else (use.at(chosen), some)
 
     def total(uses: tuple[Factor, ...]) -> Tensor:
-        # A tied embedding is added to what its head gave: another table of its size would be most
-        # of the memory.
-        first, *rest = sorted(uses, key=lambda use: isinstance(use, Lookup))
-        found = part(first).to(wide(_first(first)))
-        for use in rest:
-            found = (
-                use.at(chosen).added(found, some) if isinstance(use, Lookup) else found + part(use)
-            )
-        return found
+        first, *rest = _sparse_last(uses)
+        use, own = chosen_of(first)
+        gradient = use.weighted(own).to(wide(first.floats))
+        for use, own in map(chosen_of, rest):
+            gradient = use.added(gradient, own)
+        return gradient
 
     kept = kept or {}
     return {
@@ -142,9 +131,10 @@ def sketch(examples: Examples, size: int) -> Tensor:
     """
     parts = []
     for name, uses in sorted(examples.items()):
-        sides = signs(name, uses[0].shape, size, _device(uses[0]), _dtype(uses[0]))
-        found = [use.sketched(*sides).flatten(1) for use in uses]
-        parts.append(sum(found[1:], found[0]).to(sides[0].dtype))
+        like = uses[0].floats
+        sides = signs(name, uses[0].shape, size, like.device, wide(like))
+        first, *rest = (use.sketched(*sides).flatten(1) for use in uses)
+        parts.append(sum(rest, first).to(sides[0].dtype))
     return torch.cat(parts, 1)
 
 
@@ -175,67 +165,29 @@ def at(examples: Examples, index: Tensor) -> dict[str, tuple[Factor, ...]]:
     return {name: tuple(use.at(index) for use in uses) for name, uses in examples.items()}
 
 
-def documents(examples: Examples, document: Tensor) -> dict[str, tuple[Factor, ...]]:
-    """Packed documents as examples of their own, for sequences whose documents do not attend to
-    each other.
-
-    `document` (n, T) numbers them 0 … m − 1; a token with −1 belongs to none.
-    """
-    flat = document.flatten()
-    count = int(flat.max()) + 1
-    order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
-    lengths = torch.bincount(flat[flat >= 0], minlength=count)
-    position = (
-        torch.arange(len(order), device=flat.device) - (lengths.cumsum(0) - lengths)[flat[order]]
-    )
-    index = torch.zeros(count, int(lengths.max()), dtype=torch.int64, device=flat.device)
-    present = torch.zeros_like(index, dtype=torch.bool)
-    index[flat[order], position] = order
-    present[flat[order], position] = True
-    return {
-        name: tuple(use.regrouped(index, present) for use in uses)
-        for name, uses in examples.items()
-    }
-
-
 def materialised(uses: tuple[Factor, ...]) -> Iterator[tuple[slice, Tensor]]:
     """The gradients (n, rows, d) of one parameter, a block of rows after the other, for what is not
     linear in them."""
     p, *d = uses[0].shape
-    first, *rest = sorted(
-        uses, key=lambda use: isinstance(use, Lookup)
-    )  # which is added to what a tied head gave
-    for rows in blocks(p, _examples(first) * (d[0] if d else 1)):
-        found = first.rows(rows)
+    first, *rest = _sparse_last(uses)
+    for rows in blocks(p, len(first.floats) * (d[0] if d else 1)):
+        total = first.rows(rows)
         for use in rest:
-            if isinstance(use, Lookup) and found.dtype == wide(use.values):
-                use.added_rows(found, rows)
-            else:
-                found = found + use.rows(rows)
-        yield rows, found
+            total = use.added_rows(total, rows)
+        yield rows, total
 
 
 # ── How ─────────────────────────────────────────────────────────────────────────────
-
-
-def _pairs_by_token(use: Outer, directions: list[Tensor]) -> tuple[Tensor, Tensor]:
-    n, T = use.left.shape[:2]
-    left, right = (side.flatten(0, 1) for side in (use.left, use.right))
-    met = (left @ left.T).to(wide(left)) * (right @ right.T)
-    dots = [use.tokens(direction).sum(1) for direction in directions]
-    return met.view(n, T, n, T).sum((1, 3)), torch.stack(dots, 1) if dots else met.new_zeros(n, 0)
 
 
 def _pairs_by_row(
     uses: tuple[Factor, ...], directions: list[Tensor], kept: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gram and dots of one parameter; the rows are added to `kept`."""
-    of_dots = list(directions)
-    if _only_lookup(uses):
-        of_dots = [direction[uses[0].ids.unique()] for direction in directions]
-        uses = (uses[0].compact(),)
+    seen, uses = _compact(uses)
+    of_dots = [direction[seen] for direction in directions]
     met, dots, start = [], [], 0
-    for part in _materialised(uses):
+    for _, part in materialised(uses):
         if kept is not None:
             kept.append(part)
         flat = part.flatten(1).to(wide(part))  # (n, numbers)
@@ -255,12 +207,18 @@ def _pairs_by_row(
     return torch.stack(met).sum(0), torch.stack(dots).sum(0)
 
 
-def _materialised(uses: tuple[Factor, ...]) -> Iterator[Tensor]:
-    """The gradients (n, rows, d) of one parameter, a block of rows after the other; rows that are 0
-    left out."""
-    if _only_lookup(uses):
-        uses = (uses[0].compact(),)
-    return (part for _, part in materialised(uses))
+def _compact(uses: tuple[Factor, ...]) -> tuple[Tensor | slice, tuple[Factor, ...]]:
+    """Numbers of the rows of one parameter that are looked at, and its uses over these alone."""
+    if len(uses) > 1:
+        return slice(None), uses
+    seen, use = uses[0].compact()
+    return seen, (use,)
+
+
+def _sparse_last(uses: tuple[Factor, ...]) -> list[Factor]:
+    """The uses of one parameter in the order in which they are added up: a tied embedding to what
+    its head gave, for another table of its size would be most of the memory."""
+    return sorted(uses, key=lambda use: use.sparse)
 
 
 def _sum(part: Tensor, weights: Tensor) -> Tensor:
@@ -275,27 +233,6 @@ def _sum(part: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def _only_lookup(uses: tuple[Factor, ...]) -> TypeGuard[tuple[Lookup]]:
-    """Whether most rows are 0, so that only those of ids that occur are looked at."""
-    return len(uses) == 1 and isinstance(uses[0], Lookup)
-
-
-def _short(use: Outer) -> bool:
-    n, T, p = use.left.shape
-    d = use.right.shape[-1]
-    return n * T * (p + d) < p * d and (n * T) ** 2 <= factors.NUMBERS
-
-
-def _passes_over(use: Factor) -> bool:
-    """Whether its weighted sum costs least as it is, rather than with a copy of the examples of
-    other weights than 0: a sum over tokens is read but once."""
-    if isinstance(use, Outer):
-        return in_place(use.left)
-    if isinstance(use, Softmax):
-        return use.whole is not None and in_place(use.whole)
-    return isinstance(use, Sum)
-
-
 @functools.lru_cache(maxsize=4096)
 def _signs(name: str, length: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     if length <= size:
@@ -303,27 +240,3 @@ def _signs(name: str, length: int, size: int, device: torch.device, dtype: torch
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
     drawn = torch.randint(2, (length, size), generator=torch.Generator().manual_seed(seed))
     return ((2.0 * drawn - 1.0) / size**0.5).to(device, dtype)
-
-
-def _first(use: Factor) -> Tensor:
-    """A tensor (n, T, …) of floats."""
-    if isinstance(use, SoftmaxBias):
-        use = use.of
-    if isinstance(use, Softmax):
-        return use.hidden
-    if isinstance(use, Outer):
-        return use.left
-    assert isinstance(use, Lookup | Sum)
-    return use.values
-
-
-def _examples(use: Factor) -> int:
-    return len(_first(use))
-
-
-def _device(use: Factor) -> torch.device:
-    return _first(use).device
-
-
-def _dtype(use: Factor) -> torch.dtype:
-    return wide(_first(use))

@@ -1,19 +1,20 @@
 """Factors of a projection onto the vocabulary, whose output gradients are softmax minus target."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from doremi_train.gradients import factors
-from doremi_train.gradients.factors import Outer, Sum
+from doremi_train.gradients.factors import Factor, Outer, Sum
 
 
-class Softmax(NamedTuple):
-    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) · gradient: whole
-    where it is small, else made again where it is needed, some rows at a time, so that the logits of all tokens never
-    exist."""
+@dataclass(frozen=True, eq=False)
+class Softmax(Factor):
+    """The output projection under a cross-entropy. Its left factor is (softmax − 1 at the target) ·
+    gradient: whole where it is small, else made again where it is needed, some rows at a time, so
+    that the logits of all tokens never exist."""
 
     hidden: Tensor  # (n, T, d)
     targets: Tensor  # (n, T)
@@ -21,14 +22,21 @@ class Softmax(NamedTuple):
     gradient: Tensor  # (n, T) of the token's loss
     weight: Tensor  # (V, d)
     bias: Tensor | None = None  # (V,)
-    known: Tensor | None = (
-        None  # (n, T, r) its product with the left side of a sketch, where a backward left it
-    )
+    # (n, T, r) its product with the left side of a sketch, where a backward left it
+    known: Tensor | None = None
     whole: Tensor | None = None  # (n, T, V) itself, where a backward left it
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
+
+    @property
+    def floats(self) -> Tensor:
+        return self.hidden
+
+    @property
+    def skips(self) -> bool:
+        return self.whole is not None and factors.in_place(self.whole)
 
     def left(self, rows: slice) -> Tensor:
         """(n, T, rows)"""
@@ -37,11 +45,11 @@ class Softmax(NamedTuple):
         logits = self.hidden @ self.weight[rows].T.to(self.hidden.dtype)
         if self.bias is not None:
             logits = logits + self.bias[rows].to(logits.dtype)
-        found = logits.to(self.normalizers.dtype).sub_(self.normalizers[..., None]).exp_()
+        left = logits.to(self.normalizers.dtype).sub_(self.normalizers[..., None]).exp_()
         inside = (self.targets >= rows.start) & (self.targets < rows.stop)
-        index = (self.targets - rows.start).clamp(0, found.shape[-1] - 1)
-        found.scatter_add_(-1, index[..., None], -inside[..., None].to(found.dtype))
-        return found.mul_(self.gradient[..., None]).to(self.hidden.dtype)
+        index = (self.targets - rows.start).clamp(0, left.shape[-1] - 1)
+        left.scatter_add_(-1, index[..., None], -inside[..., None].to(left.dtype))
+        return left.mul_(self.gradient[..., None]).to(self.hidden.dtype)
 
     def rows(self, rows: slice) -> Tensor:
         return self.left(rows).mT @ self.hidden
@@ -56,10 +64,10 @@ class Softmax(NamedTuple):
         if self.whole is not None:
             return Outer(self.whole, self.hidden).weighted(weights)
         right = (self.hidden * weights[:, None, None].to(self.hidden.dtype)).flatten(0, 1)
-        found = right.new_empty(self.shape)
+        total = right.new_empty(self.shape)
         for rows in self._blocks():
-            torch.mm(self.left(rows).flatten(0, 1).T, right, out=found[rows])
-        return found
+            torch.mm(self.left(rows).flatten(0, 1).T, right, out=total[rows])
+        return total
 
     def sketched(self, left: Tensor, right: Tensor | None) -> Tensor:
         of_left = self.known
@@ -73,22 +81,19 @@ class Softmax(NamedTuple):
 
     def at(self, examples: Tensor) -> "Softmax":
         hidden, targets, normalizers, gradient = (
-            field.index_select(0, examples) for field in self[:4]
+            field.index_select(0, examples)
+            for field in (self.hidden, self.targets, self.normalizers, self.gradient)
         )
         whole = None if self.whole is None else self.whole.index_select(0, examples)
         return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias, whole=whole)
-
-    def regrouped(self, index: Tensor, present: Tensor) -> "Softmax":
-        hidden, targets, normalizers = (factors.regroup(field, index) for field in self[:3])
-        gradient = factors.regroup(self.gradient, index, present)
-        return Softmax(hidden, targets, normalizers, gradient, self.weight, self.bias)
 
     def _blocks(self) -> Iterator[slice]:
         width = self.targets.numel() if self.whole is None else 0
         return factors.blocks(len(self.weight), width)
 
 
-class SoftmaxBias(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SoftmaxBias(Factor):
     """The bias of that projection."""
 
     of: Softmax
@@ -96,6 +101,10 @@ class SoftmaxBias(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.of.weight),)
+
+    @property
+    def floats(self) -> Tensor:
+        return self.of.hidden
 
     def rows(self, rows: slice) -> Tensor:
         return self.of.left(rows).sum(1)
@@ -117,6 +126,3 @@ class SoftmaxBias(NamedTuple):
 
     def at(self, examples: Tensor) -> "SoftmaxBias":
         return SoftmaxBias(self.of.at(examples))
-
-    def regrouped(self, index: Tensor, present: Tensor) -> "SoftmaxBias":
-        return SoftmaxBias(self.of.regrouped(index, present))

@@ -1,8 +1,9 @@
 """ADO: adaptive data optimization (Jiang et al. 2024, https://arxiv.org/abs/2410.11820).
 
-Every domain has a law L_k(n) = ε_k + β_k n^{−α_k}, fitted again and again to its losses so far; what the next sample
-teaches about it is −dL_k/dn = α_k (L_k(n) − ε_k) / n. With a prior μ and π_t the mixture of step t:
-  h_t = 0.9 h_{t−1} + 0.1 π_t                    what it was drawn from lately, to which learning is credited
+Every domain has a law L_k(n) = ε_k + β_k n^{−α_k}, fitted again and again to its losses so far;
+what the next sample teaches about it is −dL_k/dn = α_k (L_k(n) − ε_k) / n. With a prior μ and π_t
+the mixture of step t:
+  h_t = 0.9 h_{t−1} + 0.1 π_t        what it was drawn from lately, to which learning is credited
   ρ_t ∝ μ · √h_t · (−dL/dn), at least δ
   ρ̄_t = (1 − 1/(t+1)) ρ̄_{t−1} + ρ_t / (t+1)
   π_{t+1} = 0.9 ρ̄_{t-1} + 0.1 ρ_t
@@ -22,17 +23,36 @@ import torch
 from torch import Tensor
 
 from doremi_train.methods import online
-from doremi_train.methods.online import Drawn, Options, Stats, observe, result, sampling, weigh
+from doremi_train.methods.online import (
+    Drawn,
+    Options,
+    Stats,
+    observe,
+    result,
+    sampling,
+    token_wise,
+    weigh,
+)
 
 PIECES = 100  # of a run, N
 RECENT, SMOOTH = 0.9, 0.9  # of h, and the part of ρ̄ in π
 EXPONENTS = torch.linspace(0.01, 0.8, 80, dtype=torch.float64)  # (A,)
 LEAST_EXPONENT = 0.05
-_SAME = (
-    1e-10  # of the sum of squares: errors that are no nearer to each other than losses are rounded
-)
+# Of the sum of squares: errors that are no nearer to each other than losses are rounded.
+_SAME = 1e-10
 
-__all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
+__all__ = [
+    "Options",
+    "Stats",
+    "init",
+    "observe",
+    "record",
+    "result",
+    "sampling",
+    "token_wise",
+    "update",
+    "weigh",
+]
 
 
 class Law(NamedTuple):
@@ -99,7 +119,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
 
 
 def _fit(state: State, options: Options) -> Law:
-    """From the pieces of the run so far, but for the first half of the warm-up, where the loss
+    """Law of the pieces of the run so far, but for the first half of the warm-up, where the loss
     falls by other laws."""
     begun = int(state.step) * PIECES // int(state.steps) + 1
     skipped = min(int(options.warmup / 2 * PIECES), begun - 2) if begun > 2 else 0

@@ -15,24 +15,22 @@ class Box(NamedTuple):
     high: Floats  # (K,)
 
 
-def box(
-    sizes: Floats, budget: float, max_epochs: float, floor: float, key: str = "swarm.floor"
-) -> Box:
-    """At most `max_epochs` passes over each of `sizes` (K,) tokens in a run of `budget` tokens, and
-    at least `floor` where the cap leaves it.
+def box(sizes: Floats, budget: float, max_epochs: float, floor: float) -> Box:
+    """Mixtures of at most `max_epochs` passes over each of `sizes` (K,) tokens in a run of `budget`
+    tokens, and of at least `floor` where the cap leaves it.
 
-    Raises ValueError where no mixture is within; `key` is the floor's.
+    Raises ValueError where no mixture is within.
     """
     high = np.minimum(max_epochs * sizes / budget, 1.0)
     low = np.minimum(floor, high)
     if high.sum() < 1:
         raise ValueError(
-            f"a budget of {budget:.3g} tokens is more than mixture.max_epochs={max_epochs:g} "
+            f"a budget of {budget:.3g} tokens is more than max_epochs={max_epochs:g} "
             f"epochs of all {sizes.sum():.3g} tokens; raise it, or train for fewer tokens"
         )
     if low.sum() > 1:
         raise ValueError(
-            f"{key}={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / "
+            f"floor={floor:g} for {len(sizes)} domains is more than all; allowed: at most 1 / "
             "domains"
         )
     return Box(low, high)
@@ -57,9 +55,8 @@ def on_grid(point: Floats, within: Box) -> Floats:
     the same bits, and has the same address on machines whose last bits differ."""
     units = np.floor(point * 2.0**45)
     short = round(2.0**45 - units.sum())
-    units[np.argsort(point - within.high, kind="stable")[:short]] += (
-        1  # where there is most room below the cap
-    )
+    # Where there is most room below the cap.
+    units[np.argsort(point - within.high, kind="stable")[:short]] += 1
     return units * 2.0**-45
 
 
@@ -97,16 +94,14 @@ class Space(NamedTuple):
         return bool(distance(self.expand(self.reduce(point)), point) < 1e-9)
 
     def box(self, within: Box) -> Box:
-        """Of the virtual domains, so that every domain is in its own."""
+        """Where the virtual domains may be, so that every domain is in its own part of `within`.
+        Raises ValueError where no mixture is."""
         inside = self.spread > 0
         ratio = np.where(inside, self.spread, 1)
         low = np.where(inside, within.low / ratio, 0).max(1)
         high = np.where(inside, within.high / ratio, np.inf).min(1)
         if (low > high).any() or low.sum() > 1 or high.sum() < 1:
-            raise ValueError(
-                "what swarm.frozen keeps together does not fit within mixture.max_epochs and "
-                "swarm.floor"
-            )
+            raise ValueError("what frozen keeps together does not fit within max_epochs and floor")
         return Box(low, np.minimum(high, 1))
 
 

@@ -3,8 +3,9 @@ https://arxiv.org/abs/2310.15393).
 
 Algorithm 1, and its form with a target set:
 α_0 = 1/K. For t = 1 … T:
-  1. a batch, uniform over domains; g_k is the gradient of the mean loss over the tokens of domain k;
-  2. W_t[k] = ⟨g_k, g_target⟩, for a target set; or without one ⟨g_k, Σ_{j≠k} g_j⟩, what helps the other domains too;
+  1. a batch, uniform over domains; g_k is the gradient of the mean loss over domain k's tokens;
+  2. W_t[k] = ⟨g_k, g_target⟩, for a target set; or without one ⟨g_k, Σ_{j≠k} g_j⟩, what helps the
+     other domains too;
   3. α' = α_{t−1} · exp(η/μ W_t);  α_t = (1 − c) α' / Σ α' + c / K;
   4. one optimiser step on Σ_k α_t[k] g_k.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat
 from doremi_train.methods import simplex
+
+token_wise = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -68,9 +71,7 @@ def observe(
     losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
 ) -> Stats:
     """Sums of a batch: losses (B, T), domain (B,) ids below K."""
-    rows = losses.detach().double().sum(1)
-    loss = rows.new_zeros(domains).index_add_(0, domain, rows)
-    tokens = torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1]))
+    loss, tokens = simplex.sums(losses, domain, domains)
     return Stats(loss, tokens, torch.zeros_like(loss), torch.zeros_like(loss))
 
 
@@ -96,14 +97,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
     return State(weights, state.weight_sum + weights, alignment, state.step + 1)
 
 
-def weigh(
-    state: State,
-    domain: Tensor,
-    tokens: Tensor,
-    options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> Tensor:
+def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
     """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ has the gradient Σ_k
     α_t[k] g_k."""
     return (state.weights / tokens.clamp_min(1))[domain, None]

@@ -3,7 +3,7 @@ https://arxiv.org/abs/2305.10429), Algorithm 1.
 
 α_0 = 1/K. For t = 1 … T:
   1. a batch of b sequences, uniform over domains;
-  2. λ_t[k] = Σ over the tokens of domain k of max(ℓ_θ − ℓ_ref, 0), divided by the number of tokens of domain k;
+  2. λ_t[k] = Σ over the tokens of domain k of max(ℓ_θ − ℓ_ref, 0), divided by their number;
   3. α' = α_{t−1} · exp(η λ_t);  α_t = (1 − c) α' / Σ α' + c / K;
   4. one optimiser step on Σ_k α_t[k] · (mean over the tokens of domain k of ℓ_θ), unclipped.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat
 from doremi_train.methods import simplex
+
+token_wise = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -109,12 +111,7 @@ def observe(
         score = losses - reference
         if options.clip == "token":
             score = score.clamp_min(0)
-    # Rows first, then domains: the sum of a sequence does not depend on the batch it came in.
-    rows = score.detach().double().sum(1)
-    excess = rows.new_zeros(domains).index_add_(0, domain, rows)
-    # Counted by adding: torch.bincount would make the host wait for the device.
-    tokens = torch.zeros_like(excess).index_add_(0, domain, torch.full_like(rows, losses.shape[1]))
-    return Stats(excess, tokens)
+    return Stats(*simplex.sums(score, domain, domains))
 
 
 def update(state: State, stats: Stats, options: Options) -> State:
@@ -144,14 +141,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
     )
 
 
-def weigh(
-    state: State,
-    domain: Tensor,
-    tokens: Tensor,
-    options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> Tensor:
+def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
     """(B, 1) weight of every token of a sequence, such that Σ weight · ℓ is the objective over the
     global batch.
 
@@ -177,5 +167,5 @@ def record(state: State, stats: Stats) -> dict[str, Tensor]:
 def result(state: State) -> Tensor:
     """(K,) ᾱ, the average of α_t over the run. Raises ValueError before the first averaged step."""
     if state.averaged == 0:
-        raise ValueError("no α_t was averaged yet: the run has not passed proxy.average_from")
+        raise ValueError("no α_t was averaged yet: the run has not passed average_from")
     return state.weight_sum / state.averaged

@@ -1,8 +1,8 @@
 """Group DRO towards target losses: dynamic batch loading (Sheared LLaMA, Xia et al. 2023, arXiv
 2310.06694).
 
-Every domain has a loss ℓ_ref that is to be reached (that of a reference model). Every m steps, with ℓ the domain's
-loss since the last time:
+Every domain has a loss ℓ_ref that is to be reached (that of a reference model). Every m steps, with
+ℓ the domain's loss since the last time:
   Δ_k = max(ℓ_k − ℓ_ref,k, 0);  α_k ← α_k exp(η Δ_k) / Σ_j α_j exp(η Δ_j)
 and the next m steps are drawn from α. Until the warm-up is over the prior is drawn from.
 
@@ -21,9 +21,20 @@ from torch import Tensor
 
 from doremi_train.config import STRICT, NonNegativeFloat
 from doremi_train.methods import online, simplex
-from doremi_train.methods.online import Drawn, Stats, observe, result, sampling, weigh
+from doremi_train.methods.online import Drawn, Stats, observe, result, sampling, token_wise, weigh
 
-__all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
+__all__ = [
+    "Options",
+    "Stats",
+    "init",
+    "observe",
+    "record",
+    "result",
+    "sampling",
+    "token_wise",
+    "update",
+    "weigh",
+]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -5,13 +5,14 @@ Of N candidates with gradients g_i (of the mean loss of their tokens), k are pic
 size η against their mean gradient, so each counts η/k. The drop in validation loss, to second
 order, is greedily made large:
 
-    φ_i = (η/k) ⟨g_i, g_val⟩;  k times: i* = argmax φ, and φ_i ← φ_i − (η/k)² ⟨g_i, H g_i*⟩ for all that are left.
+    φ_i = (η/k) ⟨g_i, g_val⟩
+    k times: i* = argmax φ, and φ_i ← φ_i − (η/k)² ⟨g_i, H g_i*⟩ for all that are left.
 
 The second term keeps what is alike from being picked twice. As published, H is the identity and a
 pick counts η: then the term is too small to change any pick (tested). So here H ≈ λ I with λ
-measured along the gradient (`gradients.curvature`), and a cosine cap refuses what is nearly the
-same as a pick. With an optimiser that multiplies gradients by P, g_val is P g_val, and λ = ⟨P g, H
-P g⟩ / ⟨g, g⟩.
+measured along the gradient (`gradients.directional.curvature`), and a cosine cap refuses what is
+nearly the same as a pick. With an optimiser that multiplies gradients by P, g_val is P g_val, and
+λ = ⟨P g, H P g⟩ / ⟨g, g⟩.
 
 N candidates, k picks, R numbers of a sketch. Everything here is float64 on the host, the same on
 every process.
@@ -58,12 +59,11 @@ def pick(
 ) -> Picks:
     """The greedy, from gain (N,) = ⟨g_i, g_val⟩ and gram (N, N).
 
-    `step_size` is what one pick counts. A candidate without gradient (no token carries a loss) or with one that is not
-    finite is never picked, so there may be fewer than `count` picks.
+    `step_size` is what one pick counts. A candidate without gradient (no token carries a loss) or
+    with one that is not finite is never picked, so there may be fewer than `count` picks.
     """
-    values, products = (
-        tensor.double().cpu().numpy() for tensor in (gain, gram)
-    )  # of so few, torch is slower
+    # Of so few, torch is slower.
+    values, products = (tensor.double().cpu().numpy() for tensor in (gain, gram))
     norms = np.sqrt(products.diagonal())
     left = np.isfinite(values) & np.isfinite(norms) & (norms > 0)
     apart = left.copy()  # from every pick

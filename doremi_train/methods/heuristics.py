@@ -24,12 +24,12 @@ class Options:
 
 
 def natural(sizes: Tensor, budget: float, options: Options) -> Tensor:
-    """In proportion to size."""
+    """Weights in proportion to size."""
     return simplex.normalize(sizes)
 
 
 def uniform(sizes: Tensor, budget: float, options: Options) -> Tensor:
-    """The same for every domain, whatever its size."""
+    """Weights that are the same for every domain, whatever its size."""
     return simplex.uniform(len(sizes))
 
 
@@ -45,9 +45,8 @@ def unimax(sizes: Tensor, budget: float, options: Options) -> Tensor:
     """
     if budget > options.max_epochs * float(sizes.sum()):
         raise ValueError(
-            f"a budget of {budget:.3g} tokens is more than "
-            f"mixture.max_epochs={options.max_epochs:g} epochs of all {float(sizes.sum()):.3g} "
-            "tokens; raise it, or train for fewer tokens"
+            f"a budget of {budget:.3g} tokens is more than max_epochs={options.max_epochs:g} "
+            f"epochs of all {float(sizes.sum()):.3g} tokens; raise it, or train for fewer tokens"
         )
     filled = torch.zeros(len(sizes), dtype=torch.float64)
     left = float(budget)

@@ -1,12 +1,13 @@
 """Importance-weighted losses: how much one label or token counts, from its excess loss over a
 reference.
 
-IMP and DIMP (Kuo et al. 2025, https://arxiv.org/abs/2410.21526). The data come from a generator Q, a few real examples
-show the law P that is wanted, and p̂' is a model of those:
-  IMP   w = (p̂'(y|x) / q̂(y|x))^γ          with a model q̂ of the data: static, a column computed once;
-  DIMP  w = (p̂'(y|x) / sg p_θ(y|x))^γ     with the model as it is now (sg: no gradient);
+IMP and DIMP (Kuo et al. 2025, https://arxiv.org/abs/2410.21526). The data come from a generator Q,
+a few real examples show the law P that is wanted, and p̂' is a model of those:
+  IMP   w = (p̂'(y|x) / q̂(y|x))^γ        with a model q̂ of the data: static, a column made once;
+  DIMP  w = (p̂'(y|x) / sg p_θ(y|x))^γ   with the model as it is now (sg: no gradient);
   L = (1/n) Σ w · ℓ_θ.
-RHO-1 (Lin et al. 2024, https://arxiv.org/abs/2404.07965): the mean loss of a batch's top k % of tokens by ℓ_θ − ℓ_ref.
+RHO-1 (Lin et al. 2024, https://arxiv.org/abs/2404.07965): the mean loss of a batch's top k % of
+tokens by ℓ_θ − ℓ_ref.
 Focal loss (Lin et al. 2017, https://arxiv.org/abs/1708.02002): w = (1 − p_θ)^γ.
 
 All of them are a policy on one excess e, in nats (ℓ is −log p, ℓ_ref that of p̂'):
@@ -32,11 +33,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from doremi_train.config import STRICT, NonNegativeFloat, PositiveFloat
+from doremi_train.methods import simplex
 
-BINS, _PER_NAT = (
-    2048,
-    64,
-)  # of RHO's histogram: e from −16 to 16 nats, the outermost bins hold what lies beyond
+token_wise = True
+
+# Of RHO's histogram: e from −16 to 16 nats, the outermost bins hold what lies beyond.
+BINS, _PER_NAT = 2048, 64
 _TINY = 1e-300  # where every weight is 0, so is the loss
 
 
@@ -122,10 +124,8 @@ def observe(
     rho = options.policy == "rho"
     excess = _excess(losses.detach(), reference, options)
     weights = torch.zeros_like(excess) if rho else _weights(excess, None, options)
-    columns = (
-        torch.stack([losses.detach(), torch.ones_like(excess), weights, weights**2]).double().sum(2)
-    )  # (4, B)
-    loss, tokens, weight, square = columns.new_zeros(4, domains).index_add_(1, domain, columns)
+    columns = torch.stack([losses.detach(), weights, weights**2])  # (3, B, T)
+    (loss, weight, square), tokens = simplex.sums(columns, domain, domains)
     bins = BINS if rho else 0
     histogram = torch.zeros(domains, bins, dtype=torch.float64, device=losses.device)
     if rho:
@@ -152,15 +152,11 @@ def weigh(
     domain: Tensor,
     tokens: Tensor,
     options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
+    losses: Tensor,
+    reference: Tensor | None,
 ) -> Tensor:
-    """(B, T) token weights, divided by the batch's tokens (K,) and, where asked for, by their
-    global mean."""
-    if losses is None:
-        raise ValueError(
-            "importance weights are a function of the losses (B, T), which are missing"
-        )
+    """(B, T) token weights from losses (B, T) and the reference's (B, T), divided by the batch's
+    tokens (K,) and, where asked for, by their global mean."""
     weights = _weights(_excess(losses, reference, options), state, options)
     return weights / (state.scale * tokens.sum())
 
@@ -177,6 +173,10 @@ def record(state: State, stats: Stats) -> dict[str, Tensor]:
         "tokens": stats.tokens.long(),
         "effective_sample_size": state.effective,
     }
+
+
+def result(state: State) -> None:
+    """None: the mixture is given, not learned."""
 
 
 # ── Parts ───────────────────────────────────────────────────────────────────────────

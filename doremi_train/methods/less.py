@@ -4,8 +4,8 @@ https://arxiv.org/abs/2402.04333).
 What a step on the training example z does to the loss of a target's examples, summed over the
 checkpoints of a warm-up:
 
-    Inf(z, s) = Σ_i η̄_i · cos(∇ℓ(s; θ_i), Γ(z; θ_i))            s a subtask of the target, of any number of examples
-    Γ(z; θ)   = m̂ / (√v̂ + ε)                                     the direction of AdamW's step on z alone
+    Inf(z, s) = Σ_i η̄_i · cos(∇ℓ(s; θ_i), Γ(z; θ_i))   s a subtask of the target, of any examples
+    Γ(z; θ)   = m̂ / (√v̂ + ε)                            the direction of AdamW's step on z alone
     m = β₁ m_{t−1} + (1 − β₁) ∇ℓ(z; θ),   m̂ = m / (1 − β₁ᵗ),     and v alike of the squared gradient
     score(z)  = max over s of Inf(z, s)
 
@@ -57,13 +57,13 @@ def direction(gradient: Tensor, moments: Moments, options: Options) -> Tensor:
     its decay."""
     (one, two), t = moments.betas, moments.step + 1
     of_first, of_second = (1 - one**t, 1 - two**t) if options.bias_correction else (1.0, 1.0)
-    found = torch.add(moments.first * (one / of_first), gradient, alpha=(1 - one) / of_first)
+    moved = torch.add(moments.first * (one / of_first), gradient, alpha=(1 - one) / of_first)
     root = torch.addcmul(
         moments.second * (two / of_second), gradient, gradient, value=(1 - two) / of_second
     )
     if options.epsilon == "inside":
-        return found.div_(root.add_(moments.epsilon).sqrt_())
-    return found.div_(root.sqrt_().add_(moments.epsilon))
+        return moved.div_(root.add_(moments.epsilon).sqrt_())
+    return moved.div_(root.sqrt_().add_(moments.epsilon))
 
 
 def influence(cosines: Tensor, rates: Tensor) -> Tensor:
@@ -99,9 +99,8 @@ class Projection:
     pieces, in order."""
 
     def __init__(self, count: int, size: int, seed: int, like: Tensor) -> None:
-        self._sums = like.new_zeros(
-            count, 2 * size
-        )  # the second half holds what goes over the end of the first
+        # The second half holds what goes over the end of the first.
+        self._sums = like.new_zeros(count, 2 * size)
         self.size, self._seed = size, seed
 
     def add(self, name: str, numbers: int, start: int, values: Tensor) -> None:

@@ -1,7 +1,8 @@
 """MixMin: the mixture of experts that the target needs (Thudi et al. 2025,
 https://arxiv.org/abs/2502.10510).
 
-A model p_k is trained on each domain alone. The model of a mixture λ of the data is taken for the mixture of these:
+A model p_k is trained on each domain alone. The model of a mixture λ of the data is taken for the
+mixture of these:
   λ* = argmin −E_target log Σ_k λ_k p_k(y|x),  low ≤ λ ≤ high, Σ λ = 1
 over the tokens of a target set, which is convex. A new domain costs one more model.
 
@@ -29,17 +30,15 @@ class Options:
     """Least weight of a domain, as far as the caps leave it."""
 
 
-class Found(NamedTuple):
+class Solution(NamedTuple):
     weights: Floats  # (K,)
     loss: float  # of the mixed experts at these, nats per token
 
 
-def solve(losses: Floats, within: Box) -> Found:
-    """From losses (K, N) of every expert on the target's tokens."""
+def solve(losses: Floats, within: Box) -> Solution:
+    """The best mixture, from losses (K, N) of every expert on the target's tokens."""
     best = losses.min(0)
-    likelihood = np.exp(
-        best - losses
-    )  # (K, N) relative to the best expert of each token: no overflow
+    likelihood = np.exp(best - losses)  # (K, N) relative to each token's best expert: no overflow
     weights = project(np.full(len(losses), 1 / len(losses)), within)
     for _ in range(STEPS):
         share = weights * (likelihood / (weights @ likelihood)).mean(1)
@@ -48,7 +47,7 @@ def solve(losses: Floats, within: Box) -> Found:
             weights = following
             break
         weights = following
-    return Found(weights, mixed(losses, weights))
+    return Solution(weights, mixed(losses, weights))
 
 
 def mixed(losses: Floats, weights: Floats) -> float:

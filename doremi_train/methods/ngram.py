@@ -1,7 +1,7 @@
 """Document selection by n-gram importance resampling (DSIR; Xie et al. 2023,
 https://arxiv.org/abs/2302.03169).
 
-1. features z(x) of a document: how often each of its 1- and 2-grams falls into each of m hash buckets;
+1. features z(x) of a document: how often its 1- and 2-grams fall into each of m hash buckets;
 2. p̂, q̂: bucket frequencies of the target and of the raw corpus;
 3. log w(x) = Σ_j z_j(x) · (log p̂_j − log q̂_j);
 4. k documents without replacement, with probability ∝ w: the largest k of log w + Gumbel noise.
@@ -35,7 +35,7 @@ Hashes = NDArray[np.uint64]
 FLOOR = 1e-8  # added to every frequency in exact mode
 DIGIT = 8  # bits of a key that one look at all documents settles
 
-# ── Features of exact mode ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Features of exact mode ──────────────────────────────────────────────────────────
 
 _WORDS = re.compile(r"\w+|[^\w\s]+")
 
@@ -58,7 +58,7 @@ def exact_bucket(gram: str, buckets: int) -> int:
     return int(hashlib.sha256(gram.encode()).hexdigest(), 16) % buckets
 
 
-# ── Weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Weights ─────────────────────────────────────────────────────────────────────────
 
 
 def log_ratio(target: NDArray, raw: NDArray, mixing: float = 0.0, floor: float = FLOOR) -> Floats:
@@ -99,7 +99,7 @@ def kl(p: NDArray, q: NDArray) -> float:
     return float((first * (np.log(first) - np.log(second))).sum())
 
 
-# ── Sampling without replacement ─────────────────────────────────────────────────────────────────────────────────────
+# ── Sampling without replacement ────────────────────────────────────────────────────
 
 
 def noise(ids: Hashes, seed: int) -> Floats:
@@ -193,7 +193,7 @@ class Mass(NamedTuple):
 
 
 def mass(log_weights: Floats) -> Mass:
-    """Of log weights (N,)."""
+    """Sums of log weights (N,)."""
     if not len(log_weights):
         return Mass(-np.inf, 0.0, 0.0)
     top = float(log_weights.max())

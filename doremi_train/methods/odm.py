@@ -2,7 +2,7 @@
 as rewards.
 
 With the exploration rate E_t = min(1/K, √(ln K / (K t))), after step t:
-  R̂_k ← 0.9 R̂_k + 0.1 · L_k / π_k            L_k: loss of the batch from domain k, as part of the whole batch
+  R̂_k ← 0.9 R̂_k + 0.1 · L_k / π_k    L_k: loss of the batch from domain k, as part of the whole
   π_k = (1 − K E_{t+1}) exp(E_t R̂_k) / Σ_j exp(E_t R̂_j) + E_{t+1}
 Until the warm-up is over the prior is drawn from.
 
@@ -19,11 +19,31 @@ import torch
 from torch import Tensor
 
 from doremi_train.methods import online
-from doremi_train.methods.online import Drawn, Options, Stats, observe, result, sampling, weigh
+from doremi_train.methods.online import (
+    Drawn,
+    Options,
+    Stats,
+    observe,
+    result,
+    sampling,
+    token_wise,
+    weigh,
+)
 
 KEPT = 0.9  # of R̂ from step to step
 
-__all__ = ["Options", "Stats", "init", "observe", "record", "result", "sampling", "update", "weigh"]
+__all__ = [
+    "Options",
+    "Stats",
+    "init",
+    "observe",
+    "record",
+    "result",
+    "sampling",
+    "token_wise",
+    "update",
+    "weigh",
+]
 
 
 class State(NamedTuple):

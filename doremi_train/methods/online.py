@@ -15,7 +15,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, Positive
+from doremi_train.methods import simplex
 from doremi_train.methods.box import Box, project
+
+token_wise = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -66,21 +69,10 @@ def observe(
     losses: Tensor, reference: Tensor | None, domain: Tensor, domains: int, options: Options
 ) -> Stats:
     """Sums of a batch: losses (B, T), domain (B,) ids below K."""
-    rows = losses.detach().double().sum(1)
-    loss = rows.new_zeros(domains).index_add_(0, domain, rows)
-    return Stats(
-        loss, torch.zeros_like(loss).index_add_(0, domain, torch.full_like(rows, losses.shape[1]))
-    )
+    return Stats(*simplex.sums(losses, domain, domains))
 
 
-def weigh(
-    state: Running,
-    domain: Tensor,
-    tokens: Tensor,
-    options: Options,
-    losses: Tensor | None = None,
-    reference: Tensor | None = None,
-) -> Tensor:
+def weigh(state: Running, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
     """(B, 1) the same weight for every token of a batch that has `tokens` (K,)."""
     return (1 / tokens.sum()).expand(len(domain), 1)
 

@@ -41,8 +41,8 @@ class Separate(NamedTuple):
 
 def log_linear(points: Floats, losses: Floats) -> LogLinear:
     """Robust least squares from several starts: (N, K), (N, M) → c, t."""
-    found = np.array([_log_linear(points, column) for column in losses.T])  # (M, 1 + K)
-    return LogLinear(found[:, 0], found[:, 1:])
+    solved = np.array([_log_linear(points, column) for column in losses.T])  # (M, 1 + K)
+    return LogLinear(solved[:, 0], solved[:, 1:])
 
 
 def _log_linear(points: Floats, losses: Floats) -> Floats:
@@ -151,3 +151,16 @@ REGRESSORS: dict[str, Callable[[Floats, Floats], Fit]] = {
     "lightgbm": lightgbm,
     "gaussian_process": gaussian_process,
 }
+"""Fits of one loss that falls with the part of the first domain, asked about a mixture between:
+
+>>> import numpy as np
+>>> from doremi_train.methods.regressors import REGRESSORS
+>>> part = np.linspace(0, 1, 9)
+>>> points = np.stack([part, 1 - part], axis=1)  # (N, K) mixtures of nine runs
+>>> losses = 2 + np.exp(-part[:, None])  # (N, M) nats
+>>> for name in ("log_linear", "gaussian_process"):
+...     fit = REGRESSORS[name](points, losses)
+...     print(name, fit.predict(np.array([[0.3, 0.7]])).round(2).tolist())
+log_linear [[2.74]]
+gaussian_process [[2.74]]
+"""

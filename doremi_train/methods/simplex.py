@@ -1,6 +1,7 @@
-"""Points on the probability simplex: what every mixture is made of.
+"""Points on the probability simplex, what every mixture is made of; and sums by domain, what is
+learned from.
 
-K domains.
+K domains, B sequences, T tokens a sequence.
 """
 
 import math
@@ -26,6 +27,17 @@ def normalize(values: Tensor | Sequence[float]) -> Tensor:
             f"not a mixture: {point.tolist()}; entries must be finite and ≥ 0, with one above 0"
         )
     return point / point.sum()
+
+
+def sums(losses: Tensor, domain: Tensor, domains: int) -> tuple[Tensor, Tensor]:
+    """(…, K) sums of losses (…, B, T), and (K,) how many tokens they are of, for ids (B,) below
+    `domains`. Float64, without a gradient."""
+    # Rows first, then domains: the sum of a sequence does not depend on the batch it came in.
+    rows = losses.detach().double().sum(-1)
+    total = rows.new_zeros(*rows.shape[:-1], domains).index_add_(-1, domain, rows)
+    # Counted by adding: torch.bincount would make the host wait for the device.
+    length = rows.new_full((len(domain),), losses.shape[-1])
+    return total, length.new_zeros(domains).index_add_(0, domain, length)
 
 
 def exponentiated(weights: Tensor, gain: Tensor, smoothing: float) -> Tensor:

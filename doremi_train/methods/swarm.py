@@ -2,11 +2,14 @@
 
 RegMix (Liu et al. 2024, https://arxiv.org/abs/2407.01492), data mixing laws (Ye et al. 2024,
 https://arxiv.org/abs/2403.16952), rounds as in CLIMB (Diao et al. 2025, https://arxiv.org/abs/2504.13161):
-  1. mixtures from Dirichlet(√prior · s), s log-spaced from 0.1 to 5, within caps; the caller trains a run on each;
-  2. each loss fitted by itself, L_j(p) = c_j + k_j exp(t_jᵀ p) or trees or a Gaussian process, and only then averaged;
-  3. p* = argmin mean_j L_j(p) + λ KL(p‖prior), low ≤ p ≤ high, Σ p = 1: convex for the exponential form, else the mean
-     of the best of many simulated mixtures;
-  4. what the fits say of runs that they have not seen tells whether to believe them, and how far: gates, an interval.
+  1. mixtures from Dirichlet(√prior · s), s log-spaced from 0.1 to 5, within caps; the caller trains
+     a run on each;
+  2. each loss fitted by itself, L_j(p) = c_j + k_j exp(t_jᵀ p) or trees or a Gaussian process, and
+     only then averaged;
+  3. p* = argmin mean_j L_j(p) + λ KL(p‖prior), low ≤ p ≤ high, Σ p = 1: convex for the exponential
+     form, else the mean of the best of many simulated mixtures;
+  4. what the fits say of runs that they have not seen tells whether to believe them, and how far:
+     gates, an interval.
 The caller trains p* as well, and takes it only where it does what was predicted.
 
 K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a mixture is a row
@@ -127,7 +130,7 @@ def out_of_fold(
 
 
 class Diagnostics(NamedTuple):
-    """Of mean losses out of fold."""
+    """What mean losses out of fold say of a fit."""
 
     spearman: float  # rank correlation of predicted and realised
     regret_at_1: float  # nats per token: what choosing by the fit costs against the best run
@@ -158,22 +161,22 @@ def interval(predicted: float, near: Floats, errors: Floats) -> tuple[float, flo
     return predicted - width, predicted + width
 
 
-def gates(found: Diagnostics, point: Floats, points: Floats) -> list[str]:
+def gates(trust: Diagnostics, point: Floats, points: Floats) -> list[str]:
     """Why a proposal (K,) of a fit to runs on `points` (N, K) is not to be believed; empty where it
     may be."""
     between = box.distance(points[:, None], points)
     lonely = (between + np.diag(np.full(len(points), np.inf))).min(1).max()
     nearest = box.distance(points, point).min()
     refused = []
-    if found.spearman < LEAST_SPEARMAN:
+    if trust.spearman < LEAST_SPEARMAN:
         refused.append(
-            f"out of fold the fit ranks runs with a Spearman correlation of {found.spearman:.2f} "
+            f"out of fold the fit ranks runs with a Spearman correlation of {trust.spearman:.2f} "
             "only"
         )
-    if found.regret_at_1 > found.blind_regret:
+    if trust.regret_at_1 > trust.blind_regret:
         refused.append(
-            f"the run that the fit would choose is {found.regret_at_1:.4f} nats per token above "
-            f"the best, and an average run only {found.blind_regret:.4f}"
+            f"the run that the fit would choose is {trust.regret_at_1:.4f} nats per token above "
+            f"the best, and an average run only {trust.blind_regret:.4f}"
         )
     if nearest > lonely:
         refused.append(
@@ -189,5 +192,6 @@ def confirm(realised: float, between: tuple[float, float]) -> list[str]:
     if realised <= between[1]:
         return []
     return [
-        f"it reached {realised:.4f} nats per token, above the {between[0]:.4f} to {between[1]:.4f} predicted"
+        f"it reached {realised:.4f} nats per token, above the {between[0]:.4f} to "
+        f"{between[1]:.4f} predicted"
     ]

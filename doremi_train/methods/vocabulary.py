@@ -2,9 +2,11 @@
 https://arxiv.org/abs/2409.14705).
 
 1. start from the tokens of any tokeniser; add sub-words, words and phrases of the target;
-2. prune to the size wanted in a few geometric steps, each time the tokens whose removal changes the utility least, and
-   count again how the rest tokenises the text: H_v = −(1 / l_v) Σ_j P(j) log P(j), l_v the mean length of a token;
-3. tokenise by longest match over bytes; the 256 single bytes stay, so that every text can be written.
+2. prune to the size wanted in a few geometric steps, each time the tokens whose removal changes the
+   utility least, and count again how the rest tokenises the text:
+   H_v = −(1 / l_v) Σ_j P(j) log P(j), l_v the mean length of a token;
+3. tokenise by longest match over bytes; the 256 single bytes stay, so that every text can be
+   written.
 
 Most of a large vocabulary never occurs in a small target, so P is a mixture of target and raw
 frequencies. K tokens.
@@ -64,16 +66,16 @@ class Options:
 def phrases(texts: Iterable[str], options: Options) -> Counter[bytes]:
     """How often each run of words comes that may be a token: with the space before it, never across
     lines."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for text in texts:
         for line in text.splitlines():
             words = _WORDS.findall(line)
             for many in range(1, options.words + 1):
-                found.update("".join(words[i : i + many]) for i in range(len(words) - many + 1))
+                counts.update("".join(words[i : i + many]) for i in range(len(words) - many + 1))
     return Counter(
         {
             phrase.encode(): n
-            for phrase, n in found.items()
+            for phrase, n in counts.items()
             if n >= options.count and len(phrase) <= options.characters
         }
     )
@@ -104,8 +106,8 @@ def changes(frequencies: Floats, lengths: Integers, length: str = "plain") -> Fl
             mean = (lengths.sum() - lengths) / (len(lengths) - 1)
         else:
             mean = ((p * lengths).sum() - p * lengths) / rest
-        found = np.abs(left / mean - utility(p, lengths, length))
-    return np.where(np.isfinite(found), found, np.inf)
+        change = np.abs(left / mean - utility(p, lengths, length))
+    return np.where(np.isfinite(change), change, np.inf)
 
 
 def prune(

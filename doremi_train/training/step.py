@@ -217,8 +217,9 @@ class Step:
         weights are already divided by global counts, and the number of ranks undoes the average
         that engines take over them."""
         objective, options = self.task.objective, self.task.objective_options
-        losses, reference = one.losses, one.reference
-        weights = objective.weigh(state, micro.domain, tokens, options, losses, reference)
+        losses = one.losses
+        by_token = (losses, one.reference) if objective.token_wise else ()
+        weights = objective.weigh(state, micro.domain, tokens, options, *by_token)
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
         self.engine.backward(total * self.world.size)
 

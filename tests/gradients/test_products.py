@@ -214,9 +214,9 @@ def test_the_token_route_and_the_row_route_agree(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples, (direction,) = captured(case), randomly(case.model, 1)
-    monkeypatch.setattr(products, "_short", lambda use: True)
+    monkeypatch.setattr(factors.Outer, "short", True)
     by_token = products.products(examples, (direction,))
-    monkeypatch.setattr(products, "_short", lambda use: False)
+    monkeypatch.setattr(factors.Outer, "short", False)
     monkeypatch.setattr(factors, "NUMBERS", 3 * N * D)  # blocks of three rows
     by_row = products.products(examples, (direction,))
     close(by_token.gram, by_row.gram)
@@ -226,7 +226,7 @@ def test_the_token_route_and_the_row_route_agree(
 def test_the_cheaper_route_is_taken() -> None:
     wide = factors.Outer(torch.zeros(2, 4, 512), torch.zeros(2, 4, 512))
     long = factors.Outer(torch.zeros(8, 128, 512), torch.zeros(8, 128, 512))
-    assert products._short(wide) and not products._short(long)
+    assert wide.short and not long.short and wide.gram() is not None and long.gram() is None
 
 
 def test_a_sketch_is_linear_deterministic_and_right_on_average(case: Case) -> None:
@@ -267,22 +267,6 @@ def test_three_validation_examples_are_never_summed_before_the_dot() -> None:
     close(products.dot(examples, *directions), products.gram(examples)[:, picked])
 
 
-def test_forward_routes_agree_with_factors() -> None:
-    case = plain("gpt_neox", attention="sdpa")  # whose softmax is in float64 too
-    (direction,) = randomly(case.model, 1)
-    expected = products.dot(captured(case), direction)[:, 0]
-    tokens, mask = batch(), torch.ones(N, T, dtype=torch.float64)
-    mask[2, 3:] = 0
-    derivative = directional.forward_derivative(
-        case.model, lambda call: language_losses(call, tokens, mask).sum(1), direction
-    )
-    close(derivative, expected)
-    difference = directional.forward_difference(
-        case.model, lambda: case.losses().sum(1), direction, 1e-5
-    )
-    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_curvature_is_the_hessian_s() -> None:
     case = plain("gpt_neox", attention="sdpa")  # whose softmax is in float64 too
     (direction,) = randomly(case.model, 1)
@@ -306,7 +290,7 @@ def test_curvature_is_the_hessian_s() -> None:
     assert all(torch.equal(before[name], p) for name, p in named.items())
 
 
-def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
+def test_what_tokens_add_summed_over_a_packed_document_is_its_own() -> None:
     model = build("llama")
     tokens = batch(2)
     document = torch.tensor(
@@ -326,7 +310,6 @@ def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
         return F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none") * (document >= 0)
 
     examples = capture.capture(model, losses, (2, T)).examples
-    documents = products.documents(examples, document)
     spans = [(0, slice(0, 3)), (0, slice(3, 5)), (1, slice(0, 6))]
     alone = []
     for row, span in spans:  # each document as the whole batch
@@ -338,8 +321,6 @@ def test_documents_of_a_packed_sequence_are_examples_of_their_own() -> None:
     whole = torch.stack(alone)
     direction = dict(zip(trained(model), randomly(model, 1)[0].values(), strict=True))
     along = torch.cat([direction[name].flatten() for name in trained(model)])
-    close(products.gram(documents), whole @ whole.T)
-    close(products.dot(documents, direction)[:, 0], whole @ along)
     by_token = products.tokens(examples, direction)
     close(torch.stack([by_token[document == m].sum() for m in range(3)]), whole @ along)
 

@@ -21,6 +21,8 @@ from doremi_train.methods import (
 )
 from doremi_train.methods.doremi import Options, State, Stats
 from doremi_train.parallel.world import World
+from doremi_train.stages.runs.language_model import learned
+from doremi_train.training.task import TrainingFailed
 
 EXCESS = [[1, 0.25, 0], [1, 0.25, 0], [0, 0.5, 2]]  # λ_t of three domains, nats per token
 WEIGHTS = [
@@ -289,8 +291,13 @@ def test_in_the_warm_up_the_weights_stay_uniform_and_are_not_averaged(
 
 
 def test_no_result_before_a_step_was_averaged() -> None:
+    before = doremi.init(3, 10, Options())
     with pytest.raises(ValueError, match="average_from"):
-        doremi.result(doremi.init(3, 10, Options()))
+        doremi.result(before)
+    with pytest.raises(
+        TrainingFailed, match=r"proxy/seed-1: no .* has not passed proxy\.average_from"
+    ):
+        learned("proxy/seed-1", doremi, before)
 
 
 @pytest.mark.parametrize("clip", ["token", "domain"])

@@ -38,7 +38,7 @@ def test_unimax_is_uniform_where_no_cap_binds_and_natural_where_all_do() -> None
 
 
 def test_unimax_refuses_a_budget_beyond_all_epochs() -> None:
-    with pytest.raises(ValueError, match=r"mixture\.max_epochs=4"):
+    with pytest.raises(ValueError, match=r"than max_epochs=4 epochs"):
         heuristics.unimax(SIZES, 40_001.0, Options())
 
 

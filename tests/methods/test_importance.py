@@ -298,14 +298,6 @@ def test_what_is_missing_is_named() -> None:
     for policy in ("imp", "dimp", "rho"):
         with pytest.raises(ValueError, match="reference"):
             step(losses, None, Options(policy=policy))
-    options = Options(policy="none")
-    with pytest.raises(ValueError, match="losses"):
-        importance.weigh(
-            importance.init(1, 1, options),
-            torch.zeros(2, dtype=torch.int64),
-            float64([4.0]),
-            options,
-        )
 
 
 def test_a_loss_that_is_not_finite_is_seen_in_the_sums() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from doremi_train import files
-from doremi_train.config import UserError
+from doremi_train.config import UserError, in_keys
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, swarm
 from doremi_train.methods.box import Box, Floats, Space
@@ -48,7 +48,12 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
     try:
         inside = space.box(within)
     except ValueError as error:
-        raise UserError(f"mixture=swarm: {error}") from None
+        keys = {
+            "frozen": "swarm.frozen",
+            "max_epochs": "mixture.max_epochs",
+            "floor": "swarm.floor",
+        }
+        raise UserError(f"mixture=swarm: {in_keys(error, keys)}") from None
     steps = budget.main_steps(session)
     natural, prior = (
         budget.heuristic(session, store, name, steps) for name in ("natural", options.prior)

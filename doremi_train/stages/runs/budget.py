@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from doremi_train.config import UserError
+from doremi_train.config import UserError, in_keys
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import HEURISTICS, box
@@ -60,9 +60,10 @@ def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box
     least `floor` (of this key). Raises UserError where that leaves none."""
     sizes = np.asarray(store.sizes("train"), dtype=np.float64)
     try:
-        return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor, key)
+        return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor)
     except ValueError as error:
-        raise UserError(f"mixture={session.method}: {error}") from None
+        said = in_keys(error, {"max_epochs": "mixture.max_epochs", "floor": key})
+        raise UserError(f"mixture={session.method}: {said}") from None
 
 
 def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Tensor:
@@ -74,7 +75,8 @@ def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Ten
     try:
         return HEURISTICS[name](sizes, budget, session.config.mixture)
     except ValueError as error:
-        raise UserError(f"mixture {name}: {error}") from None
+        said = in_keys(error, {"max_epochs": "mixture.max_epochs"})
+        raise UserError(f"mixture {name}: {said}") from None
 
 
 def within(session: Session, store: TokenStore) -> box.Box | None:

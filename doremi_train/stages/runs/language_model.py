@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from doremi_train.config import in_keys
 from doremi_train.console import Bar
 from doremi_train.data.batches import Store
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import cross_entropy, importance
+from doremi_train.methods import Objective, cross_entropy, importance
 from doremi_train.model import configs, folders
 from doremi_train.model.configs import ModelOptions
 from doremi_train.model.language_model import LanguageModel
@@ -22,7 +23,7 @@ from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run, set_status
 from doremi_train.training import batch_selection, frozen
-from doremi_train.training.task import Position, Task, TrainingOptions
+from doremi_train.training.task import Position, Task, TrainingFailed, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 
@@ -183,16 +184,25 @@ def _write(
     epochs = task.store.named(position.counts / trainer.batches.sizes)
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
     result |= {"engine": trainer.engine_used, **more}
-    if hasattr(task.objective, "result"):
-        result["weights"] = task.store.named(task.objective.result(position.state))
+    weights = learned(task.label, task.objective, position.state)
+    if weights is not None:
+        result["weights"] = task.store.named(weights)
     task.run.finish(result)
     set_status(task.run.folder, "running", position.step)
     checkpoint.remove(task.run.folder / "checkpoints")
-    learned = {
-        f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()
-    }
+    line = {f"learned_weights/{name}": weight for name, weight in result.get("weights", {}).items()}
     measured = more["evaluation"]
-    return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **learned}
+    return {"mean_loss": measured["mean_loss"], "worst_loss": measured["worst_loss"], **line}
+
+
+def learned(label: str, objective: Objective, state: Any) -> Tensor | None:
+    """(K,) the mixture that a run's objective learned; None where it learns none. Raises
+    TrainingFailed where it never came to that."""
+    try:
+        return objective.result(state)
+    except ValueError as error:
+        said = in_keys(error, {"average_from": "proxy.average_from", "warmup": "proxy.warmup"})
+        raise TrainingFailed(f"{label}: {said}") from None
 
 
 def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:

@@ -119,9 +119,9 @@ def test_the_design_is_within_caps_from_sparse_to_even_and_the_same_again() -> N
 
 
 def test_caps_and_floors_that_leave_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"mixture\.max_epochs=4"):
+    with pytest.raises(ValueError, match=r"than max_epochs=4 epochs"):
         box.box(np.array([1.0, 1.0]), 9.0, 4.0, 0.0)
-    with pytest.raises(ValueError, match=r"swarm\.floor=0\.6"):
+    with pytest.raises(ValueError, match=r"^floor=0\.6 for 2 domains"):
         box.box(np.array([1.0, 1.0]), 1.0, 4.0, 0.6)
     tiny = box.box(np.array([0.01, 1.0]), 1.0, 4.0, 0.1)
     assert tiny.low.tolist() == [0.04, 0.1]  # a cap is stronger than a floor
@@ -287,6 +287,8 @@ def test_frozen_domains_keep_their_proportions_and_every_cap() -> None:
     assert_allclose(inside.high, [0.4, 1, 0.4])
     drawn = space.expand(swarm.design(np.full(3, 1 / 3), inside, 50, random()))
     assert all(box.inside(mixed, within) for mixed in drawn)
+    with pytest.raises(ValueError, match="frozen keeps together does not fit"):
+        space.box(Box(np.array([0.5, 0.0, 0.4, 0.0]), np.ones(4)))
     identity = box.space(np.zeros(4))
     assert np.array_equal(identity.expand(whole), whole) and np.array_equal(
         identity.reduce(whole), whole
@@ -415,7 +417,16 @@ def test_a_swarm_that_cannot_be_is_refused(tiny: list[str], tmp_path: Path) -> N
         (["mixture=swarm", "stage=plan", "main.tokens=1000000000000"], "mixture.max_epochs=4"),
         (["mixture=swarm", "stage=plan", f"swarm.frozen={tmp_path}/none.json"], "swarm.frozen="),
         (["reference.mixture=file"], "reference.mixture=file"),
+        (
+            ["mixture=swarm", "stage=plan", "swarm.floor=0.5"],
+            "swarm: swarm.floor=0.5 for 3 domains",
+        ),
+        (
+            ["mixture=swarm", "stage=plan", "swarm.floor=0.2", f"swarm.frozen={tmp_path}/old.json"],
+            "what swarm.frozen keeps together does not fit within mixture.max_epochs and swarm.floor",
+        ),
     ]
+    (tmp_path / "old.json").write_text('{"weights": {"plain": 0.9, "rich": 0.1}}')
     for number, (overrides, named) in enumerate(cases):
         outcome = run_here(*tiny, f"run_dir={tmp_path}/{number}", *overrides)
         assert outcome.code == 2 and named in outcome.err, outcome

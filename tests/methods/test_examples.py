@@ -1,0 +1,71 @@
+"""Examples of the docs and of every module and registry of methods, run as they stand there."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from doremi_train import methods
+
+ROOT = Path(__file__).parents[2]
+MODULES = ["doremi_train.methods"] + [
+    f"doremi_train.methods.{module.name}" for module in pkgutil.iter_modules(methods.__path__)
+]
+
+
+def registries(source: str) -> Iterator[tuple[str, int, str]]:
+    """Name, line and docstring of every registry of a module: a constant that is a dict of names,
+    and the string below it."""
+    body = ast.parse(source).body
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).startswith("dict[str,"):
+            told = below.value if isinstance(below, ast.Expr) else None
+            assert isinstance(node.target, ast.Name)
+            text = told.value if isinstance(told, ast.Constant) else ""
+            yield node.target.id, told.lineno if told else node.lineno, str(text)
+
+
+def of_registries(name: str) -> list[doctest.DocTest]:
+    module = importlib.import_module(name)
+    path = str(module.__file__)
+    return [
+        doctest.DocTestParser().get_doctest(text, {}, f"{name}.{registry}", path, line)
+        for registry, line, text in registries(Path(path).read_text())
+    ]
+
+
+REGISTRIES = [test for name in MODULES for test in of_registries(name)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_the_docstrings_of_a_module_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_package_s_own_docstring_has_an_example() -> None:
+    assert doctest.DocTestParser().get_examples(str(methods.__doc__))
+
+
+@pytest.mark.parametrize("test", REGISTRIES, ids=lambda test: test.name)
+def test_every_registry_has_an_example_that_runs(test: doctest.DocTest) -> None:
+    assert test.examples, f"{test.name}: no example in the string below it"
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_every_registry_is_found() -> None:
+    found = {test.name.removeprefix("doremi_train.methods.") for test in REGISTRIES}
+    assert found >= {"ONLINE", "OBJECTIVES", "HEURISTICS", "regressors.REGRESSORS"}
+    assert [*registries("A: dict[str, int] = {}\nB: dict[str, int] = {}\n'''>>> 1'''")] == [
+        ("A", 1, ""),
+        ("B", 3, ">>> 1"),
+    ]
+
+
+def test_examples_in_the_docs_run() -> None:
+    path = ROOT / "docs" / "methods.md"
+    outcome = doctest.testfile(str(path), module_relative=False, encoding="utf-8")
+    assert outcome.failed == 0 and outcome.attempted > 50
