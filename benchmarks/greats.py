@@ -192,9 +192,8 @@ def _peak_here(side: str, given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         of = step.setting(given.model[0], given, Path(folder))
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the peak begins anew, after the store was written
+        # The peak begins anew, after the store was written.
+        Path("/proc/self/clear_refs").write_text("5")
         before = _resident()
         with contextlib.closing(SIDES[side](of)) as steps:
             for _ in range(3):

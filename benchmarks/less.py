@@ -22,11 +22,12 @@ from doremi_train.model.lora import LoraOptions
 from doremi_train.selection.examples import influence
 from doremi_train.selection.examples.influence import Checkpoint, Coded
 
+# Of a projection; examples, and numbers of a gradient, projected at once.
 SIZE, TOGETHER, BLOCK = (
     8192,
     16,
     4096,
-)  # of a projection; examples, and numbers of a gradient, projected at once
+)
 OPTIONS = less.Options()
 
 

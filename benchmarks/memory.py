@@ -40,9 +40,8 @@ def measure(given: argparse.Namespace) -> common.Result:
         for vocabulary in (VOCABULARIES[1::2] if given.quick else VOCABULARIES)
     }
     for side in ("fused", "plain"):
-        exact = (
-            peaks[1 << 17][side] / peaks[1 << 13][side]
-        )  # counted, not measured: it has no spread
+        # Counted, not measured: it has no spread.
+        exact = peaks[1 << 17][side] / peaks[1 << 13][side]
         name = "" if side == "fused" else "_plain"
         ratios[f"peak_128k_over_8k_vocabulary{name}"] = common.Ratio(exact, exact, exact)
     common.table(

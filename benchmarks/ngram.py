@@ -32,10 +32,11 @@ from doremi_train.selection.options import SelectionOptions
 
 TARGET = 20  # documents of the first domain
 SHARD = 64.0  # MB of text of a usual file, the work of a task
+# At once, and tasks that are done already, to see what a task costs beyond its work.
 WORKERS, NOTHINGS = (
     2,
     400,
-)  # at once, and tasks that are done already, to see what a task costs beyond its work
+)
 
 
 def work(data: DataOptions, folder: Path) -> list[tasks.Task]:

@@ -43,10 +43,11 @@ from doremi_train.training.trainer import Trainer
 
 LENGTH, PICKS, CANDIDATES, VOCABULARY = 64, 16, 32, 512
 COPIES = 16  # distinct sequences among the duplicates
+# Of the target's validation text: what policies see, what is reported.
 TARGET_SEQUENCES, EVALUATED = (
     16,
     64,
-)  # of the target's validation text: what policies see, what is reported
+)
 WARM_STEPS, RATE = 800, 3e-3  # the rate is the best of random's, on a seed that is not reported
 CURVE = 6  # losses of a run
 PUBLISHED = BatchSelectionOptions(

@@ -73,9 +73,8 @@ def laid_out(root: Path, target: str, characters: int, folder: Path) -> dict[str
             after = list(texts(root, domain, "train", np.inf))[len(documents) :]
             lines(folder / "target.jsonl", after[:SERVED])
         pool += documents
-        lines(
-            folder / "evaluated" / domain / "train.jsonl", documents[:5]
-        )  # as a domain has to have some
+        # As a domain has to have some.
+        lines(folder / "evaluated" / domain / "train.jsonl", documents[:5])
         lines(
             folder / "evaluated" / domain / "validation.jsonl",
             list(texts(root, domain, "validation", characters / 5)),

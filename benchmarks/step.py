@@ -48,11 +48,12 @@ class Size(NamedTuple):
     length: int  # tokens
 
 
+# 0.2M, 9M, 110M.
 SIZES = {
     "tiny": Size(1024, 32, 128),
     "small": Size(16384, 8, 128),
     "280m": Size(32768, 16, 1024),
-}  # 0.2M, 9M, 110M
+}
 
 
 class Setting(NamedTuple):
@@ -261,9 +262,8 @@ def of_model(
             began = time.perf_counter()
             next(steps["compiled"])
             figures["first_compiled_step_seconds"] = time.perf_counter() - began
-        each = (
-            10 if of.place.device.type == "cuda" else 1
-        )  # steps a turn: a GPU is to be asked ahead
+        # Steps a turn: a GPU is to be asked ahead.
+        each = 10 if of.place.device.type == "cuda" else 1
         turns = {side: _turn(of.place.device, its, each) for side, its in steps.items()}
         clock = time.process_time if given.clock == "cpu" else time.perf_counter
         times = common.alternate(

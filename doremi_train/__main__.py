@@ -17,9 +17,8 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # errors reach us whole, and we say them in one message
+    # Errors reach us whole, and we say them in one message.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -31,9 +30,8 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "exit_code"):  # of a sweep's job in another process
             command.die(str(error), error.exit_code)
-        if type(error).__module__.startswith(
-            "submitit."
-        ):  # such a job was killed, or could not be submitted
+        # Such a job was killed, or could not be submitted.
+        if type(error).__module__.startswith("submitit."):
             command.die(str(error), 1)
         raise
 

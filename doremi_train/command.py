@@ -25,11 +25,12 @@ from doremi_train.stages import STAGES
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# Where and which, not what: no part of a sweep's folder names.
 _PLACES = (
     "run_dir",
     "store",
     "stage",
-)  # where and which, not what: no part of a sweep's folder names
+)
 
 
 def sweep_name(overrides: list[str]) -> str:
@@ -62,9 +63,8 @@ def task(composed: Any) -> None:
 
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     job = HydraConfig.get()
-    if (
-        job.mode == RunMode.MULTIRUN
-    ):  # each job of a sweep has its own folder, and all share one store
+    # Each job of a sweep has its own folder, and all share one store.
+    if job.mode == RunMode.MULTIRUN:
         plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
         shown = plain["tracking"]
         shown["path"] = shown["path"] or plain["run_dir"]
@@ -159,9 +159,8 @@ def _listen(stop: Any) -> Callable[[], None]:
         for handler in asked:
             slurm.outlive_requeue()
             handler()
-            sys.exit(
-                0
-            )  # not the first task, which puts the job back: nothing is wrong with this one
+            # Not the first task, which puts the job back: nothing is wrong with this one.
+            sys.exit(0)
 
     return requeue
 

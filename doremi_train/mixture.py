@@ -21,9 +21,8 @@ class Mixture:
     weights: dict[str, float]  # sum 1
     # 95 %, Student-t over proxy seeds; None for one seed.
     interval: dict[str, tuple[float, float]] | None = None
-    epochs: dict[str, float] = field(
-        default_factory=dict
-    )  # passes over each domain in the final run
+    # Passes over each domain in the final run.
+    epochs: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     # Weights from each step on, where they changed.
     schedule: Sequence[tuple[int, dict[str, float]]] | None = None

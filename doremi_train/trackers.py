@@ -107,9 +107,8 @@ class Tracking:
         tracked = Tracked(self)
         if self.options.backend != "none":
             subject = Subject(self._named(label), _stage(label), id, step)
-            comm.on_first(
-                lambda: tracked.open(subject)
-            )  # the others wait in peace: it may wait for a network
+            # The others wait in peace: it may wait for a network.
+            comm.on_first(lambda: tracked.open(subject))
         try:
             yield tracked
         except BaseException as error:

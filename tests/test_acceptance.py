@@ -71,9 +71,8 @@ def test_eight_domains_of_real_text_end_to_end(
     assert len(weights) == 8
     assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
     assert min(weights.values()) >= 1e-3 / 8
-    assert (
-        max(weights.values()) - min(weights.values()) > 0.05
-    )  # not the uniform mixture it started from
+    # Not the uniform mixture it started from.
+    assert max(weights.values()) - min(weights.values()) > 0.05
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert {"reference", "proxy", "main", "baseline", "uniform"} <= evaluation.keys()
     assert evaluation["main"]["mean_loss"] < 6.5 < 6.93  # ln 1024 is knowing nothing

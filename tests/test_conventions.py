@@ -203,10 +203,11 @@ OPTIONS = sorted(
     for path in conf_dir().rglob("*.yaml")
     if path.parent != conf_dir() and "hydra" not in path.parts
 )
+# Options that mean nothing alone.
 NEEDS = {
     "mixture=file": ("mixture.path=weights.json",),
     "selection=embedding": ("selection.encoder=FOLDER",),
-}  # options that mean nothing alone
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

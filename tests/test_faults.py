@@ -120,9 +120,8 @@ def test_rounds_and_seeds_continue_where_they_were_killed(
         process.communicate()
     continued = doremi(*overrides, f"run_dir={run_dir}")
     assert continued.code == 0, continued
-    assert (
-        continued.out.count("is in the store already") >= 4
-    )  # nothing that was finished is done again
+    # Nothing that was finished is done again.
+    assert continued.out.count("is in the store already") >= 4
     traces = [f"proxy/round-{r}/seed-{s}/domain_weights.jsonl" for r in (1, 2) for s in (0, 1)]
     for name in ("weights.json", "main/model/model.safetensors", *traces):
         assert (tmp_path / "never" / name).read_bytes() == (run_dir / name).read_bytes(), name
@@ -176,9 +175,8 @@ def test_a_vanished_process_ends_the_others_with_a_message(
     )
     if gone == 1:  # the first process writes how it ended
         found = [read(path) for path in (tmp_path / "run").glob("*/status.json")]
-        (failed,) = (
-            status for status in found if status["state"] == "failed"
-        )  # the proxy, or main after it
+        # The proxy, or main after it.
+        (failed,) = (status for status in found if status["state"] == "failed")
         assert "another process ended" in failed["message"]
     outcome = doremi(*overrides, processes=2)
     assert outcome.code == 0, outcome

@@ -35,9 +35,8 @@ def test_weights_are_written_exactly_and_read_back_as_a_mixture(tmp_path: Path) 
         "doremi", given, interval={"a": (0.1, 0.2)}, epochs={"a": 1.5}, provenance={"seed": 0}
     )
     doremi_train_mixture.save(tmp_path / "weights.json", mixture)
-    assert (
-        json.loads((tmp_path / "weights.json").read_text())["weights"] == given
-    )  # every bit of it
+    # Every bit of it.
+    assert json.loads((tmp_path / "weights.json").read_text())["weights"] == given
     loaded = doremi_train_mixture.load(tmp_path / "weights.json", tuple("abcdefg"))
     assert loaded.method == "doremi"
     assert list(loaded.weights.values()) == pytest.approx(list(given.values()), rel=1e-15)

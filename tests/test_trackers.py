@@ -158,12 +158,13 @@ def test_every_training_run_is_one_of_the_group(runs: list[Kept]) -> None:
         for kept in runs
         if kept.run["job_type"] != "report"
     }
+    # Baseline is there.
     assert found == {
         "reference": "reference",
         "proxy": "proxy",
         "main": "main",
         "uniform": "main",
-    }  # baseline is there
+    }
     for kept in runs:
         assert (kept.run["run_group"], kept.run["project"], kept.run["tags"]) == (
             "run",
@@ -233,12 +234,11 @@ def test_the_report_is_an_artifact(job: Path) -> None:
     assert artifact["type"] == "report" and artifact["name"] == kept.run["run_id"]
     held = {file["path"]: Path(file["local_path"]) for file in artifact["manifest"]["contents"]}
     assert held.keys() == {"report.html", "weights.json", "evaluation.json", "plan.json"}
+    # Copies, under run_dir: a later report does not change them before they are sent.
     for (
         name,
         copy,
-    ) in (
-        held.items()
-    ):  # copies, under run_dir: a later report does not change them before they are sent
+    ) in held.items():
         assert job in copy.parents and copy.read_bytes() == (job / name).read_bytes()
     evaluation, weights = read(job / "evaluation.json"), read(job / "weights.json")["weights"]
     assert {
@@ -460,9 +460,8 @@ def test_online_without_a_login_is_refused_before_anything_is_written(
 def test_tensorboard_that_is_not_installed_is_refused_with_the_remedy(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, "tensorboard", None
-    )  # as the interpreter has what cannot be imported
+    # As the interpreter has what cannot be imported.
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     outcome = run_here(*tiny, f"run_dir={tmp_path / 'run'}", "tracking=tensorboard")
     assert outcome.code == 2 and "'.[tensorboard]'" in outcome.err, outcome
     assert not (tmp_path / "run").exists()

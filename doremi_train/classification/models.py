@@ -123,9 +123,8 @@ class _Transformer(nn.Module):
 def _small_encoder(options: ClassifierOptions, texts: Sequence[str]) -> Kind:
     from transformers import BertConfig, BertForSequenceClassification
 
-    learned = tokenizer.learn(
-        texts, _VOCABULARY
-    )  # id 0 ends a document: here it begins every text, and fills
+    # Id 0 ends a document: here it begins every text, and fills.
+    learned = tokenizer.learn(texts, _VOCABULARY)
 
     def build(classes: int) -> nn.Module:
         shape: dict[str, Any] = {

@@ -48,9 +48,8 @@ class MicroBatch(NamedTuple):
     tokens: Tensor
     domain: Tensor  # (B,) int64
     sequence: Tensor  # (B,) int64 index within the domain
-    reference: Tensor | None = (
-        None  # (B, T) float16 losses of the reference, as far as they are stored
-    )
+    # (B, T) float16 losses of the reference, as far as they are stored.
+    reference: Tensor | None = None
 
     @property
     def carrying(self) -> Tensor:
@@ -85,9 +84,8 @@ class Batches:
         )
         self.sizes = self.sampler.sizes  # (K,) sequences that may be drawn
         self._rows = rows  # of the global batch: this rank's, one slice a micro-batch
-        self._stored = (
-            stored  # the reference's losses of (domain, sequence), to be read with the tokens
-        )
+        # The reference's losses of (domain, sequence), to be read with the tokens.
+        self._stored = stored
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, bytes, Future[Batch]] | None = None
 

@@ -17,9 +17,8 @@ Ints = NDArray[np.int64]
 
 class Example(NamedTuple):
     ids: NDArray[np.int32]  # (n,)
-    carries: NDArray[
-        np.bool_
-    ]  # (n,) tokens that carry a loss: those of answers, but never the first
+    # (n,) tokens that carry a loss: those of answers, but never the first.
+    carries: NDArray[np.bool_]
 
 
 def coded(example: Example, length: int) -> NDArray[np.int32]:
@@ -96,9 +95,8 @@ class Encoder:
             )
             added = [*found.input_ids, *[self.end] * piece.ended]
             ids += added
-            carries += [piece.carries and piece.text != ""] * len(
-                added
-            )  # an empty answer is no answer
+            # An empty answer is no answer.
+            carries += [piece.carries and piece.text != ""] * len(added)
         carries[:1] = [False] * len(carries[:1])  # nothing comes before it
         return Example(np.array(ids, np.int32), np.array(carries, bool))
 

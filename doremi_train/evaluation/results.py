@@ -16,6 +16,7 @@ from doremi_train.evaluation.statistics import listed, student_t
 from doremi_train.methods import HEURISTICS
 from doremi_train.model import configs
 
+# Then others; reference and proxy last.
 _ORDER = (
     "main",
     "baseline",
@@ -23,7 +24,7 @@ _ORDER = (
     "uniform",
     "temperature",
     "unimax",
-)  # then others; reference and proxy last
+)
 _BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
 TRACE_POINTS = 400  # of a curve over steps: more cannot be seen
 
@@ -36,13 +37,11 @@ class Result(NamedTuple):
     mixture: dict[str, Any]  # weights.json
     figures: dict[str, Any]  # evaluation.json
     curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
-    traces: list[
-        list[dict[str, Any]]
-    ]  # domain_weights.jsonl of each proxy of the last round, or of the main run
+    # Domain_weights.jsonl of each proxy of the last round, or of the main run.
+    traces: list[list[dict[str, Any]]]
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
-    picks: list[
-        dict[str, Any]
-    ]  # batch_selection.jsonl of the final model; empty where it took every sequence
+    # Batch_selection.jsonl of the final model; empty where it took every sequence.
+    picks: list[dict[str, Any]]
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
     downstream: dict[str, Any]  # downstream.json; empty where there is none
@@ -61,9 +60,8 @@ class Result(NamedTuple):
 class Setting(NamedTuple):
     """Runs that differ in their seed only."""
 
-    varying: dict[
-        str, Any
-    ]  # keys that differ between the settings of a sweep, and this one's values
+    # Keys that differ between the settings of a sweep, and this one's values.
+    varying: dict[str, Any]
     size: int  # parameters of the proxy, without embeddings
     main_size: int  # of the final model
     results: list[Result]

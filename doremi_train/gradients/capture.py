@@ -71,9 +71,8 @@ def capture(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if (
-            isinstance(module, Projection) and not verify
-        ):  # which, unlike torch's own, computes what is not asked for
+        # Which, unlike torch's own, computes what is not asked for.
+        if isinstance(module, Projection) and not verify:
             frozen.extend(p for p in module.parameters() if p.requires_grad)
             module.requires_grad_(False)
             module.also = Also(keep=_KEPT)

@@ -78,10 +78,11 @@ def held_out_mixing(halves: tuple[NDArray, NDArray], raw: NDArray) -> float:
     """
     q = raw / raw.sum() + FLOOR
     p = [half / half.sum() for half in halves]
+    # Counts held out; rise and base of their p̂.
     terms = [
         (halves[1], q - p[0], p[0]),
         (halves[0], q - p[1], p[1]),
-    ]  # counts held out; rise and base of their p̂
+    ]
     low, high = 1e-3, 0.999
     for _ in range(40):
         middle = (low + high) / 2

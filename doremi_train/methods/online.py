@@ -24,9 +24,8 @@ token_wise = False
 @dataclass(frozen=True, config=STRICT)
 class Options:
     prior: tuple[float, ...] = ()  # (K,) where it begins
-    high: tuple[
-        float, ...
-    ] = ()  # (K,) largest part of the run's tokens: what mixture.max_epochs allows
+    # (K,) largest part of the run's tokens: what mixture.max_epochs allows.
+    high: tuple[float, ...] = ()
     floor: Fraction = 0.01  # least weight of a domain at any time, as far as `high` leaves it
     warmup: Fraction = 0.05  # part of the run on the prior
     every: Positive = 10  # steps between updates of ado's fits, and of dro's weights

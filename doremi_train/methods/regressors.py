@@ -51,9 +51,8 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
     others."""
     lowest, spread = losses.min(), max(1.4826 * scipy.stats.median_abs_deviation(losses), 1e-9)
     domains = points.shape[1]
-    ridge = 1e-3 * (
-        np.eye(domains) - 1 / domains
-    )  # holds t of a domain that no run shows at the others' mean
+    # Holds t of a domain that no run shows at the others' mean.
+    ridge = 1e-3 * (np.eye(domains) - 1 / domains)
 
     def above(x: Floats) -> Floats:
         return np.exp(np.minimum(points @ x[1:], 50))  # a trial step may go far
@@ -68,11 +67,12 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
         )
 
     tried = []
+    # Of c below the lowest loss; for a given c, log(L − c) is linear in p.
     for gap in (
         0.1,
         1.0,
         10.0,
-    ):  # of c below the lowest loss; for a given c, log(L − c) is linear in p
+    ):
         floor = np.clip(lowest - gap * spread, 0.01 * lowest, lowest - 1e-3 * spread)
         rows = np.vstack([points, 0.1 * (np.eye(domains) - 1 / domains)])
         start = scipy.linalg.lstsq(

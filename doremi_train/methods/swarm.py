@@ -56,9 +56,8 @@ class Options:
 def design(prior: Floats, within: Box, count: int, generator: np.random.Generator) -> Floats:
     """(N, K) mixtures from sparse to even, within the box."""
     strengths = np.geomspace(*STRENGTHS, count) if count > 1 else np.ones(1)
-    drawn = (
-        generator.standard_gamma(strengths[:, None] * np.sqrt(prior)) + 1e-300 * prior
-    )  # never all 0
+    # Never all 0.
+    drawn = generator.standard_gamma(strengths[:, None] * np.sqrt(prior)) + 1e-300 * prior
     # A trace of the prior, so that what a cap takes from the only domain has somewhere to go.
     return box.project((1 - 1e-6) * drawn / drawn.sum(1, keepdims=True) + 1e-6 * prior, within)
 

@@ -85,9 +85,8 @@ def resolve(
             )
         config.max_position_embeddings = length
     plain = json.loads(config.to_json_string(use_diff=True))
-    plain.pop(
-        "transformers_version", None
-    )  # the same model under another version is the same model
+    # The same model under another version is the same model.
+    plain.pop("transformers_version", None)
     return plain | {"vocab_size": vocabulary, "model_type": kind}
 
 

@@ -129,9 +129,8 @@ def memory(
         4 * (of.factors if optimizer == "adafactor" else 2 * of.parameters),
     )
     zero = int(strategy[-1]) if strategy.startswith("zero") else 0
-    divided = [
-        strategy == "fsdp2" or zero >= least for least in (3, 2, 1)
-    ]  # parameters, gradients, optimiser
+    # Parameters, gradients, optimiser.
+    divided = [strategy == "fsdp2" or zero >= least for least in (3, 2, 1)]
     states = [whole, whole, moments + whole * (zero > 0)]
     parameters, gradients, kept = (
         -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
@@ -178,9 +177,8 @@ def measure(
     it was, and no memory is held.
     """
     of = shape(config)
-    cost = length * (
-        forward(of, length) + backward(of, rows, length, checkpointing, device.type)
-    )  # of one sequence
+    # Of one sequence.
+    cost = length * (forward(of, length) + backward(of, rows, length, checkpointing, device.type))
     tried = rows
     if device.type == "cpu":
         tried = min(rows, int(_CPU_FLOPS / cost))

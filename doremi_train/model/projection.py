@@ -89,9 +89,8 @@ class _CrossEntropy(torch.autograd.Function):
             )
             place, inside = _place(targets[rows], columns)
             right[rows] += torch.where(inside, z.gather(1, place)[:, 0], 0)
-            top = z.amax(1, keepdim=True).clamp_min(
-                torch.finfo(wide).min
-            )  # a tile may be −∞ throughout
+            # A tile may be −∞ throughout.
+            top = z.amax(1, keepdim=True).clamp_min(torch.finfo(wide).min)
             part = z.sub_(top).exp_().sum(1).log_().add_(top[:, 0])
             normalizers[rows] = torch.logaddexp(normalizers[rows], part)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)

@@ -39,9 +39,8 @@ class _Together(NamedTuple):
 
     group: Any = None  # for rank 0's work and objects: gloo, on the host
     timeout: float = 0.0
-    environment: Mapping[str, str] = MappingProxyType(
-        {}
-    )  # what accelerate's launcher said, to be put back
+    # What accelerate's launcher said, to be put back.
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 _together = _Together()

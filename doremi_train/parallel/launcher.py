@@ -152,9 +152,8 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
                 f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more "
                 "processes"
             )
-    if stage != 2 and zero.setdefault(
-        "overlap_comm", False
-    ):  # with free accumulation only stage 2 has it
+    # With free accumulation only stage 2 has it.
+    if stage != 2 and zero.setdefault("overlap_comm", False):
         raise UserError(
             f"engine.deepspeed={file}: overlap_comm goes with stage 2 only; set it to false"
         )

@@ -42,9 +42,8 @@ class Native:
         self._parameters = list(model.parameters())
         self.optimizer = optim.build(model, training)
         for name, tensor in model.named_parameters():
-            if (
-                name in moments
-            ):  # scalars are torch's count of steps: fused AdamW keeps it beside the parameter
+            # Scalars are torch's count of steps: fused AdamW keeps it beside the parameter.
+            if name in moments:
                 home = tensor.device if training.optimizer == "adamw" else "cpu"
                 self.optimizer.state[tensor] = {
                     key: comm.share(value, tensor) if value.ndim else value.to(home, copy=True)

@@ -21,9 +21,8 @@ def export_ranks() -> None:
     get = os.environ.get
     if "RANK" in os.environ:
         return
-    local = (
-        get("SUBMITIT_EXECUTOR") == "local"
-    )  # also inside a Slurm job, whose variables it inherits
+    # Also inside a Slurm job, whose variables it inherits.
+    local = get("SUBMITIT_EXECUTOR") == "local"
 
     def number(ours: str, slurm: str) -> int:
         return int(get(f"SUBMITIT_LOCAL_{ours}" if local else f"SLURM_{slurm}", "0"))
@@ -64,9 +63,8 @@ def _each(compressed: str) -> list[int]:
 def _first_node() -> str:
     """The host of rank 0. Where its name does not resolve, the address under which Slurm knows
     it."""
-    name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[
-        0
-    ]  # n[03-05,7],m1 → n03
+    # The first name: n[03-05,7],m1 → n03.
+    name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).split(",")[0]
     try:
         socket.getaddrinfo(name, None)
     except OSError:

@@ -107,9 +107,8 @@ def lines(
             _mark(axes, mark)
         if powers:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(
-                lambda value, _: short(value)
-            )  # matplotlib's own is mathematical markup
+            # Matplotlib's own is mathematical markup.
+            axes.yaxis.set_major_formatter(lambda value, _: short(value))
             axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.margins(x=0.03 if settings else 0)

@@ -18,8 +18,10 @@ from doremi_train.reports import run_charts, selection_page, sweep_charts
 _MOST_SAMPLES = 60  # domains of which text is shown
 _MOST_RUNS, _MOST_WEIGHTS = 60, 12  # of a swarm, in its table
 _SAMPLE_WINDOW, _SAMPLE_TOKENS, _SAMPLE_CHARACTERS = 2000, 160, 320
-COLUMNS = ("model", "mean loss", "worst domain", "domains better than baseline", "steps to baseline's loss",
-            "mean loss − learned, paired")  # fmt: skip
+COLUMNS = (
+    "model", "mean loss", "worst domain", "domains better than baseline",
+    "steps to baseline's loss", "mean loss − learned, paired",
+)  # fmt: skip
 
 
 def selection_of(run: Result) -> dict[str, Any]:

@@ -53,9 +53,8 @@ def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str)
         groups.setdefault(rest, []).append(setting)
     seeds = min(len(setting.results) for setting in settings)
     losses, weights = dict[str, Curve](), dict[str, Curve]()
-    found: dict[str, dict[str, NDArray[np.float64]]] = {
-        name: {} for name in labels
-    }  # by model and group: (S, N)
+    # By model and group: (S, N).
+    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}
     for rest, group in groups.items():
         after = f" ({rest})" if rest else ""
         places = [place(setting) for setting in group]

@@ -186,9 +186,8 @@ def _cloze(session: Session, folder: Path) -> Path:
     """The files of the cloze task: passages of validation text, as many of every domain as there
     are, in turn."""
     store, wanted = prepare.run(session), session.config.downstream.examples + _SHOTS
-    length = (
-        session.config.training.sequence_length - _ANSWER
-    ) // 2  # so that shot and question fit the model
+    # So that shot and question fit the model.
+    length = (session.config.training.sequence_length - _ANSWER) // 2
     if length < downstream.LEAST_PASSAGES:
         raise UserError(
             f"downstream.tasks: cloze needs sequences of {2 * downstream.LEAST_PASSAGES + _ANSWER} "
@@ -197,9 +196,8 @@ def _cloze(session: Session, folder: Path) -> Path:
         )
     passages = [downstream.passages(store, k, length) for k in range(len(store.domains))]
     found: list[str] = []
-    for together in itertools.zip_longest(
-        *passages
-    ):  # of every domain the first, then of every domain the second, …
+    # Of every domain the first, then of every domain the second, …
+    for together in itertools.zip_longest(*passages):
         found += [passage for passage in together if passage is not None]
         if len(found) >= wanted:
             break

@@ -132,9 +132,8 @@ def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Ten
     """Save as a model folder: into a model as it was at the beginning, since the trained one may be
     in parts on many processes."""
     inner, adapters = tuning.build(session)
-    inner.load_state_dict(
-        folders.of_inner(tensors), strict=False
-    )  # tied tensors come under one of their names
+    # Tied tensors come under one of their names.
+    inner.load_state_dict(folders.of_inner(tensors), strict=False)
     folder = tuned.folder / "model"
     with folders.naming_the_disk(folder):
         if adapters is not None:

@@ -134,9 +134,8 @@ def _reference_losses(
     if "proxy" not in {run.kind for run in runs} or not reference_losses.needed(session):
         return None
     sampler = reference_losses.sampler(session, store, 0)
-    read = np.minimum(
-        reference_losses.draws(session, sampler) / sampler.sizes, 1
-    )  # (K,) part that one seed reads
+    # (K,) part that one seed reads.
+    read = np.minimum(reference_losses.draws(session, sampler) / sampler.sizes, 1)
     sequences = round(float((sampler.sizes * (1 - (1 - read) ** options.seeds)).sum()))
     size = {
         "sequences": sequences,

@@ -26,9 +26,8 @@ def run(session: Session) -> TokenStore:
     folder = comm.on_first(lambda: _prepare(session, options))
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:
-        second_home.fetch(
-            folder, mirror
-        )  # also where this process is on another machine than the first one
+        # Also where this process is on another machine than the first one.
+        second_home.fetch(folder, mirror)
     store = TokenStore.open(
         folder, mirror.at(folder.name) if mirror is not None else None, options.only
     )

@@ -75,9 +75,8 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
                 sound = np.isfinite(found).all(1)
                 table.write(mine[sound], found[sound])
             computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
-            done, stopping = comm.all_reduce_sum(
-                Done(computed), stop.requested
-            )  # none runs ahead, and all stop at once
+            # None runs ahead, and all stop at once.
+            done, stopping = comm.all_reduce_sum(Done(computed), stop.requested)
             total += int(done.computed)
             bar.update(min(at + batch, len(rows)) * table.length, f"{total} computed")
             if stopping:

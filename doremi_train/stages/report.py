@@ -110,9 +110,8 @@ def _of_the_proxies(session: Session, store: TokenStore) -> list[Finding]:
     tokens = [_trace(names, folder, "tokens") for folder in folders]
     others = {}
     for name in ("uniform", "natural", "unimax"):
-        with contextlib.suppress(
-            UserError
-        ):  # unimax, where the final run needs more text than it allows
+        # Unimax, where the final run needs more text than it allows.
+        with contextlib.suppress(UserError):
             others[name] = budget.heuristic(
                 session, store, name, budget.main_steps(session)
             ).numpy()

@@ -28,9 +28,8 @@ class Session:
     config: Config
     plain: Mapping[str, Any]
     place: place.Place
-    child: Callable[
-        [dict[str, Any]], tuple[int, str]
-    ]  # runs a configuration in another process, which imports it
+    # Runs a configuration in another process, which imports it.
+    child: Callable[[dict[str, Any]], tuple[int, str]]
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
     bar: Bar | None = None  # over many commands, of which this is one
 

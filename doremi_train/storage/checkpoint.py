@@ -34,9 +34,8 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
         BaseException
     ) as error:  # the checkpoints before it stay, and what was written of this one makes room
         aside.unlink(missing_ok=True)
-        cause = (
-            error.__context__ if isinstance(error, RuntimeError) else error
-        )  # torch hides a full disk in its own
+        # Torch hides a full disk in its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise

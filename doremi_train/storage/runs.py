@@ -132,9 +132,8 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
                 )
             print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
             while not files.try_lock(file):
-                stop.check(
-                    f"waiting for {folder.name}"
-                )  # a job at its time limit must not wait past it
+                # A job at its time limit must not wait past it.
+                stop.check(f"waiting for {folder.name}")
                 time.sleep(0.2)
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from doremi_train.config import UserError, redact
 
 ATTEMPTS = 5
+# Seconds; each wait is twice the one before, less up to half of it by chance.
 FIRST_WAIT, LONGEST_WAIT = (
     0.5,
     8.0,
-)  # seconds; each wait is twice the one before, less up to half of it by chance
+)
 CHUNK = 1 << 20  # bytes read together
 LASTING = (
     FileNotFoundError,
@@ -24,13 +25,14 @@ LASTING = (
     NotADirectoryError,
     FileExistsError,
 )
+# Their errors are not all OSErrors.
 NETWORK = (
     "aiohttp",
     "botocore",
     "aiobotocore",
     "requests",
     "urllib3",
-)  # their errors are not all OSErrors
+)
 T = TypeVar("T")
 
 
@@ -109,9 +111,8 @@ class Steady:
         return self._type(path) == "file"
 
     def isdir(self, path: str) -> bool:
-        kind = self._type(
-            path
-        )  # to HTTP everything is a file, and a page of links may also be listed
+        # To HTTP everything is a file, and a page of links may also be listed.
+        kind = self._type(path)
         return kind == "directory" or (
             kind == "file" and path.startswith("http") and self._fs.isdir(path)
         )
@@ -146,9 +147,8 @@ class SteadyFile(io.RawIOBase):
         self._fs, self._path, self.name = fs, path, fs.unstrip_protocol(path)
         self._file: Any = None
         self._position = 0
-        self._seen: tuple[Any, ...] | None = (
-            None  # size and version of the file that was opened first
-        )
+        # Size and version of the file that was opened first.
+        self._seen: tuple[Any, ...] | None = None
         steadily(self.name, self._reopen)
 
     def readable(self) -> bool:

@@ -127,9 +127,8 @@ class Table:
                 f"{self.path} has {self.path.stat().st_size} bytes instead of {size}"
             )
         mapped = mmap.mmap(self._file, size, prot=mmap.PROT_READ)
-        mapped.madvise(
-            mmap.MADV_RANDOM
-        )  # a batch's rows lie far apart: what is beside them is not wanted
+        # A batch's rows lie far apart: what is beside them is not wanted.
+        mapped.madvise(mmap.MADV_RANDOM)
         self._rows: Halves = np.frombuffer(mapped, _HALF).reshape(-1, self.length)  # (N, T)
 
     def __len__(self) -> int:

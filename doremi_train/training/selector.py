@@ -82,9 +82,8 @@ class Selector:
             self._look_ahead(step)
         found, losses, examples, exact = self._score(batch, rows)
         if options.method == "greats":
-            length = (
-                float(batch.tokens.sum()) / self.candidates
-            )  # tokens of a candidate, on average
+            # Tokens of a candidate, on average.
+            length = float(batch.tokens.sum()) / self.candidates
             gram = found.sketch @ found.sketch.T if exact is None else exact.gram
             own = options.curvature == "identity"
             picks = greats.pick(

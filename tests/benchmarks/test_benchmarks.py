@@ -31,17 +31,15 @@ def test_step(tmp_path: Path) -> None:
     }
     assert sides | {f"nano.{side}" for side in sides} == found["ratios"].keys()
     assert found["figures"]["nano"]["tokens_per_step"] == 64
-    assert (
-        1.2 < found["figures"]["nano"]["floor_of_live"] < 4 / 3
-    )  # the fused projection is computed twice
+    # The fused projection is computed twice.
+    assert 1.2 < found["figures"]["nano"]["floor_of_live"] < 4 / 3
 
 
 @pytest.mark.acceptance
 def test_memory(tmp_path: Path) -> None:
     found = run("memory", tmp_path, "--model", "nano", "--rounds", "1", "--device", "cpu")
-    assert found["ratios"]["peak_128k_over_8k_vocabulary"] == pytest.approx(
-        1, abs=0.1
-    )  # counted, so a test may say it
+    # Counted, so a test may say it.
+    assert found["ratios"]["peak_128k_over_8k_vocabulary"] == pytest.approx(1, abs=0.1)
     assert found["ratios"]["peak_128k_over_8k_vocabulary_plain"] > 10
 
 

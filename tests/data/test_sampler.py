@@ -295,9 +295,8 @@ def test_a_sub_sample_depends_on_its_seed_and_the_domain_s_name_alone() -> None:
 
     half = Fraction(1, 2)
     source = subsampled([200, 300], 20, half)
-    assert kept(source, 0) == kept(
-        subsampled([200, 40, 7], 30, half, order=9), 0
-    )  # whatever the order is drawn by
+    # Whatever the order is drawn by.
+    assert kept(source, 0) == kept(subsampled([200, 40, 7], 30, half, order=9), 0)
     assert len(kept(source, 0)) == 100
     assert kept(source, 0) != kept(subsampled([200, 300], 20, half, seed=1), 0)
     assert kept(subsampled([200, 200], 20, half), 0) != kept(subsampled([200, 200], 20, half), 1)
@@ -343,18 +342,16 @@ def test_ranks_and_micro_batches_cover_the_batch_exactly_once(
     shares = [World(rank, size).rows(batch, micro) for rank in range(size)]
     parts = {len(share) for share in shares}
     assert len(parts) == 1  # every forward and backward is a collective under sharding
-    assert parts == {
-        math.ceil(batch / (size * (micro or batch)))
-    }  # and there are no more of them than needed
+    # And there are no more of them than needed.
+    assert parts == {math.ceil(batch / (size * (micro or batch)))}
     rows = [row for share in shares for part in share for row in range(batch)[part]]
     assert sorted(rows) == list(range(batch))
     sizes = {part.stop - part.start for share in shares for part in share}
     assert max(sizes) - min(sizes) <= 1 and max(sizes) == World(0, size).largest(batch, micro) <= (
         micro or batch
     )
-    for part in zip(
-        *shares, strict=True
-    ):  # micro-batch m of all ranks together is one contiguous block
+    # Micro-batch m of all ranks together is one contiguous block.
+    for part in zip(*shares, strict=True):
         assert all(a.stop == b.start for a, b in itertools.pairwise(part))
 
 

@@ -165,7 +165,6 @@ def test_right_is_what_greedy_decoding_gives(
     assert {name: line["examples"] for name, line in found.items()} == {
         name: len(test) for name, (test, _) in lines.items()
     }
-    assert found.pop("squadv2")["accuracy"] == pytest.approx(
-        3 / 7
-    )  # the last has no answer, and one is given
+    # The last has no answer, and one is given.
+    assert found.pop("squadv2")["accuracy"] == pytest.approx(3 / 7)
     assert {name: line["accuracy"] for name, line in found.items()} == dict.fromkeys(found, 0.5)

@@ -105,9 +105,8 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("to", FORMS)
 def test_the_form_is_the_trainer_s(to: str) -> None:
-    assert (
-        yaml.safe_load(convert.write(to, HALF, AT, {"a": 0.2, "b": 2.5})) == FORMS[to]
-    )  # JSON is YAML too
+    # JSON is YAML too.
+    assert yaml.safe_load(convert.write(to, HALF, AT, {"a": 0.2, "b": 2.5})) == FORMS[to]
 
 
 def test_the_form_of_megatron_and_nanotron() -> None:
@@ -244,9 +243,8 @@ def test_webdataset_draws_tokens_as_the_weights_say(tmp_path: Path) -> None:
         tokens[words[0]] += len(words)
         if number == 1500:
             break
-    assert tokens["short"] / sum(tokens.values()) == pytest.approx(
-        0.5, abs=0.05
-    )  # 0.2 if they were taken as they are
+    # 0.2 if they were taken as they are.
+    assert tokens["short"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.05)
 
 
 # The stage
@@ -332,10 +330,11 @@ def test_a_trainer_s_file_is_the_mixture_of_another_run(
     )
     again = ["mixture=file", f"mixture.path={file}", "mixture.format=doremi"]
     content = json.loads(file.read_text())
+    # As export.paths names them.
     assert content["train_domain_weights"].keys() == {
         "/d/plain.tar",
         "/d/rich.tar",
-    }  # as export.paths names them
+    }
     assert (
         command(
             *tiny,
@@ -431,9 +430,10 @@ def test_the_real_trainers_read_it(tmp_path: Path) -> None:
     for to in ("megatron", "nemo"):
         assert found[to] == [[paths["short"], paths["long"]], [0.3, 0.7]]
     assert found["mosaicml_streaming proportions"] == pytest.approx([0.3, 0.7])
+    # Parts of the tokens that were really drawn.
     for to in (
         "mosaicml_streaming",
         "datasets",
         "litdata",
-    ):  # parts of the tokens that were really drawn
+    ):
         assert found[to] == pytest.approx(0.3, abs=0.04), found

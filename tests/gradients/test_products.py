@@ -41,9 +41,8 @@ class Case(NamedTuple):
     model: nn.Module
     losses: Callable[[], Tensor]  # (N, …)
     dropout: bool = False
-    one: Callable[[Any, Tensor, Tensor], Tensor] | None = (
-        None  # (call, tokens, mask) → () of one example
-    )
+    # (call, tokens, mask) → () of one example.
+    one: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
 
 def plain(kind: str, **more: Any) -> Case:
@@ -239,9 +238,8 @@ def test_a_sketch_is_linear_deterministic_and_right_on_average(case: Case) -> No
     close(products.sketch(examples, 3), of_rows)
     prepared = capture.capture(case.model, case.losses, (N, T), sketch=3).examples
     close(products.sketch(prepared, 3), of_rows)
-    close(
-        products.sketch(prepared, 64), products.sketch(examples, 64)
-    )  # which it was not prepared for
+    # Which it was not prepared for.
+    close(products.sketch(prepared, 64), products.sketch(examples, 64))
     exact = products.sketch(examples, 64)
     if max(p.shape[0] for p in trained(case.model).values()) <= 64:
         close(exact @ exact.T, flat(rows) @ flat(rows).T)
@@ -293,9 +291,8 @@ def test_curvature_is_the_hessian_s() -> None:
 def test_what_tokens_add_summed_over_a_packed_document_is_its_own() -> None:
     model = build("llama")
     tokens = batch(2)
-    document = torch.tensor(
-        [[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2]]
-    )  # the last token of the first row is padding
+    # The last token of the first row is padding.
+    document = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2]])
     same = (document[:, :, None] == document[:, None, :]) & torch.ones(
         T, T, dtype=torch.bool
     ).tril()

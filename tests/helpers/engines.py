@@ -49,9 +49,8 @@ class Case(NamedTuple):
     precision: str = "fp32"
     logits: int | None = None  # that may exist at once: the projection is fused with the loss
     stopped: int | None = None  # told to stop in this step, and continued
-    broken_step: int | None = (
-        None  # one sequence of this step, counted from 0, has a loss that is not a number
-    )
+    # One sequence of this step, counted from 0, has a loss that is not a number.
+    broken_step: int | None = None
 
 
 CASES = {
@@ -121,9 +120,8 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
         with pytest.raises(Preempted, match=f"saved at step {case.stopped} of {STEPS}"):
             fit(task, built, place, case.stopped)
         stop.requested = False
-        built = folders.build(
-            shape(store), 2, precision=case.precision
-        )  # another one: what counts is in the checkpoint
+        # Another one: what counts is in the checkpoint.
+        built = folders.build(shape(store), 2, precision=case.precision)
     fit(task, built, place)
 
 

@@ -38,9 +38,8 @@ class Forked:
     ) -> None:
         self.args, self._files = list(overrides), files
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with (
-            pytest.MonkeyPatch.context() as patch
-        ):  # read when a library is loaded, so the server must have it
+        # Read when a library is loaded, so the server must have it.
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", env["OMP_NUM_THREADS"])
             patch.setenv("PYTHONPATH", env["PYTHONPATH"])
             forkserver.ensure_running()

@@ -105,9 +105,8 @@ def write_as(folder: Path, ending: str) -> None:
         write_tar(path, [(f"{index:03}.txt", text.encode()) for index, text in enumerate(TEXTS)])
     elif ending.endswith(".zst"):
         data = jsonl(TEXTS)
-        path.write_bytes(
-            zstandard.compress(data[:50]) + zstandard.compress(data[50:])
-        )  # two frames
+        # Two frames.
+        path.write_bytes(zstandard.compress(data[:50]) + zstandard.compress(data[50:]))
     elif ending.endswith(".gz"):
         data = jsonl(TEXTS)
         path.write_bytes(gzip.compress(data[:50]) + gzip.compress(data[50:]))

@@ -285,9 +285,8 @@ def test_in_the_warm_up_the_weights_stay_uniform_and_are_not_averaged(
     torch.testing.assert_close(
         doremi.result(states[-1]), doremi.result(later[-1]), rtol=0, atol=1e-15
     )
-    assert torch.equal(
-        states[1].excess, trajectory(EXCESS, Options())[1].excess
-    )  # recorded all the same
+    # Recorded all the same.
+    assert torch.equal(states[1].excess, trajectory(EXCESS, Options())[1].excess)
 
 
 def test_no_result_before_a_step_was_averaged() -> None:
@@ -403,9 +402,8 @@ def one_step(
             (doremi.weigh(state, DOMAIN[r], stats.tokens, options) * model(TOKENS[r])).sum()
             for r in share
         ]
-        gradients.append(
-            gradient(torch.stack(parts).sum() * size, model)
-        )  # × ranks: DDP divides by them
+        # × ranks: DDP divides by them.
+        gradients.append(gradient(torch.stack(parts).sum() * size, model))
     return state, torch.stack(gradients).mean(0)
 
 

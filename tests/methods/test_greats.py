@@ -79,9 +79,8 @@ def test_a_near_duplicate_is_refused_while_others_are_left() -> None:
     gain, gram = gain[twice], gram[twice][:, twice]
     found = greats.pick(gain, gram, 6, 1e-6, 1.0, 0.95).picked
     assert len({int(i) % 6 for i in found}) == 6
-    assert (
-        len(greats.pick(gain, gram, 8, 1e-6, 1.0, 0.95).picked) == 8
-    )  # then they are all there is
+    # Then they are all there is.
+    assert len(greats.pick(gain, gram, 8, 1e-6, 1.0, 0.95).picked) == 8
 
 
 def pairs_of_examples() -> tuple[Tensor, Tensor, float]:

@@ -61,9 +61,8 @@ def expected(
 
     def gradient(logits: Tensor) -> Tensor:
         logits = logits.detach().requires_grad_()
-        losses = -logits.log_softmax(0)[
-            :, None
-        ]  # (C, 1): every class once, and then as often as q draws it
+        # (C, 1): every class once, and then as often as q draws it.
+        losses = -logits.log_softmax(0)[:, None]
         weights, _ = step(losses, None if reference is None else reference[:, None], options)
         (float64(Q)[:, None] * weights * losses).sum().backward()
         return logits.grad
@@ -222,9 +221,8 @@ def test_rho_keeps_the_highest_and_exactly_as_many(seed: int, keep: float, sprea
     losses, reference = torch.randn(2, 6, 20, generator=generator, dtype=torch.float64) * spread
     weights, state = step(losses, reference, Options(policy="rho", keep=keep))
     assert float(weights.sum()) == pytest.approx(1, abs=1e-9)  # the mean over what is kept
-    part = (
-        weights * keep * losses.numel()
-    ).flatten()  # of every token: 0, 1, or the share of the bin between
+    # Of every token: 0, 1, or the share of the bin between.
+    part = (weights * keep * losses.numel()).flatten()
     wanted = keep * losses.numel()
     ordered = (losses - reference).flatten().sort(descending=True).values
     edge = float(ordered[math.ceil(wanted) - 1])

@@ -34,9 +34,8 @@ def built(
     values: dict[str, Any], checkpointing: bool = False
 ) -> tuple[language_model.LanguageModel, torch.Tensor]:
     language_model = folders.build(config(values), 0, checkpointing).train()
-    language_model.inner.set_attn_implementation(
-        "eager"
-    )  # the counter passes over fused attention on a CPU
+    # The counter passes over fused attention on a CPU.
+    language_model.inner.set_attn_implementation("eager")
     tokens = torch.randint(
         0, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0)
     )
@@ -149,18 +148,16 @@ def test_activations_are_about_what_autograd_keeps(name: str, checkpointing: boo
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = (
-                tensor  # held, so that no address comes again
-            )
+            # Held, so that no address comes again.
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         language_model(tokens)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     of = costs.shape(config(MODELS[name]))
-    found += (
-        4 * ROWS * LENGTH * VOCABULARY
-    )  # the gradient of the logits, beside the log-softmax that is kept
+    # The gradient of the logits, beside the log-softmax that is kept.
+    found += 4 * ROWS * LENGTH * VOCABULARY
     if checkpointing:  # and one layer at a time when it is computed again
         found += ROWS * LENGTH * (12 * of.hidden + 4 * of.inner) * 4
     estimate = costs.activations(of, ROWS, LENGTH, "fp32", checkpointing)

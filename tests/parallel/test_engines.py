@@ -143,9 +143,8 @@ def test_the_cases_are_not_all_the_same(launch: Any) -> None:
         largest(alone["exact-1"]["domain_weights"], alone["bf16"]["domain_weights"], "weights")
         > 1e-6
     )
-    assert (
-        alone["exact-1"]["metrics"] != alone["fused"]["metrics"]
-    )  # other sums: the same bits would mean it never was
+    # Other sums: the same bits would mean it never was.
+    assert alone["exact-1"]["metrics"] != alone["fused"]["metrics"]
 
 
 def test_a_batch_that_is_not_finite_is_left_out_on_all_processes(launch: Any) -> None:

@@ -45,9 +45,8 @@ def test_a_configuration_starts_what_it_says(config: Path, tiny: list[str], tmp_
         f"run_dir={tmp_path / 'run'}",
         "stage=reference",
     ]
-    lock = (
-        tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
-    )  # as a killed compilation of DeepSpeed leaves it
+    # As a killed compilation of DeepSpeed leaves it.
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     start = ["--config_file", str(config), "-m", "doremi_train"]
@@ -198,6 +197,5 @@ def test_compiled_is_the_same_run(
     )
     for a, b in zip(plain, compiled, strict=True):
         assert a["weights"] == pytest.approx(b["weights"], abs=1e-6)
-    assert (
-        plain[-1]["weights"] != compiled[-1]["weights"]
-    )  # other kernels: the same bits would mean it never compiled
+    # Other kernels: the same bits would mean it never compiled.
+    assert plain[-1]["weights"] != compiled[-1]["weights"]

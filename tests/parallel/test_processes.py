@@ -59,9 +59,8 @@ def test_two_processes_are_stopped_by_a_signal_to_one(prepared: list[str], tmp_p
     with reaped(agent):
         wait_for(lambda: reached(run_dir / "reference", 14), agent)
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        os.kill(
-            int(children[-1]), signal.SIGTERM
-        )  # one rank is told, not the agent; the step's exchange tells all
+        # One rank is told, not the agent; the step's exchange tells all.
+        os.kill(int(children[-1]), signal.SIGTERM)
         outcome = ended(agent)
     assert outcome.code == 1, outcome  # torchrun's own
     assert read(run_dir / "reference" / "status.json")["state"] == "preempted", outcome.err
@@ -102,9 +101,8 @@ def test_told_to_stop_it_saves_and_continues(
     assert status["state"] == "preempted" and "saved at step" in status["message"], status
     stopped = checkpoints(proxy)[-1]
     assert stopped == len(lines(proxy / "domain_weights.jsonl")) < STEPS  # saved where it stopped
-    assert (
-        stopped - seen < 10
-    )  # and soon: the polling and the signal's way take some steps of a few milliseconds
+    # And soon: the polling and the signal's way take some steps of a few milliseconds.
+    assert stopped - seen < 10
     assert not (run_dir / "weights.json").exists()
     outcome = doremi(*overrides)
     assert outcome.code == 0, outcome

@@ -615,9 +615,8 @@ def test_an_array_shares_the_scores_of_one_pool(tmp_path: Path) -> None:
     from benchmarks import planted_tasks
 
     planted_tasks.untrained(tmp_path / "model", width=32)
-    planted_tasks.write(
-        tmp_path / "pool.jsonl", planted_tasks.records(1, 240, 0.2)
-    )  # three shards of scores
+    # Three shards of scores.
+    planted_tasks.write(tmp_path / "pool.jsonl", planted_tasks.records(1, 240, 0.2))
     planted_tasks.write(tmp_path / "held.jsonl", planted_tasks.records(2, 2, 0.0))
     planted_tasks.write(tmp_path / "amber.jsonl", planted_tasks.records(3, 6, 0.0, ("amber",)))
     split = f"{{train: [{tmp_path}/pool.jsonl], validation: [{tmp_path}/held.jsonl]}}"

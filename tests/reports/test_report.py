@@ -299,10 +299,11 @@ def test_a_browser_shows_it_light_and_dark_and_prints_it(
     )
     assert light[2, 2] > 250 and dark[2, 2] < 40
     assert light.min() < 60 and dark.max() > 200, "and text on it"
+    # The chart's region has ink too: its words take the page's colours.
     for picture in (
         light,
         dark,
-    ):  # the chart's region has ink too: its words take the page's colours
+    ):
         region = picture[700:1300, 60:940].astype(int)
         assert (abs(region - int(picture[2, 2])) > 120).mean() > 0.002
     browser(page, f"print-to-pdf={tmp_path / 'page.pdf'}")

@@ -19,9 +19,8 @@ def test_paired_intervals_by_hand() -> None:
     assert found.low == pytest.approx(0.1, abs=0.035) and found.high == pytest.approx(
         0.3, abs=0.035
     )
-    shifted = statistics.paired(
-        [2.3, 3.1, 4.2], [2.0, 3.0, 4.0]
-    )  # what seeds have in common does not count
+    # What seeds have in common does not count.
+    shifted = statistics.paired([2.3, 3.1, 4.2], [2.0, 3.0, 4.0])
     assert shifted == pytest.approx(found, abs=1e-12)
     assert statistics.paired([1.5], [1.0]).half is None
 
@@ -70,21 +69,21 @@ def compared(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPat
 def test_every_seed_derives_its_weights_and_total_flops_are_equal(compared: Path) -> None:
     content = read(compared / "compare/compare.json")
     assert content["seeds"] == 3 and content["failures"] == []
+    # A proxy of 6 steps is 6 steps of the final run, or a run.
     names = [
         "doge",
         "natural-12",
         "uniform-12",
         "search-1",
-    ]  # a proxy of 6 steps is 6 steps of the final run, or a run
+    ]
     as_long = ["natural-6", "uniform-6"]
     assert list(content["contenders"]) == names + as_long
     flops = [content["contenders"][name]["flops"] for name in names]
     assert [content["contenders"][name]["flops"] for name in as_long] == pytest.approx(
         [flops[1] / 2] * 2, rel=0.05
     )
-    assert max(flops) < 1.05 * min(
-        flops
-    )  # of so short runs evaluations are a part that can be seen
+    # Of so short runs evaluations are a part that can be seen.
+    assert max(flops) < 1.05 * min(flops)
     child = yaml.safe_load((compared / "compare/doge/seed-0/config.yaml").read_text())
     assert not child["swarm"]["reuse"]  # none is to learn from runs that it has not paid for
     drawn = content["contenders"]["doge"]["weights"]

@@ -117,10 +117,11 @@ def test_the_completion_and_its_end_alone_carry_a_loss(base: Path) -> None:
     assert shown(encoder, example) == ("ab cd<|endoftext|> ?", " ef<|endoftext|>")
     assert example.ids.tolist().count(encoder.end) == 1  # what is written in a prompt is text
     alone = encoder.encode({"prompt": "", "completion": "ef"}, "here")
+    # Nothing comes before the first.
     assert alone.carries.tolist() == [
         False,
         *[True] * (len(alone.ids) - 1),
-    ]  # nothing comes before the first
+    ]
 
 
 def test_of_messages_the_answers_carry_a_loss(base: Path) -> None:

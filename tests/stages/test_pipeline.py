@@ -132,9 +132,8 @@ def test_a_stranger_recomputes_the_weights(finished: Path) -> None:
         assert all(abs(line["weights"][name] - alpha[name]) < 1e-12 for name in alpha)
     written = read(finished / "weights.json")["weights"]
     assert all(abs(written[name] - average[name]) < 1e-12 for name in average)
-    assert (
-        len({round(value, 6) for value in written.values()}) == 3
-    )  # the proxy did learn something
+    # The proxy did learn something.
+    assert len({round(value, 6) for value in written.values()}) == 3
 
 
 def test_metrics_and_statuses(finished: Path) -> None:
@@ -345,9 +344,8 @@ def test_seeds_of_the_proxy_give_an_interval(
         low, high = artefact["interval"][name]
         assert low <= artefact["weights"][name] <= high
         mean = (averages[0][name] + averages[1][name]) / 2
-        half = (
-            12.706204736432095 * abs(averages[0][name] - averages[1][name]) / 2
-        )  # t of one degree of freedom
+        # T of one degree of freedom.
+        half = 12.706204736432095 * abs(averages[0][name] - averages[1][name]) / 2
         assert math.isclose(artefact["weights"][name], mean, abs_tol=1e-12)
         assert math.isclose(high, min(1, mean + half), abs_tol=1e-9)
     # The first of several seeds is the one that a single proxy has.

@@ -69,14 +69,12 @@ def test_flops_of_a_run(default: dict[str, Any], tmp_path: Path) -> None:
     stages = default["stages"]
     layers = 2 * (4 * 32 * 32 + 2 * 32 * 64)
     forward = 2 * (layers + 32 * 300) + 4 * LENGTH * 2 * 32  # F: two layers, d 32, f 64, V 300
-    evaluated = (
-        (2 + 1) * 3 * 4 * LENGTH * forward
-    )  # at steps 6 and 12, and once more; 3 domains of 4 sequences
+    # At steps 6 and 12, and once more; 3 domains of 4 sequences.
+    evaluated = (2 + 1) * 3 * 4 * LENGTH * forward
     for name, forwards in {"reference": 3, "proxy": 4, "main": 3, "uniform": 3}.items():
         assert stages[name]["flops"] == forwards * forward * TOKENS + evaluated, name
-    assert (
-        default["evaluation"]["flops"] == (5 + 1) * 3 * 4 * LENGTH * forward
-    )  # the reference on training text too
+    # The reference on training text too.
+    assert default["evaluation"]["flops"] == (5 + 1) * 3 * 4 * LENGTH * forward
     assert default["accumulation"] == {"micro_batches": 1, "exact_over_lagged": 1, "seconds": 0}
 
 
@@ -187,11 +185,12 @@ def test_what_is_done_costs_nothing_and_is_not_measured(
     for name in ("reference", "proxy", "baseline"):
         assert half["stages"][name]["flops"] == half["stages"][name]["seconds"] == 0
     assert half["stages"]["main"]["seconds"] > 0
+    # It is known by now.
     assert half["domains"]["rich"]["final_epochs"].keys() == {
         "natural",
         "uniform",
         "learned",
-    }  # it is known by now
+    }
     assert run_here(*overrides, "stage=main").code == 0
     monkeypatch.setattr(costs, "measure", None)  # would raise
     whole = planned(*overrides)
@@ -382,11 +381,12 @@ def test_proxy_epochs_are_those_that_the_run_reports(tiny: list[str], tmp_path: 
 
 def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     one = planned(*tiny, f"run_dir={tmp_path / 'one'}", "seed=71")["reference_losses"]
+    # All distinct within an epoch.
     assert one == {
         "sequences": STEPS * BATCH,
         "rounds": 1,
         "bytes": 2 * TOKENS,
-    }  # all distinct within an epoch
+    }
     steps = ["training.steps=20000", "mixture.max_epochs=100"]
     long = planned(*tiny, f"run_dir={tmp_path / 'long'}", "seed=71", *steps, "proxy.rounds=2")
     total = sum(domain["training_sequences"] for domain in long["domains"].values())
@@ -518,9 +518,8 @@ def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_pa
     outcome = run_here(*matched)
     assert outcome.code == 0, outcome
     found = planned(*matched)
-    assert {name: stage["state"] for name, stage in found["stages"].items()}[
-        "baseline"
-    ] == "done"  # on the whole data
+    # On the whole data.
+    assert {name: stage["state"] for name, stage in found["stages"].items()}["baseline"] == "done"
     seeds = [(tmp_path / "proxy" / "round-1" / f"seed-{seed}").resolve() for seed in (0, 1)]
     recipes = [
         files.read_json(folder / "recipe.json")

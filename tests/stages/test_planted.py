@@ -47,12 +47,13 @@ def test_doremi_held_to_account(command: Command, store: Path, tmp_path: Path) -
             for domain in finding["domains"]
         }
         assert rewarded(weights) <= said
+        # Whatever the weights are, these are named.
         assert {
             "noise",
             "trivial",
             *ALIKE[0],
             *ALIKE[1],
-        } <= said  # whatever the weights are, these are named
+        } <= said
         figures = read(tmp_path / name / "evaluation.json")
         assert {"main", "uniform"} <= set(figures) and set(figures) & {"natural", "baseline"}
 

@@ -105,9 +105,8 @@ def test_seeds_that_do_not_tell_their_weights_from_uniform(tiny: list[str], tmp_
     )
     well_formed(tmp_path, found)
     assert [folder.parent.name for folder in report.proxies(tmp_path)] == ["round-2"] * 2
-    assert "seed_spread" in {
-        finding.kind for finding in found
-    }  # of two seeds after 12 steps nobody can say anything
+    # Of two seeds after 12 steps nobody can say anything.
+    assert "seed_spread" in {finding.kind for finding in found}
 
 
 @pytest.mark.slow
@@ -202,9 +201,8 @@ def test_what_is_alike_in_the_planted_corpus() -> None:
     assert list(texts("copy")) == list(texts("easy"))
     assert not set(texts("twin_a")) & set(texts("twin_b"))
     assert shared("twin_a", "twin_b", 1) > 0.9 and shared("related_a", "related_b", 1) > 0.9
-    assert shared("twin_a", "twin_b", 2) > 2 * shared(
-        "related_a", "related_b", 2
-    )  # words, not habits
+    # Words, not habits.
+    assert shared("twin_a", "twin_b", 2) > 2 * shared("related_a", "related_b", 2)
     assert shared("twin_a", "big", 1) < 0.05
 
 
@@ -233,9 +231,10 @@ def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_pat
     assert domains["trivial"] == [("trivial",)]
     assert domains["repeated"] == [("repeated",)]
     assert domains["duplicate"] == [("copy", "easy"), ("twin_a", "twin_b")]
+    # Its weight decides how often the final run repeats it.
     assert domains["mismatched"] in (
         [],
         [("repeated",)],
-    )  # its weight decides how often the final run repeats it
+    )
     assert not domains["absent"] and not domains["overfit"] and not domains["seed_spread"]
     assert not ORDINARY & {name for f in found if f.kind != "one_hot" for name in f.domains}

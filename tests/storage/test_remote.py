@@ -440,10 +440,11 @@ def test_a_torn_checkpoint_there_is_passed_over(
     there = sorted(
         name for name in s3.files(f"{bucket}/runs".removeprefix("s3://")) if name.endswith(".pt")
     )
+    # The last two, and one more where the kill came before the oldest was removed.
     assert len(there) in (
         2,
         3,
-    )  # the last two, and one more where the kill came before the oldest was removed
+    )
     fs.pipe_file(there[-1], fs.cat_file(there[-1])[:-1000])
     outcome = run_here(*overrides, f"run_dir={tmp_path / 'two'}")
     assert outcome.code == 0, outcome

@@ -122,9 +122,8 @@ def test_only_what_is_missing_is_computed_and_once(data: TokenStore, table: Tabl
     assert torch.cat(found).numpy() == pytest.approx(exact.numpy(), rel=2**-10)
     again = Cached(table, lambda: pytest.fail("the model was loaded"), CPU)
     for where, expected in zip((first, more), found, strict=True):
-        assert torch.equal(
-            again.losses(micro_batch(data, *where)), expected
-        )  # also what was just computed was rounded
+        # Also what was just computed was rounded.
+        assert torch.equal(again.losses(micro_batch(data, *where)), expected)
     assert (
         again.losses(micro_batch(data)).shape == live.losses(micro_batch(data)).shape == (0, LENGTH)
     )
@@ -416,10 +415,11 @@ def test_a_full_disk_is_named_and_filling_continues_when_there_is_room(
 ) -> None:
     assert run_here(*fresh, f"run_dir={tmp_path / 'live'}", "stage=reference").code == 0
     overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", "training.steps=12"]
+    # No room to begin the file, and then none for its rows.
     for path in (
         "losses",
         "losses/*/losses.f16",
-    ):  # no room to begin the file, and then none for its rows
+    ):
         with files_end_at(50_000):
             full = run_here(*overrides, "stage=reference")
         assert full.code == 1 and "no room left" in full.err and "losses.f16" in full.err, full

@@ -57,9 +57,8 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
         else [options.text_key, str(options.domain_key)]
     )
     with opening.open_file(source.url, options) as stream:
-        file = pq.ParquetFile(
-            stream, pre_buffer=False, buffer_size=CHUNK
-        )  # pages as they are needed, not row groups
+        # Pages as they are needed, not row groups.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)
         names = [file.schema.column(index).path for index in range(len(file.schema))]
         for key, column in zip(("data.text_key", "data.domain_key"), columns, strict=False):
             if column not in names:

@@ -131,9 +131,8 @@ def _docs_prose() -> Iterator[Document]:
     for document in _stdlib():
         if _is_prose(document) and not _is_table(document):
             read = partial(_docstrings_of, folder / document.name)
-            yield Document(
-                document.name, document.size // 8, read
-            )  # docstrings are about an eighth of the code
+            # Docstrings are about an eighth of the code.
+            yield Document(document.name, document.size // 8, read)
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out

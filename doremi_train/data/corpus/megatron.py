@@ -15,6 +15,7 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+# 6 and 7 are floats: no tokens.
 TYPES = {
     1: "<u1",
     2: "<i1",
@@ -22,7 +23,7 @@ TYPES = {
     4: "<i4",
     5: "<i8",
     8: "<u2",
-}  # 6 and 7 are floats: no tokens
+}
 BLOCK = 1 << 16  # entries of the index looked at together
 
 

@@ -36,9 +36,8 @@ CLASSES = 4  # of words
 FAVOURITES = 3  # of a word, to follow it
 ENDS = 0.1  # part of the words that end a sentence
 SENTENCE = "the quick brown fox jumps over the lazy dog and runs away. "
-NOISE = "".join(
-    map(chr, range(32, 127))
-)  # printable ASCII: the tokeniser finds no pairs worth a token of their own
+# Printable ASCII: the tokeniser finds no pairs worth a token of their own.
+NOISE = "".join(map(chr, range(32, 127)))
 NOISE_DOCUMENT = 1000  # characters
 
 
@@ -117,9 +116,8 @@ def _write(language: Language, domain: str, characters: int) -> list[str]:
     lexicon = _lexicon(language)
     pieces = [word + end for word in lexicon for end in (" ", ". ")]
     count = characters // (WORDS * (sum(map(len, pieces)) // len(pieces)))
-    members = (
-        language.words // CLASSES
-    )  # words of a class: those whose number leaves the same remainder
+    # Words of a class: those whose number leaves the same remainder.
+    members = language.words // CLASSES
     zipf = np.cumsum(1 / (np.arange(members) + 2.7))
     habits = _draws(f"{language.name}{language.variety} habits", language.words * FAVOURITES)
     favourites = (habits * members).astype(int)

@@ -24,9 +24,8 @@ class Router:
         self.options = options
         self.sources = sources
         rank = {"validation": 0, None: 1, "train": 2}
-        self.order = sorted(
-            sources, key=lambda source: rank[source.split]
-        )  # stable: else as resolved
+        # Stable: else as resolved.
+        self.order = sorted(sources, key=lambda source: rank[source.split])
         self.dropped = 0
         self._validation = HashSet()
         self._mixed = any(source.split == "train" for source in sources)

@@ -23,17 +23,15 @@ from doremi_train.data.corpus.routing import Router
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import Stream
 
-PIECE = (
-    2**18
-)  # characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token
+# Characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token.
+PIECE = 2**18
 BATCH_BYTES = 2**22  # UTF-8 bytes tokenised together
 BATCH_PIECES = 2**14
 # Batches in work: while one's tokens become arrays, on one core, the other keeps all cores busy.
 TOGETHER = 2
 
-Progress = Callable[
-    [str, int, int | None], None
-]  # description, bytes of the sources done, all bytes or None
+# Description, bytes of the sources done, all bytes or None.
+Progress = Callable[[str, int, int | None], None]
 T = TypeVar("T")
 R = TypeVar("R")
 

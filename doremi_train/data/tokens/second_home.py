@@ -21,12 +21,13 @@ def fetch(target: Path, mirror: Mirror) -> bool:
     return (target / "manifest.json").exists()
 
 
+# The manifest last: it says that all is there.
 _OPENED = (
     CHECKSUMS,
     "index.npy",
     "tokenizer.json",
     "manifest.json",
-)  # the manifest last: it says that all is there
+)
 
 
 def publish(target: Path, mirror: Mirror, progress: Progress) -> None:

@@ -53,9 +53,8 @@ def domain_folder(domain: str) -> str:
     name = quote(domain, safe="")
     if name.startswith("."):  # "..", and files that tools hide
         name = "%2E" + name[1:]
-    if (
-        not name or len(name) > 200
-    ):  # file systems stop at 255 bytes; quote() never leaves a "+", so no name collides
+    # File systems stop at 255 bytes; quote() never leaves a "+", so no name collides.
+    if not name or len(name) > 200:
         name = f"{name[:150]}+{content_address(domain)}"
     return name
 
@@ -65,9 +64,8 @@ class _Windows(NamedTuple):
 
     members: np.ndarray  # (M + 1,) number of the first sequence of every member
     streams: np.ndarray  # (2K + 1,) and of every stream
-    origin: (
-        np.ndarray
-    )  # (M,) sequence n of a member begins at token origin + n · length of its shard
+    # (M,) sequence n of a member begins at token origin + n · length of its shard.
+    origin: np.ndarray
 
 
 class TokenStore:

@@ -120,9 +120,8 @@ def encode(
 def _ready(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = (
-        True  # "<|endoftext|>" written in a text is text: it must not end the document
-    )
+    # "<|endoftext|>" written in a text is text: it must not end the document.
+    tokenizer.encode_special_tokens = True
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None  # BPE dropout would make the tokens random
     return tokenizer

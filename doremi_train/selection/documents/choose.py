@@ -46,9 +46,8 @@ class Totals:
 
     domains: dict[str, list[int]] = field(default_factory=dict)  # eligible parts, their tokens
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSED.values(), 0))
-    moments: dict[str, NDArray[np.float64]] = field(
-        default_factory=dict
-    )  # of every column: parts, Σ s, Σ s²
+    # Of every column: parts, Σ s, Σ s².
+    moments: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def spread(self, name: str, exact: bool) -> float:
         """The unit of temperatures: the standard deviation of a column; 1 of exact scores, and
@@ -203,9 +202,8 @@ class Profile:
     """What a choice is like, as sums."""
 
     domains: dict[str, list[int]] = field(default_factory=dict)  # chosen parts, their tokens
-    lengths: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros((2, LENGTHS), np.int64)
-    )  # eligible, chosen
+    # Eligible, chosen.
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, LENGTHS), np.int64))
     mass: ngram.Mass = field(default_factory=lambda: ngram.mass(np.empty(0)))
     in_top: int = 0  # chosen parts that plain top-k would have chosen too
 

@@ -132,9 +132,8 @@ class Ray:
     def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
         import ray
 
-        remote = ray.remote(num_cpus=1, max_retries=LOSSES)(
-            work
-        )  # retried where a worker or a node is lost
+        # Retried where a worker or a node is lost.
+        remote = ray.remote(num_cpus=1, max_retries=LOSSES)(work)
         waiting, done = list(tasks)[::-1], 0
         running: list[Any] = []
         while waiting or running:

@@ -65,9 +65,8 @@ class Known(NamedTuple):
     """Runs of SHINGLE tokens to be found again."""
 
     runs: NDArray[np.uint64]  # (S,) their hashes, sorted
-    sieve: NDArray[
-        np.uint8
-    ]  # (2^k / 8,) a bit for k leading ones: what is not marked here is certainly none of them
+    # (2^k / 8,) a bit for k leading ones: what is not marked here is certainly none of them.
+    sieve: NDArray[np.uint8]
     shift: np.uint64  # 64 − k
 
 
@@ -86,10 +85,11 @@ def alphabet() -> Alphabet:
     where it would be several, the first."""
     kind = np.full(sys.maxunicode + 1, OTHER, np.uint8)
     lower = np.arange(sys.maxunicode + 1, dtype=np.uint32)
+    # Beyond and between, nothing is a letter or a mark.
     for code in (
         *range(0x34000),
         *range(0xE0000, 0xE1000),
-    ):  # beyond and between, nothing is a letter or a mark
+    ):
         character = chr(code)
         if character.isspace():
             kind[code] = SPACE
@@ -150,9 +150,8 @@ def known(hashes: NDArray[np.uint64], first: NDArray[np.int64]) -> Known:
 
 def sieved(runs: NDArray[np.uint64]) -> Known:
     """Runs (S,), sorted, ready to be found."""
-    bits = max(
-        len(runs) * 128, 8
-    ).bit_length()  # one mark in 128 is set, or fewer: a search costs many looks
+    # One mark in 128 is set, or fewer: a search costs many looks.
+    bits = max(len(runs) * 128, 8).bit_length()
     sieve = np.zeros(2 ** (bits - 3), np.uint8)
     place = (runs * SCATTER) >> np.uint64(64 - bits)
     np.bitwise_or.at(

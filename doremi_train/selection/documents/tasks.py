@@ -124,9 +124,8 @@ def _scored(
     scores, tokens = scorer.score(batch, model), scorer.tokens(batch)
     ids = np.empty(len(batch.start), np.uint64)
     kernels.identify(batch.tokens.hashes, batch.bounds, ids)
-    origin = batch.start[
-        np.searchsorted(batch.document, np.arange(len(batch.documents)))
-    ]  # (B,) of each document
+    # (B,) of each document.
+    origin = batch.start[np.searchsorted(batch.document, np.arange(len(batch.documents)))]
     origin = (origin - np.array([document.base for document in batch.documents]))[batch.document]
     row = np.array([document.row for document in batch.documents])[batch.document]
     domain = pa.DictionaryArray.from_arrays(

@@ -51,9 +51,8 @@ def _submit(
     """The runs that are not finished as jobs side by side: each the reference stage on a given
     mixture."""
     found = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
-    waiting = {
-        run.folder: name for name, run in found.items() if not run.finished
-    }  # of equal runs one
+    # Of equal runs one.
+    waiting = {run.folder: name for name, run in found.items() if not run.finished}
     children = {}
     for name in waiting.values():
         mixed = store.named(mixtures[name])

@@ -34,21 +34,18 @@ class Bill:
         self.length, self.rows = self.training.sequence_length, self.world.largest(batch, micro)
         self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
-        self.twice = (
-            self.parts > 1 and session.config.proxy.accumulation == "exact"
-        )  # every forward of a proxy
+        # Every forward of a proxy.
+        self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"
         self.domains = len(store.domains)
         self.models = weighting.models(session)  # frozen ones beside a main run
-        self.candidates = (
-            session.config.batch_selection.candidates or 2 * batch
-        )  # of a step that picks
+        # Of a step that picks.
+        self.candidates = session.config.batch_selection.candidates or 2 * batch
         checked = np.minimum(
             store.sequences("validation", self.length), session.config.evaluation.sequences
         )
         self.checked = int(checked.sum())  # sequences of one evaluation
-        self.calls = -(
-            -self.checked // (self.world.size * self.rows)
-        )  # forwards of a process for it
+        # Forwards of a process for it.
+        self.calls = -(-self.checked // (self.world.size * self.rows))
 
     def run(self, run: Ahead) -> dict[str, Any]:
         training, of = self.training, costs.shape(run.config)
@@ -68,9 +65,8 @@ class Bill:
             held = of.parameters * self.domains  # a gradient of each
         needed = self._effort(run)
         forwards = needed.look + looks  # alone
-        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(
-            of
-        )  # per token that is trained on
+        # Per token that is trained on.
+        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(of)
         flops = tokens * step + evaluations * self.checked * self.length * self._forward(of)
         pace, seconds = self._pace(run), None if run.left else 0.0
         if pace is not None:

@@ -46,9 +46,8 @@ def folder(session: Session, store: TokenStore, mixed: Tensor, name: str) -> Pat
             f"reference.path={given}: goes with proxy.rounds=1, since each further round trains a "
             "reference of its own"
         )
-    folders.load(
-        Path(given), store.vocabulary_size, "reference.path"
-    )  # wrong or missing: known before anything runs
+    # Wrong or missing: known before anything runs.
+    folders.load(Path(given), store.vocabulary_size, "reference.path")
     return Path(given)
 
 

@@ -81,9 +81,8 @@ def _submit(
             failure = failure or Preempted(
                 "told to stop; the jobs saved, and the same command continues them"
             )
-        if (
-            failure and time.monotonic() > told + 2
-        ):  # again and again: a child that is just starting does not listen
+        # Again and again: a child that is just starting does not listen.
+        if failure and time.monotonic() > told + 2:
             told = time.monotonic()
             for job, _ in running.values():
                 jobs.tell_to_stop(job)

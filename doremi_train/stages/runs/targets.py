@@ -136,9 +136,8 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
         )
     target = np.array(tokens[:needed])
     reported = read(store, "validation", *evaluated(session, store), length).tokens.numpy()
-    half = -(
-        -length // 2
-    )  # whatever shares a whole sequence, wherever it begins, shares one of its halves
+    # Whatever shares a whole sequence, wherever it begins, shares one of its halves.
+    half = -(-length // 2)
     known = {
         row[start : start + half].tobytes() for row in reported for start in (0, length - half)
     }

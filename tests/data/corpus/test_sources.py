@@ -591,17 +591,17 @@ def test_bad_megatron(tmp_path):
     ):
         (tmp_path / "x.idx").write_bytes(wrong)
         refused(given, "x.idx", "corrupt index")
+    # Sizes, pointers, bounds.
     for place, value in (
         (34, 9),
         (34 + 12 + 8, 7),
         (34 + 36 + 8, 5),
         (34 + 36 + 16, 2),
-    ):  # sizes, pointers, bounds
+    ):
         (tmp_path / "x.idx").write_bytes(index[:place] + bytes([value]) + index[place + 1 :])
         refused(given, "x.idx", "corrupt index")
-    (tmp_path / "x.idx").write_bytes(
-        index + bytes(3)
-    )  # one mode per sequence, as multimodal writers append
+    # One mode per sequence, as multimodal writers append.
+    (tmp_path / "x.idx").write_bytes(index + bytes(3))
     assert len(pieces(given)) == 2
     (tmp_path / "x.bin").write_bytes(tokens[:-2])
     refused(given, "x.bin", "truncated or corrupt")

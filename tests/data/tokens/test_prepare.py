@@ -120,9 +120,8 @@ def test_the_same_text_gives_the_same_shards_in_any_files(tmp_path: Path) -> Non
     found = {}
     for form in ("jsonl", "divided", "jsonl.gz", "jsonl.zst", "parquet", "tar", "txt"):
         found[form] = prepare(options(corpus(tmp_path / "in" / form, form)), tmp_path / "out")
-    assert len({path.name for path in found.values()}) == len(
-        found
-    )  # other sources: other addresses
+    # Other sources: other addresses.
+    assert len({path.name for path in found.values()}) == len(found)
     wanted = shards(found["jsonl"])
     assert sum(name.endswith(".tar") for name in wanted) > 4
     for form, path in found.items():
@@ -162,9 +161,8 @@ def test_documents_come_back_and_no_text_is_in_both_splits(tmp_path: Path) -> No
 
 def test_training_documents_that_are_validation_documents_are_dropped(tmp_path: Path) -> None:
     root = corpus(tmp_path / "in")
-    write(
-        root / "a", "validation", [*texts(0)[:5], "only here"], "jsonl"
-    )  # a: given; b: split by hash
+    # A: given; b: split by hash.
+    write(root / "a", "validation", [*texts(0)[:5], "only here"], "jsonl")
     write(root / "a", "train_more", texts(1), "jsonl")
     store = TokenStore.open(prepare(options(root), tmp_path / "out"))
     validation_b = documents_of(store, "validation", "b")
@@ -292,9 +290,8 @@ def test_tokenised_documents_end_once(tmp_path: Path) -> None:
     given = options(tmp_path / "in", tokenizer=str(tmp_path / "tokenizer.json"))
     store = TokenStore.open(prepare(given, tmp_path / "out"))
     assert store.sizes("train").tolist() == [5] and store.documents("train").tolist() == [2]
-    assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [
-        [5, 6, 0, 9, 0]
-    ]  # [7, 8] is validation
+    # [7, 8] is validation.
+    assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [[5, 6, 0, 9, 0]]
     assert np.isnan(store.bytes_per_token("train")).all()
     with pytest.raises(
         UserError, match=r"data.tokenizer='train': .*train.bin is already tokenised|validation.bin"

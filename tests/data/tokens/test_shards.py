@@ -85,9 +85,8 @@ def test_all_tokens_and_ends_are_there_in_order(tmp_path: Path) -> None:
                 k
             ] == len(wanted)
             assert store.bytes_per_token(split)[k] == 2
-            assert all(
-                50 <= len(tokens) < 110 for tokens, _ in parts[:-1]
-            )  # closed by the piece that reached it
+            # Closed by the piece that reached it.
+            assert all(50 <= len(tokens) < 110 for tokens, _ in parts[:-1])
 
 
 def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
@@ -241,9 +240,8 @@ def test_a_writer_stopped_anywhere_continues_with_the_same_bytes(
         for stream, tokens in documents[:stop]:
             writer.append(stream, np.array(tokens), True, 2 * len(tokens))
         journal = folder / "journal.jsonl"
-        if (
-            journal.exists()
-        ):  # what a kill leaves: half a line, and a member that the journal does not know
+        # What a kill leaves: half a line, and a member that the journal does not know.
+        if journal.exists():
             with journal.open("a") as file:
                 file.write('{"stream": ["tr')
             for part in folder.rglob("*.part"):
@@ -289,9 +287,8 @@ def test_a_lost_part_is_refused(tmp_path: Path) -> None:
 def test_fingerprint_follows_tokens_ends_and_members(tmp_path: Path) -> None:
     base = some()
     same = write(tmp_path / "0", base).fingerprint
-    assert (
-        write(tmp_path / "1", base, members_per_shard=2).fingerprint == same
-    )  # where a member is stored says nothing
+    # Where a member is stored says nothing.
+    assert write(tmp_path / "1", base, members_per_shard=2).fingerprint == same
     by_stream = sorted(base, key=lambda document: document[0])
     assert write(tmp_path / "2", by_stream).fingerprint == same
     stream, tokens = base[0]
@@ -302,9 +299,8 @@ def test_fingerprint_follows_tokens_ends_and_members(tmp_path: Path) -> None:
         [((stream[0], "c"), tokens), *base[1:]],
     ]
     found = {write(tmp_path / f"other-{i}", other).fingerprint for i, other in enumerate(others)}
-    found.add(
-        write(tmp_path / "members", base, member_tokens=40).fingerprint
-    )  # other members, other sequences
+    # Other members, other sequences.
+    found.add(write(tmp_path / "members", base, member_tokens=40).fingerprint)
     assert len(found) == 5 and same not in found
 
 

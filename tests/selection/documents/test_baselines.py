@@ -160,6 +160,5 @@ def test_embeddings_need_an_encoder_and_use_it(place: list[str], tmp_path: Path)
     place[-1] = f"run_dir={tmp_path / 'other'}"
     done = run_here("selection=embedding", *place, f"selection.encoder={tmp_path / 'encoder'}")
     assert done.code == 0, done
-    assert (
-        found(tmp_path, "other") >= 9
-    )  # even an encoder that learned nothing tells languages apart by their tokens
+    # Even an encoder that learned nothing tells languages apart by their tokens.
+    assert found(tmp_path, "other") >= 9

@@ -285,9 +285,8 @@ def test_doremi_over_domains_trains_on_the_choice_within_each(
         {domain: np.mean([step[domain] for step in steps]) for domain in budgets}, abs=1e-9
     )
     assert mixture["provenance"]["data"] == store.fingerprint
-    for domain, size in zip(
-        store.domains, store.sizes("train"), strict=True
-    ):  # of the choice, not of all
+    # Of the choice, not of all.
+    for domain, size in zip(store.domains, store.sizes("train"), strict=True):
         assert mixture["epochs"][domain] == pytest.approx(weights[domain] * 12 * 8 * 32 / size)
     evaluated = json.loads((run_dir / "evaluation.json").read_text())
     assert {"reference", "baseline", "main"} <= evaluated.keys()
@@ -308,9 +307,8 @@ def test_copies_of_targets_and_benchmarks_are_refused(
     raw: Path, target: Path, tmp_path: Path
 ) -> None:
     texts = [json.loads(line)["text"] for line in (raw / "mixed" / "train.jsonl").open()]
-    asked = (
-        "what does " + " ".join(texts[5].split()[10:23]) + " mean"
-    )  # thirteen words of a document
+    # Thirteen words of a document.
+    asked = "what does " + " ".join(texts[5].split()[10:23]) + " mean"
     near = "what does " + " ".join(texts[6].split()[10:22]) + " mean"  # twelve
     benchmark = write_jsonl(tmp_path / "benchmark.jsonl", [asked, near])
     copies = write_jsonl(
@@ -334,9 +332,8 @@ def test_exact_scores_are_sums_over_whole_documents(
 
     overrides = ("selection.exact=true", "selection.documents=5", "selection.min_tokens=30")
     error = run_here(*selecting(raw, target, tmp_path / "short", *overrides))
-    assert (
-        error.code == 2 and "only 0 eligible" in error.err
-    )  # 60 words each, and the package wants 100
+    # 60 words each, and the package wants 100.
+    assert error.code == 2 and "only 0 eligible" in error.err
     long = tmp_path / "raw" / "d" / "train.jsonl"
     texts = [
         a + " " + b for a, b in zip(*[documents(2, "hijklmno", 200, 20_000)] * 2, strict=False)

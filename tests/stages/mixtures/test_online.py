@@ -54,9 +54,8 @@ def test_odm_draws_more_of_what_has_higher_loss_and_explores_all() -> None:
     for _ in range(200):
         state = odm.update(state, batch([3.0, 2.0, 1.0], (1000 * state.weights).tolist()), options)
     assert state.weights[0] > state.weights[1] > state.weights[2] >= odm.exploration(201, K)
-    torch.testing.assert_close(
-        state.reward, float64([3.0, 2.0, 1.0])
-    )  # in the long run the loss itself
+    # In the long run the loss itself.
+    torch.testing.assert_close(state.reward, float64([3.0, 2.0, 1.0]))
 
 
 # ── ADO ─────────────────────────────────────────────────────────────────────────────
@@ -90,9 +89,8 @@ def test_ado_fits_as_least_squares_does_where_there_is_noise() -> None:
     best = optimize.least_squares(
         lambda x: x[0] + x[1] * n.numpy() ** -x[2] - losses.numpy(), [1, 3, 0.3]
     )
-    assert float(mine.square().sum()) == pytest.approx(
-        2 * best.cost, rel=1e-3
-    )  # α stands on a grid
+    # Α stands on a grid.
+    assert float(mine.square().sum()) == pytest.approx(2 * best.cost, rel=1e-3)
 
 
 def naive_ado(options: Options, steps: int, batches: list[Stats]) -> list[list[float]]:
@@ -210,9 +208,8 @@ def test_the_prior_is_drawn_from_until_the_warm_up_is_over() -> None:
 
 def test_what_is_left_of_the_cap_is_spread_over_the_rest() -> None:
     options = Options(**(FREE | {"high": (0.2, 1.0, 1.0)}))
-    used = Drawn(
-        float64([30.0, 50.0, 20.0]), torch.tensor(5), torch.tensor(10)
-    )  # 0.15 of 0.2 after half of the run
+    # 0.15 of 0.2 after half of the run.
+    used = Drawn(float64([30.0, 50.0, 20.0]), torch.tensor(5), torch.tensor(10))
     found = online.within(float64([0.6, 0.2, 0.2]), used, options)
     torch.testing.assert_close(found, float64([0.1, 0.45, 0.45]))
 
@@ -301,9 +298,8 @@ def test_stopped_it_continues_to_the_same_bits(
     monkeypatch.setattr(ONLINE[name], "update", update)
     overrides = [*fresh, *ADAPTS, f"mixture={name}", f"run_dir={tmp_path / 'run'}"]
     assert command(*overrides).code == 75
-    assert (
-        len(lines(tmp_path / "run/main/domain_weights.jsonl")) == 15
-    )  # looked for before the update
+    # Looked for before the update.
+    assert len(lines(tmp_path / "run/main/domain_weights.jsonl")) == 15
     assert command(*overrides).code == 0
     for file in ("weights.json", "main/domain_weights.jsonl", "main/model/model.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (run_dir / file).read_bytes(), file

@@ -113,9 +113,8 @@ def test_the_design_is_within_caps_from_sparse_to_even_and_the_same_again() -> N
     assert np.array_equal(points, swarm.design(prior, box, 400, random()))
     free = swarm.design(prior, Box(np.zeros(4), np.ones(4)), 2000, random())
     assert free[:200].max(1).mean() > 0.9 > 0.75 > free[-200:].max(1).mean()
-    assert_allclose(
-        free.mean(0), np.sqrt(prior) / np.sqrt(prior).sum(), atol=0.03
-    )  # Dirichlet(√prior · s)
+    # Dirichlet(√prior · s).
+    assert_allclose(free.mean(0), np.sqrt(prior) / np.sqrt(prior).sum(), atol=0.03)
 
 
 def test_caps_and_floors_that_leave_nothing_are_refused() -> None:
@@ -324,9 +323,8 @@ def swarmed(tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFacto
     run_dir = tmp_path_factory.mktemp("swarm") / "run"
     outcome = run_here(*tiny, *SWARM, f"run_dir={run_dir}")
     assert outcome.code == 0, outcome
-    assert (
-        "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3
-    )  # prepare, swarm, evaluate
+    # Prepare, swarm, evaluate.
+    assert "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3
     return run_dir
 
 
@@ -423,7 +421,8 @@ def test_a_swarm_that_cannot_be_is_refused(tiny: list[str], tmp_path: Path) -> N
         ),
         (
             ["mixture=swarm", "stage=plan", "swarm.floor=0.2", f"swarm.frozen={tmp_path}/old.json"],
-            "what swarm.frozen keeps together does not fit within mixture.max_epochs and swarm.floor",
+            "what swarm.frozen keeps together does not fit within mixture.max_epochs and "
+            "swarm.floor",
         ),
     ]
     (tmp_path / "old.json").write_text('{"weights": {"plain": 0.9, "rich": 0.1}}')

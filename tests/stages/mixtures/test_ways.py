@@ -2,9 +2,9 @@
 
 The plug below is a way of ten lines. What had to be told of it: `WAYS`, and nothing else. The
 command takes it, the plan and the run ask it, the report shows its words, errors and the table in
-docs/mixtures.md name it. A way of the project is that module, its entry, a file conf/mixture/NAME.yaml
-(so that `mixture=NAME` is a group's option), and its tests; keys of its own are a dataclass in
-stages/options.py.
+docs/mixtures.md name it. A way of the project is that module, its entry, a file
+conf/mixture/NAME.yaml (so that `mixture=NAME` is a group's option), and its tests; keys of its own
+are a dataclass in stages/options.py.
 """
 
 import re

@@ -101,9 +101,8 @@ def test_cached_losses_give_what_live_ones_give(
         ]
         assert run_here(*fresh, *UNIFORM, *reference, *how).code == 0
     assert main_loss(tmp_path / "cached") == pytest.approx(main_loss(tmp_path / "live"), abs=1e-3)
-    assert (
-        len(list((tmp_path / "store").glob("losses/*/losses.f16"))) == 2
-    )  # the reference's, and the model's of the data
+    # The reference's, and the model's of the data.
+    assert len(list((tmp_path / "store").glob("losses/*/losses.f16"))) == 2
 
 
 def test_the_plan_counts_the_losses_that_are_not_cached(
