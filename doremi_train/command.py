@@ -19,7 +19,6 @@ from urllib.parse import quote
 from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, fingerprint, load, redact
-from doremi_train.parallel import slurm
 from doremi_train.stages import STAGES
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -156,6 +155,8 @@ def _listen(stop: Any) -> Callable[[], None]:
         signal.signal(number, ask)
 
     def requeue() -> None:
+        from doremi_train.parallel import slurm
+
         for handler in asked:
             slurm.outlive_requeue()
             handler()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import AllowInfNan, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, ConfigDict
 
 STRICT = ConfigDict(extra="forbid", strict=True)  # config of every options dataclass
 
@@ -44,6 +44,8 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     `key` is where the values stand in the whole configuration, for messages. Raises UserError
     naming every wrong key, the value received and what is allowed.
     """
+    from pydantic import TypeAdapter, ValidationError  # what `--help` can do without
+
     try:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).
         return TypeAdapter(cls).validate_json(json.dumps(values))
