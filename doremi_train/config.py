@@ -6,17 +6,28 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import AllowInfNan, ConfigDict
 
-STRICT = ConfigDict(extra="forbid", strict=True)  # config of every options dataclass
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+# Of every options dataclass. Without pydantic, of which `--help` and a wrong key need nothing.
+STRICT: "ConfigDict" = {"extra": "forbid", "strict": True}
+
+
+class Finite:
+    """A float that is neither infinite nor NaN, in pydantic's Annotated types."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source) | {"allow_inf_nan": False}
+
 
 Positive = Annotated[int, Gt(0)]
 Count = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0), AllowInfNan(False)]
-NonNegativeFloat = Annotated[float, Ge(0), AllowInfNan(False)]
+PositiveFloat = Annotated[float, Gt(0), Finite()]
+NonNegativeFloat = Annotated[float, Ge(0), Finite()]
 Fraction = Annotated[float, Ge(0), Lt(1)]  # [0, 1)
 
 T = TypeVar("T")
@@ -44,7 +55,7 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     `key` is where the values stand in the whole configuration, for messages. Raises UserError
     naming every wrong key, the value received and what is allowed.
     """
-    from pydantic import TypeAdapter, ValidationError  # what `--help` can do without
+    from pydantic import TypeAdapter, ValidationError
 
     try:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).
