@@ -73,9 +73,9 @@ def alternate(
 
 
 def ratio(above: list[float], below: list[float]) -> Ratio:
-    """Of two sides of the same rounds. The interval is the order statistics around the median,
-    whatever the distribution; with fewer than six rounds it is the range, and covers less than 95
-    %."""
+    """Ratio of two sides of the same rounds. The interval is the order statistics around the
+    median, whatever the distribution; with fewer than six rounds it is the range, and covers less
+    than 95 %."""
     paired = sorted(a / b for a, b in zip(above, below, strict=True))
     n, tail, left_out = len(paired), 0.5 ** len(paired), 0
     while tail + math.comb(n, left_out + 1) * 0.5**n <= 0.025:
@@ -122,14 +122,16 @@ def hardware() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{cores} cores of {named[0] if named else platform.machine()}"
+    processor = f"{cores} cores of {named[0] if named else platform.machine()}"
     import torch
 
-    return f"{found}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else found
+    return (
+        f"{processor}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else processor
+    )
 
 
 def commit() -> str:
-    """Of this checkout, with a + where files differ from it; empty outside of one."""
+    """Commit of this checkout, with a + where files differ from it; empty outside of one."""
     told = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
         cwd=Path(__file__).parent,
@@ -168,12 +170,12 @@ def main(
     options(parser)
     given = parser.parse_args()
     began = time.perf_counter()
-    found = measure(given)
-    if found.ratios:
+    result = measure(given)
+    if result.ratios:
         table(
             name,
             ("ratio", "median", "95 % interval"),
-            [(k, r.median, f"{r.low:.3g} … {r.high:.3g}") for k, r in found.ratios.items()],
+            [(k, r.median, f"{r.low:.3g} … {r.high:.3g}") for k, r in result.ratios.items()],
         )
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
@@ -185,8 +187,8 @@ def main(
             "torch": importlib.metadata.version("torch"),
             "quick": given.quick,
             "seconds": time.perf_counter() - began,
-            "ratios": {key: found_.median for key, found_ in found.ratios.items()},
-            "intervals": {key: [found_.low, found_.high] for key, found_ in found.ratios.items()},
-            "figures": found.figures,
+            "ratios": {key: r.median for key, r in result.ratios.items()},
+            "intervals": {key: [r.low, r.high] for key, r in result.ratios.items()},
+            "figures": result.figures,
         }
         given.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -115,9 +115,9 @@ def measure(given: argparse.Namespace) -> common.Result:
     ratios: dict[str, common.Ratio] = {}
     figures: dict[str, Any] = {"threads": given.threads, "clock": given.clock}
     for name in given.model[:1] if given.quick else given.model:
-        found, figures[name] = of_model(name, given)
-        ratios |= {f"{name}.{key}": value for key, value in found.items()}
-    return common.Result(found | ratios, figures)
+        model_ratios, figures[name] = of_model(name, given)
+        ratios |= {f"{name}.{key}": value for key, value in model_ratios.items()}
+    return common.Result(model_ratios | ratios, figures)
 
 
 def of_model(
@@ -139,8 +139,8 @@ def of_model(
             turns, given.rounds or (3 if given.quick else 10), warm_up=1, clock=clock
         )
     seconds = {
-        side: statistics.median(found) / (10 if side != "naive" else 1)
-        for side, found in times.items()
+        side: statistics.median(rounds) / (10 if side != "naive" else 1)
+        for side, rounds in times.items()
     }
     memory = {side: _peak(name, side, given) for side in sides}
     common.table(
@@ -152,14 +152,14 @@ def of_model(
         ],
     )
     per_step = {
-        side: [t / (10 if side != "naive" else 1) for t in found] for side, found in times.items()
+        side: [t / (10 if side != "naive" else 1) for t in rounds] for side, rounds in times.items()
     }
-    found = {
+    ratios = {
         f"{side}_over_plain_on_candidates": common.ratio(per_step[side], per_step["plain"])
         for side in sides
         if side != "plain"
     }
-    return found, {"seconds_per_step": seconds, "peak_megabytes": memory}
+    return ratios, {"seconds_per_step": seconds, "peak_megabytes": memory}
 
 
 def _peak(name: str, side: str, given: argparse.Namespace) -> float:

@@ -60,7 +60,7 @@ class Axis(NamedTuple):
 
 
 def domains(count: int, folder: Path) -> Parts:
-    """With one tiny shard a domain, described and not written."""
+    """Parts on a store of `count` domains: one tiny shard each, described and not written."""
     store_folder = wide_store(folder / f"{count}", count, 1, linked=False)
     store = TokenStore.open(store_folder)
     weights = np.full(count, 1 / count)
@@ -93,7 +93,7 @@ def domains(count: int, folder: Path) -> Parts:
 
 
 def processes(count: int, folder: Path) -> Parts:
-    """What one of them does for a global batch of so many times 8 sequences of 8 domains."""
+    """Parts of one of `count` processes; the global batch is 8 · `count` sequences of 8 domains."""
     path = folder / "read"
     store = TokenStore.open(path) if path.exists() else common.token_store(path, 8, 1 << 17, 1000)
     batch, weights, drawn, steps = (
@@ -122,7 +122,7 @@ def processes(count: int, folder: Path) -> Parts:
 
 
 def sequences(count: int, folder: Path) -> Parts:
-    """So many in each of 8 domains."""
+    """Parts on 8 domains of `count` sequences each."""
     names, weights = tuple(f"{k}" for k in range(8)), np.full(8, 1 / 8)
     sampler = Sampler(np.full(8, count), names, BATCH, SEED)
     drawn, steps = [np.zeros(8, np.int64)], iter(range(10**9))
@@ -224,8 +224,8 @@ AXES = {
 
 
 def seconds(part: Callable[[], object], enough: float) -> float:
-    """Of one call: the least of several turns, each long enough for the clock, since others only
-    ever add to it."""
+    """Seconds of one call: the least of several turns, each long enough for the clock, since others
+    only ever add to it."""
     calls, took = 1, 0.0
     while True:
         began = time.process_time()
@@ -248,9 +248,9 @@ def peak(part: Callable[[], object]) -> int:
     """Bytes of numpy's and Python's allocations while it runs."""
     tracemalloc.start()
     part()
-    found = tracemalloc.get_traced_memory()[1]
+    peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return found
+    return peak_bytes
 
 
 def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
@@ -309,11 +309,11 @@ def shown(
             (
                 part,
                 *(f"{1e6 * value:,.0f}" for value in times[part]),
-                f"{found['exponent']:.2f}",
+                f"{values['exponent']:.2f}",
                 f"{memory[part][-1] / 1e3:,.0f}",
-                f"{found['exponent_of_memory']:.2f}",
+                f"{values['exponent_of_memory']:.2f}",
             )
-            for part, found in figures.items()
+            for part, values in figures.items()
         ],
     )
     if pictures:
@@ -322,11 +322,11 @@ def shown(
     return figures
 
 
-def picture(label: str, found: Mapping[str, Any]) -> str:
+def picture(label: str, figures: Mapping[str, Any]) -> str:
     """Time over size on logarithmic scales, as a file of its own."""
     curves = {
         part: charts.Curve(values["sizes"], [[1e6 * value for value in values["seconds"]]])
-        for part, values in found.items()
+        for part, values in figures.items()
     }
     return drawn(
         charts.lines(

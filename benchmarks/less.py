@@ -46,9 +46,9 @@ def measure(given: argparse.Namespace) -> common.Result:
     ratios: dict[str, common.Ratio] = {}
     figures: dict[str, Any] = {"threads": given.threads}
     for rank in reversed(given.ranks):
-        found, figures[f"rank_{rank}"] = of_rank(rank, given)
-        ratios |= {f"rank_{rank}.{key}": value for key, value in found.items()}
-    return common.Result(found | ratios, figures)
+        rank_ratios, figures[f"rank_{rank}"] = of_rank(rank, given)
+        ratios |= {f"rank_{rank}.{key}": value for key, value in rank_ratios.items()}
+    return common.Result(rank_ratios | ratios, figures)
 
 
 def of_rank(rank: int, given: argparse.Namespace) -> tuple[dict[str, common.Ratio], dict[str, Any]]:
@@ -75,22 +75,22 @@ def of_rank(rank: int, given: argparse.Namespace) -> tuple[dict[str, common.Rati
         3,
         clock=clock,
     )
-    seconds = {name: float(np.median(found)) / count for name, found in times.items()}
+    seconds = {name: float(np.median(rounds)) / count for name, rounds in times.items()}
     common.table(
         f"LoRA of rank {rank}: {numbers(of):,} of {every(of):,} parameters, {count} examples",
         ("side", "ms an example", "over features"),
-        [(name, 1e3 * found, found / seconds["features"]) for name, found in seconds.items()],
+        [(name, 1e3 * took, took / seconds["features"]) for name, took in seconds.items()],
     )
-    found = {
+    ratios = {
         "one_at_a_time_dense_over_ours": common.ratio(times["published"], ours),
         "one_at_a_time_dense_over_direct": common.ratio(times["published"], times["direct"]),
         "one_at_a_time_over_ours": common.ratio(times["one_at_a_time"], ours),
     }
     of_growth = {
-        name: float(np.median(found)) / float(np.median(growth["pool"]))
-        for name, found in growth.items()
+        name: float(np.median(rounds)) / float(np.median(growth["pool"]))
+        for name, rounds in growth.items()
     }
-    return found, {
+    return ratios, {
         "seconds_per_example": seconds,
         "parameters": [numbers(of), every(of)],
         "over_pool": of_growth,
@@ -153,7 +153,7 @@ def published(of: Setting, matrix: Tensor | None) -> None:
         torch.cat([getattr(of.at.moments[n], key).flatten() for n in named])
         for key in ("first", "second")
     ]
-    one = next(iter(of.at.moments.values()))
+    moment = next(iter(of.at.moments.values()))
     waiting: list[Tensor] = []
     for number, example in enumerate(of.pool, 1):
         batch = torch.from_numpy(example).long()[None].to(of.device)
@@ -162,7 +162,7 @@ def published(of: Setting, matrix: Tensor | None) -> None:
         )
         whole = torch.cat([part.flatten() for part in gradient])
         waiting.append(
-            less.direction(whole, one._replace(first=moments[0], second=moments[1]), OPTIONS)
+            less.direction(whole, moment._replace(first=moments[0], second=moments[1]), OPTIONS)
         )
         if matrix is not None and (len(waiting) == TOGETHER or number == len(of.pool)):
             rows = torch.stack(waiting)

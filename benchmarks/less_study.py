@@ -39,9 +39,9 @@ def measure(given: argparse.Namespace) -> common.Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         targets, overrides = _pages(folder, given) if given.corpus else _planted(folder, given)
-        found = {target: _target(target, folder, overrides, given) for target in targets}
+        held_out = {target: _target(target, folder, overrides, given) for target in targets}
         right = {} if given.corpus else {target: _right(target, folder) for target in targets}
-    for target, methods in found.items():
+    for target, methods in held_out.items():
         rows: list[tuple[object, ...]] = [
             (
                 method,
@@ -64,11 +64,11 @@ def measure(given: argparse.Namespace) -> common.Result:
             f"{target}: right answers of its task among the choice", ("by", "mean", "least"), every
         )
     if given.picture:
-        given.picture.write_text(drawn(_picture(found, given.seeds)))
+        given.picture.write_text(drawn(_picture(held_out, given.seeds)))
     figures = {
         "steps": given.steps,
         "seeds": given.seeds,
-        "held_out_loss": found,
+        "held_out_loss": held_out,
         "precision": right,
     }
     return common.Result({}, figures)
@@ -89,14 +89,14 @@ def _pages(folder: Path, given: argparse.Namespace) -> tuple[list[str], list[str
 
 
 def _gains(methods: dict[str, list[float]], method: str) -> list[float]:
-    """What it is better by than all the data, seed by seed."""
+    """Nats that a method is better by than all the data, seed by seed."""
     return [a - b for a, b in zip(methods["all"], methods[method], strict=True)]
 
 
-def _picture(found: dict[str, dict[str, list[float]]], seeds: int) -> str:
+def _picture(held_out: dict[str, dict[str, list[float]]], seeds: int) -> str:
     names = [method for method in METHODS if method != "all"]
     points = {}
-    for target, methods in found.items():
+    for target, methods in held_out.items():
         gains = [_gains(methods, name) for name in names]
         points[target] = [
             charts.Point(statistics.mean(gain), min(gain), max(gain)) for gain in gains
@@ -125,22 +125,22 @@ def _target(
         f"selection.less.train_on={','.join(METHODS)}",
         f"seed={','.join(map(str, range(given.seeds)))}",
     )
-    found: dict[str, dict[int, float]] = {method: {} for method in METHODS}
+    by_seed: dict[str, dict[int, float]] = {method: {} for method in METHODS}
     for result in sweep.glob("*/finetune/result.json"):
-        given_ = yaml.safe_load((result.parents[1] / "config.yaml").read_text())
+        config = yaml.safe_load((result.parents[1] / "config.yaml").read_text())
         loss = json.loads(result.read_text())["evaluation"]["mean_loss"]
-        found[given_["selection"]["less"]["train_on"]][given_["seed"]] = loss
-    return {method: [losses[seed] for seed in sorted(losses)] for method, losses in found.items()}
+        by_seed[config["selection"]["less"]["train_on"]][config["seed"]] = loss
+    return {method: [losses[seed] for seed in sorted(losses)] for method, losses in by_seed.items()}
 
 
 def _right(target: str, folder: Path) -> dict[str, list[float]]:
     """What part of each method's choice is right and of the target's task, once for every seed."""
-    found: dict[str, dict[int, float]] = {}
+    by_seed: dict[str, dict[int, float]] = {}
     for choices in (folder / "runs" / target).glob(f"*/select/{target}"):
         seed = yaml.safe_load((choices.parents[1] / "config.yaml").read_text())["seed"]
         for method, part in planted_tasks.precision(choices, target).items():
-            found.setdefault(method, {})[seed] = part
-    return {method: [parts[seed] for seed in sorted(parts)] for method, parts in found.items()}
+            by_seed.setdefault(method, {})[seed] = part
+    return {method: [parts[seed] for seed in sorted(parts)] for method, parts in by_seed.items()}
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ def in_process(store: TokenStore) -> Iterator[object]:
 
 
 def read_ahead(store: TokenStore, length: int = LENGTH) -> Generator[Batch, None, None]:
-    """As the trainer gets them: a thread reads one ahead."""
+    """Batches as the trainer gets them: a thread reads one ahead."""
     weights, counts = torch.from_numpy(even(store)), np.zeros(len(store.domains), np.int64)
     with Batches(store, length, BATCH, [slice(0, BATCH)], 0) as batches:
         for step in range(FAR):
@@ -157,18 +157,18 @@ def seek(store: TokenStore) -> float:
 def wide_store(folder: Path, domains: int, shards: int, linked: bool = True) -> Path:
     """A finished store of that many domains with that many tiny shards each: one real domain's,
     linked again and again, or only described."""
-    one = common.token_store(
+    store = common.token_store(
         folder / "one", 1, shards << 16, 1000, member_tokens=1 << 16, members_per_shard=1
     )
     path = folder / "wide"
-    manifest = json.loads((one.path / "manifest.json").read_text())
-    described = manifest["domains"][one.domains[0]]
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    described = manifest["domains"][store.domains[0]]
     names = [f"domain-{k:05d}" for k in range(domains)]
     manifest["domains"] = {
         name: {split: {**described[split], "folder": f"{split}/{name}"} for split in SPLITS}
         for name in names
     }
-    index, parts = np.load(one.path / "index.npy"), []
+    index, parts = np.load(store.path / "index.npy"), []
     for stream, split in enumerate(SPLITS):
         rows = index[index["stream"] == stream]
         part = np.tile(rows, domains).astype(INDEX)
@@ -176,14 +176,14 @@ def wide_store(folder: Path, domains: int, shards: int, linked: bool = True) -> 
         parts.append(part)
         for name in names if linked else []:
             (path / split / name).mkdir(parents=True)
-            for shard in (one.path / described[split]["folder"]).iterdir():
+            for shard in (store.path / described[split]["folder"]).iterdir():
                 (path / split / name / shard.name).symlink_to(shard)
     path.mkdir(exist_ok=True)
     with (path / "index.npy").open("wb") as file:
         np.save(file, np.concatenate(parts))
     manifest["index_sha256"] = hashlib.sha256((path / "index.npy").read_bytes()).hexdigest()
     write_json(path / "manifest.json", manifest)
-    (path / "tokenizer.json").write_text((one.path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text((store.path / "tokenizer.json").read_text())
     return path
 
 
@@ -295,8 +295,8 @@ def measure(given: argparse.Namespace) -> common.Result:
         ]
         figures: dict[str, Any] = {
             "million_tokens_per_second": {
-                side: each * BATCH * LENGTH / statistics.median(found) / 1e6
-                for side, found in times.items()
+                side: each * BATCH * LENGTH / statistics.median(seconds) / 1e6
+                for side, seconds in times.items()
             },
             "seek": {"ms": 1e3 * min(seek(store) for _ in range(5))},
             "start_up": common.fresh(opening, wide_store(folder, 1000, 10 if given.quick else 100)),

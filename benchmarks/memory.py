@@ -48,16 +48,16 @@ def measure(given: argparse.Namespace) -> common.Result:
         f"peak memory of a step of {given.model}, MB",
         ("vocabulary", "fused", "plain"),
         [
-            (vocabulary, found["fused"] / 1e6, found["plain"] / 1e6)
-            for vocabulary, found in peaks.items()
+            (vocabulary, peak["fused"] / 1e6, peak["plain"] / 1e6)
+            for vocabulary, peak in peaks.items()
         ],
     )
     rows = []
     for shape in SHAPES[1:6:4] if given.quick else SHAPES:
         if shape[0] * shape[2] <= LARGEST:
             times = _times(*shape, given)
-            found = common.ratio(times["fused"], times["plain"])
-            ratios["fused_over_plain_{}x{}x{}".format(*shape)] = found
+            ratio = common.ratio(times["fused"], times["plain"])
+            ratios["fused_over_plain_{}x{}x{}".format(*shape)] = ratio
             taken = (
                 "fused"
                 if language_model.fuses(shape[0], shape[2], shape[1], _device(given).type)
@@ -67,7 +67,7 @@ def measure(given: argparse.Namespace) -> common.Result:
                 (
                     *shape,
                     *(1e3 * statistics.median(times[side]) for side in ("fused", "plain")),
-                    found,
+                    ratio,
                     taken,
                 )
             )
@@ -89,7 +89,7 @@ def _device(given: argparse.Namespace) -> torch.device:
 def _peaks(vocabulary: int, given: argparse.Namespace) -> dict[str, int]:
     """Bytes of a step beyond what stays, and beyond the gradient of the embedding."""
     size = argparse.Namespace(**vars(given) | {"vocabulary": vocabulary})
-    found = {}
+    peaks = {}
     for side in ("fused", "plain"):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             of = step.setting(given.model, size, Path(folder))._replace(fused=side == "fused")
@@ -97,8 +97,8 @@ def _peaks(vocabulary: int, given: argparse.Namespace) -> dict[str, int]:
                 for _ in range(2):  # with the optimiser's states, and the next batch read
                     next(steps)
                 peak = _peak(steps, of.place.device)
-        found[side] = peak - 4 * vocabulary * of.config["hidden_size"]
-    return found
+        peaks[side] = peak - 4 * vocabulary * of.config["hidden_size"]
+    return peaks
 
 
 def _peak(steps: step.Steps, device: torch.device) -> int:
@@ -113,9 +113,9 @@ def _peak(steps: step.Steps, device: torch.device) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         next(steps)
-    found = profile.profiler.kineto_results.events()
+    events = profile.profiler.kineto_results.events()
     changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )
     now = most = 0
     for _, change in changes:

@@ -41,10 +41,10 @@ WORKERS, NOTHINGS = (
 
 def work(data: DataOptions, folder: Path) -> list[tasks.Task]:
     """A task for every file; what they write goes into the folder."""
-    found = enumerate(sources.resolve(data))
+    numbered = enumerate(sources.resolve(data))
     return [
         tasks.Task(folder, number, source, data, SelectionOptions(method="ngram"))
-        for number, source in found
+        for number, source in numbered
     ]
 
 
@@ -101,7 +101,8 @@ class Peer:
 
 
 def laid_out(given: DataOptions, megabytes: float, folder: Path) -> list[str]:
-    """About so much of the text, as one jsonl.zst of a domain, in both splits."""
+    """Documents of about `megabytes` of the text, written as one jsonl.zst of a domain, in both
+    splits."""
     documents, size = [], 0
     for text in texts(given):
         documents.append(text)

@@ -23,7 +23,7 @@ _HEADING = re.compile(r"\n(?=[A-Z][A-Z ]{3,}\n)")
 
 
 def examples(root: Path, domain: str, split: str) -> Iterator[dict[str, Any]]:
-    """Two of a document, so that pages are many."""
+    """Examples, two of a document, so that pages are many."""
     where = DataOptions(embedded=None, root=str(root))
     for source in sources.resolve(where):
         if (source.domain, source.split) == (domain, split):
@@ -50,8 +50,8 @@ def selecting(folder: Path, base: Path, root: Path, target: str, count: int) -> 
     """Overrides that select from a pool with at most `count` examples of each domain."""
     held: list[dict[str, Any]] = []
     for domain in domains(root):
-        found = list(itertools.islice(examples(root, domain, "train"), 2 * count))
-        picked = [found[n] for n in np.random.default_rng(0).permutation(len(found))]
+        candidates = list(itertools.islice(examples(root, domain, "train"), 2 * count))
+        picked = [candidates[n] for n in np.random.default_rng(0).permutation(len(candidates))]
         if domain == target:  # of other examples than those of the pool
             write(folder / f"target/{target}.jsonl", picked[-SERVED:])
             picked = picked[:-SERVED]

@@ -26,15 +26,17 @@ def records(
     """`count` examples of each task, in random order; `clean` says which answers are right."""
     random = np.random.default_rng(seed)
     ciphers = _ciphers()
-    found = []
+    examples = []
     for task in tasks:
         for _ in range(count):
             asked = random.integers(0, len(LETTERS), LENGTH)
             clean = bool(random.random() >= noise)
             answer = ciphers[task][asked] if clean else random.integers(0, len(LETTERS), LENGTH)
             prompt, completion = (" ".join(LETTERS[n] for n in some) for some in (asked, answer))
-            found.append({"prompt": prompt, "completion": completion, "task": task, "clean": clean})
-    return [found[n] for n in random.permutation(len(found))]
+            examples.append(
+                {"prompt": prompt, "completion": completion, "task": task, "clean": clean}
+            )
+    return [examples[n] for n in random.permutation(len(examples))]
 
 
 def _ciphers() -> dict[str, Any]:
@@ -121,19 +123,19 @@ def selecting(folder: Path, base: Path, count: int = 200) -> list[str]:
 
 
 def recovered(
-    command: Callable[..., Any], folder: Path, base: Path, *more: str
+    command: Callable[..., Any], folder: Path, base: Path, *overrides: str
 ) -> dict[str, dict[str, float]]:
     """{task: {method: part of its choice that is of that task and clean}}."""
-    outcome = command("stage=select", f"run_dir={folder}/run", *selecting(folder, base), *more)
+    outcome = command("stage=select", f"run_dir={folder}/run", *selecting(folder, base), *overrides)
     assert outcome.code == 0, outcome
     return {task: precision(folder / "run/select" / task, task) for task in TASKS}
 
 
 def precision(choices: Path, task: str) -> dict[str, float]:
-    found = {}
+    parts = {}
     for path in sorted(choices.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[path.stem] = sum(line["task"] == task and line["clean"] for line in lines) / len(
+        parts[path.stem] = sum(line["task"] == task and line["clean"] for line in lines) / len(
             lines
         )
-    return found
+    return parts

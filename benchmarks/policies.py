@@ -110,12 +110,12 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
     shuffle = random.Random(0)
     noise: dict[str, list[str]] = {"train": [], "validation": []}
     for splits in texts.values():
-        for split, found in splits.items():
-            noise[split] += ["".join(shuffle.sample(text, len(text))) for text in found[::3]]
+        for split, pieces in splits.items():
+            noise[split] += ["".join(shuffle.sample(text, len(text))) for text in pieces[::3]]
     writer = writing.ShardWriter(folder, np.uint16, member_tokens=1 << 20, members_per_shard=16)
     for domain, splits in [*texts.items(), ("noise", noise)]:
-        for split, found in splits.items():
-            for ids in tokenizer.encode(words, found):
+        for split, pieces in splits.items():
+            for ids in tokenizer.encode(words, pieces):
                 writer.append((split, domain), np.append(ids, 0), True, None)
     whole = np.concatenate(
         [tokenizer.encode(words, [s["train"][-1]])[0][: 4 * LENGTH] for s in texts.values()]
@@ -140,7 +140,9 @@ def warmed(
     """A model that has seen the clean domains but the target."""
     others = [name not in ("noise", "copies", target) for name in store.domains]
     task = _task(store, "start", 0, steps, folder)._replace(
-        objective_options=cross_entropy.Options(weights=tuple(one / sum(others) for one in others))
+        objective_options=cross_entropy.Options(
+            weights=tuple(used / sum(others) for used in others)
+        )
     )
     task = task._replace(
         training=replace(task.training, learning_rate=1e-2, end_learning_rate=1e-3)
@@ -169,9 +171,8 @@ def _task(
             end_learning_rate=RATE / 10,
             checkpoint_every=10 * steps,
         ),
-        evaluation=EvaluationOptions(
-            sequences=1, every=10 * steps
-        ),  # the target's loss is measured here
+        # The target's loss is measured here.
+        evaluation=EvaluationOptions(sequences=1, every=10 * steps),
     )
 
 
@@ -263,17 +264,17 @@ def _picked(picks: Picks | None, store: shards.TokenStore) -> Iterator[tuple[str
 
 
 def flops(options: BatchSelectionOptions | None, steps: int, shape: costs.Shape) -> list[float]:
-    """Of each step: a forward is 1 a sequence, a backward 2, one for activations alone 1."""
-    one = costs.forward(shape, LENGTH) * LENGTH
+    """FLOPs of each step: a forward is 1 a sequence, a backward 2, one for activations alone 1."""
+    forward = costs.forward(shape, LENGTH) * LENGTH
     if options is None:
-        return [3.0 * CANDIDATES * one] * steps
+        return [3.0 * CANDIDATES * forward] * steps
     scored = {"random": 0, "max_loss": 1}.get(options.method, 2) * CANDIDATES
     learned = PICKS * (3 if options.method in ("random", "max_loss") else 1)
     looked = 3 * TARGET_SEQUENCES if options.method in ("greats", "topk") else 0
     due = [
         batch_selection.looks_ahead(step, options.validation_every) for step in range(1, steps + 1)
     ]
-    return [float(scored + learned + looked * now) * one for now in due]
+    return [float(scored + learned + looked * now) * forward for now in due]
 
 
 def measure(given: argparse.Namespace) -> common.Result:
@@ -311,18 +312,20 @@ def measure(given: argparse.Namespace) -> common.Result:
     }
     ends = {policy: [losses[-1] for losses in f["losses"]] for policy, f in figures.items()}
 
-    def above(other: str, found: dict[str, list[float]]) -> list[str]:
-        gaps = [paired(losses, ends[other]) for losses in found.values()]
+    def above(other: str, by_policy: dict[str, list[float]]) -> list[str]:
+        gaps = [paired(losses, ends[other]) for losses in by_policy.values()]
         return [f"{gap.mean:+.4f} ± {gap.half:.4f}" if gap.half else "" for gap in gaps]
 
     def at_equal(key: str) -> dict[str, list[float]]:
         """Losses where what the steps of random cost is spent."""
         budget = sum(figures["random"][key])
-        found = {}
+        by_policy = {}
         for policy, f in figures.items():
             step = np.interp(budget, np.cumsum([0, *f[key]]), range(steps + 1))
-            found[policy] = [float(np.interp(step, f["steps"], losses)) for losses in f["losses"]]
-        return found
+            by_policy[policy] = [
+                float(np.interp(step, f["steps"], losses)) for losses in f["losses"]
+            ]
+        return by_policy
 
     common.table(
         f"loss of {target} after {steps} steps, {len(seeds)} seeds",
@@ -377,9 +380,9 @@ def picture(path: Path, target: str, figures: dict[str, Any]) -> None:
 
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "policies"})
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
-    for policy, found in figures.items():
-        steps, losses = np.array(found["steps"]), np.array(found["losses"])
-        spent = (np.cumsum([0, *found[key]])[steps] for key in ("flops", "seconds"))
+    for policy, policy_figures in figures.items():
+        steps, losses = np.array(policy_figures["steps"]), np.array(policy_figures["losses"])
+        spent = (np.cumsum([0, *policy_figures[key]])[steps] for key in ("flops", "seconds"))
         for axis, across in zip(axes, (steps, *spent), strict=True):
             (line,) = axis.plot(across, losses.mean(0), label=policy)
             axis.fill_between(

@@ -74,9 +74,9 @@ def corpus(root: Path | None, size: int, folder: Path) -> DataOptions:
     """Files of about `size` bytes of text: as much of every domain as it takes, under more names
     where it has less."""
     given = DataOptions(root=str(root)) if root is not None else DataOptions()
-    found = sources.resolve(given)
-    share, written = size // len({source.domain for source in found}), 0
-    for source in found:
+    resolved = sources.resolve(given)
+    share, written = size // len({source.domain for source in resolved}), 0
+    for source in resolved:
         path = folder / str(source.domain) / f"{source.split or 'train'}-00000.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -103,22 +103,22 @@ def measure(given: argparse.Namespace) -> common.Result:
         options = corpus(given.root, int(megabytes * 1e6), folder / "large")
         size = sum(len(text.encode()) for text in texts(options))
         quarter = corpus(given.root, int(megabytes * 1e6 / 4), folder / "small")
-        found: dict[str, list[Took]] = {"prepare": [], "encode_batch": [], "encode_batch_fast": []}
+        costs: dict[str, list[Took]] = {"prepare": [], "encode_batch": [], "encode_batch_fast": []}
 
         def turn(side: str) -> float:
             if side == "prepare":
-                found[side].append(common.fresh(ours, options, folder / "store"))
+                costs[side].append(common.fresh(ours, options, folder / "store"))
                 shutil.rmtree(folder / "store")
             else:
-                found[side].append(common.fresh(alone, options, side))
-            return found[side][-1].seconds
+                costs[side].append(common.fresh(alone, options, side))
+            return costs[side][-1].seconds
 
-        sides = {side: partial(turn, side) for side in found}
+        sides = {side: partial(turn, side) for side in costs}
         times = common.alternate(sides, given.rounds or (2 if given.quick else 5), warm_up=0)
         smaller = common.fresh(ours, quarter, folder / "store").peak
     medians = {
         side: Took(*map(statistics.median, zip(*turns, strict=True)))
-        for side, turns in found.items()
+        for side, turns in costs.items()
     }
     figures: dict[str, Any] = {
         "text_mb": size / 1e6,

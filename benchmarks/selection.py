@@ -100,7 +100,7 @@ def stores(
     def prepared(name: str, *overrides: str) -> TokenStore:
         return prepare.run(plain_session(folder / name, f"store={folder / 'store'}", *overrides))
 
-    found = {"all": prepared("all", pool, f"data.vocabulary_size={VOCABULARY}")}
+    by_method = {"all": prepared("all", pool, f"data.vocabulary_size={VOCABULARY}")}
     granular = made_vocabulary(
         plain_session(
             folder / "vocabulary",
@@ -127,8 +127,8 @@ def stores(
         "classifier": ["selection=classifier"],
     } | ({"embedding": ["selection=embedding", f"selection.encoder={encoder}"]} if encoder else {})
     for name, method in methods.items():
-        found[name] = prepared(name, pool, words, *served, *method, "selection.fraction=0.1")
-    return found, prepared("evaluated", f"data.root={at['evaluated']}", words)
+        by_method[name] = prepared(name, pool, words, *served, *method, "selection.fraction=0.1")
+    return by_method, prepared("evaluated", f"data.root={at['evaluated']}", words)
 
 
 def trained(
@@ -158,7 +158,7 @@ def trained(
     )
     network = folders.build(shape, seed)
     trainer = Trainer(task, network, place.start(EngineOptions(device="cpu"), "fp32", 60))
-    found = []
+    measured = []
     start = cross_entropy.init(1, steps, task.objective_options)
     for step, _ in enumerate(trainer.steps(Position(0, start, np.zeros(1, np.int64))), 1):
         if step % (steps // EVALUATIONS) == 0:
@@ -169,8 +169,8 @@ def trained(
             others = statistics.fmean(
                 figures["loss"] for name, figures in domains.items() if name != target
             )
-            found.append((domains[target]["loss"], others))
-    return found
+            measured.append((domains[target]["loss"], others))
+    return measured
 
 
 def measure(given: argparse.Namespace) -> common.Result:
@@ -199,12 +199,12 @@ def measure(given: argparse.Namespace) -> common.Result:
     figures: dict[str, Any] = {}
     rows: list[tuple[object, ...]] = []
     for method, runs in losses.items():
-        found = np.array(runs)  # (seeds, evaluations, target and others)
-        gain = found[:, -1] - np.array(losses["random"])[:, -1]
-        figures[method] = {"losses": found.tolist(), "tokens": sizes[method]}
+        measured = np.array(runs)  # (seeds, evaluations, target and others)
+        gain = measured[:, -1] - np.array(losses["random"])[:, -1]
+        figures[method] = {"losses": measured.tolist(), "tokens": sizes[method]}
         cells = [
             f"{mean:.4f} ± {half:.4f}"
-            for mean, half in map(student_t, [*found[:, -1].T.tolist(), *gain.T.tolist()])
+            for mean, half in map(student_t, [*measured[:, -1].T.tolist(), *gain.T.tolist()])
         ]
         rows.append((method, f"{sizes[method]:,}", *cells))
     common.table(

@@ -70,8 +70,8 @@ class Setting(NamedTuple):
         """(N,) of the first domain, as they stand in a shard."""
         length = self.training.sequence_length
         sequences = np.arange(self.store.sequences("train", length)[0])
-        found = self.store.gather("train", np.zeros_like(sequences), sequences, length)
-        return found[:, :-1].ravel().astype(np.uint16)
+        tokens = self.store.gather("train", np.zeros_like(sequences), sequences, length)
+        return tokens[:, :-1].ravel().astype(np.uint16)
 
 
 # ── The sides ───────────────────────────────────────────────────────────────────────
@@ -239,9 +239,9 @@ def measure(given: argparse.Namespace) -> common.Result:
     ratios: dict[str, common.Ratio] = {}
     figures: dict[str, Any] = {"threads": given.threads, "clock": given.clock}
     for name in given.model:
-        found, figures[name] = of_model(name, given)
-        ratios |= {f"{name}.{key}": value for key, value in found.items()}
-    return common.Result(found | ratios, figures)
+        model_ratios, figures[name] = of_model(name, given)
+        ratios |= {f"{name}.{key}": value for key, value in model_ratios.items()}
+    return common.Result(model_ratios | ratios, figures)
 
 
 def of_model(
@@ -269,7 +269,7 @@ def of_model(
         times = common.alternate(
             turns, given.rounds or (5 if given.quick else 40), warm_up=3, clock=clock
         )
-    seconds = {side: statistics.median(found) / each for side, found in times.items()}
+    seconds = {side: statistics.median(rounds) / each for side, rounds in times.items()}
     figures |= described(of, seconds)
     common.table(
         f"{name}: {figures['parameters'] / 1e6:.1f}M parameters, {figures['tokens_per_step']} "

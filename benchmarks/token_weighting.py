@@ -1,5 +1,5 @@
-"""Where RHO, DIMP and IMP put the weight of tokens when documents contain noise, and what that does
-to held-out loss.
+"""How RHO, DIMP and IMP weigh the tokens of documents that contain noise, and what that does to
+held-out loss.
 
 Spans of characters inside training documents are shuffled; validation text stays clean. A reference
 is trained on the clean text, then a model with every policy and seed on the noisy one. Noise tokens
@@ -58,8 +58,8 @@ def shuffled(text: str, generator: random.Random) -> tuple[str, Spans]:
 
 
 def documents(corpus: Path | None, domain: str, split: str) -> Iterator[str]:
-    """Of a corpus with a folder a domain, or of the text that every machine with this package
-    has."""
+    """Documents of a corpus with a folder a domain, or of the text that every machine with this
+    package has."""
     left = CHARACTERS
     for text in _texts(corpus, domain, split):
         yield text
@@ -79,7 +79,7 @@ def _texts(corpus: Path | None, domain: str, split: str) -> Iterator[str]:
 
 
 def write(corpus: Path | None, out: Path) -> None:
-    """OUT/clean and OUT/noisy, and OUT/spans.jsonl: noisy documents with the places of their
+    """Write OUT/clean and OUT/noisy, and OUT/spans.jsonl: noisy documents with the places of their
     noise."""
     domains = (
         installed.domains()
@@ -134,7 +134,7 @@ def sequences(out: Path, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def losses(folder: Path, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """(N, T) nats."""
+    """Losses (N, T) in nats."""
     loaded = folders.load(folder, vocabulary, "model").eval()
     return torch.cat([loaded(part) for part in tokens.split(32)])
 
@@ -151,15 +151,15 @@ def clean_mass(
             reference, losses(run / "data_model" / "model", tokens, vocabulary)
         )
     options = importance.Options(**asdict(importance.Weighting()), policy=policy)
-    found = []
+    batches = []
     for rows in torch.arange(len(tokens)).split(32):
         domain = torch.zeros(len(rows), dtype=torch.int64)
         stats = importance.observe(own[rows], column[rows], domain, 1, options)
         state = importance.update(importance.init(1, 1, options), stats, options)
-        found.append(
+        batches.append(
             importance.weigh(state, domain, stats.tokens, options, own[rows], column[rows])
         )
-    weights = torch.cat(found)
+    weights = torch.cat(batches)
     return float(weights[~noise].sum() / weights.sum())
 
 
@@ -204,7 +204,7 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
     tokens, noise = sequences(out, Tokenizer.from_file(str(tokenizer)))
     vocabulary = int(files.read_json(reference / "config.json")["vocab_size"])
     frozen = losses(reference, tokens, vocabulary)
-    found: dict[str, Any] = {"noise tokens": float(noise.float().mean())}
+    figures: dict[str, Any] = {"noise tokens": float(noise.float().mean())}
     rows: list[tuple[object, ...]] = []
     for policy in POLICIES:
         held_out = [
@@ -212,12 +212,12 @@ def _measure(given: argparse.Namespace, out: Path) -> common.Result:
             for seed in seeds
         ]
         mass = [clean_mass(policy, runs[policy, seed], frozen, tokens, noise) for seed in seeds]
-        found[policy] = {"held-out loss": held_out, "weight on clean tokens": mass}
-        less = [a - b for a, b in zip(found["none"]["held-out loss"], held_out, strict=True)]
+        figures[policy] = {"held-out loss": held_out, "weight on clean tokens": mass}
+        less = [a - b for a, b in zip(figures["none"]["held-out loss"], held_out, strict=True)]
         rows.append((policy, shown(held_out), shown(less) if policy != "none" else "", shown(mass)))
     columns = ("policy", "held-out loss, nats", "less than none, paired", "weight on clean tokens")
-    common.table(f"{found['noise tokens']:.1%} of the training tokens are noise", columns, rows)
-    return common.Result({}, found)
+    common.table(f"{figures['noise tokens']:.1%} of the training tokens are noise", columns, rows)
+    return common.Result({}, figures)
 
 
 def options(parser: argparse.ArgumentParser) -> None:

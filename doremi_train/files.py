@@ -43,8 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomic, indented; floats read back exactly; a NaN is an error and not a file nobody can
-    read."""
+    """Replace `path` atomically by indented JSON; floats read back exactly; a NaN is an error and
+    not a file nobody can read."""
     write_bytes(
         path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
     )

@@ -324,15 +324,15 @@ def _contained(folder: Path) -> Iterator[None]:
     import wandb
 
     own = str(folder.resolve() / "wandb")
-    given = {
+    settings = {
         "WANDB_DATA_DIR": own,
         "WANDB_CACHE_DIR": own,
         "WANDB_SILENT": "true",
         "WANDB_ERROR_REPORTING": "false",
     }
-    before = {name: os.environ.get(name) for name in given}
+    before = {name: os.environ.get(name) for name in settings}
     hooks = sys.exit, sys.excepthook
-    os.environ |= given
+    os.environ |= settings
     try:
         yield
     finally:

@@ -154,9 +154,9 @@ def datasets(workers: int) -> Iterable[Batch]:
         """Whole batches by index: the fastest way to read a map-style dataset."""
 
         def __getitem__(self, rows: list[int]) -> Batch:
-            found = mixed[rows]
-            return torch.from_numpy(np.asarray(found["tokens"]).astype(np.int64)), torch.from_numpy(
-                found["domain"]
+            batch = mixed[rows]
+            return torch.from_numpy(np.asarray(batch["tokens"]).astype(np.int64)), torch.from_numpy(
+                batch["domain"]
             )
 
     order = [list(range(i, i + BATCH)) for i in range(0, len(mixed) - BATCH + 1, BATCH)]

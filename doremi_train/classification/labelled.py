@@ -45,13 +45,15 @@ def find(root: str, name: str) -> str | None:
     """The one file NAME.* in the folder or URL `root`. Raises UserError where there are several."""
     with reaching(root, "classify.root"):
         fs, inside = filesystem(root, "classify.root")
-        found = [ending for ending in ENDINGS if fs.isfile(f"{inside.rstrip('/')}/{name}{ending}")]
-    if len(found) > 1:
+        endings = [
+            ending for ending in ENDINGS if fs.isfile(f"{inside.rstrip('/')}/{name}{ending}")
+        ]
+    if len(endings) > 1:
         raise UserError(
-            f"classify.root={root}: {' and '.join(name + ending for ending in found)} are there; "
+            f"classify.root={root}: {' and '.join(name + ending for ending in endings)} are there; "
             "keep one"
         )
-    return f"{root.rstrip('/')}/{name}{found[0]}" if found else None
+    return f"{root.rstrip('/')}/{name}{endings[0]}" if endings else None
 
 
 def read(path: str, text_key: str, label_key: str) -> Examples:
@@ -85,14 +87,14 @@ def read(path: str, text_key: str, label_key: str) -> Examples:
 
 
 def _example(row: Any, number: int, path: str, text_key: str, label_key: str) -> tuple[str, str]:
-    found = row if isinstance(row, dict) else {}
+    fields = row if isinstance(row, dict) else {}
     for option, key in (("classify.text_key", text_key), ("classify.label_key", label_key)):
-        if key not in found:
-            there = ", ".join(sorted(found)) or "none"
+        if key not in fields:
+            keys = ", ".join(sorted(fields)) or "none"
             raise UserError(
-                f"{option}={key!r}: no such key in {path}, row {number}; the keys there: {there}"
+                f"{option}={key!r}: no such key in {path}, row {number}; the keys there: {keys}"
             )
-    text, label = found[text_key], found[label_key]
+    text, label = fields[text_key], fields[label_key]
     if not isinstance(text, str):
         raise UserError(f"{path}, row {number}: {text_key} must be text, not {text!r}")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":

@@ -69,11 +69,15 @@ class Kind(NamedTuple):
     build: Callable[[int], nn.Module]  # from classes; (ids (B, L), mask (B, L)) → logits (B, C)
 
     def table(self, texts: Sequence[str], labels: NDArray[np.int64]) -> Table:
-        found = self.encode(texts)
-        ids = torch.zeros(len(found), max(1, *(len(one) for one in found)), dtype=torch.int64)
-        for row, one in enumerate(found):
-            ids[row, : len(one)] = torch.tensor(one, dtype=torch.int64)
-        return Table(ids, torch.tensor([len(one) for one in found]), torch.from_numpy(labels))
+        encoded = self.encode(texts)
+        ids = torch.zeros(
+            len(encoded), max(1, *(len(tokens) for tokens in encoded)), dtype=torch.int64
+        )
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        return Table(
+            ids, torch.tensor([len(tokens) for tokens in encoded]), torch.from_numpy(labels)
+        )
 
 
 def kind(options: ClassifierOptions, texts: Sequence[str]) -> Kind:

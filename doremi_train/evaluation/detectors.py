@@ -109,10 +109,10 @@ def absent(names: Sequence[str], missing: ArrayLike) -> list[Finding]:
     """Domains that more than a few batches miss: one finding for all. `missing` (K,) is a part of
     the batches."""
     parts = _floats(missing)
-    found = np.flatnonzero(parts > ABSENT)
-    if not len(found):
+    indices = np.flatnonzero(parts > ABSENT)
+    if not len(indices):
         return []
-    domains = tuple(names[k] for k in found.tolist())
+    domains = tuple(names[k] for k in indices.tolist())
     message = (
         f"{_percent(parts.max())} of the proxy's batches miss a domain ({', '.join(domains)}). In "
         "such a step its excess loss is not known and its weight moves by the others' alone; raise "
@@ -142,7 +142,7 @@ def mismatched(
 ) -> list[Finding]:
     """Domains that only one of the two runs repeats often, from the epochs (K,) of the proxy and of
     the final run."""
-    found = []
+    findings = []
     for (name, proxy), final in zip(
         _pairs(names, proxy_epochs), _floats(final_epochs).tolist(), strict=True
     ):
@@ -154,8 +154,8 @@ def mismatched(
                 "nor the other way round; with main.tokens set, proxy.match_repetition=true makes "
                 "the proxy repeat its text as the final run will."
             )
-            found.append(Finding("mismatched", (name,), message, high))
-    return found
+            findings.append(Finding("mismatched", (name,), message, high))
+    return findings
 
 
 def unigram_entropy(counts: ArrayLike) -> float:

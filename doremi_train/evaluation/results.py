@@ -152,8 +152,12 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
 
 
 def _mean_weights(paths: Sequence[Path]) -> dict[str, float]:
-    found = [files.read_json(path)["weights"] for path in paths]
-    return {name: fmean(weights[name] for weights in found) for name in found[0]} if found else {}
+    mixtures = [files.read_json(path)["weights"] for path in paths]
+    return (
+        {name: fmean(weights[name] for weights in mixtures) for name in mixtures[0]}
+        if mixtures
+        else {}
+    )
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:
@@ -164,7 +168,7 @@ def settings(results: Sequence[Result]) -> list[Setting]:
         for key in sorted(set().union(*configs) - {"seed"})
         if any(config.get(key) != configs[0].get(key) for config in configs)
     ]
-    found: dict[str, Setting] = {}
+    groups: dict[str, Setting] = {}
     for run in results:
         values = {key: run.config.get(key) for key in varying}
         size, main_size = _size(run, "proxy"), _size(run, "main")
@@ -173,9 +177,9 @@ def settings(results: Sequence[Result]) -> list[Setting]:
             shown = {"proxy": f"{size:,} parameters"} | shown
         else:
             shown = values
-        found.setdefault(repr(values), Setting(shown, size, main_size, [])).results.append(run)
+        groups.setdefault(repr(values), Setting(shown, size, main_size, [])).results.append(run)
     return sorted(
-        found.values(),
+        groups.values(),
         key=lambda setting: (setting.size, setting.main_size, _sortable(setting.varying)),
     )
 
@@ -199,8 +203,8 @@ def _size(run: Result, stage: str) -> int:
         run.folder / "reference" / "model",
         run.folder / "main" / "model",
     ]
-    found = [place / "config.json" for place in places if (place / "config.json").exists()]
-    return configs.parameters(files.read_json(found[0]))[1] if found else 0
+    paths = [place / "config.json" for place in places if (place / "config.json").exists()]
+    return configs.parameters(files.read_json(paths[0]))[1] if paths else 0
 
 
 def verdict(setting: Setting) -> str:

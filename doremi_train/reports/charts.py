@@ -131,16 +131,16 @@ def rows(
         height = np.arange(len(names))[::-1]
         following = itertools.cycle(COLORS)
         spread = np.linspace(0.16, -0.16, len(points)) if len(points) > 1 else [0.0]
-        for offset, (kind, found) in zip(spread, points.items(), strict=True):
+        for offset, (kind, series) in zip(spread, points.items(), strict=True):
             color = (colors or {}).get(kind) or next(following)
-            values = np.array([point.value for point in found], dtype=float)
+            values = np.array([point.value for point in series], dtype=float)
             ends = np.array(
                 [
                     (
                         point.value if point.low is None else point.low,
                         point.value if point.high is None else point.high,
                     )
-                    for point in found
+                    for point in series
                 ],
                 dtype=float,
             ).reshape(-1, 2)
@@ -149,7 +149,7 @@ def rows(
             )
             axes.plot(values, height + offset, "o", markersize=6, color=color, label=f" {kind}")
         if len(points) > 1 and not zero:
-            values = np.array([[point.value for point in found] for found in points.values()])
+            values = np.array([[point.value for point in series] for series in points.values()])
             axes.hlines(height, values.min(0), values.max(0), color=_LINE, linewidth=3, zorder=0)
         axes.set_yticks(height, [f" {_clip(name)}" for name in names])
         axes.set(title=title, xlabel=x)

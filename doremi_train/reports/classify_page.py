@@ -39,13 +39,13 @@ def write(
         chart=_chart(figures),
         columns=[column.replace("_", " ") for column in columns],
         rows=[
-            (name, [spread(found[column]["seeds"]) for column in columns])
-            for name, found in figures.items()
+            (name, [spread(by_column[column]["seeds"]) for column in columns])
+            for name, by_column in figures.items()
         ],
         seeds=len(next(iter(figures.values()))["accuracy"]["seeds"]),
         methods=[
-            (name, _note(found), _sides(examples, found, quality))
-            for name, found in weights.items()
+            (name, _note(method_weights), _sides(examples, method_weights, quality))
+            for name, method_weights in weights.items()
         ],
     )
 

@@ -40,11 +40,11 @@ def _target(name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         (
             method,
-            found["examples"],
-            found["tokens"],
-            [f"{found['shared'][other] / max(found['examples'], 1):.0%}" for other in methods],
+            choice["examples"],
+            choice["tokens"],
+            [f"{choice['shared'][other] / max(choice['examples'], 1):.0%}" for other in methods],
         )
-        for method, found in methods.items()
+        for method, choice in methods.items()
     ]
     pairs = [tuple(map(_shown, pair)) for pair in zip_longest(part["top"], part["bottom"])]
     return {

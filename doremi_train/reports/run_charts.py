@@ -39,13 +39,15 @@ def mixture_points(setting: Setting) -> dict[str, Point]:
     """The mixture with its interval: over the runs, or over the proxies of the one run."""
     first = setting.results[0]
     if len(setting.results) == 1:
-        given = first.mixture.get("interval") or {}
-        return {name: Point(weight, *given.get(name, ())) for name, weight in first.weights.items()}
-    found = {}
+        intervals = first.mixture.get("interval") or {}
+        return {
+            name: Point(weight, *intervals.get(name, ())) for name, weight in first.weights.items()
+        }
+    points = {}
     for name in first.weights:
         mean, half = student_t([run.weights[name] for run in setting.results])
-        found[name] = Point(mean, max(0.0, mean - half), min(1.0, mean + half))
-    return found
+        points[name] = Point(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return points
 
 
 # ── Charts of one setting ─────────────────────────────────────────────────────────────────────────
@@ -85,10 +87,11 @@ def picks(setting: Setting, prefix: str) -> list[str]:
         return []
     steps = min(len(trace) for trace in traces)
     names = list(traces[0][0]["picked"])
+    # (S, T, K) each.
     picked, drawn = (
         smooth(_column(traces, key, names, steps), max(1, steps // 20))
         for key in ("picked", "candidates")
-    )  # (S, T, K)
+    )
     kept = np.unique(np.linspace(0, steps - 1, results.TRACE_POINTS).astype(np.int64))
     part = picked[:, kept] / np.maximum(drawn[:, kept], 1e-9)
     ratio = np.array([[line["penalty_to_score"] for line in trace[:steps]] for trace in traces])
@@ -157,7 +160,7 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
     ]
     rounds = [run.rounds for run in setting.results if run.rounds]
     if rounds:
-        count = min(len(found) for found in rounds)
+        count = min(len(mixtures) for mixtures in rounds)
         charts.append(
             lines(
                 f"{prefix}Weights after each round",
@@ -166,7 +169,7 @@ def proxy(setting: Setting, prefix: str) -> list[str]:
                 {
                     name: Curve(
                         np.arange(1, count + 1),
-                        [[r[name] for r in found[:count]] for found in rounds],
+                        [[r[name] for r in mixtures[:count]] for mixtures in rounds],
                     )
                     for k, name in enumerate(names)
                     if k in chosen
@@ -192,13 +195,12 @@ def learning(setting: Setting, prefix: str) -> list[str]:
     end is reached."""
     curves = {}
     for name in setting.candidates:
-        found = [run.curves.get(name, []) for run in setting.results]
-        points = min(len(curve) for curve in found)
+        logs = [run.curves.get(name, []) for run in setting.results]
+        points = min(len(curve) for curve in logs)
         if points:
-            x = np.array([line["step"] for line in found[0][:points]])
-            y = np.array(
-                [[line["mean_loss"] for line in curve[:points]] for curve in found]
-            )  # (S, N)
+            x = np.array([line["step"] for line in logs[0][:points]])
+            # (S, N)
+            y = np.array([[line["mean_loss"] for line in curve[:points]] for curve in logs])
             curves[name] = Curve(x, y, MODEL_COLORS.get(name))
     if not curves:
         return []
@@ -233,13 +235,14 @@ def downstream(setting: Setting, prefix: str) -> list[str]:
     for task in next(iter(first.values()), {}):
         curves = {}
         for name, label in setting.candidates.items():
-            found = [run.downstream.get(name, {}).get(task, []) for run in setting.results]
-            points = min(len(curve) for curve in found)
+            logs = [run.downstream.get(name, {}).get(task, []) for run in setting.results]
+            points = min(len(curve) for curve in logs)
             if points:
-                x = np.array([line["step"] for line in found[0][:points]])
+                x = np.array([line["step"] for line in logs[0][:points]])
+                # (S, N)
                 y = np.array(
-                    [[100 * line["accuracy"] for line in curve[:points]] for curve in found]
-                )  # (S, N)
+                    [[100 * line["accuracy"] for line in curve[:points]] for curve in logs]
+                )
                 curves[label] = Curve(x, y, MODEL_COLORS.get(name))
         if curves:
             axes = ("step of the final run", "exact match, %")

@@ -99,13 +99,13 @@ def _free_mixtures(run: Result, store: TokenStore | None) -> dict[str, dict[str,
     )
     sizes = torch.from_numpy(store.sizes("train").astype(np.float64))
     options = heuristics.Options(max_epochs=config["mixture.max_epochs"])
-    found = {}
+    mixtures = {}
     for name in ("natural", "uniform", "unimax"):
         try:
-            found[name] = store.named(HEURISTICS[name](sizes, budget, options))
+            mixtures[name] = store.named(HEURISTICS[name](sizes, budget, options))
         except ValueError:  # UniMax where the budget is more than its epochs of all data
             continue
-    return found
+    return mixtures
 
 
 def _cards(setting: Setting) -> list[tuple[str, str]]:
@@ -205,14 +205,14 @@ def _domain_rows(
     points = run_charts.mixture_points(setting)
     sizes = store.named(store.sizes("train")) if store else {}
     largest = max(point.value for point in points.values()) or 1.0
-    found = []
+    rows = []
     for name, point in points.items():
         epochs = [
             run.mixture["epochs"][name]
             for run in setting.results
             if name in run.mixture.get("epochs", {})
         ]
-        found.append(
+        rows.append(
             {
                 "name": name,
                 "tokens": f"{sizes[name]:,}" if name in sizes else "",
@@ -225,7 +225,7 @@ def _domain_rows(
                 "epochs": spread(epochs, 2) if epochs else "",
             }
         )
-    return found
+    return rows
 
 
 def loss_rows(setting: Setting) -> list[dict[str, Any]]:
@@ -249,7 +249,7 @@ def loss_rows(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _model_rows(setting: Setting) -> list[list[str]]:
-    found = []
+    rows = []
     for name, label in setting.models.items():
         figures = [run.figures[name] for run in setting.results]
         row = [
@@ -261,14 +261,14 @@ def _model_rows(setting: Setting) -> list[list[str]]:
             row.append(spread([f[key] for f in figures], digits) if key in figures[0] else "")
         pairs = zip(setting.losses(name), setting.losses("main"), strict=True)
         row.append("" if name == "main" else spread([other - main for other, main in pairs]))
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _task_rows(setting: Setting) -> list[list[str]]:
     """Final accuracy in per cent of every model on every task, with its standard error where there
     is one seed."""
-    found = []
+    rows = []
     for name, label in setting.candidates.items():
         for task in setting.results[0].downstream.get(name, {}):
             last = [
@@ -278,14 +278,14 @@ def _task_rows(setting: Setting) -> list[list[str]]:
             error = (
                 f" (standard error {100 * last[0]['standard_error']:.1f})" if len(last) == 1 else ""
             )
-            found.append([task, label, f"{accuracy}{error}", str(last[0]["examples"])])
-    return sorted(found)
+            rows.append([task, label, f"{accuracy}{error}", str(last[0]["examples"])])
+    return sorted(rows)
 
 
 def _samples(store: TokenStore) -> list[dict[str, Any]]:
     """Two pieces of training text of each domain, from the beginning of a document where one is
     near."""
-    tokenizer, found = store.tokenizer(), []
+    tokenizer, samples = store.tokenizer(), []
     for k, name in enumerate(store.domains[:_MOST_SAMPLES]):
         length = int(min(_SAMPLE_WINDOW, store.sizes("train")[k] // 4))
         available = store.sequences("train", length)[k] if length > 1 else 0
@@ -298,24 +298,24 @@ def _samples(store: TokenStore) -> list[dict[str, Any]]:
             start = int(ends[0]) + 1 if len(ends) else 0
             text = tokenizer.decode(tokens[start : start + _SAMPLE_TOKENS].tolist())
             texts.append(text.replace("\ufffd", "").strip()[:_SAMPLE_CHARACTERS])
-        found.append({"name": name, "texts": texts})
-    return found
+        samples.append({"name": name, "texts": texts})
+    return samples
 
 
 def _extremes(run: Result, store: TokenStore) -> list[dict[str, Any]]:
     """The candidates of the last quarter of the steps that scored highest and lowest, with their
     text."""
-    tokenizer, length, found = store.tokenizer(), run.config["training.sequence_length"], []
+    tokenizer, length, extremes = store.tokenizer(), run.config["training.sequence_length"], []
     for name, best in (("highest", max), ("lowest", min)):
         lines = [line[name] for line in run.picks[-max(1, len(run.picks) // 4) :]]
         if not lines:
             continue
-        one = best(lines, key=lambda line: line["score"])
-        where = np.array([store.domains.index(one["domain"])]), np.array([one["sequence"]])
+        pick = best(lines, key=lambda line: line["score"])
+        where = np.array([store.domains.index(pick["domain"])]), np.array([pick["sequence"]])
         text = tokenizer.decode(store.gather("train", *where, length)[0][:_SAMPLE_TOKENS].tolist())
         texts = [text.replace("\ufffd", "").strip()[:_SAMPLE_CHARACTERS]]
-        found.append({"name": f"{name} score, {one['domain']}", "texts": texts})
-    return found
+        extremes.append({"name": f"{name} score, {pick['domain']}", "texts": texts})
+    return extremes
 
 
 # ── Several settings ──────────────────────────────────────────────────────────────────────────────
@@ -330,7 +330,7 @@ def summary(settings: Sequence[Setting]) -> dict[str, Any]:
         if name != "proxy"
     }
     names, others = list(labels), [name for name in labels if name != "main"]
-    found = []
+    rows = []
     for setting in settings:
         gains = []
         for name in others:
@@ -342,9 +342,9 @@ def summary(settings: Sequence[Setting]) -> dict[str, Any]:
             *(spread(setting.losses(name)) for name in names),
             *gains,
         ]
-        found.append(row)
+        rows.append(row)
     gained = [f"gained over {labels[name]}" for name in others]
     return {
         "columns": ["setting", "seeds", *(labels[name] for name in names), *gained],
-        "rows": found,
+        "rows": rows,
     }

@@ -63,9 +63,11 @@ def _target(name: str, part: Mapping[str, Any], eligible: Mapping[str, Any]) -> 
 
 def _lengths(name: str, lengths: Mapping[str, Mapping[str, int]]) -> str:
     """The part of the documents in each power of two, of those eligible and of those chosen."""
-    powers = sorted({int(at) for row in lengths.values() for at in row})
+    powers = sorted({int(power) for row in lengths.values() for power in row})
     curves = {
-        which: Curve(powers, [[row.get(str(at), 0) / max(sum(row.values()), 1) for at in powers]])
+        which: Curve(
+            powers, [[row.get(str(power), 0) / max(sum(row.values()), 1) for power in powers]]
+        )
         for which, row in lengths.items()
     }
     title = f"{name}: lengths, from each up to its double"

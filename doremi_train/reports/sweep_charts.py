@@ -54,15 +54,15 @@ def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str)
     seeds = min(len(setting.results) for setting in settings)
     losses, weights = dict[str, Curve](), dict[str, Curve]()
     # By model and group: (S, N).
-    found: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}
+    loss_values: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in labels}
     for rest, group in groups.items():
         after = f" ({rest})" if rest else ""
         places = [place(setting) for setting in group]
         for name, label in labels.items():
             values = np.array([setting.losses(name)[:seeds] for setting in group]).T
-            if any(np.array_equal(values, other) for other in found[name].values()):
+            if any(np.array_equal(values, other) for other in loss_values[name].values()):
                 continue  # what does not depend on the keys of the groups is drawn once
-            found[name][rest] = values
+            loss_values[name][rest] = values
             color = (
                 run_charts.MODEL_COLORS.get(name) if len(groups) == 1 or name != "main" else None
             )

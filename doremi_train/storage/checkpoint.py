@@ -105,17 +105,17 @@ def push(run: Path, mirror: Mirror) -> None:
 def fetch(run: Path, mirror: Mirror) -> None:
     """Bring the newest sound checkpoint and the logs, where the one in the folder `run` is older or
     there is none."""
-    here, there = _newest(run / FOLDER), mirror.sizes()
+    newest, sizes = _newest(run / FOLDER), mirror.sizes()
     for name in sorted(
-        (name for name in there if name.startswith(FOLDER) and name.endswith(".pt")), reverse=True
+        (name for name in sizes if name.startswith(FOLDER) and name.endswith(".pt")), reverse=True
     ):
-        if here is not None and Path(name).name <= here.name:
+        if newest is not None and Path(name).name <= newest.name:
             return
         checksum = mirror.read(_checksum(name))
         try:
             if checksum is None:
                 raise Torn("has no checksum")
-            for log in (log for log in there if log.endswith(".jsonl")):
+            for log in (log for log in sizes if log.endswith(".jsonl")):
                 mirror.pull(run, log)  # first: a checkpoint counts on its logs
             files.write_bytes(run / _checksum(name), checksum)
             mirror.pull(run, name, sha256=checksum.decode())

@@ -48,11 +48,11 @@ class Mirror:
         with urls.reaching(self.url, self.key):
             self._fs.invalidate_cache()
             try:
-                found = self._fs.find(self._path, detail=True)
+                entries = self._fs.find(self._path, detail=True)
             except FileNotFoundError:
                 return {}
         start = len(self._path) + 1
-        names = {path[start:]: entry["size"] for path, entry in found.items()}
+        names = {path[start:]: entry["size"] for path, entry in entries.items()}
         return {name: size for name, size in names.items() if not name.endswith(".partial")}
 
     def has(self, name: str) -> bool:

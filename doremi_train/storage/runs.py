@@ -69,7 +69,7 @@ class Run:
         files.write_json(self.folder / "recipe.json", self.recipe)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Everything else is on disk by now: this file says so."""
+        """Write `result.json`, which says that everything else is on disk by now."""
         files.write_json(self.folder / "result.json", result)
         self.publish()
 

@@ -96,8 +96,10 @@ class Steady:
             return value
 
         @functools.wraps(value)
-        def call(path: str = "", *more: Any, **named: Any) -> Any:
-            return steadily(self._fs.unstrip_protocol(path), lambda: value(path, *more, **named))
+        def call(path: str = "", *arguments: Any, **keywords: Any) -> Any:
+            return steadily(
+                self._fs.unstrip_protocol(path), lambda: value(path, *arguments, **keywords)
+            )
 
         return call
 
@@ -218,10 +220,8 @@ class SteadyFile(io.RawIOBase):
             return
         try:
             self._file.seek(self._position)
-        except (
-            ValueError,
-            io.UnsupportedOperation,
-        ):  # a server that knows no ranges: from the start again
+        except (ValueError, io.UnsupportedOperation):
+            # A server that knows no ranges: from the start again.
             if self._file.tell() > self._position:
                 self._file.close()
                 self._file = self._fs.open(self._path, "rb")
