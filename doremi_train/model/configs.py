@@ -64,9 +64,8 @@ def resolve(
     values |= {"vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end}
     known = AutoConfig.for_model(kind).to_dict()
     for name in options.config or {}:
-        if name not in known | {
-            "model_type": kind
-        }:  # transformers would keep it and never look at it
+        # transformers would keep it and never look at it.
+        if name not in known | {"model_type": kind}:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(

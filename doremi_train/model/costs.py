@@ -1,4 +1,4 @@
-"""What a run costs: FLOPs and memory counted from shapes, and the time of a micro-step, measured.
+"""Costs of a run: FLOPs and memory counted from shapes, and the time of a micro-step, measured.
 
 F is one forward of a model; its backward is 2 F. A step of a language model costs 3 F, a proxy's
 with a live reference 4 F, and 5 F where `exact` accumulation does every forward twice.
@@ -24,7 +24,7 @@ _CPU_FLOPS = 1e12  # of a micro-step that is still tried on a CPU: some ten seco
 
 
 class Shape(NamedTuple):
-    """What of a model decides its cost."""
+    """Sizes of a model that decide its cost."""
 
     parameters: int
     matrices: int  # weights that multiply a token inside the layers

@@ -62,7 +62,7 @@ def read(folder: Path, key: str) -> Any:
             "with save_pretrained()"
         )
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        returned: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -70,7 +70,7 @@ def read(folder: Path, key: str) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
-        inner, loaded = found
+        inner, loaded = returned
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{key}={folder}: not a model folder that transformers loads ({error})"

@@ -35,7 +35,7 @@ class Lost(Exception):
 
 
 class _Together(NamedTuple):
-    """What `join` made."""
+    """Process group that `join` made."""
 
     group: Any = None  # for rank 0's work and objects: gloo, on the host
     timeout: float = 0.0

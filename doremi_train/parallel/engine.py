@@ -1,5 +1,5 @@
-"""How a model is spread over processes: replicated (DDP), sharded (FSDP2), or by DeepSpeed's ZeRO
-1, 2 and 3.
+"""Engines that spread a model over processes: replicated (DDP), sharded (FSDP2), or by DeepSpeed's
+ZeRO 1, 2 and 3.
 
 accelerate (or torchrun, or Slurm) starts the processes; `start` joins them and says what was really
 got. The wrapping is torch's and DeepSpeed's own on every device, so that what is tested on CPUs is

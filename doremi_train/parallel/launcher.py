@@ -1,4 +1,5 @@
-"""What was asked for, by our keys and by `accelerate launch`, which speaks through the environment.
+"""Launch that was asked for, by our keys and by `accelerate launch`, which speaks through the
+environment.
 
 Some launches exit 0 and train something else: one process for two, DDP for FSDP2 or DeepSpeed. Here
 they are refused.

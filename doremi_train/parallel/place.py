@@ -1,4 +1,4 @@
-"""Where a process computes: its device, its precision, and the engine that was really got."""
+"""Place where a process computes: its device, its precision, and the engine that was really got."""
 
 import os
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from doremi_train.parallel.launcher import EngineOptions
 
 
 class Place(NamedTuple):
-    """Where this process stands, as it really came out."""
+    """Place of this process, as it really came out."""
 
     strategy: str  # single, ddp, fsdp2, zero1, zero2, zero3
     device: torch.device

@@ -1,5 +1,5 @@
-"""Which rank a task of a Slurm step is, said in the variables that torch reads; and how a job
-outlives its requeue."""
+"""Rank of a task of a Slurm step, said in the variables that torch reads; and how a job outlives
+its requeue."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ import subprocess
 
 
 def export_ranks() -> None:
-    """Where this process is one of several tasks of a Slurm step (`srun`), or of a local job of
-    submitit, set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What
-    is set already stays: a launcher such as torchrun has said who is who, and MASTER_ADDR and
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where this
+    process is one of several tasks of a Slurm step (`srun`), or of a local job of submitit. What is
+    set already stays: a launcher such as torchrun has said who is who, and MASTER_ADDR and
     MASTER_PORT are the user's to choose.
 
     A batch script of eight tasks has SLURM_NTASKS=8 and SLURM_PROCID=0 too, and is one process:
@@ -72,6 +72,6 @@ def _first_node() -> str:
             shown = subprocess.run(
                 ["scontrol", "show", "node", name], capture_output=True, text=True, check=False
             )
-            found = re.search(r"NodeAddr=(\S+)", shown.stdout)
-            return found[1] if found else name
+            match = re.search(r"NodeAddr=(\S+)", shown.stdout)
+            return match[1] if match else name
     return name

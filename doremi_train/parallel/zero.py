@@ -150,5 +150,5 @@ class Zero:
                 # have no state yet.
                 self.optimizer._hp_optimizer_states_linked = False
                 self.optimizer._lazy_init_hp_params_optimizer_state()
-        found = [self.optimizer.optimizer.state.get(flat) for flat in self._flat()]
-        return int(found[0]["step"]) if found and found[0] else 0
+        states = [self.optimizer.optimizer.state.get(flat) for flat in self._flat()]
+        return int(states[0]["step"]) if states and states[0] else 0

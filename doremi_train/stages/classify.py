@@ -56,7 +56,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Seed:
-    """What all methods of one seed share."""
+    """Tables and judgements that all methods of one seed share."""
 
     number: int
     train: Table  # real examples that the checker is trained on
@@ -86,13 +86,13 @@ def run(session: Session) -> dict[str, Any]:
         [run.folder / "result.json" for run, _, _ in todo],
     )
     runs: dict[tuple[str, int], Run] = {(method, seed.number): run for run, method, seed in todo}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for method in options.methods:
-        found[method] = _over_seeds(
+        results[method] = _over_seeds(
             [runs[method, number].result()["figures"] for number in numbers]
         )
-    comm.on_first(lambda: _write(session, data, seeds[0], runs, found))
-    return found
+    comm.on_first(lambda: _write(session, data, seeds[0], runs, results))
+    return results
 
 
 # ── Data ────────────────────────────────────────────────────────────────────────────
@@ -161,7 +161,7 @@ def _split(session: Session, data: Data, seed: int) -> tuple[Table, Table]:
 
 
 def _columns(session: Session, data: Data, seed: int) -> Path:
-    """Where what the checkers of a seed say of the generated examples is kept, beside those."""
+    """Path of what the checkers of a seed say of the generated examples, kept beside those."""
     options = session.config.classify
     folder = options.columns or str(options.root)
     if "://" in folder:
@@ -320,13 +320,15 @@ def _train(session: Session, data: Data, run: Run, method: str, seed: Seed) -> N
             ).loss
             np.save(run.folder / "weights.npy", _final_weights(own, reference, weighting).numpy())
         test = data.tables["test"]
-        found = figures.figures(fit.log_probabilities(fitted.model, test, device), test.label)
-        if not all(map(math.isfinite, found.values())):
+        test_figures = figures.figures(
+            fit.log_probabilities(fitted.model, test, device), test.label
+        )
+        if not all(map(math.isfinite, test_figures.values())):
             raise UserError(
                 f"{method}: its loss is not finite: a checker gives some label a probability of "
                 "exactly 0, or classify.learning_rate is too high; set weighting.clip, or lower it"
             )
-        run.finish({"figures": found, "epoch": fitted.epoch, "examples": len(table.label)})
+        run.finish({"figures": test_figures, "epoch": fitted.epoch, "examples": len(table.label)})
 
 
 def _ingredients(data: Data, method: str, seed: Seed) -> tuple[Table, str, Tensor | None]:
@@ -392,16 +394,16 @@ def _share(jobs: Sequence[Callable[[], None]], paths: Sequence[Path]) -> None:
 
 
 def _over_seeds(figures: Sequence[dict[str, float]]) -> dict[str, Any]:
-    found = {}
+    summaries = {}
     for name in figures[0]:
         values = [one[name] for one in figures]
         mean, half = student_t(values)
-        found[name] = {
+        summaries[name] = {
             "mean": mean,
             "half_width": half if math.isfinite(half) else None,
             "seeds": values,
         }
-    return found
+    return summaries
 
 
 def _write(
@@ -409,25 +411,25 @@ def _write(
     data: Data,
     seed: Seed,
     runs: Mapping[tuple[str, int], Run],
-    found: dict[str, Any],
+    results: dict[str, Any],
 ) -> None:
-    files.write_json(session.run_dir / "classify.json", found)
+    files.write_json(session.run_dir / "classify.json", results)
     columns = {"accuracy": 4, "macro_f1": 4, "calibration_error": 4, "loss": 4}
     printed = Printed(
         "method",
         *columns,
         title="On the test set; mean ± half-width of the 95 % interval over seeds",
     )
-    for method, line in found.items():
+    for method, line in results.items():
         printed.add_row(
             method, *(spread(line[name]["seeds"], digits) for name, digits in columns.items())
         )
     console.print(printed)
     weights: dict[str, NDArray[np.float64]] = {}
-    for (method, number), one in runs.items():
-        if number == seed.number and (one.folder / "weights.npy").exists():
-            weights[method] = np.load(one.folder / "weights.npy", allow_pickle=False)
+    for (method, number), run in runs.items():
+        if number == seed.number and (run.folder / "weights.npy").exists():
+            weights[method] = np.load(run.folder / "weights.npy", allow_pickle=False)
     page = session.run_dir / "report.html"
     quality = (-seed.quality.loss).exp().numpy()
-    classify_page.write(page, found, data.examples["generated"], weights, quality)
+    classify_page.write(page, results, data.examples["generated"], weights, quality)
     console.print(f"report: {page}")

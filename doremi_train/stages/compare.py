@@ -1,4 +1,5 @@
-"""Which mixture, how sure, at what cost: every method against what the same FLOPs buy without it.
+"""Comparison of every method with what the same FLOPs buy without it: which mixture, how sure, at
+what cost.
 
 For each method and seed a run that derives its weights anew and trains the final model. Beside it
 the free mixtures, whose final run is longer by what the method's small runs cost, and random search
@@ -42,7 +43,7 @@ class Cost(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """What is trained, once for every seed."""
+    """A method and its changes, trained once for every seed."""
 
     method: str
     changes: dict[str, Any]  # to the configuration
@@ -65,16 +66,18 @@ def run(session: Session) -> dict[str, Any]:
     """Train what is not trained yet, and compare. Raises UserError where a method cannot be."""
     prepare.run(session)
     questions, failures = comm.on_first(lambda: _questions(session))
-    found = {
+    contenders = {
         one.folder: one for question in questions for one in (question.method, *question.others)
     }
     children = {
         f"{name}/seed-{seed}": _configured(session, one, seed)
-        for name, one in found.items()
+        for name, one in contenders.items()
         for seed in range(session.config.compare.seeds)
     }
     _train(
-        session, children, {name: found[name.partition("/")[0]].cost.tokens for name in children}
+        session,
+        children,
+        {name: contenders[name.partition("/")[0]].cost.tokens for name in children},
     )
     content: dict[str, Any] = comm.on_first(lambda: _conclude(session, questions, failures))
     return content
@@ -86,7 +89,7 @@ def run(session: Session) -> dict[str, Any]:
 def _questions(session: Session) -> tuple[list[Question], list[str]]:
     """Comparisons at equal FLOPs and at equal steps, which are one where a method costs nothing
     before the final run; and what of it cannot be, in sentences."""
-    asked, found, failures = session.config.compare, [], []
+    asked, questions, failures = session.config.compare, [], []
     steps = budget.main_steps(session)
     for method in asked.methods:
         cost = _cost(session, method, {})
@@ -95,24 +98,23 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
         count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
         if asked.search and count:
             flops.append(("search", {"swarm.runs": count}))
-        questions = {f"What {method} gains over what the same FLOPs buy otherwise": flops}
+        to_beat = {f"What {method} gains over what the same FLOPs buy otherwise": flops}
         if longer > steps:
             title = (
                 f"What {method}'s mixture gains over free ones in as many steps, its small runs "
                 "aside"
             )
-            questions[title] = [(name, {"main.steps": steps}) for name in asked.baselines]
-        for title, tried in questions.items():
+            to_beat[title] = [(name, {"main.steps": steps}) for name in asked.baselines]
+        for title, tried in to_beat.items():
             others = []
             for name, changes in tried:
                 try:
                     others.append(Contender(name, changes, _cost(session, name, changes)))
-                except (
-                    UserError
-                ) as error:  # such as UniMax, where the longer run needs more text than it allows
+                # Such as UniMax, where the longer run needs more text than it allows.
+                except UserError as error:
                     failures.append(f"{name} beside {method}: {error}")
-            found.append(Question(title, Contender(method, {}, cost), others))
-    return found, failures
+            questions.append(Question(title, Contender(method, {}, cost), others))
+    return questions, failures
 
 
 def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
@@ -134,16 +136,16 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     return Cost(before, final, tokens)
 
 
-def _configured(session: Session, one: Contender, seed: int) -> dict[str, Any]:
+def _configured(session: Session, contender: Contender, seed: int) -> dict[str, Any]:
     """The configuration of a contender's seed, a command of its own."""
-    folder = session.run_dir / "compare" / one.folder / f"seed-{seed}"
+    folder = session.run_dir / "compare" / contender.folder / f"seed-{seed}"
     changes = {
-        "mixture.method": one.method,
+        "mixture.method": contender.method,
         "main.comparisons": [],
         "seed": session.config.seed + seed,
     }
     changes["swarm.reuse"] = False  # a swarm would fit runs that others have paid for
-    return jobs.configured(session, folder, stage="main", **changes, **one.changes)
+    return jobs.configured(session, folder, stage="main", **changes, **contender.changes)
 
 
 def _session(session: Session, plain: Mapping[str, Any], **more: Any) -> Session:
@@ -185,9 +187,13 @@ def _train(
 
 def _conclude(session: Session, questions: list[Question], failures: list[str]) -> dict[str, Any]:
     seeds = session.config.compare.seeds
-    found = {one.folder: _outcome(session, one) for q in questions for one in (q.method, *q.others)}
-    lowest = [min(outcome["losses"][seed] for outcome in found.values()) for seed in range(seeds)]
-    for outcome in found.values():
+    outcomes = {
+        one.folder: _outcome(session, one) for q in questions for one in (q.method, *q.others)
+    }
+    lowest = [
+        min(outcome["losses"][seed] for outcome in outcomes.values()) for seed in range(seeds)
+    ]
+    for outcome in outcomes.values():
         outcome["regret"] = fmean(
             loss - best for loss, best in zip(outcome["losses"], lowest, strict=True)
         )
@@ -195,7 +201,7 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
     for question in questions:
         method, names = question.method.folder, [other.folder for other in question.others]
         gains = {
-            name: statistics.paired(found[name]["losses"], found[method]["losses"])
+            name: statistics.paired(outcomes[name]["losses"], outcomes[method]["losses"])
             for name in names
         }
         said = [statistics.judged(method, name, gain, seeds) for name, gain in gains.items()]
@@ -203,16 +209,16 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
         answers.append(
             {"title": question.title, "method": method, "against": against, "said": said}
         )
-    content = {"seeds": seeds, "contenders": found, "questions": answers, "failures": failures}
+    content = {"seeds": seeds, "contenders": outcomes, "questions": answers, "failures": failures}
     files.write_json(session.run_dir / "compare" / "compare.json", content)
     _show(session, content)
     return content
 
 
-def _outcome(session: Session, one: Contender) -> dict[str, Any]:
+def _outcome(session: Session, contender: Contender) -> dict[str, Any]:
     """What the seeds of a contender reached; losses in nats per token."""
     folders = [
-        session.run_dir / "compare" / one.folder / f"seed-{n}"
+        session.run_dir / "compare" / contender.folder / f"seed-{n}"
         for n in range(session.config.compare.seeds)
     ]
     reached = [files.read_json(folder / "main/result.json")["evaluation"] for folder in folders]
@@ -225,8 +231,8 @@ def _outcome(session: Session, one: Contender) -> dict[str, Any]:
     return {
         "losses": [entry["mean_loss"] for entry in reached],
         "worst": [entry["worst_loss"] for entry in reached],
-        "flops": one.cost.proxies + one.cost.main,
-        "proxy_flops": one.cost.proxies,
+        "flops": contender.cost.proxies + contender.cost.main,
+        "proxy_flops": contender.cost.proxies,
         "optimism": [entry["proposal_realised"] - entry["proposal_predicted"] for entry in known],
         "weights": [mixture["weights"] for mixture in mixtures],
     }

@@ -144,42 +144,42 @@ def _run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
     files.write_json(session.run_dir / "downstream.json", content)
 
 
-def _state_of_tasks(session: Session, one: Run, described: Mapping[str, Any]) -> Run:
+def _state_of_tasks(session: Session, run: Run, described: Mapping[str, Any]) -> Run:
     limit = session.config.downstream.examples
     recipe = {
-        "model": one.folder.name,
+        "model": run.folder.name,
         "tasks": described,
         "examples": limit,
-        "steps": sorted(_models(one)),
+        "steps": sorted(_models(run)),
     }
     return Run(session.store, "downstream", recipe)
 
 
-def _models(one: Run) -> dict[int, Path]:
+def _models(run: Run) -> dict[int, Path]:
     """Models of a run by step: those kept on the way and the final one."""
     kept = {
-        int(path.name.removeprefix("step-")): path for path in one.folder.glob("snapshots/step-*")
+        int(path.name.removeprefix("step-")): path for path in run.folder.glob("snapshots/step-*")
     }
-    return kept | {int(one.result()["steps"]): one.folder / "model"}
+    return kept | {int(run.result()["steps"]): run.folder / "model"}
 
 
 def _measure_tasks(
-    session: Session, one: Run, described: Mapping[str, Any], definitions: Path
+    session: Session, run: Run, described: Mapping[str, Any], definitions: Path
 ) -> None:
-    state = _state_of_tasks(session, one, described)
+    state = _state_of_tasks(session, run, described)
     if state.finished:
         return
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
-    for step, model in sorted(_models(one).items()):
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
+    for step, model in sorted(_models(run).items()):
         stop.check("downstream")
         limit, device = session.config.downstream.examples, session.place.device
         for name, accuracy in downstream.measure(
             model, definitions, list(described), device, limit
         ).items():
             line = {"step": step, "accuracy": accuracy.value, "standard_error": accuracy.error}
-            found[name].append(line | {"examples": accuracy.examples})
+            lines[name].append(line | {"examples": accuracy.examples})
     state.begin()
-    state.finish(found)
+    state.finish(lines)
 
 
 def _cloze(session: Session, folder: Path) -> Path:
@@ -194,18 +194,19 @@ def _cloze(session: Session, folder: Path) -> Path:
             "tokens at least, not "
             f"training.sequence_length={session.config.training.sequence_length}"
         )
-    passages = [downstream.passages(store, k, length) for k in range(len(store.domains))]
-    found: list[str] = []
+    by_domain = [downstream.passages(store, k, length) for k in range(len(store.domains))]
+    passages: list[str] = []
     # Of every domain the first, then of every domain the second, …
-    for together in itertools.zip_longest(*passages):
-        found += [passage for passage in together if passage is not None]
-        if len(found) >= wanted:
+    for together in itertools.zip_longest(*by_domain):
+        passages += [passage for passage in together if passage is not None]
+        if len(passages) >= wanted:
             break
-    if len(found) <= _SHOTS:
+    if len(passages) <= _SHOTS:
         raise UserError(
-            f"downstream.tasks: the validation text has {len(found)} passages for cloze; give more"
+            f"downstream.tasks: the validation text has {len(passages)} passages for cloze; give "
+            "more"
         )
-    for part, texts in (("train", found[:_SHOTS]), ("test", found[_SHOTS:wanted])):
+    for part, texts in (("train", passages[:_SHOTS]), ("test", passages[_SHOTS:wanted])):
         lines = b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
         files.write_bytes(folder / f"{part}.jsonl", lines)
     return folder

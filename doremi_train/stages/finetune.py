@@ -30,7 +30,8 @@ from doremi_train.data.instructions import Instructions
 from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
-from doremi_train.model import folders, language_model
+from doremi_train.model import folders
+from doremi_train.model.language_model import CompletionModel
 from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
@@ -65,9 +66,7 @@ def run(session: Session) -> Run:
         )
         inner = build(session).inner
         _require_room(inner, encoder, training.sequence_length)
-        model = language_model.CompletionModel(
-            inner, training.activation_checkpointing, training.precision
-        )
+        model = CompletionModel(inner, training.activation_checkpointing, training.precision)
         before.update(_measured(session, model, data))
         said = {"before": before, "data": {key: data.manifest[key] for key in _REPORTED}}
         return Begun(task, model, partial(_save, session, tuned, encoder), said)
@@ -117,9 +116,7 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
         )
 
 
-def _measured(
-    session: Session, tuning: language_model.CompletionModel, data: Instructions
-) -> dict[str, Any]:
+def _measured(session: Session, tuning: CompletionModel, data: Instructions) -> dict[str, Any]:
     """The held-out loss of the model before it is trained."""
     training, device = session.config.training, session.place.device
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
@@ -152,23 +149,23 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
         domains={"target": options.Split(train=asked.validation)},
         allow_pipe=session.config.data.allow_pipe,
     )
-    found, wanted = [], asked.validation_sequences
-    for one in instructions.examples(
+    examples, wanted = [], asked.validation_sequences
+    for example in instructions.examples(
         sources.resolve(where), where, encoder, length, opening.BadLines(where)
     ):
-        found += [one.tokens] if (one.tokens >= 0).any() else []
-        if len(found) == wanted:
+        examples += [example.tokens] if (example.tokens >= 0).any() else []
+        if len(examples) == wanted:
             break
-    if len(found) < wanted:
+    if len(examples) < wanted:
         raise UserError(
-            f"batch_selection.validation: {len(found)} examples, but "
+            f"batch_selection.validation: {len(examples)} examples, but "
             f"batch_selection.validation_sequences={wanted}; give more, or lower it"
         )
     reported = read(data, "validation", *targets.evaluated(session, data), length).tokens.numpy()
     known = {row[row != -1].tobytes() for row in reported}
-    if any(row.astype(np.int64)[row != -1].tobytes() in known for row in found):
+    if any(row.astype(np.int64)[row != -1].tobytes() in known for row in examples):
         raise UserError(
             "batch_selection.validation: shares examples with the reported evaluation, towards "
             "which would then be trained; give others"
         )
-    return torch.from_numpy(chat.padded(found))
+    return torch.from_numpy(chat.padded(examples))

@@ -1,4 +1,5 @@
-"""What would run, and at what cost, before anything does: plan.json, and the same in a terminal.
+"""Plan of what would run, and at what cost, before anything does: plan.json, and the same in a
+terminal.
 
 K domains, T tokens a sequence.
 """

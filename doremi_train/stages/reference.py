@@ -69,11 +69,11 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
             mine = mine[~frozen.there(table.read(mine))]
             if len(mine):
                 live = live or reference_losses.live(session, store, folder)
-                found = frozen.rounded(
+                losses = frozen.rounded(
                     live.losses(read(store, "train", *table.sequences(mine), table.length))
                 )
-                sound = np.isfinite(found).all(1)
-                table.write(mine[sound], found[sound])
+                sound = np.isfinite(losses).all(1)
+                table.write(mine[sound], losses[sound])
             computed = torch.tensor(float(len(mine)), dtype=torch.float64, device=device)
             # None runs ahead, and all stop at once.
             done, stopping = comm.all_reduce_sum(Done(computed), stop.requested)

@@ -131,8 +131,10 @@ def _of_the_models(
 ) -> list[Finding]:
     """What reference and proxy make of each domain."""
     folders = [session.run_dir / "reference", *proxies(session.run_dir)]
-    found = [list(files.read_lines(folder / "evaluations.jsonl")) for folder in folders]
-    curves = [_columns(names, (line["domains"] for line in lines)) for lines in found if lines]
+    evaluations = [list(files.read_lines(folder / "evaluations.jsonl")) for folder in folders]
+    curves = [
+        _columns(names, (line["domains"] for line in lines)) for lines in evaluations if lines
+    ]
     findings = []
     if curves:  # an existing reference has none
         entropies = [detectors.unigram_entropy(np.bincount(tokens.ravel())) for tokens in samples]

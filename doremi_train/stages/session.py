@@ -1,4 +1,4 @@
-"""What a command works with: its configuration, the processes, and where things stand on disk."""
+"""Session of a command: its configuration, the processes, and where things stand on disk."""
 
 import contextlib
 import functools
@@ -48,7 +48,7 @@ class Session:
 
     @functools.cached_property
     def tracking(self) -> trackers.Tracking:
-        """Where this command's curves are shown."""
+        """Trackers that show this command's curves."""
         return trackers.Tracking(self.config.tracking, self.run_dir, self.plain)
 
     def over(self, label: str, total: int) -> Bar:

@@ -81,13 +81,13 @@ def _picture(log: list[dict[str, Any]]) -> str:
 
 def _sample(sources: list[Source], data: DataOptions, size: int) -> list[bytes]:
     """The first training documents of every source, `size` bytes in all."""
-    found: list[bytes] = []
+    texts: list[bytes] = []
     for source in sources:
         left = size // len(sources)
         for document in parts.documents(source, data, BadLines(data), whole=False):
             stop.check("vocabulary")
             if left <= 0 or not isinstance(document.content, bytes):
                 break
-            found.append(document.content[:left])
+            texts.append(document.content[:left])
             left -= len(document.content)
-    return found
+    return texts

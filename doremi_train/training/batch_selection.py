@@ -1,4 +1,4 @@
-"""Which candidates a step trains on: GREATS, and the policies that it has to beat.
+"""Selection of the candidates that a step trains on: GREATS, and the policies that it has to beat.
 
 A step draws N candidates, and k = training.batch_size of them are trained on. Where one forward
 holds all candidates of a process, the step is one pass: a forward, a backward for activations
@@ -66,7 +66,7 @@ class BatchSelectionOptions(greats.Options):
 
 
 class Setting(NamedTuple):
-    """What a run selects by."""
+    """Options of a run's selection, and the sequences that it looks at."""
 
     options: BatchSelectionOptions
     candidates: int  # N
@@ -74,7 +74,7 @@ class Setting(NamedTuple):
 
 
 def described(setting: Setting | None) -> dict[str, Any]:
-    """What a selection adds to the recipe of a run; nothing where there is none."""
+    """Part of the recipe of a run that a selection adds; nothing where there is none."""
     if setting is None:
         return {}
     free = ("validation", "verify")  # where the target is, not what
@@ -114,7 +114,7 @@ def check(setting: Setting, count: int, parts: int, strategy: str, compiled: boo
 
 
 class Effort(NamedTuple):
-    """What a step costs, in ordinary ones on as many sequences as are picked."""
+    """Cost of a step, in ordinary ones on as many sequences as are picked."""
 
     learn: float  # forwards with their backward
     look: float  # forwards alone
@@ -123,7 +123,7 @@ class Effort(NamedTuple):
 def effort(
     options: BatchSelectionOptions, candidates: int, count: int, validation: int, one_pass: bool
 ) -> Effort:
-    """What it costs to pick `count` of the candidates by `validation` sequences (0: it looks at
+    """Cost of picking `count` of the candidates by `validation` sequences (0: it looks at
     none), once the first steps are done.
 
     A backward for activations alone, and the weights' part of one, are half a backward each; exact

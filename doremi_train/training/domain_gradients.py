@@ -51,15 +51,15 @@ class DomainGradients:
         if not len(micro.tokens):  # of an uneven batch
             return torch.zeros(0, length, device=self._device)
         tokens = micro.tokens.to(self._device, non_blocking=True)
-        found = capture.capture(
+        captured = capture.capture(
             self._model, functools.partial(self._model, tokens), (len(tokens), length)
         )
         with torch.no_grad():
             for k in micro.domain.unique().tolist():
-                ones = (micro.domain == k).to(self._device, found.losses.dtype)
-                for name, gradient in products.weighted(found.examples, ones).items():
+                ones = (micro.domain == k).to(self._device, captured.losses.dtype)
+                for name, gradient in products.weighted(captured.examples, ones).items():
                     self._sums[name][k] += gradient.flatten()
-        return found.losses
+        return captured.losses
 
     def align(self, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """`doge.align` of the batch over all processes, whose domains have `tokens` (K,), at step
@@ -72,8 +72,8 @@ class DomainGradients:
         for name, total in self._sums.items():
             total.mul_(size)
             of_target = None if target is None else target[name].flatten()
-            found = doge.align((total / counts).to(total.dtype), of_target)
-            alignment, square = alignment + found[0], square + found[1]
+            aligned = doge.align((total / counts).to(total.dtype), of_target)
+            alignment, square = alignment + aligned[0], square + aligned[1]
         return alignment.cpu(), square.cpu()
 
     def write(self, weights: Tensor) -> None:
@@ -90,10 +90,10 @@ class DomainGradients:
             return None
         rows = (torch.arange(self._target.batch) + step * self._target.batch) % count
         loss = self._model(self._target.tokens[rows].to(self._device)).mean()
-        found = torch.autograd.grad(loss, list(self._named.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(self._named.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if gradient is None else gradient
-            for (name, p), gradient in zip(self._named.items(), found, strict=True)
+            for (name, p), gradient in zip(self._named.items(), gradients, strict=True)
         }
 
 

@@ -73,8 +73,7 @@ class Live:
 
 
 class LogRatio:
-    """How much less likely the reference finds a token than a model of the data does: ℓ_ref − ℓ_q,
-    for IMP."""
+    """Loss under the reference minus loss under a model of the data: ℓ_ref − ℓ_q, for IMP."""
 
     def __init__(self, reference: Reference, data: Reference) -> None:
         self._reference, self._data = reference, data
@@ -107,9 +106,8 @@ class Table:
         """Open it, or begin it. Raises UserError where what is there is something else."""
         self.path = _path(folder, recipe)
         self.length = int(recipe["sequence_length"])
-        self._first = np.concatenate(
-            [[0], np.cumsum(store.sequences("train", self.length))]
-        )  # (K + 1,)
+        # (K + 1,)
+        self._first = np.concatenate([[0], np.cumsum(store.sequences("train", self.length))])
         said = self.path.with_name("recipe.json")
         if not said.exists():
             files.write_json(said, recipe)
@@ -221,17 +219,17 @@ class Cached:
             self._finish_write(pending)
 
     def stored(self, domain: Ints, sequence: Ints) -> Tensor:
-        found = torch.from_numpy(self._table.read(self._table.rows(domain, sequence)))
-        return found.pin_memory() if self._device.type == "cuda" else found
+        losses = torch.from_numpy(self._table.read(self._table.rows(domain, sequence)))
+        return losses.pin_memory() if self._device.type == "cuda" else losses
 
     def losses(self, micro: MicroBatch) -> Tensor:
         known = micro.reference
         if known is None:
             known = self.stored(micro.domain.numpy(), micro.sequence.numpy())
-        found = known.numpy()
-        missing = ~there(found)
+        losses = known.numpy()
+        missing = ~there(losses)
         if missing.any():
-            found[missing] = self._complete(micro, missing)
+            losses[missing] = self._complete(micro, missing)
         return known.to(self._device, non_blocking=True).float()
 
     def _complete(self, micro: MicroBatch, missing: NDArray[np.bool_]) -> Halves:
@@ -240,13 +238,13 @@ class Cached:
         rows = self._table.rows(micro.domain.numpy(), micro.sequence.numpy())[missing]
         # A sequence that comes twice in a batch is computed once.
         rows, nth, back = np.unique(rows, return_index=True, return_inverse=True)
-        found = self._table.read(rows)
-        absent = ~there(found)
+        losses = self._table.read(rows)
+        absent = ~there(losses)
         if absent.any():
-            found[absent] = self._compute(micro, np.flatnonzero(missing)[nth[absent]])
-            sound = absent & np.isfinite(found).all(1)
-            self._write(rows[sound], found[sound])
-        return found[back]
+            losses[absent] = self._compute(micro, np.flatnonzero(missing)[nth[absent]])
+            sound = absent & np.isfinite(losses).all(1)
+            self._write(rows[sound], losses[sound])
+        return losses[back]
 
     def _compute(self, micro: MicroBatch, nth: Ints) -> Halves:
         if self._live is None:

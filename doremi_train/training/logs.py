@@ -1,5 +1,4 @@
-"""What a run writes while it trains: metrics, evaluations, domain weights and picks, a line a
-step."""
+"""Logs of a run while it trains: metrics, evaluations, domain weights and picks, a line a step."""
 
 import math
 from pathlib import Path

@@ -20,7 +20,7 @@ from doremi_train.training.batch_selection import Setting
 
 
 class State(NamedTuple):
-    """What a continued run needs: tensors that were computed at an earlier step."""
+    """Tensors of an earlier step that a continued run needs."""
 
     target: dict[str, Tensor]  # the validation gradient, preconditioned; sketched as {"": (R,)}
     curvature: float  # λ
@@ -80,14 +80,14 @@ class Selector:
             return self._chosen(greats.top(scores, self.count), scores, rows)
         if options.method in ("greats", "topk"):
             self._look_ahead(step)
-        found, losses, examples, exact = self._score(batch, rows)
+        scored, losses, examples, exact = self._score(batch, rows)
         if options.method == "greats":
             # Tokens of a candidate, on average.
             length = float(batch.tokens.sum()) / self.candidates
-            gram = found.sketch @ found.sketch.T if exact is None else exact.gram
+            gram = scored.sketch @ scored.sketch.T if exact is None else exact.gram
             own = options.curvature == "identity"
             picks = greats.pick(
-                found.value / length,
+                scored.value / length,
                 gram / length**2,
                 self.count,
                 rate if own else rate / self.count,  # the paper's step counts η for every pick
@@ -95,8 +95,8 @@ class Selector:
                 options.cosine_cap,
             )
         else:
-            picks = greats.top(found.value, self.count)
-        return self._chosen(picks, found.value, rows, losses, examples, exact)
+            picks = greats.top(scored.value, self.count)
+        return self._chosen(picks, scored.value, rows, losses, examples, exact)
 
     def saved(self) -> dict[str, Any]:
         """The state, for a checkpoint."""
@@ -115,7 +115,7 @@ class Selector:
         """Scores of all candidates; and in one pass losses (n, T), factors and, by GREATS's exact
         route, products."""
         values = torch.zeros(self.candidates, dtype=torch.float64, device=self._device)
-        found: list[tuple[slice, Tensor]] = []
+        pieces: list[tuple[slice, Tensor]] = []
         losses = examples = exact = None
         for micro, where in zip(batch.micro, rows, strict=True):
             if not len(micro.tokens):
@@ -140,7 +140,7 @@ class Selector:
                     value, exact = self._exactly(examples)
                 else:
                     sketch = products.sketch(examples, self.options.sketch)
-                    found.append((where, sketch))
+                    pieces.append((where, sketch))
                     norm = self.options.method == "grad_norm"
                     value = (
                         sketch.square().sum(1)
@@ -150,7 +150,7 @@ class Selector:
                 values[where] = value.double()
         exchanged = self.options.method == "greats" and self.options.route == "sketch"
         sketches = values.new_zeros(self.candidates, len(self.state.target[""]) if exchanged else 0)
-        for where, sketch in found if exchanged else ():
+        for where, sketch in pieces if exchanged else ():
             sketches[where] = sketch.double()
         return comm.all_reduce_sum(Scores(values, sketches))[0], losses, examples, exact
 
@@ -159,10 +159,10 @@ class Selector:
             return products.norm2(examples), None
         if self.options.method == "topk":
             return products.dot(examples, self.state.target)[:, 0], None
-        found = products.products(
+        exact = products.products(
             examples, (self.state.target,), keep=batch_selection.KEPT if self.one_pass else 0
         )
-        return found.dots[:, 0], found
+        return exact.dots[:, 0], exact
 
     def _look_ahead(self, step: int) -> None:
         """The gradient of the validation loss, and λ along it, when they are due."""
@@ -198,12 +198,12 @@ class Selector:
         return total
 
     def _preconditioned(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What AdamW would make of it: divided by √v̂ + ε, with v after a step against this
+        """Gradient as AdamW would make it: divided by √v̂ + ε, with v after a step against this
         gradient, so that what was never trained (√v = 0) does not outweigh all else. For other
         optimisers the gradient itself."""
         if not self.options.preconditioned or not isinstance(self._optimizer, torch.optim.AdamW):
             return gradient
-        named, found = dict(self._model.named_parameters()), {}
+        named, preconditioned = dict(self._model.named_parameters()), {}
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         for name, part in gradient.items():
             state, group = self._optimizer.state.get(named[name], {}), groups[id(named[name])]
@@ -212,8 +212,8 @@ class Selector:
                 keep * state.get("exp_avg_sq", torch.zeros_like(part)) + (1 - keep) * part.square()
             )
             corrected = squares / (1 - keep ** (float(state.get("step", 0.0)) + 1))
-            found[name] = part / (corrected.sqrt() + group["eps"])
-        return found
+            preconditioned[name] = part / (corrected.sqrt() + group["eps"])
+        return preconditioned
 
     # ── Picks ───────────────────────────────────────────────────────────────────────
 

@@ -29,7 +29,7 @@ class Loss(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is added over micro-batches, then over ranks."""
+    """Sums over micro-batches, then over ranks."""
 
     stats: Any  # the objective's
     loss: Loss  # of this rank alone; ranks are added when somebody asks
@@ -44,14 +44,14 @@ class Observed(NamedTuple):
 
 
 class Picks(NamedTuple):
-    """What a step chose to train on."""
+    """Candidates of a step, and those that it trains on."""
 
     candidates: Draw
     chosen: Chosen
 
 
 class Learned(NamedTuple):
-    """What a step knows after the exchange, the same on every rank."""
+    """Knowledge of a step after the exchange, the same on every rank."""
 
     state: Any  # of the objective
     stats: Any  # of the global batch
@@ -60,7 +60,7 @@ class Learned(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a step gives."""
+    """Outcome of a step."""
 
     position: Position
     stats: Any  # sums of the global batch
@@ -109,10 +109,10 @@ class Step:
             # done twice.
             with torch.no_grad():
                 seen = [self._observe(micro, ready) for micro in batch.micro]
-            learned = self._learn(state, [one.sums for one in seen], batch, number)
-            for micro, one in zip(batch.micro, seen, strict=True) if learned.sound else ():
+            learned = self._learn(state, [observed.sums for observed in seen], batch, number)
+            for micro, observed in zip(batch.micro, seen, strict=True) if learned.sound else ():
                 with self.engine.accumulating(last=micro is last):
-                    again = one._replace(losses=self._losses(micro, ready))
+                    again = observed._replace(losses=self._losses(micro, ready))
                     self._backward(again, micro, learned.state, learned.stats.tokens)
         else:
             # With one micro-batch these are the weights of this very batch too: nothing is computed
@@ -121,15 +121,15 @@ class Step:
             parts = []
             for micro in early:
                 with self.engine.accumulating(last=False):
-                    one = self._observe(micro, ready)
-                    self._backward(one, micro, state, batch.tokens)
-                    parts.append(one.sums)
+                    observed = self._observe(micro, ready)
+                    self._backward(observed, micro, state, batch.tokens)
+                    parts.append(observed.sums)
             with self.engine.accumulating(last=True):
-                one = self._observe(last, ready)
-                learned = self._learn(state, [*parts, one.sums], batch, number)
+                observed = self._observe(last, ready)
+                learned = self._learn(state, [*parts, observed.sums], batch, number)
                 if learned.sound:
                     weighing = state if task.accumulation == "lagged" else learned.state
-                    self._backward(one, last, weighing, batch.tokens)
+                    self._backward(observed, last, weighing, batch.tokens)
         if learned.sound:
             self.engine.step(optim.learning_rate(number, task.training.steps, task.training))
         else:
@@ -212,13 +212,13 @@ class Step:
                 part.add_(step)
         return Learned(state, stats, stopping, sound)
 
-    def _backward(self, one: Observed, micro: MicroBatch, state: Any, tokens: Tensor) -> None:
+    def _backward(self, observed: Observed, micro: MicroBatch, state: Any, tokens: Tensor) -> None:
         """Gradient of Σ weight · loss over the global batch. This is the owner of the denominator:
         weights are already divided by global counts, and the number of ranks undoes the average
         that engines take over them."""
         objective, options = self.task.objective, self.task.objective_options
-        losses = one.losses
-        by_token = (losses, one.reference) if objective.token_wise else ()
+        losses = observed.losses
+        by_token = (losses, observed.reference) if objective.token_wise else ()
         weights = objective.weigh(state, micro.domain, tokens, options, *by_token)
         total = (weights.to(losses.device, losses.dtype) * losses).sum()
         self.engine.backward(total * self.world.size)
@@ -245,17 +245,17 @@ class Step:
             name: batch.draw.sequence[batch.draw.domain == k].tolist()
             for k, name in zip(bad, names, strict=True)
         }
-        found = (
+        message = (
             f"{self.task.label}: the loss is not finite at step {number}, domain "
             f"{', '.join(names)} (its sequences in this batch: {drawn})"
         )
         if self.task.training.on_nonfinite == "stop":
             raise TrainingFailed(
-                f"{found}; lower training.learning_rate, look at that text, or set "
+                f"{message}; lower training.learning_rate, look at that text, or set "
                 "training.on_nonfinite=skip"
             )
         if self.world.first:
-            print(f"{found}; the batch is left out on all processes", flush=True)
+            print(f"{message}; the batch is left out on all processes", flush=True)
         return False
 
 

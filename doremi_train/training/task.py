@@ -1,4 +1,4 @@
-"""What is trained, on what, and how: everything a trainer is given."""
+"""Task of a trainer: what is trained, on what, and how."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -72,7 +72,7 @@ class TrainingFailed(Exception):
 
 
 class Task(NamedTuple):
-    """What to train, on what, towards what."""
+    """Run to train: on what, and towards what."""
 
     label: str
     run: Run
@@ -93,7 +93,7 @@ class Task(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a run is, beside its model and optimiser."""
+    """Position of a run, beside its model and optimiser."""
 
     step: int  # optimiser steps done
     state: Any  # of the objective

@@ -221,7 +221,7 @@ class Trainer:
         set_status(folder, "running", step)
 
     def _restore(self) -> Position:
-        """Where the checkpoint that the engine was built from left off, or the start."""
+        """Position of the checkpoint that the engine was built from, or the start."""
         task, domains = self.task, len(self.task.store.domains)
         fresh = task.objective.init(domains, task.training.steps, task.objective_options)
         saved, self._saved = self._saved, None

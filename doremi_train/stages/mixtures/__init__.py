@@ -17,7 +17,7 @@ from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, se
 from doremi_train.stages.mixtures.given import Given
 from doremi_train.stages.options import Config, one_of
 from doremi_train.stages.runs import budget, language_model
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 
 
@@ -31,8 +31,8 @@ class Way(Protocol):
     def run(self, session: Session) -> Mixture:
         """Compute it, with every run that it needs; done at most once in a command."""
 
-    def ahead(self, session: Session, store: TokenStore, found: Found) -> Tensor | None:
-        """Add the runs that `run` would make to `found`; the mixture (K,) where it is known by now.
+    def ahead(self, session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | None:
+        """Add the runs that `run` would make to `pipeline`; the mixture (K,) where it is known.
 
         What depends on a run that is not finished is taken for not begun.
         """
@@ -74,31 +74,31 @@ def run(session: Session) -> Mixture:
     """Compute it, complete it with epochs and provenance, and write it."""
     store = prepare.run(session)
     budget.within(session, store)  # before anything is trained that could not be used
-    found = _capped(session, store, WAYS[session.method].run(session))
-    found = complete(session, store, found)
-    comm.on_first(lambda: mixture.save(session.run_dir / "weights.json", found))
-    return found
+    weights = _capped(session, store, WAYS[session.method].run(session))
+    weights = complete(session, store, weights)
+    comm.on_first(lambda: mixture.save(session.run_dir / "weights.json", weights))
+    return weights
 
 
-def _capped(session: Session, store: TokenStore, found: Mixture) -> Mixture:
-    point = found.tensor(store.domains)
+def _capped(session: Session, store: TokenStore, weights: Mixture) -> Mixture:
+    point = weights.tensor(store.domains)
     kept = budget.capped(session, store, point)
     if kept is point:
-        return found
+        return weights
     cut = [name for name, less in zip(store.domains, kept < point, strict=True) if less]
     session.say(
         f"{', '.join(cut)}: more than mixture.max_epochs={session.config.mixture.max_epochs:g} "
         "passes; what was too much went to the others"
     )
-    return replace(found, weights=store.named(kept))
+    return replace(weights, weights=store.named(kept))
 
 
-def complete(session: Session, store: TokenStore, found: Mixture) -> Mixture:
+def complete(session: Session, store: TokenStore, weights: Mixture) -> Mixture:
     """Add the epochs that the final run makes of each domain, and where the weights come from."""
-    tokens = found.tensor(store.domains).numpy() * budget.final_tokens(session)
+    tokens = weights.tensor(store.domains).numpy() * budget.final_tokens(session)
     shape = language_model.resolved_model(session, store)
     return replace(
-        found,
+        weights,
         epochs=store.named(tokens / np.asarray(store.sizes("train"))),
         provenance={
             "seed": session.config.seed,
@@ -108,5 +108,5 @@ def complete(session: Session, store: TokenStore, found: Mixture) -> Mixture:
             "data": store.fingerprint,
             "version": __version__,
         }
-        | found.provenance,
+        | weights.provenance,
     )

@@ -14,7 +14,7 @@ from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget, language_model, targets
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.runs.language_model import Begun
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
@@ -41,12 +41,12 @@ def run(session: Session) -> mixture.Mixture:
         return seeds.mixture(session, store, "doge", mean, interval)
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | None:
     """Its seeds; their mean average (K,) if all are finished."""
     wanted, shape = recipes(session, store), language_model.resolved_model(session, store)
     for index, run in enumerate(wanted):
         name = seeds.name_of(session, 1, index)
-        found.add(name, "doge", shape, session.config.training.steps, run)
+        pipeline.add(name, "doge", shape, session.config.training.steps, run)
     if not all(run.finished for run in wanted):
         return None
     return statistics.summarize([seeds.average(run, store) for run in wanted])[0]

@@ -15,7 +15,7 @@ from doremi_train.stages.mixtures import seeds
 from doremi_train.stages.options import Proxy, training_identity
 from doremi_train.stages.planning import missing_losses
 from doremi_train.stages.runs import budget, language_model, reference, reference_losses
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.runs.language_model import Begun
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
@@ -58,7 +58,7 @@ def _rounds(session: Session) -> mixture.Mixture:
     return seeds.mixture(session, store, "doremi", mean, interval, number)
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | None:
     """References and proxies of all rounds, followed through those that are finished; ᾱ (K,) if all
     are."""
     options, steps = session.config.proxy, session.config.training.steps
@@ -72,26 +72,26 @@ def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
             run = language_model.recipe(
                 session, store, *reference.ingredients(session, store, before)
             )
-            found.add(reference_name(number), "reference", shape, steps, run)
+            pipeline.add(reference_name(number), "reference", shape, steps, run)
             folder = run.folder / "model" if run.finished else None
         else:
-            found.add(reference_name(number), "reference", shape, steps, None)
+            pipeline.add(reference_name(number), "reference", shape, steps, None)
         proxies = [
             recipe(session, store, folder, index) if folder else None
             for index in range(options.seeds)
         ]
         waiting = 0  # proxies of this round that are still to be run
-        for index, one in enumerate(proxies):
-            found.add(seeds.name_of(session, number, index), "proxy", shape, steps, one)
-            if reference_losses.cached(session) and found.runs[-1].left:
-                missing = missing_losses.missing(session, store, one, index, waiting)
-                found.runs[-1] = found.runs[-1]._replace(missing=missing)
+        for index, proxy in enumerate(proxies):
+            pipeline.add(seeds.name_of(session, number, index), "proxy", shape, steps, proxy)
+            if reference_losses.cached(session) and pipeline.runs[-1].left:
+                missing = missing_losses.missing(session, store, proxy, index, waiting)
+                pipeline.runs[-1] = pipeline.runs[-1]._replace(missing=missing)
                 waiting += 1
-        finished = [one for one in proxies if one is not None and one.finished]
+        finished = [proxy for proxy in proxies if proxy is not None and proxy.finished]
         if before is None or len(finished) < options.seeds:
             before = None
             continue
-        mean, _ = statistics.summarize([seeds.average(one, store) for one in finished])
+        mean, _ = statistics.summarize([seeds.average(proxy, store) for proxy in finished])
         moved, before = float((mean - before).abs().max()), mean
         if moved < options.round_tolerance:
             break

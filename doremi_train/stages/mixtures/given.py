@@ -13,7 +13,7 @@ from doremi_train.exports import convert, formats
 from doremi_train.mixture import Mixture
 from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session
 
@@ -27,7 +27,7 @@ class Given(NamedTuple):
         """The mixture, from the command, a file or sizes."""
         return given(session, prepare.run(session))
 
-    def ahead(self, session: Session, store: TokenStore, found: Found) -> Tensor:
+    def ahead(self, session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor:
         """Nothing is run; the mixture (K,)."""
         return given(session, store).tensor(store.domains)
 
@@ -46,10 +46,10 @@ def given(session: Session, store: TokenStore) -> Mixture:
     """The weights of the command, of a file, or those that sizes make."""
     options = session.config.mixture
     if options.weights is not None:
-        found = mixture.checked(
+        weights = mixture.checked(
             options.weights, store.domains, "mixture.weights", options.normalize
         )
-        return Mixture("file", found)
+        return Mixture("file", weights)
     if options.path is not None and options.format is not None:
         return imported(session, store, Path(options.path), options.format)
     if options.path is not None:

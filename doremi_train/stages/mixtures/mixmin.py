@@ -23,7 +23,7 @@ from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.runs import budget, language_model, submit, targets
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, stop
 from doremi_train.training.task import TrainingOptions
@@ -52,15 +52,15 @@ def run(session: Session) -> mixture.Mixture:
             experts = _train(session, store)
             losses = np.stack([_look(session, store, one, towards) for one in experts])  # (K, N)
             comm.on_first(lambda: _conclude(session, store, search, losses))
-    found = comm.on_first(search.result)
-    return mixture.Mixture("mixmin", found["weights"], provenance=found["provenance"])
+    result = comm.on_first(search.result)
+    return mixture.Mixture("mixmin", result["weights"], provenance=result["provenance"])
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | None:
     """The expert of every domain; the mixture (K,) if it is solved."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     for name, run in experts(session, store).items():
-        found.add(name, "expert", shape, steps, run)
+        pipeline.add(name, "expert", shape, steps, run)
     search = state(session, store)
     if not search.finished:
         return None
@@ -110,20 +110,20 @@ def _ingredients(
 def _train(session: Session, store: TokenStore) -> list[Run]:
     training = session.config.training
     tokens = training.steps * training.batch_size * training.sequence_length
-    found = []
+    runs = []
     with session.over("mixmin", tokens * len(store.domains)) as bar:
         if session.config.submit.cluster != "none":
             _submit(session, store)
         for domain in store.domains:
             part = Part(bar, domain)
             ingredients = _ingredients(session, store)
-            found.append(
+            runs.append(
                 language_model.train(
                     session, store.only([domain]), _name(domain), *ingredients, bar=part
                 )
             )
             part.update(tokens)
-    return found
+    return runs
 
 
 def _submit(session: Session, store: TokenStore) -> None:
@@ -163,19 +163,19 @@ def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> 
 
 def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) -> None:
     within = _box(session, store)
-    found = mixmin.solve(losses, within)
-    point = box.on_grid(found.weights, within)
+    solution = mixmin.solve(losses, within)
+    point = box.on_grid(solution.weights, within)
     even = np.full(len(point), 1 / len(point))
     natural = budget.heuristic(session, store, "natural", budget.main_steps(session)).numpy()
     provenance = {
         "mixmin": search.folder.name,
-        "experts_loss": found.loss,
+        "experts_loss": solution.loss,
         "experts_loss_natural": mixmin.mixed(losses, natural),
         "experts_loss_uniform": mixmin.mixed(losses, even),
         "expert_losses": store.named(losses.mean(1)),
     }
     session.say(
-        f"mixmin: the mixed experts reach {found.loss:.4f} nats per token of the target, "
+        f"mixmin: the mixed experts reach {solution.loss:.4f} nats per token of the target, "
         f"{provenance['experts_loss_natural']:.4f} with natural and "
         f"{provenance['experts_loss_uniform']:.4f} with uniform weights"
     )

@@ -23,7 +23,7 @@ from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget, language_model, reference
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.runs.language_model import Begun
 from doremi_train.stages.session import Session, once
@@ -81,7 +81,7 @@ class Adapted(NamedTuple):
         )
         return Mixture(session.method, drawn, schedule=schedule(trace))
 
-    def ahead(self, session: Session, store: TokenStore, found: Found) -> None:
+    def ahead(self, session: Session, store: TokenStore, pipeline: Pipeline) -> None:
         """The main run; a reference whose losses it needs is a run too. What it will draw is not
         known before."""
         config, target = session.config, known_target(session, store)
@@ -89,12 +89,12 @@ class Adapted(NamedTuple):
         if ONLINE[session.method] is dro and wanted:
             ingredients = reference.ingredients(session, store, reference.mixture(session, store))
             run = language_model.recipe(session, store, *ingredients)
-            found.add("reference", "reference", ingredients[0], config.training.steps, run)
+            pipeline.add("reference", "reference", ingredients[0], config.training.steps, run)
         known = None
         if target is not None:
             known = recipe(session, store, options_of(session, store, target))
         shape = language_model.resolved_model(session, store, config.main.model)
-        found.add("main", "main", shape, main_steps(session), known)
+        pipeline.add("main", "main", shape, main_steps(session), known)
 
 
 ado = Adapted(
@@ -108,10 +108,10 @@ def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, fl
     """[(first step from 0, mean mixture until the next), …] of what every step drew, in STAGES
     pieces at most."""
     edges = np.unique(np.linspace(0, len(trace), min(STAGES, len(trace)) + 1).astype(int)).tolist()
-    found = []
+    pieces = []
     for first, last in itertools.pairwise(edges):
         steps = [line["tokens"] for line in trace[first:last]]
-        found.append(
+        pieces.append(
             (
                 first,
                 {
@@ -120,7 +120,7 @@ def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, fl
                 },
             )
         )
-    return found
+    return pieces
 
 
 def recipe(session: Session, store: TokenStore, options: online.Options) -> Run:
@@ -181,8 +181,8 @@ def known_target(session: Session, store: TokenStore) -> list[float] | None:
     if config.reference.path is not None:
         return None
     ingredients = reference.ingredients(session, store, reference.mixture(session, store))
-    found = language_model.recipe(session, store, *ingredients)
-    return _by_domain(found.result()["evaluation"], store) if found.finished else None
+    run = language_model.recipe(session, store, *ingredients)
+    return _by_domain(run.result()["evaluation"], store) if run.finished else None
 
 
 def _reference_losses(session: Session, store: TokenStore) -> list[float]:

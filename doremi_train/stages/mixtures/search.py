@@ -14,7 +14,7 @@ from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm
 from doremi_train.stages.runs import language_model
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 
@@ -42,13 +42,13 @@ def run(session: Session) -> mixture.Mixture:
     return mixture.Mixture("search", store.named(drawn[best]), provenance=provenance)
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> torch.Tensor | None:
+def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> torch.Tensor | None:
     """The runs of a random search; the best mixture (K,) when all are finished."""
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     drawn = mixtures(session, store)
     wanted = {name: small_runs.recipe(session, store, mixed) for name, mixed in drawn.items()}
     for name, run in wanted.items():
-        found.add(name, "swarm", shape, steps, run)
+        pipeline.add(name, "swarm", shape, steps, run)
     if not all(run.finished for run in wanted.values()):
         return None
     return drawn[_best(wanted, store)[0]]

@@ -37,12 +37,12 @@ def train(
     all of them."""
     if session.config.submit.cluster != "none":
         _submit(session, store, mixtures, whole)
-    found = {}
+    runs = {}
     for name, mixed in mixtures.items():
         part, ingredients = Part(whole, name), reference.ingredients(session, store, mixed)
-        found[name] = language_model.train(session, store, name, *ingredients, bar=part)
+        runs[name] = language_model.train(session, store, name, *ingredients, bar=part)
         part.update(tokens(session))
-    return found
+    return runs
 
 
 def _submit(
@@ -50,9 +50,9 @@ def _submit(
 ) -> None:
     """The runs that are not finished as jobs side by side: each the reference stage on a given
     mixture."""
-    found = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
+    runs = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
     # Of equal runs one.
-    waiting = {run.folder: name for name, run in found.items() if not run.finished}
+    waiting = {run.folder: name for name, run in runs.items() if not run.finished}
     children = {}
     for name in waiting.values():
         mixed = store.named(mixtures[name])
@@ -63,7 +63,7 @@ def _submit(
     before, step = whole.done, tokens(session) // session.config.training.steps
 
     def watch() -> None:
-        done = sum(_steps(run) * step for run in map(found.__getitem__, waiting.values()))
+        done = sum(_steps(run) * step for run in map(runs.__getitem__, waiting.values()))
         if done:
             whole.update(before + done, f"{len(waiting)} jobs")
 
@@ -83,8 +83,8 @@ def losses(run: Run, store: TokenStore) -> list[float]:
     return [domains[name]["loss"] for name in store.domains]
 
 
-def finished_like(session: Session, one: Run) -> list[dict[str, float]]:
-    """The mixtures of the finished runs in the store that differ from `one` in their mixture
+def finished_like(session: Session, run: Run) -> list[dict[str, float]]:
+    """The mixtures of the finished runs in the store that differ from `run` in their mixture
     only."""
 
     def rest(recipe: Mapping[str, Any]) -> str:
@@ -96,4 +96,4 @@ def finished_like(session: Session, one: Run) -> list[dict[str, float]]:
         for folder in folders
         if (folder / "result.json").exists()
     ]
-    return [recipe["mixture"] for recipe in recipes if rest(recipe) == rest(one.recipe)]
+    return [recipe["mixture"] for recipe in recipes if rest(recipe) == rest(run.recipe)]

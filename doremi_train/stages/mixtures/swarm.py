@@ -26,7 +26,7 @@ from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.runs import language_model
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 
@@ -44,18 +44,18 @@ def run(session: Session) -> mixture.Mixture:
     with session.computing(search, "swarm") as todo:
         if todo:
             _search(session, store, problem, search)
-    found = comm.on_first(search.result)
-    return mixture.Mixture("swarm", found["weights"], provenance=found["provenance"])
+    result = comm.on_first(search.result)
+    return mixture.Mixture("swarm", result["weights"], provenance=result["provenance"])
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> Tensor | None:
+def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | None:
     """The runs of a swarm: those that depend on a fit are not known before it."""
     problem, search = state(session, store)
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     for name, mixed in planned(session, problem).items():
         if mixed is not None or not search.finished:
             run = None if mixed is None else small_runs.recipe(session, store, mixed)
-            found.add(name, "swarm", shape, steps, run)
+            pipeline.add(name, "swarm", shape, steps, run)
     if not search.finished:
         return None
     return mixture.Mixture("swarm", search.result()["weights"]).tensor(store.domains)
@@ -82,11 +82,11 @@ def planned(session: Session, problem: Problem) -> dict[str, Tensor | None]:
     """Every run of the search by its name under run_dir, with its mixture (K,) where it is known
     beforehand."""
     options = session.config.swarm
-    found: dict[str, Tensor | None] = dict(_draw(session, problem, [], 1))
+    mixtures: dict[str, Tensor | None] = dict(_draw(session, problem, [], 1))
     for number in range(2, options.rounds + 1):
-        found |= {_name(number, index): None for index in range(problem.draws)}
-    found |= {f"swarm/confirm/proposal-{index + 1}": None for index in range(options.candidates)}
-    return found | {
+        mixtures |= {_name(number, index): None for index in range(problem.draws)}
+    mixtures |= {f"swarm/confirm/proposal-{index + 1}": None for index in range(options.candidates)}
+    return mixtures | {
         f"swarm/confirm/{name}": mixed for name, mixed in swarm_proposals.baselines(problem).items()
     }
 
@@ -99,7 +99,7 @@ def _name(number: int, index: int) -> str:
 
 
 def _search(session: Session, store: TokenStore, problem: Problem, search: Run) -> None:
-    rows = comm.on_first(lambda: _found(session, store, problem, search.folder))
+    rows = comm.on_first(lambda: _reused(session, store, problem, search.folder))
     total = len(planned(session, problem)) * small_runs.tokens(session)
     with session.over("swarm", total) as bar:
         for number in range(1, session.config.swarm.rounds + 1):
@@ -126,34 +126,34 @@ def _search(session: Session, store: TokenStore, problem: Problem, search: Run) 
     )
 
 
-def _found(session: Session, store: TokenStore, problem: Problem, folder: Path) -> list[Row]:
+def _reused(session: Session, store: TokenStore, problem: Problem, folder: Path) -> list[Row]:
     """What the store had when the search began; a search that is continued fits the same runs."""
     path = folder / "reused.json"
     if not path.exists():
-        one = small_runs.recipe(
+        on_prior = small_runs.recipe(
             session, store, torch.from_numpy(problem.space.expand(problem.prior))
         )
         reuse = session.config.swarm.reuse
-        known = small_runs.finished_like(session, one) if reuse else []
+        known = small_runs.finished_like(session, on_prior) if reuse else []
         files.write_json(
             path,
             [mixed for mixed in known if problem.space.holds(swarm_problem.row_of(problem, mixed))],
         )
-    found = []
+    rows = []
     for mixed in files.read_json(path):
         run = small_runs.recipe(
             session, store, torch.from_numpy(swarm_problem.row_of(problem, mixed))
         )
-        found.append(
+        rows.append(
             Row(
                 run.folder.name,
                 swarm_problem.row_of(problem, mixed).tolist(),
                 small_runs.losses(run, store),
             )
         )
-    if found:
-        session.say(f"{'swarm':<22} {len(found)} runs in the store are used too")
-    return found
+    if rows:
+        session.say(f"{'swarm':<22} {len(rows)} runs in the store are used too")
+    return rows
 
 
 def _draw(
@@ -162,14 +162,14 @@ def _draw(
     """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as
     anchors."""
     options, random = session.config.swarm, swarm_problem.generator(session, number)
-    found = {}
+    mixtures = {}
     if number == 1:
         virtual = len(problem.prior)
         anchors = {
             "natural": problem.space.reduce(problem.natural),
             "uniform": np.full(virtual, 1 / virtual),
         }
-        found = {
+        mixtures = {
             f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()
         }
         points = swarm.design(problem.prior, problem.inside, problem.draws, random)
@@ -179,8 +179,8 @@ def _draw(
             fit, problem.prior, problem.inside, options.kl, problem.draws, random
         )
     drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
-    found |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
-    return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
+    mixtures |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
+    return {name: torch.from_numpy(mixed) for name, mixed in mixtures.items()}
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""What a swarm searches: domains, caps, the prior, and the runs it fits."""
+"""Problem that a swarm searches: domains, caps, the prior, and the runs it fits."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from doremi_train.stages.session import Session
 
 
 class Problem(NamedTuple):
-    """What the search works with."""
+    """Domains, bounds and prior of the search."""
 
     names: list[str]  # (K,) domains
     natural: Floats  # (K,)
@@ -78,16 +78,16 @@ def _frozen(path: str | None, names: Sequence[str]) -> Floats:
     try:
         content = files.read_json(Path(path))
         known = content.get("weights", content)
-        found = np.array([float(known.get(name, 0)) for name in names])
+        weights = np.array([float(known.get(name, 0)) for name in names])
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"swarm.frozen={path}: not a weights.json that can be read ({error})"
         ) from None
-    if not (np.isfinite(found).all() and (found >= 0).all() and (found > 0).sum() >= 2):
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).sum() >= 2):
         raise UserError(
             f"swarm.frozen={path}: must hold weights above 0 for two or more of {', '.join(names)}"
         )
-    return found
+    return weights
 
 
 def row_of(problem: Problem, mixed: Mapping[str, float]) -> Floats:

@@ -1,4 +1,4 @@
-"""What a swarm proposes, and what came of it: fit, gates, confirmation and verdict."""
+"""Proposals of a swarm, and what came of them: fit, gates, confirmation and verdict."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,9 +60,9 @@ def baselines(problem: Problem) -> dict[str, Tensor]:
     caps and floors."""
     uniform = np.full(len(problem.names), 1 / len(problem.names))
     unimax = box.on_grid(box.project(uniform, problem.within), problem.within)
-    found = {"natural": problem.natural, "uniform": uniform}
-    found["unimax"] = uniform if box.inside(uniform, problem.within) else unimax
-    return {name: torch.from_numpy(mixed) for name, mixed in found.items()}
+    mixtures = {"natural": problem.natural, "uniform": uniform}
+    mixtures["unimax"] = uniform if box.inside(uniform, problem.within) else unimax
+    return {name: torch.from_numpy(mixed) for name, mixed in mixtures.items()}
 
 
 # ── The confirmation ────────────────────────────────────────────────────────────────
@@ -87,13 +87,13 @@ def conclude(
             "realised": realised,
         }
         if index < len(proposed.proposals):
-            found = proposed.proposals[index]
+            proposal = proposed.proposals[index]
             line |= {
-                "predicted": found.predicted,
-                "interval": found.interval,
-                "distance": found.distance,
+                "predicted": proposal.predicted,
+                "interval": proposal.interval,
+                "distance": proposal.distance,
             }
-            line["refused"] = found.refused + swarm.confirm(realised, found.interval)
+            line["refused"] = proposal.refused + swarm.confirm(realised, proposal.interval)
         else:
             kept = box.inside(np.array(row.weights), problem.within)
             line["refused"] = [] if kept else ["it is outside mixture.max_epochs or swarm.floor"]
@@ -160,9 +160,8 @@ def _lines(problem: Problem, rows: Sequence[Row], proposed: Proposed) -> list[di
             "loss": float(np.mean(row.losses)),
             "fitted": float(proposed.fitted[index]),
             "out_of_fold": float(proposed.unseen[index]),
-            "distance": float(
-                box.distance(np.array(row.weights), first)
-            ),  # from the first proposal
+            # From the first proposal.
+            "distance": float(box.distance(np.array(row.weights), first)),
         }
         for index, row in enumerate(rows)
     ]

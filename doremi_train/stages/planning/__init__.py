@@ -1,1 +1,1 @@
-"""What would run, at what cost, and what is wrong with it, before anything does."""
+"""Runs that a command would make, their costs, and what is wrong, before anything runs."""

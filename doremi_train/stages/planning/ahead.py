@@ -1,5 +1,4 @@
-"""The runs that a command would make, found before any of them: their names, and what the store has
-of them.
+"""Every run that a command would make, before any of them: those to the mixture, and the main runs.
 
 K domains.
 """
@@ -16,7 +15,7 @@ from doremi_train.stages import main
 from doremi_train.stages.mixtures import WAYS
 from doremi_train.stages.planning import missing_losses
 from doremi_train.stages.runs import budget, language_model, reference, reference_losses, weighting
-from doremi_train.stages.runs.ahead import Ahead, Found
+from doremi_train.stages.runs.ahead import Ahead, Pipeline
 from doremi_train.stages.session import Session
 
 
@@ -27,15 +26,15 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     What depends on a run that is not finished is taken for not begun, and every round for one that
     will be needed. Raises UserError where mixture.max_epochs leaves no mixture.
     """
-    found = Found(session)
+    pipeline = Pipeline(session)
     budget.within(session, store)
-    learned = WAYS[session.method].ahead(session, store, found)
+    learned = WAYS[session.method].ahead(session, store, pipeline)
     learned = None if learned is None else budget.capped(session, store, learned)
-    weighed = _weighting(session, store, found)
+    weighed = _weighting(session, store, pipeline)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     read = np.zeros(len(store.domains), dtype=np.int64)
     for name, known in {"main": learned, **main.comparisons(session, store)}.items():
-        if name in (run.name for run in found.runs):  # the way is the main run itself
+        if name in (run.name for run in pipeline.runs):  # the way is the main run itself
             continue
         training = main.training(session)
         ready = weighed is not None or training.loss_weighting == "none"
@@ -45,14 +44,14 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
             run = language_model.recipe(
                 session, store, shape, known, training, weighting=weighed, selection=picking
             )
-        found.add(name, "main", shape, training.steps, run)
-        if reference_losses.weighing_cached(session) and found.runs[-1].left:
+        pipeline.add(name, "main", shape, training.steps, run)
+        if reference_losses.weighing_cached(session) and pipeline.runs[-1].left:
             mixed = simplex.uniform(len(store.domains)) if known is None else known
             missing, read = missing_losses.missing_of_main(
                 session, store, _models(session, weighed), mixed, read
             )
-            found.runs[-1] = found.runs[-1]._replace(missing=missing)
-    return found.runs, learned
+            pipeline.runs[-1] = pipeline.runs[-1]._replace(missing=missing)
+    return pipeline.runs, learned
 
 
 def _models(session: Session, weighed: language_model.Weighting | None) -> Sequence[str | None]:
@@ -64,18 +63,18 @@ def _models(session: Session, weighed: language_model.Weighting | None) -> Seque
 
 
 def _weighting(
-    session: Session, store: TokenStore, found: "Found"
+    session: Session, store: TokenStore, pipeline: Pipeline
 ) -> language_model.Weighting | None:
-    """How the main runs weigh their tokens, where that is known by now; the models it needs are
-    runs too."""
+    """Weighting of the main runs' tokens, where it is known by now; the models it needs are runs
+    too."""
     policy, given = session.config.training.loss_weighting, session.config.reference.path
     if policy == "none":
         return None
     ingredients = reference.ingredients(session, store, reference.mixture(session, store))
     run = language_model.recipe(session, store, *ingredients)
     name = "reference" if given is None else weighting.DATA_MODEL if policy == "imp" else None
-    if name is not None and name not in [one.name for one in found.runs]:
-        found.add(name, "reference", ingredients[0], session.config.training.steps, run)
+    if name is not None and name not in [one.name for one in pipeline.runs]:
+        pipeline.add(name, "reference", ingredients[0], session.config.training.steps, run)
     if name is not None and not run.finished:
         return None
     folders = [Path(given)] if given is not None else []

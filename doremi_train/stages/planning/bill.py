@@ -48,13 +48,15 @@ class Bill:
         self.calls = -(-self.checked // (self.world.size * self.rows))
 
     def run(self, run: Ahead) -> dict[str, Any]:
-        training, of = self.training, costs.shape(run.config)
+        training, shape = self.training, costs.shape(run.config)
         proxy, weighed = (
             run.kind == "proxy",
             run.kind == "main" and training.loss_weighting != "none",
         )
-        frozen = self._frozen(of) if weighed or (proxy and (self.live or run.missing)) else None
-        looks = self._looks(of, self.twice) if proxy else self._weighing(of) if weighed else 0.0
+        frozen = self._frozen(shape) if weighed or (proxy and (self.live or run.missing)) else None
+        looks = (
+            self._looks(shape, self.twice) if proxy else self._weighing(shape) if weighed else 0.0
+        )
         evaluations = self._evaluations(run.steps)
         tokens = run.steps * training.batch_size * self.length
         held = frozen.parameters * (self.models if weighed else 1) if frozen else 0
@@ -62,12 +64,12 @@ class Bill:
             target = self.session.config.target
             aimed = target.files is not None or target.domains is not None
             tokens += run.steps * self.session.config.doge.target_batch * self.length * aimed
-            held = of.parameters * self.domains  # a gradient of each
+            held = shape.parameters * self.domains  # a gradient of each
         needed = self._effort(run)
         forwards = needed.look + looks  # alone
         # Per token that is trained on.
-        step = needed.learn * self._step(of, 0.0) + forwards * self._forward(of)
-        flops = tokens * step + evaluations * self.checked * self.length * self._forward(of)
+        step = needed.learn * self._step(shape, 0.0) + forwards * self._forward(shape)
+        flops = tokens * step + evaluations * self.checked * self.length * self._forward(shape)
         pace, seconds = self._pace(run), None if run.left else 0.0
         if pace is not None:
             steps = run.steps * self.parts * (needed.learn * pace.learn + forwards * pace.look)
@@ -76,10 +78,10 @@ class Bill:
         if frozen is not None and run.missing:
             flops += run.missing * self.length * self._forward(frozen)
             if pace is not None and seconds is not None:
-                ratio = self._forward(frozen) / self._forward(of)
+                ratio = self._forward(frozen) / self._forward(shape)
                 seconds += run.missing / (self.world.size * self.rows) * pace.look * ratio
         memory = costs.memory(
-            of,
+            shape,
             strategy=self.session.place.strategy,
             processes=self.world.size,
             optimizer=training.optimizer,
@@ -96,7 +98,7 @@ class Bill:
             "kind": run.kind,
             "state": run.state,
             "same_as": run.same_as,
-            "parameters": of.parameters,
+            "parameters": shape.parameters,
             "tokens": tokens,
             "candidates": run.steps * self.candidates * self.length
             if self._selects(run)
@@ -122,21 +124,23 @@ class Bill:
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
         """The last stage: every model once more, and the reference on training text too; in every
         command."""
-        found = [
+        models = [
             (run, costs.shape(run.config))
             for run in runs
             if run.kind == "main" or run.name in ("reference", "proxy")
         ]
-        passes = [(of, self._pace(run), 1 + (run.name == "reference")) for run, of in found]
+        passes = [(shape, self._pace(run), 1 + (run.name == "reference")) for run, shape in models]
         if self.session.config.reference.path is not None:
-            of, pace = found[0][1], self._pace(found[0][0])
-            frozen = self._frozen(of)
-            ratio = self._forward(frozen) / self._forward(of)
+            shape, pace = models[0][1], self._pace(models[0][0])
+            frozen = self._frozen(shape)
+            ratio = self._forward(frozen) / self._forward(shape)
             passes.append(
                 (frozen, costs.Pace(pace.learn * ratio, pace.look * ratio) if pace else None, 2)
             )
         flops = (
-            sum(times * self._forward(of) for of, _, times in passes) * self.checked * self.length
+            sum(times * self._forward(shape) for shape, _, times in passes)
+            * self.checked
+            * self.length
         )
         paces = [times * pace.look for _, pace, times in passes if pace is not None]
         return {
@@ -151,39 +155,45 @@ class Bill:
         proxies = [run for run in runs if run.kind == "proxy"]
         if not proxies:
             return None
-        of, pace, more = costs.shape(proxies[0].config), self._pace(proxies[0]), self.parts > 1
-        exact, lagged = (self._step(of, self._looks(of, twice)) for twice in (more, False))
+        shape, pace, several = (
+            costs.shape(proxies[0].config),
+            self._pace(proxies[0]),
+            self.parts > 1,
+        )
+        exact, lagged = (self._step(shape, self._looks(shape, twice)) for twice in (several, False))
         steps = sum(run.left * run.steps for run in proxies)
         return {
             "micro_batches": self.parts,
             "exact_over_lagged": exact / lagged,
-            "seconds": steps * self.parts * pace.look * more if pace is not None else None,
+            "seconds": steps * self.parts * pace.look * several if pace is not None else None,
         }
 
     def _pace(self, run: Ahead) -> costs.Pace | None:
         pace = self.paces.get(fingerprint(run.config))
         return pace if isinstance(pace, costs.Pace) else None
 
-    def _forward(self, of: costs.Shape) -> int:
-        return costs.forward(of, self.length)
+    def _forward(self, shape: costs.Shape) -> int:
+        return costs.forward(shape, self.length)
 
-    def _step(self, of: costs.Shape, looks: float) -> float:
+    def _step(self, shape: costs.Shape, looks: float) -> float:
         """FLOPs per token of a step with so many forwards more than a language model's."""
         device = self.session.place.device.type
         backward = costs.backward(
-            of, self.rows, self.length, self.training.activation_checkpointing, device
+            shape, self.rows, self.length, self.training.activation_checkpointing, device
         )
-        return (1 + looks) * self._forward(of) + backward
+        return (1 + looks) * self._forward(shape) + backward
 
-    def _looks(self, of: costs.Shape, twice: bool) -> float:
+    def _looks(self, shape: costs.Shape, twice: bool) -> float:
         """Forwards without gradient in every step of a proxy, in forwards of the proxy."""
-        return (self._forward(self._frozen(of)) / self._forward(of) if self.live else 0.0) + twice
+        return (
+            self._forward(self._frozen(shape)) / self._forward(shape) if self.live else 0.0
+        ) + twice
 
-    def _weighing(self, of: costs.Shape) -> float:
+    def _weighing(self, shape: costs.Shape) -> float:
         """The same of a main run that weighs its tokens."""
         whole = self.session.config.weighting.normalize or self.training.loss_weighting == "rho"
         live = not reference_losses.weighing_cached(self.session)
-        return live * self.models * self._forward(self._frozen(of)) / self._forward(of) + (
+        return live * self.models * self._forward(self._frozen(shape)) / self._forward(shape) + (
             whole and self.parts > 1
         )
 

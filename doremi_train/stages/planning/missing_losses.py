@@ -82,5 +82,5 @@ def _absent(
     domain = np.repeat(np.arange(domains), looked)
     nth = np.arange(len(domain)) - np.repeat(np.cumsum(looked) - looked, looked)
     number = nth * count[domain] // looked[domain]
-    found = frozen.there(table.read(table.rows(domain, drawing.sequence(domain, number))))
-    return count * (1 - np.bincount(domain, found, domains) / np.maximum(looked, 1))
+    present = frozen.there(table.read(table.rows(domain, drawing.sequence(domain, number))))
+    return count * (1 - np.bincount(domain, present, domains) / np.maximum(looked, 1))

@@ -1,4 +1,4 @@
-"""What makes domain weights worth less, seen before anything runs."""
+"""Warnings of what makes domain weights worth less, before anything runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,10 +21,10 @@ TINY = 20  # training sequences of a domain below which they cannot stand for it
 def warnings(
     session: Session, domains: Mapping[str, Mapping[str, Any]], proxies: bool
 ) -> dict[str, list[str]]:
-    """What makes domain weights worth less, seen before anything runs, by kind. `proxies`: whether
-    they come from proxies."""
+    """Warnings by kind of what makes domain weights worth less, before anything runs. `proxies`:
+    whether they come from proxies."""
     names = list(domains)
-    found = {
+    messages = {
         "tiny": [
             f"Domain {name} has only {domain['training_sequences']} training sequences "
             f"({domain['training_tokens']:,} tokens), which cannot stand for it; add text, or "
@@ -34,7 +34,7 @@ def warnings(
         ]
     }
     if not proxies:
-        return found
+        return messages
     options, training = session.config.proxy, session.config.training
     epochs = [domain["proxy_epochs"] for domain in domains.values()]
     ways = [domain["final_epochs"] for domain in domains.values()]
@@ -47,7 +47,7 @@ def warnings(
         *detectors.repeated(names, epochs),
         *mismatched,
     ]:
-        found.setdefault(finding.kind, []).append(finding.message)
+        messages.setdefault(finding.kind, []).append(finding.message)
     longer = (
         budget.final_tokens(session)
         > training.steps * training.batch_size * training.sequence_length
@@ -57,23 +57,23 @@ def warnings(
             "proxy.match_repetition=true lets reference and proxy repeat their data as the final "
             "run will."
         )
-        found["mismatched"].insert(0, hint)
+        messages["mismatched"].insert(0, hint)
     left_out = max(options.warmup, options.average_from)
-    found["short"] = too_short(
+    messages["short"] = too_short(
         training.steps, training.batch_size, len(names), options.step_size, left_out
     )
-    return found
+    return messages
 
 
 def too_short(
     steps: int, batch: int, domains: int, step_size: float, average_from: float
 ) -> list[str]:
     """Whether a proxy of so many steps can tell its domains apart, in sentences."""
-    found = []
+    messages = []
     left_out = int(average_from * steps)
     share = max(0, min(START_UP, steps) - left_out) / (steps - left_out)
     if share > START_UP_SHARE and step_size > SMALL_STEP:
-        found.append(
+        messages.append(
             f"The proxy has {steps} steps. For about the first {START_UP} α follows which domain "
             f"is learned first, and they are {share:.0%} of its average; take "
             f"mixture=doremi_steady (step size {SMALL_STEP}, uniform reference), or "
@@ -82,9 +82,9 @@ def too_short(
     seen = steps * batch / domains
     if seen < SEQUENCES:
         enough = -(-SEQUENCES * domains // batch)
-        found.append(
+        messages.append(
             f"The proxy sees {seen:.0f} sequences of each domain. Fewer than about {SEQUENCES} do "
             "not tell losses apart that differ by 0.01 nats per token; take "
             f"training.steps={enough} or more, a larger training.batch_size, or fewer domains."
         )
-    return found
+    return messages

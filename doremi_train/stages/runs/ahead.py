@@ -1,4 +1,4 @@
-"""The runs that a command would make, found before any of them: their names, and what the store has
+"""The runs that a command would make, before any of them: their names, and what the store has
 of them."""
 
 from dataclasses import dataclass, field
@@ -36,7 +36,9 @@ class Ahead(NamedTuple):
 
 
 @dataclass
-class Found:
+class Pipeline:
+    """Runs of a command in their order; those of the same address are one."""
+
     session: Session
     runs: list[Ahead] = field(default_factory=list)
     names: dict[Path, str] = field(default_factory=dict)  # of runs whose address is known
@@ -44,7 +46,7 @@ class Found:
     def add(
         self, name: str, kind: str, config: dict[str, Any], steps: int, run: Run | None
     ) -> None:
-        """`run` is None where it depends on one that is not finished."""
+        """Add a run; `run` is None where it depends on one that is not finished."""
         same_as = self.names.setdefault(run.folder, name) if run is not None else name
         done = self._done(run, steps) if run is not None else 0
         self.runs.append(

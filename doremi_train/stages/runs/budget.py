@@ -51,13 +51,13 @@ def subsample(session: Session) -> Subsample | None:
 
 
 def described(part: Subsample | None) -> dict[str, Any]:
-    """What a sub-sample adds to the recipe of a run; nothing where all is read."""
+    """Part of the recipe of a run that a sub-sample adds; nothing where all is read."""
     return {} if part is None else {"subsample": {"part": str(part.part), "seed": part.seed}}
 
 
 def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:
-    """Where mixtures may be: no domain more than mixture.max_epochs times in the final run, and at
-    least `floor` (of this key). Raises UserError where that leaves none."""
+    """Box of the mixtures that may be: no domain more than mixture.max_epochs times in the final
+    run, and at least `floor` (of this key). Raises UserError where that leaves none."""
     sizes = np.asarray(store.sizes("train"), dtype=np.float64)
     try:
         return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor)
@@ -80,13 +80,13 @@ def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Ten
 
 
 def within(session: Session, store: TokenStore) -> box.Box | None:
-    """Where mixture.max_epochs keeps the mixture of every method; None: weights that the user gave
-    stay as they are. Raises UserError where it leaves none."""
+    """Box in which mixture.max_epochs keeps the mixture of every method; None: weights that the
+    user gave stay as they are. Raises UserError where it leaves none."""
     return None if session.config.mixture.given else caps(session, store, 0.0, "")
 
 
-def capped(session: Session, store: TokenStore, found: Tensor) -> Tensor:
-    """(K,) within mixture.max_epochs: what a domain has too much goes to the others in
+def capped(session: Session, store: TokenStore, mixture: Tensor) -> Tensor:
+    """Mixture (K,) within mixture.max_epochs: what a domain has too much goes to the others in
     proportion."""
-    box, point = within(session, store), found.numpy()
-    return found if box is None or inside(point, box) else torch.from_numpy(project(point, box))
+    box, point = within(session, store), mixture.numpy()
+    return mixture if box is None or inside(point, box) else torch.from_numpy(project(point, box))

@@ -28,7 +28,7 @@ from doremi_train.training.trainer import Trainer
 
 
 class Weighting(NamedTuple):
-    """How a run weighs its tokens (see `stages.weighting`)."""
+    """Weighting of a run's tokens (see `stages.runs.weighting`)."""
 
     options: importance.Options  # but for the mixture, which is the run's
     recipe: dict[str, Any]  # what it adds to that of the run
@@ -112,7 +112,7 @@ Save = Callable[[dict[str, Tensor]], None]
 
 
 class Begun(NamedTuple):
-    """What is to be trained."""
+    """A run that is to be trained."""
 
     task: Task
     model: LanguageModel  # as it is before the first step

@@ -19,10 +19,10 @@ def mixture(session: Session, store: TokenStore) -> Tensor:
     """α_ref (K,) of the first round."""
     options = session.config.mixture
     if session.config.reference.mixture == "file" and options.weights is not None:
-        found = doremi_train_mixture.checked(
+        weights = doremi_train_mixture.checked(
             options.weights, store.domains, "mixture.weights", options.normalize
         )
-        return doremi_train_mixture.Mixture("file", found).tensor(store.domains)
+        return doremi_train_mixture.Mixture("file", weights).tensor(store.domains)
     if session.config.reference.mixture == "file":
         return doremi_train_mixture.load(
             Path(str(options.path)), store.domains, options.normalize

@@ -34,7 +34,7 @@ class _Wanted(NamedTuple):
 
 
 def setting(session: Session, store: TokenStore) -> Setting | None:
-    """How a step's candidates are picked; None where all are trained on."""
+    """Selection among a step's candidates; None where all are trained on."""
     files = session.config.batch_selection.validation
     return chosen(
         session, store, lambda: _given(session, store, _of_selection(session, store), files or ())
@@ -94,7 +94,7 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
             f"{', '.join(store.domains)}"
         )
     reported = set(zip(*(part.tolist() for part in evaluated(session, store)), strict=True))
-    found = []
+    drawn = []
     for nth, name in enumerate(names):
         k = store.domains.index(name)
         free = [
@@ -110,8 +110,8 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
                 "evaluation.sequences, raise data.validation_fraction, choose "
                 f"{wanted.domains_key}, or give {wanted.files_key}"
             )
-        found += [(k, free[i * len(free) // count]) for i in range(count)]
-    domain, sequence = np.array(found, dtype=np.int64).T
+        drawn += [(k, free[i * len(free) // count]) for i in range(count)]
+    domain, sequence = np.array(drawn, dtype=np.int64).T
     return read(store, "validation", domain, sequence, length).tokens
 
 
@@ -153,11 +153,11 @@ def _documents(where: DataOptions, store: TokenStore) -> Iterator[list[int]]:
     encoder, bad = store.tokenizer(), opening.BadLines(where)
     for source in sources.resolve(where):
         for piece in reading.read(source, where, bad):
-            found = (
+            tokens = (
                 piece.tokens if piece.text is None else tokenizer.encode(encoder, [piece.text])[0]
             )
-            assert found is not None
-            yield found.tolist()
+            assert tokens is not None
+            yield tokens.tolist()
 
 
 def evaluated(session: Session, store: Store) -> tuple[np.ndarray, np.ndarray]:

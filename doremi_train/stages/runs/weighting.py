@@ -1,4 +1,4 @@
-"""How the main runs weigh their tokens (`training.loss_weighting`): against the reference, and with
+"""Weighting of the main runs' tokens (`training.loss_weighting`): against the reference, and with
 imp also against a model of the data itself, which is trained as a reference would be.
 """
 

@@ -21,7 +21,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.mixture import Mixture
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import WAYS
-from doremi_train.stages.runs.ahead import Found
+from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session
 
 NEEDS = {"file": ["mixture.weights={plain: 0.5, rich: 0.25, digits: 0.25}"]}
@@ -52,10 +52,10 @@ def test_contract_of_a_way(name: str, tiny: list[str], command: Command, tmp_pat
 
 def run(session: Session) -> Mixture:
     store = prepare.run(session)
-    return Mixture("plug", store.named(ahead(session, store, Found(session))))
+    return Mixture("plug", store.named(ahead(session, store, Pipeline(session))))
 
 
-def ahead(session: Session, store: TokenStore, found: Found) -> Tensor:
+def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor:
     by_name = sorted(store.domains)
     return tensor([2.0 ** -(1 + by_name.index(name)) for name in store.domains]).double() / 0.875
 
