@@ -128,11 +128,11 @@ class Batches:
         return torch.from_numpy(np.bincount(draw.domain, carrying, len(draw.counts)))
 
     def _micro(self, domain: Ints, sequence: Ints) -> MicroBatch:
-        found = read(self.store, "train", domain, sequence, self.length)
+        micro = read(self.store, "train", domain, sequence, self.length)
         return (
-            found
+            micro
             if self._stored is None
-            else found._replace(reference=self._stored(domain, sequence))
+            else micro._replace(reference=self._stored(domain, sequence))
         )
 
 

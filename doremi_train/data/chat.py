@@ -51,7 +51,7 @@ class Encoder:
         from transformers import AutoTokenizer
 
         try:
-            found: Any = AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # it fails in many ways
@@ -60,14 +60,16 @@ class Encoder:
                 f"({one_line(error)[:300]}); give a model folder with its tokenizer.json and "
                 "tokenizer_config.json"
             ) from None
-        if found.eos_token_id is None:
+        if tokenizer.eos_token_id is None:
             raise UserError(
                 f"{key}={folder}: its tokeniser has no eos_token, which ends an answer; "
                 "name one in its tokenizer_config.json"
             )
-        self.tokenizer, self.end = found, int(found.eos_token_id)
+        self.tokenizer, self.end = tokenizer, int(tokenizer.eos_token_id)
         self._begin = (
-            [found.bos_token_id] if found("").input_ids[:1] == [found.bos_token_id] else []
+            [tokenizer.bos_token_id]
+            if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+            else []
         )
 
     @property
@@ -87,13 +89,13 @@ class Encoder:
         ids: list[int] = [] if templated else list(self._begin)
         carries = [False] * len(ids)
         for piece in pieces:
-            found = self.tokenizer(
+            encoding = self.tokenizer(
                 piece.text,
                 add_special_tokens=False,
                 split_special_tokens=not piece.special,
                 verbose=False,
             )
-            added = [*found.input_ids, *[self.end] * piece.ended]
+            added = [*encoding.input_ids, *[self.end] * piece.ended]
             ids += added
             # An empty answer is no answer.
             carries += [piece.carries and piece.text != ""] * len(added)
@@ -132,10 +134,12 @@ def _pieces(record: Mapping[str, Any], place: str, encoder: Encoder) -> list[Pie
     return [Piece(record["prompt"], False), Piece(record["completion"], True, ended=True)]
 
 
-def _messages(found: Any, place: str) -> list[dict[str, str]]:
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{place}: messages must be a list of role and content, not {found!r:.100}")
-    for nth, message in enumerate(found, 1):
+def _messages(messages: Any, place: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f"{place}: messages must be a list of role and content, not {messages!r:.100}"
+        )
+    for nth, message in enumerate(messages, 1):
         given = message if isinstance(message, dict) else {}
         for key in ("role", "content"):
             if not isinstance(given.get(key), str):
@@ -143,7 +147,7 @@ def _messages(found: Any, place: str) -> list[dict[str, str]]:
                     f"{place}, message {nth}: needs role and content, both text; it is "
                     f"{message!r:.100}"
                 )
-    return found
+    return messages
 
 
 def _plain(messages: list[dict[str, str]], place: str) -> list[Piece]:
@@ -163,7 +167,7 @@ def _plain(messages: list[dict[str, str]], place: str) -> list[Piece]:
 
 
 def _templated(messages: list[dict[str, str]], place: str, encoder: Encoder) -> list[Piece]:
-    """Up to the last answer."""
+    """Pieces of the messages up to the last answer, as the chat template lays them out."""
     pieces, done = [], ""
     for nth, message in enumerate(messages):
         if message["role"] != "assistant":

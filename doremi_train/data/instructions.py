@@ -166,7 +166,7 @@ class _Collected:
 
     def __init__(self, options: DataOptions, length: int, keep_records: bool) -> None:
         self.options, self.length, self.keep_records = options, length, keep_records
-        self.found: dict[tuple[str, str], list[_Row]] = {}  # by split and domain
+        self.rows: dict[tuple[str, str], list[_Row]] = {}  # by split and domain
         self.files: list[str] = []
         self.bad = BadLines(options)
         self.left_out: list[str] = []  # places
@@ -176,10 +176,10 @@ class _Collected:
     def require_all(self, sources: list[Source]) -> None:
         """Raise UserError naming a domain without examples to train or validate on."""
         for domain in sorted(
-            {domain for _, domain in self.found} | {s.domain for s in sources if s.domain}
+            {domain for _, domain in self.rows} | {s.domain for s in sources if s.domain}
         ):
             for split in SPLITS:
-                if (split, domain) not in self.found:
+                if (split, domain) not in self.rows:
                     raise UserError(self._nothing(split, domain))
 
     def add(self, read: Read) -> None:
@@ -203,7 +203,7 @@ class _Collected:
             self.files.append(url)
         record = orjson.dumps(read.record) if self.keep_records else None
         row = _Row(tokens, read.cut, len(self.files) - 1, read.line, record)
-        self.found.setdefault((split, read.domain), []).append(row)
+        self.rows.setdefault((split, read.domain), []).append(row)
 
     def _nothing(self, split: str, domain: str) -> str:
         because = (
@@ -222,8 +222,8 @@ class _Collected:
 
 
 def _write(target: Path, collected: _Collected, request: Mapping[str, Any]) -> None:
-    domains = sorted({domain for _, domain in collected.found})
-    streams = [collected.found[split, domain] for split in SPLITS for domain in domains]
+    domains = sorted({domain for _, domain in collected.rows})
+    streams = [collected.rows[split, domain] for split in SPLITS for domain in domains]
     rows = list(itertools.chain(*streams))
     index = np.zeros(len(rows), _INDEX)
     index["stream"] = np.repeat(np.arange(len(streams)), [len(stream) for stream in streams])
@@ -253,7 +253,7 @@ def _write(target: Path, collected: _Collected, request: Mapping[str, Any]) -> N
             "files": collected.files,
             "sequence_length": collected.length,
             "examples": {
-                domain: {split: len(collected.found[split, domain]) for split in SPLITS}
+                domain: {split: len(collected.rows[split, domain]) for split in SPLITS}
                 for domain in domains
             },
             "cut": collected.counts["cut"],

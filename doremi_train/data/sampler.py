@@ -122,9 +122,8 @@ class Sampler:
     ) -> Ints:
         """(B,) as `sequence`. Where one is not known yet, computes those of the next _AHEAD draws
         as well."""
-        first, edges, known = (
-            self._ahead
-        )  # (K,) draws from which on they are known, (K + 1,) where they stand, (·,)
+        # (K,) draws from which on they are known, (K + 1,) where they stand, (·,).
+        first, edges, known = self._ahead
         at = (edges[:-1] - first)[domain] + number
         if ((at < edges[domain]) | (at >= edges[domain + 1])).any():
             ahead = quota + np.ceil(_AHEAD * weights).astype(np.int64)  # (K,)

@@ -307,9 +307,9 @@ def _verify(examples: Examples, expected: Direction, n: int, dtype: torch.dtype)
         for name, gradient in expected.items()
     }
     known = {name: gradient for name, gradient in expected.items() if name in examples}
-    met = products.products(examples, (known,))
-    errors["Σ ⟨g_i, G⟩"] = abs(float(met.dots.double().sum()) / square - 1)
-    errors["1ᵀK1"] = abs(float(met.gram.double().sum()) / square - 1)
+    inner = products.products(examples, (known,))
+    errors["Σ ⟨g_i, G⟩"] = abs(float(inner.dots.double().sum()) / square - 1)
+    errors["1ᵀK1"] = abs(float(inner.gram.double().sum()) / square - 1)
     for what, error in errors.items():
         if not error <= tolerance:
             raise ArithmeticError(

@@ -107,8 +107,8 @@ class Outer(Factor):
             return None
         n, T = self.left.shape[:2]
         left, right = self.left.flatten(0, 1), self.right.flatten(0, 1)
-        met = (left @ left.T).to(wide(left)) * (right @ right.T)
-        return met.view(n, T, n, T).sum((1, 3))
+        pairs = (left @ left.T).to(wide(left)) * (right @ right.T)
+        return pairs.view(n, T, n, T).sum((1, 3))
 
     @property
     def skips(self) -> bool:
@@ -124,8 +124,8 @@ class Outer(Factor):
         left, right = self.left, self.right
         if in_place(left):  # example by example, without a copy of any
             total = left.new_zeros(self.shape)
-            for some, weight in _runs(weights):
-                total.addmm_(left[some].flatten(0, 1).T, right[some].flatten(0, 1), alpha=weight)
+            for run, weight in _runs(weights):
+                total.addmm_(left[run].flatten(0, 1).T, right[run].flatten(0, 1), alpha=weight)
             return total
         if self.shape[0] < self.shape[1]:
             left = left * weights[:, None, None].to(left.dtype)
@@ -275,6 +275,6 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _dot(one: Tensor, two: Tensor) -> Tensor:
+def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Σ over the last dimension, in float32 at least."""
-    return (one.to(wide(one)) * two).sum(-1)
+    return (left.to(wide(left)) * right).sum(-1)

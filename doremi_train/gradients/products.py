@@ -50,19 +50,19 @@ def products(examples: Examples, directions: tuple[Direction, ...] = (), keep: i
     gram, dots, kept = [], [], {}
     for name, uses in examples.items():
         against = [direction[name] for direction in directions]
-        met = uses[0].gram() if len(uses) == 1 else None
-        if met is not None:
+        pairs = uses[0].gram() if len(uses) == 1 else None
+        if pairs is not None:
             parts = [uses[0].tokens(direction).sum(1) for direction in against]
-            along = torch.stack(parts, 1) if parts else met.new_zeros(len(met), 0)
+            along = torch.stack(parts, 1) if parts else pairs.new_zeros(len(pairs), 0)
         else:
             numbers = len(uses[0].floats) * math.prod(uses[0].shape)
             whole = len(uses) > 1 or not uses[0].sparse  # else few rows are looked at
             rows: list[Tensor] | None = [] if numbers <= keep and whole else None
-            met, along = _pairs_by_row(uses, against, rows)
+            pairs, along = _pairs_by_row(uses, against, rows)
             if rows:
                 kept[name] = tuple(rows)
                 keep -= numbers
-        gram.append(met)
+        gram.append(pairs)
         dots.append(along)
     return Products(torch.stack(gram).sum(0), torch.stack(dots).sum(0), kept)
 
@@ -186,12 +186,12 @@ def _pairs_by_row(
     """Gram and dots of one parameter; the rows are added to `kept`."""
     seen, uses = _compact(uses)
     of_dots = [direction[seen] for direction in directions]
-    met, dots, start = [], [], 0
+    pairs, dots, start = [], [], 0
     for _, part in materialised(uses):
         if kept is not None:
             kept.append(part)
         flat = part.flatten(1).to(wide(part))  # (n, numbers)
-        met.append(flat @ flat.T)
+        pairs.append(flat @ flat.T)
         against = [
             direction[start : start + part.shape[1]].flatten().to(flat.dtype)
             for direction in of_dots
@@ -199,12 +199,12 @@ def _pairs_by_row(
         # A direction is as long as one of the rows: to put several of them into one matrix would be
         # to copy them.
         dots.append(
-            torch.stack([flat @ one for one in against], 1)
+            torch.stack([flat @ direction for direction in against], 1)
             if against
             else flat.new_zeros(len(flat), 0)
         )
         start += part.shape[1]
-    return torch.stack(met).sum(0), torch.stack(dots).sum(0)
+    return torch.stack(pairs).sum(0), torch.stack(dots).sum(0)
 
 
 def _compact(uses: tuple[Factor, ...]) -> tuple[Tensor | slice, tuple[Factor, ...]]:

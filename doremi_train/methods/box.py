@@ -1,4 +1,4 @@
-"""Where mixtures may be: a box in the simplex, virtual domains, projection and distances."""
+"""The box in the simplex where mixtures may be; virtual domains, projection and distances."""
 
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ class Space(NamedTuple):
         return bool(distance(self.expand(self.reduce(point)), point) < 1e-9)
 
     def box(self, within: Box) -> Box:
-        """Where the virtual domains may be, so that every domain is in its own part of `within`.
+        """The box of the virtual domains in which every domain is in its own part of `within`.
         Raises ValueError where no mixture is."""
         inside = self.spread > 0
         ratio = np.where(inside, self.spread, 1)

@@ -55,11 +55,11 @@ class Moments(NamedTuple):
 def direction(gradient: Tensor, moments: Moments, options: Options) -> Tensor:
     """Γ of gradients (…, *shape) of examples, for moments of `shape`. AdamW moves by −η Γ, without
     its decay."""
-    (one, two), t = moments.betas, moments.step + 1
-    of_first, of_second = (1 - one**t, 1 - two**t) if options.bias_correction else (1.0, 1.0)
-    moved = torch.add(moments.first * (one / of_first), gradient, alpha=(1 - one) / of_first)
+    (beta1, beta2), t = moments.betas, moments.step + 1
+    of_first, of_second = (1 - beta1**t, 1 - beta2**t) if options.bias_correction else (1.0, 1.0)
+    moved = torch.add(moments.first * (beta1 / of_first), gradient, alpha=(1 - beta1) / of_first)
     root = torch.addcmul(
-        moments.second * (two / of_second), gradient, gradient, value=(1 - two) / of_second
+        moments.second * (beta2 / of_second), gradient, gradient, value=(1 - beta2) / of_second
     )
     if options.epsilon == "inside":
         return moved.div_(root.add_(moments.epsilon).sqrt_())

@@ -133,8 +133,8 @@ def ordered(values: Floats) -> Hashes:
 
 
 class Cut(NamedTuple):
-    """Where each group's budget ends in the descending order of keys: settled digit by digit, as in
-    a radix sort."""
+    """The end of each group's budget in the descending order of keys: settled digit by digit, as
+    in a radix sort."""
 
     prefix: Hashes  # (G,) leading digits of the first key that does not fit any more
     left: Integers  # (G,) budget that is left for keys with this prefix
@@ -213,6 +213,6 @@ def together(first: Mass, second: Mass) -> Mass:
     )
 
 
-def effective_sample_size(of: Mass) -> float:
+def effective_sample_size(corpus: Mass) -> float:
     """(Σ w)² / Σ w²: of how many equally weighted documents the weighted corpus is worth."""
-    return of.weights**2 / of.squares
+    return corpus.weights**2 / corpus.squares

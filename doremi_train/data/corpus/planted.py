@@ -64,7 +64,7 @@ _DOMAINS: dict[str, tuple[Language | None, int]] = {  # language and characters
 
 
 def domains() -> tuple[str, ...]:
-    """All of them, sorted."""
+    """Names of the domains, sorted."""
     return tuple(_DOMAINS)
 
 

@@ -87,9 +87,9 @@ def _field(record: dict[str, Any], key: str, option: str, place: str) -> str:
 
 
 def no_key(option: str, key: str, place: str, keys: list[str]) -> str:
-    there = ", ".join(sorted(keys)[:20]) or "none"
+    listed = ", ".join(sorted(keys)[:20]) or "none"
     return (
-        f"{option}={key!r}: no such key in {place}; the keys there: {there}; set {option} to the "
+        f"{option}={key!r}: no such key in {place}; the keys there: {listed}; set {option} to the "
         "right one"
     )
 

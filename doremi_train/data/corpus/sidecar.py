@@ -83,7 +83,7 @@ class Selected:
         self._begins = piece.last
         first, last = np.searchsorted(self._row, [self._document, self._document + 1])
         content: Any = None
-        found, size = [], 0
+        chosen, size = [], 0
         if first < last or not piece.last:
             content = piece.text.encode() if piece.text is not None else piece.tokens
             size = len(content)
@@ -94,6 +94,6 @@ class Selected:
             if len(part):
                 text = part.decode() if piece.text is not None else None
                 tokens = None if piece.text is not None else part
-                found.append(Piece(piece.domain, piece.split, text, tokens, end <= size))
+                chosen.append(Piece(piece.domain, piece.split, text, tokens, end <= size))
         self._base += size
-        return found
+        return chosen

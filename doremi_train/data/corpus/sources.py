@@ -1,5 +1,5 @@
-"""Sources: from the data options to one ordered, deterministic list of files, which `data.reading`
-reads."""
+"""Sources: from the data options to one ordered, deterministic list of files, which
+`data.corpus.reading` reads."""
 
 import os
 from pathlib import Path
@@ -76,14 +76,14 @@ def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
 
 def names(options: DataOptions, sources: list[Source]) -> list[str]:
     """A name for every source: its URL, or its path in data.root, so that the folder may move."""
-    found: dict[str, None] = {}
+    taken: dict[str, None] = {}
     for source in sources:
         name = redact(source.url)  # a password that changed is not another file
         name = "/".join(name.split("/")[-2:]) if options.root is not None else name
-        while name in found:  # addresses that differ only in what is not shown
+        while name in taken:  # addresses that differ only in what is not shown
             name += " (again)"
-        found[name] = None
-    return list(found)
+        taken[name] = None
+    return list(taken)
 
 
 # Which files
@@ -109,25 +109,25 @@ def _from_root(root: str, options: DataOptions) -> list[Source]:
 def _from_folder(fs: Any, folder: str) -> list[Source]:
     """One domain of data.root."""
     domain = _base(folder)
-    found: dict[str, list[str]] = {"train": [], "validation": []}
+    files: dict[str, list[str]] = {"train": [], "validation": []}
     for entry in _entries(fs, folder):
-        for split, paths in found.items():
+        for split, paths in files.items():
             if (
                 _base(entry["name"]).startswith(split)
                 and not entry["name"].endswith(".idx")
                 and not _is_folder(fs, entry)
             ):
                 paths.append(entry["name"])
-    if not found["train"]:
+    if not files["train"]:
         raise UserError(
             f"data.root: domain {domain!r} has no train* file directly in {folder}; "
             f"add one ({_allowed()}), or remove the folder"
         )
-    splits = _splits(bool(found["validation"]))
+    splits = _splits(bool(files["validation"]))
     return [
         _source(fs, path, domain, splits[split], "data.root")
-        for split in found
-        for path in found[split]
+        for split in files
+        for path in files[split]
     ]
 
 
@@ -208,7 +208,7 @@ def _from_planted() -> list[Source]:
 
 
 def _splits(validation_given: bool) -> dict[str, str | None]:
-    """Without validation files nobody has split the texts yet."""
+    """{kind of file: split of its texts}; None: nobody has split them yet."""
     return {"train": "train" if validation_given else None, "validation": "validation"}
 
 
@@ -232,16 +232,16 @@ def _match(
         paths = sorted(fs.glob(path)) if any(character in path for character in magic) else []
         hidden = _base(path).startswith(".")
         paths = [
-            found
-            for found in paths
-            if fs.isfile(found) and (hidden or not _base(found).startswith("."))
+            file
+            for file in paths
+            if fs.isfile(file) and (hidden or not _base(file).startswith("."))
         ]
         if not paths:
             raise UserError(
                 f"{key}={pattern!r}: no such file, or the glob matches none; correct it or remove "
                 "it"
             )
-        return [_source(fs, found, domain, split, key) for found in paths]
+        return [_source(fs, file, domain, split, key) for file in paths]
 
 
 def _source(

@@ -87,8 +87,8 @@ def prepare(
         waiting = partial(progress, "waiting for another process", 0, None)
         with locked(folder / f"{target.name}.lock", waiting):
             # Where the process we waited for has made it.
-            found = (target / "manifest.json").exists()
-            if not found and not (mirror and second_home.fetch(target, mirror)):
+            finished = (target / "manifest.json").exists()
+            if not finished and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
     if mirror is not None:

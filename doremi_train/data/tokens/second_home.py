@@ -38,12 +38,12 @@ def publish(target: Path, mirror: Mirror, progress: Progress) -> None:
         return
     shards = shards_of(read_json(target / "manifest.json"))
     checksums: dict[str, str] = {}
-    there, done, total = home.sizes(), 0, sum(shards.values())
+    uploaded, done, total = home.sizes(), 0, sum(shards.values())
     for name, size in shards.items():
         progress("uploading", done, total)
         with _shard(target / name).open("rb") as file:
             checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        if there.get(name) != size:
+        if uploaded.get(name) != size:
             home.push(target, [name])
         done += size
     write_json(target / CHECKSUMS, checksums)

@@ -87,9 +87,8 @@ class TokenStore:
         self.fingerprint: str = manifest["fingerprint"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._streams = [(split, domain) for split in SPLITS for domain in self.domains]
-        self._first_member = np.searchsorted(
-            index["stream"], np.arange(len(self._streams) + 1)
-        )  # (2K + 1,)
+        # (2K + 1,)
+        self._first_member = np.searchsorted(index["stream"], np.arange(len(self._streams) + 1))
         begins = (np.diff(index["stream"], prepend=-1) != 0) | (
             np.diff(index["shard"], prepend=-1) != 0
         )
@@ -135,8 +134,8 @@ class TokenStore:
         others."""
         described = {domain: self.manifest["domains"][domain] for domain in sorted(set(domains))}
         content = {
-            domain: {split: found[split]["sha256"] for split in SPLITS}
-            for domain, found in described.items()
+            domain: {split: splits[split]["sha256"] for split in SPLITS}
+            for domain, splits in described.items()
         }
         manifest = self.manifest | {
             "domains": described,
@@ -194,9 +193,8 @@ class TokenStore:
         domain, sequence = np.asarray(domain, np.int64), np.asarray(sequence, np.int64)
         windows = self._sequences_of(length)
         stream = SPLITS.index(split) * len(self.domains) + domain
-        if (
-            domain.view(np.uint64) >= len(self.domains)
-        ).any() or (  # unsigned, a negative number is too large as well
+        # Unsigned, a negative number is too large as well.
+        if (domain.view(np.uint64) >= len(self.domains)).any() or (
             sequence.view(np.uint64)
             >= (windows.streams[stream + 1] - windows.streams[stream]).view(np.uint64)
         ).any():

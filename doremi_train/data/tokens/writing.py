@@ -1,7 +1,7 @@
 """Writing a token store: members collect in memory, shards grow in turn, and a journal says what of
 them is whole.
 
-The format is that of `data.shards`.
+The format is that of `data.tokens.shards`.
 """
 
 import hashlib

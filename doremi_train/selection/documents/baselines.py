@@ -53,7 +53,7 @@ class BM25(Random):
         return {"weights": np.stack(weights, 1), "mean": np.array(max(mean, 1.0))}
 
     def score(self, batch: Batch, model: Arrays) -> NDArray[np.float64]:
-        found = np.zeros((len(batch.start), model["weights"].shape[1]))
+        scores = np.zeros((len(batch.start), model["weights"].shape[1]))
         room = np.zeros(BUCKETS, np.int64)
         kernels.bm25(
             batch.tokens.hashes,
@@ -63,9 +63,9 @@ class BM25(Random):
             LENGTH,
             float(model["mean"]),
             room,
-            found,
+            scores,
         )
-        return found
+        return scores
 
 
 class Classifier(NGrams):
@@ -134,10 +134,10 @@ def _logistic(positive: Any, negative: Any) -> NDArray[np.float64]:
         value = (weight * np.logaddexp(0, -margin)).sum() + PENALTY / 2 * (w @ w)
         return float(value), np.append(x.T @ slope + PENALTY * w, slope.sum())
 
-    found = scipy.optimize.minimize(
+    parameters = scipy.optimize.minimize(
         loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}
     ).x
-    return found[:-1] + found[-1]
+    return parameters[:-1] + parameters[-1]
 
 
 def _buckets(mixed: NDArray[np.uint64], buckets: int) -> NDArray[np.int64]:
@@ -151,9 +151,8 @@ class Embedding(Random):
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
         centres = [self._embed(documents).mean(0) for documents in targets.values()]
-        return {
-            "centres": np.stack([centre / np.linalg.norm(centre) for centre in centres])
-        }  # (C, D)
+        # (C, D)
+        return {"centres": np.stack([centre / np.linalg.norm(centre) for centre in centres])}
 
     def score(self, batch: Batch, model: Arrays) -> NDArray[np.float64]:
         if batch.text is None:
@@ -167,7 +166,7 @@ class Embedding(Random):
         import torch
 
         tokenizer, encoder = _encoder(str(self.options.encoder))
-        found = []
+        embeddings = []
         for first in range(0, len(texts), TEXTS):
             some = [text.decode() for text in texts[first : first + TEXTS]]
             tokens = tokenizer(
@@ -177,8 +176,8 @@ class Embedding(Random):
                 hidden = encoder(**tokens).last_hidden_state
             mask = tokens["attention_mask"].unsqueeze(-1)
             mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
-            found.append(torch.nn.functional.normalize(mean.double(), dim=1).numpy())
-        return np.concatenate(found)
+            embeddings.append(torch.nn.functional.normalize(mean.double(), dim=1).numpy())
+        return np.concatenate(embeddings)
 
 
 @lru_cache(1)

@@ -59,23 +59,23 @@ class Totals:
 
 def totals(scores: Scores, names: list[str], domains: Iterable[str]) -> Totals:
     """One look at everything; `domains` that are known to be, also where nothing comes of them."""
-    found = Totals(
+    total = Totals(
         {domain: [0, 0] for domain in domains}, moments={name: np.zeros(3) for name in names}
     )
     for _, table in scores.tables("domain", "tokens", "refused", *names):
         refused = table["refused"].to_numpy()
         for code, name in REFUSED.items():
-            found.refused[name] += int((refused == code).sum())
+            total.refused[name] += int((refused == code).sum())
         kept = table.filter(pa.array(refused == ELIGIBLE))
         for domain, rows in _by_domain(table).items():
-            there = found.domains.setdefault(domain, [0, 0])
+            counts = total.domains.setdefault(domain, [0, 0])
             rows = rows[refused[rows] == ELIGIBLE]
-            there[0] += len(rows)
-            there[1] += int(table["tokens"].to_numpy()[rows].sum())
+            counts[0] += len(rows)
+            counts[1] += int(table["tokens"].to_numpy()[rows].sum())
         for name in names:
             s = kept[name].to_numpy()
-            found.moments[name] += (len(s), s.sum(), (s**2).sum())
-    return found
+            total.moments[name] += (len(s), s.sum(), (s**2).sum())
+    return total
 
 
 def _by_domain(table: pa.Table) -> dict[str, NDArray[np.int64]]:
@@ -88,18 +88,18 @@ def _by_domain(table: pa.Table) -> dict[str, NDArray[np.int64]]:
     }
 
 
-def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], NDArray[np.int64]]:
+def budgets(options: SelectionOptions, totals: Totals) -> tuple[dict[str, int], NDArray[np.int64]]:
     """(group of each domain, budgets (G,) in documents or tokens).
 
     Raises UserError where a domain is unknown or not named, or has less than is asked for.
     """
     unit, asked = options.budget
     documents = unit == "documents"
-    domains = sorted(found.domains)
+    domains = sorted(totals.domains)
     groups = {domain: number for number, domain in enumerate(domains)}
     key = f"selection.{unit}"
-    there = np.array([found.domains[domain][not documents] for domain in domains])
-    empty = [domain for domain in domains if not found.domains[domain][0]]
+    available = np.array([totals.domains[domain][not documents] for domain in domains])
+    empty = [domain for domain in domains if not totals.domains[domain][0]]
     if isinstance(asked, dict):
         wrong = sorted(asked.keys() ^ set(domains))
         if wrong:
@@ -117,13 +117,13 @@ def budgets(options: SelectionOptions, found: Totals) -> tuple[dict[str, int], N
         each = np.full(len(domains), asked, np.float64)
     else:
         groups = dict.fromkeys(domains, 0)
-        domains, there, each = (
+        domains, available, each = (
             ["the corpus"],
-            there.sum(keepdims=True),
+            available.sum(keepdims=True),
             np.array([asked], np.float64),
         )
-    wanted = np.round(each * there if unit == "fraction" else each).astype(np.int64)
-    for domain, want, have in zip(domains, wanted, there, strict=True):
+    wanted = np.round(each * available if unit == "fraction" else each).astype(np.int64)
+    for domain, want, have in zip(domains, wanted, available, strict=True):
         if want > have:
             raise UserError(
                 f"{key}={asked}: {want} are asked for, but {domain} has only {have} eligible; ask "
@@ -150,7 +150,7 @@ class Sampler:
         return ("domain", "id", "tokens", "refused", self.name)
 
     def keys(self, table: pa.Table) -> NDArray[np.float64]:
-        """(N,)."""
+        """(N,) keys of a table's parts; the largest are taken."""
         score = table[self.name].to_numpy()
         if not self.temperature:
             return score
@@ -170,7 +170,7 @@ class Sampler:
         return np.where(eligible, order, 0), group, np.where(eligible, cost, 0)
 
     def cut(self, budgets: NDArray[np.int64]) -> ngram.Cut:
-        """Where the budgets (G,) end."""
+        """The key at which each budget (G,) ends."""
         cut = ngram.start(budgets)
         while cut.bits < 64:
             sums = np.zeros((len(budgets), 2**ngram.DIGIT), np.int64)

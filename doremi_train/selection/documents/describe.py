@@ -99,9 +99,8 @@ def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
                 "half": order > at.half_cut.prefix[groups],
                 "eligible": table["refused"].to_numpy() == ELIGIBLE,
                 "id": table["id"].to_numpy(),
-                "draw": ngram.mixed(
-                    table["id"].to_numpy()
-                ),  # as good as random, and the same everywhere
+                # As good as random, and the same everywhere.
+                "draw": ngram.mixed(table["id"].to_numpy()),
             }
             position += len(table)
 
@@ -182,10 +181,10 @@ def together(looks: list[Look]) -> dict[str, Any]:
     words = np.zeros(BUCKETS, np.int64)
     examples: dict[str, list[list[Any]]] = {"chosen": [], "refused": []}
     for at in looks:
-        found = read_json(at.path)
-        words += np.array(found["words"])
+        content = read_json(at.path)
+        words += np.array(content["words"])
         for name, texts in examples.items():
-            examples[name] = sorted(texts + found["examples"][name])[:EXAMPLES]
+            examples[name] = sorted(texts + content["examples"][name])[:EXAMPLES]
     return {
         "words": words,
         "examples": {name: [text for _, text in texts] for name, texts in examples.items()},

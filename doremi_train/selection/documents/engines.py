@@ -1,6 +1,6 @@
-"""Where tasks run: in a pool of processes, or on a Ray cluster; `stages.submit` has the array of
-Slurm jobs. Tasks are idempotent, so a lost worker costs only the task it was at, and no engine
-changes what is written."""
+"""Engines that run tasks: a pool of processes, or a Ray cluster; `stages.choice.array` has the
+array of Slurm jobs. Tasks are idempotent, so a lost worker costs only the task it was at, and no
+engine changes what is written."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ Look = Callable[[int], None]  # at the number of finished tasks, often; what it 
 
 
 class Engine(Protocol):
-    """Where tasks run."""
+    """What runs tasks."""
 
     def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
         """Do `work` for every task. Raises the error of the first that failed, and UserError where
@@ -124,7 +124,7 @@ class Ray:
 
     @property
     def nodes(self) -> int:
-        """Alive in the cluster."""
+        """Nodes of the cluster that are alive."""
         import ray
 
         return sum(node["Alive"] for node in ray.nodes())

@@ -133,15 +133,15 @@ def tokens_of(tokenizer: Tokenizer) -> list[bytes]:
     if "ByteLevel" in json.dumps([described["pre_tokenizer"], described["decoder"]]):
         plain = [name for name, _ in names if name not in special and set(name) <= _BYTES.keys()]
         return [bytes(_BYTES[letter] for letter in name) for name in plain if name]
-    found = []
+    tokens = []
     for name, _ in names:
         if name in special:
             continue
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-            found.append(bytes([int(name[3:5], 16)]))
+            tokens.append(bytes([int(name[3:5], 16)]))
         else:
-            found.append(name.removeprefix("##").replace("▁", " ").encode())
-    return [token for token in found if token]
+            tokens.append(name.removeprefix("##").replace("▁", " ").encode())
+    return [token for token in tokens if token]
 
 
 def _alphabet() -> dict[int, str]:

@@ -141,11 +141,11 @@ def split(text: NDArray[np.uint8], offsets: NDArray[np.int64], room: Room | None
 def known(hashes: NDArray[np.uint64], first: NDArray[np.int64]) -> Known:
     """All runs of SHINGLE tokens of documents."""
     room = np.empty(len(hashes) + 1, np.uint64)
-    found = [
+    runs = [
         room[: shingles(hashes, start, end, room)].copy()
         for start, end in itertools.pairwise(first)
     ]
-    return sieved(np.unique(np.concatenate([*found, np.empty(0, np.uint64)])))
+    return sieved(np.unique(np.concatenate([*runs, np.empty(0, np.uint64)])))
 
 
 def sieved(runs: NDArray[np.uint64]) -> Known:
@@ -332,7 +332,7 @@ def trie(tokens: Sequence[bytes]) -> Trie:
 
 @loop
 def place(edges, edge):
-    """Where an edge is in the table, or would be."""
+    """Place of an edge in the table, or where it would be."""
     at = np.int64(mix(np.uint64(edge)) & np.uint64(len(edges) - 1))
     while edges[at] != -1 and edges[at] != edge:
         at = (at + 1) & (len(edges) - 1)

@@ -111,18 +111,18 @@ def batch(documents: list[Document], chunk: int | None, room: kernels.Room | Non
 def texts(sources: Iterable[Source], data: DataOptions, key: str) -> list[bytes]:
     """All documents of target or benchmark files, which fit the memory. Raises UserError where
     there is none."""
-    found: list[bytes] = []
+    contents: list[bytes] = []
     for source in sources:
         pieces: list[str] = []
         for piece in read(source, data, BadLines(data)):
             pieces.append(_text(piece, source, key))
             if piece.last:
-                found.append("".join(pieces).encode())
+                contents.append("".join(pieces).encode())
                 pieces = []
-    found = [text for text in found if text.strip()]
-    if not found:
+    contents = [text for text in contents if text.strip()]
+    if not contents:
         raise UserError(f"{key}: no document in its files; give files that hold text")
-    return found
+    return contents
 
 
 def _text(piece: Piece, source: Source, key: str) -> str:

@@ -111,12 +111,12 @@ class NGrams(Random):
         return sums["counts"]
 
     def score(self, batch: Batch, model: Arrays) -> NDArray[np.float64]:
-        found = np.zeros((len(batch.start), model["table"].shape[1]))
+        scores = np.zeros((len(batch.start), model["table"].shape[1]))
         grams = np.zeros(len(batch.start), np.int64)
         for hashes, bounds in self.grains(batch):
-            kernels.score(hashes, bounds, model["table"], found)
+            kernels.score(hashes, bounds, model["table"], scores)
             grams += np.maximum(2 * np.diff(bounds) - 1, 0)
-        return found / np.maximum(grams, 1)[:, None]
+        return scores / np.maximum(grams, 1)[:, None]
 
     def grains(self, batch: Batch) -> list[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
         """The ways to write a batch as tokens, each as `features`: one, where nothing else is
@@ -169,11 +169,11 @@ class GranularGrams(NGrams):
         super().features(batch)  # refuses tokens
         assert batch.text is not None
         salt, tries = _opened(str(self.options.vocabulary))
-        found = []
+        grains = []
         for numbers, trie in tries if self.options.granularity == "every" else tries[-1:]:
             ids, first = kernels.segment(batch.text, batch.start, batch.end, trie)
-            found.append((ngram.mixed(numbers[ids] ^ salt), first))
-        return found
+            grains.append((ngram.mixed(numbers[ids] ^ salt), first))
+        return grains
 
 
 class ExactGrams(NGrams):

@@ -161,23 +161,23 @@ def _refused(batch: Batch, tokens: NDArray[np.int64], task: Task) -> NDArray[np.
 def _runs(documents: list[bytes], tokenizer: str | None) -> Arrays:
     """All runs of tokens of documents, by words and by ids."""
     text = whole(documents)
-    found = {"words": kernels.known(text.tokens.hashes, text.bounds).runs}
+    runs = {"words": kernels.known(text.tokens.hashes, text.bounds).runs}
     if tokenizer is not None:
         ids = token_ids(tokenizer, text)
         hashes = ngram.mixed(np.concatenate(ids).astype(np.uint64))
-        found["ids"] = kernels.known(hashes, np.cumsum([0, *map(len, ids)])).runs
-    return found
+        runs["ids"] = kernels.known(hashes, np.cumsum([0, *map(len, ids)])).runs
+    return runs
 
 
 def summed(tasks: list[Task]) -> Arrays:
     """The sums over all sources."""
     total, scorer = read_arrays(tasks[0].counts), tasks[0].scorer
     for task in tasks[1:]:
-        more = read_arrays(task.counts)
-        both = {name: total[name] + more[name] for name in ("words", "bad_lines")}
+        other = read_arrays(task.counts)
+        both = {name: total[name] + other[name] for name in ("words", "bad_lines")}
         total = (
             scorer.together(
-                *({name: side[name] for name in scorer.sums()} for side in (total, more))
+                *({name: side[name] for name in scorer.sums()} for side in (total, other))
             )
             | both
         )

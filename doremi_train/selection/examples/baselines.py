@@ -35,14 +35,14 @@ def by_words(
 ) -> NDArray[np.float64]:
     """(N, targets) scores of a method of document selection, each text uncut."""
     scorer = METHODS[method](SelectionOptions(method=method))
-    found = [
+    batched = [
         whole(list(pool[first : first + _TOGETHER])) for first in range(0, len(pool), _TOGETHER)
     ]
     sums = scorer.sums()
-    for batch in found:
+    for batch in batched:
         scorer.observe(batch, sums)
     fitted = scorer.fit(targets, sums)
-    return np.concatenate([scorer.score(batch, fitted) for batch in found])
+    return np.concatenate([scorer.score(batch, fitted) for batch in batched])
 
 
 def resampled(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -59,7 +59,7 @@ def representations(
     """Unit vectors (N, d) of examples by a transformers model: `rds`, its last layer at the last
     token; `rds_plus`, the mean over all tokens, later ones weighing more (Ivison et al. 2025,
     https://arxiv.org/abs/2503.01807)."""
-    found = {
+    vectors = {
         name: torch.zeros(len(examples), inner.config.hidden_size) for name in ("rds", "rds_plus")
     }
     inner = inner.to(device).eval()
@@ -70,16 +70,18 @@ def representations(
         ).last_hidden_state.float()
         position = torch.arange(1, batch.shape[1] + 1, device=device).expand_as(batch)
         weights = position * (position <= length[:, None])
-        found["rds"][numbers] = hidden[torch.arange(len(numbers), device=device), length - 1].cpu()
-        found["rds_plus"][numbers] = (
+        vectors["rds"][numbers] = hidden[
+            torch.arange(len(numbers), device=device), length - 1
+        ].cpu()
+        vectors["rds_plus"][numbers] = (
             (weights[..., None] * hidden).sum(1) / weights.sum(1, keepdim=True)
         ).cpu()
-    return {name: torch.nn.functional.normalize(one, dim=1) for name, one in found.items()}
+    return {name: torch.nn.functional.normalize(rows, dim=1) for name, rows in vectors.items()}
 
 
 def round_robin(cosines: NDArray[np.floating], count: int) -> list[int]:
-    """Up to `count` examples of cosines (N, V): each of the target's examples in turn takes the one
-    most like it that is not taken yet."""
+    """Examples, `count` or all, by cosines (N, V): each of the target's examples in turn takes the
+    one most like it that is not taken yet."""
     orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in cosines.T]
     taken: dict[int, None] = {}
     while len(taken) < min(count, len(cosines)):

@@ -40,16 +40,16 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Mom
             f"LESS follows AdamW's direction, and this run has {type(optimizer).__name__}"
         )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {}
+    states = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group, state = groups[id(parameter)], optimizer.state.get(parameter, {})
             zero = torch.zeros_like(parameter, requires_grad=False)
             first, second = (state.get(key, zero) for key in ("exp_avg", "exp_avg_sq"))
-            found[name] = Moments(
+            states[name] = Moments(
                 first, second, int(state.get("step", 0)), group["betas"], group["eps"]
             )
-    return found
+    return states
 
 
 def batches(
@@ -68,8 +68,8 @@ def batches(
 
 def losses(model: nn.Module, batch: Tensor) -> Tensor:
     """(n, T) what every token adds to the mean loss of its example."""
-    found = model(batch)
-    return found / (batch[:, 1:] >= 0).sum(1, keepdim=True)
+    token_losses = model(batch)
+    return token_losses / (batch[:, 1:] >= 0).sum(1, keepdim=True)
 
 
 @torch.enable_grad()
@@ -80,13 +80,13 @@ def factors(model: nn.Module, batch: Tensor) -> Examples:
 
 
 @torch.no_grad()
-def target(model: nn.Module, found: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
+def target(model: nn.Module, batched: Iterable[Tensor], options: Options) -> dict[str, Tensor]:
     """What a subtask's examples are to their cosine with anything: the mean of their gradients,
     with length 1; or the mean of their gradients of length 1, whose products with a vector of
     length 1 are the mean of cosines."""
     total: dict[str, Tensor] = {}
     count = 0
-    for batch in found:
+    for batch in batched:
         examples = factors(model, batch)
         weights = torch.ones(len(batch), device=batch.device)
         if options.cosine == "mean":
@@ -102,11 +102,11 @@ def target(model: nn.Module, found: Iterable[Tensor], options: Options) -> dict[
 
 @torch.no_grad()
 def cosines(
-    at: Checkpoint, batch: Tensor, targets: Sequence[Direction], options: Options
+    checkpoint: Checkpoint, batch: Tensor, targets: Sequence[Direction], options: Options
 ) -> Tensor:
     """(n, S) float64 of the directions of a batch and what `target` gave: exact."""
     dots, squares = [], []
-    for name, start, part in _directions(at, batch, options):
+    for name, start, part in _directions(checkpoint, batch, options):
         end = start + part.shape[1]
         against = torch.stack(
             [direction[name].flatten()[start:end].to(part.dtype) for direction in targets], 1
@@ -117,12 +117,14 @@ def cosines(
 
 
 @torch.no_grad()
-def features(at: Checkpoint, batch: Tensor, size: int, seed: int, options: Options) -> Tensor:
+def features(
+    checkpoint: Checkpoint, batch: Tensor, size: int, seed: int, options: Options
+) -> Tensor:
     """(n, k) projections of the directions of a batch."""
     projection = None
-    for name, start, part in _directions(at, batch, options):
+    for name, start, part in _directions(checkpoint, batch, options):
         projection = projection or less.Projection(len(part), size, seed, part)
-        projection.add(name, at.moments[name].first.numel(), start, part)
+        projection.add(name, checkpoint.moments[name].first.numel(), start, part)
     assert projection is not None
     return projection.result()
 
@@ -137,15 +139,15 @@ def feature(direction: Direction, size: int, seed: int) -> Tensor:
 
 
 def _directions(
-    at: Checkpoint, batch: Tensor, options: Options
+    checkpoint: Checkpoint, batch: Tensor, options: Options
 ) -> Iterator[tuple[str, int, Tensor]]:
     """(name, number of the first, (n, numbers)) of every parameter in pieces, sorted by name."""
-    for name, uses in sorted(factors(at.model, batch).items()):
-        known = at.moments[name]
+    for name, uses in sorted(factors(checkpoint.model, batch).items()):
+        known = checkpoint.moments[name]
         width = known.first[0].numel() if known.first.dim() else 1
         for rows, part in products.materialised(uses):
             here = known._replace(first=known.first[rows], second=known.second[rows])
-            found = less.direction(
+            directions = less.direction(
                 part.to(torch.promote_types(part.dtype, torch.float32)), here, options
             )
-            yield name, rows.start * width, found.flatten(1)
+            yield name, rows.start * width, directions.flatten(1)

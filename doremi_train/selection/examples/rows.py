@@ -89,34 +89,36 @@ class Rows:
                 with self._path(number).with_suffix(".lock").open("a") as lock:
                     if not files.try_lock(lock) or self._path(number).exists():
                         continue
-                    found = stored(compute(self.shard(number)), self.kind)
+                    rows = stored(compute(self.shard(number)), self.kind)
                     with files.replacing(self._path(number)) as aside, aside.open("wb") as file:
-                        np.save(file, found, allow_pickle=False)
+                        np.save(file, rows, allow_pickle=False)
                 took = True
-                look(self._there())
+                look(self._finished())
             if not took:
                 time.sleep(0.1)
-                look(self._there())
+                look(self._finished())
 
-    def _there(self) -> int:
-        there = [self.shard(number) for number in range(self.shards) if self._path(number).exists()]
-        return sum(rows.stop - rows.start for rows in there)
+    def _finished(self) -> int:
+        finished = [
+            self.shard(number) for number in range(self.shards) if self._path(number).exists()
+        ]
+        return sum(rows.stop - rows.start for rows in finished)
 
     def read(self, number: int) -> NDArray[Any]:
         """The rows of a shard, mapped. Raises UserError for one that is torn."""
         path, rows = self._path(number), self.shard(number)
         try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-            if found.shape != (rows.stop - rows.start, self.width) or found.dtype != np.dtype(
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            if mapped.shape != (rows.stop - rows.start, self.width) or mapped.dtype != np.dtype(
                 self.kind
             ):
-                raise ValueError(f"it has {found.shape} {found.dtype}")
+                raise ValueError(f"it has {mapped.shape} {mapped.dtype}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: torn or of another size ({error}); delete it, and the same command goes "
                 "on"
             ) from None
-        return found
+        return mapped
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.{self._print}.npy"

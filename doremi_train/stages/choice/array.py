@@ -35,7 +35,7 @@ class Share(Again):
 
 @dataclass(frozen=True)
 class Array:
-    """An engine of selection (`selection.engines`): shares of its tasks as arrays of Slurm jobs."""
+    """An engine (`selection.documents.engines`): shares of its tasks as arrays of Slurm jobs."""
 
     options: Submit
     logs: Path

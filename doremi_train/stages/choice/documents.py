@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import __version__, files
-from doremi_train import mixture as doremi_train_mixture
+from doremi_train import __version__, files, mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar, short
 from doremi_train.data.corpus.sources import names, resolve, signature
@@ -75,11 +74,11 @@ def _recipe(session: Session) -> dict[str, Any]:
     kernels.require_numba()  # wrong before the work, and not after it
     options = session.config.selection
     raw = session.config.data
-    given = {
+    settings = {
         key: value for key, value in asdict(options).items() if key not in ("targets", "benchmarks")
     }
     text = target_files.text_options(session)
-    scores = {key: value for key, value in given.items() if key not in _CHOICE} | {
+    scores = {key: value for key, value in settings.items() if key not in _CHOICE} | {
         "recipe": SCORES,
         "data": signature(raw, resolve(raw)) | {"validation_fraction": raw.validation_fraction},
         "targets": {
@@ -98,7 +97,7 @@ def _recipe(session: Session) -> dict[str, Any]:
             for path in sorted(Path(options.encoder).glob("*"))
         ],
     }
-    choice = {key: given[key] for key in _CHOICE if key not in ("train", "engine", "workers")}
+    choice = {key: settings[key] for key in _CHOICE if key not in ("train", "engine", "workers")}
     return {"scores": scores, "choice": choice, "seed": session.config.seed}
 
 
@@ -107,8 +106,8 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
     `result.json`."""
     text = target_files.text_options(session)
     served = {
-        name: parts.texts(found, text, f"selection.targets.{name}")
-        for name, found in target_files.targets(session).items()
+        name: parts.texts(sources, text, f"selection.targets.{name}")
+        for name, sources in target_files.targets(session).items()
     }
     columns = {
         **served,
@@ -120,7 +119,7 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
         )
         sources = [task.source for task in work]
         scores = choose.Scores([task.scores for task in work], names(session.config.data, sources))
-        found = choose.totals(
+        totals = choose.totals(
             scores, list(columns), {source.domain for source in sources if source.domain}
         )
         data = fingerprint(signature(session.config.data, sources))
@@ -128,7 +127,7 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
         for name, documents in served.items():
             metadata = {"selection": fingerprint([recipe, name]), "data": data}
             chosen[name] = _choose(
-                session, folder / name, name, work, scores, found, pool, metadata
+                session, folder / name, name, work, scores, totals, pool, metadata
             )
             words = chosen[name].pop("words")
             chosen[name] |= {
@@ -137,9 +136,9 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
             }
     return {
         "eligible": {
-            name: {"documents": n, "tokens": t} for name, (n, t) in sorted(found.domains.items())
+            name: {"documents": n, "tokens": t} for name, (n, t) in sorted(totals.domains.items())
         },
-        "refused": found.refused,
+        "refused": totals.refused,
         "bad_lines": int(sums["bad_lines"]),
         "seed": session.config.seed,
         "kl_reduction": float(np.mean([part["kl"]["reduction"] for part in chosen.values()])),
@@ -149,7 +148,7 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
 
 @contextlib.contextmanager
 def _engine(session: Session) -> Iterator[engines.Engine]:
-    """Where the tasks run."""
+    """The engine that runs the tasks."""
     options = session.config.selection
     if options.engine == "slurm":
         yield array.Array(session.config.submit, session.run_dir / "select.log", options.workers)
@@ -210,19 +209,19 @@ def _choose(
     name: str,
     work: list[tasks.Task],
     scores: choose.Scores,
-    found: choose.Totals,
+    totals: choose.Totals,
     pool: engines.Engine,
     metadata: dict[str, str],
 ) -> dict[str, Any]:
     """Write the sidecar, the mixture and the shards of one target; what is to be said about its
     choice."""
     options = session.config.selection
-    groups, budgets = choose.budgets(options, found)
+    groups, budgets = choose.budgets(options, totals)
     samplers = [
         choose.Sampler(
             scores,
             column,
-            options.temperature * found.spread(column, options.exact),
+            options.temperature * totals.spread(column, options.exact),
             session.config.seed,
             groups,
             options.budget[0] == "documents",
@@ -242,12 +241,12 @@ def _choose(
         pool, f"select: {name}", describe.look, [at for at in looks if not at.path.exists()]
     )
 
-    tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(found.domains)}
+    tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(totals.domains)}
     provenance = {"seed": session.config.seed, "data": metadata["data"], "version": __version__}
-    mixture = {domain: n / sum(tokens.values()) for domain, n in tokens.items()}
-    doremi_train_mixture.save(
+    weights = {domain: n / sum(tokens.values()) for domain, n in tokens.items()}
+    mixture.save(
         folder / "weights.json",
-        doremi_train_mixture.Mixture("selection", mixture, provenance=provenance),
+        mixture.Mixture("selection", weights, provenance=provenance),
     )
     return profile.as_json() | describe.together(looks)
 
@@ -304,10 +303,10 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
             for which, row in part["lengths"].items()
         ]
         for domain, chosen in part["domains"].items():
-            all_ = result["eligible"][domain]["tokens"]
+            whole = result["eligible"][domain]["tokens"]
             lines.append(
                 f"  {domain:<22} {chosen['tokens'] / max(part['tokens'], 1):7.2%} of the choice, "
-                f"{chosen['tokens'] / max(all_, 1):7.2%} of the domain"
+                f"{chosen['tokens'] / max(whole, 1):7.2%} of the domain"
             )
         for pair in zip(*part["examples"].values(), strict=False):
             lines += [

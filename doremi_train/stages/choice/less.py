@@ -133,7 +133,7 @@ def _influences(
     else:
         recipe |= {"targets": less_pool.printed(served)}
     home, epochs = session.store / "selection" / f"less-{fingerprint(recipe)}", len(warm.rates)
-    count, world, found = len(pool.tokens), comm.world(), []
+    count, world, per_epoch = len(pool.tokens), comm.world(), []
     with Bar("select: scoring", epochs * count, unit="examples", show=world.first) as bar:
         for epoch in range(1, epochs + 1):
             scored = _Scored(session, warm, epoch, pool, served)
@@ -149,14 +149,14 @@ def _influences(
             )
             if served:
                 shards = (rows.read(number) for number in range(rows.shards))
-                found += [
+                per_epoch += [
                     np.concatenate(
                         [cosines(s, scored.target_features) if kind else s for s in shards]
                     )
                 ]
-    if not found:
+    if not per_epoch:
         return np.zeros((count, 0))
-    return less.influence(torch.from_numpy(np.stack(found)), torch.tensor(warm.rates)).numpy()
+    return less.influence(torch.from_numpy(np.stack(per_epoch)), torch.tensor(warm.rates)).numpy()
 
 
 def _look(bar: Bar, before: int, done: int) -> None:
@@ -206,26 +206,26 @@ class _Scored:
 
     @functools.cached_property
     def _targets(self) -> list[dict[str, Tensor]]:
-        found = []
+        targets = []
         for subtask in self._served.values():
             tokens = [tokens for tokens, _ in subtask]
             together = influence.batches(
                 tokens, less_pool.tokens_at_once(self._session), self._device
             )
-            found.append(
+            targets.append(
                 influence.target(self._at.model, (batch for _, batch in together), self._options)
             )
-        return found
+        return targets
 
     def _each(self, rows: slice, work: Any) -> NDArray[np.floating]:
-        some = self._pool.tokens[rows]
-        found: list[Any] = [None] * len(some)
+        examples = self._pool.tokens[rows]
+        computed: list[Any] = [None] * len(examples)
         for numbers, batch in influence.batches(
-            some, less_pool.tokens_at_once(self._session), self._device
+            examples, less_pool.tokens_at_once(self._session), self._device
         ):
             for number, row in zip(numbers, work(batch).cpu().numpy(), strict=True):
-                found[number] = row
-        return np.stack(found)
+                computed[number] = row
+        return np.stack(computed)
 
 
 # ── Choice ──────────────────────────────────────────────────────────────────────────
@@ -234,7 +234,7 @@ class _Scored:
 def _recipe(session: Session, warm: Warm, served: Mapping[Subtask, Any]) -> dict[str, Any]:
     """Everything that decides the choice."""
     options = session.config.selection
-    given = {
+    settings = {
         key: value
         for key, value in asdict(options.less).items()
         if key not in ("train_on", "test", "batch_tokens")
@@ -242,7 +242,7 @@ def _recipe(session: Session, warm: Warm, served: Mapping[Subtask, Any]) -> dict
     return {
         "scores": SCORES,
         "warmup": warm.address,
-        "less": given,
+        "less": settings,
         "budget": list(options.budget),
         "files": signature(session.config.data, resolve(session.config.data)),
         "targets": less_pool.printed(served),

@@ -84,8 +84,8 @@ class _Orders:
         )
         self._count = len(pool.tokens)
         by_target: dict[str, list[bytes]] = {}
-        for (target, _), found in served.items():
-            by_target.setdefault(target, []).extend(text for _, text in found)
+        for (target, _), examples in served.items():
+            by_target.setdefault(target, []).extend(text for _, text in examples)
         self._targets = list(by_target)
         self._words = {
             method: baselines.by_words(method, texts, by_target)
@@ -95,7 +95,7 @@ class _Orders:
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         if {"rds", "rds_plus"} & set(self._methods):
             inner = folders.read(Path(str(session.config.finetune.model)), "finetune.model")
-            every = [tokens for found in served.values() for tokens, _ in found]
+            every = [tokens for examples in served.values() for tokens, _ in examples]
             look = partial(
                 baselines.representations,
                 inner,
@@ -121,17 +121,20 @@ class _Orders:
             scores = baselines.resampled(scores, seed) if method == "ngram" else scores
             return np.argsort(-scores, kind="stable").tolist()
         own, theirs = self._seen[method]
-        of = np.repeat(
-            [t == target for t, _ in self._served], [len(found) for found in self._served.values()]
+        mine = np.repeat(
+            [t == target for t, _ in self._served],
+            [len(examples) for examples in self._served.values()],
         )
-        met = (own @ theirs[torch.from_numpy(of)].T).numpy()  # (N, V)
+        cosines = (own @ theirs[torch.from_numpy(mine)].T).numpy()  # (N, V)
         if method == "rds_plus":
-            return baselines.round_robin(met, self._count)
+            return baselines.round_robin(cosines, self._count)
         names = np.repeat(
             [subtask for t, subtask in self._served if t == target],
-            [len(found) for (t, _), found in self._served.items() if t == target],
+            [len(examples) for (t, _), examples in self._served.items() if t == target],
         )
-        best = np.max([met[:, names == name].mean(1) for name in dict.fromkeys(names.tolist())], 0)
+        best = np.max(
+            [cosines[:, names == name].mean(1) for name in dict.fromkeys(names.tolist())], 0
+        )
         return np.argsort(-best, kind="stable").tolist()
 
 
@@ -203,7 +206,9 @@ def _described(
     counts, edges = np.histogram(known, bins=40) if len(known) else (np.zeros(0), np.zeros(0))
     return {
         "subtasks": {
-            subtask: len(found) for (target, subtask), found in served.items() if target == name
+            subtask: len(examples)
+            for (target, subtask), examples in served.items()
+            if target == name
         },
         "methods": {
             method: {
@@ -236,15 +241,17 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
             f"{name}: by {sum(part['subtasks'].values())} examples of "
             f"{len(part['subtasks'])} subtasks",
         ]
-        for method, found in part["methods"].items():
+        for method, chosen in part["methods"].items():
             mine = part["methods"]["less"]["shared"][method] / max(
                 part["methods"]["less"]["examples"], 1
             )
             shared = "" if method in ("less", "all") else f", {mine:.1%} of what less takes"
             lines.append(
-                f"  {method:<9} {found['examples']} examples, {found['tokens']} tokens{shared}"
+                f"  {method:<9} {chosen['examples']} examples, {chosen['tokens']} tokens{shared}"
             )
         lines += [
-            f"  {end:<6} {one['text'][:90]!r}" for end in ("top", "bottom") for one in part[end][:3]
+            f"  {end:<6} {example['text'][:90]!r}"
+            for end in ("top", "bottom")
+            for example in part[end][:3]
         ]
     return "\n".join([*lines, "", f"choices: {folder}"])

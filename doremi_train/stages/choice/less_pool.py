@@ -29,14 +29,14 @@ class Pool(NamedTuple):
 def gather(session: Session, data: Instructions) -> Pool:
     """The training examples, by domain, file and line."""
     counts = data.sequences("train", session.config.training.sequence_length)
-    where = [(k, n) for k, count in enumerate(counts.tolist()) for n in range(count)]
-    found = [data.example("train", k, n) for k, n in where]
-    tokens = [np.where(example.carries, example.ids, ~example.ids) for example in found]
+    numbers = [(k, n) for k, count in enumerate(counts.tolist()) for n in range(count)]
+    examples = [data.example("train", k, n) for k, n in numbers]
+    tokens = [np.where(example.carries, example.ids, ~example.ids) for example in examples]
     return Pool(
         data,
         tokens,
-        [data.place("train", k, n) for k, n in where],
-        [data.domains[k] for k, _ in where],
+        [data.place("train", k, n) for k, n in numbers],
+        [data.domains[k] for k, _ in numbers],
     )
 
 
@@ -75,6 +75,6 @@ def tokens_at_once(session: Session) -> int:
 
 def printed(served: Mapping[Subtask, Any]) -> list[Any]:
     return [
-        [*subtask, fingerprint([tokens.tolist() for tokens, _ in found])]
-        for subtask, found in served.items()
+        [*subtask, fingerprint([tokens.tolist() for tokens, _ in examples])]
+        for subtask, examples in served.items()
     ]

@@ -139,9 +139,9 @@ def _checkpoint(session: Session, warm: Run, epoch: int) -> Checkpoint:
 
 
 def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments:
-    one, two = group["betas"]
+    first, second = group["betas"]
     return Moments(
-        state["exp_avg"], state["exp_avg_sq"], int(state["step"]), (one, two), group["eps"]
+        state["exp_avg"], state["exp_avg_sq"], int(state["step"]), (first, second), group["eps"]
     )
 
 
@@ -156,11 +156,11 @@ def _opened(
             "be, as with finetune.lora.targets=[q_proj, v_proj]"
         ) from None
     device = session.place.device
-    there = {
+    moved = {
         name: m._replace(first=m.first.to(device), second=m.second.to(device))
         for name, m in moments.items()
     }
-    return Checkpoint(tuning.to(device).eval(), there)
+    return Checkpoint(tuning.to(device).eval(), moved)
 
 
 # ── Trained by transformers ─────────────────────────────────────────────────────────
