@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from doremi_train import mixture
-from doremi_train import mixture as doremi_train_mixture
+from doremi_train import mixture as artefact
 from doremi_train.config import UserError
 from doremi_train.evaluation import statistics
 from doremi_train.mixture import Mixture
@@ -34,10 +34,10 @@ def test_weights_are_written_exactly_and_read_back_as_a_mixture(tmp_path: Path) 
     mixture = Mixture(
         "doremi", given, interval={"a": (0.1, 0.2)}, epochs={"a": 1.5}, provenance={"seed": 0}
     )
-    doremi_train_mixture.save(tmp_path / "weights.json", mixture)
+    artefact.save(tmp_path / "weights.json", mixture)
     # Every bit of it.
     assert json.loads((tmp_path / "weights.json").read_text())["weights"] == given
-    loaded = doremi_train_mixture.load(tmp_path / "weights.json", tuple("abcdefg"))
+    loaded = artefact.load(tmp_path / "weights.json", tuple("abcdefg"))
     assert loaded.method == "doremi"
     assert list(loaded.weights.values()) == pytest.approx(list(given.values()), rel=1e-15)
     assert abs(math.fsum(loaded.weights.values()) - 1) < 1e-9

@@ -37,10 +37,10 @@ class Result(NamedTuple):
     mixture: dict[str, Any]  # weights.json
     figures: dict[str, Any]  # evaluation.json
     curves: dict[str, list[dict[str, Any]]]  # evaluations.jsonl of each model
-    # Domain_weights.jsonl of each proxy of the last round, or of the main run.
+    # domain_weights.jsonl of each proxy of the last round, or of the main run.
     traces: list[list[dict[str, Any]]]
     rounds: list[dict[str, float]]  # mean weights of each round, where there are several
-    # Batch_selection.jsonl of the final model; empty where it took every sequence.
+    # batch_selection.jsonl of the final model; empty where it took every sequence.
     picks: list[dict[str, Any]]
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json

@@ -6,8 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.stages import mixtures as stages_mixtures
-from doremi_train.stages import prepare
+from doremi_train.stages import mixtures, prepare
 from doremi_train.stages.mixtures import online
 from doremi_train.stages.runs import budget, language_model, reference, targets, weighting
 from doremi_train.stages.session import Session, once
@@ -21,8 +20,7 @@ def run(session: Session) -> dict[str, Run]:
     """Every model of the comparison by its name in evaluation.json. Runs that are the same are
     trained once."""
     store = prepare.run(session)
-    learned = stages_mixtures.run(session)
-    mixtures = {"main": learned.tensor(store.domains), **comparisons(session, store)}
+    learned = mixtures.run(session).tensor(store.domains)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     weighed = weighting.of(session, store)
     adapted = {"main": online.main(session)} if online.asked(session) else {}
@@ -37,7 +35,7 @@ def run(session: Session) -> dict[str, Run]:
             weighting=weighed,
             selection=selection(session, store, name),
         )
-        for name, weights in mixtures.items()
+        for name, weights in {"main": learned, **comparisons(session, store)}.items()
         if name not in adapted
     }
 

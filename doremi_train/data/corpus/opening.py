@@ -18,7 +18,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
 # Raise when the same files would give other documents: data prepared before is then not reused.
-READER = 1
+READER_VERSION = 1
 CHUNK = 1 << 20  # bytes read together
 CODECS = {"zst": "zstd", "gz": "gzip"}
 

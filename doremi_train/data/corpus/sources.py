@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 from doremi_train.config import UserError, redact
 from doremi_train.data.corpus import installed, planted
 from doremi_train.data.corpus.formats import INSTALLED, PLANTED, READERS, ending_of, index_of
-from doremi_train.data.corpus.opening import READER, Source, file_system, refuse_command
+from doremi_train.data.corpus.opening import READER_VERSION, Source, file_system, refuse_command
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, reaching
 
@@ -67,7 +67,7 @@ def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
         for name, source in zip(names(options, sources), sources, strict=True)
     }
     return {
-        "reader": READER,
+        "reader": READER_VERSION,
         "text_key": options.text_key,
         "domain_key": options.domain_key,
         "files": files,

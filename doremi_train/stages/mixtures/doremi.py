@@ -12,7 +12,7 @@ from doremi_train.methods import doremi
 from doremi_train.model import folders
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import seeds
-from doremi_train.stages.options import Proxy, training_identity
+from doremi_train.stages.options import training_identity
 from doremi_train.stages.planning import missing_losses
 from doremi_train.stages.runs import budget, language_model, reference, reference_losses
 from doremi_train.stages.runs.ahead import Pipeline
@@ -101,7 +101,7 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | N
 def recipe(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
     """The proxy of seed `index` against a reference, wherever and whenever it is trained."""
     config, options = session.config, session.config.proxy
-    method = algorithm(options)
+    read_by_the_algorithm = [field.name for field in fields(doremi.Options)]
     return Run(
         session.store,
         "proxy",
@@ -109,7 +109,7 @@ def recipe(session: Session, store: TokenStore, reference_folder: Path, index: i
             "data": store.fingerprint,
             "model": language_model.resolved_model(session, store),
             "reference": folders.folder_fingerprint(reference_folder),
-            "options": {field.name: getattr(method, field.name) for field in fields(method)},
+            "options": {name: getattr(options, name) for name in read_by_the_algorithm},
             "accumulation": options.accumulation,
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
@@ -135,7 +135,7 @@ def _train(
             name,
             store,
             objective=doremi,
-            objective_options=algorithm(config.proxy),
+            objective_options=config.proxy,
             seed=seed,
             accumulation=config.proxy.accumulation,
             reference=reference_losses.of(session, store, run, reference_folder),
@@ -146,10 +146,3 @@ def _train(
 
     language_model.train_once(session, run, name, begin)
     return run
-
-
-def algorithm(options: Proxy) -> doremi.Options:
-    """The options that Algorithm 1 itself reads."""
-    return doremi.Options(
-        **{field.name: getattr(options, field.name) for field in fields(doremi.Options)}
-    )

@@ -30,7 +30,8 @@ from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.training.task import TrainingOptions
 
-STAGES = 50  # of a schedule, at most
+_ANY = [1.0]  # a target loss, where options are checked before it is known
+PIECES = 50  # of a schedule, at most
 
 
 def asked(session: Session) -> bool:
@@ -43,9 +44,10 @@ def main(session: Session) -> Run:
     """The main run."""
     store, config = prepare.run(session), session.config
     target = known_target(session, store)
-    options = options_of(
-        session, store, _reference_losses(session, store) if target is None else target
-    )
+    if target is None:
+        options_of(session, store, _ANY * len(store.domains))  # wrong before a reference is trained
+        target = _reference_losses(session, store)
+    options = options_of(session, store, target)
     run = recipe(session, store, options)
 
     def begin() -> Begun:
@@ -90,9 +92,8 @@ class Adapted(NamedTuple):
             ingredients = reference.ingredients(session, store, reference.mixture(session, store))
             run = language_model.recipe(session, store, *ingredients)
             pipeline.add("reference", "reference", ingredients[0], config.training.steps, run)
-        known = None
-        if target is not None:
-            known = recipe(session, store, options_of(session, store, target))
+        options = options_of(session, store, target or _ANY * len(store.domains))
+        known = None if target is None else recipe(session, store, options)
         shape = language_model.resolved_model(session, store, config.main.model)
         pipeline.add("main", "main", shape, main_steps(session), known)
 
@@ -105,9 +106,9 @@ furthest = Adapted("The main run draws what is furthest above its target loss.")
 
 
 def schedule(trace: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """[(first step from 0, mean mixture until the next), …] of what every step drew, in STAGES
+    """[(first step from 0, mean mixture until the next), …] of what every step drew, in PIECES
     pieces at most."""
-    edges = np.unique(np.linspace(0, len(trace), min(STAGES, len(trace)) + 1).astype(int)).tolist()
+    edges = np.unique(np.linspace(0, len(trace), min(PIECES, len(trace)) + 1).astype(int)).tolist()
     pieces = []
     for first, last in itertools.pairwise(edges):
         steps = [line["tokens"] for line in trace[first:last]]

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from doremi_train import mixture as doremi_train_mixture
 from doremi_train.config import UserError
 from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.mixture import Mixture, checked, load
 from doremi_train.model import folders
 from doremi_train.stages.runs import budget, language_model
 from doremi_train.stages.session import Session
@@ -19,14 +19,10 @@ def mixture(session: Session, store: TokenStore) -> Tensor:
     """α_ref (K,) of the first round."""
     options = session.config.mixture
     if session.config.reference.mixture == "file" and options.weights is not None:
-        weights = doremi_train_mixture.checked(
-            options.weights, store.domains, "mixture.weights", options.normalize
-        )
-        return doremi_train_mixture.Mixture("file", weights).tensor(store.domains)
+        weights = checked(options.weights, store.domains, "mixture.weights", options.normalize)
+        return Mixture("file", weights).tensor(store.domains)
     if session.config.reference.mixture == "file":
-        return doremi_train_mixture.load(
-            Path(str(options.path)), store.domains, options.normalize
-        ).tensor(store.domains)
+        return load(Path(str(options.path)), store.domains, options.normalize).tensor(store.domains)
     return budget.heuristic(
         session, store, session.config.reference.mixture, session.config.training.steps
     )

@@ -14,7 +14,7 @@ from helpers.command import TINY, Command
 from helpers.configuration import compose
 from helpers.corpus import documents
 
-from doremi_train import mixture as doremi_train_mixture
+from doremi_train import mixture as artefact
 
 PILE = (
     "ArXiv", "BookCorpus2", "Books3", "DM Mathematics", "Enron Emails", "EuroParl", "FreeLaw",
@@ -171,9 +171,7 @@ def test_published_weights_are_of_these_domains(name: str) -> None:
     mixture = compose(f"mixture={name}")["mixture"]
     assert mixture["normalize"]
     assert 0.98 < math.fsum(mixture["weights"].values()) < 1.04  # as published, rounded
-    found = doremi_train_mixture.checked(
-        mixture["weights"], sorted(PUBLISHED[name]), "x", normalize=True
-    )
+    found = artefact.checked(mixture["weights"], sorted(PUBLISHED[name]), "x", normalize=True)
     assert math.fsum(found.values()) == pytest.approx(1, abs=1e-12)
 
 
