@@ -10,6 +10,7 @@ K domains, B sequences, T tokens a sequence, P parts of a corpus, C columns (tar
 """
 
 import ast
+import doctest
 import importlib
 import importlib.util
 import inspect
@@ -24,6 +25,7 @@ import pytest
 import torch
 import yaml
 from helpers.corpus import documents
+from helpers.examples import of_registries
 from helpers.sources import TEXTS, one, options, pieces, refused, texts, write_as
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -165,6 +167,14 @@ NO_CHOICE = {
     "doremi_train.data.corpus.planted._DOMAINS": "rows of one recipe; "
     "tests/stages/test_report_findings.py goes over all of them",
 }
+
+
+@pytest.mark.parametrize("registry", [name for name in CONTRACTS if "._" not in name])
+def test_every_registry_has_an_example_that_runs(registry: str) -> None:
+    module = registry.rpartition(".")[0]
+    (test,) = (test for test in of_registries(module) if test.name == registry)
+    assert test.examples, f"{registry}: no example in the string below it"
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def cases(contract: Contract) -> set[str]:

@@ -53,6 +53,16 @@ FORMS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "lambada": (*_LAST_WORD, _WORD, 12),
     "cloze": (*_LAST_WORD, _WORD, 12),
 }
+"""What a form asks, and what is right:
+
+>>> from doremi_train.evaluation.downstream import FORMS
+>>> prompt, answer, *_ = FORMS["triviaqa"]
+>>> print(prompt)
+Q: {{question}}
+A:
+>>> print(answer)
+{{answers}}
+"""
 LEAST_PASSAGES = 8  # words of a passage
 
 

@@ -409,3 +409,15 @@ FORMATS: dict[str, Format] = {
         paths=False,
     ),
 }
+"""A mixture for a trainer, and back from its file:
+
+>>> from doremi_train.exports import convert
+>>> paths = {"web": "/data/web", "code": "/data/code"}
+>>> text = convert.write("megatron", {"web": 0.75, "code": 0.25}, paths, {})
+>>> print(text)
+0.75 /data/web
+0.25 /data/code
+<BLANKLINE>
+>>> convert.read("megatron", text, ["code", "web"], paths, "the file")
+{'code': 0.25, 'web': 0.75}
+"""

@@ -13,7 +13,7 @@ class Stage(NamedTuple):
     several: bool = False  # it is more than one run, which have locks and a status of their own
 
 
-STAGES = {
+STAGES: dict[str, Stage] = {
     "pipeline": Stage("pipeline", several=True),
     "plan": Stage("plan", several=True),
     "vocabulary": Stage("vocabulary"),
@@ -30,3 +30,9 @@ STAGES = {
     "finetune": Stage("finetune"),
     "compare": Stage("compare", several=True),
 }
+"""What `stage=swarm` runs:
+
+>>> from doremi_train.stages import STAGES
+>>> STAGES["swarm"]
+Stage(module='mixtures', several=False)
+"""

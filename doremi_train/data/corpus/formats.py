@@ -145,6 +145,22 @@ READERS: dict[str, Callable[[Source, DataOptions, BadLines], Iterator[Piece]]] =
     ".txt": _read_text,
     ".bin": _read_megatron,
 }
+"""Texts of a file:
+
+>>> import tempfile
+>>> from pathlib import Path
+>>> from doremi_train.data.corpus import reading, sources
+>>> from doremi_train.data.corpus.opening import BadLines
+>>> from doremi_train.data.options import DataOptions, Split
+>>> file = Path(tempfile.mkdtemp(), "train.jsonl")
+>>> written = file.write_text('{"text": "one document"}\\n{"text": "another"}\\n')
+>>> options = DataOptions(domains={"web": Split((str(file),))})
+>>> for source in sources.resolve(options):
+...     for piece in reading.read(source, options, BadLines(options)):
+...         print(piece.domain, piece.text)
+web one document
+web another
+"""
 
 
 def ending_of(url: str) -> str | None:

@@ -174,6 +174,18 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
     "parquet": _parquet,
     "webdataset": _webdataset,
 }
+"""Chosen text in a file of a format:
+
+>>> import tempfile
+>>> from pathlib import Path
+>>> import pyarrow.parquet as pq
+>>> from doremi_train.selection.documents.describe import FORMATS
+>>> path = Path(tempfile.mkdtemp(), "chosen.parquet")
+>>> with FORMATS["parquet"](path) as write:
+...     write("0-7", "a document")
+>>> pq.read_table(path).to_pylist()
+[{'id': '0-7', 'text': 'a document'}]
+"""
 
 
 def together(looks: list[Look]) -> dict[str, Any]:

@@ -19,6 +19,12 @@ FEATURES: dict[str, type[NGrams]] = {
     "tokens": TokenGrams,
     "granular": GranularGrams,
 }
+"""What n-grams are made of:
+
+>>> from doremi_train.selection.documents.registry import FEATURES
+>>> FEATURES["tokens"].__name__
+'TokenGrams'
+"""
 
 METHODS: dict[str, Callable[[SelectionOptions], Scorer]] = {
     "ngram": lambda options: (ExactGrams if options.exact else FEATURES[options.features])(options),
@@ -27,3 +33,10 @@ METHODS: dict[str, Callable[[SelectionOptions], Scorer]] = {
     "classifier": Classifier,
     "embedding": Embedding,
 }
+"""The scorer that options ask for:
+
+>>> from doremi_train.selection.documents.registry import METHODS
+>>> from doremi_train.selection.options import SelectionOptions
+>>> type(METHODS["ngram"](SelectionOptions(features="words"))).__name__
+'WordGrams'
+"""

@@ -54,6 +54,12 @@ WAYS: dict[str, Way] = {
     "temperature": given.temperature,
     "unimax": given.unimax,
 }
+"""How the mixture of a way comes about:
+
+>>> from doremi_train.stages.mixtures import WAYS
+>>> print(WAYS["uniform"].HOW)
+The same weight for every domain, whatever its size.
+"""
 
 
 def check(config: Config) -> None:
