@@ -195,6 +195,31 @@ def test_randomness_is_never_python_s_hash_or_a_global_generator(name: str) -> N
             )
 
 
+PREPOSITIONS = (
+    "After", "Among", "As", "At", "Before", "Beside", "Between", "By", "For", "From", "In", "Into",
+    "Of", "On", "To", "Under", "With", "Within", "Without",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_begin_with_what_a_thing_is_or_does(name: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = (ast.get_docstring(node) or "").split(" ")[0]
+            assert first not in PREPOSITIONS, f"{name}: {first} … {getattr(node, 'name', '')}"
+
+
+def test_ways_to_a_mixture_are_hardly_told_apart_by_name() -> None:
+    """A way is an entry of WAYS, and what differs is said there."""
+    named = [
+        f"{name}: {line.strip()}"
+        for name in MODULES
+        for line in (PACKAGE / name).read_text().splitlines()
+        if "mixture.method" in line
+    ]
+    assert len(named) <= 4, "\n".join(named)
+
+
 # Configuration
 
 
