@@ -85,7 +85,9 @@ def test_the_plan_reads_the_store_as_often_for_many_domains(
     monkeypatch.setattr(
         TokenStore, "sizes", lambda store, split: calls.append(split) or sizes(store, split)
     )
-    found = plan._domains(growth.plain_session(tmp_path), TokenStore.open(wide), None)
+    found = plan._domains(
+        growth.plain_session(tmp_path), TokenStore.open(wide), None, small_runs=True
+    )
     assert len(found) == 1000 and 0 < len(calls) < 20
 
 
