@@ -22,7 +22,8 @@ from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import doremi
 from doremi_train.model import configs, folders, language_model
 from doremi_train.model.configs import ModelOptions
-from doremi_train.parallel import comm, engine, place
+from doremi_train.parallel import comm, place
+from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Preempted, Run, stop
 from doremi_train.training.frozen import Live
@@ -186,7 +187,7 @@ def counted() -> Iterator[list[int]]:
 def main() -> None:
     strategy, out, data, reference = sys.argv[1], *map(Path, sys.argv[2:5])
     torch.set_num_threads(1)
-    place = start(engine.Options(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
+    place = start(EngineOptions(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
     store = TokenStore.open(data)
     for name, case in cases(comm.world().size).items():
         with pytest.MonkeyPatch.context() as patch, counted() as exchanges:
