@@ -69,7 +69,8 @@ class DataOptions:
     """Part of the documents that validates, where no validation files are given."""
 
     max_bad_lines: Count = 0
-    """Broken JSON lines that are skipped and counted before the run stops."""
+    """Broken JSON lines, and records without text or domain, that are skipped and counted before
+    the run stops."""
 
     allow_pipe: bool = False
     """Whether pipe: URLs may run shell commands. It is for data lists that you wrote yourself."""

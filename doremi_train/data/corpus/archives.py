@@ -32,23 +32,29 @@ def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Pi
                         source,
                         options,
                         f"{source.url}, member {pending[0] + '.json'!r}",
+                        bad,
                     )
                     pending = None
                 content = cast(BinaryIO, archive.extractfile(member))
                 if ending == ".txt":
                     domain = records.domain_of(
-                        pending[1] if pending else {}, source, options, place
+                        pending[1] if pending else {}, source, options, place, bad
                     )
-                    yield from records.document(
-                        domain, source.split, records.decode(content, place)
-                    )
+                    if domain is not None:
+                        yield from records.document(
+                            domain, source.split, records.decode(content, place)
+                        )
                     pending, done = None, key
                 elif key != done:
-                    record = records.parse(content.read(records.LINE + 1), place, 1, bad)
+                    record = records.parse(content.read(records.LINE + 1), place, bad)
                     pending = None if record is None else (key, record)
             if pending:
                 yield from records.record_text(
-                    pending[1], source, options, f"{source.url}, member {pending[0] + '.json'!r}"
+                    pending[1],
+                    source,
+                    options,
+                    f"{source.url}, member {pending[0] + '.json'!r}",
+                    bad,
                 )
         tail.finish()
     if not samples:

@@ -22,7 +22,7 @@ PLANTED = "planted:"
 
 def read_jsonl(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     for number, record in objects(source, options, bad):
-        yield from records.record_text(record, source, options, f"{source.url}, line {number}")
+        yield from records.record_text(record, source, options, f"{source.url}, line {number}", bad)
 
 
 def objects(
@@ -30,7 +30,7 @@ def objects(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     with opening.open_file(source.url, options) as stream:
         for number, line in _lines(stream):
-            record = records.parse(line, source.url, number, bad)
+            record = records.parse(line, f"{source.url}, line {number}", bad)
             if record is not None:
                 yield number, record
 
@@ -68,7 +68,7 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
             for record in batch.to_pylist():
                 number += 1
                 yield from records.record_text(
-                    record, source, options, f"{source.url}, row {number}"
+                    record, source, options, f"{source.url}, row {number}", bad
                 )
 
 

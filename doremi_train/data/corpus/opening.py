@@ -46,21 +46,22 @@ class Source:
 
 
 class BadLines:
-    """Counts broken JSON lines over the whole preparation."""
+    """Counts broken JSON lines and records without text over the whole preparation."""
 
     def __init__(self, options: DataOptions) -> None:
         self.most = options.max_bad_lines
         self.count = 0
+        self.first = ""  # what is wrong with the first one, and where
 
-    def add(self, url: str, line_number: int, why: str) -> None:
-        """Count one more. Raises UserError naming file and line once more than data.max_bad_lines
-        were met."""
+    def add(self, what: str) -> None:
+        """Count one more, of which `what` says where it is and what is wrong. Raises UserError once
+        more than data.max_bad_lines were met."""
         self.count += 1
+        self.first = self.first or what
         if self.count > self.most:
             raise UserError(
-                f"{url}, line {line_number}: broken JSON line: {why}; "
-                f"data.max_bad_lines={self.most} are allowed in all: mend the file, or raise "
-                "data.max_bad_lines to skip and count such lines"
+                f"{what}; data.max_bad_lines={self.most} are allowed in all: mend the file, or "
+                "raise data.max_bad_lines to skip and count such lines and records"
             )
 
 

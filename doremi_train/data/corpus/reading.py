@@ -41,7 +41,9 @@ def records(
         )
     with _whole(source):
         for number, record in formats.objects(source, options, bad):
-            yield domain_of(record, source, options, f"{source.url}, line {number}"), number, record
+            domain = domain_of(record, source, options, f"{source.url}, line {number}", bad)
+            if domain is not None:
+                yield domain, number, record
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One record of a JSON file: its text, its domain, and what is wrong with it."""
 
 import codecs
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -15,20 +16,32 @@ PIECE = 4_000_000  # characters (or tokens) of a document handed on together
 LINE = 1 << 26  # bytes of one JSON record: more would not fit the memory once decoded
 
 
-def parse(data: bytes, place: str, number: int, bad: BadLines) -> dict[str, Any] | None:
+def parse(data: bytes, place: str, bad: BadLines) -> dict[str, Any] | None:
     """The JSON object in `data`; None, and one more bad line, where there is none."""
     if len(data) > LINE:
-        bad.add(place, number, f"longer than {LINE} bytes")
+        bad.add(f"{place}: broken JSON: longer than {LINE} bytes")
         return None
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        bad.add(place, number, one_line(error))
+        bad.add(f"{place}: broken JSON: {one_line(error)}{_python_only(data)}")
         return None
     if not isinstance(record, dict):
-        bad.add(place, number, f"a JSON object is needed, this is a {type(record).__name__}")
+        bad.add(f"{place}: a JSON object is needed, this is a {type(record).__name__}")
         return None
     return record
+
+
+def _python_only(data: bytes) -> str:
+    """A hint where Python's own json reads what is no JSON."""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return ""
+    return (
+        " (NaN, Infinity and a half of a surrogate pair are no JSON, though Python's json writes "
+        "them)"
+    )
 
 
 def decode(stream: BinaryIO, place: str) -> Iterator[str]:
@@ -52,37 +65,47 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, place: str, posit
 
 
 def record_text(
-    record: dict[str, Any], source: Source, options: DataOptions, place: str
+    record: dict[str, Any], source: Source, options: DataOptions, place: str, bad: BadLines
 ) -> Iterator[Piece]:
-    domain = domain_of(record, source, options, place)
-    text = _field(record, options.text_key, "data.text_key", place)
-    yield from document(domain, source.split, [text])
+    """The text of a record; one more bad line, where it has no text or no domain."""
+    domain = domain_of(record, source, options, place, bad)
+    if domain is None:
+        return
+    text = _field(record, options.text_key, "data.text_key", place, bad)
+    if text is not None:
+        yield from document(domain, source.split, [text])
 
 
-def domain_of(record: dict[str, Any], source: Source, options: DataOptions, place: str) -> str:
-    """The source's domain, else the one that the record names."""
+def domain_of(
+    record: dict[str, Any], source: Source, options: DataOptions, place: str, bad: BadLines
+) -> str | None:
+    """The source's domain, else the one that the record names; None, and one more bad line, where
+    it names none."""
     if source.domain is not None:
         return source.domain
-    domain = _field(record, str(options.domain_key), "data.domain_key", place)
-    if not domain:
-        raise UserError(
+    domain = _field(record, str(options.domain_key), "data.domain_key", place, bad)
+    if domain == "":
+        bad.add(
             f"data.domain_key={options.domain_key!r}: the domain is empty in {place}; name it there"
         )
-    return domain
+    return domain or None
 
 
-def _field(record: dict[str, Any], key: str, option: str, place: str) -> str:
-    """The string at a dotted key; a key that holds dots itself is found too."""
+def _field(record: dict[str, Any], key: str, option: str, place: str, bad: BadLines) -> str | None:
+    """The string at a dotted key; a key that holds dots itself is found too. None, and one more bad
+    line, where there is none."""
     value: Any = record
     for part in [key] if key in record else key.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise UserError(no_key(option, key, place, list(flatten(record))))
+            bad.add(no_key(option, key, place, list(flatten(record))))
+            return None
         value = value[part]
     if not isinstance(value, str):
-        raise UserError(
+        bad.add(
             f"{option}={key!r}: a string is needed, {place} has a {type(value).__name__}; mend it, "
             "or name another key"
         )
+        return None
     return value
 
 

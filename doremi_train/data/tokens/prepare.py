@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from doremi_train.config import UserError, fingerprint, flatten
+from doremi_train.config import UserError, fingerprint, flatten, redact
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
@@ -171,27 +171,35 @@ def _fill(
         _check(
             writer,
             [source for source in sources if chosen is None or source.domain in (None, *chosen)],
+            bad,
         )
     except UserError:
         shutil.rmtree(target)  # the remedies lead to other addresses
         raise
+    if bad.count:
+        print(redact(f"data: {_skipped(bad)}"), flush=True)
     write_manifest(writer, tokenizer, end, bad.count, router.dropped, wanted)
 
 
-def _check(writer: ShardWriter, sources: list[Source]) -> None:
+def _skipped(bad: BadLines) -> str:
+    return f"{bad.count} broken lines and records without text are left out, the first: {bad.first}"
+
+
+def _check(writer: ShardWriter, sources: list[Source], bad: BadLines) -> None:
     """Raises UserError for domains that cannot be trained on or evaluated."""
     streams = writer.streams
     domains = {source.domain for source in sources if source.domain is not None} | {
         domain for _, domain in streams
     }
+    skipped = f" ({_skipped(bad)})" if bad.count else ""
     if not domains:
-        raise UserError("data: no document in the given files; give files that hold text")
+        raise UserError(f"data: no document in the given files{skipped}; give files that hold text")
     empty = sorted(domain for domain in domains if ("train", domain) not in streams)
     if empty:
         raise UserError(
             f"data: no training document in domain {_some(empty)}: its files hold no text, or all "
-            "of it went to validation (data.validation_fraction) or is also a validation document; "
-            "add text or remove the domain"
+            "of it went to validation (data.validation_fraction) or is also a validation "
+            f"document{skipped}; add text or remove the domain"
         )
     unseen = sorted(
         d

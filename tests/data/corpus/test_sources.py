@@ -437,6 +437,13 @@ BROKEN = {
     "number": b"7",
     "utf8": b'{"text": "\xff"}',
     "surrogate": b'{"text": "\\ud800"}',
+    "surrogate elsewhere": b'{"text": "x", "title": "\\udc00"}',
+    "nan": b'{"text": "x", "score": NaN}',
+    "infinity": b'{"text": "x", "score": -Infinity}',
+    "no text": b'{"id": 7}',
+    "text is null": b'{"text": null}',
+    "text is a number": b'{"text": 7}',
+    "text is a list": b'{"text": ["x"]}',
 }
 
 
@@ -455,6 +462,55 @@ def test_broken_lines_are_counted_up_to_the_limit(tmp_path, name):
         "b",
     ]
     assert bad.count == 2
+
+
+def test_what_python_alone_takes_for_json_is_told_apart(tmp_path):
+    for name in ("surrogate", "surrogate elsewhere", "nan", "infinity"):
+        (tmp_path / "x.jsonl").write_bytes(BROKEN[name])
+        refused(one(tmp_path / "x.jsonl"), "x.jsonl, line 1", "NaN, Infinity", "Python's json")
+    (tmp_path / "x.jsonl").write_bytes(BROKEN["broken"])
+    with pytest.raises(UserError) as error:
+        texts(one(tmp_path / "x.jsonl"))
+    assert "Python" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".tar"])
+@pytest.mark.parametrize("wrong", [None, 7, "", "missing"])
+def test_records_without_text_or_domain_are_counted_in_every_format(tmp_path, ending, wrong):
+    """Null, a number or nothing at the key, in the text and in the domain."""
+    for key, option in (("text", "data.text_key"), ("domain", "data.domain_key")):
+        lines = [{"text": f"t{index}", "domain": "s"} for index in range(3)]
+        if wrong == "missing":
+            del lines[1][key]
+        else:
+            lines[1][key] = wrong
+        path = tmp_path / f"{key}{ending}"
+        if ending == ".parquet":
+            if wrong == 7:
+                continue  # a column has one type
+            pq.write_table(
+                pa.table({name: [line.get(name) for line in lines] for name in lines[0]}), path
+            )
+        elif ending == ".tar":
+            write_tar(
+                path, [(f"{i}.json", json.dumps(line).encode()) for i, line in enumerate(lines)]
+            )
+        else:
+            path.write_text("\n".join(map(json.dumps, lines)))
+        values = {"files": [str(path)], "domain_key": "domain"}
+        if (key, wrong) == ("text", ""):
+            assert texts(options(**values)) == ["t0", "t2"]  # an empty document, as ever
+            continue
+        refused(options(**values), option, str(path), "data.max_bad_lines=0")
+        assert texts(options(**values, max_bad_lines=1)) == ["t0", "t2"]
+
+
+def test_a_text_of_a_tar_whose_domain_is_missing_is_counted(tmp_path):
+    members = [("0.json", b'{"d": "s"}'), ("0.txt", b"a"), ("1.json", b"{}"), ("1.txt", b"b")]
+    write_tar(tmp_path / "x.tar", [*members, ("2.txt", b"c")])
+    values = {"files": [f"{tmp_path}/x.tar"], "domain_key": "d"}
+    refused(options(**values, max_bad_lines=1), "member '2.txt'")
+    assert texts(options(**values, max_bad_lines=2)) == ["a"]
 
 
 def test_a_line_too_long_is_a_broken_line(tmp_path, monkeypatch):

@@ -331,6 +331,23 @@ def test_a_store_with_lines_left_out_is_not_used_strictly(tmp_path: Path) -> Non
         prepare(options(root), tmp_path / "out")
 
 
+def test_what_is_left_out_is_said_and_named_where_nothing_remains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = corpus(tmp_path / "in")
+    with (root / "a" / "train.jsonl").open("ab") as file:
+        file.write(b'{"text": null}\n')
+    prepare(options(root, max_bad_lines=1), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "1 broken lines and records without text are left out" in said and "line 61" in said
+    (root / "lonely").mkdir()
+    (root / "lonely" / "train.jsonl").write_bytes(b'{"content": "x"}\n' * 9)
+    with pytest.raises(UserError) as error:
+        prepare(options(root, max_bad_lines=10), tmp_path / "out")
+    for word in ("domain lonely", "10 broken lines", "data.text_key='text': a string is needed"):
+        assert word in str(error.value)
+
+
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     root = corpus(tmp_path / "in")
 
