@@ -29,7 +29,9 @@ def objects(
     source: Source, options: DataOptions, bad: BadLines
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     with opening.open_file(source.url, options) as stream:
-        for number, line in _lines(stream):
+        for place, (number, line) in enumerate(_lines(stream)):
+            if place == 0:
+                records.require_lines(line, source.url)
             record = records.parse(line, f"{source.url}, line {number}", bad)
             if record is not None:
                 yield number, record

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.storage.steady import one_line
 
 PIECE = 4_000_000  # characters (or tokens) of a document handed on together
+_NO_LINES = re.compile(rb"\s*(\[\s*(\{|$)|\{\s*$)")
 LINE = 1 << 26  # bytes of one JSON record: more would not fit the memory once decoded
 
 
@@ -30,6 +32,18 @@ def parse(data: bytes, place: str, bad: BadLines) -> dict[str, Any] | None:
         bad.add(f"{place}: a JSON object is needed, this is a {type(record).__name__}")
         return None
     return record
+
+
+def require_lines(first: bytes, url: str) -> None:
+    """Raise UserError where the first line of a file tells that it is one JSON value over many
+    lines, or an array of records: never JSON lines, however many broken ones are allowed."""
+    begins = _NO_LINES.match(first)
+    if begins:
+        split = "jq -c '.[]'" if b"[" in begins[0] else "jq -c ."
+        raise UserError(
+            f"{url}: this is one JSON array, or pretty-printed JSON, not JSON lines; write one "
+            f"object a line ({split} FILE > FILE.jsonl)"
+        )
 
 
 def _python_only(data: bytes) -> str:

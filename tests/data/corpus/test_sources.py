@@ -474,6 +474,26 @@ def test_what_python_alone_takes_for_json_is_told_apart(tmp_path):
     assert "Python" not in str(error.value)
 
 
+@pytest.mark.parametrize("indent", [None, 1, 4])
+@pytest.mark.parametrize("most", [0, 1000])
+def test_one_json_value_is_not_taken_for_lines(tmp_path, indent, most):
+    """An array, also one with a record a line or longer than a line may be, and pretty-printed
+    records."""
+    record = {"text": "a", "meta": {"source": "s"}}
+    array = json.dumps([record] * 3, indent=indent)
+    by_line = "[\n" + ",\n".join([json.dumps(record)] * 3) + "\n]\n"
+    for content in (array, "\ufeff\n  " + array, by_line, by_line.replace("[\n", "[")):
+        (tmp_path / "x.jsonl").write_text(content)
+        given = one(tmp_path / "x.jsonl", max_bad_lines=most)
+        refused(given, "x.jsonl", "one JSON array", "not JSON lines", "jq -c '.[]'")
+    pretty = "\n".join([json.dumps(record, indent=indent)] * 3)
+    (tmp_path / "x.jsonl").write_text(pretty)
+    if indent:
+        refused(given, "x.jsonl", "pretty-printed JSON", "jq -c .")
+    else:
+        assert texts(given) == ["a"] * 3
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".tar"])
 @pytest.mark.parametrize("wrong", [None, 7, "", "missing"])
 def test_records_without_text_or_domain_are_counted_in_every_format(tmp_path, ending, wrong):
