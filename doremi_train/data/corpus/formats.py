@@ -2,10 +2,11 @@
 made here."""
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -61,10 +62,9 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
     with opening.open_file(source.url, options) as stream:
         # Pages as they are needed, not row groups.
         file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)
-        names = [file.schema.column(index).path for index in range(len(file.schema))]
+        kinds = dict(_leaves(file.schema_arrow))
         for key, column in zip(("data.text_key", "data.domain_key"), columns, strict=False):
-            if column not in names:
-                raise UserError(records.no_key(key, column, source.url, names))
+            _require_column(key, column, kinds, source.url)
         number = 0
         for batch in file.iter_batches(_rows(file.metadata), columns=columns):
             for record in batch.to_pylist():
@@ -72,6 +72,31 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
                 yield from records.record_text(
                     record, source, options, f"{source.url}, row {number}", bad
                 )
+
+
+def _leaves(fields: Iterable[pa.Field], within: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """(dotted name, type) of the columns that a record's keys lead to."""
+    for field in fields:
+        if pa.types.is_struct(field.type):
+            yield from _leaves(
+                (field.type.field(index) for index in range(field.type.num_fields)),
+                f"{within}{field.name}.",
+            )
+        else:
+            yield within + field.name, field.type
+
+
+def _require_column(key: str, column: str, kinds: dict[str, pa.DataType], url: str) -> None:
+    """Raise UserError where the column is missing, or is a list or a map, or a part of one."""
+    nested = [name for name, kind in kinds.items() if pa.types.is_nested(kind)]
+    around = next((name for name in nested if f"{column}.".startswith(f"{name}.")), None)
+    if column not in kinds and around is None:
+        raise UserError(records.no_key(key, column, url, list(kinds)))
+    if column not in kinds or column in nested:
+        raise UserError(
+            f"{key}={column!r}: a column of strings is needed, but {around!r} of {url} is a "
+            f"{kinds[around]}; write its text as one string a row, or name another column"
+        )
 
 
 def _rows(metadata: pq.FileMetaData) -> int:
@@ -96,6 +121,11 @@ def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Itera
         raise UserError(
             f"{path}: corrupt index ({error}); write {source.url} and its .idx again"
         ) from error
+    if index.modes.any():
+        raise UserError(
+            f"{path}: {np.count_nonzero(index.modes)} of {len(index.modes)} sequences have a mode, "
+            f"so they are no text; write {source.url} and its .idx with text alone"
+        )
     if source.size and source.size != megatron.total_bytes(index):
         raise EOFError(f"{source.size} bytes, but its .idx says {megatron.total_bytes(index)}")
     with opening.open_file(source.url, options) as stream:

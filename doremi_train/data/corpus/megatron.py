@@ -4,7 +4,7 @@ beside it).
 Layout of the .idx, little-endian: magic; uint64 version; uint8 code of the token type; uint64
 number of sequences S; uint64 number of document bounds D; int32 sizes (S,) in tokens; int64
 pointers (S,) in bytes into the .bin; int64 bounds (D,), the first sequence of each document and S
-at the end. Some writers append one int8 mode per sequence.
+at the end. Multimodal writers append one int8 mode per sequence, 0 where it is text.
 """
 
 import struct
@@ -32,6 +32,7 @@ class Index(NamedTuple):
     sizes: np.ndarray  # (S,) tokens of each sequence
     pointers: np.ndarray  # (S,) first byte of each sequence in the .bin
     bounds: np.ndarray  # (D,) sequences; document d is bounds[d] to bounds[d + 1]
+    modes: np.ndarray  # (S,) kind of each sequence, 0 of text; (0,) where there are none
 
 
 def open_index(buffer: np.ndarray) -> Index:
@@ -47,8 +48,8 @@ def open_index(buffer: np.ndarray) -> Index:
         raise ValueError("it does not start as an MMIDIDX index of version 1")
     if code not in TYPES:
         raise ValueError(f"token type {code} is none of the integer types {sorted(TYPES)}")
-    arrays, modes = 12 * sequences + 8 * documents, sequences
-    if len(buffer) - HEADER.size not in (arrays, arrays + modes):
+    arrays = 12 * sequences + 8 * documents
+    if len(buffer) - HEADER.size not in (arrays, arrays + sequences):
         raise ValueError(
             f"{len(buffer)} bytes do not hold {sequences} sequences and {documents} document bounds"
         )
@@ -56,7 +57,8 @@ def open_index(buffer: np.ndarray) -> Index:
     sizes = np.frombuffer(buffer, "<i4", sequences, start)
     pointers = np.frombuffer(buffer, "<i8", sequences, start + 4 * sequences)
     bounds = np.frombuffer(buffer, "<i8", documents, start + 12 * sequences)
-    index = Index(np.dtype(TYPES[code]), sizes, pointers, bounds)
+    modes = np.frombuffer(buffer, "<i1", -1, start + arrays)
+    index = Index(np.dtype(TYPES[code]), sizes, pointers, bounds, modes)
     _check(index)
     return index
 

@@ -2,6 +2,7 @@
 bytes (fsspec), or a command that the user allowed; decompressed on the way, in bounded memory.
 """
 
+import gzip
 import io
 import shutil
 import subprocess
@@ -102,10 +103,13 @@ def without_query(url: str) -> str:
 
 
 def _decompress(stream: io.BufferedReader, codec: str) -> io.BufferedReader:
-    """Arrow's streams read all frames of a file and, unlike others, raise where the last one is cut
-    short."""
+    """Python's gzip passes over the zeros after the last member that tapes and copies leave there;
+    Arrow's streams read all frames of a zstd file and, unlike others, raise where the last one is
+    cut short."""
     if not stream.peek(1):
         raise EOFError("the file is empty")
+    if codec == "gzip":
+        return io.BufferedReader(gzip.GzipFile(fileobj=stream, mode="rb"), CHUNK)
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), CHUNK)
 
 

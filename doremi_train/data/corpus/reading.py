@@ -1,6 +1,7 @@
 """Documents and records of a file, whatever its format."""
 
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.records import domain_of
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.steady import one_line
+
+LONG_WINDOW = "too much memory for decoding"  # in what Arrow says of it
 
 
 def read(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
@@ -57,7 +60,14 @@ def _whole(source: Source) -> Iterator[None]:
         UnicodeDecodeError,
         tarfile.TarError,
         pa.ArrowException,
+        zlib.error,
     ) as error:
+        if LONG_WINDOW in str(error):
+            raise UserError(
+                f"{source.url}: needs a zstd window of more than 128 MB (it was written with "
+                "--long); write it with a smaller one (zstd -dc --long=31 FILE | zstd > NEW.zst), "
+                "or give 'pipe:zstd -dc --long=31 FILE' to data.domains with data.allow_pipe=true"
+            ) from error
         raise UserError(
             f"{source.url}: truncated or corrupt, or it cannot be read ({one_line(error)}); "
             "write or copy this file again"

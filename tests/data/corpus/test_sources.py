@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -601,6 +602,28 @@ def test_wrong_keys(tmp_path):
         )
 
 
+def test_columns_of_parquet_that_are_no_strings_are_named(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        pa.table(
+            {
+                "text": [["a", "b"]],
+                "map": pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string())),
+                "meta": [{"parts": ["a"], "title": "t"}],
+                "a.b": ["dotted"],
+            }
+        ),
+        path,
+    )
+    for key in ("text", "text.list.element", "text.element", "map", "meta.parts", "map.key_value"):
+        words = "list<" if "map" not in key else "map<"
+        refused(one(path, text_key=key), f"data.text_key={key!r}", "a column of strings", words)
+    for key in ("tex", "meta", "meta.none", "a", "meta.title.more"):
+        refused(one(path, text_key=key), "no such key", "a.b, map, meta.parts, meta.title, text")
+    assert texts(one(path, text_key="meta.title")) == ["t"]
+    assert texts(one(path, text_key="a.b")) == ["dotted"]
+
+
 def test_invalid_utf8_in_text(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes("ä".encode() * 700_000 + b"\xff" + b"more")
@@ -620,6 +643,32 @@ def test_truncated_files(tmp_path, ending):
     for size in (shorter, len(whole) // 3, 0):
         path.write_bytes(whole[:size])
         refused(one(path), str(path), "truncated or corrupt")
+
+
+@pytest.mark.parametrize("zeros", [1, 511, 512, 3_000_000])
+def test_zeros_after_gzip_members_are_passed_over(tmp_path, zeros):
+    write_as(tmp_path / "a", ".jsonl.gz")
+    path = tmp_path / "a" / "train-0.jsonl.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(zeros))
+    assert texts(one(path)) == TEXTS
+    path.write_bytes(whole + bytes(zeros) + b"no member")
+    refused(one(path), str(path), "truncated or corrupt")
+    path.write_bytes(whole[:20] + b"xxx" + whole[23:])
+    refused(one(path), str(path), "truncated or corrupt")
+
+
+def test_a_long_zstd_window_is_named_and_how_to_go_on(tmp_path):
+    window = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    long = stream.compress(jsonl(TEXTS)) + stream.flush()
+    for content in (long, zstandard.compress(jsonl(["a"]) + b"\n") + long):
+        (tmp_path / "x.jsonl.zst").write_bytes(content)
+        refused(one(tmp_path / "x.jsonl.zst"), "x.jsonl.zst", "128 MB", "--long=31", "pipe:")
+    if shutil.which("zstd"):
+        (tmp_path / "x.jsonl.zst").write_bytes(long)
+        piped = f"pipe:zstd -dc --long=31 '{tmp_path}/x.jsonl.zst'"
+        assert texts(one(piped, allow_pipe=True)) == TEXTS
 
 
 def test_a_tar_cut_between_members_is_truncated(tmp_path):
@@ -679,6 +728,9 @@ def test_bad_megatron(tmp_path):
     # One mode per sequence, as multimodal writers append.
     (tmp_path / "x.idx").write_bytes(index + bytes(3))
     assert len(pieces(given)) == 2
+    (tmp_path / "x.idx").write_bytes(index + b"\0\1\0")
+    refused(given, "x.idx", "1 of 3 sequences have a mode", "text alone")
+    (tmp_path / "x.idx").write_bytes(index)
     (tmp_path / "x.bin").write_bytes(tokens[:-2])
     refused(given, "x.bin", "truncated or corrupt")
     (tmp_path / "x.idx").unlink()
