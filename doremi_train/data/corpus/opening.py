@@ -6,6 +6,7 @@ import gzip
 import io
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from doremi_train.config import UserError
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
-# Raise when the same files would give other documents: data prepared before is then not reused.
-READER_VERSION = 1
+# By ending, 1 where none stands here. Raise it when the same files would give other documents: data
+# prepared before is then not reused.
+READER_VERSION = {".tar": 2}
 CHUNK = 1 << 20  # bytes read together
+KINDS, NAMED = 10, 5  # of what is passed over: kinds that are listed, and names of each
 CODECS = {"zst": "zstd", "gz": "gzip"}
 
 
@@ -46,10 +49,35 @@ class Source:
     version: str
 
 
+class PassedOver:
+    """Counts by kind what stands in a source and is not read."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, list[str]] = {}  # the first names of each
+        self._counts: Counter[str] = Counter()
+
+    def add(self, kind: str, name: str) -> None:
+        self._counts[kind] += 1
+        names = self._kinds.setdefault(kind, [])
+        if len(names) < NAMED:
+            names.append(name)
+
+    def __str__(self) -> str:
+        """One line of all kinds; empty where nothing was passed over."""
+        parts = [
+            f"{count} {kind} ({', '.join(self._kinds[kind])}{', …' if count > NAMED else ''})"
+            for kind, count in self._counts.most_common(KINDS)
+        ]
+        rest = sum(self._counts.values()) - sum(n for _, n in self._counts.most_common(KINDS))
+        return "; ".join([*parts, f"{rest} of other kinds"] if rest else parts)
+
+
 class BadLines:
-    """Counts broken JSON lines and records without text over the whole preparation."""
+    """Counts broken JSON lines and records without text over the whole preparation, and what is
+    passed over in its files."""
 
     def __init__(self, options: DataOptions) -> None:
+        self.passed_over = PassedOver()
         self.most = options.max_bad_lines
         self.count = 0
         self.first = ""  # what is wrong with the first one, and where

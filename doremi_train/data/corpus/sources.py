@@ -10,9 +10,17 @@ from fsspec.implementations.local import LocalFileSystem
 from doremi_train.config import UserError, redact
 from doremi_train.data.corpus import installed, planted
 from doremi_train.data.corpus.formats import INSTALLED, PLANTED, READERS, ending_of, index_of
-from doremi_train.data.corpus.opening import READER_VERSION, Source, file_system, refuse_command
+from doremi_train.data.corpus.opening import (
+    READER_VERSION,
+    PassedOver,
+    Source,
+    file_system,
+    refuse_command,
+)
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, reaching
+
+SPLITS = ("train", "validation")  # how the names of files in data.root begin
 
 
 def resolve(options: DataOptions) -> list[Source]:
@@ -67,11 +75,51 @@ def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
         for name, source in zip(names(options, sources), sources, strict=True)
     }
     return {
-        "reader": READER_VERSION,
+        "reader": max((_reader_version(source) for source in sources), default=1),
         "text_key": options.text_key,
         "domain_key": options.domain_key,
         "files": files,
     }
+
+
+def _reader_version(source: Source) -> int:
+    ending = None if source.url.startswith(PIPE) else ending_of(source.url)
+    return READER_VERSION.get(ending or "", 1)
+
+
+def passed_over(options: DataOptions) -> PassedOver:
+    """What stands in data.root and is not read, by kind."""
+    found = PassedOver()
+    if options.root is None:
+        return found
+    fs, path = file_system(options.root, "data.root", options)
+    with reaching(options.root, "data.root"):
+        for entry in sorted(fs.ls(path, detail=True), key=lambda entry: entry["name"]):
+            name = _base(entry["name"])
+            if name.startswith("."):
+                found.add("hidden", name)
+            elif not _is_folder(fs, entry):
+                found.add("files beside the domains", name)
+            else:
+                _passed_over_in(fs, entry["name"], found)
+    return found
+
+
+def _passed_over_in(fs: Any, folder: str, found: PassedOver) -> None:
+    """Adds what is not read of one domain of data.root."""
+    entries = sorted(fs.ls(folder, detail=True), key=lambda entry: entry["name"])
+    all_names = {entry["name"] for entry in entries}
+    for entry in entries:
+        name, path = _base(entry["name"]), f"{_base(folder)}/{_base(entry['name'])}"
+        if name.startswith("."):
+            found.add("hidden", path)
+        elif _is_folder(fs, entry):
+            found.add("folders in a domain's folder", path)
+        elif name.endswith(".idx"):
+            if entry["name"][: -len(".idx")] + ".bin" not in all_names:
+                found.add("files .idx without their .bin", path)
+        elif not name.startswith(SPLITS):
+            found.add(f"files {ending_of(name) or Path(name).suffix or 'without an ending'}", path)
 
 
 def names(options: DataOptions, sources: list[Source]) -> list[str]:
@@ -109,7 +157,7 @@ def _from_root(root: str, options: DataOptions) -> list[Source]:
 def _from_folder(fs: Any, folder: str) -> list[Source]:
     """One domain of data.root."""
     domain = _base(folder)
-    files: dict[str, list[str]] = {"train": [], "validation": []}
+    files: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in _entries(fs, folder):
         for split, paths in files.items():
             if (

@@ -34,7 +34,7 @@ from doremi_train.data.corpus import records
 from doremi_train.data.corpus.opening import BadLines
 from doremi_train.data.corpus.reading import read
 from doremi_train.data.corpus.records import PIECE
-from doremi_train.data.corpus.sources import resolve, signature
+from doremi_train.data.corpus.sources import passed_over, resolve, signature
 
 PROJECT = Path(__file__).parents[3]
 SHARED = PROJECT.parent / "shared"
@@ -161,6 +161,37 @@ def test_root_takes_train_and_validation_files_of_its_folders(tmp_path):
     assert [piece[:3] for piece in pieces(given)] == expected
     assert [piece[:3] for piece in pieces(options(root=f"file://{tmp_path}/"))] == expected
     assert [piece[:3] for piece in pieces(options(root=os.path.relpath(tmp_path)))] == expected
+
+
+def test_what_is_not_read_of_a_root_is_counted_by_kind(tmp_path):
+    for name in (
+        "a/train.jsonl",
+        "a/valid.jsonl",
+        "a/part-2.jsonl",
+        "b/val-1.jsonl",
+        "b/train-x.bin",
+        "b/train-x.idx",
+        "b/train-y.idx",
+        "b/more/train.jsonl",
+        "b/notes.md",
+        "b/LICENSE",
+        "b/._train.jsonl",
+        "README.md",
+        ".cache/x",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(jsonl([name]))
+    expected = {
+        "3 files .jsonl (a/part-2.jsonl, a/valid.jsonl, b/val-1.jsonl)",
+        "2 hidden (.cache, b/._train.jsonl)",
+        "1 files beside the domains (README.md)",
+        "1 files .idx without their .bin (b/train-y.idx)",
+        "1 folders in a domain's folder (b/more)",
+        "1 files .md (b/notes.md)",
+        "1 files without an ending (b/LICENSE)",
+    }
+    assert set(str(passed_over(options(root=str(tmp_path)))).split("; ")) == expected
+    assert not str(passed_over(one(tmp_path / "a" / "train.jsonl")))
 
 
 def test_a_linked_folder_is_a_domain(tmp_path):
@@ -693,6 +724,86 @@ def test_tar_members_outside_are_refused(tmp_path, name):
 def test_a_tar_without_texts(tmp_path):
     write_tar(tmp_path / "x.tar", [("0.jpg", b"x")])
     refused(one(tmp_path / "x.tar"), "x.tar", "no KEY.txt")
+
+
+def test_fields_of_a_sample_are_no_documents(tmp_path):
+    """A key ends at the first dot of the base name, also where the folder has dots."""
+    members = [
+        ("v1.0/000.meta.json", b"{}"),
+        ("v1.0/000.txt", b"a"),
+        ("v1.0/000.url.txt", b"https://example.org"),
+        ("v1.0/000.jsonl", b"{}"),
+        ("v1.0/001.json", b'{"text": "b"}'),
+        ("v1.0/001.meta.json", b'{"text": "no"}'),
+        ("v1.0/001.jpg", b"x"),
+        ("v1.0/002.TXT", b"c"),
+        ("v1.0/002.Url.Txt", b"no"),
+    ]
+    write_tar(tmp_path / "x.tar", members)
+    given = one(tmp_path / "x.tar")
+    bad = BadLines(given)
+    read_texts = [piece.text for source in resolve(given) for piece in read(source, given, bad)]
+    assert read_texts == ["a", "b", "c"]
+    for words in ("2 members .meta.json", "2 members .url.txt", "1 members .jsonl", "001.jpg"):
+        assert words in str(bad.passed_over)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1.url.txt", "v1.0-000.txt", "1.stats.json", "1.jsonl", "p/rows.jsonl.gz", "1.parquet",
+     "1.txt.gz", "1.tar", "1.NDJSON"],
+)  # fmt: skip
+@pytest.mark.parametrize("last", [False, True])
+def test_members_that_may_be_documents_are_refused(tmp_path, name, last):
+    members = [(name, b"{}"), ("more.jsonl", b"{}")]
+    others = [(f"{index}.txt", b"x") for index in (0, 9)]
+    write_tar(tmp_path / "x.tar", [others[0], *members, *([] if last else others[1:])])
+    words = (repr(name), "1 more", "first dot", "unpack the tar", "rename it")
+    refused(one(tmp_path / "x.tar", max_bad_lines=9), "x.tar", *words)
+
+
+def test_what_is_not_read_of_a_tar_is_counted_by_kind(tmp_path):
+    path = tmp_path / "x.tar"
+    members = [
+        *[(f"{index}.txt", b"x") for index in range(7)],
+        *[(f"._{index}.txt", b"\0\5\x16\7") for index in range(7)],
+        ("__MACOSX/._0.txt", b"\0\5\x16\7"),
+        ("__MACOSX/0.txt", b"\0\5\x16\7"),
+        (".DS_Store", b"x"),
+        ("README", b"x"),
+        ("a.b/LICENSE.", b"x"),
+        ("notes.md", b"x"),
+        ("more.of.them.md", b"x"),
+    ]
+    write_tar(path, members)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.txt"
+        archive.addfile(link)
+        folder = tarfile.TarInfo("folder.txt")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    given = one(path)
+    bad = BadLines(given)
+    assert [piece.text for piece in read(resolve(given)[0], given, bad)] == ["x"] * 7
+    said = str(bad.passed_over)
+    for words in (
+        f"10 hidden members (such as an archiver's own) ({path}: ._0.txt",
+        "._4.txt, …)",
+        f"2 members without an ending ({path}: README, {path}: a.b/LICENSE.)",
+        f"2 members .md ({path}: notes.md, {path}: more.of.them.md)",
+        f"1 links and devices ({path}: link.txt)",
+    ):
+        assert words in said
+    assert "folder.txt" not in said and "\n" not in said
+
+
+def test_tars_alone_have_a_new_address(tmp_path):
+    """A change of one reader leaves what was prepared from other files where it is."""
+    for ending, version in ((".jsonl", 1), (".tar", 2), (".txt", 1)):
+        write_as(tmp_path / ending, ending)
+        given = one(tmp_path / ending / f"train-0{ending}")
+        assert signature(given, resolve(given))["reader"] == version
 
 
 def test_a_broken_json_member_counts_as_a_line(tmp_path):

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from helpers.processes import documents_of
+from helpers.sources import write_tar
 
 from doremi_train.config import UserError, load
 from doremi_train.data.corpus import routing
@@ -346,6 +347,19 @@ def test_what_is_left_out_is_said_and_named_where_nothing_remains(
         prepare(options(root, max_bad_lines=10), tmp_path / "out")
     for word in ("domain lonely", "10 broken lines", "data.text_key='text': a string is needed"):
         assert word in str(error.value)
+
+
+def test_what_is_not_read_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = corpus(tmp_path / "in")
+    write(root / "a", "valid", ["held out by hand"], "jsonl")
+    (root / "t").mkdir()
+    members = [(f"{i}.{end}", f"{i} x".encode()) for i in range(90) for end in ("txt", "url.txt")]
+    write_tar(root / "t" / "train.tar", members)
+    for _ in range(2):
+        prepare(options(root), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert said.count("not read") == 2
+    assert "1 files .jsonl (a/valid.jsonl)" in said and "90 members .url.txt" in said
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
