@@ -40,7 +40,7 @@ from doremi_train.data import chat
 from doremi_train.data.chat import Encoder, Example, Ints
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.reading import records
-from doremi_train.data.corpus.sources import resolve, signature
+from doremi_train.data.corpus.sources import RULE, passed_over, resolve, signature
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens.shards import SPLITS
 from doremi_train.files import locked, read_json, replacing, write_json
@@ -132,6 +132,7 @@ def prepare(
     with locked(folder / f"{target.name}.lock", check):
         needed = ["manifest.json", *["records.jsonl"] * keep_records]
         if not all((target / name).exists() for name in needed):
+            passed_over(options).say(RULE)
             collected = _Collected(options, length, keep_records)
             if picked is not None and not picked.serves(request):
                 picked = None

@@ -122,7 +122,7 @@ def _finished(
     for name in sample.fields:
         _, ending = _split_name(name)
         suffix = f".{ending}" if sample.texts else PurePosixPath(name).suffix
-        bad.passed_over.add(f"members {suffix}", f"{source.url}: {name}")
+        bad.passed_over.add(f"members {suffix}", _shown(source.url, name))
 
 
 def _unclear(member: tarfile.TarInfo) -> bool:
@@ -146,8 +146,12 @@ def _aside(member: tarfile.TarInfo, url: str, bad: BadLines) -> bool:
         kind = "members without an ending"
     else:
         return False
-    bad.passed_over.add(kind, f"{url}: {member.name}")
+    bad.passed_over.add(kind, _shown(url, member.name))
     return True
+
+
+def _shown(url: str, name: str) -> str:
+    return f"{PurePosixPath(url).name}: {name}"
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -93,9 +93,12 @@ def _require_column(key: str, column: str, kinds: dict[str, pa.DataType], url: s
     if column not in kinds and around is None:
         raise UserError(records.no_key(key, column, url, list(kinds)))
     if column not in kinds or column in nested:
+        kind = kinds[str(around)]
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         raise UserError(
             f"{key}={column!r}: a column of strings is needed, but {around!r} of {url} is a "
-            f"{kinds[around]}; write its text as one string a row, or name another column"
+            f"{f'list of {kind.value_type}s' if listed else kind}; write its text as one string a "
+            "row, or name another column"
         )
 
 

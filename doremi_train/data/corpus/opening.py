@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from doremi_train.config import UserError
+from doremi_train.config import UserError, redact
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
@@ -61,6 +61,12 @@ class PassedOver:
         names = self._kinds.setdefault(kind, [])
         if len(names) < NAMED:
             names.append(name)
+
+    def say(self, rule: str) -> None:
+        """Print the line, with the `rule` that tells what is read; nothing where nothing was passed
+        over."""
+        if self._counts:
+            print(redact(f"data: not read, since {rule}: {self}"), flush=True)
 
     def __str__(self) -> str:
         """One line of all kinds; empty where nothing was passed over."""

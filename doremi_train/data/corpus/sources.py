@@ -21,6 +21,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, reaching
 
 SPLITS = ("train", "validation")  # how the names of files in data.root begin
+RULE = "names of files in a domain's folder begin with train or validation"
 
 
 def resolve(options: DataOptions) -> list[Source]:
@@ -88,8 +89,10 @@ def _reader_version(source: Source) -> int:
 
 
 def passed_over(options: DataOptions) -> PassedOver:
-    """What stands in data.root and is not read, by kind."""
+    """What stands in data.root, or is matched by a glob, and is not read, by kind."""
     found = PassedOver()
+    for pattern in _patterns(options):
+        _passed_over_by(pattern, options, found)
     if options.root is None:
         return found
     fs, path = file_system(options.root, "data.root", options)
@@ -103,6 +106,35 @@ def passed_over(options: DataOptions) -> PassedOver:
             else:
                 _passed_over_in(fs, entry["name"], found)
     return found
+
+
+def _patterns(options: DataOptions) -> list[str]:
+    domains = (options.domains or {}).values()
+    named = [pattern for files in domains for pattern in (*files.train, *files.validation)]
+    return [pattern for pattern in (*named, *(options.files or ())) if not pattern.startswith(PIPE)]
+
+
+def _passed_over_by(pattern: str, options: DataOptions, found: PassedOver) -> None:
+    """Adds what a glob matches and is not read."""
+    fs, path = file_system(pattern, "data", options)
+    if not _is_glob(pattern, path) or "**" in path or fs.isfile(path):
+        return
+    with reaching(pattern, "data"):
+        for name, entry in sorted(fs.glob(path, detail=True).items()):
+            if _is_folder(fs, entry):
+                found.add("folders that a glob matches", name)
+            elif _is_hidden(name, path):
+                found.add("hidden", name)
+
+
+def _is_glob(pattern: str, path: str) -> bool:
+    magic = "*" if pattern.startswith("http") else "*?["  # a URL may have a ? query
+    return any(character in path for character in magic)
+
+
+def _is_hidden(file: str, path: str) -> bool:
+    """Whether a file that a glob `path` matches is hidden, and the glob is not one for those."""
+    return _base(file).startswith(".") and not _base(path).startswith(".")
 
 
 def _passed_over_in(fs: Any, folder: str, found: PassedOver) -> None:
@@ -276,14 +308,8 @@ def _match(
                 f"{key}={pattern!r}: a folder, not a file; give {pattern.rstrip('/')}/*.ENDING "
                 f"({_allowed()})"
             )
-        magic = "*" if pattern.startswith("http") else "*?["  # a URL may have a ? query
-        paths = sorted(fs.glob(path)) if any(character in path for character in magic) else []
-        hidden = _base(path).startswith(".")
-        paths = [
-            file
-            for file in paths
-            if fs.isfile(file) and (hidden or not _base(file).startswith("."))
-        ]
+        paths = sorted(fs.glob(path)) if _is_glob(pattern, path) else []
+        paths = [file for file in paths if fs.isfile(file) and not _is_hidden(file, path)]
         if not paths:
             raise UserError(
                 f"{key}={pattern!r}: no such file, or the glob matches none; correct it or remove "

@@ -18,11 +18,11 @@ from typing import Any
 import orjson
 
 from doremi_train.config import UserError, fingerprint, flatten, redact
-from doremi_train.data.corpus.opening import BadLines, PassedOver, Source
+from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
 from doremi_train.data.corpus.sidecar import identity
-from doremi_train.data.corpus.sources import passed_over, resolve, signature
+from doremi_train.data.corpus.sources import RULE, passed_over, resolve, signature
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
@@ -145,9 +145,7 @@ def _fill(
     target: Path, options: DataOptions, sources: list[Source], wanted: Request, progress: Progress
 ) -> None:
     target.mkdir(exist_ok=True)
-    _say_passed_over(
-        passed_over(options), "names of files in a domain's folder begin with train or validation"
-    )
+    passed_over(options).say(RULE)
     tokenizer = sample.sampled_tokenizer(target, options, sources, progress)
     end = tokenizers.end_of_document(tokenizer, options.end_of_document)
     size = tokenizers.vocabulary_size(tokenizer)
@@ -179,15 +177,10 @@ def _fill(
     except UserError:
         shutil.rmtree(target)  # the remedies lead to other addresses
         raise
-    _say_passed_over(bad.passed_over, "documents of a tar are KEY.txt or KEY.json")
+    bad.passed_over.say("documents of a tar are KEY.txt or KEY.json")
     if bad.count:
         print(redact(f"data: {_skipped(bad)}"), flush=True)
     write_manifest(writer, tokenizer, end, bad.count, router.dropped, wanted)
-
-
-def _say_passed_over(passed: PassedOver, rule: str) -> None:
-    if str(passed):
-        print(redact(f"data: not read, since {rule}: {passed}"), flush=True)
 
 
 def _skipped(bad: BadLines) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from doremi_train import __version__, files, mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar, short
-from doremi_train.data.corpus.sources import names, resolve, signature
+from doremi_train.data.corpus.sources import RULE, names, passed_over, resolve, signature
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.methods import ngram
 from doremi_train.parallel import comm
@@ -187,6 +187,7 @@ def _score(
                 "such lines"
             )
         if not (home / "model.npz").exists():
+            passed_over(raw).say(RULE)
             benchmarks = target_files.files_of(session, options.benchmarks, "selection.benchmarks")
             forbidden = {"targets": [text for documents in columns.values() for text in documents]}
             if benchmarks:

@@ -192,6 +192,12 @@ def test_what_is_not_read_of_a_root_is_counted_by_kind(tmp_path):
     }
     assert set(str(passed_over(options(root=str(tmp_path)))).split("; ")) == expected
     assert not str(passed_over(one(tmp_path / "a" / "train.jsonl")))
+    said = str(passed_over(one(f"{tmp_path}/b/*")))
+    assert set(said.split("; ")) == {
+        f"1 folders that a glob matches ({tmp_path}/b/more)",
+        f"1 hidden ({tmp_path}/b/._train.jsonl)",
+    }
+    assert not str(passed_over(one(f"{tmp_path}/**")))
 
 
 def test_a_linked_folder_is_a_domain(tmp_path):
@@ -647,7 +653,7 @@ def test_columns_of_parquet_that_are_no_strings_are_named(tmp_path):
         path,
     )
     for key in ("text", "text.list.element", "text.element", "map", "meta.parts", "map.key_value"):
-        words = "list<" if "map" not in key else "map<"
+        words = "list of strings" if "map" not in key else "map<"
         refused(one(path, text_key=key), f"data.text_key={key!r}", "a column of strings", words)
     for key in ("tex", "meta", "meta.none", "a", "meta.title.more"):
         refused(one(path, text_key=key), "no such key", "a.b, map, meta.parts, meta.title, text")
@@ -788,11 +794,11 @@ def test_what_is_not_read_of_a_tar_is_counted_by_kind(tmp_path):
     assert [piece.text for piece in read(resolve(given)[0], given, bad)] == ["x"] * 7
     said = str(bad.passed_over)
     for words in (
-        f"10 hidden members (such as an archiver's own) ({path}: ._0.txt",
+        "10 hidden members (such as an archiver's own) (x.tar: ._0.txt",
         "._4.txt, …)",
-        f"2 members without an ending ({path}: README, {path}: a.b/LICENSE.)",
-        f"2 members .md ({path}: notes.md, {path}: more.of.them.md)",
-        f"1 links and devices ({path}: link.txt)",
+        "2 members without an ending (x.tar: README, x.tar: a.b/LICENSE.)",
+        "2 members .md (x.tar: notes.md, x.tar: more.of.them.md)",
+        "1 links and devices (x.tar: link.txt)",
     ):
         assert words in said
     assert "folder.txt" not in said and "\n" not in said
