@@ -42,7 +42,7 @@ def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Pi
     texts = 0
     with opening.open_file(source.url, options) as stream:
         tail = _Tail(stream)
-        sample = _Sample("")
+        sample, met = _Sample(""), set[tuple[str, str]]()
         with tarfile.open(fileobj=cast(BinaryIO, tail), mode="r|") as archive:
             members = iter(archive)
             for member in members:
@@ -57,6 +57,9 @@ def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Pi
                 if ending not in ("txt", "json"):
                     sample.fields.append(member.name)
                     continue
+                if not sample.texts:
+                    _require_together(key, ending, met, place)
+                met.add((key, ending))
                 texts += 1
                 sample.texts += 1
                 content = cast(BinaryIO, archive.extractfile(member))
@@ -69,8 +72,10 @@ def read_tar(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Pi
             yield from _finished(sample, source, options, bad, ())
         tail.finish()
     if not texts:
+        others = f" (not read so far: {bad.passed_over})" if str(bad.passed_over) else ""
         raise UserError(
-            f"{source.url}: no KEY.txt and no KEY.json in this tar; give a webdataset of texts"
+            f"{source.url}: no KEY.txt and no KEY.json in this tar{others}; give a webdataset of "
+            "texts"
         )
 
 
@@ -123,6 +128,17 @@ def _finished(
         _, ending = _split_name(name)
         suffix = f".{ending}" if sample.texts else PurePosixPath(name).suffix
         bad.passed_over.add(f"members {suffix}", _shown(source.url, name))
+
+
+def _require_together(key: str, ending: str, met: set[tuple[str, str]], place: str) -> None:
+    """Raise UserError where a sample's text and record are far apart: each would be a document. A
+    key that comes again with the same members is another sample, as where tars were joined."""
+    other = "txt" if ending == "json" else "json"
+    if (key, other) in met and (key, ending) not in met:
+        raise UserError(
+            f"{place}: {key}.{other} stands elsewhere in this tar; members of a sample must follow "
+            "each other: write the tar sorted by name (tar --sort=name -cf)"
+        )
 
 
 def _unclear(member: tarfile.TarInfo) -> bool:

@@ -67,11 +67,25 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
             _require_column(key, column, kinds, source.url)
         number = 0
         for batch in file.iter_batches(_rows(file.metadata), columns=columns):
-            for record in batch.to_pylist():
+            for record in _records_of(batch):
                 number += 1
-                yield from records.record_text(
-                    record, source, options, f"{source.url}, row {number}", bad
-                )
+                place = f"{source.url}, row {number}"
+                if isinstance(record, dict):
+                    yield from records.record_text(record, source, options, place, bad)
+                else:
+                    bad.add(f"{place}: invalid UTF-8 ({record.reason})")
+
+
+def _records_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Records of a batch; of a row with a string that is no UTF-8 what is wrong with it."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def _leaves(fields: Iterable[pa.Field], within: str = "") -> Iterator[tuple[str, pa.DataType]]:

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -14,7 +13,6 @@ from doremi_train.data.options import DataOptions
 from doremi_train.storage.steady import one_line
 
 PIECE = 4_000_000  # characters (or tokens) of a document handed on together
-_NO_LINES = re.compile(rb"\s*(\[\s*(\{|$)|\{\s*$)")
 LINE = 1 << 26  # bytes of one JSON record: more would not fit the memory once decoded
 
 
@@ -37,9 +35,10 @@ def parse(data: bytes, place: str, bad: BadLines) -> dict[str, Any] | None:
 def require_lines(first: bytes, url: str) -> None:
     """Raise UserError where the first line of a file tells that it is one JSON value over many
     lines, or an array of records: never JSON lines, however many broken ones are allowed."""
-    begins = _NO_LINES.match(first)
-    if begins:
-        split = "jq -c '.[]'" if b"[" in begins[0] else "jq -c ."
+    line = first.strip()
+    array = line.startswith(b"[") and (not line.endswith(b"]") or line[1:].lstrip()[:1] == b"{")
+    if array or line == b"{":
+        split = "jq -c '.[]'" if array else "jq -c ."
         raise UserError(
             f"{url}: this is one JSON array, or pretty-printed JSON, not JSON lines; write one "
             f"object a line ({split} FILE > FILE.jsonl)"

@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -520,7 +521,9 @@ def test_one_json_value_is_not_taken_for_lines(tmp_path, indent, most):
     record = {"text": "a", "meta": {"source": "s"}}
     array = json.dumps([record] * 3, indent=indent)
     by_line = "[\n" + ",\n".join([json.dumps(record)] * 3) + "\n]\n"
-    for content in (array, "\ufeff\n  " + array, by_line, by_line.replace("[\n", "[")):
+    strings = json.dumps(["a", "b"], indent=1).replace("[\n", "[")
+    arrays = (array, "\ufeff\n  " + array, by_line, by_line.replace("[\n", "["), strings)
+    for content in arrays:
         (tmp_path / "x.jsonl").write_text(content)
         given = one(tmp_path / "x.jsonl", max_bad_lines=most)
         refused(given, "x.jsonl", "one JSON array", "not JSON lines", "jq -c '.[]'")
@@ -561,6 +564,14 @@ def test_records_without_text_or_domain_are_counted_in_every_format(tmp_path, en
             continue
         refused(options(**values), option, str(path), "data.max_bad_lines=0")
         assert texts(options(**values, max_bad_lines=1)) == ["t0", "t2"]
+
+
+def test_a_row_of_parquet_that_is_no_utf8_is_counted(tmp_path):
+    offsets = np.array([0, 1, 2, 3], "<i4").tobytes()
+    column = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(b"a\xffb"))
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    refused(one(tmp_path / "x.parquet"), "x.parquet, row 2", "invalid UTF-8")
+    assert texts(one(tmp_path / "x.parquet", max_bad_lines=1)) == ["a", "b"]
 
 
 def test_a_text_of_a_tar_whose_domain_is_missing_is_counted(tmp_path):
@@ -729,7 +740,17 @@ def test_tar_members_outside_are_refused(tmp_path, name):
 
 def test_a_tar_without_texts(tmp_path):
     write_tar(tmp_path / "x.tar", [("0.jpg", b"x")])
-    refused(one(tmp_path / "x.tar"), "x.tar", "no KEY.txt")
+    refused(one(tmp_path / "x.tar"), "x.tar", "no KEY.txt", "1 members .jpg")
+
+
+def test_text_and_record_of_a_sample_that_are_far_apart_are_refused(tmp_path):
+    record = b'{"text": "b"}'
+    first = [("d/0.txt", b"a"), ("d/1.txt", b"a")]
+    write_tar(tmp_path / "x.tar", [*first, ("d/0.json", record), ("d/1.json", record)])
+    refused(one(tmp_path / "x.tar"), "member 'd/0.json'", "d/0.txt", "sorted by name")
+    joined = [("0.json", record), ("0.txt", b"a"), ("1.txt", b"b")]  # tars with the same keys
+    write_tar(tmp_path / "x.tar", [*joined, *joined])
+    assert texts(one(tmp_path / "x.tar")) == ["a", "b"] * 2
 
 
 def test_fields_of_a_sample_are_no_documents(tmp_path):
