@@ -199,8 +199,11 @@ def _from_folder(fs: Any, folder: str) -> list[Source]:
             ):
                 paths.append(entry["name"])
     if not files["train"]:
+        found = PassedOver()
+        _passed_over_in(fs, folder, found)
+        others = f" (not read: {found})" if str(found) else ""
         raise UserError(
-            f"data.root: domain {domain!r} has no train* file directly in {folder}; "
+            f"data.root: domain {domain!r} has no train* file directly in {folder}{others}; "
             f"add one ({_allowed()}), or remove the folder"
         )
     splits = _splits(bool(files["validation"]))

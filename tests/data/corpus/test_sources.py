@@ -391,6 +391,8 @@ def test_bad_root(tmp_path):
     refused(options(root=str(tmp_path)), "no domain", ".jsonl")
     (tmp_path / "empty").mkdir()
     refused(options(root=str(tmp_path)), "'empty'", "no train* file")
+    (tmp_path / "empty" / "part-0.jsonl").write_text("{}")
+    refused(options(root=str(tmp_path)), "no train* file", "not read: 1 files .jsonl (empty/part")
     (tmp_path / "empty" / "train.csv").write_text("a,b")
     refused(options(root=str(tmp_path)), "train.csv", "unknown ending", ".jsonl.zst", ".parquet")
 
