@@ -316,10 +316,8 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind: str, tmp_path:
 def test_rounding_is_not_taken_for_sight() -> None:
     """Experts that are computed together give other last bits when others come."""
     shape = {
-        "model_type": "qwen3_moe", "hidden_size": 256,
-        "num_hidden_layers": 3, "num_local_experts": 8,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 128,
-        "num_experts_per_tok": 2, "intermediate_size": 128, "head_dim": 64,
+        "model_type": "mixtral", "hidden_size": 256, "num_hidden_layers": 3,
+        "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
     }  # fmt: skip
     folders.build(configs.resolve(ModelOptions(config=shape), 300, 0, 16), 0)
 
