@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.config import UserError, fingerprint, judged
-from doremi_train.storage.steady import one_line
 
 ROLES = ("system", "user", "assistant")  # where there is no chat template, which may know others
 
@@ -76,16 +75,11 @@ class Encoder:
         token."""
         from transformers import AutoTokenizer
 
-        try:
+        remedy = "give a model folder with its tokenizer.json and tokenizer_config.json"
+        with judged(f"{key}={folder}: has no tokeniser that transformers loads", remedy):
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # it fails in many ways
-            raise UserError(
-                f"{key}={folder}: has no tokeniser that transformers loads "
-                f"({one_line(error)[:300]}); give a model folder with its tokenizer.json and "
-                "tokenizer_config.json"
-            ) from None
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"{key}={folder}: its tokeniser has no eos_token, which ends an answer; "
