@@ -130,15 +130,28 @@ def sees_ahead(inner: Any) -> bool:
     tokens = torch.arange(length, device=inner.device).remainder(config.vocab_size)[None]
     changed, half = tokens.clone(), length // 2
     changed[:, half:] = changed[:, half:].flip(1)
-    was_training = inner.training
+    with _looking(inner):
+        with torch.no_grad():
+            one, two = (inner(input_ids=given).logits for given in (tokens, changed))
+        moved = (one - two).abs().amax((0, 2))  # (T,)
+        part = float(moved[:half].max() / moved[half:].max())
+        return part > _MOVED or (part > 0 and _depends(inner, tokens, half))
+
+
+@contextlib.contextmanager
+def _looking(inner: Any) -> Iterator[None]:
+    """Without dropout, and without a cache, which is not for all layers; then as it was."""
+    was_training, cached = inner.training, getattr(inner.config, "use_cache", None)
     inner.eval()
-    with torch.no_grad():
-        one, two = (inner(input_ids=given).logits for given in (tokens, changed))
-    moved = (one - two).abs().amax((0, 2))  # (T,)
-    part = float(moved[:half].max() / moved[half:].max())
-    ahead = part > _MOVED or (part > 0 and _depends(inner, tokens, half))
-    inner.train(was_training)
-    return ahead
+    inner.config.use_cache = False
+    try:
+        yield
+    finally:
+        inner.train(was_training)
+        if cached is None:
+            del inner.config.use_cache
+        else:
+            inner.config.use_cache = cached
 
 
 def _depends(inner: Any, tokens: Tensor, half: int) -> bool:

@@ -313,6 +313,21 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind: str, tmp_path:
         folders.build(told, 0)
 
 
+@pytest.mark.parametrize("kind", ["jamba", "recurrent_gemma", "qwen3_5_text"])
+def test_layers_without_attention_are_probed_too_and_nothing_is_changed(kind: str) -> None:
+    """Their cache is none."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(kind).to_dict()
+    shape = {key: value for key, value in SMALL.items() if key in known and key != "head_dim"}
+    inner = folders.build(
+        configs.resolve(ModelOptions(config={**shape, "model_type": kind}), 300, 0, 16), 0
+    ).inner.train()
+    inner.config.use_cache = True
+    assert not language_model.sees_ahead(inner)
+    assert inner.config.use_cache is True and inner.training
+
+
 def test_rounding_is_not_taken_for_sight() -> None:
     """Experts that are computed together give other last bits when others come."""
     shape = {
