@@ -140,7 +140,7 @@ def sees_ahead(inner: Any) -> bool:
 
 @contextlib.contextmanager
 def _looking(inner: Any) -> Iterator[None]:
-    """Without dropout, and without a cache, which is not for all layers; then as it was."""
+    """Switch off dropout, and the cache, which not all layers have; then put both back."""
     was_training, cached = inner.training, getattr(inner.config, "use_cache", None)
     inner.eval()
     inner.config.use_cache = False
