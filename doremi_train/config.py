@@ -1,10 +1,11 @@
 """Strict loading of options: Hydra composes, pydantic checks, and a mistake becomes one readable
 message."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -40,6 +41,24 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
+
+
+@contextlib.contextmanager
+def judged(given: str, remedy: str, by: str = "transformers") -> Iterator[None]:
+    """The one guard around a library of others that judges what a user gave: whatever it raises is
+    a UserError that names `given` (key and value), the cause, and the remedy. Running out of memory
+    is no judgement."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # libraries fail in many ways: KeyError, AssertionError, their own
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        cause, kind = " ".join(str(error).split()), type(error).__name__
+        if isinstance(error, KeyError | AttributeError | IndexError | AssertionError):
+            cause = f"{kind}: {cause}" if cause else kind
+        raise UserError(f"{given}: {by} refuses it: {cause[:400] or kind}; {remedy}") from None
 
 
 def in_keys(message: object, keys: Mapping[str, str]) -> str:

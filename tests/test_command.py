@@ -398,3 +398,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(
     )
     status = json.loads((tmp_path / "run" / "reference" / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["message"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [("1e30", "the held-out loss is not finite"), ("1e45", "parameters are not finite")],
+)
+def test_a_model_that_no_left_out_batch_helps_ends_the_run_with_the_step(
+    rate: str, said: str, tiny: list[str], tmp_path: Path
+) -> None:
+    """Its losses are not finite although, or because, its parameters are."""
+    outcome = run_here(
+        *tiny, f"store={tmp_path / 'store'}", f"run_dir={tmp_path / 'run'}", "stage=reference",
+        f"training.learning_rate={rate}", "training.warmup=0.0", "training.on_nonfinite=skip",
+    )  # fmt: skip
+    assert outcome.code == 1 and "Traceback" not in outcome.err, outcome
+    assert re.search(rf"reference: .*{said} at step \d+", outcome.err), outcome.err
+    assert "lower training.learning_rate" in outcome.err

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from doremi_train.config import STRICT, Count, NonNegativeFloat, Positive, PositiveFloat, UserError
+from doremi_train.config import (
+    STRICT,
+    Count,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    UserError,
+    judged,
+)
 from doremi_train.data.tokens import tokenizer
 
 _BUCKETS = 1 << 15  # of hashed words and pairs of words
@@ -149,7 +157,6 @@ def _small_encoder(options: ClassifierOptions, texts: Sequence[str]) -> Kind:
 
 
 def _folder(options: ClassifierOptions) -> Kind:
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -171,13 +178,10 @@ def _folder(options: ClassifierOptions) -> Kind:
             )
         )
 
-    try:
+    remedy = "it is not an encoder that transformers loads; give another, or ngrams or encoder"
+    with judged(f"classify.model={options.model!r}", remedy):
         words = AutoTokenizer.from_pretrained(folder, **local)
         build(2)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"classify.model={options.model!r}: not an encoder that transformers loads ({error})"
-        ) from None
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return words(list(texts), truncation=True, max_length=options.length)["input_ids"]

@@ -62,6 +62,7 @@ class Read(NamedTuple):
     tokens: NDArray[np.int32]  # (n,) as they are stored
     cut: bool  # whether it has more of them
     record: Mapping[str, Any] | None  # None where it was picked
+    told: Mapping[str, int] = {}  # what of chat.TOLD is to be said of how many of its answers
 
 
 class Picked(NamedTuple):
@@ -96,9 +97,9 @@ def examples(
                 yield Read(str(source.domain), source, line, tokens, cut, None)
             continue
         for domain, line, record in records(source, options, bad):
-            example = encoder.encode(record, f"{source.url}, line {line}")
+            example, told = encoder.encoded(record, f"{source.url}, line {line}")
             tokens = chat.coded(example, length)
-            yield Read(domain, source, line, tokens, len(example.ids) > len(tokens), record)
+            yield Read(domain, source, line, tokens, len(example.ids) > len(tokens), record, told)
 
 
 def prepare(
@@ -172,6 +173,7 @@ class _Collected:
         self.bad = BadLines(options)
         self.left_out: list[str] = []  # places
         self.counts: Counter[str] = Counter()
+        self.told: dict[str, dict[str, Any]] = {}  # of chat.TOLD: how many answers, and the first
         self._validation: set[bytes] = set()
 
     def require_all(self, sources: list[Source]) -> None:
@@ -186,6 +188,9 @@ class _Collected:
     def add(self, read: Read) -> None:
         """Keep an example, or count why it is left out."""
         tokens, url = read.tokens, redact(read.source.url)
+        for what, count in read.told.items():
+            of = self.told.setdefault(what, {"answers": 0, "first": f"{url}, line {read.line}"})
+            of["answers"] += count
         if (tokens < 0).all():
             self.left_out.append(f"{url}, line {read.line}")
             return
@@ -263,6 +268,7 @@ def _write(target: Path, collected: _Collected, request: Mapping[str, Any]) -> N
                 "examples": len(collected.left_out),
                 "first": collected.left_out[:_NAMED],
             },
+            **({"told": collected.told} if collected.told else {}),
             "bad_lines": collected.bad.count,
             "request": request,
         },

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from doremi_train.config import STRICT, UserError, conf_dir
+from doremi_train.config import STRICT, UserError, conf_dir, judged
+
+# Options that name a token: in the vocabulary of the tokeniser that a config was made for.
+_TOKEN = re.compile("token_(id|index)$|^pad_index$")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -54,27 +58,19 @@ def resolve(
         raise UserError(
             f"{key}: give one of {key}.config and {key}.path, or a preset such as {key}=tiny"
         )
-    values = dict(options.config) if options.config else _read_config(Path(str(options.path)), key)
-    kind = values.pop("model_type", None)
+    given, values, remedy = _given(options, key)
+    # Weights are made anew: they are not quantised, whatever those of the folder are.
+    values.pop("quantization_config", None)
+    kind, values = of_text(values, given, remedy)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{key}.config.model_type={kind!r}: must be a causal language model of transformers, "
             "such as gpt_neox, llama, gpt2 or qwen3"
         )
     values |= {"vocab_size": vocabulary, "bos_token_id": end, "eos_token_id": end}
-    known = AutoConfig.for_model(kind).to_dict()
-    for name in options.config or {}:
-        # transformers would keep it and never look at it.
-        if name not in known | {"model_type": kind}:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(
-                f"{key}.config.{name}: not an option of {kind} models in transformers{hint}"
-            )
-    try:
+    with judged(given, remedy):
         config = AutoConfig.for_model(kind, **values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{key}.config: transformers refuses it: {error}") from None
+        _drop_tokens_beyond(config, vocabulary)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < length:
         if "max_position_embeddings" in values or "n_positions" in values:
@@ -86,17 +82,81 @@ def resolve(
     plain = json.loads(config.to_json_string(use_diff=True))
     # The same model under another version is the same model.
     plain.pop("transformers_version", None)
-    return plain | {"vocab_size": vocabulary, "model_type": kind}
+    plain |= {"vocab_size": vocabulary, "model_type": kind}
+    with judged(given, remedy):
+        skeleton(plain)
+    return plain
 
 
-def _read_config(path: Path, key: str) -> dict[str, Any]:
+def _given(options: ModelOptions, key: str) -> tuple[str, dict[str, Any], str]:
+    """What a user gave, in words; its values; and the remedy where they are wrong."""
+    if options.config is None:
+        values = read(Path(str(options.path)), f"{key}.path")
+        remedy = "mend its config.json, or give another folder"
+        return f"{key}.path={options.path}", values, remedy
+    _refuse_unknown(options.config, key)
+    return (
+        f"{key}.config={options.config!s:.200}",
+        dict(options.config),
+        f"mend {key}.config, or take a preset such as {key}=tiny",
+    )
+
+
+def _refuse_unknown(values: dict[str, Any], key: str) -> None:
+    """Refuse what transformers would keep and never look at."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return
+    with judged(f"{key}.config.model_type={kind}", "give another"):
+        known = AutoConfig.for_model(kind).to_dict()
+    for name in values:
+        if name not in known | {"model_type": kind}:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"{key}.config.{name}: not an option of {kind} models in transformers{hint}"
+            )
+
+
+def of_text(values: dict[str, Any], given: str, remedy: str) -> tuple[Any, dict[str, Any]]:
+    """Kind and values of a config; of a multimodal one, those of its text model."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = dict(values)
+    kind = values.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return kind, values
+    with judged(given, remedy):
+        whole = AutoConfig.for_model(kind, **values)
+        text = whole.get_text_config()
+        if text is whole:
+            return kind, values
+        values = json.loads(text.to_json_string(use_diff=True))
+    values.pop("transformers_version", None)
+    return values.pop("model_type"), values
+
+
+def _drop_tokens_beyond(config: Any, vocabulary: int) -> None:
+    """Names of tokens that the vocabulary does not have name none."""
+    for name, value in config.to_dict().items():
+        if _TOKEN.search(name) and isinstance(value, int) and value >= vocabulary:
+            setattr(config, name, None)
+
+
+def read(path: Path, key: str) -> dict[str, Any]:
+    """The config of a local folder or config.json. Raises UserError where there is none."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        return json.loads(file.read_text())
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"a mapping is needed, not {values!r:.50}")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{key}.path={path}: not a transformers config.json or a folder with one ({error})"
+            f"{key}={path}: not a transformers config.json or a folder with one ({error})"
         ) from None
+    return values
 
 
 def skeleton(config: dict[str, Any]) -> Any:

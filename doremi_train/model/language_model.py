@@ -115,6 +115,63 @@ def _head_is_plain(inner: Any) -> bool:
     return False
 
 
+_PROBED = 16  # tokens
+# Movement of earlier logits over that of later ones. Experts computed together move 2e-6 by
+# rounding alone; encoders as they are initialised move 2e-5 and more.
+_MOVED = 1e-4
+
+
+def sees_ahead(inner: Any) -> bool:
+    """Whether what a transformers model says of a token depends on later ones: they are changed,
+    and nothing before them may move. Where so little does that it may be rounding, gradients
+    decide, which are exactly 0 where nothing is seen."""
+    config = inner.config.get_text_config()
+    length = min(_PROBED, getattr(config, "max_position_embeddings", None) or _PROBED)
+    tokens = torch.arange(length, device=inner.device).remainder(config.vocab_size)[None]
+    changed, half = tokens.clone(), length // 2
+    changed[:, half:] = changed[:, half:].flip(1)
+    with _looking(inner):
+        with torch.no_grad():
+            one, two = (inner(input_ids=given).logits for given in (tokens, changed))
+        moved = (one - two).abs().amax((0, 2))  # (T,)
+        part = float(moved[:half].max() / moved[half:].max())
+        return part > _MOVED or (part > 0 and _depends(inner, tokens, half))
+
+
+@contextlib.contextmanager
+def _looking(inner: Any) -> Iterator[None]:
+    """Switch off dropout, and the cache, which not all layers have; then put both back."""
+    was_training, cached = inner.training, getattr(inner.config, "use_cache", None)
+    inner.eval()
+    inner.config.use_cache = False
+    try:
+        yield
+    finally:
+        inner.train(was_training)
+        if cached is None:
+            del inner.config.use_cache
+        else:
+            inner.config.use_cache = cached
+
+
+def _depends(inner: Any, tokens: Tensor, half: int) -> bool:
+    """Whether logits before `half` have a gradient with respect to embeddings from there on."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = inner.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = inner(input_ids=tokens).logits[:, :half]
+            (gradient,) = torch.autograd.grad(logits.square().sum(), embedded[0])
+    finally:
+        hook.remove()
+    return bool(gradient[:, half:].any())
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters (tied ones once) and the buffers that are saved, by name."""
     saved = model.state_dict(keep_vars=True).keys()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass
 
-from doremi_train.config import STRICT, Fraction, Positive, PositiveFloat, UserError
+from doremi_train.config import STRICT, Fraction, Positive, PositiveFloat, UserError, judged
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,16 +44,32 @@ def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in inner.modules()),
         task_type="CAUSAL_LM",
     )
-    try:
-        return peft.get_peft_model(inner, config)
-    except ValueError as error:
-        layers = (
-            name
-            for name, module in inner.named_modules()
-            if getattr(module, "weight", None) is not None
-        )
-        names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-        raise UserError(
-            f"{key}.targets={list(options.targets or ())}: {str(error)[:200]}; this model's layers "
-            f"end in {names}"
-        ) from None
+    layers = (
+        name
+        for name, module in inner.named_modules()
+        if getattr(module, "weight", None) is not None
+    )
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    given = f"{key}.targets={list(options.targets or ())}"
+    with judged(given, f"this model's layers end in {names}", "peft"):
+        adapted = peft.get_peft_model(inner, config)
+    _refuse_tied(inner, given, key)
+    return adapted
+
+
+def _refuse_tied(inner: Any, given: str, key: str) -> None:
+    """Refuse adapters on a weight that other modules have too: merged, they would change those as
+    well, and the saved model would be another than the one that was trained."""
+    owners: dict[int, list[str]] = {}
+    for name, weight in inner.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.replace(".base_layer", ""))
+    for name, module in inner.named_modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        others = [owner for owner in owners.get(id(weight), ()) if owner != f"{name}.weight"]
+        if others:
+            raise UserError(
+                f"{given}: {name} has its weight in common with "
+                f"{', '.join(other.removesuffix('.weight') for other in others)}, which a merged "
+                f"adapter would change too; leave it out of {key}.targets, or train all parameters "
+                f"with {key}.rank=null"
+            )

@@ -68,7 +68,10 @@ def run(session: Session) -> Run:
         _require_room(inner, encoder, training.sequence_length)
         model = CompletionModel(inner, training.activation_checkpointing, training.precision)
         before.update(_measured(session, model, data))
-        said = {"before": before, "data": {key: data.manifest[key] for key in _REPORTED}}
+        said = {
+            "before": before,
+            "data": {key: data.manifest[key] for key in _REPORTED if key in data.manifest},
+        }
         return Begun(task, model, partial(_save, session, tuned, encoder), said)
 
     if train_once(session, tuned, "finetune", begin):
@@ -80,7 +83,7 @@ def run(session: Session) -> Run:
     return tuned
 
 
-_REPORTED = ("examples", "cut", "also_in_validation", "without_loss", "bad_lines")
+_REPORTED = ("examples", "cut", "also_in_validation", "without_loss", "told", "bad_lines")
 
 
 def recipe(session: Session, data: Instructions, selection: batch_selection.Setting | None) -> Run:

@@ -134,9 +134,23 @@ class Step:
             self.engine.step(optim.learning_rate(number, task.training.steps, task.training))
         else:
             self.engine.discard()
+            self.require_finite(number)
         skipped = position.skipped + (not learned.sound)
         after = Position(number, learned.state, batch.draw.counts, skipped)
         return Taken(after, learned.stats, learned.stopping, learned.sound, picks)
+
+    def require_finite(self, number: int) -> None:
+        """Raise TrainingFailed on every rank where parameters of any are not finite after step
+        `number`: no later batch could be sound."""
+        parts = (_local(parameter) for parameter in self.engine.model.parameters())
+        broken = not all(bool(part.isfinite().all()) for part in parts)
+        nothing = Loss(*torch.zeros(2, 1, dtype=torch.float64, device=self.device))
+        if comm.all_reduce_sum(nothing, broken)[1]:
+            raise TrainingFailed(
+                f"{self.task.label}: the model's parameters are not finite at step {number}, so no "
+                "later batch has a loss; lower training.learning_rate, or raise training.warmup, "
+                "and start again in another run_dir"
+            )
 
     def _by_domain(
         self, gradients: DomainGradients, state: Any, batch: Batch, number: int
@@ -257,6 +271,13 @@ class Step:
         if self.world.first:
             print(f"{message}; the batch is left out on all processes", flush=True)
         return False
+
+
+def _local(parameter: Any) -> Tensor:
+    """The part of a parameter that this process has (FSDP2, ZeRO 3), or all of it."""
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def add(parts: Sequence[Any]) -> Any:

@@ -4,6 +4,7 @@ K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -94,6 +95,8 @@ class Trainer:
                 clock = time.perf_counter()
                 taken = self.step.take(position)
                 position = taken.position
+                if self._looked_at(position.step) or taken.stopping:
+                    self.step.require_finite(position.step)
                 logs.trace(task, position, taken.stats, skipped=not taken.sound)
                 if taken.picks is not None:
                     logs.selection(task.store.domains, position.step, taken.picks)
@@ -107,7 +110,7 @@ class Trainer:
                         tokens_per_second=tokens / (time.perf_counter() - clock),
                     )
                 if position.step % self._evaluate_every == 0 or position.step == training.steps:
-                    logs.evaluation(position.step, self.evaluate())
+                    logs.evaluation(position.step, self.evaluate(position.step))
                 if position.step in self._kept:
                     self._keep(position.step)
                 if taken.stopping or position.step % training.checkpoint_every == 0:
@@ -119,6 +122,15 @@ class Trainer:
                         f"{training.steps}; the same command continues it"
                     )
                 yield taken
+
+    def _looked_at(self, step: int) -> bool:
+        """Whether the model is measured or kept after `step`."""
+        every = (self._evaluate_every, self.task.training.checkpoint_every)
+        return (
+            step == self.task.training.steps
+            or step in self._kept
+            or any(step % count == 0 for count in every)
+        )
 
     def _selector(self, place: place.Place) -> selector.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
@@ -140,9 +152,11 @@ class Trainer:
             self.micro,
         )
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, step: int | None = None) -> dict[str, Any]:
+        """Held-out losses after `step`; None: at the end. Raises TrainingFailed where they are not
+        finite: the model is then spoilt, and what is left out of its training is of no help."""
         task = self.task
-        return losses.measure(
+        measured = losses.measure(
             self.engine.model,
             task.store,
             task.training.sequence_length,
@@ -150,6 +164,13 @@ class Trainer:
             task.evaluation,
             self.device,
         )
+        if not math.isfinite(measured["mean_loss"]):
+            raise TrainingFailed(
+                f"{task.label}: the held-out loss is not finite at step "
+                f"{step or task.training.steps}; lower training.learning_rate, or raise "
+                "training.warmup, and start again in another run_dir"
+            )
+        return measured
 
     def _mean_loss(self) -> float:
         """Mean training loss over tokens and ranks since the last call, nats per token."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from doremi_train.config import UserError
+from doremi_train.config import UserError, judged
 from doremi_train.data.tokens import tokenizer
 from doremi_train.model import configs, folders, language_model
 from doremi_train.model import language_model as lm
@@ -211,6 +211,132 @@ def test_a_wrong_config_is_refused_by_name(options: ModelOptions, length: int, n
     assert named in str(error.value)
 
 
+LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"hidden_size": 15}, "not a multiple"),  # a validator of the whole
+        ({"hidden_size": "16"}, "expected int, got str"),  # of a field
+        ({"hidden_act": "gelu_fast2"}, "KeyError: 'gelu_fast2'"),
+        ({"pad_token_id": -400}, "Padding_idx must be within"),  # an assertion
+        ({"model_type": "gpt2", "n_embd": 15, "n_head": 2}, "must be divisible"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "must match the size"),  # a forward
+    ],
+)
+def test_what_transformers_refuses_in_any_of_its_ways_is_a_mistake(
+    changes: dict[str, Any], cause: str
+) -> None:
+    given = changes if "model_type" in changes else LLAMA | changes
+    with pytest.raises(UserError) as error:
+        folders.build(configs.resolve(ModelOptions(config=given), 300, 0, 16), 0)
+    said = str(error.value)
+    assert cause in said and "model" in said and "mend model.config" in said
+
+
+def test_the_guard_passes_on_mistakes_that_are_named_and_memory_that_is_out() -> None:
+    for error in (UserError("named"), MemoryError(), torch.OutOfMemoryError()):
+        with pytest.raises(type(error)), judged("key=value", "mend it"):
+            raise error
+    said = pytest.raises(UserError, match=r"^key=value: it refuses it: IndexError; mend it$")
+    with said, judged("key=value", "mend it", "it"):
+        raise IndexError
+
+
+@pytest.mark.parametrize("kind", ["phi3", "olmo2", "gpt_oss"])  # whose padding is far beyond
+def test_tokens_beyond_the_vocabulary_are_dropped_from_a_config(kind: str, tmp_path: Path) -> None:
+    shape = {key: value for key, value in SMALL.items() if key != "head_dim" or kind == "gpt_oss"}
+    given = {**shape, "model_type": kind, "pad_token_id": 100277}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    config = configs.resolve(ModelOptions(path=str(tmp_path)), 300, 7, 16)
+    assert config["pad_token_id"] is None and config["eos_token_id"] == 7
+    assert folders.build(config, 0)(TOKENS).isfinite().all()
+
+
+def multimodal() -> Any:
+    from transformers import AutoConfig
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    text = {**SMALL, "vocab_size": 320, "max_position_embeddings": 64}
+    return AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+
+
+def test_a_multimodal_config_gives_its_text_model(tmp_path: Path) -> None:
+    multimodal().save_pretrained(tmp_path)
+    config = configs.resolve(ModelOptions(path=str(tmp_path)), 300, 0, 16)
+    assert (config["model_type"], config["vocab_size"]) == ("gemma3_text", 300)
+    model = folders.build(config, 0)
+    assert model.inner.get_input_embeddings().weight.shape == (300, 16)
+    assert not any("vision" in name for name, _ in model.named_parameters())
+
+
+def test_a_multimodal_folder_gives_its_text_model_with_its_weights(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(multimodal()).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    text = folders.read(tmp_path / "whole", "finetune.model")
+    with torch.no_grad():
+        assert torch.equal(text(TOKENS).logits, whole(input_ids=TOKENS).logits)
+    assert text.get_output_embeddings().weight is text.get_input_embeddings().weight
+    text.save_pretrained(tmp_path / "text")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert again.config.model_type == "gemma3_text" and torch.equal(
+        again(TOKENS).logits, text(TOKENS).logits
+    )
+
+
+ENCODERS = {
+    "bert": SMALL, "roberta": SMALL, "electra": SMALL, "roformer": SMALL,
+    "cpmant": {"hidden_size": 16, "dim_ff": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**ENCODERS[kind], "model_type": kind}))
+    config = configs.resolve(ModelOptions(path=str(tmp_path)), 300, 0, 16)
+    with pytest.raises(UserError, match=f"model_type={kind}: this model sees the tokens"):
+        folders.build(config, 0)
+    if kind == "bert":
+        told = configs.resolve(
+            ModelOptions(config={"model_type": kind, "is_decoder": True, "hidden_size": 24}),
+            300, 0, 16,
+        )  # fmt: skip
+        folders.build(told, 0)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "recurrent_gemma", "qwen3_5_text"])
+def test_layers_without_attention_are_probed_too_and_nothing_is_changed(kind: str) -> None:
+    """Their cache is none."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(kind).to_dict()
+    shape = {key: value for key, value in SMALL.items() if key in known and key != "head_dim"}
+    inner = folders.build(
+        configs.resolve(ModelOptions(config={**shape, "model_type": kind}), 300, 0, 16), 0
+    ).inner.train()
+    inner.config.use_cache = True
+    assert not language_model.sees_ahead(inner)
+    assert inner.config.use_cache is True and inner.training
+
+
+def test_rounding_is_not_taken_for_sight() -> None:
+    """Experts that are computed together give other last bits when others come."""
+    shape = {
+        "model_type": "mixtral", "hidden_size": 256, "num_hidden_layers": 3,
+        "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
+    }  # fmt: skip
+    folders.build(configs.resolve(ModelOptions(config=shape), 300, 0, 16), 0)
+
+
 def test_positions_grow_with_the_sequence_where_nobody_chose_them() -> None:
     assert (
         configs.resolve(ModelOptions(config=TINY), 300, 0, 9000)["max_position_embeddings"] == 9000
@@ -253,8 +379,9 @@ def test_embeddings_are_tied_where_the_config_says_so() -> None:
 TOKENIZER = tokenizer.learn(["some text for a small tokeniser"], 300)
 
 
-def saved(folder: Path, **changes: Any) -> LanguageModel:
-    language_model = build({**TINY, **changes}, vocabulary=TOKENIZER.get_vocab_size()).eval()
+def saved(folder: Path, padding: int = 0, **changes: Any) -> LanguageModel:
+    entries = TOKENIZER.get_vocab_size() + padding
+    language_model = build({**TINY, **changes}, vocabulary=entries).eval()
     folders.save(language_model, dict(language_model.named_parameters()), folder, TOKENIZER, 0)
     return language_model
 
@@ -283,6 +410,30 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         UserError, match=r"reference\.path=.*vocabulary has \d+ entries, the data's tokeniser 999"
     ):
         folders.load(tmp_path, 999, "reference.path")
+
+
+def test_an_embedding_padded_beyond_its_tokeniser_is_read_and_its_losses_are_as_they_are(
+    tmp_path: Path,
+) -> None:
+    model, own = saved(tmp_path, padding=64), TOKENIZER.get_vocab_size()
+    loaded = folders.load(tmp_path, own, "reference.path")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS % own), oracle(model, TOKENS % own).float())
+    with pytest.raises(UserError, match=f"has {own} entries.*tokeniser {own + 64}"):
+        folders.load(
+            tmp_path, own + 64, "reference.path"
+        )  # which the embedding has, but as padding
+
+
+def test_a_quantised_folder_is_refused_and_gives_a_config_all_the_same(tmp_path: Path) -> None:
+    saved(tmp_path)
+    file = tmp_path / "config.json"
+    how = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": how}))
+    with pytest.raises(UserError, match=r"finetune\.model=.*quantised.*dequantise"):
+        folders.read(tmp_path, "finetune.model")
+    config = configs.resolve(ModelOptions(path=str(tmp_path)), 300, 0, 16)
+    assert "quantization_config" not in config
 
 
 def test_a_missing_or_broken_folder_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: what carries a loss, and that the one training loop does the rest."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from helpers import models
 from helpers.command import Command
 from helpers.corpus import words
 from helpers.processes import lines
@@ -159,6 +161,109 @@ def test_a_template_that_rewrites_answers_is_refused(base: Path) -> None:
     ]
     with pytest.raises(UserError, match="message 2.*an example of its own"):
         encoder.encode({"messages": messages}, "here")
+
+
+THINKING = (  # opens the answer in the prompt, and strips reasoning from answers
+    "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}"
+    "{% else %}<a>{{ m.content.split('</think>')[-1] }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a><think>\n{% endif %}"
+)
+
+
+def talk(*said: str, **more: str) -> dict[str, Any]:
+    """A question, its answer, and so on; `more` fields of the last message."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(said)]
+    messages[-1] |= more
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("record", "answers", "told"),
+    [
+        (talk("ab", "cd"), "cd<|endoftext|>", {"opened": 1}),
+        (talk("ab", "<b>cd"), "<b>cd<|endoftext|>", {"opened": 1}),  # begins as the opening does
+        (talk("ab", "cd", "ef", "gh"), "cd<|endoftext|>gh<|endoftext|>", {"opened": 2}),
+        (
+            talk("ab", "<think>\nno\n</think>cd"),
+            "cd<|endoftext|>",
+            {"opened": 1, "parts_left_out": 1},
+        ),
+        (
+            talk("cd no", "cd", reasoning_content="no"),
+            "cd<|endoftext|>",
+            {"opened": 1, "parts_left_out": 1},
+        ),
+    ],
+)
+def test_an_answer_follows_the_common_beginning_and_what_it_lacks_is_said(
+    record: dict[str, Any], answers: str, told: dict[str, int], base: Path
+) -> None:
+    encoder = Encoder(str(base), "finetune.model")
+    encoder.tokenizer.chat_template = THINKING
+    encoded = encoder.encoded(record, "here")
+    assert shown(encoder, encoded.example)[1] == answers and encoded.told == told
+    whole = encoder.tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    assert encoder.tokenizer.decode(encoded.example.ids.tolist()) == whole
+
+
+def test_reasoning_that_the_prompt_opens_or_the_template_lays_out_anew_is_not_left_out(
+    base: Path,
+) -> None:
+    encoder = Encoder(str(base), "finetune.model")
+    encoder.tokenizer.chat_template = THINKING.replace(
+        "m.content.split('</think>')[-1]", "m.content.replace('</think>', ' </think> ')"
+    )
+    encoded = encoder.encoded(talk("ab", "<think>\nno</think>cd"), "here")
+    assert shown(encoder, encoded.example)[1] == "no </think> cd<|endoftext|>"
+    assert not encoded.told
+
+
+def test_answers_that_nothing_ends_are_said(base: Path, tmp_path: Path) -> None:
+    encoder = Encoder(str(base), "finetune.model")
+    encoder.tokenizer.chat_template = THINKING.replace("<|endoftext|>", "<|end|>").replace(
+        "<think>\n", ""
+    )
+    assert encoder.encoded(talk("ab", "cd", "ef", "gh"), "here").told == {"without_end": 2}
+    assert not encoder.encoded({"prompt": "ab", "completion": "cd"}, "here").told
+    # Which tokens end what is generated, the model's generation_config.json says too.
+    shutil.copytree(base, tmp_path / "model")
+    own = encoder.tokenizer(" d", add_special_tokens=False).input_ids[-1]
+    (tmp_path / "model" / "generation_config.json").write_text(f'{{"eos_token_id": [{own}]}}')
+    other = Encoder(str(tmp_path / "model"), "finetune.model")
+    other.tokenizer.chat_template = "{% for m in messages %}<a> {{ m.content }}{% endfor %}"
+    assert not other.encoded(talk("ab", "d"), "here").told
+
+
+def test_what_a_template_leaves_out_is_said_once_with_its_count(
+    base: Path, tuning: list[str], command: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(THINKING)
+    outcome = command(*tuning, f"finetune.model={tmp_path / 'model'}", "training.steps=2")
+    assert outcome.code == 0, outcome
+    assert "opens 72 answers with a text" in outcome.out and "a part of" not in outcome.out
+    assert result(tmp_path / "run")["data"]["told"]["opened"]["answers"] == 72
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_lora_on_a_tied_weight_is_refused(target: str) -> None:
+    tied = models.build("gpt2").float()
+    with pytest.raises(UserError, match=rf"{target} has its weight in common with .*rank=null"):
+        lora.add(tied, LoraOptions(targets=(target,)), 0, "finetune.lora")
+
+
+@pytest.mark.parametrize("targets", [None, ("lm_head", "embed_tokens", "q_proj")])
+def test_merged_adapters_are_the_model_that_was_trained(targets: tuple[str, ...] | None) -> None:
+    inner = models.build("llama", tie_word_embeddings=False).float().eval()
+    adapters = lora.add(inner, LoraOptions(rank=2, targets=targets), 0, "finetune.lora")
+    for name, parameter in adapters.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        trained = inner(tokens).logits
+        torch.testing.assert_close(adapters.merge_and_unload()(tokens).logits, trained)
 
 
 @pytest.mark.parametrize(

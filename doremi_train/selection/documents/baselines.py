@@ -9,7 +9,7 @@ import numpy as np
 import scipy  # each part is imported when it is first used
 from numpy.typing import NDArray
 
-from doremi_train.config import UserError
+from doremi_train.config import UserError, judged
 from doremi_train.methods import ngram
 from doremi_train.selection.documents import kernels
 from doremi_train.selection.documents.parts import Batch, Document, batch
@@ -184,13 +184,9 @@ class Embedding(Random):
 def _encoder(folder: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    try:
+    remedy = "it is not a local folder of a sentence encoder; give one in safetensors"
+    with judged(f"selection.encoder={folder}", remedy):
         how = {"local_files_only": True, "trust_remote_code": False}
         return AutoTokenizer.from_pretrained(folder, **how), AutoModel.from_pretrained(
             folder, use_safetensors=True, **how
         ).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"selection.encoder={folder}: not a local folder of a sentence encoder "
-            f"({str(error).splitlines()[0]})"
-        ) from None

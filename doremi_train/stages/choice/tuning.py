@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from doremi_train.config import UserError
 from doremi_train.data import instructions
-from doremi_train.data.chat import Encoder
+from doremi_train.data.chat import TOLD, Encoder
 from doremi_train.data.instructions import Instructions, Picked
 from doremi_train.model import folders, lora
 from doremi_train.parallel import comm
@@ -53,6 +53,9 @@ def prepared(
         f"{data.manifest['also_in_validation']} that are held out too, "
         f"{empty['examples']} without a token that carries a loss{such}"
     )
+    for what, of in data.manifest.get("told", {}).items():
+        place = f" (the first: {of['first']})"
+        session.say(f"examples               {TOLD[what].format(count=of['answers'], place=place)}")
     return data
 
 

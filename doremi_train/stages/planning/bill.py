@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from doremi_train import files
-from doremi_train.config import fingerprint
+from doremi_train.config import fingerprint, judged
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.model import costs
+from doremi_train.model import configs, costs, folders
 from doremi_train.parallel import comm
 from doremi_train.stages.runs import reference_losses, weighting
 from doremi_train.stages.runs.ahead import Ahead
@@ -200,7 +199,13 @@ class Bill:
     def _frozen(self, proxy: costs.Shape) -> costs.Shape:
         """The reference beside a proxy."""
         path = self.session.config.reference.path
-        return proxy if path is None else costs.shape(files.read_json(Path(path) / "config.json"))
+        if path is None:
+            return proxy
+        given = f"reference.path={path}"
+        values = configs.read(Path(path), "reference.path")
+        kind, text = configs.of_text(values, given, folders.REMEDY)
+        with judged(given, folders.REMEDY):
+            return costs.shape(text | {"model_type": kind})
 
     def _evaluations(self, steps: int) -> int:
         """Evaluations of one run: while it trains, at its end, and once more for its result."""
