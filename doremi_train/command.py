@@ -110,8 +110,9 @@ def run(plain: dict[str, Any]) -> None:
     try:
         config = load(Config, plain)
         mixtures.check(config)
-        session = open_session(config, plain, child)
-        with session.alone(plain["stage"]) if stage.several else contextlib.nullcontext():
+        with open_session(config, plain, child) as session, contextlib.ExitStack() as stack:
+            if stage.several:
+                stack.enter_context(session.alone(plain["stage"]))
             importlib.import_module(f"doremi_train.stages.{stage.module}").run(session)
     except runs.Preempted:
         requeue()

@@ -93,6 +93,31 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         yield
 
 
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[bool]]]:
+    """Say that this process works in `folder`, as others may too. What is given is a context that
+    keeps others out, and says whether this process is the only one; where that cannot be known, it
+    is not."""
+    handle = os.open(folder, os.O_RDONLY)
+
+    @contextlib.contextmanager
+    def alone() -> Iterator[bool]:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+        fcntl.flock(handle, fcntl.LOCK_SH)
+
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield alone
+    finally:
+        os.close(handle)
+
+
 class JsonLines:
     """A log of one JSON object a line, each with a "step". Opening it cuts it back to the step a
     run continues from."""

@@ -13,6 +13,8 @@ import zstandard
 from helpers.command import TINY, Command, Outcome, run_here
 from helpers.corpus import documents, write_jsonl
 
+from doremi_train import files
+
 
 def refused(outcome: Outcome, *fragments: str) -> None:
     """Exit code 2, and one message with all the fragments."""
@@ -302,6 +304,39 @@ def test_another_configuration_in_the_same_run_dir(tiny: list[str], tmp_path: Pa
     # How to compute is free; what to compute is not.
     free = ["training.micro_batch_size=4", "training.checkpoint_every=3", "stage=plan"]
     assert run_here(*tiny, f"run_dir={tmp_path}", *free).code == 0
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["data.tokenizer=nowhere.json"],
+        ["data.validation_fraction=0.000001"],
+        ["main.model=nowhere"],
+        ["training.sequence_length=60000"],
+        ["reference.path=nowhere"],
+        ["stage=select", "selection=random", "selection.documents=1000000"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_dir_in_which_a_mistake_computed_nothing(
+    mistake: list[str], own: Path, tmp_path: Path
+) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}"]
+    targets = [f"selection.targets={{t: ['{next(own.glob('*/train.jsonl'))}']}}"]
+    chosen = [*targets, "selection.workers=1"] if "stage=select" in mistake else []
+    wrong = run_here(*run, *chosen, *mistake)
+    assert wrong.code == 2 and (tmp_path / "config.yaml").exists(), wrong
+    outcome = run_here(*run, "seed=1", "stage=reference")
+    assert outcome.code == 0, outcome
+    refused(run_here(*run, *chosen, *mistake), "holds a run with another configuration")
+
+
+def test_a_run_dir_where_another_command_is_at_work(own: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}", "stage=prepare"]
+    refused(run_here(*run, "data.tokenizer=nowhere.json"), "nowhere.json")
+    with files.at_work(tmp_path):
+        refused(run_here(*run), "data.tokenizer: 'nowhere.json' there, 'train' now")
+    assert run_here(*run).code == 0
 
 
 # ── Sources on the command line ─────────────────────────────────────────────────────

@@ -9,7 +9,6 @@ ordinary runs in the store; none learns from runs that are not its own. `compare
 every figure, `compare.html` a table and a picture a question.
 """
 
-import functools
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from doremi_train.stages.planning import ahead
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget
 from doremi_train.stages.runs import submit as jobs
-from doremi_train.stages.session import Session, claim
+from doremi_train.stages.session import Session, claimed
 from doremi_train.storage.runs import stop
 
 
@@ -176,8 +175,8 @@ def _train(
             stop.check("compare")
             before = whole.done
             child = _session(session, plain, bar=None if apart else whole)
-            comm.on_first(functools.partial(claim, child))
-            main.run(child)
+            with claimed(child):
+                main.run(child)
             if not apart:
                 whole.update(before + tokens[name], name)
 
