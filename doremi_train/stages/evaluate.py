@@ -158,7 +158,8 @@ def _state_of_tasks(session: Session, run: Run, described: Mapping[str, Any]) ->
 def _models(run: Run) -> dict[int, Path]:
     """Models of a run by step: those kept on the way and the final one."""
     kept = {
-        int(path.name.removeprefix("step-")): path for path in run.folder.glob("snapshots/step-*")
+        int(path.name.removeprefix("step-")): path
+        for path in run.folder.glob("snapshots/step-*[0-9]")
     }
     return kept | {int(run.result()["steps"]): run.folder / "model"}
 

@@ -210,6 +210,8 @@ def _claim(session: Session, stack: contextlib.ExitStack) -> None:
                 )
             if changed:
                 _clear(session.run_dir)
+        if only:
+            files.clear_partial(session.run_dir, below=False)
         text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
         files.write_bytes(path, text.encode())
 

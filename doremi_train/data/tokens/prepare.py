@@ -29,7 +29,7 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
 from doremi_train.data.tokens.shards import token_dtype
 from doremi_train.data.tokens.writing import ShardWriter, write_manifest
-from doremi_train.files import locked
+from doremi_train.files import clear_partial, locked
 from doremi_train.storage.mirror import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
@@ -88,6 +88,7 @@ def prepare(
         with locked(folder / f"{target.name}.lock", waiting):
             # Where the process we waited for has made it.
             finished = (target / "manifest.json").exists()
+            clear_partial(target)
             if not finished and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)

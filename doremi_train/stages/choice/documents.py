@@ -173,6 +173,7 @@ def _score(
         describe.require_text(task)
     home.mkdir(parents=True, exist_ok=True)
     with files.locked(home / "lock", lambda: stop.check("select")):
+        files.clear_partial(home)
         _everywhere(
             pool,
             "select: counting",
