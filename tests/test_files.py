@@ -68,7 +68,7 @@ def test_leftovers_of_kills_are_cleared_and_nothing_else(tmp_path: Path) -> None
     for path in (*left, *mine):
         path.touch()
     files.clear_partial(tmp_path)
-    assert {path for path in tmp_path.rglob("*")} == {inner, *mine}
+    assert set(tmp_path.rglob("*")) == {inner, *mine}
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Keys that belong to one part of the work are the options of that part's own modu
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
@@ -446,6 +447,10 @@ class Config:
                 )
         if self.downstream.tasks:
             downstream.require()
+        if self.stage in ("pipeline", "evaluate", "report"):
+            for name in self.downstream.tasks:
+                if name != "cloze":
+                    downstream.check(name, Path((self.downstream.files or {})[name]))
         for name in self.compare.baselines:
             one_of("compare.baselines", name, list(HEURISTICS))
         if self.export.to is not None or self.stage == "export":
