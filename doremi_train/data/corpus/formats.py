@@ -22,7 +22,9 @@ PLANTED = "planted:"
 
 def read_jsonl(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     for number, record in objects(source, options, bad):
-        yield from records.record_text(record, source, options, f"{source.url}, line {number}")
+        place = f"{source.url}, line {number}"
+        for piece in records.record_text(record, source, options, place):
+            yield piece._replace(row=number - 1)
 
 
 def objects(
@@ -67,9 +69,9 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
         for batch in file.iter_batches(_rows(file.metadata), columns=columns):
             for record in batch.to_pylist():
                 number += 1
-                yield from records.record_text(
-                    record, source, options, f"{source.url}, row {number}"
-                )
+                place = f"{source.url}, row {number}"
+                for piece in records.record_text(record, source, options, place):
+                    yield piece._replace(row=number - 1)
 
 
 def _rows(metadata: pq.FileMetaData) -> int:
@@ -98,8 +100,8 @@ def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Itera
         raise EOFError(f"{source.size} bytes, but its .idx says {megatron.total_bytes(index)}")
     with opening.open_file(source.url, options) as stream:
         try:
-            for tokens, last in megatron.documents(index, stream, records.PIECE):
-                yield Piece(str(source.domain), source.split, None, tokens, last)
+            for row, tokens, last in megatron.documents(index, stream, records.PIECE):
+                yield Piece(str(source.domain), source.split, None, tokens, last, row)
         except ValueError as error:
             raise UserError(
                 f"{source.url}: {error}; tokens are ids from 0; write the file again"
