@@ -351,6 +351,27 @@ def test_domains_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "plan.json").read_text())["domains"]) == ["plain", "rich"]
 
 
+def test_a_long_tail_of_domains_is_left_out(tmp_path: Path) -> None:
+    file, common = tmp_path / "all.jsonl", [*TINY, "data.domain_key=site", "stage=prepare"]
+    records = [{"text": text, "site": f"big{i % 2}"} for i, text in enumerate(texts(5, 60_000))]
+    records[20:20] = [{"text": "one only", "site": f"rare{n}"} for n in range(9)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    common += [f"data.files=['{file}']", f"store={tmp_path / 'store'}"]
+    refused(run_here(*common, f"run_dir={tmp_path / '0'}"), "rare0", "data.least_tokens")
+    for number, how in enumerate(("data.only=[big0,big1]", "data.least_tokens=100"), 1):
+        outcome = run_here(*common, how, f"run_dir={tmp_path / str(number)}")
+        assert outcome.code == 0, outcome
+    assert "9 domains of fewer than data.least_tokens=100 tokens are left out" in outcome.out
+    assert len(list((tmp_path / "store/data").glob("*/manifest.json"))) == 1
+    for all_of_it in (["data.only=[big0,rare0]"], []):  # also where the store is there
+        again = run_here(*common, *all_of_it, f"run_dir={tmp_path / '3'}")
+        refused(again, "rare0", "no validation document")
+    refused(
+        run_here(*common, "data.least_tokens=9999999", f"run_dir={tmp_path / '4'}"),
+        "data.least_tokens=9999999", "lower it",
+    )  # fmt: skip
+
+
 def test_one_stream_split_by_a_key_of_its_records(tmp_path: Path) -> None:
     file = tmp_path / "all.jsonl"
     records = [

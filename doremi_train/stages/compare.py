@@ -123,7 +123,8 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     child = _session(
         session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere
     )
-    store = TokenStore.open(session.run_dir / "prepare", only=session.config.data.only)
+    data = session.config.data
+    store = TokenStore.open(session.run_dir / "prepare", only=data.only, least=data.least_tokens)
     bill, before, final, tokens = Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
         priced = bill.run(run)

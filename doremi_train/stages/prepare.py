@@ -29,11 +29,27 @@ def run(session: Session) -> TokenStore:
         # Also where this process is on another machine than the first one.
         second_home.fetch(folder, mirror)
     store = TokenStore.open(
-        folder, mirror.at(folder.name) if mirror is not None else None, options.only
+        folder,
+        mirror.at(folder.name) if mirror is not None else None,
+        options.only,
+        options.least_tokens,
     )
+    _say_left_out(session, store, options)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     return store
+
+
+def _say_left_out(session: Session, store: TokenStore, options: DataOptions) -> None:
+    whole = files.read_json(store.path / "manifest.json")["domains"]
+    rare = sorted(set(options.only or whole) - set(store.domains))
+    if rare:
+        most = ", ".join(rare[:5]) + ", …" * (len(rare) > 5)
+        tokens = sum(whole[name]["train"]["tokens"] for name in rare)
+        session.say(
+            f"prepare                {len(rare)} domains of fewer than data.least_tokens="
+            f"{options.least_tokens} tokens are left out, {tokens} tokens in all: {most}"
+        )
 
 
 def _prepare(session: Session, options: DataOptions) -> Path:
