@@ -226,6 +226,25 @@ def test_a_url_that_runs_a_command(url: str, own: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["changed", "gone"])
+def test_a_finished_run_needs_its_sources_no_more(own: Path, tmp_path: Path, gone: bool) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path / 'run'}", "mixture=natural"]
+    run += ["training.steps=4", "main.comparisons=[uniform]"]
+    assert run_here(*run).code == 0
+    before = (tmp_path / "run/evaluation.json").read_bytes()
+    if gone:
+        own.rename(tmp_path / "archived")
+    else:
+        write_jsonl(own / "good" / "train.jsonl", texts(7))
+    said = "no such folder" if gone else "changed files: good/train.jsonl"
+    for stage in ("report", "evaluate", "pipeline", "export"):
+        export = ["export.to=doremi"] if stage == "export" else []
+        outcome = run_here(*run, f"stage={stage}", *export)
+        assert outcome.code == 0 and outcome.out.count(said) == 1, outcome
+    assert (tmp_path / "run/evaluation.json").read_bytes() == before
+    refused(run_here(*run, "stage=prepare"), said)
+
+
 def test_a_changed_source_in_the_same_run_dir(own: Path) -> None:
     assert prepare(own).code == 0
     file = own / "good" / "train.jsonl"

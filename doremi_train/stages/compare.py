@@ -9,6 +9,7 @@ ordinary runs in the store; none learns from runs that are not its own. `compare
 every figure, `compare.html` a table and a picture a question.
 """
 
+import functools
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -156,6 +157,11 @@ def _train(
     session: Session, children: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int]
 ) -> None:
     """Every child's main stage, one after another or as jobs; one bar over all."""
+    store = (session.run_dir / "prepare").resolve()
+    for name in children:  # the same data, also where its sources differ by now
+        comm.on_first(
+            functools.partial(files.link, session.run_dir / "compare" / name / "prepare", store)
+        )
     whole = session.over("compare", sum(tokens.values()))
     apart = session.config.submit.cluster != "none"
 

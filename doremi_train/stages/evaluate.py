@@ -119,6 +119,12 @@ def define_tasks(session: Session) -> dict[str, Any]:
     """Write the definition of every task that is asked for; what it is made of, by its name."""
     asked, folder = session.config.downstream, session.run_dir / "downstream"
     described = {}
+    gone = [place for place in (asked.files or {}).values() if not Path(place).exists()]
+    if gone and (session.run_dir / "downstream.json").exists():
+        session.say(f"downstream             done before; {', '.join(gone)} are gone by now")
+        return {}
+    for name in set(asked.tasks) - {"cloze"}:
+        downstream.check(name, Path((asked.files or {})[name]))
     for name in asked.tasks:
         place = (
             _cloze(session, folder / "cloze")
