@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train.config import UserError, fingerprint, load, redact
+from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
 from doremi_train.stages import STAGES
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,6 +100,7 @@ def run(plain: dict[str, Any]) -> None:
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
+    plain = read_mappings(plain)
     from doremi_train.parallel import comm
     from doremi_train.stages import mixtures
     from doremi_train.stages.options import Config

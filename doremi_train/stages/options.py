@@ -443,7 +443,7 @@ class Config:
             if name != "cloze" and name not in (self.downstream.files or {}):
                 raise UserError(
                     f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of "
-                    f"yours; give it as downstream.files={{{name}: FOLDER}}"
+                    f"yours; give it as 'downstream.files={{{name}: FOLDER}}'"
                 )
         if self.downstream.tasks:
             downstream.require()

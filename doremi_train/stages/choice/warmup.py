@@ -154,7 +154,7 @@ def _opened(
     except capture.NotFactored as error:
         raise UserError(
             f"finetune.model={session.config.finetune.model}: {error}; train only layers that can "
-            "be, as with finetune.lora.targets=[q_proj, v_proj]"
+            "be, as with 'finetune.lora.targets=[q_proj, v_proj]'"
         ) from None
     device = session.place.device
     moved = {
