@@ -350,6 +350,16 @@ def test_a_run_dir_in_which_a_mistake_computed_nothing(
     refused(run_here(*run, *chosen, *mistake), "holds a run with another configuration")
 
 
+def test_a_run_dir_of_a_version_that_knew_fewer_keys(own: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}", "stage=prepare"]
+    assert run_here(*run).code == 0
+    path = tmp_path / "config.yaml"
+    assert "  least_tokens: 0\n" in path.read_text()
+    path.write_text(path.read_text().replace("  least_tokens: 0\n", ""))
+    refused(run_here(*run, "data.least_tokens=7"), "data.least_tokens: 0 there, 7 now")
+    assert run_here(*run).code == 0
+
+
 def test_a_run_dir_where_another_command_is_at_work(own: Path, tmp_path: Path) -> None:
     run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}", "stage=prepare"]
     refused(run_here(*run, "data.tokenizer=nowhere.json"), "nowhere.json")

@@ -5,7 +5,7 @@ Keys that belong to one part of the work are the options of that part's own modu
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -494,6 +494,17 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flatten(plain).items()
         if key not in free and key.partition(".")[0] not in _FREE_GROUPS
     }
+
+
+def default(key: str) -> Any:
+    """The default of a key; None where it has none."""
+    within: Any = Config
+    for part in key.split("."):
+        found = {one.name: one for one in fields(within)} if is_dataclass(within) else {}
+        if part not in found:
+            return None
+        within = found[part].type if is_dataclass(found[part].type) else found[part].default
+    return within
 
 
 def training_identity(options: TrainingOptions) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from doremi_train.config import UserError, redact
 from doremi_train.console import Bar, Part, console
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
-from doremi_train.stages.options import Config, identity
+from doremi_train.stages.options import Config, default, identity
 from doremi_train.storage import checkpoint, runs
 from doremi_train.storage.mirror import Mirror
 
@@ -197,6 +197,7 @@ def _claim(session: Session, stack: contextlib.ExitStack) -> None:
         if path.exists():
             there = yaml.safe_load(path.read_text())
             old, new = identity(redact(there)), identity(redact(session.plain))
+            old |= {key: default(key) for key in new.keys() - old.keys()}  # of an older version
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
             if changed and (not only or _computed(session.run_dir, there["stage"])):
                 lines = [
