@@ -8,7 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
 from doremi_train import command
-from doremi_train.config import conf_dir
+from doremi_train.config import MAPPINGS, conf_dir
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
             command.task
         )()
     except (HydraException, OmegaConfBaseException) as error:
-        command.die(f"{error}\nsee `doremi-train --help` for the keys and groups that exist", 2)
+        see = "see `doremi-train --help` for the keys and groups that exist"
+        command.die(f"{error}{_of_names(error)}\n{see}", 2)
     except Exception as error:
         if hasattr(error, "exit_code"):  # of a sweep's job in another process
             command.die(str(error), error.exit_code)
@@ -34,6 +35,18 @@ def main() -> None:
         if type(error).__module__.startswith("submitit."):
             command.die(str(error), 1)
         raise
+
+
+def _of_names(error: Exception) -> str:
+    """How to write a mapping by names that Hydra's grammar does not take as they are."""
+    given = str(getattr(error, "override", None) or error)
+    for key in MAPPINGS:
+        if f"{key}=" in given:
+            return (
+                "\nin names write \\( \\) \\, \\: for ( ) , : and quote what is no word; or "
+                f'give {key}=FILE.json, a file of {{"NAME": VALUE}}, where any name may stand'
+            )
+    return ""
 
 
 class SweepReport(Callback):

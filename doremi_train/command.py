@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train.config import UserError, fingerprint, load, redact
+from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
 from doremi_train.stages import STAGES
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,6 +100,7 @@ def run(plain: dict[str, Any]) -> None:
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
+    plain = read_mappings(plain)
     from doremi_train.parallel import comm
     from doremi_train.stages import mixtures
     from doremi_train.stages.options import Config
@@ -110,8 +111,9 @@ def run(plain: dict[str, Any]) -> None:
     try:
         config = load(Config, plain)
         mixtures.check(config)
-        session = open_session(config, plain, child)
-        with session.alone(plain["stage"]) if stage.several else contextlib.nullcontext():
+        with open_session(config, plain, child) as session, contextlib.ExitStack() as stack:
+            if stage.several:
+                stack.enter_context(session.alone(plain["stage"]))
             importlib.import_module(f"doremi_train.stages.{stage.module}").run(session)
     except runs.Preempted:
         requeue()

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -83,6 +84,63 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
         raise UserError(
             "\n".join(_explain(entry, key, values) for entry in error.errors())
         ) from None
+
+
+# What is a mapping by names of the user's, and may be given as a JSON file.
+MAPPINGS = (
+    "data.domains", "mixture.weights", "online.target_losses", "selection.targets",
+    "selection.documents", "selection.tokens", "selection.fraction", "downstream.files",
+    "export.paths",
+)  # fmt: skip
+
+
+def read_mappings(plain: dict[str, Any]) -> dict[str, Any]:
+    """The same configuration, with the content of the JSON files that stand for mappings. Raises
+    UserError for a file that holds none."""
+    read = {key: dict(part) if isinstance(part, Mapping) else part for key, part in plain.items()}
+    for name in MAPPINGS:
+        group, _, key = name.partition(".")
+        path = read.get(group, {}).get(key)
+        if not isinstance(path, str) or not path.endswith(".json"):
+            continue
+        try:
+            content = json.loads(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{name}={path}: not a JSON file that can be read ({error}); give a file of "
+                '{"NAME": VALUE, …}, or the mapping itself'
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(f'{name}={path}: must hold {{"NAME": VALUE, …}}')
+        read[group][key] = content
+    return read
+
+
+def override(key: str, values: Mapping[str, str]) -> str:
+    """A mapping as it is written in a shell, for a hint; or how to give it as a file where Hydra's
+    grammar cannot write a name."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    pairs = ", ".join(
+        re.sub(r"([\\()\[\]{}:=,])", r"\\\1", name) + f": {_word(value)}"
+        for name, value in values.items()
+    )
+    text = f"{key}={{{pairs}}}"
+    try:
+        understood = OverridesParser.create().parse_override(text).value() == dict(values)
+    except HydraException:
+        understood = False
+    if understood and "${" not in text:  # which stands for another key
+        return shlex.quote(text)
+    file = f"{key.rpartition('.')[2]}.json"
+    return f"{key}={file}, a file with {json.dumps(dict(values), ensure_ascii=False)}"
+
+
+def _word(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z/.][\w/.\-]*", value, re.ASCII):
+        return value
+    return '"' + re.sub(r"(\\*)(\"|$)", r"\1\1\\\2", value).removesuffix("\\") + '"'
 
 
 def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:

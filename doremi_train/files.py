@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +42,35 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, but that for a moment there may be none."""
+    aside = aside_of(path)
+    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+_ASIDE = re.compile(r"\..+-\d+\.partial|step-\d+\.\d+\.partial")
+
+
+def clear_partial(folder: Path, below: bool = True) -> None:
+    """Remove what processes that were killed left half-written in a folder, and `below` it. It is
+    for whoever holds the folder's lock: nobody else is writing there."""
+    for path in [*(folder.rglob if below else folder.glob)("*.partial")]:
+        if _ASIDE.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,6 +122,31 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             waiting()
             time.sleep(0.2)
         yield
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[bool]]]:
+    """Say that this process works in `folder`, as others may too. What is given is a context that
+    keeps others out, and says whether this process is the only one; where that cannot be known, it
+    is not."""
+    handle = os.open(folder, os.O_RDONLY)
+
+    @contextlib.contextmanager
+    def alone() -> Iterator[bool]:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+        fcntl.flock(handle, fcntl.LOCK_SH)
+
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield alone
+    finally:
+        os.close(handle)
 
 
 class JsonLines:

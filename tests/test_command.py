@@ -13,6 +13,8 @@ import zstandard
 from helpers.command import TINY, Command, Outcome, run_here
 from helpers.corpus import documents, write_jsonl
 
+from doremi_train import files
+
 
 def refused(outcome: Outcome, *fragments: str) -> None:
     """Exit code 2, and one message with all the fragments."""
@@ -224,6 +226,25 @@ def test_a_url_that_runs_a_command(url: str, own: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["changed", "gone"])
+def test_a_finished_run_needs_its_sources_no_more(own: Path, tmp_path: Path, gone: bool) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path / 'run'}", "mixture=natural"]
+    run += ["training.steps=4", "main.comparisons=[uniform]"]
+    assert run_here(*run).code == 0
+    before = (tmp_path / "run/evaluation.json").read_bytes()
+    if gone:
+        own.rename(tmp_path / "archived")
+    else:
+        write_jsonl(own / "good" / "train.jsonl", texts(7))
+    said = "no such folder" if gone else "changed files: good/train.jsonl"
+    for stage in ("report", "evaluate", "pipeline", "export"):
+        export = ["export.to=doremi"] if stage == "export" else []
+        outcome = run_here(*run, f"stage={stage}", *export)
+        assert outcome.code == 0 and outcome.out.count(said) == 1, outcome
+    assert (tmp_path / "run/evaluation.json").read_bytes() == before
+    refused(run_here(*run, "stage=prepare"), said)
+
+
 def test_a_changed_source_in_the_same_run_dir(own: Path) -> None:
     assert prepare(own).code == 0
     file = own / "good" / "train.jsonl"
@@ -304,6 +325,49 @@ def test_another_configuration_in_the_same_run_dir(tiny: list[str], tmp_path: Pa
     assert run_here(*tiny, f"run_dir={tmp_path}", *free).code == 0
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["data.tokenizer=nowhere.json"],
+        ["data.validation_fraction=0.000001"],
+        ["main.model=nowhere"],
+        ["training.sequence_length=60000"],
+        ["reference.path=nowhere"],
+        ["stage=select", "selection=random", "selection.documents=1000000"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_dir_in_which_a_mistake_computed_nothing(
+    mistake: list[str], own: Path, tmp_path: Path
+) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}"]
+    targets = [f"selection.targets={{t: ['{next(own.glob('*/train.jsonl'))}']}}"]
+    chosen = [*targets, "selection.workers=1"] if "stage=select" in mistake else []
+    wrong = run_here(*run, *chosen, *mistake)
+    assert wrong.code == 2 and (tmp_path / "config.yaml").exists(), wrong
+    outcome = run_here(*run, "seed=1", "stage=reference")
+    assert outcome.code == 0, outcome
+    refused(run_here(*run, *chosen, *mistake), "holds a run with another configuration")
+
+
+def test_a_run_dir_of_a_version_that_knew_fewer_keys(own: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}", "stage=prepare"]
+    assert run_here(*run).code == 0
+    path = tmp_path / "config.yaml"
+    assert "  least_tokens: 0\n" in path.read_text()
+    path.write_text(path.read_text().replace("  least_tokens: 0\n", ""))
+    refused(run_here(*run, "data.least_tokens=7"), "data.least_tokens: 0 there, 7 now")
+    assert run_here(*run).code == 0
+
+
+def test_a_run_dir_where_another_command_is_at_work(own: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path}", "stage=prepare"]
+    refused(run_here(*run, "data.tokenizer=nowhere.json"), "nowhere.json")
+    with files.at_work(tmp_path):
+        refused(run_here(*run), "data.tokenizer: 'nowhere.json' there, 'train' now")
+    assert run_here(*run).code == 0
+
+
 # ── Sources on the command line ─────────────────────────────────────────────────────
 
 
@@ -314,6 +378,27 @@ def test_domains_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
     outcome = run_here(*TINY, f"run_dir={tmp_path}", "stage=plan", f"data.domains={{{domains}}}")
     assert outcome.code == 0, outcome
     assert list(json.loads((tmp_path / "plan.json").read_text())["domains"]) == ["plain", "rich"]
+
+
+def test_a_long_tail_of_domains_is_left_out(tmp_path: Path) -> None:
+    file, common = tmp_path / "all.jsonl", [*TINY, "data.domain_key=site", "stage=prepare"]
+    records = [{"text": text, "site": f"big{i % 2}"} for i, text in enumerate(texts(5, 60_000))]
+    records[20:20] = [{"text": "one only", "site": f"rare{n}"} for n in range(9)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    common += [f"data.files=['{file}']", f"store={tmp_path / 'store'}"]
+    refused(run_here(*common, f"run_dir={tmp_path / '0'}"), "rare0", "data.least_tokens")
+    for number, how in enumerate(("data.only=[big0,big1]", "data.least_tokens=100"), 1):
+        outcome = run_here(*common, how, f"run_dir={tmp_path / str(number)}")
+        assert outcome.code == 0, outcome
+    assert "9 domains of fewer than data.least_tokens=100 tokens are left out" in outcome.out
+    assert len(list((tmp_path / "store/data").glob("*/manifest.json"))) == 1
+    for all_of_it in (["data.only=[big0,rare0]"], []):  # also where the store is there
+        again = run_here(*common, *all_of_it, f"run_dir={tmp_path / '3'}")
+        refused(again, "rare0", "no validation document")
+    refused(
+        run_here(*common, "data.least_tokens=9999999", f"run_dir={tmp_path / '4'}"),
+        "data.least_tokens=9999999", "lower it",
+    )  # fmt: skip
 
 
 def test_one_stream_split_by_a_key_of_its_records(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ or dropped."""
 
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.configuration import compose
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import (
@@ -25,6 +27,8 @@ from doremi_train.config import (
     flatten,
     in_keys,
     load,
+    override,
+    read_mappings,
 )
 from doremi_train.methods import heuristics
 
@@ -146,3 +150,36 @@ def test_what_a_method_says_is_put_into_words_of_the_command() -> None:
         "a budget of 100 tokens is more than mixture.max_epochs=4 epochs of all 10 tokens; "
         "raise it, or train for fewer tokens"
     )
+
+
+# ── Mappings by names of the user's ─────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "as_file"),
+    [
+        ("Pile-CC", False), ("Wikipedia (en)", False), ("a:b", False), ("[x]", False),
+        ("français", True), ("語", True), ("1", True), ("null", True), ("it's", True),
+        ("${seed}", True),
+    ],
+)  # fmt: skip
+def test_a_hint_is_accepted_as_it_is_printed(name: str, as_file: bool, tmp_path: Path) -> None:
+    values = {name: f"/data/{name}", "plain": "/d/1 x"}
+    hint = override("export.paths", values)
+    given, _, content = hint.partition(", a file with ")
+    assert bool(content) == as_file, hint
+    (word,) = shlex.split(given)
+    if as_file:
+        (tmp_path / "paths.json").write_text(content)
+        word = word.replace("paths.json", str(tmp_path / "paths.json"))
+    assert read_mappings(compose(word))["export"]["paths"] == values
+
+
+def test_a_file_for_a_mapping_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.json"
+    for content in ("[1]", "{", None):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=f"mixture.weights={path}: "):
+            read_mappings(compose("mixture=file", f"mixture.weights={path}"))
+        path.unlink(missing_ok=True)

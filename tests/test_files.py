@@ -1,5 +1,6 @@
 """Files are whole or not there; logs are cut back to where a run continues from."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -54,6 +55,34 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in files.read_lines(path)] == [1]
     log(path, 2, 3)
     assert [line["step"] for line in files.read_lines(path)] == [1, 3]
+
+
+def test_leftovers_of_kills_are_cleared_and_nothing_else(tmp_path: Path) -> None:
+    inner, folder = tmp_path / "epochs", files.aside_of(tmp_path / "step-000000004")
+    for made in (inner, folder):
+        made.mkdir()
+        (made / "config.json").touch()
+    left = [tmp_path / "step-000000010.32484.partial", files.aside_of(inner / "result.json")]
+    files.aside_of(tmp_path / "main").symlink_to("nowhere")
+    mine = [tmp_path / "notes.partial", tmp_path / ".rsync.partial", inner / "config.json"]
+    for path in (*left, *mine):
+        path.touch()
+    files.clear_partial(tmp_path)
+    assert set(tmp_path.rglob("*")) == {inner, *mine}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for content in ("one", "two"):
+        with files.replacing_folder(path) as aside:
+            (aside / content).touch()
+    with contextlib.suppress(ValueError), files.replacing_folder(path) as aside:
+        (aside / "three").touch()
+        raise ValueError
+    assert [entry.relative_to(tmp_path) for entry in tmp_path.rglob("*")] == [
+        Path("model"),
+        Path("model/two"),
+    ]
 
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from doremi_train.data.corpus.reading import records
 from doremi_train.data.corpus.sources import RULE, passed_over, resolve, signature
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens.shards import SPLITS
-from doremi_train.files import locked, read_json, replacing, write_json
+from doremi_train.files import clear_partial, locked, read_json, replacing, write_json
 
 RECIPE = 1  # raise when the same request would give other tokens
 _INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line", "cut")])
@@ -132,6 +132,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f"{target.name}.lock", check):
         needed = ["manifest.json", *["records.jsonl"] * keep_records]
+        clear_partial(target)
         if not all((target / name).exists() for name in needed):
             passed_over(options).say(RULE)
             collected = _Collected(options, length, keep_records)

@@ -60,7 +60,12 @@ class DataOptions:
     """Token that ends a document; null: found by itself in the usual tokenisers."""
 
     only: tuple[str, ...] | None = None
-    """Domains that take part, as in [code, web]; null: all. They are not prepared anew."""
+    """Domains that take part, as in [code, web]; null: all. They are not prepared anew, and of the
+    others nothing is required."""
+
+    least_tokens: Count = 0
+    """Training tokens that a domain has at least; those with fewer are left out, before anything is
+    required of them."""
 
     selection: str | None = None
     """A sidecar.parquet of stage=select, whose choice alone is training data; null: all is."""

@@ -10,8 +10,9 @@ definition is a YAML file that `lm_eval --include_path` reads too:
 | `squadv2` | context, question, answers (or none) | one of the answers, or "unanswerable" |
 | `lambada`, `cloze` | text | its last word |
 
-All are answered by greedy generation after one example, and right by exact match but for case and
-punctuation, as in DoReMi (Xie et al. 2023, arXiv 2305.10429), section 3.
+White space around a text is no part of it. All are answered by greedy generation after one example,
+and right by exact match but for case and punctuation, as in DoReMi (Xie et al. 2023, arXiv
+2305.10429), section 3.
 """
 
 import importlib.util
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 import torch
 import yaml
 
@@ -28,8 +30,9 @@ from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.data.tokens.shards import TokenStore
 
-_QUESTION = ("Q: {{question}}\nA:", "{{answers}}")
-_LAST_WORD = ("{{text.split(' ')[:-1]|join(' ')}}", "{{text.split(' ')[-1]}}")
+_ANSWERS = "answers|map('trim')|list"
+_QUESTION = ("Q: {{question|trim}}\nA:", f"{{{{{_ANSWERS}}}}}")
+_LAST_WORD = ("{{text.strip().rsplit(none, 1)[0]}}", "{{text.strip().rsplit(none, 1)[-1]}}")
 _WORD = {
     "name": "answer",
     "filter": [{"function": "regex", "regex_pattern": r"^\s*(\S+)"}, {"function": "take_first"}],
@@ -45,8 +48,8 @@ FORMS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "naturalqs": (*_QUESTION, _LINE, 24),
     "webquestions": (*_QUESTION, _LINE, 24),
     "squadv2": (
-        "{{context}}\nQ: {{question}}\nA:",
-        "{{answers if answers|length else ['unanswerable']}}",
+        "{{context|trim}}\nQ: {{question|trim}}\nA:",
+        f"{{{{{_ANSWERS} if answers|length else ['unanswerable']}}}}",
         _LINE,
         24,
     ),
@@ -58,11 +61,17 @@ FORMS: dict[str, tuple[str, str, dict[str, Any], int]] = {
 >>> from doremi_train.evaluation.downstream import FORMS
 >>> prompt, answer, *_ = FORMS["triviaqa"]
 >>> print(prompt)
-Q: {{question}}
+Q: {{question|trim}}
 A:
 >>> print(answer)
-{{answers}}
+{{answers|map('trim')|list}}
 """
+PARTS = ("test", "train")
+KEYS = dict.fromkeys(("triviaqa", "naturalqs", "webquestions"), ("question", "answers")) | {
+    "squadv2": ("context", "question", "answers"),
+    "lambada": ("text",),
+    "cloze": ("text",),
+}
 LEAST_PASSAGES = 8  # words of a passage
 
 
@@ -75,17 +84,13 @@ class Accuracy(NamedTuple):
 def define(name: str, folder: Path, path: Path) -> None:
     """Write the definition of task `name` on the files of `folder`. Raises UserError where one is
     missing."""
-    for part in ("test", "train"):
-        if not (folder / f"{part}.jsonl").is_file():
-            raise UserError(f"downstream.files.{name}={folder}: has no {part}.jsonl")
+    _require_files(name, folder)
     prompt, answer, taken, tokens = FORMS[name]
     content = {
         "task": f"doremi_{name}",
         "dataset_path": "json",
         "dataset_kwargs": {
-            "data_files": {
-                part: str((folder / f"{part}.jsonl").resolve()) for part in ("test", "train")
-            }
+            "data_files": {part: str((folder / f"{part}.jsonl").resolve()) for part in PARTS}
         },
         "test_split": "test",
         "fewshot_split": "train",
@@ -107,6 +112,80 @@ def define(name: str, folder: Path, path: Path) -> None:
         ],
     }
     files.write_bytes(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+def _require_files(name: str, folder: Path) -> None:
+    for part in PARTS:
+        if not (folder / f"{part}.jsonl").is_file():
+            raise UserError(
+                f"downstream.files.{name}={folder}: has no {part}.jsonl; give a folder with "
+                "test.jsonl and train.jsonl, from which the one shot is taken"
+            )
+
+
+def check(name: str, folder: Path) -> None:
+    """Raise UserError where a file of task `name` is missing, or a line of it is not as the form of
+    the task says."""
+    _require_files(name, folder)
+    for part in PARTS:
+        path, number = folder / f"{part}.jsonl", 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                why = _wrong(name, line)
+                if why:
+                    raise UserError(f"downstream.files.{name}: {path}, line {number} {why}")
+        if not number:
+            raise UserError(f"downstream.files.{name}: {path} is empty; give examples")
+
+
+def _wrong(name: str, line: bytes) -> str | None:
+    """What is wrong with a line of the form `name`, and what would be right."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return f"is not JSON ({error}); write one object a line"
+    keys = KEYS[name]
+    wanted = f"a line of {name} has {', '.join(keys)}"
+    if not isinstance(record, dict):
+        return f"is no JSON object; {wanted}"
+    for key in keys:
+        value = record.get(key)
+        if value is None:
+            return f"has no key {key!r}; {wanted}"
+        if key == "answers":
+            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+                return (
+                    f"has answers={short(value)}: answers must be a list of texts; of the layout "
+                    "{text: […], answer_start: […]} give the list of text alone"
+                )
+            if not value and name != "squadv2":
+                return "has answers=[]: answers must be a list of one text or more"
+        elif not isinstance(value, str) or not value.strip():
+            return f"has {key}={short(value)}: {key} must be a text that is not empty"
+    if keys == ("text",) and len(record["text"].split()) < 2:
+        return f"has text={short(record['text'])}: text must have two words or more"
+    return None
+
+
+def short(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def padded(name: str, folder: Path) -> bool:
+    """Whether a text of the files has white space around it, which was part of it once."""
+    for part in PARTS:
+        with (folder / f"{part}.jsonl").open("rb") as file:
+            for record in map(orjson.loads, file):
+                texts = [
+                    text
+                    for key in KEYS[name]
+                    for text in (record[key] if key == "answers" else [record[key]])
+                ]
+                if any(text != text.strip() for text in texts):
+                    return True
+    return False
 
 
 def require() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from doremi_train.config import UserError
+from doremi_train.config import UserError, override
 from doremi_train.exports import formats
 from doremi_train.exports.formats import Source, Stage
 
@@ -70,9 +70,10 @@ def write(
     form = formats.FORMATS[to]
     missing = [name for name in drawn if name not in paths]
     if missing and form.paths:
+        example = dict(paths) | {name: f"/data/{name}" for name in missing[:3]}
         raise UserError(
             f"export.paths: no path for {', '.join(missing)}; export.to={to} needs one of each "
-            f"domain, as in export.paths={{{missing[0]}: /data/{missing[0]}}}"
+            f"domain, as in {override('export.paths', example)}"
         )
 
     def sources(drawn: Mapping[str, float]) -> list[Source]:
@@ -117,7 +118,8 @@ def read(
         if names.get(source) not in result:
             raise UserError(
                 f"{where}: {source!r} is neither a domain nor in export.paths; the data has "
-                f"{', '.join(domains)}; give export.paths={{DOMAIN: PATH}}"
+                f"{', '.join(domains)}; give "
+                f"{override('export.paths', {domains[0]: source})}"
             )
         result[names[source]] = weight
     return result

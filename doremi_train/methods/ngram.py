@@ -111,6 +111,12 @@ def noise(ids: Hashes, seed: int) -> Floats:
     return -np.log(-np.log(uniform))
 
 
+def of_copies(ids: Hashes, copies: Hashes) -> Hashes:
+    """(N,) ids of documents of which some are copies of others, numbered from 0 (N,): each draws
+    noise of its own, whatever their order."""
+    return np.where(copies == 0, ids, mixed(ids ^ mixed(copies)))
+
+
 def mixed(values: Hashes) -> Hashes:
     """SplitMix64's output function: a bijection of 64-bit numbers that leaves no pattern."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
@@ -174,8 +180,8 @@ def chosen(
     """(N,) which documents are in, by a cut whose 64 bits are settled; and the cut for the
     documents after them.
 
-    Keys above the cut are in. Equal ones (copies of one text) are, in their order, as long as they
-    fit.
+    Keys above the cut are in. Equal ones (copies, without noise) are, in their order, as long as
+    they fit.
     """
     inside = order > cut.prefix[group]
     left = cut.left.copy()

@@ -55,7 +55,8 @@ def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, 
     about."""
     first = setting.results[0]
     folder = first.folder / "prepare"
-    store = TokenStore.open(folder, only=first.config.get("data.only")) if folder.exists() else None
+    part = first.config.get("data.only"), first.config.get("data.least_tokens", 0)
+    store = TokenStore.open(folder, None, *part) if folder.exists() else None
     prefix = f"{setting.label}: " if setting.label else ""
     free = _free_mixtures(first, store)
     charts = {

@@ -30,7 +30,7 @@ from doremi_train.stages.planning import ahead
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget
 from doremi_train.stages.runs import submit as jobs
-from doremi_train.stages.session import Session, claim
+from doremi_train.stages.session import Session, claimed
 from doremi_train.storage.runs import stop
 
 
@@ -124,7 +124,8 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     child = _session(
         session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere
     )
-    store = TokenStore.open(session.run_dir / "prepare", only=session.config.data.only)
+    data = session.config.data
+    store = TokenStore.open(session.run_dir / "prepare", only=data.only, least=data.least_tokens)
     bill, before, final, tokens = Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
         priced = bill.run(run)
@@ -156,6 +157,11 @@ def _train(
     session: Session, children: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int]
 ) -> None:
     """Every child's main stage, one after another or as jobs; one bar over all."""
+    store = (session.run_dir / "prepare").resolve()
+    for name in children:  # the same data, also where its sources differ by now
+        comm.on_first(
+            functools.partial(files.link, session.run_dir / "compare" / name / "prepare", store)
+        )
     whole = session.over("compare", sum(tokens.values()))
     apart = session.config.submit.cluster != "none"
 
@@ -176,8 +182,8 @@ def _train(
             stop.check("compare")
             before = whole.done
             child = _session(session, plain, bar=None if apart else whole)
-            comm.on_first(functools.partial(claim, child))
-            main.run(child)
+            with claimed(child):
+                main.run(child)
             if not apart:
                 whole.update(before + tokens[name], name)
 

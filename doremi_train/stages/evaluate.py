@@ -31,6 +31,7 @@ def run(session: Session) -> dict[str, Any]:
     """evaluation.json: {model: figures}, with steps to the baseline's loss and domains better than
     it."""
     store = prepare.run(session)
+    tasks = comm.on_first(lambda: define_tasks(session))  # wrong before training, and not after it
     trained = main.run(session)
     folders = {
         "reference": Path(session.config.reference.path or session.run_dir / "reference" / "model"),
@@ -58,7 +59,8 @@ def run(session: Session) -> dict[str, Any]:
             for name, run in trained.items()
         },
     )
-    run_tasks(session, trained)
+    if tasks:
+        comm.on_first(lambda: _run_tasks(session, trained, tasks))
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 
@@ -113,16 +115,16 @@ def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]])
         )
 
 
-def run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
-    """downstream.json: {model: {task: [{step, accuracy, standard_error, examples}, …]}}; nothing
-    where no task is asked for."""
-    if session.config.downstream.tasks:
-        comm.on_first(lambda: _run_tasks(session, trained))
-
-
-def _run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
+def define_tasks(session: Session) -> dict[str, Any]:
+    """Write the definition of every task that is asked for; what it is made of, by its name."""
     asked, folder = session.config.downstream, session.run_dir / "downstream"
     described = {}
+    gone = [place for place in (asked.files or {}).values() if not Path(place).exists()]
+    if gone and (session.run_dir / "downstream.json").exists():
+        session.say(f"downstream             done before; {', '.join(gone)} are gone by now")
+        return {}
+    for name in set(asked.tasks) - {"cloze"}:
+        downstream.check(name, Path((asked.files or {})[name]))
     for name in asked.tasks:
         place = (
             _cloze(session, folder / "cloze")
@@ -131,8 +133,15 @@ def _run_tasks(session: Session, trained: Mapping[str, Run]) -> None:
         )
         downstream.define(name, place, folder / "tasks" / f"{name}.yaml")
         described[name] = [
-            fingerprint((place / f"{part}.jsonl").read_text()) for part in ("test", "train")
+            *(fingerprint((place / f"{part}.jsonl").read_text()) for part in downstream.PARTS),
+            *["trimmed"] * downstream.padded(name, place),
         ]
+    return described
+
+
+def _run_tasks(session: Session, trained: Mapping[str, Run], described: Mapping[str, Any]) -> None:
+    """downstream.json: {model: {task: [{step, accuracy, standard_error, examples}, …]}}."""
+    folder = session.run_dir / "downstream"
     runs = {one.folder: one for one in trained.values()}
     with Bar("downstream", len(runs), unit="model") as bar:
         for done, one in enumerate(runs.values()):
@@ -158,7 +167,8 @@ def _state_of_tasks(session: Session, run: Run, described: Mapping[str, Any]) ->
 def _models(run: Run) -> dict[int, Path]:
     """Models of a run by step: those kept on the way and the final one."""
     kept = {
-        int(path.name.removeprefix("step-")): path for path in run.folder.glob("snapshots/step-*")
+        int(path.name.removeprefix("step-")): path
+        for path in run.folder.glob("snapshots/step-*[0-9]")
     }
     return kept | {int(run.result()["steps"]): run.folder / "model"}
 

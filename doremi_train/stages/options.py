@@ -5,7 +5,8 @@ Keys that belong to one part of the work are the options of that part's own modu
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic.dataclasses import dataclass
@@ -442,10 +443,14 @@ class Config:
             if name != "cloze" and name not in (self.downstream.files or {}):
                 raise UserError(
                     f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of "
-                    f"yours; give it as downstream.files={{{name}: FOLDER}}"
+                    f"yours; give it as 'downstream.files={{{name}: FOLDER}}'"
                 )
         if self.downstream.tasks:
             downstream.require()
+        if self.stage in ("pipeline", "evaluate", "report"):
+            for name in self.downstream.tasks:
+                if name != "cloze" and not (Path(self.run_dir) / "downstream.json").exists():
+                    downstream.check(name, Path((self.downstream.files or {})[name]))
         for name in self.compare.baselines:
             one_of("compare.baselines", name, list(HEURISTICS))
         if self.export.to is not None or self.stage == "export":
@@ -489,6 +494,17 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flatten(plain).items()
         if key not in free and key.partition(".")[0] not in _FREE_GROUPS
     }
+
+
+def default(key: str) -> Any:
+    """The default of a key; None where it has none."""
+    within: Any = Config
+    for part in key.split("."):
+        found = {one.name: one for one in fields(within)} if is_dataclass(within) else {}
+        if part not in found:
+            return None
+        within = found[part].type if is_dataclass(found[part].type) else found[part].default
+    return within
 
 
 def training_identity(options: TrainingOptions) -> dict[str, Any]:

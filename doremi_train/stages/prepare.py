@@ -1,5 +1,6 @@
 """Text → token shards, once for all runs that share the store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from doremi_train import files
@@ -13,6 +14,7 @@ from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import set_status, stop
+from doremi_train.storage.steady import one_line
 
 
 @once
@@ -22,18 +24,65 @@ def run(session: Session) -> TokenStore:
     Raises UserError where a source or the tokeniser changed since this run_dir was started, or a
     domain is too small.
     """
-    options = chosen.data(session)
-    folder = comm.on_first(lambda: _prepare(session, options))
+    options = session.config.data
+    kept = comm.on_first(lambda: _kept(session))
+    if kept is not None:
+        folder = kept
+    else:
+        options = chosen.data(session)
+        folder = comm.on_first(lambda: _prepare(session, options))
     mirror = session.mirror.at("data") if session.mirror else None
     if mirror is not None:
         # Also where this process is on another machine than the first one.
         second_home.fetch(folder, mirror)
     store = TokenStore.open(
-        folder, mirror.at(folder.name) if mirror is not None else None, options.only
+        folder,
+        mirror.at(folder.name) if mirror is not None else None,
+        options.only,
+        options.least_tokens,
     )
+    _say_left_out(session, store, options)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     return store
+
+
+# What needs the text of a run no more, once it is prepared.
+_FROM_STORE = ("report", "export", "evaluate", "compare")
+
+
+def _kept(session: Session) -> Path | None:
+    """The data of this run where its sources differ by now, or are gone, and nothing that is asked
+    for reads them; None: they are as they were, or are needed."""
+    link, stage = session.run_dir / "prepare", session.config.stage
+    finished = (session.run_dir / "main" / "result.json").exists()
+    if not (link / "manifest.json").exists() or not (finished or stage in _FROM_STORE):
+        return None
+    if stage == "prepare":
+        return None
+    before = files.read_json(link / "manifest.json")["request"]
+    before.pop("selection", None)  # whose sources are these
+    try:
+        now = prepare.request(replace(session.config.data, selection=None))
+        why = prepare.explain_change(before, now)
+    except UserError as error:
+        why = one_line(error)
+    if not why:
+        return None
+    session.say(f"prepare                done before; its sources differ by now ({why})")
+    return link.resolve()
+
+
+def _say_left_out(session: Session, store: TokenStore, options: DataOptions) -> None:
+    whole = files.read_json(store.path / "manifest.json")["domains"]
+    rare = sorted(set(options.only or whole) - set(store.domains))
+    if rare:
+        most = ", ".join(rare[:5]) + ", …" * (len(rare) > 5)
+        tokens = sum(whole[name]["train"]["tokens"] for name in rare)
+        session.say(
+            f"prepare                {len(rare)} domains of fewer than data.least_tokens="
+            f"{options.least_tokens} tokens are left out, {tokens} tokens in all: {most}"
+        )
 
 
 def _prepare(session: Session, options: DataOptions) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from doremi_train.config import UserError, redact
 from doremi_train.console import Bar, Part, console
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
-from doremi_train.stages.options import Config, identity
+from doremi_train.stages.options import Config, default, identity
 from doremi_train.storage import checkpoint, runs
 from doremi_train.storage.mirror import Mirror
 
@@ -158,9 +159,10 @@ def once(stage: Callable[[Session], Result]) -> Callable[[Session], Result]:
     return run
 
 
+@contextlib.contextmanager
 def open_session(
     config: Config, plain: Mapping[str, Any], child: Callable[[dict[str, Any]], tuple[int, str]]
-) -> Session:
+) -> Iterator[Session]:
     """Join the processes, and claim the run folder for this configuration, which was checked."""
     slurm.export_ranks()
     if config.training.threads:
@@ -168,9 +170,9 @@ def open_session(
     place = start(config.engine, config.training.precision, config.training.timeout)
     session = Session(config, plain, place, child)
     comm.on_first(session.tracking.check)
-    if not (config.stage == "report" and sweep(session.run_dir)):
-        comm.on_first(lambda: claim(session))
-    return session
+    over = config.stage == "report" and sweep(session.run_dir)
+    with contextlib.nullcontext() if over else claimed(session):
+        yield session
 
 
 def sweep(run_dir: Path) -> list[Path]:
@@ -178,20 +180,81 @@ def sweep(run_dir: Path) -> list[Path]:
     return [path.parent for path in sorted(run_dir.glob("*/evaluation.json"))]
 
 
-def claim(session: Session) -> None:
-    """Write config.yaml, or refuse a run_dir that holds another configuration, naming the keys."""
+@contextlib.contextmanager
+def claimed(session: Session) -> Iterator[None]:
+    """Hold the run folder for this configuration: write config.yaml, or refuse a run_dir in which
+    another configuration computed something, or computes, naming the keys."""
+    with contextlib.ExitStack() as stack:
+        comm.on_first(lambda: _claim(session, stack))
+        yield
+
+
+def _claim(session: Session, stack: contextlib.ExitStack) -> None:
     path = session.run_dir / "config.yaml"
-    if path.exists():
-        old = identity(redact(yaml.safe_load(path.read_text())))
-        new = identity(redact(session.plain))
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            lines = [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
-            raise UserError(
-                f"run_dir={session.run_dir}: holds a run with another configuration\n"
-                + "\n".join(lines)
-                + "\n"
-                "take another run_dir, or give the same configuration"
-            )
-    text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
-    files.write_bytes(path, text.encode())
+    session.run_dir.mkdir(parents=True, exist_ok=True)
+    alone = stack.enter_context(files.at_work(session.run_dir))
+    with alone() as only:
+        if path.exists():
+            there = yaml.safe_load(path.read_text())
+            old, new = identity(redact(there)), identity(redact(session.plain))
+            old |= {key: default(key) for key in new.keys() - old.keys()}  # of an older version
+            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            if changed and (not only or _computed(session.run_dir, there["stage"])):
+                lines = [
+                    f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed
+                ]
+                raise UserError(
+                    f"run_dir={session.run_dir}: holds a run with another configuration\n"
+                    + "\n".join(lines)
+                    + "\n"
+                    "take another run_dir, or give the same configuration"
+                )
+            if changed:
+                _clear(session.run_dir)
+        if only:
+            files.clear_partial(session.run_dir, below=False)
+        text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
+        files.write_bytes(path, text.encode())
+
+
+# What is there before anything is computed, and the results beside the folders of stages.
+_BEGUN = ("config.yaml", "plan.json", "recipe.json", "status.json")
+_RESULTS = (
+    "weights.json", "evaluation.json", "findings.json", "downstream.json", "classify.json",
+    "report.html", "compare.html", "jobs",
+)  # fmt: skip
+
+
+def _computed(run_dir: Path, stage: str) -> bool:
+    """Whether a run folder holds what was computed, beside data that was prepared, or a plan that
+    was made, on the way to something else than that `stage`."""
+    if (run_dir / f"{stage}.json").exists():
+        return True
+    if any((run_dir / name).exists() for name in _RESULTS):
+        return True
+    return any(path.name == stage == "prepare" or _filled(path) for path in _folders(run_dir))
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """The folders and links of stages; a user's own folders are none."""
+    return [path for path in run_dir.iterdir() if (path / "status.json").exists()]
+
+
+def _filled(folder: Path) -> bool:
+    if folder.name == "prepare":
+        return False
+    return any(
+        _filled(path) if path.is_dir() else path.name not in _BEGUN
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+    )
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a command that computed nothing left in a run folder."""
+    (run_dir / "plan.json").unlink(missing_ok=True)
+    for path in _folders(run_dir):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)

@@ -24,7 +24,7 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
     """Write `folder/step-XXXXXXXXX.pt` and its checksum, then drop all but the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
-    aside = path.with_suffix(f".{os.getpid()}.partial")
+    aside = files.aside_of(path)
     try:
         with aside.open("wb") as file:
             torch.save(content, file)
@@ -39,12 +39,12 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
-    files.write_bytes(path.with_suffix(".sha256"), _digest(aside).encode())
+    files.write_bytes(checksum_of(path), _digest(aside).encode())
     aside.rename(path)
     files.sync_folder(folder)
-    for old in _paths(folder)[:-keep]:
+    for old in paths(folder)[:-keep]:
         old.unlink()
-        old.with_suffix(".sha256").unlink(missing_ok=True)
+        checksum_of(old).unlink(missing_ok=True)
 
 
 def latest(folder: Path) -> dict[str, Any] | None:
@@ -60,7 +60,7 @@ def latest(folder: Path) -> dict[str, Any] | None:
 def read(path: Path) -> dict[str, Any]:
     """One checkpoint. Raises UserError where its checksum does not hold, and for one that holds
     more than tensors and plain values: loading it could run code."""
-    checksum = path.with_suffix(".sha256")
+    checksum = checksum_of(path)
     if (
         not path.exists()
         or not checksum.exists()
@@ -92,7 +92,7 @@ def remove(folder: Path) -> None:
 def push(run: Path, mirror: Mirror) -> None:
     """Copy the newest checkpoint of the folder `run`, and the logs that belong to it, to the run's
     second home, and keep as many there as here."""
-    kept = [f"{path.parent.name}/{path.name}" for path in _paths(run / FOLDER)]
+    kept = [f"{path.parent.name}/{path.name}" for path in paths(run / FOLDER)]
     checksums = [_checksum(name) for name in kept]
     mirror.push(run, [*_logs(run), "recipe.json", kept[-1], checksums[-1]])
     mirror.remove(
@@ -131,8 +131,8 @@ def fetch(run: Path, mirror: Mirror) -> None:
 
 
 def _newest(folder: Path) -> Path | None:
-    for path in reversed(_paths(folder)):
-        checksum = path.with_suffix(".sha256")
+    for path in reversed(paths(folder)):
+        checksum = checksum_of(path)
         if checksum.exists() and checksum.read_bytes() == _digest(path).encode():
             return path
         print(
@@ -150,8 +150,18 @@ def _logs(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("*.jsonl"))
 
 
-def _paths(folder: Path) -> list[Path]:
+def paths(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, sound or not, in the order of their steps."""
     return sorted(folder.glob("step-*.pt"))
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def checksum_of(path: Path) -> Path:
+    """The file beside a checkpoint that says whether it is whole."""
+    return path.with_suffix(".sha256")
 
 
 def _digest(path: Path) -> str:

@@ -138,4 +138,5 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")
         file.flush()
+        files.clear_partial(folder)
         yield

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from doremi_train import files
 from doremi_train.console import Bar, console
 from doremi_train.data.batches import Batches
 from doremi_train.data.tokens.shards import TokenStore
@@ -195,9 +196,12 @@ class Trainer:
         tensors, store = self.engine.state()["model"], self.task.store
         assert isinstance(store, TokenStore)
         folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
-        comm.on_first(
-            lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document)
-        )
+
+        def keep() -> None:
+            with files.replacing_folder(folder) as aside:
+                save(self.bare, tensors, aside, store.tokenizer(), store.end_of_document)
+
+        comm.on_first(keep)
 
     def _bar(self, step: int, tokens: int) -> Bar:
         whole = self.task.training.steps * tokens

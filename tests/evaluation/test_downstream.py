@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -42,6 +43,58 @@ def test_a_mistake_is_named(tiny: list[str], command: Command, tmp_path: Path) -
     ):
         outcome = command(*tiny, *overrides, "stage=plan", f"run_dir={tmp_path / 'run'}")
         assert outcome.code == 2 and said in outcome.err, outcome
+
+
+QUESTION = {"question": "What is 3?", "answers": ["3"]}
+LINES = [
+    # form, line 2 of test.jsonl, what is said of it
+    ("triviaqa", {"question": "q", "answer": {"aliases": ["3"]}}, "has no key 'answers'"),
+    (
+        "squadv2",
+        {"context": "c", "question": "q", "answers": {"text": ["3"], "answer_start": [0]}},
+        "answers must be a list of texts",
+    ),
+    ("squadv2", QUESTION, "has no key 'context'"),
+    ("naturalqs", {"question": "q", "answers": []}, "answers must be a list of one text or more"),
+    ("naturalqs", {"question": "q", "answers": [3]}, "answers must be a list of texts"),
+    ("webquestions", {"question": None, "answers": ["3"]}, "has no key 'question'"),
+    ("webquestions", {"question": 7, "answers": ["3"]}, "question must be a text"),
+    ("lambada", {"text": "one\n"}, "text must have two words or more"),
+    ("lambada", ["one two"], "is no JSON object"),
+]
+
+
+@pytest.mark.parametrize(("form", "line", "said"), LINES)
+def test_a_line_of_another_layout_is_named_before_anything_runs(
+    form: str, line: Any, said: str, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval: lm-evaluation-harness")
+    good = {**QUESTION, "context": "c", "text": "one two"}
+    folder = write(tmp_path / "mine", [good, line], [good])
+    asked = [f"downstream.tasks=[{form}]", f"downstream.files={{{form}: {folder}}}"]
+    outcome = command(*tiny, *asked, f"run_dir={tmp_path / 'run'}")
+    assert outcome.code == 2 and not (tmp_path / "run").exists(), outcome
+    assert f"downstream.files.{form}: {folder}/test.jsonl, line 2 " in outcome.err
+    assert said in outcome.err
+    with pytest.raises(UserError, match="train.jsonl is empty"):
+        downstream.check(form, write(tmp_path / "mine", [good], []))
+
+
+def test_white_space_around_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs the extra eval")
+    line = {"text": "one two\nthree four\n", "context": "c\n", "question": "q ", "answers": ["3\n"]}
+    for form in FORMS:
+        folder = write(tmp_path / form, [line], [line])
+        assert downstream.padded(form, folder)
+        downstream.define(form, folder, tmp_path / "tasks" / f"{form}.yaml")
+    manager = tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    found = tasks.get_task_dict([f"doremi_{form}" for form in FORMS], manager)
+    for form in FORMS:
+        task, words = found[f"doremi_{form}"], form in ("lambada", "cloze")
+        (asked,) = task.test_docs()
+        right = "four" if words else "3"
+        assert task.process_results(asked, [right])["exact_match"] == 1, form
+        assert task.doc_to_text(asked).endswith("three" if words else "Q: q\nA:"), form
 
 
 def test_without_the_harness_it_is_said_before_anything_runs(

@@ -39,7 +39,8 @@ def opened(*overrides: str) -> Iterator[Session]:
         composed = hydra.compose("config", overrides=list(overrides))
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     try:
-        yield open_session(load(Config, plain), plain, command.child)
+        with open_session(load(Config, plain), plain, command.child) as session:
+            yield session
     finally:
         comm.leave()
 

@@ -23,7 +23,9 @@ PLANTED = "planted:"
 
 def read_jsonl(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
     for number, record in objects(source, options, bad):
-        yield from records.record_text(record, source, options, f"{source.url}, line {number}", bad)
+        place = f"{source.url}, line {number}"
+        for piece in records.record_text(record, source, options, place, bad):
+            yield piece._replace(row=number - 1)
 
 
 def objects(
@@ -71,7 +73,8 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
                 number += 1
                 place = f"{source.url}, row {number}"
                 if isinstance(record, dict):
-                    yield from records.record_text(record, source, options, place, bad)
+                    for piece in records.record_text(record, source, options, place, bad):
+                        yield piece._replace(row=number - 1)
                 else:
                     bad.add(f"{place}: invalid UTF-8 ({record.reason})")
 
@@ -147,8 +150,8 @@ def _read_megatron(source: Source, options: DataOptions, bad: BadLines) -> Itera
         raise EOFError(f"{source.size} bytes, but its .idx says {megatron.total_bytes(index)}")
     with opening.open_file(source.url, options) as stream:
         try:
-            for tokens, last in megatron.documents(index, stream, records.PIECE):
-                yield Piece(str(source.domain), source.split, None, tokens, last)
+            for row, tokens, last in megatron.documents(index, stream, records.PIECE):
+                yield Piece(str(source.domain), source.split, None, tokens, last, row)
         except ValueError as error:
             raise UserError(
                 f"{source.url}: {error}; tokens are ids from 0; write the file again"

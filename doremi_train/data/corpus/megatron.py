@@ -91,8 +91,9 @@ def total_bytes(index: Index) -> int:
     )
 
 
-def documents(index: Index, stream: BinaryIO, piece: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """(tokens (n,), last) in order, at most `piece` tokens at a time; empty documents are skipped.
+def documents(index: Index, stream: BinaryIO, piece: int) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """(number of the document, tokens (n,), last) in order, at most `piece` tokens at a time; empty
+    documents are skipped.
 
     Raises EOFError where the .bin `stream` ends early and ValueError for a negative token.
     """
@@ -101,8 +102,9 @@ def documents(index: Index, stream: BinaryIO, piece: int) -> Iterator[tuple[np.n
         bounds = index.bounds[first : first + BLOCK + 1]
         starts = np.full(len(bounds), end)  # bytes; a bound equal to S is the end of the .bin
         starts[bounds < len(index.sizes)] = index.pointers[bounds[bounds < len(index.sizes)]]
-        for size in np.diff(starts).tolist():
-            yield from _document(stream, size, index.dtype, piece * index.dtype.itemsize)
+        for number, size in enumerate(np.diff(starts).tolist(), first):
+            for tokens, last in _document(stream, size, index.dtype, piece * index.dtype.itemsize):
+                yield number, tokens, last
 
 
 def _document(

@@ -35,6 +35,7 @@ class Piece(NamedTuple):
     text: str | None  # None where already tokenised
     tokens: np.ndarray | None  # (n,) already tokenised
     last: bool  # False: the next piece continues the same document
+    row: int = -1  # of the document in its file, from 0; −1: it is counted
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ LONG_WINDOW = "too much memory for decoding"  # in what Arrow says of it
 
 
 def read(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:
-    """The documents of one source, in its order; empty ones are skipped.
+    """The documents of one source, in its order; empty ones are skipped, but they have a row.
 
     Raises UserError for a file that is truncated, corrupt, unreadable or not as the options say.
     """
     with _whole(source):
-        yield from formats.reader(source.url)(source, options, bad)
+        count = 0
+        for piece in formats.reader(source.url)(source, options, bad):
+            yield piece if piece.row >= 0 else piece._replace(row=count)
+            count += piece.last
 
 
 def records(

@@ -1,8 +1,9 @@
 """What a selection chose, by its sidecar: a row for every part of a document, where it stands and
 whether it is in.
 
-The columns that count: `shard` (the name of a source), `row` (of the document in it), `start`,
-`end` (bytes of its UTF-8, or tokens) and `selected`. The metadata may hold `data`, a fingerprint of
+The columns that count: `shard` (the name of a source), `row` (of the document in it, from 0: the
+line of JSON lines, the row of parquet, the document of a .bin or an archive), `start`, `end` (bytes
+of its UTF-8, or tokens) and `selected`. The metadata may hold `data`, a fingerprint of
 the files, `selection`, one of the choice, and `domains`, those that were chosen from. Any tool may
 write one.
 """
@@ -20,6 +21,11 @@ from doremi_train.data.corpus.opening import Piece, Source
 from doremi_train.data.corpus.sources import names, signature
 from doremi_train.data.options import DataOptions
 
+# What the metadata says of the columns, for whoever reads them.
+SAID = {
+    "rows": "from 0: line of JSON lines, row of parquet, document of other files",
+    "offsets": "bytes of the document's UTF-8; of a .bin, tokens",
+}
 COLUMNS = ("shard", "row", "start", "end", "selected")
 
 
@@ -43,6 +49,11 @@ def identity(options: DataOptions, sources: list[Source]) -> Any:
     if metadata.get("data") not in (None, fingerprint(signature(options, sources))):
         raise UserError(
             f"data.selection={path}: was made for other files than those of data; select again"
+        )
+    if "selection" in metadata and "rows" not in metadata:
+        raise UserError(
+            f"data.selection={path}: an older version made it, which counted rows without empty "
+            "documents and skipped lines; select again"
         )
     return [metadata.get("selection"), path.stat().st_size]
 
@@ -73,15 +84,15 @@ class Selected:
         row, start, end = (table[name].to_numpy() for name in ("row", "start", "end"))
         order = np.lexsort((start, row))
         self._row, self._start, self._end = row[order], start[order], end[order]
-        self._document, self._base, self._begins = -1, 0, True
+        self._base, self._begins = 0, True
 
     def parts(self, piece: Piece) -> list[Piece]:
         """The chosen parts of the next piece. One that goes on in the piece after it does not end
         here."""
         if self._begins:
-            self._document, self._base = self._document + 1, 0
+            self._base = 0
         self._begins = piece.last
-        first, last = np.searchsorted(self._row, [self._document, self._document + 1])
+        first, last = np.searchsorted(self._row, [piece.row, piece.row + 1])
         content: Any = None
         chosen, size = [], 0
         if first < last or not piece.last:
@@ -94,6 +105,6 @@ class Selected:
             if len(part):
                 text = part.decode() if piece.text is not None else None
                 tokens = None if piece.text is not None else part
-                chosen.append(Piece(piece.domain, piece.split, text, tokens, end <= size))
+                chosen.append(piece._replace(text=text, tokens=tokens, last=bool(end <= size)))
         self._base += size
         return chosen

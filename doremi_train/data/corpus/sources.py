@@ -228,7 +228,7 @@ def _from_domains(options: DataOptions) -> list[Source]:
                     pattern, domain, splits[split], f"data.domains.{domain}.{split}", options
                 )
     if not sources:
-        raise UserError("data.domains={}: no domain; give data.domains={NAME: {train: [FILES]}}")
+        raise UserError("data.domains={}: no domain; give 'data.domains={NAME: {train: [FILES]}}'")
     return sources
 
 

@@ -10,6 +10,7 @@ tokeniser is never silently reused, and a killed preparation continues where the
 """
 
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,9 @@ from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
-from doremi_train.data.tokens.shards import token_dtype
-from doremi_train.data.tokens.writing import ShardWriter, write_manifest
-from doremi_train.files import locked
+from doremi_train.data.tokens.shards import SPLITS, taken, token_dtype
+from doremi_train.data.tokens.writing import ShardWriter, StreamState, write_manifest
+from doremi_train.files import clear_partial, locked
 from doremi_train.storage.mirror import Mirror
 
 RECIPE = 1  # raise when the same request would give other tokens
@@ -88,9 +89,11 @@ def prepare(
         with locked(folder / f"{target.name}.lock", waiting):
             # Where the process we waited for has made it.
             finished = (target / "manifest.json").exists()
+            clear_partial(target)
             if not finished and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
+    _require_both_splits(_sizes_of(target), options)
     if mirror is not None:
         second_home.publish(target, mirror, progress)
     return target
@@ -161,7 +164,6 @@ def _fill(
                 writer.append(piece.stream, tokens, piece.last, piece.text_bytes)
             meter.show(batch[-1][0].done)
     writer.finish()
-    chosen = chosen_domains(options)
     now = request(options)
     if now != wanted:
         shutil.rmtree(target)  # nobody will ask for this address again
@@ -169,11 +171,7 @@ def _fill(
             f"data: changed while it was read ({explain_change(wanted, now)}); run again"
         )
     try:
-        _check(
-            writer,
-            [source for source in sources if chosen is None or source.domain in (None, *chosen)],
-            bad,
-        )
+        _require_both_splits(_sizes(writer, options, sources), options, bad)
     except UserError:
         shutil.rmtree(target)  # the remedies lead to other addresses
         raise
@@ -187,29 +185,61 @@ def _skipped(bad: BadLines) -> str:
     return f"{bad.count} broken lines and records without text are left out, the first: {bad.first}"
 
 
-def _check(writer: ShardWriter, sources: list[Source], bad: BadLines) -> None:
-    """Raises UserError for domains that cannot be trained on or evaluated."""
-    streams = writer.streams
-    domains = {source.domain for source in sources if source.domain is not None} | {
-        domain for _, domain in streams
+Sizes = Mapping[str, Mapping[str, tuple[int, int]]]  # {domain: {split: (tokens, documents)}}
+
+
+def _sizes(writer: ShardWriter, options: DataOptions, sources: list[Source]) -> Sizes:
+    """What was written, of the domains that files name too."""
+    chosen, streams = chosen_domains(options), writer.streams
+    named = {source.domain for source in sources if source.domain is not None}
+    if chosen is not None:
+        named &= chosen
+    states = {
+        domain: {split: streams.get((split, domain), StreamState()) for split in SPLITS}
+        for domain in named | {domain for _, domain in streams}
     }
-    skipped = f" ({_skipped(bad)})" if bad.count else ""
-    if not domains:
+    return {
+        domain: {split: (state.tokens, state.documents) for split, state in of.items()}
+        for domain, of in states.items()
+    }
+
+
+def _sizes_of(target: Path) -> Sizes:
+    domains = orjson.loads((target / "manifest.json").read_bytes())["domains"]
+    return {
+        domain: {split: (of[split]["tokens"], of[split]["documents"]) for split in SPLITS}
+        for domain, of in domains.items()
+    }
+
+
+def _require_both_splits(sizes: Sizes, options: DataOptions, bad: BadLines | None = None) -> None:
+    """Raise UserError for domains that take part and cannot be trained on or evaluated. `bad` are
+    the lines that were left out while they were read."""
+    skipped = f" ({_skipped(bad)})" if bad is not None and bad.count else ""
+    if not sizes:
         raise UserError(f"data: no document in the given files{skipped}; give files that hold text")
-    empty = sorted(domain for domain in domains if ("train", domain) not in streams)
+    tokens = {domain: of["train"][0] for domain, of in sizes.items()}
+    only = None if options.only is None else [name for name in options.only if name in sizes]
+    domains = taken(tokens, only, options.least_tokens)
+    if options.only is None and not domains:
+        raise UserError(
+            f"data.least_tokens={options.least_tokens}: no domain has so many training tokens, the "
+            f"largest {max(tokens.values())}; lower it"
+        )
+    leave_out = (
+        "or leave out what is rare, with data.least_tokens=1000 or data.only=[…] of the others"
+    )
+    empty = [domain for domain in domains if not sizes[domain]["train"][0]]
     if empty:
         raise UserError(
             f"data: no training document in domain {_some(empty)}: its files hold no text, or all "
             "of it went to validation (data.validation_fraction) or is also a validation "
-            f"document{skipped}; add text or remove the domain"
+            f"document{skipped}; add text or remove the domain, {leave_out}"
         )
-    unseen = sorted(
-        d
-        for d in domains
-        if ("validation", d) not in streams or not streams["validation", d].documents
-    )
+    unseen = [domain for domain in domains if not sizes[domain]["validation"][1]]
     if unseen:
+        given = "" if options.files is not None else "give validation files, or "
         raise UserError(
             f"data: no validation document in domain {_some(unseen)}: documents are split by hash, "
-            "and it has too few of them; give validation files, or raise data.validation_fraction"
+            f"and it has too few of them; {given}raise data.validation_fraction, {leave_out}"
         )

@@ -108,9 +108,14 @@ class TokenStore:
 
     @classmethod
     def open(
-        cls, path: str | Path, mirror: Mirror | None = None, only: Sequence[str] | None = None
+        cls,
+        path: str | Path,
+        mirror: Mirror | None = None,
+        only: Sequence[str] | None = None,
+        least: int = 0,
     ) -> "TokenStore":
-        """Open a finished store, or the part of it that has these domains (`data.only`).
+        """Open a finished store, or the part of it that has these domains (`data.only`) and as many
+        training tokens of each (`data.least_tokens`).
 
         Raises UserError where it is unfinished, incomplete or was changed, or has no such domain.
         """
@@ -120,14 +125,13 @@ class TokenStore:
         if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
             raise _damaged(path / "index.npy", "is not the file that the manifest was written with")
         whole = cls(path, manifest, np.load(io.BytesIO(data), allow_pickle=False), mirror)
-        if only is None:
-            return whole
-        if not only or set(only) - set(whole.domains):
+        if only is not None and (not only or set(only) - set(whole.domains)):
             raise UserError(
                 f"data.only=[{', '.join(only)}]: name some of the domains, "
                 f"{', '.join(whole.domains)}"
             )
-        return whole.only(only)
+        named = taken(dict(zip(whole.domains, whole.sizes("train"), strict=True)), only, least)
+        return whole if named == list(whole.domains) else whole.only(named)
 
     def only(self, domains: Sequence[str]) -> "TokenStore":
         """The same store as if it had these domains only: its fingerprint does not know of the
@@ -299,6 +303,13 @@ class TokenStore:
     @cached_property
     def _checksums(self) -> dict[str, str]:
         return json.loads(_read(self.path / CHECKSUMS))
+
+
+def taken(tokens: Mapping[str, int], only: Sequence[str] | None, least: int) -> list[str]:
+    """The domains that take part, of those that have so many training tokens."""
+    return sorted(
+        domain for domain in (tokens if only is None else set(only)) if tokens[domain] >= least
+    )
 
 
 def shards_of(manifest: dict[str, Any]) -> dict[str, int]:

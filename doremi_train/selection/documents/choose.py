@@ -31,13 +31,54 @@ class Scores:
 
     files: list[Path]
     shards: list[str]  # names of the sources
+    copies: Path  # what `number_copies` wrote
+
+    @property
+    def firsts(self) -> list[int]:
+        """The number in the corpus of the first part of every source."""
+        return [0, *np.cumsum([pq.read_metadata(file).num_rows for file in self.files])[:-1]]
 
     def tables(self, *columns: str) -> Iterator[tuple[str, pa.Table]]:
-        """(shard, some columns of a row group) in the order of sources and rows."""
+        """(shard, some columns of a row group, and `copy`) in the order of sources and rows."""
+        copies, first = np.load(self.copies, mmap_mode="r"), 0
         for shard, file in zip(self.shards, self.files, strict=True):
             with pq.ParquetFile(file, read_dictionary=["domain"]) as parquet:
                 for group in range(parquet.num_row_groups):
-                    yield shard, parquet.read_row_group(group, list(columns))
+                    table = parquet.read_row_group(group, list(columns))
+                    yield shard, numbered(table, copies, first)
+                    first += len(table)
+
+
+def numbered(table: pa.Table, copies: NDArray[np.uint32], first: int) -> pa.Table:
+    """Parts of the corpus from number `first` on, with a column `copy`."""
+    mine = np.array(copies[first : first + len(table)], np.uint64)
+    return table.append_column("copy", pa.array(mine))
+
+
+def number_copies(files: list[Path], path: Path, most: int = 2**26) -> None:
+    """Write of every part of the corpus how many with the same id come before it. The ids of `most`
+    parts, about, are in memory together."""
+    if path.exists():
+        return
+    total = sum(pq.read_metadata(file).num_rows for file in files)
+    looks = -(-total // most) or 1
+    with replacing(path) as aside:
+        copies = np.lib.format.open_memmap(aside, "w+", np.uint32, (total,))
+        for look in range(looks):
+            ids, places, first = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
+            for file in files:
+                every = pq.read_table(file, columns=["id"])["id"].to_numpy()
+                mine = np.flatnonzero(every % np.uint64(looks) == look)
+                ids.append(every[mine])
+                places.append(mine + first)
+                first += len(every)
+            together, place = np.concatenate(ids), np.concatenate(places)
+            order = np.argsort(together, kind="stable")
+            begins = np.diff(together[order], prepend=~together[order[:1]]) != 0
+            number = np.arange(len(order))
+            number -= np.maximum.accumulate(np.where(begins, number, 0))
+            copies[place[order]] = number
+        copies.flush()
 
 
 @dataclass
@@ -45,9 +86,15 @@ class Totals:
     """What there is, per domain, and the spread of every column of scores."""
 
     domains: dict[str, list[int]] = field(default_factory=dict)  # eligible parts, their tokens
-    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSED.values(), 0))
+    refusals: dict[str, dict[str, int]] = field(default_factory=dict)  # per domain, by reason
     # Of every column: parts, Σ s, Σ s².
     moments: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How many parts are refused in all, by reason."""
+        each = self.refusals.values()
+        return {name: sum(domain[name] for domain in each) for name in REFUSED.values()}
 
     def spread(self, name: str, exact: bool) -> float:
         """The unit of temperatures: the standard deviation of a column; 1 of exact scores, and
@@ -64,11 +111,12 @@ def totals(scores: Scores, names: list[str], domains: Iterable[str]) -> Totals:
     )
     for _, table in scores.tables("domain", "tokens", "refused", *names):
         refused = table["refused"].to_numpy()
-        for code, name in REFUSED.items():
-            total.refused[name] += int((refused == code).sum())
         kept = table.filter(pa.array(refused == ELIGIBLE))
         for domain, rows in _by_domain(table).items():
             counts = total.domains.setdefault(domain, [0, 0])
+            reasons = total.refusals.setdefault(domain, dict.fromkeys(REFUSED.values(), 0))
+            for code, name in REFUSED.items():
+                reasons[name] += int((refused[rows] == code).sum())
             rows = rows[refused[rows] == ELIGIBLE]
             counts[0] += len(rows)
             counts[1] += int(table["tokens"].to_numpy()[rows].sum())
@@ -95,7 +143,7 @@ def budgets(options: SelectionOptions, totals: Totals) -> tuple[dict[str, int], 
     """
     unit, asked = options.budget
     documents = unit == "documents"
-    domains = sorted(totals.domains)
+    domains = known = sorted(totals.domains)
     groups = {domain: number for number, domain in enumerate(domains)}
     key = f"selection.{unit}"
     available = np.array([totals.domains[domain][not documents] for domain in domains])
@@ -111,8 +159,8 @@ def budgets(options: SelectionOptions, totals: Totals) -> tuple[dict[str, int], 
     elif options.within == "domain":
         if empty:
             raise UserError(
-                f"{key}={asked}: no eligible document in domain {', '.join(empty)}; remove the "
-                "domain"
+                f"{key}={asked}: no eligible document in domain {', '.join(empty)}"
+                f"{_refusals(options, totals, empty)}; remove the domain"
             )
         each = np.full(len(domains), asked, np.float64)
     else:
@@ -126,12 +174,28 @@ def budgets(options: SelectionOptions, totals: Totals) -> tuple[dict[str, int], 
     for domain, want, have in zip(domains, wanted, available, strict=True):
         if want > have:
             raise UserError(
-                f"{key}={asked}: {want} are asked for, but {domain} has only {have} eligible; ask "
-                f"for less, or lower selection.min_tokens={options.min_tokens}"
+                f"{key}={asked}: {want} are asked for, but {domain} has only {have} eligible"
+                f"{_refusals(options, totals, [domain] if domain in totals.domains else known)}"
+                "; ask for less"
             )
     if not wanted.any():
-        raise UserError(f"{key}={asked}: nothing is asked for; raise it")
+        raise UserError(
+            f"{key}={asked}: nothing is asked for{_refusals(options, totals, known)}; raise it"
+        )
     return groups, wanted
+
+
+def _refusals(options: SelectionOptions, totals: Totals, domains: Iterable[str]) -> str:
+    """Why parts of these domains are not eligible, and which key says so; "" where all are."""
+    said = {
+        "short": f"too short (lower selection.min_tokens={options.min_tokens})",
+        "copy": f"copies of the target (selection.overlap={options.overlap}): take the target out "
+        "of the corpus, or raise it",
+        "benchmark": "sharing text with selection.benchmarks: take it out of the corpus",
+    }
+    counts = {why: sum(totals.refusals.get(d, {}).get(why, 0) for d in domains) for why in said}
+    why = [f"{n} are refused as {said[name]}" for name, n in counts.items() if n]
+    return f": {'; '.join(why)}" if why else ""
 
 
 @dataclass(frozen=True)
@@ -154,7 +218,8 @@ class Sampler:
         score = table[self.name].to_numpy()
         if not self.temperature:
             return score
-        return ngram.keys(score, table["id"].to_numpy(), self.temperature, self.seed)
+        ids = ngram.of_copies(table["id"].to_numpy(), table["copy"].to_numpy())
+        return ngram.keys(score, ids, self.temperature, self.seed)
 
     def sortable(
         self, table: pa.Table

@@ -21,7 +21,7 @@ from doremi_train.data.tokens.shards import domain_folder
 from doremi_train.files import read_json, replacing, write_json
 from doremi_train.methods import ngram
 from doremi_train.selection.documents import kernels
-from doremi_train.selection.documents.choose import Sampler
+from doremi_train.selection.documents.choose import Sampler, numbered
 from doremi_train.selection.documents.scorers import BUCKETS
 from doremi_train.selection.documents.tasks import ELIGIBLE, Task
 
@@ -36,6 +36,7 @@ class Look:
     task: Task
     folder: Path  # of the choice
     shard: str
+    first: int  # number of its first part in the corpus
     half: Sampler  # the choice by half the target: the other half judges it
     half_cut: ngram.Cut
 
@@ -90,9 +91,10 @@ def _rows(at: Look) -> Iterator[dict[str, np.ndarray]]:
         at.folder / "sidecar.parquet", columns=["selected"], filters=[("shard", "==", at.shard)]
     )
     selected, position = chosen["selected"].to_numpy(), 0
+    copies = np.load(at.half.scores.copies, mmap_mode="r")
     with pq.ParquetFile(at.task.scores, read_dictionary=["domain"]) as scores:
         for group in range(scores.num_row_groups):
-            table = scores.read_row_group(group)
+            table = numbered(scores.read_row_group(group), copies, at.first + position)
             order, groups, _ = at.half.sortable(table)
             yield {
                 "selected": selected[position : position + len(table)],

@@ -23,7 +23,7 @@ BATCH = 2**20  # bytes of text together: fewer calls from Python, and the memory
 class Document(NamedTuple):
     """A training document, or a piece of a giant one."""
 
-    row: int  # its number among the documents of its source, those for validation counted too
+    row: int  # of its file: lines that were skipped count too
     base: int  # bytes (or tokens) of the document before this piece
     domain: str
     content: bytes | NDArray[np.int64]  # UTF-8, or tokens
@@ -61,12 +61,12 @@ def batches(source: Source, data: DataOptions, bad: BadLines, chunk: int | None)
 
 def documents(source: Source, data: DataOptions, bad: BadLines, whole: bool) -> Iterator[Document]:
     """What of a source is for training; a giant document in pieces, or `whole`."""
-    row, base, kept = -1, 0, False
+    base, kept = 0, False
     parts: list[bytes] = []
     begins = True
     for piece in read(source, data, bad):
         if begins:
-            row, base, kept = row + 1, 0, not held_out(piece, data)
+            base, kept = 0, not held_out(piece, data)
         begins = piece.last
         if not kept:
             continue
@@ -76,10 +76,10 @@ def documents(source: Source, data: DataOptions, bad: BadLines, whole: bool) -> 
         if whole and isinstance(content, bytes):
             parts.append(content)
             if piece.last:
-                yield Document(row, 0, piece.domain, b"".join(parts))
+                yield Document(piece.row, 0, piece.domain, b"".join(parts))
                 parts = []
         else:
-            yield Document(row, base, piece.domain, content)
+            yield Document(piece.row, base, piece.domain, content)
         base += len(content)
 
 

@@ -89,6 +89,7 @@ class Rows:
                 with self._path(number).with_suffix(".lock").open("a") as lock:
                     if not files.try_lock(lock) or self._path(number).exists():
                         continue
+                    self._clear(number)
                     rows = stored(compute(self.shard(number)), self.kind)
                     with files.replacing(self._path(number)) as aside, aside.open("wb") as file:
                         np.save(file, rows, allow_pickle=False)
@@ -97,6 +98,10 @@ class Rows:
             if not took:
                 time.sleep(0.1)
                 look(self._finished())
+
+    def _clear(self, number: int) -> None:
+        for left in self.folder.glob(f".{self._path(number).name}.*.partial"):
+            left.unlink(missing_ok=True)
 
     def _finished(self) -> int:
         finished = [

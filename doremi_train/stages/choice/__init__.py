@@ -17,7 +17,7 @@ def run(session: Session) -> Path:
     if session.config.selection.method == "none":
         raise UserError(
             "selection=none: nothing to select; give selection=ngram "
-            "selection.targets={NAME: [FILES]}"
+            "'selection.targets={NAME: [FILES]}'"
         )
     return (
         less.run(session) if session.config.selection.method == "less" else documents.run(session)

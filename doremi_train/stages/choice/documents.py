@@ -15,6 +15,7 @@ import numpy as np
 from doremi_train import __version__, files, mixture
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import Bar, short
+from doremi_train.data.corpus.sidecar import SAID
 from doremi_train.data.corpus.sources import RULE, names, passed_over, resolve, signature
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.methods import ngram
@@ -34,7 +35,7 @@ from doremi_train.stages.choice import array, target_files
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, stop
 
-SCORES = 2  # raise when the same request would give other scores, or counts beside them
+SCORES = 3  # raise when the same request would give other scores, or counts beside them
 
 
 # How it is computed, and what only the choice depends on: no part of the scores' address.
@@ -118,14 +119,18 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
             session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool
         )
         sources = [task.source for task in work]
-        scores = choose.Scores([task.scores for task in work], names(session.config.data, sources))
+        scores = choose.Scores(
+            [task.scores for task in work],
+            names(session.config.data, sources),
+            work[0].folder / "copies.npy",
+        )
         totals = choose.totals(
             scores, list(columns), {source.domain for source in sources if source.domain}
         )
         data = fingerprint(signature(session.config.data, sources))
         chosen = {}
         for name, documents in served.items():
-            metadata = {"selection": fingerprint([recipe, name]), "data": data}
+            metadata = SAID | {"selection": fingerprint([recipe, name]), "data": data}
             chosen[name] = _choose(
                 session, folder / name, name, work, scores, totals, pool, metadata
             )
@@ -173,6 +178,7 @@ def _score(
         describe.require_text(task)
     home.mkdir(parents=True, exist_ok=True)
     with files.locked(home / "lock", lambda: stop.check("select")):
+        files.clear_partial(home)
         _everywhere(
             pool,
             "select: counting",
@@ -201,6 +207,7 @@ def _score(
             tasks.score,
             [task for task in work if not task.scores.exists()],
         )
+        choose.number_copies([task.scores for task in work], home / "copies.npy")
     return work, sums
 
 
@@ -233,10 +240,11 @@ def _choose(
     top = replace(samplers[0], temperature=0.0).cut(budgets)
     profile = choose.write_sidecar(folder / "sidecar.parquet", samplers[0], cuts[0], top, metadata)
 
-    half = replace(samplers[1], scores=choose.Scores([], []))  # a worker needs no list of all files
+    # A worker needs no list of all files.
+    half = replace(samplers[1], scores=choose.Scores([], [], scores.copies))
     looks = [
-        describe.Look(task, folder, shard, half, cuts[1])
-        for task, shard in zip(work, scores.shards, strict=True)
+        describe.Look(task, folder, shard, first, half, cuts[1])
+        for task, shard, first in zip(work, scores.shards, scores.firsts, strict=True)
     ]
     _everywhere(
         pool, f"select: {name}", describe.look, [at for at in looks if not at.path.exists()]

@@ -30,7 +30,7 @@ def targets(session: Session) -> dict[str, list[Source]]:
     if not given:
         raise UserError(
             "selection.targets: missing; give files of the text to serve: "
-            "selection.targets={NAME: [FILES]}"
+            "'selection.targets={NAME: [FILES]}'"
         )
     for name in given:
         if not name or "/" in name or name.startswith("."):

@@ -112,10 +112,11 @@ def _trained(session: Session, data: Instructions) -> Warm:
 def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
     """The checkpoints at the ends of epochs stay when the run is done."""
     (warm.folder / "epochs").mkdir(exist_ok=True)
-    for path in (warm.folder / checkpoint.FOLDER).glob("step-*"):
-        if int(path.stem.removeprefix("step-")) % warm.recipe["epoch"] == 0:
-            (warm.folder / "epochs" / path.name).unlink(missing_ok=True)
-            os.link(path, warm.folder / "epochs" / path.name)
+    for path in checkpoint.paths(warm.folder / checkpoint.FOLDER):
+        if checkpoint.step_of(path) % warm.recipe["epoch"] == 0:
+            for one in (path, checkpoint.checksum_of(path)):
+                (warm.folder / "epochs" / one.name).unlink(missing_ok=True)
+                os.link(one, warm.folder / "epochs" / one.name)
     files.sync_folder(warm.folder / "epochs")
 
 
@@ -153,7 +154,7 @@ def _opened(
     except capture.NotFactored as error:
         raise UserError(
             f"finetune.model={session.config.finetune.model}: {error}; train only layers that can "
-            "be, as with finetune.lora.targets=[q_proj, v_proj]"
+            "be, as with 'finetune.lora.targets=[q_proj, v_proj]'"
         ) from None
     device = session.place.device
     moved = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
@@ -22,6 +23,7 @@ from helpers.corpus import documents, write_jsonl
 from helpers.processes import documents_of
 
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.selection.documents import choose
 
 pytest.importorskip("numba")
 
@@ -177,6 +179,54 @@ def test_the_choice_is_the_same_for_any_workers_and_sharding(
         )
         ids.append(sorted(row["id"] for row in chosen(tmp_path / name)))
     assert ids[0] == ids[1]
+
+
+def test_copies_draw_noise_of_their_own(target: Path, tmp_path: Path) -> None:
+    texts = [*documents(5, "abcdefgh", 200, 40_000)]
+    copies = [texts[0]] * 60
+    write_jsonl(tmp_path / "raw" / "web" / "train.jsonl", [*texts[:60], *copies])
+    taken = []
+    for seed in range(6):
+        more = ("selection.documents=30", "selection.temperature=1000", f"seed={seed}")
+        store = f"store={tmp_path / 'store'}"
+        ran(*selecting(tmp_path / "raw", target, tmp_path / f"{seed}", *more, store))
+        ids = Counter(row["id"] for row in chosen(tmp_path / f"{seed}"))
+        taken.append(ids.most_common(1)[0][1])
+    assert all(7 < count < 24 for count in taken) and len(set(taken)) > 1, taken  # of 30, half
+
+
+def test_ids_are_numbered_in_any_memory(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 30, 500).astype(np.uint64)
+    files = [tmp_path / f"{number}.parquet" for number in range(3)]
+    for file, part in zip(files, np.split(ids, [0, 200]), strict=True):  # the first is empty
+        pq.write_table(pa.table({"id": part}), file)
+    before = [int((ids[:n] == ids[n]).sum()) for n in range(len(ids))]
+    for most in (7, 10**6):
+        choose.number_copies(files, tmp_path / f"{most}.npy", most)
+        assert np.load(tmp_path / f"{most}.npy", mmap_mode="r").tolist() == before
+    choose.number_copies(files[:1], tmp_path / "none.npy")
+    assert len(np.load(tmp_path / "none.npy", mmap_mode="r")) == 0
+
+
+def test_rows_are_those_of_the_file(target: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in documents(5, "abcdefghé", 200, 20_000)]
+    lines[3:3] = ['{"text": ""}', "", '{"text": cut']
+    (tmp_path / "raw" / "web").mkdir(parents=True)
+    (tmp_path / "raw" / "web" / "train.jsonl").write_text("\n".join(lines))
+    common = ["data.max_bad_lines=1", "selection.documents=20"]
+    ran(*selecting(tmp_path / "raw", target, tmp_path / "run", *common))
+    sidecar = tmp_path / "run/select/nopq/sidecar.parquet"
+    rows = chosen(tmp_path / "run")
+    texts = [
+        json.loads(lines[row["row"]])["text"].encode()[row["start"] : row["end"]].decode()
+        for row in rows
+    ]
+    assert max(row["row"] for row in rows) > 6 and all(row["start"] == 0 for row in rows)
+    assert b"bytes" in pq.read_schema(sidecar).metadata[b"offsets"]
+    given = [f"data.root={tmp_path / 'raw'}", f"data.selection={sidecar}", common[0]]
+    ran(*TINY, *given, f"run_dir={tmp_path / 'train'}", "stage=prepare")
+    store = TokenStore.open(tmp_path / "train/prepare")
+    assert sorted(documents_of(store, "train", "web")) == sorted(texts)
 
 
 def test_long_documents_are_cut_and_their_parts_are_those_of_the_text(
@@ -411,6 +461,10 @@ def broken(path: Path) -> Path:
     ("overrides", "said"),
     [
         (["selection.documents=100000"], ["selection.documents=100000", "only", "eligible"]),
+        (
+            ["selection.documents=20", "selection.targets={t: [RAW/mixed/*, RAW/plain/*]}"],
+            ["has only 0 eligible", "refused as copies of the target (selection.overlap=0.5)"],
+        ),
         (["selection.tokens={plain: 5}"], ["selection.tokens", "mixed"]),
         (
             ["selection.tokens=5", "selection.fraction=0.1"],
@@ -444,7 +498,13 @@ def test_mistakes(
     broken(write_jsonl(tmp_path / "broken" / "d" / "train.jsonl", documents(2, "hijk", 20, 2000)))
     write_jsonl(tmp_path / "hollow" / "d" / "train.jsonl", documents(2, "hijk", 20, 2000))
     write_jsonl(tmp_path / "hollow" / "hollow" / "train.jsonl", [""])
-    places = {"EMPTY": "empty.jsonl", "BROKEN": "broken", "TORN": "torn", "HOLLOW": "hollow"}
+    places = {
+        "RAW": str(raw),
+        "EMPTY": "empty.jsonl",
+        "BROKEN": "broken",
+        "TORN": "torn",
+        "HOLLOW": "hollow",
+    }
     for word, name in places.items():
         overrides = [override.replace(word, str(tmp_path / name)) for override in overrides]
     outcome = run_here(*selecting(raw, target, tmp_path / "run", *overrides))

@@ -2,6 +2,7 @@
 planted tasks."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from helpers.command import Command, start
 
 from benchmarks import planted_tasks
 from benchmarks.planted_tasks import TASKS, records, write
+from doremi_train import files
 from doremi_train.data import instructions
 from doremi_train.data.chat import Encoder
 from doremi_train.data.corpus import formats
@@ -121,6 +123,37 @@ def test_weights_of_checkpoints_are_the_mean_rates_of_the_recorded_schedule(chos
     assert warm["learning_rates"] == pytest.approx(expected, rel=1e-12)
     assert metrics[2] == pytest.approx(warm["learning_rates"][1])
     assert len(list((chosen / "warmup/epochs").glob("*.pt"))) == 2
+
+
+def test_leftovers_of_kills_are_passed_over_and_cleared(
+    folder: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, link = tmp_path / "store", os.link
+
+    def killed(*arguments: Any) -> None:
+        if "sha256" in str(arguments[0]):
+            raise KeyboardInterrupt
+        link(*arguments)
+
+    again = [*overrides(folder, store=store), f"run_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command(*again)
+    monkeypatch.undo()
+    (warm,) = store.glob("runs/warmup-*")
+    left = [
+        warm / "checkpoints/step-000000010.32484.partial",
+        files.aside_of(warm / "checkpoints/step-000000010.pt"),
+        files.aside_of(warm / "epochs/step-000000010.pt"),
+        files.aside_of(next(store.glob("data/instructions-*/")) / "manifest.json"),
+    ]
+    for path in left:
+        path.write_bytes(b"half")
+    files.aside_of(tmp_path / "run/warmup").symlink_to("nowhere")
+    outcome = command(*again)
+    assert outcome.code == 0, outcome
+    assert not [*tmp_path.rglob("*.partial")]
+    assert {path.suffix for path in (warm / "epochs").iterdir()} == {".pt", ".sha256"}
 
 
 def test_what_is_there_is_not_computed_again_and_what_is_missing_is(
