@@ -171,9 +171,14 @@ def _tokenise(
 ) -> Iterator[np.ndarray]:
     """Tokens (n,) of each piece; the pieces are independent, so batches may be divided in any
     way."""
-    encoded = iter(
-        tokenizers.encode(tokenizer, [item.text for item in batch if item.text is not None])
-    )
+    texts = [item for item in batch if item.text is not None]
+    try:
+        encoded = iter(tokenizers.encode(tokenizer, [str(item.text) for item in texts]))
+    except tokenizers.CannotEncode as error:
+        split, domain = texts[error.number].stream
+        raise UserError(
+            f"{texts[error.number].url}: in the {split} text of domain {domain}, {error}"
+        ) from None
     for item in batch:
         if item.tokens is None:
             yield next(encoded)

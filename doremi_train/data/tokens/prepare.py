@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from tokenizers import Tokenizer
 
 from doremi_train.config import UserError, fingerprint, flatten, redact
 from doremi_train.data.corpus.opening import BadLines, Source
@@ -97,23 +98,33 @@ def prepare(
 
 
 def _request(options: DataOptions, sources: list[Source]) -> Request:
+    end = options.end_of_document
     if options.tokenizer == "train":
         tokenizer: Request = {
             "vocabulary_size": options.vocabulary_size,
             "tokenizer_sample": options.tokenizer_sample,
         }
     else:
-        tokenizer = {"fingerprint": tokenizers.fingerprint(tokenizers.load(options.tokenizer))}
+        given = tokenizers.load(options.tokenizer)
+        tokenizer = {"fingerprint": tokenizers.fingerprint(given)}
+        found = given.id_to_token(_end(options, given))
+        # The end that needs no name is the first usual one.
+        end = None if end is None and found == tokenizers.first_usual_end(given) else found
     selection = {"selection": identity(options, sources)} if options.selection is not None else {}
     return {
         **selection,
         "recipe": RECIPE,
         "sources": signature(options, sources),
-        "tokenizer": {**tokenizer, "end_of_document": options.end_of_document},
+        "tokenizer": {**tokenizer, "end_of_document": end},
         "validation_fraction": options.validation_fraction,
         "member_tokens": options.member_tokens,
         "members_per_shard": options.members_per_shard,
     }
+
+
+def _end(options: DataOptions, tokenizer: Tokenizer) -> int:
+    said = tokenizers.said_end(options.tokenizer) if options.tokenizer != "train" else None
+    return tokenizers.end_of_document(tokenizer, options.end_of_document, said)
 
 
 def _without_files(wanted: Request) -> Request:
@@ -147,7 +158,7 @@ def _fill(
     target.mkdir(exist_ok=True)
     passed_over(options).say(RULE)
     tokenizer = sample.sampled_tokenizer(target, options, sources, progress)
-    end = tokenizers.end_of_document(tokenizer, options.end_of_document)
+    end = _end(options, tokenizer)
     size = tokenizers.vocabulary_size(tokenizer)
     writer = ShardWriter(
         target, token_dtype(size), options.member_tokens, options.members_per_shard
