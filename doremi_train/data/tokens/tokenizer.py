@@ -26,6 +26,8 @@ USUAL_ENDS = (  # in this order: a tokeniser that has several ends documents wit
     "<EOS>",
     "[SEP]",
 )
+# Learning takes a time that grows with the square of a word's length.
+LONGEST_WORD = 1000
 WRITES_ALL = "give a tokeniser that writes all text (byte-level BPE does), or `train` to learn one"
 
 
@@ -49,9 +51,12 @@ def load(name: str) -> Tokenizer:
 
 def learn(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """Byte-level BPE of at most `vocabulary_size` tokens; id 0 ends a document. A function of the
-    texts alone."""
+    texts alone, whose words it sees in parts of at most LONGEST_WORD bytes."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.FixedLength(LONGEST_WORD)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -60,6 +65,7 @@ def learn(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return _ready(tokenizer)
 
 

@@ -217,3 +217,34 @@ def test_the_package_that_a_model_file_needs_is_named(
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(UserError, match=rf"tokenizer.model needs the package {package}: pip"):
         tokenizers.load(str(tmp_path))
+
+
+def learned_from_whole_words(texts: list[str], size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def test_long_words_are_cut_and_ordinary_text_is_learned_as_it_was() -> None:
+    longest = tokenizers.LONGEST_WORD
+    ordinary = [*TEXTS, "雪" * (longest // 3), "=" * longest, "\n" * longest]
+    assert tokenizers.serialise(tokenizers.learn(ordinary, 400)) == tokenizers.serialise(
+        learned_from_whole_words(ordinary, 400)
+    )
+    # "ab" is frequent, where no word is cut between its letters.
+    cut = ["x" + "ab" * longest]
+    parts = [("x" + "ab" * longest)[i : i + longest] for i in range(0, 2 * longest + 1, longest)]
+    assert tokenizers.serialise(tokenizers.learn(cut, 300)) == tokenizers.serialise(
+        learned_from_whole_words(parts, 300)
+    )
+    assert tokenizers.serialise(tokenizers.learn(cut, 300)) != tokenizers.serialise(
+        learned_from_whole_words(cut, 300)
+    )
