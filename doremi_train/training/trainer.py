@@ -175,7 +175,14 @@ class Trainer:
         assert isinstance(store, TokenStore)
         folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
         comm.on_first(
-            lambda: save(self.bare, tensors, folder, store.tokenizer(), store.end_of_document)
+            lambda: save(
+                self.bare,
+                tensors,
+                folder,
+                store.tokenizer(),
+                store.end_of_document,
+                self.task.training.sequence_length,
+            )
         )
 
     def _bar(self, step: int, tokens: int) -> Bar:

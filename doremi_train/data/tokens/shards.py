@@ -218,6 +218,14 @@ class TokenStore:
             out[row] = tokens[first : first + length + 1]
         return out
 
+    def sample(self, split: str, length: int = 256, most: int = 64) -> list[str]:
+        """Text of the first tokens of up to `most` domains, as the tokeniser writes it."""
+        tokenizer, texts = self.tokenizer(), []
+        for domain in np.flatnonzero(self.sequences(split, length))[:most]:
+            tokens = self.gather(split, domain[None], np.zeros(1, np.int64), length)[0]
+            texts.append(tokenizer.decode(tokens[tokens != self.end_of_document].tolist()))
+        return texts
+
     def carrying(
         self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int
     ) -> np.ndarray:
