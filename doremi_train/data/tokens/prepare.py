@@ -28,7 +28,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
-from doremi_train.data.tokens.shards import token_dtype
+from doremi_train.data.tokens.shards import token_dtype, unwritable_share
 from doremi_train.data.tokens.writing import ShardWriter, write_manifest
 from doremi_train.files import locked
 from doremi_train.storage.mirror import Mirror
@@ -78,7 +78,7 @@ def prepare(
     or in `mirror`, where it is then too.
 
     Raises UserError for wrong options, unreadable sources, a domain without training tokens or
-    validation documents.
+    validation documents, or with much text that the tokeniser cannot write.
     """
     sources = resolve(options)
     wanted = _request(options, sources)
@@ -92,6 +92,7 @@ def prepare(
             if not finished and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
+    _refuse_unwritable(target, options)
     if mirror is not None:
         second_home.publish(target, mirror, progress)
     return target
@@ -149,6 +150,26 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
         )
 
 
+def _refuse_unwritable(target: Path, options: DataOptions) -> None:
+    """max_unwritable is not part of the address either."""
+    most = options.max_unwritable
+    if most is None:
+        return
+    domains = unwritable_share(orjson.loads((target / "manifest.json").read_bytes()))
+    above = [
+        f"{domain} ({share:.1%})"
+        for domain, share in domains.items()
+        if share > most and (options.only is None or domain in options.only)
+    ]
+    if above:
+        raise UserError(
+            f"data.max_unwritable={most}: the tokeniser cannot write so much of the text of domain "
+            f"{_some(above)}: it becomes unknown tokens, or is dropped; "
+            f"{tokenizers.WRITES_ALL} (data.tokenizer), leave the domain out, or raise "
+            "data.max_unwritable (null: never refused)"
+        )
+
+
 # ── The stages of a preparation ───────────────────────────────────────────────────
 
 
@@ -168,8 +189,8 @@ def _fill(
     skip = {stream: state.pieces for stream, state in writer.streams.items()}
     with closing(tokenised(tokenizer, work(router, bad, skip, meter), size, end)) as batches:
         for batch in batches:
-            for piece, tokens in batch:
-                writer.append(piece.stream, tokens, piece.last, piece.text_bytes)
+            for piece, (tokens, lost) in batch:
+                writer.append(piece.stream, tokens, piece.last, piece.text_bytes, lost)
             meter.show(batch[-1][0].done)
     writer.finish()
     chosen = chosen_domains(options)

@@ -176,6 +176,10 @@ class TokenStore:
         tokens = self.sizes(split)
         return np.divide(known, tokens, out=np.full(len(known), np.nan), where=tokens > 0)
 
+    def unwritable(self) -> np.ndarray:
+        """(K,) part of the bytes of text that the tokeniser cannot write."""
+        return self.vector(unwritable_share(self.manifest))
+
     def sequences(self, split: str, length: int) -> np.ndarray:
         """(K,) how many sequences of `length` + 1 tokens each domain has."""
         first = SPLITS.index(split) * len(self.domains)
@@ -307,6 +311,17 @@ class TokenStore:
     @cached_property
     def _checksums(self) -> dict[str, str]:
         return json.loads(_read(self.path / CHECKSUMS))
+
+
+def unwritable_share(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Part of every domain's bytes of text that the tokeniser cannot write; 0 where it was not
+    measured."""
+    shares = {}
+    for domain, splits in manifest["domains"].items():
+        lost = sum(split.get("unwritable_bytes", 0) for split in splits.values())
+        text = sum(split["bytes"] or 0 for split in splits.values())
+        shares[domain] = lost / text if text else 0.0
+    return shares
 
 
 def shards_of(manifest: dict[str, Any]) -> dict[str, int]:

@@ -271,7 +271,8 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for split in ("train", "validation"):
         write(tmp_path / "in" / "a", split, [f"w69999 w1 w65535 {split}"], "jsonl")
-    given = options(tmp_path / "in", tokenizer=str(tmp_path / "tokenizer.json"))
+    file = str(tmp_path / "tokenizer.json")
+    given = options(tmp_path / "in", tokenizer=file, max_unwritable=None)
     store = TokenStore.open(prepare(given, tmp_path / "out"))
     assert store.manifest["dtype"] == "uint32" and store.vocabulary_size == 70_002
     assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [
