@@ -4,7 +4,8 @@ message."""
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -40,6 +41,23 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
+
+
+class Refused(Exception):
+    """What an outside library says of a user's input, in one line."""
+
+
+@contextmanager
+def judging() -> Iterator[None]:
+    """Where an outside library judges a user's input: whatever it raises, panics of Rust
+    among it, is raised as Refused."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        lines = str(error).strip().splitlines()
+        raise Refused(lines[0] if lines else type(error).__name__) from None
 
 
 def in_keys(message: object, keys: Mapping[str, str]) -> str:

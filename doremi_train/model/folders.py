@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.config import UserError
-from doremi_train.data.tokens import tokenizer as tokenizers
+from doremi_train.config import Refused, UserError, judging
 from doremi_train.files import read_json, write_json
 from doremi_train.model.configs import skeleton
 from doremi_train.model.language_model import LanguageModel
@@ -166,7 +165,7 @@ def _refuse_other_ids(
         "(data.tokenizer)"
     )
     try:
-        with tokenizers.judging():
+        with judging():
             opened: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -175,7 +174,7 @@ def _refuse_other_ids(
                 for text in texts
                 if (ids := _encoded(tokenizer, text)) is not None
             )
-    except tokenizers.Refused as error:
+    except Refused as error:
         raise UserError(
             f"{key}.config.model_type={kind}: AutoTokenizer cannot open the data's tokeniser in "
             f"the folder of such a model ({error}); {remedy}"
@@ -190,10 +189,10 @@ def _refuse_other_ids(
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int] | None:
     """Ids of a text; None where the tokeniser cannot write it."""
     try:
-        ids: list[int] = tokenizers.encode(tokenizer, [text])[0].tolist()
-    except tokenizers.CannotEncode:
+        with judging():
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Refused:
         return None
-    return ids
 
 
 def _ids(opened: Any, text: str) -> list[int]:

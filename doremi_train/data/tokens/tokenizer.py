@@ -3,15 +3,14 @@ text."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from doremi_train.config import UserError
+from doremi_train.config import Refused, UserError, judging
 from doremi_train.config import fingerprint as content_address
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -187,23 +186,6 @@ def encodings(tokenizer: Tokenizer, texts: Sequence[str], offsets: bool = False)
             except Refused as error:
                 raise CannotEncode(number, text, str(error)) from None
         raise CannotEncode(0, "", str(whole)) from None
-
-
-class Refused(Exception):
-    """What a library of tokenisers says of its input, in one line."""
-
-
-@contextmanager
-def judging() -> Iterator[None]:
-    """Where a library of tokenisers judges a user's input: whatever it raises, panics of Rust
-    among it, is raised as Refused."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
-        raise
-    except BaseException as error:  # a panic of Rust is no Exception
-        lines = str(error).strip().splitlines()
-        raise Refused(lines[0] if lines else type(error).__name__) from None
 
 
 def _ready(tokenizer: Tokenizer) -> Tokenizer:

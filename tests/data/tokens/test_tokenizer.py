@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from doremi_train.config import UserError
+from doremi_train.config import Refused, UserError, judging
 from doremi_train.data.tokens import tokenizer as tokenizers
 
 TEXTS = [
@@ -199,9 +199,9 @@ def test_a_panic_of_the_library_is_a_refusal() -> None:
     class Panic(BaseException):
         pass
 
-    with pytest.raises(tokenizers.Refused, match="^first$"), tokenizers.judging():
+    with pytest.raises(Refused, match="^first$"), judging():
         raise Panic("first\nsecond")
-    with pytest.raises(KeyboardInterrupt), tokenizers.judging():
+    with pytest.raises(KeyboardInterrupt), judging():
         raise KeyboardInterrupt
 
 
