@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -211,7 +212,17 @@ def _state_positions(model: LanguageModel, file: Path, length: int) -> None:
     changed = values | {"max_position_embeddings": length}
     shapes = {name: value.shape for name, value in skeleton(changed).named_parameters()}
     if shapes == {name: value.shape for name, value in skeleton(values).named_parameters()}:
-        write_json(file, read_json(file) | {"max_position_embeddings": length})
+        stated = {"max_position_embeddings": length, _BUILT: values["max_position_embeddings"]}
+        files.write_bytes(file, _config_text(read_json(file) | stated))
+
+
+# Positions that a model was built with, in the config of one that was trained for others.
+_BUILT = "built_max_position_embeddings"
+
+
+def _config_text(values: Mapping[str, Any]) -> bytes:
+    """A config.json as transformers lays it out."""
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _scaled(values: Any) -> bool:
@@ -242,10 +253,15 @@ def naming_the_disk(folder: Path) -> Iterator[None]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Content address of a saved model's weights and config."""
+    """Content address of a saved model's weights and config, which is as the model was built: what
+    it states of its training changes no loss."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         digest.update(path.name.encode())
+        if path.name == "config.json" and _BUILT in (values := read_json(path)):
+            values["max_position_embeddings"] = values.pop(_BUILT)
+            digest.update(_config_text(values))
+            continue
         with path.open("rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)

@@ -304,6 +304,15 @@ def test_a_saved_tokeniser_says_what_transformers_4_knows_and_how_much_the_model
         assert torch.equal(theirs(TOKENS % size), language_model(TOKENS % size))
 
 
+def test_the_fingerprint_of_a_folder_is_not_of_what_it_says_of_the_training(tmp_path: Path) -> None:
+    language_model = saved(tmp_path / "a")
+    tensors = dict(language_model.named_parameters())
+    folders.save(language_model, tensors, tmp_path / "b", TOKENIZER, 0, 48)
+    configs_of = [(tmp_path / name / "config.json").read_bytes() for name in "ab"]
+    assert configs_of[0] != configs_of[1]
+    assert folders.folder_fingerprint(tmp_path / "a") == folders.folder_fingerprint(tmp_path / "b")
+
+
 def test_positions_that_rotary_scaling_needs_are_left() -> None:
     assert not folders._scaled({"rope_parameters": {"rope_type": "default"}})
     assert folders._scaled({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
