@@ -44,22 +44,35 @@ class UserError(Exception):
         super().__init__(redact(message))
 
 
+class Refused(Exception):
+    """What an outside library says of a user's input, in one line."""
+
+
 @contextlib.contextmanager
-def judged(given: str, remedy: str, by: str = "transformers") -> Iterator[None]:
-    """The one guard around a library of others that judges what a user gave: whatever it raises is
-    a UserError that names `given` (key and value), the cause, and the remedy. Running out of memory
-    is no judgement."""
+def judging() -> Iterator[None]:
+    """The one guard around a library of others that judges what a user gave: whatever it raises,
+    panics of Rust among it, is raised as Refused. Running out of memory is no judgement."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
         raise
-    except Exception as error:  # libraries fail in many ways: KeyError, AssertionError, their own
+    except BaseException as error:  # libraries fail in many ways, and a panic is no Exception
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             raise
         cause, kind = " ".join(str(error).split()), type(error).__name__
         if isinstance(error, KeyError | AttributeError | IndexError | AssertionError):
             cause = f"{kind}: {cause}" if cause else kind
-        raise UserError(f"{given}: {by} refuses it: {cause[:400] or kind}; {remedy}") from None
+        raise Refused(cause[:400] or kind) from None
+
+
+@contextlib.contextmanager
+def judged(given: str, remedy: str, by: str = "transformers") -> Iterator[None]:
+    """Judge, and raise a UserError that names `given` (key and value), the cause, the remedy."""
+    try:
+        with judging():
+            yield
+    except Refused as refused:
+        raise UserError(f"{given}: {by} refuses it: {refused}; {remedy}") from None
 
 
 def in_keys(message: object, keys: Mapping[str, str]) -> str:

@@ -73,6 +73,20 @@ def clear_partial(folder: Path, below: bool = True) -> None:
                 path.unlink(missing_ok=True)
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the files of a folder the mode that a new file has: some libraries write for the owner
+    alone."""
+    aside = aside_of(folder / "mode")
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode & 0o777
+    finally:
+        aside.unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically by indented JSON; floats read back exactly; a NaN is an error and
     not a file nobody can read."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import STRICT, Count, Positive
@@ -76,6 +76,10 @@ class DataOptions:
     max_bad_lines: Count = 0
     """Broken JSON lines, and records without text or domain, that are skipped and counted before
     the run stops."""
+
+    max_unwritable: Annotated[float, Ge(0), Le(1)] | None = 0.1
+    """Part of a domain's text that the tokeniser may be unable to write, by unknown tokens or
+    dropped characters, before the run stops; null: it never does."""
 
     allow_pipe: bool = False
     """Whether pipe: URLs may run shell commands. It is for data lists that you wrote yourself."""

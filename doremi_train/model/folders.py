@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from doremi_train.config import UserError, judged
+from doremi_train import files
+from doremi_train.config import Refused, UserError, judged, judging
+from doremi_train.files import read_json, write_json
+from doremi_train.model.configs import skeleton
 from doremi_train.model.language_model import LanguageModel, sees_ahead
 
 REMEDY = "give a folder with a model in safetensors that this version of transformers loads"
@@ -140,22 +145,147 @@ def save(
     folder: Path,
     tokenizer: Tokenizer,
     end: int,
+    length: int | None = None,
+    sample: Sequence[str] = (),
 ) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a
-    document.
+    document, `length` the tokens that the model was trained to read, where they are known.
 
-    `tensors` are the model's, whole and by name: its own may be in parts on many processes.
+    `tensors` are the model's, whole and by name: its own may be in parts on many processes. Raises
+    UserError where AutoTokenizer gives other ids than `tokenizer`, tried on the texts of `sample`.
     """
-    from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with naming_the_disk(folder):
         model.inner.save_pretrained(folder, state_dict=of_inner(tensors))
+    if length is not None:
+        _state_positions(model, folder / "config.json", length)
+    _save_tokenizer(tokenizer, end, folder, length)
+    files.follow_umask(folder)
+    kind = str(model.inner.config.model_type)
+    _refuse_other_ids(folder, tokenizer, end, (*_probes(tokenizer), *sample), "model", kind)
+
+
+def require_same_tokenizer(
+    config: Mapping[str, Any], tokenizer: Tokenizer, end: int, key: str
+) -> None:
+    """Raises UserError where transformers would open another tokeniser than `tokenizer` in the
+    folder of a model of this config, given as `key`: it has a class of its own for some models."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_json(folder / "config.json", dict(config))
+        _save_tokenizer(tokenizer, end, folder, None)
+        kind = str(config["model_type"])
+        _refuse_other_ids(folder, tokenizer, end, _probes(tokenizer), key, kind)
+
+
+# Letters, marks, digits, contractions and white space: where tokenisers part words differently.
+_PROBE = (
+    "It's 1234567 o'Clock,  naïve cafe\u0301 ﬁn\n\n\tdef f(x):\r\n    x_1**2 == '中文 नमस्ते' 🙂 "
+)
+
+
+def _probes(tokenizer: Tokenizer, most: int = 1000) -> tuple[str, ...]:
+    """Texts that tell two tokenisers apart, also where one of them knows few words."""
+    words = sorted(tokenizer.get_vocab(with_added_tokens=False).values())
+    known = words[:: max(len(words) // most, 1)]
+    return (_PROBE, tokenizer.decode(known), " ".join(tokenizer.decode([word]) for word in known))
+
+
+def _save_tokenizer(tokenizer: Tokenizer, end: int, folder: Path, length: int | None) -> None:
+    from transformers import PreTrainedTokenizerFast
+
     token = tokenizer.id_to_token(end)
+    more = {} if length is None else {"model_max_length": length}
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=token, eos_token=token
+        tokenizer_object=tokenizer, bos_token=token, eos_token=token, **more
     ).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    # The name that transformers 4 knows as well; 5 writes its own.
+    write_json(file, read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _refuse_other_ids(
+    folder: Path, tokenizer: Tokenizer, end: int, texts: Iterable[str], key: str, kind: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    remedy = (
+        f"transformers has a tokeniser of its own for {kind} models; take another {key}.config."
+        "model_type, such as llama, gpt_neox or qwen3, or the tokeniser of these models "
+        "(data.tokenizer)"
+    )
+    try:
+        with judging():
+            opened: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            same = opened.get_vocab() == tokenizer.get_vocab(with_added_tokens=True) and all(
+                _ids(opened, text) == ids
+                for text in texts
+                if (ids := _encoded(tokenizer, text)) is not None
+            )
+    except Refused as error:
+        raise UserError(
+            f"{key}.config.model_type={kind}: AutoTokenizer cannot open the data's tokeniser in "
+            f"the folder of such a model ({error}); {remedy}"
+        ) from None
+    if not same or opened.eos_token_id != end:
+        raise UserError(
+            f"{key}.config.model_type={kind}: in the folder of such a model AutoTokenizer opens "
+            f"{type(opened).__name__}, which gives other ids than the data's tokeniser; {remedy}"
+        )
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Ids of a text; None where the tokeniser cannot write it."""
+    try:
+        with judging():
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Refused:
+        return None
+
+
+def _ids(opened: Any, text: str) -> list[int]:
+    ids: list[int] = opened(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    ).input_ids
+    return ids
+
+
+def _state_positions(model: LanguageModel, file: Path, length: int) -> None:
+    """Write into a saved config how many positions the model was trained for, where they are no
+    shape of its tensors and nothing is scaled by them."""
+    values = model.inner.config.to_dict()
+    if "max_position_embeddings" not in values or _scaled(values):
+        return
+    changed = values | {"max_position_embeddings": length}
+    shapes = {name: value.shape for name, value in skeleton(changed).named_parameters()}
+    if shapes == {name: value.shape for name, value in skeleton(values).named_parameters()}:
+        stated = {"max_position_embeddings": length, _BUILT: values["max_position_embeddings"]}
+        files.write_bytes(file, _config_text(read_json(file) | stated))
+
+
+# Positions that a model was built with, in the config of one that was trained for others.
+_BUILT = "built_max_position_embeddings"
+
+
+def _config_text(values: Mapping[str, Any]) -> bytes:
+    """A config.json as transformers lays it out."""
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _scaled(values: Any) -> bool:
+    """Whether rotary positions are scaled by what the config says of positions."""
+    if not isinstance(values, dict):
+        return False
+    kind = values.get("rope_type", values.get("type"))
+    return kind not in (None, "default") or any(
+        _scaled(value)
+        for name, value in values.items()
+        if name.startswith("rope") or "attention" in name
+    )
 
 
 def of_inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,10 +304,15 @@ def naming_the_disk(folder: Path) -> Iterator[None]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Content address of a saved model's weights and config."""
+    """Content address of a saved model's weights and config, which is as the model was built: what
+    it states of its training changes no loss."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         digest.update(path.name.encode())
+        if path.name == "config.json" and _BUILT in (values := read_json(path)):
+            values["max_position_embeddings"] = values.pop(_BUILT)
+            digest.update(_config_text(values))
+            continue
         with path.open("rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)

@@ -64,7 +64,15 @@ def _runs(plan: Mapping[str, Any]) -> Table:
 
 def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Table:
     ways = next(iter(domains.values()))["final_epochs"]
-    table = _table("domain", "tokens", "weight by size", "proxy", *(f"if {way}" for way in ways))
+    lossy = any(domain["unwritable"] for domain in domains.values())
+    table = _table(
+        "domain",
+        "tokens",
+        *["not written"] * lossy,
+        "weight by size",
+        "proxy",
+        *(f"if {way}" for way in ways),
+    )
     final = f"the final run of {short(budget)} tokens" if budget else "the main run"
     table.title = f"Domains, and epochs of each in the proxy and in {final}"
     names = sorted(domains, key=lambda name: domains[name]["training_tokens"])
@@ -77,6 +85,7 @@ def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Ta
         table.add_row(
             escape(name),
             short(domain["training_tokens"]),
+            *[f"{domain['unwritable']:.1%}"] * lossy,
             f"{domain['natural_weight']:.4f}",
             *shown,
         )

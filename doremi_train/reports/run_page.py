@@ -205,6 +205,7 @@ def _domain_rows(
 ) -> list[dict[str, Any]]:
     points = run_charts.mixture_points(setting)
     sizes = store.named(store.sizes("train")) if store else {}
+    lost = dict.fromkeys(points, 0.0) | (store.named(store.unwritable()) if store else {})
     largest = max(point.value for point in points.values()) or 1.0
     rows = []
     for name, point in points.items():
@@ -217,6 +218,7 @@ def _domain_rows(
             {
                 "name": name,
                 "tokens": f"{sizes[name]:,}" if name in sizes else "",
+                "unwritable": f"{lost[name]:.1%}" if any(lost.values()) else "",
                 "free": [f"{weights[name]:.4f}" for weights in free.values()],
                 "weight": f"{point.value:.4f}",
                 "width": f"{100 * point.value / largest:.1f}",

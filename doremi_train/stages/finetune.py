@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.data import chat, instructions, options
 from doremi_train.data.batches import read
@@ -109,7 +110,7 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
     if positions is not None and positions < length:
         raise UserError(
             f"training.sequence_length={length}: the model has only {positions} positions; shorten "
-            "it"
+            "it, or raise max_position_embeddings in the model's config.json"
         )
     tokens, entries = len(encoder.tokenizer), inner.config.vocab_size
     if tokens > entries:
@@ -141,6 +142,8 @@ def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Ten
             inner = adapters.merge_and_unload()
         inner.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
+    for written in (folder, tuned.folder / "adapter") if adapters is not None else (folder,):
+        files.follow_umask(written)
 
 
 def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:

@@ -476,7 +476,8 @@ def one_of(key: str, value: str, allowed: list[str]) -> None:
 
 # What may change between two commands on one run_dir: it says how to compute, not what.
 _FREE = (
-    "stage", "run_dir", "store", "remote", "data.max_bad_lines", "data.allow_pipe",
+    "stage", "run_dir", "store", "remote", "data.max_bad_lines",
+    "data.max_unwritable", "data.allow_pipe",
     "selection.engine", "selection.workers", "selection.less.batch_tokens",
 )  # fmt: skip
 _FREE_GROUPS = ("compare", "downstream", "engine", "export", "submit", "tracking")

@@ -100,12 +100,13 @@ def _domains(
         here, final = {"main": known} | here, final | {"learned": known}
     once = store.sequences("train", length) * length  # (K,) tokens of one pass
     tokens = budget.main_steps(session) * training.batch_size * length
-    reference_weights = reference.mixture(session, store)
+    reference_weights, unwritable = reference.mixture(session, store), store.unwritable()
     return {
         name: {
             "training_tokens": int(sizes[k]),
             "validation_tokens": int(validation[k]),
             "training_sequences": int(once[k] // length),
+            "unwritable": float(unwritable[k]),
             "natural_weight": float(final["natural"][k]),
             "reference_weight": float(reference_weights[k]),
             "proxy_sequences": int(sampler.sizes[k]) if small_runs else None,  # that it may read

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from rich.markup import escape
+
 from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.console import Bar
@@ -12,6 +14,7 @@ from doremi_train.data.tokens import prepare, second_home
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen
+from doremi_train.stages.planning import warnings
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import set_status, stop
 from doremi_train.storage.steady import one_line
@@ -44,6 +47,8 @@ def run(session: Session) -> TokenStore:
     _say_left_out(session, store, options)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
+    for message in warnings.unwritable(store.named(store.unwritable())):
+        session.say(escape(f"prepare: warning: {message}"))
     return store
 
 

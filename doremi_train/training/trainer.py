@@ -196,10 +196,11 @@ class Trainer:
         tensors, store = self.engine.state()["model"], self.task.store
         assert isinstance(store, TokenStore)
         folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
+        length = self.task.training.sequence_length
 
         def keep() -> None:
             with files.replacing_folder(folder) as aside:
-                save(self.bare, tensors, aside, store.tokenizer(), store.end_of_document)
+                save(self.bare, tensors, aside, store.tokenizer(), store.end_of_document, length)
 
         comm.on_first(keep)
 

@@ -4,6 +4,7 @@ B sequences, T tokens, V vocabulary.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,7 @@ def test_embeddings_are_tied_where_the_config_says_so() -> None:
 
 # Folders
 
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
 TOKENIZER = tokenizer.learn(["some text for a small tokeniser"], 300)
 
 
@@ -402,6 +404,58 @@ def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(
     text = "some text"
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == TOKENIZER.encode(text).ids
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 0
+
+
+def test_a_saved_tokeniser_says_what_transformers_4_knows_and_how_much_the_model_reads(
+    tmp_path: Path,
+) -> None:
+    for kind, positions in (("gpt_neox", 48), ("gpt2", None)):
+        folder = tmp_path / kind
+        size = TOKENIZER.get_vocab_size()
+        options = ModelOptions(config=TINY if kind == "gpt_neox" else GPT2)
+        language_model = folders.build(configs.resolve(options, size, 0, 48), 0).eval()
+        before = os.umask(0o027)
+        try:
+            tensors = dict(language_model.named_parameters())
+            folders.save(language_model, tensors, folder, TOKENIZER, 0, 48, ["more of the text"])
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+        said = json.loads((folder / "tokenizer_config.json").read_text())
+        assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert said["model_max_length"] == 48
+        config = json.loads((folder / "config.json").read_text())
+        assert config.get("max_position_embeddings") == positions
+        assert config.get("n_positions") == (64 if kind == "gpt2" else None)
+        theirs = folders.load(folder, size, "reference.path").eval()
+        assert torch.equal(theirs(TOKENS % size), language_model(TOKENS % size))
+
+
+def test_the_fingerprint_of_a_folder_is_not_of_what_it_says_of_the_training(tmp_path: Path) -> None:
+    language_model = saved(tmp_path / "a")
+    tensors = dict(language_model.named_parameters())
+    folders.save(language_model, tensors, tmp_path / "b", TOKENIZER, 0, 48)
+    configs_of = [(tmp_path / name / "config.json").read_bytes() for name in "ab"]
+    assert configs_of[0] != configs_of[1]
+    assert folders.folder_fingerprint(tmp_path / "a") == folders.folder_fingerprint(tmp_path / "b")
+
+
+def test_positions_that_rotary_scaling_needs_are_left() -> None:
+    assert not folders._scaled({"rope_parameters": {"rope_type": "default"}})
+    assert folders._scaled({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
+    assert folders._scaled({"rope_scaling": {"type": "linear"}})
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_a_model_whose_folder_opens_with_another_tokeniser_is_refused(kind: str) -> None:
+    size = TOKENIZER.get_vocab_size()
+    options = ModelOptions(config={"model_type": kind, "num_hidden_layers": 1})
+    config = configs.resolve(options, size, 0, 48)
+    if kind == "qwen2":
+        with pytest.raises(UserError, match=r"model.config.model_type=qwen2: .*Qwen2Tokenizer, wh"):
+            folders.require_same_tokenizer(config, TOKENIZER, 0, "model")
+    else:
+        folders.require_same_tokenizer(config, TOKENIZER, 0, "model")
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import Stream
+from doremi_train.data.tokens.unwritable import Measure, Written
 
 # Characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token.
 PIECE = 2**18
@@ -72,15 +73,16 @@ def work(
 
 def tokenised(
     tokenizer: Tokenizer, items: Iterable[Work], vocabulary_size: int, end: int
-) -> Generator[list[tuple[Work, np.ndarray]], None, None]:
-    """Batches of the items, each with its tokens (n,); a document ends with the token `end`. To be
-    closed when it is left early."""
+) -> Generator[list[tuple[Work, Written]], None, None]:
+    """Batches of the items, each with what became of it; a document ends with the token `end`. To
+    be closed when it is left early."""
+    measure = Measure(tokenizer)
     with closing(_in_background(_batches(items))) as batches, ThreadPoolExecutor(TOGETHER) as pool:
         for batch, tokens in _on(
-            pool, lambda batch: list(_tokenise(tokenizer, batch, vocabulary_size)), batches
+            pool, lambda batch: list(_tokenise(measure, batch, vocabulary_size)), batches
         ):
             yield [
-                (item, _ended(some, end, item.last))
+                (item, some._replace(tokens=_ended(some.tokens, end, item.last)))
                 for item, some in zip(batch, tokens, strict=True)
             ]
 
@@ -166,14 +168,17 @@ def _on(
         yield first, result.result()
 
 
-def _tokenise(
-    tokenizer: Tokenizer, batch: list[Work], vocabulary_size: int
-) -> Iterator[np.ndarray]:
-    """Tokens (n,) of each piece; the pieces are independent, so batches may be divided in any
+def _tokenise(measure: Measure, batch: list[Work], vocabulary_size: int) -> Iterator[Written]:
+    """What becomes of each piece; the pieces are independent, so batches may be divided in any
     way."""
-    encoded = iter(
-        tokenizers.encode(tokenizer, [item.text for item in batch if item.text is not None])
-    )
+    texts = [item for item in batch if item.text is not None]
+    try:
+        encoded = iter(list(measure.encode([str(item.text) for item in texts])))
+    except tokenizers.CannotEncode as error:
+        split, domain = texts[error.number].stream
+        raise UserError(
+            f"{texts[error.number].url}: in the {split} text of domain {domain}, {error}"
+        ) from None
     for item in batch:
         if item.tokens is None:
             yield next(encoded)
@@ -187,7 +192,8 @@ def _tokenise(
                 f"data.tokenizer has only ids 0 to {vocabulary_size - 1}; give the tokeniser these "
                 "files were made with"
             )
-        yield item.tokens.astype(np.int64)  # a narrow type might not hold the end of document
+        # A narrow type might not hold the end of document.
+        yield Written(item.tokens.astype(np.int64), 0)
 
 
 def _ended(tokens: np.ndarray, end: int, last: bool) -> np.ndarray:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from tokenizers import Tokenizer
 
 from doremi_train.config import UserError, fingerprint, flatten, redact
 from doremi_train.data.corpus.opening import BadLines, Source
@@ -28,7 +29,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
-from doremi_train.data.tokens.shards import SPLITS, taken, token_dtype
+from doremi_train.data.tokens.shards import SPLITS, taken, token_dtype, unwritable_share
 from doremi_train.data.tokens.writing import ShardWriter, StreamState, write_manifest
 from doremi_train.files import clear_partial, locked
 from doremi_train.storage.mirror import Mirror
@@ -78,7 +79,7 @@ def prepare(
     or in `mirror`, where it is then too.
 
     Raises UserError for wrong options, unreadable sources, a domain without training tokens or
-    validation documents.
+    validation documents, or with much text that the tokeniser cannot write.
     """
     sources = resolve(options)
     wanted = _request(options, sources)
@@ -94,29 +95,40 @@ def prepare(
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
     _require_both_splits(_sizes_of(target), options)
+    _refuse_unwritable(target, options)
     if mirror is not None:
         second_home.publish(target, mirror, progress)
     return target
 
 
 def _request(options: DataOptions, sources: list[Source]) -> Request:
+    end = options.end_of_document
     if options.tokenizer == "train":
         tokenizer: Request = {
             "vocabulary_size": options.vocabulary_size,
             "tokenizer_sample": options.tokenizer_sample,
         }
     else:
-        tokenizer = {"fingerprint": tokenizers.fingerprint(tokenizers.load(options.tokenizer))}
+        given = tokenizers.load(options.tokenizer)
+        tokenizer = {"fingerprint": tokenizers.fingerprint(given)}
+        found = given.id_to_token(_end(options, given))
+        # The end that needs no name is the first usual one.
+        end = None if end is None and found == tokenizers.first_usual_end(given) else found
     selection = {"selection": identity(options, sources)} if options.selection is not None else {}
     return {
         **selection,
         "recipe": RECIPE,
         "sources": signature(options, sources),
-        "tokenizer": {**tokenizer, "end_of_document": options.end_of_document},
+        "tokenizer": {**tokenizer, "end_of_document": end},
         "validation_fraction": options.validation_fraction,
         "member_tokens": options.member_tokens,
         "members_per_shard": options.members_per_shard,
     }
+
+
+def _end(options: DataOptions, tokenizer: Tokenizer) -> int:
+    said = tokenizers.said_end(options.tokenizer) if options.tokenizer != "train" else None
+    return tokenizers.end_of_document(tokenizer, options.end_of_document, said)
 
 
 def _without_files(wanted: Request) -> Request:
@@ -141,6 +153,26 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
         )
 
 
+def _refuse_unwritable(target: Path, options: DataOptions) -> None:
+    """max_unwritable is not part of the address either."""
+    most = options.max_unwritable
+    if most is None:
+        return
+    domains = unwritable_share(orjson.loads((target / "manifest.json").read_bytes()))
+    above = [
+        f"{domain} ({share:.1%})"
+        for domain, share in domains.items()
+        if share > most and (options.only is None or domain in options.only)
+    ]
+    if above:
+        raise UserError(
+            f"data.max_unwritable={most}: the tokeniser cannot write so much of the text of domain "
+            f"{_some(above)}: it becomes unknown tokens, or is dropped; "
+            f"{tokenizers.WRITES_ALL} (data.tokenizer), leave the domain out, or raise "
+            "data.max_unwritable (null: never refused)"
+        )
+
+
 # ── The stages of a preparation ───────────────────────────────────────────────────
 
 
@@ -150,7 +182,7 @@ def _fill(
     target.mkdir(exist_ok=True)
     passed_over(options).say(RULE)
     tokenizer = sample.sampled_tokenizer(target, options, sources, progress)
-    end = tokenizers.end_of_document(tokenizer, options.end_of_document)
+    end = _end(options, tokenizer)
     size = tokenizers.vocabulary_size(tokenizer)
     writer = ShardWriter(
         target, token_dtype(size), options.member_tokens, options.members_per_shard
@@ -160,8 +192,8 @@ def _fill(
     skip = {stream: state.pieces for stream, state in writer.streams.items()}
     with closing(tokenised(tokenizer, work(router, bad, skip, meter), size, end)) as batches:
         for batch in batches:
-            for piece, tokens in batch:
-                writer.append(piece.stream, tokens, piece.last, piece.text_bytes)
+            for piece, (tokens, lost) in batch:
+                writer.append(piece.stream, tokens, piece.last, piece.text_bytes, lost)
             meter.show(batch[-1][0].done)
     writer.finish()
     now = request(options)

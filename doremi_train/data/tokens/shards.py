@@ -180,6 +180,10 @@ class TokenStore:
         tokens = self.sizes(split)
         return np.divide(known, tokens, out=np.full(len(known), np.nan), where=tokens > 0)
 
+    def unwritable(self) -> np.ndarray:
+        """(K,) part of the bytes of text that the tokeniser cannot write."""
+        return self.vector(unwritable_share(self.manifest))
+
     def sequences(self, split: str, length: int) -> np.ndarray:
         """(K,) how many sequences of `length` + 1 tokens each domain has."""
         first = SPLITS.index(split) * len(self.domains)
@@ -221,6 +225,14 @@ class TokenStore:
                 mapped, tokens = shard, self._map(shard)
             out[row] = tokens[first : first + length + 1]
         return out
+
+    def sample(self, split: str, length: int = 256, most: int = 64) -> list[str]:
+        """Text of the first tokens of up to `most` domains, as the tokeniser writes it."""
+        tokenizer, texts = self.tokenizer(), []
+        for domain in np.flatnonzero(self.sequences(split, length))[:most]:
+            tokens = self.gather(split, domain[None], np.zeros(1, np.int64), length)[0]
+            texts.append(tokenizer.decode(tokens[tokens != self.end_of_document].tolist()))
+        return texts
 
     def carrying(
         self, split: str, domain: np.ndarray, sequence: np.ndarray, length: int
@@ -310,6 +322,17 @@ def taken(tokens: Mapping[str, int], only: Sequence[str] | None, least: int) -> 
     return sorted(
         domain for domain in (tokens if only is None else set(only)) if tokens[domain] >= least
     )
+
+
+def unwritable_share(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Part of every domain's bytes of text that the tokeniser cannot write; 0 where it was not
+    measured."""
+    shares = {}
+    for domain, splits in manifest["domains"].items():
+        lost = sum(split.get("unwritable_bytes", 0) for split in splits.values())
+        text = sum(split["bytes"] or 0 for split in splits.values())
+        shares[domain] = lost / text if text else 0.0
+    return shares
 
 
 def shards_of(manifest: dict[str, Any]) -> dict[str, int]:

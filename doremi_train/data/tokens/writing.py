@@ -36,6 +36,7 @@ class StreamState:
     tokens: int = 0
     documents: int = 0
     bytes: int | None = 0  # UTF-8 bytes of the text; None: not known
+    lost: int = 0  # and of what the tokeniser cannot write
     shards: list[int] = field(default_factory=list)  # size of each tar in bytes
     # Chained over the members: depends on the tokens, the ends and where members are divided.
     sha256: str = ""
@@ -48,6 +49,7 @@ class _Buffer:
     tokens: bytearray = field(default_factory=bytearray)
     ends: array = field(default_factory=lambda: array("q"))
     bytes: int | None = 0
+    lost: int = 0
     pieces: int = 0
 
     @property
@@ -90,16 +92,22 @@ class ShardWriter:
         return self.streams[stream].pieces if stream in self.streams else 0
 
     def append(
-        self, stream: Stream, tokens: np.ndarray, ends_document: bool, text_bytes: int | None
+        self,
+        stream: Stream,
+        tokens: np.ndarray,
+        ends_document: bool,
+        text_bytes: int | None,
+        lost: int = 0,
     ) -> None:
         """Add one piece: tokens (n,), whether a document ends after them, UTF-8 bytes of its text
-        or None."""
+        or None, and of what the tokeniser cannot write of it."""
         buffer = self._buffers.setdefault(stream, _Buffer())
         before = buffer.size
         buffer.tokens += tokens.astype(self.dtype, copy=False).tobytes()
         if ends_document:
             buffer.ends.append(len(buffer.tokens) // self.dtype.itemsize)
         buffer.bytes = _add(buffer.bytes, text_bytes)
+        buffer.lost += lost
         buffer.pieces += 1
         self._buffered += buffer.size - before
         if len(buffer.tokens) >= self.member_tokens * self.dtype.itemsize:
@@ -165,6 +173,7 @@ class ShardWriter:
             "tokens": len(tokens),
             "documents": len(ends),
             "bytes": buffer.bytes,
+            "lost": buffer.lost,
             "pieces": buffer.pieces,
             "sha256": hashlib.sha256(bytes.fromhex(state.sha256) + digests).hexdigest(),
         }
@@ -182,6 +191,7 @@ class ShardWriter:
         state.tokens += record["tokens"]
         state.documents += record["documents"]
         state.bytes = _add(state.bytes, record["bytes"])
+        state.lost += record.get("lost", 0)  # not in journals of earlier versions
         state.sha256 = record["sha256"]
         del state.shards[record["shard"] :]
         state.shards.append(record["size"] + len(END_OF_TAR))
@@ -305,6 +315,7 @@ def _describe(writer: ShardWriter, stream: Stream) -> dict[str, Any]:
         "tokens": state.tokens,
         "documents": state.documents,
         "bytes": state.bytes,
+        "unwritable_bytes": state.lost,
         "members": state.members,
         "shards": len(state.shards),
         "shard_bytes": state.shards,

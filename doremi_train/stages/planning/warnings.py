@@ -15,6 +15,7 @@ START_UP_SHARE = 0.1  # part of ᾱ that they may be
 SMALL_STEP = 0.1
 # The losses of a domain's sequences spread by some 0.3 nats per token: so many tell 0.01 apart.
 SEQUENCES = 1000
+UNWRITABLE = 0.01  # part of a domain's text
 TINY = 20  # training sequences of a domain below which they cannot stand for it
 
 
@@ -31,7 +32,8 @@ def warnings(
             "merge it with a like one."
             for name, domain in domains.items()
             if domain["training_sequences"] < TINY
-        ]
+        ],
+        "unwritable": unwritable({name: domain["unwritable"] for name, domain in domains.items()}),
     }
     if not proxies:
         return messages
@@ -63,6 +65,17 @@ def warnings(
         training.steps, training.batch_size, len(names), options.step_size, left_out
     )
     return messages
+
+
+def unwritable(shares: Mapping[str, float]) -> list[str]:
+    """Which domains have text that the tokeniser cannot write, of {domain: share}, in sentences."""
+    return [
+        f"The tokeniser cannot write {share:.1%} of the text of domain {name}: it becomes unknown "
+        "tokens, or is dropped; give a tokeniser that writes it, or data.tokenizer=train to learn "
+        "one."
+        for name, share in shares.items()
+        if share > UNWRITABLE
+    ]
 
 
 def too_short(

@@ -1,8 +1,10 @@
 """A language model trained on a fixed mixture: reference, baseline, uniform and main are all this
 run."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -173,6 +175,8 @@ def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
         task.run.folder / "model",
         task.store.tokenizer(),
         task.store.end_of_document,
+        task.training.sequence_length,
+        task.store.sample("validation"),
     )
 
 
@@ -212,4 +216,12 @@ def resolved_model(session: Session, store: TokenStore, name: str | None = None)
     )
     length = session.config.training.sequence_length
     key = "model" if name is None else "main.model"
-    return configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
+    shape = configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
+    _require_same_tokenizer(json.dumps(shape), store, key)
+    return shape
+
+
+@lru_cache(4)
+def _require_same_tokenizer(shape: str, store: TokenStore, key: str) -> None:
+    """The check of `folders`, once for a command: a model's shape is asked for many times."""
+    folders.require_same_tokenizer(json.loads(shape), store.tokenizer(), store.end_of_document, key)

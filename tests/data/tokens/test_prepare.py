@@ -233,6 +233,37 @@ def test_a_changed_tokeniser_gives_another_address(tmp_path: Path) -> None:
     assert address(old) != address(new) and "tokenizer.fingerprint: " in explain_change(old, new)
 
 
+def test_the_end_is_named_in_the_address_where_it_is_not_the_first_usual_one(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tokenizers.learn(texts(5), 290)
+    tokenizer.add_special_tokens(["<stop>"])
+    folder = tmp_path / "tokeniser"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizers.serialise(tokenizer))
+    given = options(corpus(tmp_path / "in"), tokenizer=str(folder))
+    before = request(given)
+    assert before["tokenizer"]["end_of_document"] is None
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert request(given) == before
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    assert "end_of_document: None → '<stop>'" in explain_change(before, request(given))
+    store = TokenStore.open(prepare(given, tmp_path / "out"))
+    assert store.end_of_document == tokenizer.token_to_id("<stop>")
+
+
+def test_a_text_that_the_tokeniser_cannot_encode_is_named_with_file_and_domain(
+    tmp_path: Path,
+) -> None:
+    words = {"</s>": 0, "word": 1}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = options(corpus(tmp_path / "in"), tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"in/a/train.jsonl: in the .* domain a, data.tokenizer ca"):
+        prepare(given, tmp_path / "out")
+
+
 def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     words = {"<unk>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(70_000)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -240,7 +271,8 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for split in ("train", "validation"):
         write(tmp_path / "in" / "a", split, [f"w69999 w1 w65535 {split}"], "jsonl")
-    given = options(tmp_path / "in", tokenizer=str(tmp_path / "tokenizer.json"))
+    file = str(tmp_path / "tokenizer.json")
+    given = options(tmp_path / "in", tokenizer=file, max_unwritable=None)
     store = TokenStore.open(prepare(given, tmp_path / "out"))
     assert store.manifest["dtype"] == "uint32" and store.vocabulary_size == 70_002
     assert store.gather("train", np.array([0]), np.array([0]), 4).tolist() == [

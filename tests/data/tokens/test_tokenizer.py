@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from doremi_train.config import UserError
+from doremi_train.config import Refused, UserError, judging
 from doremi_train.data.tokens import tokenizer as tokenizers
 
 TEXTS = [
@@ -145,3 +146,105 @@ def test_what_is_no_tokeniser_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"data.tokenizer=.*not a readable tokenizer.json"):
         tokenizers.load(str(tmp_path))
+
+
+def gemma_like(folder: Path, **config: object) -> str:
+    """A folder whose tokeniser has </s> as an HTML tag, that is not special."""
+    tokenizer = tokenizers.parse(tokenizers.serialise(tokenizers.learn(TEXTS, 300)))
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.add_special_tokens(["<eos>", "<stop>"])
+    content = json.loads(tokenizers.serialise(tokenizer))
+    for entry in content["added_tokens"]:
+        entry["special"] &= entry["id"] != 0
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_documents_end_with_what_the_folder_says_and_else_with_a_special_token(
+    tmp_path: Path,
+) -> None:
+    def end(name: str, key: str | None = None) -> str | None:
+        loaded = tokenizers.load(name)
+        return loaded.id_to_token(
+            tokenizers.end_of_document(loaded, key, tokenizers.said_end(name))
+        )
+
+    silent = gemma_like(tmp_path / "silent")
+    assert end(silent) == "<eos>"
+    said = gemma_like(tmp_path / "said", eos_token="<stop>")
+    assert end(said) == end(f"{said}/tokenizer.json") == "<stop>"
+    assert end(said, "</s>") == "</s>"
+    assert end(gemma_like(tmp_path / "entry", eos_token={"content": "<stop>"})) == "<stop>"
+    (tmp_path / "silent" / "special_tokens_map.json").write_text('{"eos_token": "<stop>"}')
+    assert end(silent) == "<stop>"
+    with pytest.raises(UserError, match=r"data.end_of_document=None: .*'<gone>', which is not"):
+        end(gemma_like(tmp_path / "gone", eos_token="<gone>"))
+    (tmp_path / "said" / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"tokenizer_config.json is not a readable JSON object"):
+        end(said)
+
+
+def test_a_text_that_the_library_raises_an_error_on_is_named() -> None:
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="[UNK]")
+    with pytest.raises(
+        UserError, match=r"data.tokenizer cannot encode 'new' \(.*\[UNK\]"
+    ) as raised:
+        tokenizers.encode(tokenizers.Tokenizer(words), ["a", "new", "b"])
+    assert isinstance(raised.value, tokenizers.CannotEncode) and raised.value.number == 1
+
+
+def test_a_panic_of_the_library_is_a_refusal() -> None:
+    class Panic(BaseException):
+        pass
+
+    with pytest.raises(Refused, match="^first$"), judging():
+        raise Panic("first\nsecond")
+    with pytest.raises(KeyboardInterrupt), judging():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("package", "content"), [("sentencepiece", b"\n\x0e\n\x05<unk>\x15"), ("tiktoken", b"IQ== 0\n")]
+)
+def test_the_package_that_a_model_file_needs_is_named(
+    package: str, content: bytes, tmp_path: Path
+) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match=rf"tokenizer.model needs the package {package}: pip"):
+        tokenizers.load(str(tmp_path))
+
+
+def learned_from_whole_words(texts: list[str], size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def test_long_words_are_cut_and_ordinary_text_is_learned_as_it_was() -> None:
+    longest = tokenizers.LONGEST_WORD
+    ordinary = [*TEXTS, "雪" * (longest // 3), "=" * longest, "\n" * longest]
+    assert tokenizers.serialise(tokenizers.learn(ordinary, 400)) == tokenizers.serialise(
+        learned_from_whole_words(ordinary, 400)
+    )
+    # "ab" is frequent, where no word is cut between its letters.
+    cut = ["x" + "ab" * longest]
+    parts = [("x" + "ab" * longest)[i : i + longest] for i in range(0, 2 * longest + 1, longest)]
+    assert tokenizers.serialise(tokenizers.learn(cut, 300)) == tokenizers.serialise(
+        learned_from_whole_words(parts, 300)
+    )
+    assert tokenizers.serialise(tokenizers.learn(cut, 300)) != tokenizers.serialise(
+        learned_from_whole_words(cut, 300)
+    )
