@@ -103,7 +103,7 @@ def run(plain: dict[str, Any]) -> None:
     plain = read_mappings(plain)
     from doremi_train.parallel import comm
     from doremi_train.stages import mixtures
-    from doremi_train.stages.options import Config
+    from doremi_train.stages.options import Config, check_files
     from doremi_train.stages.session import open_session
     from doremi_train.storage import runs
 
@@ -111,6 +111,7 @@ def run(plain: dict[str, Any]) -> None:
     try:
         config = load(Config, plain)
         mixtures.check(config)
+        check_files(config)
         with open_session(config, plain, child) as session, contextlib.ExitStack() as stack:
             if stage.several:
                 stack.enter_context(session.alone(plain["stage"]))

@@ -82,6 +82,8 @@ def read(folder: Path, key: str) -> Any:
             "with save_pretrained()"
         )
     given, how = f"{key}={folder}", {"local_files_only": True, "trust_remote_code": False}
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{given}: not a model folder, it has no config.json; {REMEDY}")
     with judged(given, REMEDY):
         config = AutoConfig.from_pretrained(folder, **how)
         quantised = getattr(config, "quantization_config", None)

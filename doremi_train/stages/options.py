@@ -445,12 +445,6 @@ class Config:
                     f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of "
                     f"yours; give it as 'downstream.files={{{name}: FOLDER}}'"
                 )
-        if self.downstream.tasks:
-            downstream.require()
-        if self.stage in ("pipeline", "evaluate", "report"):
-            for name in self.downstream.tasks:
-                if name != "cloze" and not (Path(self.run_dir) / "downstream.json").exists():
-                    downstream.check(name, Path((self.downstream.files or {})[name]))
         for name in self.compare.baselines:
             one_of("compare.baselines", name, list(HEURISTICS))
         if self.export.to is not None or self.stage == "export":
@@ -467,6 +461,20 @@ class Config:
             if self.reference.mixture == "natural"
             else ("baseline", "natural", "uniform")
         )
+
+
+def check_files(config: Config) -> None:
+    """Raise UserError for files of tasks that cannot be used, before anything runs; a run that is
+    finished needs them no more."""
+    asked = config.downstream
+    if asked.tasks:
+        downstream.require()
+    used = config.stage in ("pipeline", "evaluate", "report")
+    if not used or (Path(config.run_dir) / "downstream.json").exists():
+        return
+    for name in asked.tasks:
+        if name != "cloze":
+            downstream.check(name, Path((asked.files or {})[name]))
 
 
 def one_of(key: str, value: str, allowed: list[str]) -> None:

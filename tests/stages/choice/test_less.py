@@ -237,19 +237,19 @@ def test_a_record_of_the_pool_is_read_once_and_tokenised_once_up_to_training(
     """Counted at the one reader of JSON lines and the one encoder, in an empty store."""
     read: Counter[str] = Counter()
     tokenised: Counter[str] = Counter()
-    objects, encode = formats.objects, Encoder.encode
+    objects, encoded = formats.objects, Encoder.encoded
 
     def counted_objects(source: Source, *rest: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, record in objects(source, *rest):
             read[f"{source.url}, line {number}"] += 1
             yield number, record
 
-    def counted_encode(self: Encoder, record: dict[str, Any], place: str) -> Any:
+    def counted_encoded(self: Encoder, record: dict[str, Any], place: str) -> Any:
         tokenised[place] += 1
-        return encode(self, record, place)
+        return encoded(self, record, place)
 
     monkeypatch.setattr(formats, "objects", counted_objects)
-    monkeypatch.setattr(Encoder, "encode", counted_encode)
+    monkeypatch.setattr(Encoder, "encoded", counted_encoded)
     steps = ("stage=finetune", "selection.train=birch", "training.steps=1")
     run_dir = f"run_dir={tmp_path}/run"
     assert command(*overrides(folder, store=f"{tmp_path}/store"), *steps, run_dir).code == 0
