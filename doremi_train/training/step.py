@@ -143,7 +143,8 @@ class Step:
         """Raise TrainingFailed on every rank where parameters of any are not finite after step
         `number`: no later batch could be sound."""
         parts = (_local(parameter) for parameter in self.engine.model.parameters())
-        broken = not all(bool(part.isfinite().all()) for part in parts)
+        sound = torch.stack([part.isfinite().all() for part in parts])  # read once by the host
+        broken = not bool(sound.all())
         nothing = Loss(*torch.zeros(2, 1, dtype=torch.float64, device=self.device))
         if comm.all_reduce_sum(nothing, broken)[1]:
             raise TrainingFailed(

@@ -125,11 +125,14 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(
 
 def test_a_step_exchanges_one_sum_of_two_floats_a_domain_and_one(launch: Any) -> None:
     """Whatever the number of micro-batches. Beside it there are the logged loss (2 and 1), here at
-    every step, and at the end one evaluation, of the same size as a step's."""
+    every step, and at the end one evaluation, of the same size as a step's, and whether parameters
+    are finite, of the size of a logged loss."""
     domains = 3
     for case in ("exact-1", "exact-4", "lagged-4"):
         exchanges = launch(2, "fsdp2")[case]["exchanges"]
-        assert sorted(exchanges) == [3] * engines.STEPS + [2 * domains + 1] * (engines.STEPS + 1)
+        assert sorted(exchanges) == [3] * (engines.STEPS + 1) + [2 * domains + 1] * (
+            engines.STEPS + 1
+        )
 
 
 def test_the_cases_are_not_all_the_same(launch: Any) -> None:
