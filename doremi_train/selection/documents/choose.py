@@ -55,19 +55,18 @@ def numbered(table: pa.Table, copies: NDArray[np.uint32], first: int) -> pa.Tabl
     return table.append_column("copy", pa.array(mine))
 
 
-def number_copies(files: list[Path], path: Path, most: int = 2**26) -> None:
-    """Write of every part of the corpus how many with the same id come before it. The ids of `most`
-    parts, about, are in memory together."""
+def number_copies(files: list[Path], path: Path, least: int = 2**17) -> None:
+    """Write of every part of the corpus how many with the same id come before it, in 16 passes over
+    their ids at most: a sixteenth of them, or `least`, are in memory together."""
     if path.exists():
         return
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    looks = -(-total // most) or 1
+    looks = -(-total // max(least, -(-total // 16))) or 1
     with replacing(path) as aside:
         copies = np.lib.format.open_memmap(aside, "w+", np.uint32, (total,))
         for look in range(looks):
             ids, places, first = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
-            for file in files:
-                every = pq.read_table(file, columns=["id"])["id"].to_numpy()
+            for every in _ids(files):
                 mine = np.flatnonzero(every % np.uint64(looks) == look)
                 ids.append(every[mine])
                 places.append(mine + first)
@@ -79,6 +78,14 @@ def number_copies(files: list[Path], path: Path, most: int = 2**26) -> None:
             number -= np.maximum.accumulate(np.where(begins, number, 0))
             copies[place[order]] = number
         copies.flush()
+
+
+def _ids(files: list[Path]) -> Iterator[NDArray[np.uint64]]:
+    """The ids of all parts, some at a time."""
+    for file in files:
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16) as parquet:
+            for batch in parquet.iter_batches(2**16, columns=["id"], use_threads=False):
+                yield batch["id"].to_numpy()
 
 
 @dataclass

@@ -68,9 +68,8 @@ def test_manual_pages_in_a_mixed_pool(few: int, figure: float, tmp_path: Path) -
         for path in (CORPORA / "debpile").glob("*/train-*.zst")
     }
     pool = [text for domain, texts in sorted(pile.items()) if domain != "man_en" for text in texts]
-    found = [
-        precision(pool, pile["man_en"], few, seed, tmp_path / str(seed)) for seed in range(SEEDS)
-    ]
+    # With 5 documents a seed is worth 0.09: twelve tell 0.85 from what would be worse.
+    found = [precision(pool, pile["man_en"], few, seed, tmp_path / str(seed)) for seed in range(12)]
     print(f"man_en, {few}: {np.round(found, 3)}")
     assert np.mean(found) >= figure, found
 
