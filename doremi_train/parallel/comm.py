@@ -230,6 +230,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if _in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be in parts."""
+    return tensor.detach().to_local() if _in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
 def share(value: Tensor, like: Tensor) -> Tensor:
     """The part that this process holds of `like`, of a value that every process has, on its
     device."""

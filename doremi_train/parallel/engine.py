@@ -47,6 +47,9 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Drop the gradients."""
 
+    def parts(self) -> list[Tensor]:
+        """What this process has of every parameter: all of it, unless parameters are divided."""
+
     def state(self) -> dict[str, Any]:
         """{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}, whole, on the first
         process's host memory; empty dicts on the others. A collective."""

@@ -81,6 +81,9 @@ class Native:
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    def parts(self) -> list[Tensor]:
+        return [comm.part(parameter) for parameter in self._parameters]
+
     def state(self) -> dict[str, Any]:
         keep = comm.world().first
         model, optimizer = {}, {}

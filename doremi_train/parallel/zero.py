@@ -83,6 +83,17 @@ class Zero:
     def discard(self) -> None:
         pass  # the trainer refuses the one case in which there would be any
 
+    def parts(self) -> list[Tensor]:
+        if self._stage < 3:
+            return [parameter.detach() for parameter in self._bare.parameters()]
+        parts = []
+        for parameter in self._bare.parameters():
+            part: Any = parameter.ds_tensor
+            # The last part is padded with whatever was in the memory.
+            own = parameter.ds_numel - comm.world().rank * part.ds_numel
+            parts.append(part.detach()[: max(own, 0)])
+        return parts
+
     def state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -142,8 +142,8 @@ class Step:
     def require_finite(self, number: int) -> None:
         """Raise TrainingFailed on every rank where parameters of any are not finite after step
         `number`: no later batch could be sound."""
-        parts = (_local(parameter) for parameter in self.engine.model.parameters())
-        sound = torch.stack([part.isfinite().all() for part in parts])  # read once by the host
+        # Read once by the host.
+        sound = torch.stack([part.isfinite().all() for part in self.engine.parts()])
         broken = not bool(sound.all())
         nothing = Loss(*torch.zeros(2, 1, dtype=torch.float64, device=self.device))
         if comm.all_reduce_sum(nothing, broken)[1]:
@@ -272,13 +272,6 @@ class Step:
         if self.world.first:
             print(f"{message}; the batch is left out on all processes", flush=True)
         return False
-
-
-def _local(parameter: Any) -> Tensor:
-    """The part of a parameter that this process has (FSDP2, ZeRO 3), or all of it."""
-    if hasattr(parameter, "to_local"):
-        return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def add(parts: Sequence[Any]) -> Any:
