@@ -112,7 +112,7 @@ def token_store(
                 writer.append((split, f"domain-{domain:05d}"), piece, True, None)
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
-    writing.write_manifest(writer, words, 0, 0, 0, {})
+    writing.write_manifest(writer.written(), words, 0, 0, 0, {})
     return shards.TokenStore.open(folder)
 
 

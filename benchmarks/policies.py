@@ -125,7 +125,7 @@ def pool(root: Path | None, characters: int, folder: Path) -> shards.TokenStore:
         writer.append((split, "copies"), np.tile(block, 200), True, None)
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
-    writing.write_manifest(writer, words, 0, 0, 0, {})
+    writing.write_manifest(writer.written(), words, 0, 0, 0, {})
     return shards.TokenStore.open(folder)
 
 

@@ -14,6 +14,7 @@ from helpers.command import TINY, Command, Outcome, run_here
 from helpers.corpus import documents, write_jsonl
 
 from doremi_train import files
+from doremi_train.data.tokens.shards import TokenStore
 
 
 def refused(outcome: Outcome, *fragments: str) -> None:
@@ -383,7 +384,7 @@ def test_domains_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
 def test_a_long_tail_of_domains_is_left_out(tmp_path: Path) -> None:
     file, common = tmp_path / "all.jsonl", [*TINY, "data.domain_key=site", "stage=prepare"]
     records = [{"text": text, "site": f"big{i % 2}"} for i, text in enumerate(texts(5, 60_000))]
-    records[20:20] = [{"text": "one only", "site": f"rare{n}"} for n in range(9)]
+    records[20:20] = [{"text": f"the only one of {n}", "site": f"rare{n}"} for n in range(9)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     common += [f"data.files=['{file}']", f"store={tmp_path / 'store'}"]
     refused(run_here(*common, f"run_dir={tmp_path / '0'}"), "rare0", "data.least_tokens")
@@ -392,6 +393,18 @@ def test_a_long_tail_of_domains_is_left_out(tmp_path: Path) -> None:
         assert outcome.code == 0, outcome
     assert "9 domains of fewer than data.least_tokens=100 tokens are left out" in outcome.out
     assert len(list((tmp_path / "store/data").glob("*/manifest.json"))) == 1
+    pour = ["data.least_tokens=100", "data.rare_into=other", "data.validation_fraction=0.2"]
+    for _ in range(2):  # made, and there
+        outcome = run_here(*common, *pour, f"run_dir={tmp_path / '5'}")
+        assert outcome.code == 0, outcome
+        assert "9 domains of fewer than data.least_tokens=100 tokens are poured" in outcome.out
+    store = TokenStore.open(tmp_path / "5/prepare")
+    assert store.domains == ("big0", "big1", "other")
+    assert store.documents("train")[2] + store.documents("validation")[2] == 9
+    refused(
+        run_here(*common, "data.rare_into=other", f"run_dir={tmp_path / '6'}"),
+        "data.rare_into=other", "data.least_tokens=100000",
+    )  # fmt: skip
     for all_of_it in (["data.only=[big0,rare0]"], []):  # also where the store is there
         again = run_here(*common, *all_of_it, f"run_dir={tmp_path / '3'}")
         refused(again, "rare0", "no validation document")

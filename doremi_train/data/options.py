@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import STRICT, Count, Positive
@@ -66,6 +66,10 @@ class DataOptions:
     least_tokens: Count = 0
     """Training tokens that a domain has at least; those with fewer are left out, before anything is
     required of them."""
+
+    rare_into: Annotated[str, MinLen(1)] | None = None
+    """Domain into which those of fewer than least_tokens are poured, such as other; null: they are
+    left out. It is prepared anew."""
 
     selection: str | None = None
     """A sidecar.parquet of stage=select, whose choice alone is training data; null: all is."""

@@ -86,13 +86,7 @@ class Zero:
     def parts(self) -> list[Tensor]:
         if self._stage < 3:
             return [parameter.detach() for parameter in self._bare.parameters()]
-        parts = []
-        for parameter in self._bare.parameters():
-            part: Any = parameter.ds_tensor
-            # The last part is padded with whatever was in the memory.
-            own = parameter.ds_numel - comm.world().rank * part.ds_numel
-            parts.append(part.detach()[: max(own, 0)])
-        return parts
+        return [_own(parameter) for parameter in self._bare.parameters()]
 
     def state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -163,3 +157,11 @@ class Zero:
                 self.optimizer._lazy_init_hp_params_optimizer_state()
         states = [self.optimizer.optimizer.state.get(flat) for flat in self._flat()]
         return int(states[0]["step"]) if states and states[0] else 0
+
+
+def _own(parameter: Any) -> Tensor:
+    """What this process has of a parameter under ZeRO 3. The last part is padded with whatever was
+    in the memory."""
+    part = parameter.ds_tensor
+    own = parameter.ds_numel - comm.world().rank * part.ds_numel
+    return part.detach()[: max(own, 0)]

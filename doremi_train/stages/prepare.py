@@ -44,7 +44,7 @@ def run(session: Session) -> TokenStore:
         options.only,
         options.least_tokens,
     )
-    _say_left_out(session, store, options)
+    _say_rare(session, store, options)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     for message in warnings.unwritable(store.named(store.unwritable())):
@@ -78,16 +78,31 @@ def _kept(session: Session) -> Path | None:
     return link.resolve()
 
 
-def _say_left_out(session: Session, store: TokenStore, options: DataOptions) -> None:
-    whole = files.read_json(store.path / "manifest.json")["domains"]
+def _say_rare(session: Session, store: TokenStore, options: DataOptions) -> None:
+    """Say which domains are too small to stand alone, and what became of them."""
+    manifest = files.read_json(store.path / "manifest.json")
+    whole, few = manifest["domains"], f"of fewer than data.least_tokens={options.least_tokens}"
     rare = sorted(set(options.only or whole) - set(store.domains))
     if rare:
-        most = ", ".join(rare[:5]) + ", …" * (len(rare) > 5)
         tokens = sum(whole[name]["train"]["tokens"] for name in rare)
         session.say(
-            f"prepare                {len(rare)} domains of fewer than data.least_tokens="
-            f"{options.least_tokens} tokens are left out, {tokens} tokens in all: {most}"
+            escape(
+                f"prepare                {len(rare)} domains {few} tokens are left out, {tokens} "
+                f"tokens in all: {_some(rare)}"
+            )
         )
+    for into, poured in manifest.get("poured", {}).items():
+        tokens = whole[into]["train"]["tokens"]
+        session.say(
+            escape(
+                f"prepare                {len(poured)} domains {few} tokens are poured into "
+                f"{into}, which has {tokens} tokens: {_some(poured)}"
+            )
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
 
 
 def _prepare(session: Session, options: DataOptions) -> Path:

@@ -26,11 +26,18 @@ from doremi_train.data.corpus.sidecar import domains as chosen_domains
 from doremi_train.data.corpus.sidecar import identity
 from doremi_train.data.corpus.sources import RULE, passed_over, resolve, signature
 from doremi_train.data.options import DataOptions
-from doremi_train.data.tokens import sample, second_home
+from doremi_train.data.tokens import pouring, sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
 from doremi_train.data.tokens.shards import SPLITS, taken, token_dtype, unwritable_share
-from doremi_train.data.tokens.writing import ShardWriter, StreamState, write_manifest
+from doremi_train.data.tokens.writing import (
+    ShardWriter,
+    StreamState,
+    Written,
+    is_tidy,
+    tidy,
+    write_manifest,
+)
 from doremi_train.files import clear_partial, locked
 from doremi_train.storage.mirror import Mirror
 
@@ -84,14 +91,16 @@ def prepare(
     sources = resolve(options)
     wanted = _request(options, sources)
     target = folder / address(wanted)
-    if not (target / "manifest.json").exists():
+    if not (target / "manifest.json").exists() or not is_tidy(target):
         folder.mkdir(parents=True, exist_ok=True)
         waiting = partial(progress, "waiting for another process", 0, None)
         with locked(folder / f"{target.name}.lock", waiting):
             # Where the process we waited for has made it.
             finished = (target / "manifest.json").exists()
             clear_partial(target)
-            if not finished and not (mirror and second_home.fetch(target, mirror)):
+            if finished:
+                tidy(target)
+            elif not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
     _refuse_bad_lines(target, options)
     _require_both_splits(_sizes_of(target), options)
@@ -117,6 +126,7 @@ def _request(options: DataOptions, sources: list[Source]) -> Request:
     selection = {"selection": identity(options, sources)} if options.selection is not None else {}
     return {
         **selection,
+        **_poured(options),
         "recipe": RECIPE,
         "sources": signature(options, sources),
         "tokenizer": {**tokenizer, "end_of_document": end},
@@ -124,6 +134,17 @@ def _request(options: DataOptions, sources: list[Source]) -> Request:
         "member_tokens": options.member_tokens,
         "members_per_shard": options.members_per_shard,
     }
+
+
+def _poured(options: DataOptions) -> Request:
+    if options.rare_into is None:
+        return {}
+    if not options.least_tokens:
+        raise UserError(
+            f"data.rare_into={options.rare_into}: takes domains of fewer training tokens than "
+            "data.least_tokens, which is 0; raise it, as to data.least_tokens=100000"
+        )
+    return {"poured": {"into": options.rare_into, "least_tokens": options.least_tokens}}
 
 
 def _end(options: DataOptions, tokenizer: Tokenizer) -> int:
@@ -202,15 +223,18 @@ def _fill(
         raise UserError(
             f"data: changed while it was read ({explain_change(wanted, now)}); run again"
         )
+    written = writer.written()
+    if options.rare_into is not None:
+        written = pouring.poured(writer, options.least_tokens, options.rare_into)
     try:
-        _require_both_splits(_sizes(writer, options, sources), options, bad)
+        _require_both_splits(_sizes(written, options, sources), options, bad)
     except UserError:
         shutil.rmtree(target)  # the remedies lead to other addresses
         raise
     bad.passed_over.say("documents of a tar are KEY.txt or KEY.json")
     if bad.count:
         print(redact(f"data: {_skipped(bad)}"), flush=True)
-    write_manifest(writer, tokenizer, end, bad.count, router.dropped, wanted)
+    write_manifest(written, tokenizer, end, bad.count, router.dropped, wanted)
 
 
 def _skipped(bad: BadLines) -> str:
@@ -220,12 +244,14 @@ def _skipped(bad: BadLines) -> str:
 Sizes = Mapping[str, Mapping[str, tuple[int, int]]]  # {domain: {split: (tokens, documents)}}
 
 
-def _sizes(writer: ShardWriter, options: DataOptions, sources: list[Source]) -> Sizes:
-    """What was written, of the domains that files name too."""
-    chosen, streams = chosen_domains(options), writer.streams
+def _sizes(written: Written, options: DataOptions, sources: list[Source]) -> Sizes:
+    """What was written, of the domains that files name too, unless they may be poured."""
+    chosen, streams = chosen_domains(options), written.streams
     named = {source.domain for source in sources if source.domain is not None}
     if chosen is not None:
         named &= chosen
+    if options.rare_into is not None:
+        named = set()
     states = {
         domain: {split: streams.get((split, domain), StreamState()) for split in SPLITS}
         for domain in named | {domain for _, domain in streams}
@@ -259,7 +285,8 @@ def _require_both_splits(sizes: Sizes, options: DataOptions, bad: BadLines | Non
             f"largest {max(tokens.values())}; lower it"
         )
     leave_out = (
-        "or leave out what is rare, with data.least_tokens=1000 or data.only=[…] of the others"
+        "or leave out what is rare, with data.least_tokens=1000 (and data.rare_into=other, to pour "
+        "it together) or data.only=[…] of the others"
     )
     empty = [domain for domain in domains if not sizes[domain]["train"][0]]
     if empty:

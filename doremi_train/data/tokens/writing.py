@@ -8,12 +8,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -22,8 +23,9 @@ from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
-from doremi_train.files import sync_folder, write_bytes
+from doremi_train.files import read_json, sync_folder, write_bytes
 
+_JOURNAL = "journal.jsonl"  # one line per member on disk; gone once the store is finished
 BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
 
 
@@ -57,6 +59,17 @@ class _Buffer:
         return len(self.tokens) + 8 * len(self.ends)
 
 
+class Written(NamedTuple):
+    """What stands in a store's folder, by stream."""
+
+    folder: Path
+    dtype: np.dtype
+    streams: dict[Stream, StreamState]
+    records: dict[Stream, list[dict[str, Any]]]  # of the journal, one a member
+    folders: dict[Stream, str]  # of the shards, below the store's
+    poured: dict[str, list[str]]  # domains that became one
+
+
 class ShardWriter:
     """Appends pieces to streams. Killed at any time, a new writer on the same folder continues
     after the last member that reached the disk: the caller skips `held(stream)` pieces of each
@@ -84,7 +97,7 @@ class ShardWriter:
         self.streams: dict[Stream, StreamState] = {}
         self._buffers: dict[Stream, _Buffer] = {}
         self._buffered = 0
-        self._journal = folder / "journal.jsonl"  # one line per member on disk
+        self._journal = folder / _JOURNAL
         self._recover()
 
     def held(self, stream: Stream) -> int:
@@ -122,25 +135,24 @@ class ShardWriter:
         for stream, state in sorted(self.streams.items()):
             self._close_shard(stream, len(state.shards) - 1)
 
-    def write_index(self, domains: tuple[str, ...]) -> bytes:
-        """Write index.npy; returns its content."""
-        number = {
-            (split, domain): i
-            for i, (split, domain) in enumerate((s, d) for s in SPLITS for d in domains)
-        }
-        columns = (
-            (number[tuple(r["stream"])], r["shard"], r["offset"], r["tokens"], r["documents"])
-            for r in self._records()
-        )
-        index = np.fromiter(columns, INDEX)
-        index = index[np.lexsort((index["offset"], index["shard"], index["stream"]))]
-        data = _npy(index)
-        write_bytes(self.folder / "index.npy", data)
-        return data
+    def written(self) -> Written:
+        """What is there after `finish`."""
+        records: dict[Stream, list[dict[str, Any]]] = {}
+        for record in self._records():
+            records.setdefault(tuple(record["stream"]), []).append(record)
+        folders = {stream: stream_folder(stream) for stream in self.streams}
+        return Written(self.folder, self.dtype, dict(self.streams), records, folders, {})
 
-    def forget_journal(self) -> None:
-        """Forget how to continue: the manifest is written, and nothing is left to do."""
-        self._journal.unlink(missing_ok=True)
+    def read(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and ends of the member of this record, after `finish`."""
+        stream = tuple(record["stream"])
+        path = self.folder / stream_folder(stream) / f"{record['shard']:05d}.tar"
+        with path.open("rb") as file:
+            file.seek(record["offset"])
+            tokens = np.frombuffer(file.read(record["tokens"] * self.dtype.itemsize), self.dtype)
+            padding = -file.tell() % tarfile.BLOCKSIZE
+            file.seek(padding + tarfile.BLOCKSIZE, os.SEEK_CUR)
+            return tokens, np.load(file, allow_pickle=False)
 
     def _flush(self, stream: Stream) -> None:
         """Put the stream's buffer on disk as one member, then into the journal.
@@ -197,8 +209,7 @@ class ShardWriter:
         state.shards.append(record["size"] + len(END_OF_TAR))
 
     def _part(self, stream: Stream, shard: int) -> Path:
-        split, domain = stream
-        return self.folder / split / domain_folder(domain) / f"{shard:05d}.tar.part"
+        return self.folder / stream_folder(stream) / f"{shard:05d}.tar.part"
 
     def _close_shard(self, stream: Stream, shard: int) -> None:
         part = self._part(stream, shard)
@@ -211,9 +222,7 @@ class ShardWriter:
         sync_folder(part.parent)
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        if self._journal.exists():
-            with self._journal.open() as lines:
-                yield from map(json.loads, lines)
+        return _read_journal(self._journal)
 
     def _recover(self) -> None:
         """Continue after the last journaled member: cut what a killed writer wrote behind it."""
@@ -236,6 +245,12 @@ class ShardWriter:
                     f"store: {part} is missing or shorter than the {promised} bytes that were "
                     f"written; delete {self.folder} and run again with stage=prepare"
                 )
+
+
+def stream_folder(stream: Stream) -> str:
+    """Where the shards of a stream are written, below the store's folder."""
+    split, domain = stream
+    return f"{split}/{domain_folder(domain)}"
 
 
 def _add(a: int | None, b: int | None) -> int | None:
@@ -268,7 +283,7 @@ def _sync(file: Any) -> None:
 
 
 def write_manifest(
-    writer: ShardWriter,
+    written: Written,
     tokenizer: Tokenizer,
     end_of_document: int,
     bad_lines: int,
@@ -276,10 +291,10 @@ def write_manifest(
     request: dict[str, Any],
 ) -> None:
     """Write index.npy and, last of all, manifest.json: only with it is a store finished."""
-    domains = tuple(sorted({domain for _, domain in writer.streams}))
-    index = writer.write_index(domains)
+    domains = tuple(sorted({domain for _, domain in written.streams}))
+    index = _write_index(written, domains)
     described = {
-        domain: {split: _describe(writer, (split, domain)) for split in SPLITS}
+        domain: {split: _describe(written, (split, domain)) for split in SPLITS}
         for domain in domains
     }
     tokenised = {
@@ -295,23 +310,61 @@ def write_manifest(
         "schema": SCHEMA,
         "fingerprint": content_address({"content": content, "tokenizer": tokenised}),
         "tokenizer": tokenised,
-        "dtype": writer.dtype.name,
+        "dtype": written.dtype.name,
         "index_sha256": hashlib.sha256(index).hexdigest(),
         "domains": described,
         "bad_lines": bad_lines,
         "dropped_validation_duplicates": dropped,
         "request": request,
-    }
+    } | ({"poured": written.poured} if written.poured else {})
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    write_bytes(writer.folder / "manifest.json", text.encode())
-    writer.forget_journal()
+    write_bytes(written.folder / "manifest.json", text.encode())
+    tidy(written.folder)
 
 
-def _describe(writer: ShardWriter, stream: Stream) -> dict[str, Any]:
-    split, domain = stream
-    state = writer.streams.get(stream, StreamState())
+def is_tidy(folder: Path) -> bool:
+    """Whether nothing of how it was written is left in a finished store."""
+    return not (folder / _JOURNAL).exists()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a finished store needs no more: domains that were poured into another, and then
+    the journal, which says how to continue."""
+    if is_tidy(folder):
+        return
+    journal = folder / _JOURNAL
+    domains = read_json(folder / "manifest.json")["domains"]
+    for stream in {tuple(record["stream"]) for record in _read_journal(journal)}:
+        split, domain = stream
+        if domains.get(domain, {}).get(split, {}).get("folder") != stream_folder(stream):
+            shutil.rmtree(folder / stream_folder(stream), ignore_errors=True)
+    journal.unlink()
+
+
+def _read_journal(journal: Path) -> Iterator[dict[str, Any]]:
+    if journal.exists():
+        with journal.open() as lines:
+            yield from map(json.loads, lines)
+
+
+def _write_index(written: Written, domains: tuple[str, ...]) -> bytes:
+    streams = [(split, domain) for split in SPLITS for domain in domains]
+    columns = (
+        (number, r["shard"], r["offset"], r["tokens"], r["documents"])
+        for number, stream in enumerate(streams)
+        for r in written.records.get(stream, ())
+    )
+    index = np.fromiter(columns, INDEX)
+    index = index[np.lexsort((index["offset"], index["shard"], index["stream"]))]
+    data = _npy(index)
+    write_bytes(written.folder / "index.npy", data)
+    return data
+
+
+def _describe(written: Written, stream: Stream) -> dict[str, Any]:
+    state = written.streams.get(stream, StreamState())
     return {
-        "folder": f"{split}/{domain_folder(domain)}",
+        "folder": written.folders.get(stream, stream_folder(stream)),
         "tokens": state.tokens,
         "documents": state.documents,
         "bytes": state.bytes,

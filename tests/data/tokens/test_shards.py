@@ -36,7 +36,7 @@ def write(folder: Path, documents: Documents, **options: Any) -> TokenStore:
             writer.append(stream, np.array(tokens), True, 2 * len(tokens))
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(TOKENIZER))
-    write_manifest(writer, TOKENIZER, 0, 0, 0, {})
+    write_manifest(writer.written(), TOKENIZER, 0, 0, 0, {})
     return TokenStore.open(folder)
 
 
@@ -310,7 +310,7 @@ def test_unknown_text_size_is_nan(tmp_path: Path) -> None:
         writer.append((split, "a"), np.arange(9), True, None)
     writer.append(("train", "b"), np.arange(9), True, 18)
     writer.finish()
-    write_manifest(writer, TOKENIZER, 0, 0, 0, {})
+    write_manifest(writer.written(), TOKENIZER, 0, 0, 0, {})
     store = TokenStore.open(tmp_path)
     assert (
         json.loads((tmp_path / "manifest.json").read_text())["domains"]["a"]["train"]["bytes"]
