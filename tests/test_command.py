@@ -246,6 +246,17 @@ def test_a_finished_run_needs_its_sources_no_more(own: Path, tmp_path: Path, gon
     refused(run_here(*run, "stage=prepare"), said)
 
 
+@pytest.mark.acceptance
+def test_a_comparison_needs_no_sources_once_they_are_prepared(own: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.root={own}", f"run_dir={tmp_path / 'run'}", "training.steps=2"]
+    assert run_here(*run, "stage=prepare").code == 0
+    own.rename(tmp_path / "archived")
+    compare = ["stage=compare", "compare.methods=[odm]", "compare.baselines=[natural]"]
+    outcome = run_here(*run, *compare, "compare.seeds=1")
+    assert outcome.code == 0 and outcome.out.count("no such folder") == 1, outcome
+    assert (tmp_path / "run/compare/compare.json").exists()
+
+
 def test_a_changed_source_in_the_same_run_dir(own: Path) -> None:
     assert prepare(own).code == 0
     file = own / "good" / "train.jsonl"

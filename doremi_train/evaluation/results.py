@@ -1,12 +1,12 @@
 """What finished runs say: read from their folders, grouped by what varies, compared, and put into
 one plain sentence.
 
-Losses are validation losses in nats per token, their mean is over domains, and an interval is a 95
-% Student-t interval over seeds; where mixtures are compared it is that of the differences, seed by
-seed.
+Losses are validation losses in nats per token, or bits per byte where tokenisers differ. Their mean
+is over domains, and an interval is a 95 % Student-t interval over seeds; where mixtures are
+compared it is that of the differences, seed by seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -46,6 +46,8 @@ class Result(NamedTuple):
     warnings: list[str]  # of plan.json
     downstream: dict[str, Any]  # downstream.json; empty where there is none
     swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
+    validation: dict[str, tuple[int, int | None]]  # documents and bytes of each domain's split
+    tokenizer: str | None  # its fingerprint; None: its data is gone
 
     @property
     def weights(self) -> dict[str, float]:
@@ -57,6 +59,21 @@ class Result(NamedTuple):
         return self.mixture["method"] not in (*HEURISTICS, "file")
 
 
+class Measure(NamedTuple):
+    """What models are compared by; less is better."""
+
+    unit: str
+    of: Callable[[dict[str, Any]], float]  # the figures of a model in evaluation.json
+
+
+NATS = Measure("nats per token", lambda figures: figures["mean_loss"])
+# A token of one tokeniser is not a token of another; a byte is a byte.
+BITS = Measure(
+    "bits per byte",
+    lambda figures: fmean(domain["bits_per_byte"] for domain in figures["domains"].values()),
+)
+
+
 class Setting(NamedTuple):
     """Runs that differ in their seed only."""
 
@@ -65,6 +82,7 @@ class Setting(NamedTuple):
     size: int  # parameters of the proxy, without embeddings
     main_size: int  # of the final model
     results: list[Result]
+    measure: Measure = NATS
 
     @property
     def label(self) -> str:
@@ -98,8 +116,8 @@ class Setting(NamedTuple):
         return {name: label for name, label in self.models.items() if name not in _BESIDE}
 
     def losses(self, name: str) -> list[float]:
-        """Mean loss of a model for each seed."""
-        return [run.figures[name]["mean_loss"] for run in self.results]
+        """Mean loss of a model for each seed, in the unit of `measure`."""
+        return [self.measure.of(run.figures[name]) for run in self.results]
 
     def gain(self, name: str) -> tuple[float, float]:
         """How much higher another model's loss is than the learned mixture's: mean and half-width
@@ -131,6 +149,8 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     findings = folder / "findings.json"
     fit = folder / "swarm" / "fit.json"
     tasks = folder / "downstream.json"
+    manifest = folder / "prepare" / "manifest.json"
+    data = files.read_json(manifest) if manifest.exists() else {}
     return Result(
         folder=folder,
         config=config,
@@ -148,6 +168,11 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}
         if fit.exists()
         else {},
+        validation={
+            name: (described["validation"]["documents"], described["validation"]["bytes"])
+            for name, described in data.get("domains", {}).items()
+        },
+        tokenizer=data["tokenizer"]["fingerprint"] if data else None,
     )
 
 
@@ -160,8 +185,41 @@ def _mean_weights(paths: Sequence[Path]) -> dict[str, float]:
     )
 
 
+def incomparable(results: Sequence[Result]) -> str:
+    """Why the losses of these runs cannot be set beside each other; "" where they can."""
+    first, *rest = results
+    for run in rest:
+        here, there = _domains(first), _domains(run)
+        if here != there:
+            return (
+                f"their domains differ: {listed(sorted(here ^ there)[:5])} "
+                f"{'is' if len(here ^ there) == 1 else 'are'} not in all of them"
+            )
+        known = here & first.validation.keys() & run.validation.keys()
+        other = [name for name in known if first.validation[name] != run.validation[name]]
+        if other:
+            return f"the validation text of {listed(sorted(other)[:5])} differs"
+    if _measure(results) is BITS and not all(
+        domain.get("bits_per_byte")
+        for run in results
+        for figures in run.figures.values()
+        for domain in figures["domains"].values()
+    ):
+        return "their tokenisers differ, and how many bytes their tokens stand for is not known"
+    return ""
+
+
+def _domains(run: Result) -> set[str]:
+    return set(run.figures["main"]["domains"])
+
+
+def _measure(results: Sequence[Result]) -> Measure:
+    return NATS if len({run.tokenizer for run in results} - {None}) < 2 else BITS
+
+
 def settings(results: Sequence[Result]) -> list[Setting]:
     """The runs by everything that varies over them but the seed, smallest models first."""
+    measure = _measure(results) if not incomparable(results) else NATS
     configs = [run.config for run in results]
     varying = [
         key
@@ -177,7 +235,9 @@ def settings(results: Sequence[Result]) -> list[Setting]:
             shown = {"proxy": f"{size:,} parameters"} | shown
         else:
             shown = values
-        groups.setdefault(repr(values), Setting(shown, size, main_size, [])).results.append(run)
+        groups.setdefault(
+            repr(values), Setting(shown, size, main_size, [], measure)
+        ).results.append(run)
     return sorted(
         groups.values(),
         key=lambda setting: (setting.size, setting.main_size, _sortable(setting.varying)),
@@ -211,12 +271,12 @@ def verdict(setting: Setting) -> str:
     """What the mixture gained over each mixture trained beside it, in one plain sentence or two."""
     seeds, labels = len(setting.results), setting.candidates
     mixture = f"the {labels['main']} mixture"
-    others = [name for name in labels if name != "main"]
+    others, unit = [name for name in labels if name != "main"], setting.measure.unit
     mean, half = student_t(setting.losses("main"))
     if not others:
         size = f"{mean:.4f}" if seeds == 1 else f"{mean:.4f} ± {half:.4f}"
         return (
-            f"{mixture.capitalize()} reaches {size} nats per token; it was not compared with any "
+            f"{mixture.capitalize()} reaches {size} {unit}; it was not compared with any "
             "other mixture."
         )
     if seeds == 1:
@@ -224,7 +284,7 @@ def verdict(setting: Setting) -> str:
                  for name in others for gain in [setting.gain(name)[0]]]  # fmt: skip
         equal = [labels[name] for name in others if setting.gain(name)[0] <= 0]
         return (
-            f"With one seed {mixture} reaches {mean:.4f} nats per token on the mean over domains: "
+            f"With one seed {mixture} reaches {mean:.4f} {unit} on the mean over domains: "
             f"{listed(parts)}{f', so no better than {listed(equal)}' if equal else ''}. One seed, "
             "no interval: differences of the size of the seed-to-seed spread decide nothing."
         )
@@ -235,7 +295,7 @@ def verdict(setting: Setting) -> str:
         word = differs if abs(gain) > half else "not distinguishable from"
         if gain <= half:
             equal.append(labels[name])
-        parts.append(f"{word} {labels[name]} (by {gain:+.4f} ± {half:.4f} nats per token)")
+        parts.append(f"{word} {labels[name]} (by {gain:+.4f} ± {half:.4f} {unit})")
     remedy = f" {listed(equal).capitalize()} would serve as well." if equal else ""
     return (
         f"Over {seeds} runs {mixture} is {listed(parts)}.{remedy} Paired 95 % Student-t intervals "

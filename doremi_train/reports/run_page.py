@@ -39,11 +39,16 @@ def overall(settings: Sequence[Setting]) -> str:
     """The sentence on top: the verdict of the one setting, or which of several did best."""
     if len(settings) == 1:
         return results.verdict(settings[0])
+    why = results.incomparable([run for setting in settings for run in setting.results])
+    if why:
+        return f"{len(settings)} settings, which are not compared, for {why}. " + " ".join(
+            f"{setting.label}: {results.verdict(setting)}" for setting in settings
+        )
     best = min(settings, key=lambda setting: fmean(setting.losses("main")))
     runs = sum(len(setting.results) for setting in settings)
     return (
         f"{runs} runs of {len(settings)} settings; the lowest mean loss is that of {best.label} "
-        f"({spread(best.losses('main'))} nats per token). There: {results.verdict(best)}"
+        f"({spread(best.losses('main'))} {best.measure.unit}). There: {results.verdict(best)}"
     )
 
 
@@ -112,7 +117,7 @@ def _free_mixtures(run: Result, store: TokenStore | None) -> dict[str, dict[str,
 def _cards(setting: Setting) -> list[tuple[str, str]]:
     """Numbers for the top of the page, each with what it is."""
     seeds, models = setting.results, setting.candidates
-    cards = [(spread(setting.losses("main")), f"nats per token, {models['main']} mixture")]
+    cards = [(spread(setting.losses("main")), f"{setting.measure.unit}, {models['main']} mixture")]
     for name, label in models.items():
         if name != "main":
             gain, half = setting.gain(name)

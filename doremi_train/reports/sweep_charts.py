@@ -38,7 +38,9 @@ def _setting_rows(settings: Sequence[Setting]) -> list[str]:
     }
     names = [setting.label for setting in settings]
     return [
-        rows("Mean validation loss of each setting", "nats per token", names, losses, colors),
+        rows(
+            "Mean validation loss of each setting", settings[0].measure.unit, names, losses, colors
+        ),
         rows("Weights of each setting", "weight", names, weights),
     ]
 
@@ -81,7 +83,7 @@ def _setting_curves(settings: Sequence[Setting], key: str, place: Place, x: str)
         lines(
             f"Mean validation loss{band}",
             x,
-            "nats per token",
+            settings[0].measure.unit,
             losses,
             settings=True,
             logarithmic=wide,

@@ -61,7 +61,9 @@ def _kept(session: Session) -> Path | None:
     for reads them; None: they are as they were, or are needed."""
     link, stage = session.run_dir / "prepare", session.config.stage
     finished = (session.run_dir / "main" / "result.json").exists()
-    if not (link / "manifest.json").exists() or not (finished or stage in _FROM_STORE):
+    if not (link / "manifest.json").exists():
+        return None
+    if not (finished or stage in _FROM_STORE or _compared(link)):
         return None
     if stage == "prepare":
         return None
@@ -74,8 +76,15 @@ def _kept(session: Session) -> Path | None:
         why = one_line(error)
     if not why:
         return None
-    session.say(f"prepare                done before; its sources differ by now ({why})")
+    if not _compared(link):  # which says so itself
+        session.say(f"prepare                done before; its sources differ by now ({why})")
     return link.resolve()
+
+
+def _compared(link: Path) -> bool:
+    """Whether this is a contender of a comparison, which is of what another run_dir prepared."""
+    contenders, comparison = link.parent.parent.parent, link.parent.parent.parent.parent
+    return contenders.name == "compare" and (comparison / "prepare").resolve() == link.resolve()
 
 
 def _say_rare(session: Session, store: TokenStore, options: DataOptions) -> None:

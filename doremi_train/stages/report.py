@@ -52,23 +52,26 @@ def _read(folders: Sequence[Path]) -> list[Setting]:
 
 def _report(page: Path, settings: Sequence[Setting]) -> None:
     verdict, how = run_page.overall(settings), {name: way.HOW for name, way in WAYS.items()}
+    runs = [run for setting in settings for run in setting.results]
+    compared = len(settings) > 1 and not results.incomparable(runs)
     write_page(
         page,
         title=str(page.parent),
         verdict=verdict,
         columns=run_page.COLUMNS,
-        charts=sweep_charts.compare(settings) if len(settings) > 1 else [],
-        summary=run_page.summary(settings) if len(settings) > 1 else None,
+        charts=sweep_charts.compare(settings) if compared else [],
+        summary=run_page.summary(settings) if compared else None,
         sections=[
             run_page.section(setting, number, how) for number, setting in enumerate(settings)
         ],
         selection=run_page.selection_of(settings[0].results[0]),
     )
-    console.print(
-        run_table.settings_table(settings)
-        if len(settings) > 1
-        else run_table.domains_table(settings[0])
-    )
+    for table in (
+        [run_table.settings_table(settings)]
+        if compared
+        else [run_table.domains_table(setting) for setting in settings]
+    ):
+        console.print(table)
     for finding in {
         warning: None for setting in settings for warning in run_page.warnings_of(setting)
     }:

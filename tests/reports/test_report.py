@@ -146,6 +146,76 @@ def test_words_make_a_row_each(tmp_path: Path) -> None:
     assert "proxy.score=excess" in losses and "proxy.score=hardest" in weights
 
 
+def prepared(run: Path, tokenizer: str, documents: int = 9, domains: str = "ab") -> Path:
+    """The run with data of its own: 2 bytes a token of the first tokeniser, 4 of another."""
+    split = {"documents": documents, "bytes": 1000}
+    manifest = {
+        "tokenizer": {"fingerprint": tokenizer},
+        "domains": {name: {"validation": split} for name in domains},
+    }
+    (run / "prepare").mkdir()
+    (run / "prepare" / "manifest.json").write_text(json.dumps(manifest))
+    file = run / "evaluation.json"
+    figures = json.loads(file.read_text())
+    for model in figures.values():
+        model["domains"] = {name: model["domains"].get(name, {"loss": 4}) for name in domains}
+        for domain in model["domains"].values():
+            length = 2 if tokenizer == "one" else 4
+            domain["bits_per_byte"] = domain["loss"] / np.log(2) / length
+    file.write_text(json.dumps(figures))
+    return run
+
+
+def test_across_tokenisers_bits_per_byte_are_compared(tmp_path: Path) -> None:
+    runs = [
+        prepared(run_of(tmp_path / name, 16, 0, gain, step_size=gain), name)
+        for name, gain in (("one", 0.5), ("two", 0.4))
+    ]
+    settings = _read(runs)
+    (two,), (one,) = (setting.losses("main") for setting in settings)
+    assert one == pytest.approx(2 * two)  # the same nats per token
+    said = overall(settings)
+    assert "the lowest mean loss is that of proxy.step_size=0.4 (" in said
+    assert "bits per byte" in said and "nats" not in said
+    for chart in sweep_charts.compare(settings)[:1]:
+        assert "bits per byte" in chart and "nats" not in chart
+    same = [prepared(run_of(tmp_path / f"{n}", 16, 0, n, step_size=n), "one") for n in (1, 2)]
+    assert "nats per token" in overall(_read(same))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"domains": "abc"}, "their domains differ: c is not in all of them"),
+        ({"domains": "acd"}, "their domains differ: b, c and d are not in all of them"),
+        ({"documents": 10}, "the validation text of a and b differs"),
+    ],
+)
+def test_what_has_no_common_measure_is_not_compared(
+    tmp_path: Path, other: dict[str, object], why: str
+) -> None:
+    first = prepared(run_of(tmp_path / "0", 16, 0, step_size=0.1), "one")
+    second = prepared(run_of(tmp_path / "1", 32, 0, step_size=1.0), "one", **other)  # type: ignore[arg-type]
+    said = overall(_read([first, second]))
+    assert f"2 settings, which are not compared, for {why}. " in said
+    assert "the lowest" not in said and said.count("With one seed the learned mixture") == 2
+
+
+def test_a_sweep_over_domains_shows_each_setting_alone(corpus: Path, tmp_path: Path) -> None:
+    run = (*TINY, f"data.root={corpus}", f"store={tmp_path / 'store'}", "training.steps=2")
+    for number, only in enumerate(("null", "[plain,rich]")):
+        folder = f"run_dir={tmp_path / 'sweep' / str(number)}"
+        outcome = run_here(*run, f"data.only={only}", "mixture=uniform", folder)
+        assert outcome.code == 0, outcome
+    outcome = run_here("stage=report", f"run_dir={tmp_path / 'sweep'}")
+    assert outcome.code == 0, outcome
+    why = "which are not compared, for their domains differ: digits is not in all of them"
+    assert why in " ".join(outcome.out.split())
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert why in page and "Mean validation loss of each setting" not in page
+    assert all(f"data.only={only}" in page for only in ("None", "[&#39;plain"))
+
+
 def test_seeds_alone_are_one_setting(tmp_path: Path) -> None:
     (setting,) = _read([run_of(tmp_path / str(seed), 16, seed) for seed in (0, 1)])
     assert setting.label == "" and len(setting.results) == 2
