@@ -1,19 +1,16 @@
 """Regressors of a swarm: losses of K domains from mixtures of V."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import scipy
 
 from doremi_train.methods.box import Floats
-
-
-class Fit(Protocol):
-    """What was learned from N runs."""
-
-    def predict(self, points: Floats) -> Floats:
-        """(R, K) → (R, M)."""
+from doremi_train.methods.corrected import corrected
+from doremi_train.methods.fits import UNKNOWN, Known, Regressor
+from doremi_train.methods.process import gaussian_process
+from doremi_train.methods.saturating import saturating
+from doremi_train.methods.trees import lightgbm
 
 
 class LogLinear(NamedTuple):
@@ -30,16 +27,7 @@ class LogLinear(NamedTuple):
         return np.exp(self.slope @ point) @ self.slope / len(self.floor)
 
 
-class Separate(NamedTuple):
-    """A predictor (R, K) → (R,) for each loss."""
-
-    losses: Sequence[Callable[[Floats], Floats]]
-
-    def predict(self, points: Floats) -> Floats:
-        return np.stack([predict(points) for predict in self.losses], axis=1)
-
-
-def log_linear(points: Floats, losses: Floats) -> LogLinear:
+def log_linear(points: Floats, losses: Floats, known: Known = UNKNOWN) -> LogLinear:
     """Robust least squares from several starts: (N, K), (N, M) → c, t."""
     solved = np.array([_log_linear(points, column) for column in losses.T])  # (M, 1 + K)
     return LogLinear(solved[:, 0], solved[:, 1:])
@@ -94,62 +82,12 @@ def _log_linear(points: Floats, losses: Floats) -> Floats:
     return min(tried, key=lambda result: result.cost).x
 
 
-def lightgbm(points: Floats, losses: Floats) -> Separate:
-    """Boosted trees with RegMix's rate and number; leaves of 3 runs, for there are tens of them and
-    not hundreds."""
-    return Separate([_lightgbm(points, column) for column in losses.T])
-
-
-def _lightgbm(points: Floats, losses: Floats) -> Callable[[Floats], Floats]:
-    import lightgbm as trees
-
-    options = {
-        "learning_rate": 0.01, "num_leaves": 8, "min_data_in_leaf": 3, "num_threads": 1, "seed": 0,
-        "deterministic": True, "force_row_wise": True, "verbosity": -1,
-    }  # fmt: skip
-    fitted = trees.train(options, trees.Dataset(points, losses), num_boost_round=1000)
-    return lambda others: np.asarray(fitted.predict(others), dtype=np.float64)
-
-
-def gaussian_process(points: Floats, losses: Floats) -> Separate:
-    """A squared exponential of the Hellinger distance, with noise: length and noise by maximum
-    likelihood."""
-    return Separate([_gaussian_process(points, column) for column in losses.T])
-
-
-def _gaussian_process(points: Floats, losses: Floats) -> Callable[[Floats], Floats]:
-    roots, mean = np.sqrt(points), losses.mean()
-
-    def kernel(others: Floats, length: float) -> Floats:
-        squares = ((np.sqrt(others)[:, None] - roots) ** 2).sum(-1)
-        return np.exp(-squares / (2 * length**2))
-
-    def factor(logs: Floats) -> tuple[Floats, bool]:
-        length, noise = np.exp(logs)
-        return scipy.linalg.cho_factor(
-            kernel(points, length) + (noise + 1e-10) * np.eye(len(points))
-        )
-
-    def cost(logs: Floats) -> float:
-        """−2 log likelihood, at the variance that suits it best."""
-        cholesky = factor(logs)
-        variance = (losses - mean) @ scipy.linalg.cho_solve(cholesky, losses - mean) / len(losses)
-        return len(losses) * np.log(max(variance, 1e-300)) + 2 * np.log(np.diag(cholesky[0])).sum()
-
-    bounds = [(np.log(0.05), np.log(20)), (np.log(1e-6), np.log(10))]
-    starts = [np.log([length, noise]) for length in (0.3, 1.0, 3.0) for noise in (1e-4, 1e-1)]
-    best = min(
-        (scipy.optimize.minimize(cost, s, bounds=bounds, method="L-BFGS-B") for s in starts),
-        key=lambda r: r.fun,
-    ).x
-    weights = scipy.linalg.cho_solve(factor(best), losses - mean)
-    return lambda others: mean + kernel(others, np.exp(best[0])) @ weights
-
-
-REGRESSORS: dict[str, Callable[[Floats, Floats], Fit]] = {
+REGRESSORS: dict[str, Regressor] = {
     "log_linear": log_linear,
     "lightgbm": lightgbm,
     "gaussian_process": gaussian_process,
+    "saturating": saturating,
+    "corrected": corrected,
 }
 """Fits of one loss that falls with the part of the first domain, asked about a mixture between:
 
@@ -158,7 +96,7 @@ REGRESSORS: dict[str, Callable[[Floats, Floats], Fit]] = {
 >>> part = np.linspace(0, 1, 9)
 >>> points = np.stack([part, 1 - part], axis=1)  # (N, K) mixtures of nine runs
 >>> losses = 2 + np.exp(-part[:, None])  # (N, M) nats
->>> for name in ("log_linear", "gaussian_process"):
+>>> for name in ("log_linear", "gaussian_process", "saturating"):
 ...     fit = REGRESSORS[name](points, losses)
 ...     print(name, fit.predict(np.array([[0.3, 0.7]])).round(2).tolist())
 log_linear [[2.74]]

@@ -25,7 +25,8 @@ from pydantic.dataclasses import dataclass
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat, Positive
 from doremi_train.methods import box, regressors
 from doremi_train.methods.box import Box, Floats
-from doremi_train.methods.regressors import Fit, LogLinear
+from doremi_train.methods.fits import Fit
+from doremi_train.methods.regressors import LogLinear
 
 STRENGTHS = (0.1, 5.0)  # of the Dirichlet: from one domain alone to all of them
 RUNS_PER_DOMAIN = 3  # with which the exponential form ranks mixtures well
@@ -37,7 +38,9 @@ LEAST_SPEARMAN = 0.5  # below, out of fold, a fit is no guide
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    regressor: Literal["log_linear", "lightgbm", "gaussian_process"] = "log_linear"
+    regressor: Literal["log_linear", "lightgbm", "gaussian_process", "saturating", "corrected"] = (
+        "log_linear"
+    )
     """What fits the loss of each domain."""
 
     runs: Positive | None = None
