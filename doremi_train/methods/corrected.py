@@ -22,7 +22,7 @@ from doremi_train.methods.process import Process
 from doremi_train.methods.saturating import Saturating, saturating
 
 FOLDS = 5
-RATE, ROUNDS = 0.03, 300  # of trees; a third of RegMix's time, and as good
+RATE, ROUNDS = 0.1, 100  # of trees; a tenth of the time that RegMix's take, and as good
 
 
 class Corrected(NamedTuple):
@@ -38,9 +38,10 @@ class Corrected(NamedTuple):
         none."""
         found = self.shares[:2].sum() * self.law.losses(points)
         for share, fit in zip(self.shares[1:], (self.left, self.alone), strict=True):
-            smooth = isinstance(fit, Process)
-            other = fit.losses(points) if smooth else fit.predict(points.detach().numpy())
-            found = found + share * torch.as_tensor(other)
+            if isinstance(fit, Process):
+                found = found + share * fit.losses(points)
+            else:
+                found = found + share * torch.from_numpy(fit.predict(points.detach().numpy()))
         return found
 
     def predict(self, points: Floats) -> Floats:

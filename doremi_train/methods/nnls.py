@@ -57,4 +57,5 @@ def _on(gram: Floats, target: Floats, free: Flags) -> Floats:
     part = gram * (free[:, :, None] & free[:, None, :])
     diagonal = np.arange(free.shape[1])
     part[:, diagonal, diagonal] += ~free
-    return np.linalg.solve(part, (target * free)[..., None])[..., 0]
+    found = np.linalg.solve(part, (target * free)[..., None])[..., 0]
+    return np.asarray(found, dtype=np.float64)

@@ -101,4 +101,5 @@ REGRESSORS: dict[str, Regressor] = {
 ...     print(name, fit.predict(np.array([[0.3, 0.7]])).round(2).tolist())
 log_linear [[2.74]]
 gaussian_process [[2.74]]
+saturating [[2.74]]
 """

@@ -30,12 +30,13 @@ RATES = (0.3, 1.0, 4.0, 16.0)  # r
 POWERS = (0.35, 0.6, 1.0)  # p
 DEPTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0, 3.0, 1000.0)  # κ − 1; the last is as good as no floor
 MIDDLE = (1.0, 0.6)  # r and p that the search begins with
-RIDGES = (1e-3, 1e-2)
+RIDGES = (1e-4, 1e-2)
 KNEES = (0.0, 1.5, 3.0)  # τ: harm sets in after 0, 3.5 and 19 passes
 FOLDS = 5
 CHUNK = 4096  # mixtures that are predicted at once
 
 Folds = NDArray[np.int_]  # (N,) the fold of each run
+Map = tuple[float, float, float]  # r, p and τ, which is infinite without harm
 
 
 class Saturating(NamedTuple):
@@ -87,7 +88,7 @@ class Logs(NamedTuple):
 class Place(NamedTuple):
     """A place on the grid."""
 
-    map: tuple[float, float, float]  # r, p and τ, which is infinite without harm
+    map: Map
     row: int  # of Logs
     ridge: float
 
@@ -108,22 +109,23 @@ def saturating(points: Floats, losses: Floats, known: Known = UNKNOWN) -> Satura
     logs, count = _logs(points, losses, known), losses.shape[1]
     fold = np.random.default_rng(0).permutation(len(points)) % min(FOLDS, len(points))
 
-    def best(options: list[list[Place]]) -> list[Place]:
-        return [law.place for law in _search(points * passes, logs, fold, options)]
+    def best(options: list[list[Place]]) -> list[Law]:
+        return _search(points * passes, logs, fold, options)
 
-    def floors(places: list[Place]) -> list[list[Place]]:
+    def floors(maps: list[Map]) -> list[list[Place]]:
         return [
-            [Place(one.map, depth * count + loss, ridge) for loss, one in enumerate(places)]
+            [Place(one, depth * count + loss, ridge) for loss, one in enumerate(maps)]
             for depth, ridge in product(range(len(DEPTHS)), RIDGES)
         ]
 
-    found = best(floors([Place((*MIDDLE, np.inf), 0, 0.0)] * count))
-    found = best(
-        [[one._replace(map=(*pair, np.inf)) for one in found] for pair in product(RATES, POWERS)]
+    laws = best(floors([(*MIDDLE, np.inf)] * count))
+    pairs = [(*pair, np.inf) for pair in product(RATES, POWERS)]
+    laws = best([[law.place._replace(map=pair) for law in laws] for pair in pairs])
+    laws = best(floors([law.place.map for law in laws]))
+    knees = (np.inf, *KNEES)
+    laws = best(
+        [[law.place._replace(map=(*law.place.map[:2], knee)) for law in laws] for knee in knees]
     )
-    found = best(floors(found))
-    knees = [[one._replace(map=(*one.map[:2], knee)) for one in found] for knee in (np.inf, *KNEES)]
-    laws = _search(points * passes, logs, fold, knees)
     parts = (
         passes,
         logs.floor[[law.place.row for law in laws]],
@@ -151,7 +153,7 @@ def _logs(points: Floats, losses: Floats, known: Known) -> Logs:
 def _search(exposure: Floats, logs: Logs, fold: Folds, options: list[list[Place]]) -> list[Law]:
     """Best of options for each of M losses; each is (M,) places. Half of the say is all losses'
     together, for they are alike, and folds of few runs are a noisy judge."""
-    alike: dict[tuple[float, float, float], list[Place]] = {}
+    alike: dict[Map, list[Place]] = {}
     for place in dict.fromkeys(place for option in options for place in option):
         alike.setdefault(place.map, []).append(place)
     laws = {
