@@ -64,6 +64,4 @@ def on_unseen(fit: Regressor, count: int, seed: int) -> dict[str, Ranked]:
     """How a fit to some of the 512 ranks the 256 unseen mixtures, by the size of the models."""
     fitted = fit(*runs("train", "1m").draw(count, seed))
     unseen = {size: runs("test", size) for size in ("1m", "60m")}
-    return {
-        size: ranked(fitted.predict(one.points), one.losses) for size, one in unseen.items()
-    }
+    return {size: ranked(fitted.predict(one.points), one.losses) for size, one in unseen.items()}

@@ -71,7 +71,7 @@ def test_harm_of_repetition_is_recovered_from_exposures() -> None:
     # Of the domain with most passes, in the loss whose floor is found.
     assert_allclose(found.harm[0, 2], true.harm[0, 2], rtol=0.02)
     for one, other in zip(found.predict(test).T, true.predict(test).T, strict=True):
-        assert spearmanr(one, other).statistic > 0.999
+        assert spearmanr(one, other).statistic > 0.998
     # Whoever takes weights for exposures sees less.
     blind = saturating(points, true.predict(points)).predict(test)
     error = [np.abs(p - true.predict(test)).mean() for p in (found.predict(test), blind)]
