@@ -103,7 +103,7 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
 MAPPINGS = (
     "data.domains", "mixture.weights", "online.target_losses", "selection.targets",
     "selection.documents", "selection.tokens", "selection.fraction", "downstream.files",
-    "export.paths",
+    "export.paths", "fit.tokens", "objective.metrics", "objective.guard",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a
 that sums to 1.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat, Positive
 from doremi_train.methods import box, regressors
 from doremi_train.methods.box import Box, Floats
-from doremi_train.methods.fits import Fit
+from doremi_train.methods.fits import UNKNOWN, Fit, Known
 from doremi_train.methods.regressors import LogLinear
 
 STRENGTHS = (0.1, 5.0)  # of the Dirichlet: from one domain alone to all of them
@@ -71,6 +72,17 @@ def explore(
     """(N, K) of a further round: from the simulated mixtures that the fit takes for the best."""
     best = _best_simulated(fit, prior, within, kl, max(BEST, count), generator)
     return best[generator.permutation(len(best))[:count]]
+
+
+class Judged(NamedTuple):
+    """A fit whose metrics are judged by one figure of them."""
+
+    fit: Fit
+    judge: Callable[[Floats], Floats]  # (R, M) → (R,)
+
+    def predict(self, points: Floats) -> Floats:
+        """(R, K) → (R, 1)."""
+        return self.judge(self.fit.predict(points))[:, None]
 
 
 # ── Optimum ─────────────────────────────────────────────────────────────────────────
@@ -119,15 +131,18 @@ def _best_simulated(
 
 
 def out_of_fold(
-    points: Floats, losses: Floats, regressor: str, generator: np.random.Generator
+    points: Floats,
+    losses: Floats,
+    regressor: str,
+    generator: np.random.Generator,
+    known: Known = UNKNOWN,
 ) -> Floats:
     """(N, M) what fits to the other runs predict for each."""
     predicted = np.empty_like(losses)
     for fold in np.array_split(generator.permutation(len(points)), min(FOLDS, len(points))):
         others = np.setdiff1d(np.arange(len(points)), fold)
-        predicted[fold] = regressors.REGRESSORS[regressor](points[others], losses[others]).predict(
-            points[fold]
-        )
+        fit = regressors.REGRESSORS[regressor](points[others], losses[others], known)
+        predicted[fold] = fit.predict(points[fold])
     return predicted
 
 

@@ -29,6 +29,7 @@ STAGES: dict[str, Stage] = {
     "classify": Stage("classify", several=True),
     "finetune": Stage("finetune"),
     "compare": Stage("compare", several=True),
+    "fit": Stage("fit", several=True),
 }
 """What `stage=swarm` runs:
 

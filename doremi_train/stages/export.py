@@ -9,7 +9,7 @@ from doremi_train import files
 from doremi_train.config import UserError, redact
 from doremi_train.exports import convert, formats
 from doremi_train.parallel import comm
-from doremi_train.stages import mixtures, prepare
+from doremi_train.stages import fit, mixtures, prepare
 from doremi_train.stages.mixtures import given
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
@@ -24,11 +24,12 @@ def run(session: Session) -> Path:
     options = session.config.export
     to, paths = str(options.to), options.paths or {}
     form = formats.FORMATS[to]
-    store = prepare.run(session)
-    unknown = [name for name in paths if name not in store.domains]
+    store = prepare.run(session) if session.config.fit.runs is None else None
+    domains = list(store.domains if store is not None else fit.require(session).weights)
+    unknown = [name for name in paths if name not in domains]
     if unknown:
         raise UserError(
-            f"export.paths: unknown domain {unknown[0]!r}; the data has {', '.join(store.domains)}"
+            f"export.paths: unknown domain {unknown[0]!r}; the data has {', '.join(domains)}"
         )
     for name, place in paths.items():
         if redact(place) != place:
@@ -36,13 +37,13 @@ def run(session: Session) -> Path:
                 f"export.paths.{name}={place}: holds a password; leave it out, and give it to the "
                 "trainer"
             )
-    chosen = mixtures.run(session)
     means = given.tokens_per_document(session, store, to)
+    chosen = mixtures.run(session) if store is not None else fit.require(session)
     drawn = convert.shares(chosen.weights, means)
     schedule = [(step, convert.shares(mixed, means)) for step, mixed in chosen.schedule or []]
     text = convert.write(to, drawn, paths, chosen.epochs, schedule)
     path = Path(options.path or session.run_dir / "export" / f"mixture_{to}.{form.ending}")
-    left_out = [name for name in store.domains if name not in drawn]
+    left_out = [name for name in domains if name not in drawn]
     beside = {
         "to": to,
         "draws": "documents" if means else "sequences",

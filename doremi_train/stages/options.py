@@ -33,6 +33,7 @@ from doremi_train.methods import (
     heuristics,
     importance,
     mixmin,
+    objective,
     swarm,
     vocabulary,
 )
@@ -231,6 +232,34 @@ class Classify(ClassifierOptions):
 
 
 @dataclass(frozen=True, config=STRICT)
+class FitOptions:
+    runs: str | tuple[str, ...] | None = None
+    """A table of other people's runs, .csv, .tsv or .parquet, with columns of weights and of
+    metrics; or two, as in [mixtures.csv, losses.csv], joined by their first column."""
+
+    weights: str | tuple[str, ...] | None = None
+    """Patterns of the columns that are weights, as in train_*; null: found by themselves."""
+
+    metrics: str | tuple[str, ...] | None = None
+    """Patterns of the columns that are metrics, as in *_loss; null: what is left."""
+
+    regressor: Literal["saturating", "corrected", "log_linear", "lightgbm", "gaussian_process"] = (
+        "corrected"
+    )
+    """What fits the metrics; corrected is the saturating law, and trees on what it leaves."""
+
+    kl: NonNegativeFloat = 0.0
+    """Pull λ of the proposal towards natural, in units of the objective per nat of KL."""
+
+    tokens: dict[str, Positive] | None = None
+    """Tokens that there are of every domain, {domain: tokens}, from which natural weights follow,
+    and with main.tokens the passes over each; null: natural is the mean of the runs."""
+
+    predict: str | None = None
+    """A table of mixtures whose metrics are predicted, into fit/predictions.csv."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Compare:
     methods: tuple[str, ...] = ("doremi", "swarm")
     """Methods that are compared, values of mixture."""
@@ -379,6 +408,12 @@ class Config:
 
     main: Main
     """The final model."""
+
+    objective: objective.Options
+    """What a mixture is for, in the metrics of stage=fit."""
+
+    fit: FitOptions
+    """A mixture from other people's runs, without data or training (stage=fit)."""
 
     selection: SelectionOptions
     """Choice of documents, or with selection=less of examples, that are trained on."""

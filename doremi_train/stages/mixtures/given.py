@@ -70,8 +70,17 @@ def imported(session: Session, store: TokenStore, path: Path, form: str) -> Mixt
     return Mixture("file", convert.weights(drawn, tokens_per_document(session, store, form)))
 
 
-def tokens_per_document(session: Session, store: TokenStore, form: str) -> dict[str, float] | None:
-    """The mean of each domain; None where the trainer draws sequences, whose weights need none."""
+def tokens_per_document(
+    session: Session, store: TokenStore | None, form: str
+) -> dict[str, float] | None:
+    """The mean of each domain; None where the trainer draws sequences, whose weights need none.
+    Raises UserError where it is needed, and there is no store that knows it."""
     if (session.config.export.unit or formats.FORMATS[form].draws) == "sequences":
         return None
+    if store is None:
+        raise UserError(
+            f"export.to={form}: draws documents, and how long those of each domain are is not "
+            "known without the data; give export.unit=sequences if all are of one length, or "
+            "stage=export mixture=file mixture.path=weights.json with data.*"
+        )
     return store.named(store.sizes("train") / store.documents("train"))

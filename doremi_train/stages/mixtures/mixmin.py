@@ -6,7 +6,7 @@ tokeniser a new domain costs one run.
 K domains, M target sequences, T tokens a sequence.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +19,13 @@ from doremi_train.data.sampler import Subsample
 from doremi_train.data.tokens.shards import TokenStore, domain_folder
 from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
-from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
-from doremi_train.stages.runs import budget, language_model, submit, targets
+from doremi_train.stages.runs import budget, language_model, metrics, submit, targets
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
-from doremi_train.storage.runs import Run, stop
+from doremi_train.storage.runs import Run
 from doremi_train.training.task import TrainingOptions
-
-
-class Losses(NamedTuple):
-    """Losses of one expert, to be added over processes that each fill in their own rows."""
-
-    rows: Tensor  # (M, T) nats
-
 
 HOW = (
     "An expert is trained on every domain alone; the mixture is that of the experts which finds "
@@ -50,7 +42,10 @@ def run(session: Session) -> mixture.Mixture:
     with session.computing(search, "mixmin") as todo:
         if todo:
             experts = _train(session, store)
-            losses = np.stack([_look(session, store, one, towards) for one in experts])  # (K, N)
+            looked = [
+                metrics.losses_on(session, store, one.folder / "model", towards) for one in experts
+            ]
+            losses = torch.stack(looked).flatten(1).numpy()  # (K, N)
             comm.on_first(lambda: _conclude(session, store, search, losses))
     result = comm.on_first(search.result)
     return mixture.Mixture("mixmin", result["weights"], provenance=result["provenance"])
@@ -143,22 +138,6 @@ def _submit(session: Session, store: TokenStore) -> None:
                 session, session.run_dir / "jobs" / _name(domain), **alone
             )
     submit.submit(session, children)
-
-
-def _look(session: Session, store: TokenStore, expert: Run, towards: Tensor) -> Floats:
-    """(N,) losses of an expert on the target's tokens; every process computes some of the
-    sequences."""
-    training, world, device = session.config.training, comm.world(), session.place.device
-    folder = expert.folder / "model"
-    loaded = folders.load(folder, store.vocabulary_size, "model", training.precision)
-    loaded.to(device).eval()
-    rows = torch.zeros(len(towards), towards.shape[1] - 1, dtype=torch.float64, device=device)
-    mine = torch.arange(world.rank, len(towards), world.size)
-    with torch.no_grad():
-        for some in mine.split(world.largest(training.batch_size, training.micro_batch_size)):
-            stop.check("mixmin")
-            rows[some] = loaded(towards[some].to(device)).double()
-    return comm.all_reduce_sum(Losses(rows))[0].rows.cpu().flatten().numpy()
 
 
 def _conclude(session: Session, store: TokenStore, search: Run, losses: Floats) -> None:

@@ -10,17 +10,16 @@ from doremi_train import mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box
 from doremi_train.methods.swarm import design
-from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm
-from doremi_train.stages.runs import language_model
+from doremi_train.stages.runs import language_model, metrics
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 
 HOW = (
     "Small runs are trained on mixtures that are drawn at random; the mixture is that of the run "
-    "with the lowest mean validation loss."
+    "that does best on the objective."
 )
 
 # Of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs.
@@ -29,7 +28,7 @@ _STREAM = 1 << 20
 
 @once
 def run(session: Session) -> mixture.Mixture:
-    """The mixture with the lowest mean validation loss."""
+    """The mixture that does best on the objective."""
     store = prepare.run(session)
     drawn = mixtures(session, store)
     with (
@@ -37,7 +36,7 @@ def run(session: Session) -> mixture.Mixture:
         session.over("search", len(drawn) * small_runs.tokens(session)) as bar,
     ):
         trained = small_runs.train(session, store, drawn, bar)
-    best, reached = comm.on_first(lambda: _best(trained, store))
+    best, reached = _best(session, store, trained)
     provenance = {"runs": len(drawn), "chosen": best, "realised": reached}
     return mixture.Mixture("search", store.named(drawn[best]), provenance=provenance)
 
@@ -51,16 +50,18 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> torch.Tens
         pipeline.add(name, "swarm", shape, steps, run)
     if not all(run.finished for run in wanted.values()):
         return None
-    return drawn[_best(wanted, store)[0]]
+    return drawn[_best(session, store, wanted)[0]]
 
 
-def _best(finished: Mapping[str, Run], store: TokenStore) -> tuple[str, float]:
-    """Name and mean validation loss of the run that has the lowest."""
-    reached = {
-        name: float(np.mean(small_runs.losses(run, store))) for name, run in finished.items()
-    }
-    best = min(reached, key=lambda name: reached[name])
-    return best, reached[best]
+def _best(session: Session, store: TokenStore, finished: Mapping[str, Run]) -> tuple[str, float]:
+    """Name and score of the run that does best on the objective; guards are parts of the mean of
+    the runs, for natural is not among them."""
+    measured = metrics.measured(session, store, finished)
+    losses = np.array([measured[name] for name in finished])
+    wanted = metrics.objective(session, store, losses.mean(0))
+    judged, reached = wanted.scores(losses, penalised=True), wanted.scores(losses)
+    best = int(judged.argmin())
+    return list(finished)[best], float(reached[best])
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:

@@ -77,12 +77,6 @@ def _steps(run: Run) -> int:
     return (files.read_json(path)["step"] or 0) if path.exists() else 0
 
 
-def losses(run: Run, store: TokenStore) -> list[float]:
-    """(K,) validation loss of a finished run per domain, nats per token."""
-    domains = run.result()["evaluation"]["domains"]
-    return [domains[name]["loss"] for name in store.domains]
-
-
 def finished_like(session: Session, run: Run) -> list[dict[str, float]]:
     """The mixtures of the finished runs in the store that differ from `run` in their mixture
     only."""

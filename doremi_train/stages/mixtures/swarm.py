@@ -20,12 +20,12 @@ from torch import Tensor
 from doremi_train import files, mixture
 from doremi_train.console import Bar
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, regressors, swarm
+from doremi_train.methods import box, swarm
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
-from doremi_train.stages.runs import language_model
+from doremi_train.stages.runs import language_model, metrics
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
@@ -52,7 +52,7 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | N
     """The runs of a swarm: those that depend on a fit are not known before it."""
     problem, search = state(session, store)
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
-    for name, mixed in planned(session, problem).items():
+    for name, mixed in planned(session, store, problem).items():
         if mixed is not None or not search.finished:
             run = None if mixed is None else small_runs.recipe(session, store, mixed)
             pipeline.add(name, "swarm", shape, steps, run)
@@ -73,16 +73,17 @@ def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
         session.store,
         "swarm",
         {key: value for key, value in like.items() if key != "mixture"}
+        | metrics.recipe(session, store)
         | {"options": asdict(options) | {"frozen": problem.space.spread.tolist()}}
         | {key: value.tolist() for key, value in setting.items()},
     )
 
 
-def planned(session: Session, problem: Problem) -> dict[str, Tensor | None]:
+def planned(session: Session, store: TokenStore, problem: Problem) -> dict[str, Tensor | None]:
     """Every run of the search by its name under run_dir, with its mixture (K,) where it is known
     beforehand."""
     options = session.config.swarm
-    mixtures: dict[str, Tensor | None] = dict(_draw(session, problem, [], 1))
+    mixtures: dict[str, Tensor | None] = dict(_draw(session, store, problem, [], 1))
     for number in range(2, options.rounds + 1):
         mixtures |= {_name(number, index): None for index in range(problem.draws)}
     mixtures |= {f"swarm/confirm/proposal-{index + 1}": None for index in range(options.candidates)}
@@ -99,11 +100,14 @@ def _name(number: int, index: int) -> str:
 
 
 def _search(session: Session, store: TokenStore, problem: Problem, search: Run) -> None:
-    rows = comm.on_first(lambda: _reused(session, store, problem, search.folder))
-    total = len(planned(session, problem)) * small_runs.tokens(session)
+    rows = _reused(session, store, problem, search.folder)
+    names = metrics.names(session, store)
+    total = len(planned(session, store, problem)) * small_runs.tokens(session)
     with session.over("swarm", total) as bar:
         for number in range(1, session.config.swarm.rounds + 1):
-            mixtures = comm.on_first(functools.partial(_draw, session, problem, rows, number))
+            mixtures = comm.on_first(
+                functools.partial(_draw, session, store, problem, rows, number)
+            )
             trained = _train(session, store, mixtures, bar)
             new = {
                 tuple(row.weights): row
@@ -111,7 +115,8 @@ def _search(session: Session, store: TokenStore, problem: Problem, search: Run) 
                 if problem.space.holds(np.array(row.weights))
             }
             rows = list(new.values())  # of equal mixtures one
-        proposed = comm.on_first(lambda: swarm_proposals.propose(session, problem, rows))
+        wanted = swarm_problem.wanted(session, store, problem, rows)
+        proposed = comm.on_first(lambda: swarm_proposals.propose(session, problem, rows, wanted))
         tried = {
             f"proposal-{index + 1}": torch.from_numpy(p.mixed)
             for index, p in enumerate(proposed.proposals)
@@ -122,42 +127,41 @@ def _search(session: Session, store: TokenStore, problem: Problem, search: Run) 
         }
         confirmed = _train(session, store, mixtures, bar)
     comm.on_first(
-        lambda: swarm_proposals.conclude(session, problem, search, rows, proposed, confirmed)
+        lambda: swarm_proposals.conclude(
+            session, problem, search, rows, proposed, confirmed, names, wanted
+        )
     )
 
 
 def _reused(session: Session, store: TokenStore, problem: Problem, folder: Path) -> list[Row]:
     """What the store had when the search began; a search that is continued fits the same runs."""
     path = folder / "reused.json"
-    if not path.exists():
-        on_prior = small_runs.recipe(
-            session, store, torch.from_numpy(problem.space.expand(problem.prior))
-        )
-        reuse = session.config.swarm.reuse
-        known = small_runs.finished_like(session, on_prior) if reuse else []
-        files.write_json(
-            path,
-            [mixed for mixed in known if problem.space.holds(swarm_problem.row_of(problem, mixed))],
-        )
-    rows = []
-    for mixed in files.read_json(path):
-        run = small_runs.recipe(
-            session, store, torch.from_numpy(swarm_problem.row_of(problem, mixed))
-        )
-        rows.append(
-            Row(
-                run.folder.name,
-                swarm_problem.row_of(problem, mixed).tolist(),
-                small_runs.losses(run, store),
+
+    def look() -> list[dict[str, float]]:
+        if not path.exists():
+            on_prior = small_runs.recipe(
+                session, store, torch.from_numpy(problem.space.expand(problem.prior))
             )
-        )
-    if rows:
-        session.say(f"{'swarm':<22} {len(rows)} runs in the store are used too")
-    return rows
+            reuse = session.config.swarm.reuse
+            known = small_runs.finished_like(session, on_prior) if reuse else []
+            holds = [m for m in known if problem.space.holds(swarm_problem.row_of(problem, m))]
+            files.write_json(path, holds)
+        found: list[dict[str, float]] = files.read_json(path)
+        return found
+
+    points = [swarm_problem.row_of(problem, mixed) for mixed in comm.on_first(look)]
+    runs = [small_runs.recipe(session, store, torch.from_numpy(point)) for point in points]
+    measured = metrics.measured(session, store, {run.folder.name: run for run in runs})
+    if runs:
+        session.say(f"{'swarm':<22} {len(runs)} runs in the store are used too")
+    return [
+        Row(run.folder.name, point.tolist(), measured[run.folder.name])
+        for run, point in zip(runs, points, strict=True)
+    ]
 
 
 def _draw(
-    session: Session, problem: Problem, rows: Sequence[Row], number: int
+    session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row], number: int
 ) -> dict[str, Tensor]:
     """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as
     anchors."""
@@ -174,7 +178,8 @@ def _draw(
         }
         points = swarm.design(problem.prior, problem.inside, problem.draws, random)
     else:
-        fit = regressors.REGRESSORS[options.regressor](*swarm_problem.table_of(problem, rows))
+        wanted = swarm_problem.wanted(session, store, problem, rows)
+        fit = swarm_problem.fitted(session, problem, rows, wanted)
         points = swarm.explore(
             fit, problem.prior, problem.inside, options.kl, problem.draws, random
         )
@@ -187,9 +192,5 @@ def _train(
     session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar
 ) -> list[Row]:
     trained = small_runs.train(session, store, mixtures, bar)
-    return comm.on_first(
-        lambda: [
-            Row(name, mixtures[name].tolist(), small_runs.losses(run, store))
-            for name, run in trained.items()
-        ]
-    )
+    measured = metrics.measured(session, store, trained)
+    return [Row(name, mixtures[name].tolist(), measured[name]) for name in trained]

@@ -10,9 +10,11 @@ import numpy as np
 from doremi_train import files
 from doremi_train.config import UserError, in_keys
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, swarm
+from doremi_train.methods import box, regressors, swarm
 from doremi_train.methods.box import Box, Floats, Space
-from doremi_train.stages.runs import budget
+from doremi_train.methods.fits import Fit
+from doremi_train.methods.objective import Objective
+from doremi_train.stages.runs import budget, metrics
 from doremi_train.stages.session import Session
 
 
@@ -33,7 +35,7 @@ class Row(NamedTuple):
 
     run: str  # its name under run_dir; of one that was found in the store, its address
     weights: list[float]  # (K,)
-    losses: list[float]  # (K,) nats per token
+    losses: list[float]  # (M,) metrics, of which the first K are the domains' in nats per token
 
 
 def problem_of(session: Session, store: TokenStore) -> Problem:
@@ -95,10 +97,26 @@ def row_of(problem: Problem, mixed: Mapping[str, float]) -> Floats:
 
 
 def table_of(problem: Problem, rows: Sequence[Row]) -> tuple[Floats, Floats]:
-    """Points (N, V) and losses (N, K)."""
+    """Points (N, V) and metrics (N, M)."""
     return problem.space.reduce(np.array([row.weights for row in rows])), np.array(
         [row.losses for row in rows]
     )
+
+
+def wanted(session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row]) -> Objective:
+    """The objective, whose natural is the run on it: an anchor of the first round."""
+    anchor = problem.space.expand(problem.space.reduce(problem.natural))
+    natural = [row.losses for row in rows if box.distance(np.array(row.weights), anchor) < 1e-6]
+    return metrics.objective(session, store, np.mean(natural, axis=0))
+
+
+def fitted(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Fit:
+    """Fit of what counts: of all losses where they count alike, else of the objective's one
+    figure."""
+    fit = regressors.REGRESSORS[session.config.swarm.regressor](*table_of(problem, rows))
+    if wanted.plain:
+        return fit
+    return swarm.Judged(fit, lambda losses: wanted.scores(losses, penalised=True))
 
 
 def generator(session: Session, *stream: int) -> np.random.Generator:

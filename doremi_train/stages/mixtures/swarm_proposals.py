@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.methods import box, regressors, swarm
+from doremi_train.methods import box, swarm
 from doremi_train.methods.box import Floats
+from doremi_train.methods.objective import Objective
 from doremi_train.stages.mixtures import swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.session import Session
@@ -19,7 +20,7 @@ from doremi_train.storage.runs import Run
 
 class Proposal(NamedTuple):
     mixed: Floats  # (K,)
-    predicted: float  # mean loss, nats per token
+    predicted: float  # objective: the mean loss in nats per token, where nothing else is said
     interval: tuple[float, float]
     distance: float  # to the nearest run that was fitted, total variation
     refused: list[str]  # why it is not to be believed, before it is trained
@@ -28,16 +29,16 @@ class Proposal(NamedTuple):
 class Proposed(NamedTuple):
     proposals: list[Proposal]
     diagnostics: swarm.Diagnostics
-    fitted: Floats  # (N,) mean loss
+    fitted: Floats  # (N,) objective
     unseen: Floats  # (N,) the same out of fold
 
 
-def propose(session: Session, problem: Problem, rows: Sequence[Row]) -> Proposed:
+def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Proposed:
     """Fit, solve at λ, 4 λ, …, and say what is to be expected."""
     options, random = session.config.swarm, swarm_problem.generator(session, 0)
     points, losses = swarm_problem.table_of(problem, rows)
-    fit, realised = regressors.REGRESSORS[options.regressor](points, losses), losses.mean(1)
-    unseen = swarm.out_of_fold(points, losses, options.regressor, random).mean(1)
+    fit, realised = swarm_problem.fitted(session, problem, rows, wanted), wanted.scores(losses)
+    unseen = wanted.scores(swarm.out_of_fold(points, losses, options.regressor, random))
     diagnostics, proposals = swarm.diagnose(unseen, realised), []
     for index in range(options.candidates):
         point = swarm.solve(fit, problem.prior, problem.inside, options.kl * 4**index, random)
@@ -75,13 +76,15 @@ def conclude(
     rows: Sequence[Row],
     proposed: Proposed,
     confirmed: Sequence[Row],
+    names: Sequence[str],
+    wanted: Objective,
 ) -> None:
-    """Take the best mixture of those that were trained, within caps and floors and not refused; and
-    write all down."""
+    """Take the best mixture of those that were trained, within caps, floors and guards and not
+    refused; and write all down. `names` (M,) are those of the metrics."""
     lines: list[dict[str, Any]] = []
     for index, row in enumerate(confirmed):
-        realised = float(np.mean(row.losses))
-        line = {
+        realised = float(wanted.scores(np.array([row.losses]))[0])
+        line: dict[str, Any] = {
             "name": row.run.rpartition("/")[2],
             "weights": swarm_problem.named(problem, row.weights),
             "realised": realised,
@@ -97,13 +100,16 @@ def conclude(
         else:
             kept = box.inside(np.array(row.weights), problem.within)
             line["refused"] = [] if kept else ["it is outside mixture.max_epochs or swarm.floor"]
+        line["refused"] += _beyond(wanted, row, names)
         lines.append(line)
     chosen = min((line for line in lines if not line["refused"]), key=lambda line: line["realised"])
     verdict = _verdict(lines, chosen)
     diagnostics, first = proposed.diagnostics._asdict(), lines[0]
     files.write_bytes(
         search.folder / "runs.jsonl",
-        b"".join(orjson.dumps(line) + b"\n" for line in _lines(problem, rows, proposed)),
+        b"".join(
+            orjson.dumps(line) + b"\n" for line in _lines(problem, rows, proposed, names, wanted)
+        ),
     )
     files.write_json(
         search.folder / "fit.json",
@@ -150,14 +156,30 @@ def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> s
     )
 
 
-def _lines(problem: Problem, rows: Sequence[Row], proposed: Proposed) -> list[dict[str, Any]]:
+def _beyond(wanted: Objective, row: Row, names: Sequence[str]) -> list[str]:
+    """Which guards a run breaks, with the figure."""
+    lost = wanted.beyond(torch.tensor([row.losses], dtype=torch.float64))[0].numpy()
+    return [
+        f"it loses {lost[m] + wanted.guard[m]:.2%} of {names[m]} against natural, more than "
+        f"objective.guard={wanted.guard[m]:.2%}"
+        for m in np.flatnonzero(lost > 0).tolist()
+    ]
+
+
+def _lines(
+    problem: Problem,
+    rows: Sequence[Row],
+    proposed: Proposed,
+    names: Sequence[str],
+    wanted: Objective,
+) -> list[dict[str, Any]]:
     first = proposed.proposals[0].mixed
     return [
         {
             "run": row.run,
             "weights": swarm_problem.named(problem, row.weights),
-            "losses": swarm_problem.named(problem, row.losses),
-            "loss": float(np.mean(row.losses)),
+            "losses": dict(zip(names, row.losses, strict=True)),
+            "loss": float(wanted.scores(np.array([row.losses]))[0]),
             "fitted": float(proposed.fitted[index]),
             "out_of_fold": float(proposed.unseen[index]),
             # From the first proposal.

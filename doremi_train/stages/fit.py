@@ -1,0 +1,310 @@
+"""A mixture from other people's runs: a table of weights and metrics is read, fitted, judged by
+folds, and the best mixture proposed; without a corpus, a tokeniser or training.
+
+    run_dir/weights.json            what is proposed, for mixture=file and stage=export
+    run_dir/fit/fit.json            figures of the fit, and of the proposal
+    run_dir/fit/predictions.csv     of fit.predict
+    run_dir/fit/report.html
+
+N runs, K domains, M metrics, R mixtures.
+"""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy
+import torch
+from rich.markup import escape
+
+from doremi_train import files, mixture
+from doremi_train.config import UserError
+from doremi_train.evaluation import runs_table
+from doremi_train.evaluation.runs_table import Runs
+from doremi_train.evaluation.statistics import listed
+from doremi_train.methods import box, swarm, trees
+from doremi_train.methods import objective as objectives
+from doremi_train.methods.box import Box, Floats
+from doremi_train.methods.fits import Known
+from doremi_train.methods.forecast import Forecast, forecast
+from doremi_train.methods.objective import Objective
+from doremi_train.methods.optimum import optimum
+from doremi_train.mixture import Mixture
+from doremi_train.parallel import comm
+from doremi_train.reports import fit_page
+from doremi_train.stages.session import Session, once
+
+RUNS_PER_DOMAIN = 2  # of fewer nothing is proposed
+
+
+class Problem(NamedTuple):
+    """What is known, and what is wanted."""
+
+    runs: Runs
+    natural: Floats  # (K,)
+    passes: Floats | None  # (K,) over each domain by the final run on it alone
+    within: Box
+    fitted: Forecast
+    wanted: Objective
+
+
+class Proposal(NamedTuple):
+    """A mixture, and what is to be expected of it."""
+
+    weights: Floats  # (K,)
+    predicted: Floats  # (M,)
+    low: Floats  # (M,) of the 95 % interval
+    high: Floats  # (M,)
+    refused: list[str]  # why it is not to be believed
+
+
+@once
+def run(session: Session) -> Mixture | None:
+    """Fit, judge, propose and predict; the mixture, where one is proposed. Raises UserError for
+    tables that cannot be used."""
+    chosen: Mixture | None = comm.on_first(lambda: _run(session))
+    return chosen
+
+
+def require(session: Session) -> Mixture:
+    """The proposal. Raises UserError where there is none."""
+    chosen = run(session)
+    if chosen is None:
+        raise UserError(
+            f"fit.runs={session.config.fit.runs}: no mixture is proposed (see above); give more "
+            "runs, or take mixture=file"
+        )
+    return chosen
+
+
+def _run(session: Session) -> Mixture | None:
+    folder = session.run_dir / "fit"
+    problem = _problem(session)
+    proposal = _propose(session, problem)
+    if session.config.fit.predict is not None:
+        _predict(folder / "predictions.csv", session.config.fit.predict, problem)
+    content = _content(session, problem, proposal)
+    files.write_json(folder / "fit.json", content)
+    fit_page.write(folder / "report.html", content)
+    for line in (*content["notes"], content["verdict"], str(folder / "report.html")):
+        session.say(escape(f"fit: {line}"))
+    if proposal is None or proposal.refused:
+        return None
+    chosen = Mixture(
+        "fit",
+        {name: domain["proposed"] for name, domain in content["domains"].items()},
+        epochs={} if problem.passes is None else _named(problem, proposal.weights * problem.passes),
+        provenance={key: content[key] for key in ("runs", "regressor", "verdict")},
+    )
+    mixture.save(session.run_dir / "weights.json", chosen)
+    return chosen
+
+
+# ── What is known ───────────────────────────────────────────────────────────────────
+
+
+def _problem(session: Session) -> Problem:
+    asked = session.config.fit
+    if not asked.runs:
+        raise UserError(
+            "fit.runs: names the table of the runs, a row a run with a column of weights a domain "
+            "and a column a metric, as in fit.runs=runs.csv or 'fit.runs=[mixtures.csv,losses.csv]'"
+        )
+    if asked.regressor == "lightgbm" and not trees.installed():
+        raise UserError(
+            "fit.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or "
+            "take corrected, saturating or gaussian_process"
+        )
+    runs = runs_table.read(_many(asked.runs), _many(asked.weights), _many(asked.metrics))
+    natural, passes = _sizes(session, runs)
+    fitted = forecast(runs.weights, runs.values, Known(passes, natural), asked.regressor)
+    wanted = _objective(session, runs, fitted.predict(natural[None])[0])
+    return Problem(runs, natural, passes, _within(session, runs, passes), fitted, wanted)
+
+
+def _many(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else given
+
+
+def _sizes(session: Session, runs: Runs) -> tuple[Floats, Floats | None]:
+    """Natural weights (K,), and passes (K,) where the tokens of the domains and the budget are
+    given."""
+    tokens, budget = session.config.fit.tokens, session.config.main.tokens
+    if tokens is None:
+        return runs.weights.mean(0), None
+    for name in (*tokens, *runs.domains):
+        if name not in tokens or name not in runs.domains:
+            what = "no number for" if name in runs.domains else "unknown domain"
+            raise UserError(f"fit.tokens: {what} {name!r}; the runs have {listed(runs.domains)}")
+    sizes = np.array([tokens[name] for name in runs.domains], np.float64)
+    return sizes / sizes.sum(), None if budget is None else budget / sizes
+
+
+def _within(session: Session, runs: Runs, passes: Floats | None) -> Box:
+    """Mixtures that keep mixture.max_epochs, where it is known what that is, and else those in
+    which no domain has more than in any run: a fit says nothing beyond."""
+    most = runs.weights.max(0)
+    if passes is not None:
+        most = session.config.mixture.max_epochs / passes
+        if np.minimum(most, 1).sum() < 1:
+            raise UserError(
+                f"main.tokens={session.config.main.tokens}: more than mixture.max_epochs="
+                f"{session.config.mixture.max_epochs:g} passes over all of fit.tokens; raise it, "
+                "or lower main.tokens"
+            )
+    return Box(np.zeros(len(most)), np.minimum(most, 1))
+
+
+def _objective(session: Session, runs: Runs, natural: Floats) -> Objective:
+    try:
+        return objectives.objective(session.config.objective, runs.metrics, natural)
+    except KeyError as error:
+        raise UserError(
+            f"objective: unknown metric {error.args[0]!r}; the runs have {listed(runs.metrics)}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"objective.metrics: {error}; give one that counts") from None
+
+
+# ── What is proposed ────────────────────────────────────────────────────────────────
+
+
+def _propose(session: Session, problem: Problem) -> Proposal | None:
+    """The best mixture of the fits; None where the runs are too few for one."""
+    runs, fitted, wanted = problem.runs, problem.fitted, problem.wanted
+    if len(runs.ids) < RUNS_PER_DOMAIN * _used(runs):
+        return None
+    random, pull = np.random.default_rng(session.config.seed), session.config.fit.kl
+    prior = np.maximum(problem.natural, 1e-6)
+    prior /= prior.sum()
+    if fitted.smooth:
+        point = optimum(fitted, wanted.penalised, problem.within, prior, pull, random)
+    else:
+        judged = swarm.Judged(fitted, lambda values: wanted.scores(values, penalised=True))
+        point = swarm.solve(judged, prior, problem.within, pull, random)
+    point = box.on_grid(point, problem.within)
+    predicted, low, high = (part[0] for part in fitted.between(point[None]))
+    return Proposal(point, predicted, low, high, _refused(problem, predicted))
+
+
+def _used(runs: Runs) -> int:
+    """Domains that any run has tokens of."""
+    return int((runs.weights.max(0) > 0).sum())
+
+
+def _refused(problem: Problem, predicted: Floats) -> list[str]:
+    trust, wanted = _spearman(*_scored(problem)), problem.wanted
+    refused = []
+    if trust < swarm.LEAST_SPEARMAN:
+        refused.append(
+            f"out of fold the fit ranks runs with a Spearman correlation of {trust:.2f} only"
+        )
+    lost = wanted.beyond(torch.from_numpy(predicted[None]))[0].numpy()
+    refused += [
+        f"no mixture keeps objective.guard: this one loses {lost[m] + wanted.guard[m]:.2%} of "
+        f"{problem.runs.metrics[m]}"
+        for m in np.flatnonzero(lost > 1e-6).tolist()
+    ]
+    return refused
+
+
+def _scored(problem: Problem) -> tuple[Floats, Floats]:
+    """Objective out of fold and realised, of the runs that have all metrics that count."""
+    there = np.isfinite(problem.runs.values[:, problem.wanted.weights != 0]).all(1)
+    both = (problem.fitted.unseen[there], problem.runs.values[there])
+    unseen, realised = (problem.wanted.scores(np.nan_to_num(values)) for values in both)
+    return unseen, realised
+
+
+def _spearman(a: Floats, b: Floats) -> float:
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(scipy.stats.spearmanr(a, b).statistic)
+
+
+# ── What is written ─────────────────────────────────────────────────────────────────
+
+
+def _predict(path: Path, table: str, problem: Problem) -> None:
+    """The first column as given; a column a metric, with the ends of its interval."""
+    unseen = runs_table.read_mixtures(table, problem.runs.domains, "fit.predict")
+    columns = np.stack(problem.fitted.between(unseen.weights), axis=2)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [name + end for name in problem.runs.metrics for end in ("", "_low", "_high")]
+    writer.writerow([unseen.first, *names])
+    for identifier, row in zip(unseen.ids, columns.reshape(len(unseen.ids), -1), strict=True):
+        writer.writerow([identifier, *map(repr, row.tolist())])
+    files.write_bytes(path, text.getvalue().encode())
+
+
+def _content(session: Session, problem: Problem, proposal: Proposal | None) -> dict[str, Any]:
+    runs, fitted, wanted = problem.runs, problem.fitted, problem.wanted
+    natural, spearman = wanted.natural, _spearman(*_scored(problem))
+    goal = {
+        "reduce": wanted.reduce,
+        "natural": float(wanted.scores(natural[None])[0]),
+        "proposed": None if proposal is None else float(wanted.scores(proposal.predicted[None])[0]),
+        "spearman": spearman,
+    }
+    domains = {
+        "natural": problem.natural,
+        "most": runs.weights.max(0),
+        **({} if proposal is None else {"proposed": proposal.weights}),
+    }
+    metrics = {}
+    for m, name in enumerate(runs.metrics):
+        there = np.isfinite(runs.values[:, m])
+        errors = runs.values[there, m] - fitted.unseen[there, m]
+        metrics[name] = {
+            "weight": float(wanted.weights[m]),
+            "guard": float(wanted.guard[m]) if np.isfinite(wanted.guard[m]) else None,
+            "natural": float(natural[m]),
+            "runs": int(there.sum()),
+            "spearman": _spearman(fitted.unseen[there, m], runs.values[there, m]),
+            "error": float(np.sqrt((errors**2).mean())),
+        }
+        if proposal is not None:
+            ends = (proposal.predicted, proposal.low, proposal.high)
+            metrics[name] |= {
+                kind: float(values[m])
+                for kind, values in zip(("proposed", "low", "high"), ends, strict=True)
+            }
+    return {
+        "verdict": _verdict(problem, proposal, goal),
+        "notes": runs.notes,
+        "runs": len(runs.ids),
+        "regressor": session.config.fit.regressor,
+        "objective": goal,
+        "proposed": proposal is not None,
+        "refused": [] if proposal is None else proposal.refused,
+        "domains": {
+            name: {kind: float(values[k]) for kind, values in domains.items()}
+            for k, name in enumerate(runs.domains)
+        },
+        "metrics": metrics,
+    }
+
+
+def _verdict(problem: Problem, proposal: Proposal | None, goal: dict[str, Any]) -> str:
+    runs = problem.runs
+    trust = f"out of fold the objective of runs is ranked with a Spearman of {goal['spearman']:.3f}"
+    if proposal is None:
+        return (
+            f"No mixture is proposed: {len(runs.ids)} runs are fewer than {RUNS_PER_DOMAIN} for "
+            f"each of {_used(runs)} domains; {trust}."
+        )
+    what = "mean" if goal["reduce"] == "mean" else "largest"
+    said = (
+        f"The fit expects {goal['proposed']:.4f} of the proposed mixture, and "
+        f"{goal['natural']:.4f} of natural (the {what} of the metrics that count; {trust})."
+    )
+    if proposal.refused:
+        return f"{said} It is refused: {'; '.join(proposal.refused)}."
+    return f"{said} Train it before you believe it: optima lie where no run is."
+
+
+def _named(problem: Problem, values: Floats) -> dict[str, float]:
+    return dict(zip(problem.runs.domains, values.tolist(), strict=True))
