@@ -98,11 +98,13 @@ def conclude(
             }
             line["refused"] = proposal.refused + swarm.confirm(realised, proposal.interval)
         else:
-            kept = box.inside(np.array(row.weights), problem.within)
-            line["refused"] = [] if kept else ["it is outside mixture.max_epochs or swarm.floor"]
+            inside = box.inside(np.array(row.weights), problem.within)
+            line["refused"] = [] if inside else ["it is outside mixture.max_epochs or swarm.floor"]
         line["refused"] += _beyond(wanted, row, names)
         lines.append(line)
-    chosen = min((line for line in lines if not line["refused"]), key=lambda line: line["realised"])
+    # Where guards refuse all, the last one, which keeps caps and floors.
+    kept = [line for line in lines if not line["refused"]] or lines[-1:]
+    chosen = min(kept, key=lambda line: line["realised"])
     verdict = _verdict(lines, chosen)
     diagnostics, first = proposed.diagnostics._asdict(), lines[0]
     files.write_bytes(
@@ -149,6 +151,11 @@ def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> s
             "predicted) and is the best of those confirmed"
         )
     why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} nats per token"
+    if chosen["refused"]:
+        return (
+            f"the proposal is refused: {why}; so is everything else, and {chosen['name']} is "
+            "written, which keeps mixture.max_epochs and swarm.floor"
+        )
     return (
         f"the proposal is {'refused' if first['refused'] else 'not the best'}: {why}; "
         f"{chosen['name']} is written instead, with {chosen['realised']:.4f} the best of those "

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +56,11 @@ def objective(session: Session, store: TokenStore, natural: Floats) -> Objective
 
 def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
     """What of the objective decides the result of a search; nothing where all domains count
-    alike."""
+    alike. Raises UserError for an objective that cannot be, before anything is trained."""
     asked = session.config.objective
     if asked == objectives.Options():
         return {}
+    objective(session, store, np.ones(len(names(session, store))))
     plain = {"reduce": asked.reduce, "metrics": asked.metrics, "guard": asked.guard}
     return {"objective": plain | {TARGET: _text(session, store)[1]}}
 

@@ -409,12 +409,71 @@ def test_nothing_of_a_swarm_is_done_twice(
     assert len(made(store)) - len(before) <= 3  # a drawn run, a proposal, and the swarm itself
 
 
+@pytest.mark.slow
+def test_a_swarm_serves_its_objective(
+    swarmed: Path, tiny: list[str], store: Path, tmp_path: Path
+) -> None:
+    """The same runs, judged by the text of a target; another objective is another search."""
+    target = ("objective=target", "target.domains=[rich]", "target.sequences=4", "stage=swarm")
+    before = made(store)
+    outcome = run_here(*tiny, *SWARM, *target, f"run_dir={tmp_path / 'target'}")
+    assert outcome.code == 0, outcome
+    runs = lines(tmp_path / "target/swarm/runs.jsonl")
+    known = {line["run"]: line["losses"] for line in lines(swarmed / "swarm/runs.jsonl")}
+    for run in runs:
+        assert run["loss"] == run["losses"].pop("target") > 0
+        if run["run"] in known:  # the others were found in the store
+            assert run["losses"] == known[run["run"]]
+    assert len({run["loss"] for run in runs}) > 1
+    fit, mixture = (read(tmp_path / "target" / name) for name in ("swarm/fit.json", "weights.json"))
+    allowed = [line["realised"] for line in fit["confirmed"] if not line["refused"]]
+    (chosen,) = (line for line in fit["confirmed"] if line["name"] == fit["chosen"])
+    assert chosen["realised"] == min(allowed) and mixture["weights"] == chosen["weights"]
+    assert len(made(store)) - len(before) <= 2  # a proposal, and the search
+    measured = list((store / "metrics").iterdir())
+    again = run_here(*tiny, *SWARM, *target, f"run_dir={tmp_path / 'again'}", "swarm.kl=0.1")
+    assert again.code == 0 and set(measured) <= set((store / "metrics").iterdir())
+
+
+@pytest.mark.slow
+def test_a_guard_is_checked_on_the_confirmation_run(
+    swarmed: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    """Whatever loses anything of any domain against natural is refused, with the figure."""
+    guard = ("objective.metrics={rich: 1}", "objective.guard={plain: 0, rich: 0, digits: 0}")
+    outcome = run_here(*tiny, *SWARM, *guard, f"run_dir={tmp_path}", "stage=swarm")
+    assert outcome.code == 0, outcome
+    fit = read(tmp_path / "swarm/fit.json")
+    natural = read(tmp_path / "swarm/confirm/natural/result.json")["evaluation"]["domains"]
+    for line in fit["confirmed"]:
+        reached = read(tmp_path / "swarm/confirm" / line["name"] / "result.json")["evaluation"]
+        lost = {
+            name: entry["loss"] / natural[name]["loss"] - 1
+            for name, entry in reached["domains"].items()
+        }
+        for name, part in lost.items():
+            said = f"it loses {part:.2%} of {name} against natural, more than objective.guard=0.00%"
+            assert (said in line["refused"]) == (part > 0), line
+        assert line["realised"] == reached["domains"]["rich"]["loss"]
+    assert fit["chosen"] == "natural" or not any(
+        line["refused"] for line in fit["confirmed"] if line["name"] == fit["chosen"]
+    )
+
+
 def test_a_swarm_that_cannot_be_is_refused(tiny: list[str], tmp_path: Path) -> None:
     cases: list[tuple[list[str], str]] = [
         (["stage=swarm"], "write mixture=swarm too"),
         (["mixture=swarm", "stage=plan", "main.tokens=1000000000000"], "mixture.max_epochs=4"),
         (["mixture=swarm", "stage=plan", f"swarm.frozen={tmp_path}/none.json"], "swarm.frozen="),
         (["reference.mixture=file"], "reference.mixture=file"),
+        (
+            ["mixture=swarm", "stage=plan", "objective=target"],
+            "objective: counts target, and there is none",
+        ),
+        (
+            ["mixture=swarm", "stage=plan", "objective.metrics={moon: 1}"],
+            "objective: unknown metric 'moon'",
+        ),
         (
             ["mixture=swarm", "stage=plan", "swarm.floor=0.5"],
             "swarm: swarm.floor=0.5 for 3 domains",
