@@ -21,6 +21,7 @@ from helpers.command import LONG, Command, run_here, start
 from helpers.processes import checkpoints, ended, reached, reaped, same_bits, wait_for
 from helpers.sources import TEXTS, jsonl, one, options, refused, texts, write_as
 
+from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.data.tokens.prepare import prepare
 from doremi_train.data.tokens.shards import TokenStore
@@ -280,6 +281,9 @@ def test_only_the_shards_that_are_touched_are_fetched(
     }
     elsewhere = prepare(given, tmp_path / "there", mirror=Mirror(f"{bucket}/data"))
     assert not list(elsewhere.rglob("*.tar"))
+    half = files.aside_of(elsewhere / "train" / "digits" / "00000.tar")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"left by a kill")
     mirror = Mirror(f"{bucket}/data").at(made.name)
     one_, two = TokenStore.open(made), TokenStore.open(elsewhere, mirror)
     assert elsewhere.name == made.name and two.fingerprint == one_.fingerprint

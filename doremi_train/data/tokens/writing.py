@@ -24,6 +24,7 @@ from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
 from doremi_train.files import sync_folder, write_bytes
 
+JOURNAL = "journal.jsonl"  # one line per member on disk
 BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
 
 
@@ -84,7 +85,7 @@ class ShardWriter:
         self.streams: dict[Stream, StreamState] = {}
         self._buffers: dict[Stream, _Buffer] = {}
         self._buffered = 0
-        self._journal = folder / "journal.jsonl"  # one line per member on disk
+        self._journal = folder / JOURNAL
         self._recover()
 
     def held(self, stream: Stream) -> int:
@@ -137,10 +138,6 @@ class ShardWriter:
         data = _npy(index)
         write_bytes(self.folder / "index.npy", data)
         return data
-
-    def forget_journal(self) -> None:
-        """Forget how to continue: the manifest is written, and nothing is left to do."""
-        self._journal.unlink(missing_ok=True)
 
     def _flush(self, stream: Stream) -> None:
         """Put the stream's buffer on disk as one member, then into the journal.
@@ -304,7 +301,12 @@ def write_manifest(
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     write_bytes(writer.folder / "manifest.json", text.encode())
-    writer.forget_journal()
+    forget_journal(writer.folder)
+
+
+def forget_journal(folder: Path) -> None:
+    """Forget how to continue: the manifest is written."""
+    (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def _describe(writer: ShardWriter, stream: Stream) -> dict[str, Any]:
