@@ -36,8 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = aside_of(path)
     try:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(aside)
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -51,6 +50,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
+        for written in filter(Path.is_file, aside.rglob("*")):
+            _sync(written)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
@@ -101,7 +102,11 @@ def read_json(path: Path) -> Any:
 
 def sync_folder(folder: Path) -> None:
     """Make renames within `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         Path("model"),
         Path("model/two"),
     ]
+
+
+def test_a_folder_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync = tmp_path / "model", os.fsync
+    synced = []
+
+    def noted(handle: int) -> None:
+        fsync(handle)
+        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with files.replacing_folder(path) as aside:
+        (aside / "sub").mkdir()
+        for name in ("one", "sub/two"):
+            (aside / name).touch()
+    assert {("one", False), ("two", False)} < set(synced)
 
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def less(at: Folders) -> list[list[str]]:
     planted_tasks.write(at.read / "amber.jsonl", planted_tasks.records(3, 6, 0.0, ("amber",)))
     more = [f"selection.targets={{amber: [{at.read}/amber.jsonl]}}", "selection.less.epochs=2"]
     more += ["selection.less.features=int8", "finetune.lora.rank=null", "selection.fraction=0.2"]
+    more += ["selection.less.baselines=[random]"]
     return [[*at.examples(), "selection=less", *more]]
 
 

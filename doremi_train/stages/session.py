@@ -123,12 +123,15 @@ class Session:
             runs.set_status(folder, state, message=message)
 
     def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
-        if not run.finished:
+        if not run.settled:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
         if self.mirror:
             self._meet(run, self.mirror.at("runs", run.folder.name))
         if not run.finished:
             run.begin()
+        elif not run.settled:
+            checkpoint.remove(run.folder / checkpoint.FOLDER)
+            run.settle()
         files.link(self.run_dir / name, run.folder)
 
     @staticmethod

@@ -61,6 +61,18 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "result.json").exists()
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is finished, and what comes after its result is done too."""
+        path = self.folder / "status.json"
+        done = self.finished and path.exists()
+        return done and files.read_json(path)["state"] == "finished"
+
+    def settle(self) -> None:
+        """Say that it is finished, where whoever finished it did not come to that."""
+        steps = self.result().get("steps")  # of a vocabulary they are a list
+        set_status(self.folder, "finished", steps if isinstance(steps, int) else None)
+
     def result(self) -> Any:
         return files.read_json(self.folder / "result.json")
 
@@ -95,7 +107,7 @@ class Run:
             names = [name for name in self.mirror.sizes() if not name.startswith("checkpoints/")]
             for name in sorted(names, key=lambda name: (name == "result.json", name)):
                 self.mirror.pull(self.folder, name)
-            set_status(self.folder, "finished", self.result().get("steps"))
+            self.settle()
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:

@@ -68,7 +68,8 @@ def _opened(path: Any, mode: Any, flags: int) -> Iterator[tuple[str, str]]:
     there = os.path.exists(where)
     if not there or (flags & os.O_TRUNC and os.path.getsize(where)):
         yield "open", where
-        if not where.endswith((".partial", "lock")):  # which is cleared, or is nothing but a lock
+        # What is written aside is not read, and of a lock nothing is.
+        if ".partial" not in where and not where.endswith("lock"):
             yield "empty", where
 
 

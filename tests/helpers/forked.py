@@ -26,7 +26,14 @@ import pytest
 _context = multiprocessing.get_context("forkserver")
 _folder = tempfile.TemporaryDirectory(prefix="doremi-forked-")  # of what they print
 _context.set_forkserver_preload(
-    ["doremi_train.stages.pipeline", "transformers.models.gpt_neox.modeling_gpt_neox"]
+    [
+        "doremi_train.stages.pipeline",
+        "transformers.models.gpt_neox.modeling_gpt_neox",
+        "transformers.models.llama.modeling_llama",
+        "matplotlib.backends.backend_svg",
+        "scipy.stats",
+        "numba",  # where it is installed
+    ]
 )
 
 

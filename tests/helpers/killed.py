@@ -16,6 +16,7 @@ operation is killed, alone.
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from helpers import counting, forked
@@ -48,10 +49,10 @@ def operations(log: Path) -> list[str]:
 
 def left(folder: Path) -> dict[str, bytes]:
     """{path below `folder`: content} of all that is there, without what differs between any two
-    runs: times, and who holds a lock."""
+    runs: times, how long something took, and who holds a lock."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        name = re.sub(r"instructions-\w+", partial(_by_content, folder), str(path.relative_to(folder)))
         if path.is_symlink():
             found[name] = os.readlink(path).encode()
         elif path.is_dir():
@@ -61,17 +62,25 @@ def left(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def _by_content(folder: Path, name: re.Match[str]) -> str:
+    """Examples that were chosen are named after the time of their file too."""
+    for manifest in folder.rglob(f"{name[0]}/manifest.json"):
+        return f"instructions-{json.loads(manifest.read_bytes())['fingerprint']}"
+    return name[0]
+
+
 def _timeless(path: Path) -> bytes:
     content = path.read_bytes()
     for name, times in _TIMES.items():
-        if path.name == name:
+        if path.match(name):
             content = re.sub(times, rb"", content)
     return content
 
 
-# {name of a file: what of it is a time, or how long something took}
+# {end of a path: what of the file is a time, or how long something took}
 _TIMES = {
     "status.json": rb'"time": [^,}]+',
     "metrics.jsonl": rb'"tokens_per_second":[^,}]+',
     "plan.json": rb'"(total_)?seconds": [^,}]+',
+    "instructions-*/manifest.json": rb'(?s)"request": .*',
 }
