@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -141,6 +142,17 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             waiting()
             time.sleep(0.2)
         yield
+
+
+@contextlib.contextmanager
+def making(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold the lock of a file that is made once, whoever needs it. Gives whether it is still to be
+    made; what kills left of it is gone. `waiting` is as for `locked`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), waiting):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            left.unlink(missing_ok=True)
+        yield not path.exists()
 
 
 @contextlib.contextmanager

@@ -104,6 +104,22 @@ def test_a_folder_is_on_disk_before_it_has_its_name(
     assert {("one", False), ("two", False)} < set(synced)
 
 
+def test_a_file_is_made_once_and_what_kills_left_of_it_is_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a[1].json"
+    other = files.aside_of(path.with_name("b.json"))
+    with files.making(path) as todo:
+        assert todo
+        files.aside_of(path).touch()  # and here it is killed
+        other.touch()
+    made = []
+    for _ in range(2):
+        with files.making(path) as todo:
+            made.append(todo)
+            files.write_json(path, 1)
+    assert made == [True, False]
+    assert {one.name for one in path.parent.iterdir()} == {path.name, ".a[1].json.lock", other.name}
+
+
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert list(files.read_lines(tmp_path / "none.jsonl")) == []
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -215,7 +216,7 @@ def _claim(session: Session, stack: contextlib.ExitStack) -> None:
             if changed:
                 _clear(session.run_dir)
         if only:
-            files.clear_partial(session.run_dir, below=False)
+            _clear_partial(session.run_dir, session.store.resolve())
         text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
         files.write_bytes(path, text.encode())
 
@@ -251,6 +252,19 @@ def _filled(folder: Path) -> bool:
         for path in folder.iterdir()
         if not path.name.startswith(".")
     )
+
+
+def _clear_partial(run_dir: Path, store: Path) -> None:
+    """Remove what was left half-written in a run folder that nobody else works in. A store in it
+    has locks of its own, and a run folder in it is held by who works there."""
+    for name, below, _ in os.walk(run_dir):  # follows no link
+        folder = Path(name)
+        files.clear_partial(folder, below=False)
+        below[:] = [
+            name
+            for name in below
+            if (folder / name).resolve() != store and not os.path.exists(folder / name / "config.yaml")
+        ]
 
 
 def _clear(run_dir: Path) -> None:

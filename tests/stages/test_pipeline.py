@@ -234,6 +234,21 @@ def test_what_a_kill_after_its_result_left_of_a_run_is_settled(
     assert (status["state"], status["step"]) == ("finished", STEPS)
 
 
+def test_what_kills_left_in_a_run_dir_is_cleared_but_not_in_others_within(
+    fresh: list[str], tmp_path: Path
+) -> None:
+    at = tmp_path / "run"
+    (at / "jobs" / "seed-0" / "proxy").mkdir(parents=True)
+    (at / "jobs" / "seed-0" / "config.yaml").touch()  # a run_dir of its own, perhaps at work
+    left = [at / "weights.json", at / "swarm" / "round-1" / "run-0", at / "downstream" / "a.yaml"]
+    others = [at / "jobs" / "seed-0" / "weights.json", at / "store" / "runs" / "a" / "result.json"]
+    for path in (*left, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.aside_of(path).touch()
+    ran(*fresh, f"run_dir={at}", f"store={at / 'store'}", "stage=plan")
+    assert {path for path in at.rglob("*.partial")} == {*map(files.aside_of, others)}
+
+
 def test_the_reference_is_the_baseline(finished: Path) -> None:
     assert (finished / "reference").resolve() == (finished / "baseline").resolve()
     assert (finished / "main").resolve() != (finished / "baseline").resolve()
