@@ -94,7 +94,7 @@ def test_a_folder_is_on_disk_before_it_has_its_name(
 
     def noted(handle: int) -> None:
         fsync(handle)
-        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, path.exists()))
+        synced.append((Path(f"/proc/self/fd/{handle}").readlink().name, path.exists()))
 
     monkeypatch.setattr(os, "fsync", noted)
     with files.replacing_folder(path) as aside:

@@ -201,7 +201,8 @@ def test_a_stage_that_was_killed_ends_in_the_same_bits(
 
 def points(name: str, done: list[str]) -> list[int]:
     """Numbers of operations to kill before, of those that were `done`."""
-    every, kinds = range(1, len(done) + 1), [*{_kind(one): n for n, one in enumerate(done, 1)}.values()]
+    every = range(1, len(done) + 1)
+    kinds = [*{_kind(one): n for n, one in enumerate(done, 1)}.values()]
     stage, _, asked = os.environ.get("KILL_BEFORE", "").partition(":")
     if asked in ("all", "kinds"):
         return [*every] if asked == "all" else kinds

@@ -257,14 +257,12 @@ def _filled(folder: Path) -> bool:
 def _clear_partial(run_dir: Path, store: Path) -> None:
     """Remove what was left half-written in a run folder that nobody else works in. A store in it
     has locks of its own, and a run folder in it is held by who works there."""
-    for name, below, _ in os.walk(run_dir):  # follows no link
+    for name, below, there in os.walk(run_dir):  # follows no link
         folder = Path(name)
-        files.clear_partial(folder, below=False)
-        below[:] = [
-            name
-            for name in below
-            if (folder / name).resolve() != store and not os.path.exists(folder / name / "config.yaml")
-        ]
+        if folder.resolve() == store or (folder != run_dir and "config.yaml" in there):
+            below.clear()
+        else:
+            files.clear_partial(folder, below=False)
 
 
 def _clear(run_dir: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 KEY = "DOREMI_KILLED"  # of the environment: what `install` is called with, as JSON
@@ -56,17 +57,17 @@ def _path(path: Any, folder: int = -1) -> str:
     """An absolute path of what an event names: a path, perhaps below an open folder, or an open
     file."""
     if isinstance(path, int):
-        return os.readlink(f"/proc/self/fd/{path}")
-    base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
-    return os.path.normpath(os.path.join(base, os.fsdecode(path)))
+        return str(Path(f"/proc/self/fd/{path}").readlink())
+    base = Path(f"/proc/self/fd/{folder}").readlink() if folder >= 0 else Path.cwd()
+    return os.path.normpath(base / os.fsdecode(path))
 
 
 def _opened(path: Any, mode: Any, flags: int) -> Iterator[tuple[str, str]]:
     if isinstance(path, int) or not flags & (os.O_CREAT | os.O_TRUNC):
         return
     where = _path(path)
-    there = os.path.exists(where)
-    if not there or (flags & os.O_TRUNC and os.path.getsize(where)):
+    there = Path(where).exists()
+    if not there or (flags & os.O_TRUNC and Path(where).stat().st_size):
         yield "open", where
         # What is written aside is not read, and of a lock nothing is.
         if ".partial" not in where and not where.endswith("lock"):

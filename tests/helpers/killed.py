@@ -43,7 +43,6 @@ def operations(log: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
-
 # ── What is there afterwards ────────────────────────────────────────────────────────
 
 
@@ -52,9 +51,11 @@ def left(folder: Path) -> dict[str, bytes]:
     runs: times, how long something took, and who holds a lock."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        name = re.sub(r"instructions-\w+", partial(_by_content, folder), str(path.relative_to(folder)))
+        name = re.sub(
+            r"instructions-\w+", partial(_by_content, folder), str(path.relative_to(folder))
+        )
         if path.is_symlink():
-            found[name] = os.readlink(path).encode()
+            found[name] = bytes(path.readlink())
         elif path.is_dir():
             found[name] = b"a folder"
         elif not path.name.endswith("lock"):

@@ -498,7 +498,7 @@ def test_a_stopped_run_continues_with_the_same_bits(
     assert command(*tuning).code == 75
     checkpoint = next((tmp_path / "run" / "finetune" / "checkpoints").glob("*.pt"))
     assert all("lora" in name for name in torch.load(checkpoint, weights_only=True)["model"])
-    # What a kill may have left of a model that was being saved: peft reads the README that it finds.
+    # What a kill leaves of a model that is being saved: peft reads the README that it finds.
     run = (tmp_path / "run" / "finetune").resolve()
     for name in ("adapter/README.md", "model/model-00001-of-00002.safetensors"):
         (run / name).parent.mkdir()

@@ -246,7 +246,7 @@ def test_what_kills_left_in_a_run_dir_is_cleared_but_not_in_others_within(
         path.parent.mkdir(parents=True, exist_ok=True)
         files.aside_of(path).touch()
     ran(*fresh, f"run_dir={at}", f"store={at / 'store'}", "stage=plan")
-    assert {path for path in at.rglob("*.partial")} == {*map(files.aside_of, others)}
+    assert set(at.rglob("*.partial")) == {*map(files.aside_of, others)}
 
 
 def test_the_reference_is_the_baseline(finished: Path) -> None:
