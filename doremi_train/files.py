@@ -75,6 +75,26 @@ def clear_partial(folder: Path, below: bool = True) -> None:
                 path.unlink(missing_ok=True)
 
 
+def clear_dead(folder: Path) -> None:
+    """Remove what processes of this machine that are gone left half-written in a folder that has no
+    lock, since other machines write there too."""
+    own = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.partial")
+    for path in [*folder.rglob("*.partial")]:
+        found = own.fullmatch(path.name)
+        if found and not _alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 def follow_umask(folder: Path) -> None:
     """Give the files of a folder the mode that a new file has: some libraries write for the owner
     alone."""

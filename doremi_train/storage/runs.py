@@ -86,9 +86,18 @@ class Run:
         self.publish()
 
     def publish(self) -> None:
-        """Copy a finished run to its second home, result.json last, unless it is there."""
-        if self.mirror is None or self.mirror.has("result.json"):
+        """Copy a finished run to its second home, result.json last, unless it is there; its
+        checkpoints there have served."""
+        if self.mirror is None:
             return
+        if not self.mirror.has("result.json"):
+            self._push(self.mirror)
+        elif self.settled:
+            return
+        self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
+
+    def _push(self, mirror: Mirror) -> None:
+        mirror.clear_dead()
         paths = (
             path
             for path in self.folder.rglob("*")
@@ -96,10 +105,7 @@ class Run:
         )
         names = (path.relative_to(self.folder).as_posix() for path in paths)
         wanted = [name for name in names if not name.startswith(("checkpoints/", "status.json"))]
-        self.mirror.push(
-            self.folder, sorted(wanted, key=lambda name: (name == "result.json", name))
-        )
-        self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
+        mirror.push(self.folder, sorted(wanted, key=lambda name: (name == "result.json", name)))
 
     def fetch(self) -> None:
         """Bring a finished run from its second home, result.json last, if it is there."""
@@ -107,7 +113,6 @@ class Run:
             names = [name for name in self.mirror.sizes() if not name.startswith("checkpoints/")]
             for name in sorted(names, key=lambda name: (name == "result.json", name)):
                 self.mirror.pull(self.folder, name)
-            self.settle()
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:
