@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -36,8 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = aside_of(path)
     try:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(aside)
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -51,6 +51,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
+        for written in filter(Path.is_file, aside.rglob("*")):
+            _sync(written)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
@@ -71,6 +73,26 @@ def clear_partial(folder: Path, below: bool = True) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def clear_dead(folder: Path) -> None:
+    """Remove what processes of this machine that are gone left half-written in a folder that has no
+    lock, since other machines write there too."""
+    own = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.partial")
+    for path in [*folder.rglob("*.partial")]:
+        found = own.fullmatch(path.name)
+        if found and not _alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def follow_umask(folder: Path) -> None:
@@ -101,7 +123,11 @@ def read_json(path: Path) -> Any:
 
 def sync_folder(folder: Path) -> None:
     """Make renames within `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -136,6 +162,17 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
             waiting()
             time.sleep(0.2)
         yield
+
+
+@contextlib.contextmanager
+def making(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold the lock of a file that is made once, whoever needs it. Gives whether it is still to be
+    made; what kills left of it is gone. `waiting` is as for `locked`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), waiting):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            left.unlink(missing_ok=True)
+        yield not path.exists()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,40 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         Path("model"),
         Path("model/two"),
     ]
+
+
+def test_a_folder_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync = tmp_path / "model", os.fsync
+    synced = []
+
+    def noted(handle: int) -> None:
+        fsync(handle)
+        synced.append((Path(f"/proc/self/fd/{handle}").readlink().name, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with files.replacing_folder(path) as aside:
+        (aside / "sub").mkdir()
+        for name in ("one", "sub/two"):
+            (aside / name).touch()
+    assert {("one", False), ("two", False)} < set(synced)
+
+
+def test_a_file_is_made_once_and_what_kills_left_of_it_is_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a[1].json"
+    other = files.aside_of(path.with_name("b.json"))
+    with files.making(path) as todo:
+        assert todo
+        files.aside_of(path).touch()  # and here it is killed
+        other.touch()
+    made = []
+    for _ in range(2):
+        with files.making(path) as todo:
+            made.append(todo)
+            files.write_json(path, 1)
+    assert made == [True, False]
+    assert {one.name for one in path.parent.iterdir()} == {path.name, ".a[1].json.lock", other.name}
 
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:

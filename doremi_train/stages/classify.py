@@ -194,9 +194,16 @@ def _said_by(session: Session, data: Data, seed: int) -> dict[str, Any]:
 
 
 def _check(session: Session, data: Data, seed: int, path: Path) -> None:
-    """Train the checkers of a seed, and write their columns."""
+    """Train the checkers of a seed, and write their columns, unless that was done."""
     if path.exists():
         return
+    with files.making(path, partial(stop.check, "classify")) as todo:
+        if todo:
+            files.write_bytes(path, _judged(session, data, seed))
+
+
+def _judged(session: Session, data: Data, seed: int) -> bytes:
+    """A parquet file of what the checkers say."""
     options, generated = session.config.classify, data.tables["generated"]
     train, validation = _split(session, data, seed)
     logs = _fitted(session, data, train, seed, validation)
@@ -210,7 +217,8 @@ def _check(session: Session, data: Data, seed: int, path: Path) -> None:
     table = pa.table(columns).replace_schema_metadata({b"doremi_train": said})
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
-    files.write_bytes(path, buffer.getvalue())
+    content: bytes = buffer.getvalue().to_pybytes()
+    return content
 
 
 def _diversity(session: Session, data: Data, seed: int) -> Judged:

@@ -20,7 +20,7 @@ from doremi_train.parallel import comm
 from doremi_train.stages import main, prepare
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session, once
-from doremi_train.storage.runs import Run, stop
+from doremi_train.storage.runs import Run, lock, stop
 
 _SHOTS = 8  # passages kept apart, from which the one shot is taken
 _ANSWER = 16  # tokens of room for it
@@ -177,19 +177,20 @@ def _measure_tasks(
     session: Session, run: Run, described: Mapping[str, Any], definitions: Path
 ) -> None:
     state = _state_of_tasks(session, run, described)
-    if state.finished:
-        return
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
-    for step, model in sorted(_models(run).items()):
-        stop.check("downstream")
-        limit, device = session.config.downstream.examples, session.place.device
-        for name, accuracy in downstream.measure(
-            model, definitions, list(described), device, limit
-        ).items():
-            line = {"step": step, "accuracy": accuracy.value, "standard_error": accuracy.error}
-            lines[name].append(line | {"examples": accuracy.examples})
-    state.begin()
-    state.finish(lines)
+    with lock(state.folder, str(session.run_dir.resolve())):
+        if state.finished:
+            return
+        state.begin()
+        lines: dict[str, list[dict[str, Any]]] = {name: [] for name in described}
+        for step, model in sorted(_models(run).items()):
+            stop.check("downstream")
+            limit, device = session.config.downstream.examples, session.place.device
+            for name, accuracy in downstream.measure(
+                model, definitions, list(described), device, limit
+            ).items():
+                line = {"step": step, "accuracy": accuracy.value, "standard_error": accuracy.error}
+                lines[name].append(line | {"examples": accuracy.examples})
+        state.finish(lines)
 
 
 def _cloze(session: Session, folder: Path) -> Path:

@@ -135,15 +135,17 @@ def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Ten
     inner, adapters = tuning.build(session)
     # Tied tensors come under one of their names.
     inner.load_state_dict(folders.of_inner(tensors), strict=False)
-    folder = tuned.folder / "model"
-    with folders.naming_the_disk(folder):
-        if adapters is not None:
-            adapters.save_pretrained(tuned.folder / "adapter")
-            inner = adapters.merge_and_unload()
-        inner.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
-    for written in (folder, tuned.folder / "adapter") if adapters is not None else (folder,):
-        files.follow_umask(written)
+    if adapters is not None:
+        with files.replacing_folder(tuned.folder / "adapter") as folder:
+            with folders.naming_the_disk(folder):
+                adapters.save_pretrained(folder)
+            files.follow_umask(folder)
+        inner = adapters.merge_and_unload()
+    with files.replacing_folder(tuned.folder / "model") as folder:
+        with folders.naming_the_disk(folder):
+            inner.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        files.follow_umask(folder)
 
 
 def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:

@@ -16,7 +16,7 @@ from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen
 from doremi_train.stages.planning import warnings
 from doremi_train.stages.session import Session, once
-from doremi_train.storage.runs import set_status, stop
+from doremi_train.storage.runs import stop
 from doremi_train.storage.steady import one_line
 
 
@@ -136,6 +136,5 @@ def _prepare(session: Session, options: DataOptions) -> Path:
             bar.update(done, description)
 
         folder = prepare.prepare(options, session.store / "data", progress, mirror)
-    set_status(folder, "finished")
     files.link(link, folder)
     return folder

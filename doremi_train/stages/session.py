@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,12 +124,15 @@ class Session:
             runs.set_status(folder, state, message=message)
 
     def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
-        if not run.finished:
+        if not run.settled:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
         if self.mirror:
             self._meet(run, self.mirror.at("runs", run.folder.name))
         if not run.finished:
             run.begin()
+        elif not run.settled:
+            checkpoint.remove(run.folder / checkpoint.FOLDER)
+            run.settle()
         files.link(self.run_dir / name, run.folder)
 
     @staticmethod
@@ -212,7 +216,7 @@ def _claim(session: Session, stack: contextlib.ExitStack) -> None:
             if changed:
                 _clear(session.run_dir)
         if only:
-            files.clear_partial(session.run_dir, below=False)
+            _clear_partial(session.run_dir, session.store.resolve())
         text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
         files.write_bytes(path, text.encode())
 
@@ -248,6 +252,17 @@ def _filled(folder: Path) -> bool:
         for path in folder.iterdir()
         if not path.name.startswith(".")
     )
+
+
+def _clear_partial(run_dir: Path, store: Path) -> None:
+    """Remove what was left half-written in a run folder that nobody else works in. A store in it
+    has locks of its own, and a run folder in it is held by who works there."""
+    for name, below, there in os.walk(run_dir):  # follows no link
+        folder = Path(name)
+        if folder.resolve() == store or (folder != run_dir and "config.yaml" in there):
+            below.clear()
+        else:
+            files.clear_partial(folder, below=False)
 
 
 def _clear(run_dir: Path) -> None:

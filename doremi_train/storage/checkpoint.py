@@ -94,6 +94,7 @@ def push(run: Path, mirror: Mirror) -> None:
     second home, and keep as many there as here."""
     kept = [f"{path.parent.name}/{path.name}" for path in paths(run / FOLDER)]
     checksums = [_checksum(name) for name in kept]
+    mirror.clear_dead()
     mirror.push(run, [*_logs(run), "recipe.json", kept[-1], checksums[-1]])
     mirror.remove(
         name

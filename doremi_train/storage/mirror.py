@@ -12,7 +12,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from doremi_train.config import redact
-from doremi_train.files import aside_of, sync_folder
+from doremi_train.files import aside_of, clear_dead, sync_folder
 from doremi_train.storage import steady, urls
 
 
@@ -67,6 +67,12 @@ class Mirror:
                 return self._fs.cat_file(f"{self._path}/{name}")
             except FileNotFoundError:
                 return None
+
+    def clear_dead(self) -> None:
+        """Remove what killed processes of this machine left half-written there: a store of objects
+        has nothing of the kind."""
+        if isinstance(self._fs, LocalFileSystem):
+            clear_dead(Path(self._path))
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
         """Copy `folder`/name there, in this order: the name that says that all is there comes

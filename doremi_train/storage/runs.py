@@ -61,6 +61,18 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "result.json").exists()
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is finished, and what comes after its result is done too."""
+        path = self.folder / "status.json"
+        done = self.finished and path.exists()
+        return done and files.read_json(path)["state"] == "finished"
+
+    def settle(self) -> None:
+        """Say that it is finished, where whoever finished it did not come to that."""
+        steps = self.result().get("steps")  # of a vocabulary they are a list
+        set_status(self.folder, "finished", steps if isinstance(steps, int) else None)
+
     def result(self) -> Any:
         return files.read_json(self.folder / "result.json")
 
@@ -74,9 +86,18 @@ class Run:
         self.publish()
 
     def publish(self) -> None:
-        """Copy a finished run to its second home, result.json last, unless it is there."""
-        if self.mirror is None or self.mirror.has("result.json"):
+        """Copy a finished run to its second home, result.json last, unless it is there; its
+        checkpoints there have served."""
+        if self.mirror is None:
             return
+        if not self.mirror.has("result.json"):
+            self._push(self.mirror)
+        elif self.settled:
+            return
+        self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
+
+    def _push(self, mirror: Mirror) -> None:
+        mirror.clear_dead()
         paths = (
             path
             for path in self.folder.rglob("*")
@@ -84,10 +105,7 @@ class Run:
         )
         names = (path.relative_to(self.folder).as_posix() for path in paths)
         wanted = [name for name in names if not name.startswith(("checkpoints/", "status.json"))]
-        self.mirror.push(
-            self.folder, sorted(wanted, key=lambda name: (name == "result.json", name))
-        )
-        self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
+        mirror.push(self.folder, sorted(wanted, key=lambda name: (name == "result.json", name)))
 
     def fetch(self) -> None:
         """Bring a finished run from its second home, result.json last, if it is there."""
@@ -95,7 +113,6 @@ class Run:
             names = [name for name in self.mirror.sizes() if not name.startswith("checkpoints/")]
             for name in sorted(names, key=lambda name: (name == "result.json", name)):
                 self.mirror.pull(self.folder, name)
-            set_status(self.folder, "finished", self.result().get("steps"))
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:

@@ -110,8 +110,10 @@ class Table:
         self._first = np.concatenate([[0], np.cumsum(store.sequences("train", self.length))])
         said = self.path.with_name("recipe.json")
         if not said.exists():
-            files.write_json(said, recipe)
-        elif _read(said) != recipe:
+            with files.making(said) as todo:
+                if todo:
+                    files.write_json(said, recipe)
+        if _read(said) != recipe:
             raise self._damaged(
                 f"{said} is not of the reference, data, sequence length and precision of this run"
             )

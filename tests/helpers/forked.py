@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -26,7 +26,14 @@ import pytest
 _context = multiprocessing.get_context("forkserver")
 _folder = tempfile.TemporaryDirectory(prefix="doremi-forked-")  # of what they print
 _context.set_forkserver_preload(
-    ["doremi_train.stages.pipeline", "transformers.models.gpt_neox.modeling_gpt_neox"]
+    [
+        "doremi_train.stages.pipeline",
+        "transformers.models.gpt_neox.modeling_gpt_neox",
+        "transformers.models.llama.modeling_llama",
+        "matplotlib.backends.backend_svg",
+        "scipy.stats",
+        "numba",  # where it is installed
+    ]
 )
 
 
@@ -34,7 +41,12 @@ class Forked:
     """What tests use of subprocess.Popen, of one process."""
 
     def __init__(
-        self, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None, files: list[Path]
+        self,
+        overrides: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path | None,
+        files: list[Path],
+        before: Callable[[], None],
     ) -> None:
         self.args, self._files = list(overrides), files
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -44,7 +56,7 @@ class Forked:
             patch.setenv("PYTHONPATH", env["PYTHONPATH"])
             forkserver.ensure_running()
         self._process = _context.Process(
-            target=_run, args=(self.args, dict(env), str(cwd or Path.cwd()), files, limit)
+            target=_run, args=(self.args, dict(env), str(cwd or Path.cwd()), files, limit, before)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -79,13 +91,21 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def nothing() -> None:
+    """Is done before most commands."""
+
+
 def ranks(
-    count: int, overrides: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
+    count: int,
+    overrides: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    before: Callable[[], None] = nothing,
 ) -> list[Forked]:
     """The command as one process, or as `count` that know of each other and that no agent watches;
-    they share their output."""
+    they share their output. `before` is called in each, before the command begins."""
     if count == 1:
-        return [Forked(overrides, env, cwd, _outputs())]
+        return [Forked(overrides, env, cwd, _outputs(), before)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -93,7 +113,7 @@ def ranks(
     files = _outputs()
     numbers = map(str, range(count))
     return [
-        Forked(overrides, {**common, "RANK": rank, "LOCAL_RANK": rank}, cwd, files)
+        Forked(overrides, {**common, "RANK": rank, "LOCAL_RANK": rank}, cwd, files, before)
         for rank in numbers
     ]
 
@@ -122,7 +142,12 @@ def _outputs() -> list[Path]:
 
 
 def _run(
-    overrides: list[str], env: dict[str, str], cwd: str, files: list[Path], limit: tuple[int, int]
+    overrides: list[str],
+    env: dict[str, str],
+    cwd: str,
+    files: list[Path],
+    limit: tuple[int, int],
+    before: Callable[[], None],
 ) -> None:
     """In the new process."""
     for number, path in enumerate(files, 1):
@@ -133,6 +158,7 @@ def _run(
     os.environ.clear()
     os.environ |= env
     os.chdir(cwd)
+    before()
     sys.argv = ["doremi-train", *overrides]
     from doremi_train.__main__ import main
 

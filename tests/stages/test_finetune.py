@@ -498,15 +498,17 @@ def test_a_stopped_run_continues_with_the_same_bits(
     assert command(*tuning).code == 75
     checkpoint = next((tmp_path / "run" / "finetune" / "checkpoints").glob("*.pt"))
     assert all("lora" in name for name in torch.load(checkpoint, weights_only=True)["model"])
+    # What a kill leaves of a model that is being saved: peft reads the README that it finds.
+    run = (tmp_path / "run" / "finetune").resolve()
+    for name in ("adapter/README.md", "model/model-00001-of-00002.safetensors"):
+        (run / name).parent.mkdir()
+        (run / name).touch()
     assert command(*tuning).code == 0
-    for name in (
-        "model/model.safetensors",
-        "adapter/adapter_model.safetensors",
-        "evaluations.jsonl",
-    ):
-        assert (tmp_path / "run" / "finetune" / name).read_bytes() == (
-            tuned / "finetune" / name
-        ).read_bytes(), name
+    written = [path for path in run.glob("*/*") if path.is_file()]
+    names = {path.relative_to(run).as_posix() for path in written}
+    assert names >= {"model/model.safetensors", "adapter/adapter_model.safetensors"}
+    for name in (*names, "evaluations.jsonl"):
+        assert (run / name).read_bytes() == (tuned / "finetune" / name).read_bytes(), name
 
 
 def same_numbers(one: Path, two: Path) -> None:

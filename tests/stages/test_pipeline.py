@@ -11,6 +11,9 @@ import pytest
 from helpers.command import TINY, Command, Outcome, run_here
 from helpers.corpus import documents, write_jsonl
 
+from doremi_train import files
+from doremi_train.storage.runs import set_status
+
 DOMAINS = ["digits", "plain", "rich"]
 STEPS = 12
 
@@ -208,12 +211,42 @@ def test_the_same_command_again_does_nothing_again(
     )
     before = results(store / "runs", store / "data")
     ran(*tiny, f"run_dir={finished}")
-    after = results(store / "runs", store / "data")
-    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    # The prepared data's status may be said again; nothing is computed again.
-    assert {Path(path).name for path in changed} <= {"status.json"}, changed
+    assert results(store / "runs", store / "data") == before
     assert (finished / "weights.json").read_bytes() == weights
     assert (finished / "evaluation.json").read_bytes() == evaluation
+
+
+def test_what_a_kill_after_its_result_left_of_a_run_is_settled(
+    fresh: list[str], tmp_path: Path
+) -> None:
+    """Neither its checkpoints nor a status that says "running" stay for good."""
+    reference = [*fresh, f"run_dir={tmp_path / 'run'}", "stage=reference"]
+    ran(*reference)
+    run = (tmp_path / "run" / "reference").resolve()
+    whole = {path.name for path in run.iterdir()}
+    set_status(run, "running", 6)
+    (run / "checkpoints").mkdir()
+    for left in (run / "checkpoints" / "step-000000006.pt", files.aside_of(run / "status.json")):
+        left.write_bytes(b"")
+    assert "is in the store already" in ran(*reference).out
+    assert {path.name for path in run.iterdir()} == whole
+    status = read(run / "status.json")
+    assert (status["state"], status["step"]) == ("finished", STEPS)
+
+
+def test_what_kills_left_in_a_run_dir_is_cleared_but_not_in_others_within(
+    fresh: list[str], tmp_path: Path
+) -> None:
+    at = tmp_path / "run"
+    (at / "jobs" / "seed-0" / "proxy").mkdir(parents=True)
+    (at / "jobs" / "seed-0" / "config.yaml").touch()  # a run_dir of its own, perhaps at work
+    left = [at / "weights.json", at / "swarm" / "round-1" / "run-0", at / "downstream" / "a.yaml"]
+    others = [at / "jobs" / "seed-0" / "weights.json", at / "store" / "runs" / "a" / "result.json"]
+    for path in (*left, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.aside_of(path).touch()
+    ran(*fresh, f"run_dir={at}", f"store={at / 'store'}", "stage=plan")
+    assert set(at.rglob("*.partial")) == {*map(files.aside_of, others)}
 
 
 def test_the_reference_is_the_baseline(finished: Path) -> None:

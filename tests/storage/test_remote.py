@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +22,13 @@ from helpers.command import LONG, Command, run_here, start
 from helpers.processes import checkpoints, ended, reached, reaped, same_bits, wait_for
 from helpers.sources import TEXTS, jsonl, one, options, refused, texts, write_as
 
+from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.data.tokens.prepare import prepare
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.storage import steady
 from doremi_train.storage.mirror import Mirror
+from doremi_train.storage.runs import set_status
 
 pytest.importorskip("s3fs", reason="extra `test` brings it")
 pytestmark = pytest.mark.slow
@@ -280,6 +283,9 @@ def test_only_the_shards_that_are_touched_are_fetched(
     }
     elsewhere = prepare(given, tmp_path / "there", mirror=Mirror(f"{bucket}/data"))
     assert not list(elsewhere.rglob("*.tar"))
+    half = files.aside_of(elsewhere / "train" / "digits" / "00000.tar")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"left by a kill")
     mirror = Mirror(f"{bucket}/data").at(made.name)
     one_, two = TokenStore.open(made), TokenStore.open(elsewhere, mirror)
     assert elsewhere.name == made.name and two.fingerprint == one_.fingerprint
@@ -477,7 +483,26 @@ def test_what_was_finished_without_a_remote_goes_there_later(
     home = tmp_path / "home"
     overrides = [*tiny, f"store={tmp_path / 'store'}", "stage=reference"]
     assert run_here(*overrides, f"run_dir={tmp_path / 'one'}").code == 0
+    (run,) = (tmp_path / "store" / "runs").glob("language_model-*")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, at_work = (
+        home / "runs" / run.name / f".result.json.{socket.gethostname()}-{process}.partial"
+        for process in (dead.pid, os.getppid())
+    )
+    left.parent.mkdir(parents=True)
+    for path in (left, at_work):
+        path.touch()
     assert run_here(*overrides, f"run_dir={tmp_path / 'one'}", f"remote={home}").code == 0
+    assert at_work.exists() and not left.exists()
+    at_work.unlink()
+    # Killed before it removed what has served there.
+    served = home / "runs" / run.name / "checkpoints" / "step-000000006.pt"
+    served.parent.mkdir()
+    served.touch()
+    set_status(run, "running")
+    assert run_here(*overrides, f"run_dir={tmp_path / 'one'}", f"remote={home}").code == 0
+    assert not served.exists()
     shutil.rmtree(tmp_path / "store")
     outcome = run_here(*overrides, f"run_dir={tmp_path / 'two'}", f"remote={home}")
     assert outcome.code == 0 and "is in the store already" in outcome.out, outcome

@@ -34,12 +34,12 @@ from doremi_train.data.tokens.writing import (
     ShardWriter,
     StreamState,
     Written,
-    is_tidy,
     tidy,
     write_manifest,
 )
 from doremi_train.files import clear_partial, locked
 from doremi_train.storage.mirror import Mirror
+from doremi_train.storage.runs import set_status
 
 RECIPE = 1  # raise when the same request would give other tokens
 
@@ -91,23 +91,28 @@ def prepare(
     sources = resolve(options)
     wanted = _request(options, sources)
     target = folder / address(wanted)
-    if not (target / "manifest.json").exists() or not is_tidy(target):
+    if not _settled(target, mirror):
         folder.mkdir(parents=True, exist_ok=True)
         waiting = partial(progress, "waiting for another process", 0, None)
         with locked(folder / f"{target.name}.lock", waiting):
+            clear_partial(target)
             # Where the process we waited for has made it.
             finished = (target / "manifest.json").exists()
-            clear_partial(target)
-            if finished:
-                tidy(target)
-            elif not (mirror and second_home.fetch(target, mirror)):
+            if not finished and not (mirror and second_home.fetch(target, mirror)):
                 _fill(target, options, sources, wanted, progress)
-    _refuse_bad_lines(target, options)
-    _require_both_splits(_sizes_of(target), options)
-    _refuse_unwritable(target, options)
-    if mirror is not None:
-        second_home.publish(target, mirror, progress)
+            tidy(target)
+            _refuse(target, options)
+            if mirror is not None:
+                second_home.publish(target, mirror, progress)
+            set_status(target, "finished")
+    _refuse(target, options)
     return target
+
+
+def _settled(target: Path, mirror: Mirror | None) -> bool:
+    """Whether nothing is left to write, here and in `mirror`."""
+    published = mirror is None or mirror.at(target.name).has("manifest.json")
+    return published and all((target / name).exists() for name in ("manifest.json", "status.json"))
 
 
 def _request(options: DataOptions, sources: list[Source]) -> Request:
@@ -164,8 +169,15 @@ def _some(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _refuse(target: Path, options: DataOptions) -> None:
+    """Raise UserError for a finished store that these options do not take: what they refuse is no
+    part of its address, so it may have been made under looser ones."""
+    _refuse_bad_lines(target, options)
+    _require_both_splits(_sizes_of(target), options)
+    _refuse_unwritable(target, options)
+
+
 def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
-    """max_bad_lines is not part of the address, so a store made under a looser one may be found."""
     bad = orjson.loads((target / "manifest.json").read_bytes())["bad_lines"]
     if bad > options.max_bad_lines:
         raise UserError(
@@ -175,7 +187,6 @@ def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
 
 
 def _refuse_unwritable(target: Path, options: DataOptions) -> None:
-    """max_unwritable is not part of the address either."""
     most = options.max_unwritable
     if most is None:
         return

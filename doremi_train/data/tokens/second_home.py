@@ -36,6 +36,7 @@ def publish(target: Path, mirror: Mirror, progress: Progress) -> None:
     home = mirror.at(target.name)
     if home.has("manifest.json"):
         return
+    home.clear_dead()
     shards = shards_of(read_json(target / "manifest.json"))
     checksums: dict[str, str] = {}
     uploaded, done, total = home.sizes(), 0, sum(shards.values())

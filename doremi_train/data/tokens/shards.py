@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
+from doremi_train.files import clear_partial
 from doremi_train.storage.mirror import Mirror, Torn
 
 SPLITS = ("train", "validation")
@@ -305,6 +306,7 @@ class TokenStore:
             if path.exists():
                 return
             name = path.relative_to(self.path).as_posix()
+            clear_partial(path.parent, below=False)
             try:
                 mirror.pull(self.path, name, size, self._checksums[name])
             except Torn as error:

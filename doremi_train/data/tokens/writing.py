@@ -322,15 +322,10 @@ def write_manifest(
     tidy(written.folder)
 
 
-def is_tidy(folder: Path) -> bool:
-    """Whether nothing of how it was written is left in a finished store."""
-    return not (folder / _JOURNAL).exists()
-
-
 def tidy(folder: Path) -> None:
     """Remove what a finished store needs no more: domains that were poured into another, and then
     the journal, which says how to continue."""
-    if is_tidy(folder):
+    if not (folder / _JOURNAL).exists():
         return
     journal = folder / _JOURNAL
     domains = read_json(folder / "manifest.json")["domains"]

@@ -62,7 +62,9 @@ class Rows:
                 f"{folder}/{others[0]}: is a shard of other examples, models or settings; delete it"
             )
         if not path.exists():
-            files.write_json(path, described)
+            with files.making(path) as todo:
+                if todo:
+                    files.write_json(path, described)
 
     @property
     def shards(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from doremi_train import files
 from doremi_train.config import in_keys
 from doremi_train.console import Bar
 from doremi_train.data.batches import Store
@@ -169,15 +170,16 @@ def _finish(session: Session, begun: Begun, trainer: Trainer) -> None:
 
 def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     assert isinstance(task.store, TokenStore)
-    folders.save(
-        trainer.bare,
-        tensors,
-        task.run.folder / "model",
-        task.store.tokenizer(),
-        task.store.end_of_document,
-        task.training.sequence_length,
-        task.store.sample("validation"),
-    )
+    with files.replacing_folder(task.run.folder / "model") as folder:
+        folders.save(
+            trainer.bare,
+            tensors,
+            folder,
+            task.store.tokenizer(),
+            task.store.end_of_document,
+            task.training.sequence_length,
+            task.store.sample("validation"),
+        )
 
 
 def _write(

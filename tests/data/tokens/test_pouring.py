@@ -11,7 +11,7 @@ from data.tokens.test_shards import TOKENIZER, Documents, contents, members, som
 from doremi_train.data.tokens import tokenizer
 from doremi_train.data.tokens.pouring import poured
 from doremi_train.data.tokens.shards import SPLITS, TokenStore
-from doremi_train.data.tokens.writing import ShardWriter, is_tidy, tidy, write_manifest
+from doremi_train.data.tokens.writing import ShardWriter, tidy, write_manifest
 
 
 def pour(folder: Path, documents: Documents, least: int) -> TokenStore:
@@ -83,9 +83,9 @@ def test_a_killed_pouring_is_done_again(tmp_path: Path, long_tail: Documents) ->
             shutil.copytree(folder, kept)
             pour(folder, long_tail, 100)
             shutil.copytree(kept, folder, dirs_exist_ok=True)
-            assert not is_tidy(folder)
+            assert (folder / "journal.jsonl").exists()
             tidy(folder)
         else:
             pour(folder, long_tail, 100)
         assert contents(folder) == contents(tmp_path / "whole"), state
-    assert is_tidy(whole.path)
+    assert not (whole.path / "journal.jsonl").exists()

@@ -22,6 +22,7 @@ import zstandard
 from helpers.processes import documents_of
 from helpers.sources import write_tar
 
+from doremi_train import files
 from doremi_train.config import UserError, load
 from doremi_train.data.corpus import routing
 from doremi_train.data.options import DataOptions
@@ -112,9 +113,13 @@ def corpus(root: Path, form: str = "jsonl", domains: str = "ab") -> Path:
 
 
 def shards(store: Path) -> dict[str, bytes]:
-    """Everything but the manifest, which names the sources."""
-    files = [path for path in store.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+    """Everything but the manifest, which names the sources, and the status, which has a time."""
+    found = [path for path in store.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in found
+        if path.name not in ("manifest.json", "status.json")
+    }
 
 
 def test_the_same_text_gives_the_same_shards_in_any_files(tmp_path: Path) -> None:
@@ -479,6 +484,19 @@ def test_what_shards_hold_is_not_tokenised_again(
     monkeypatch.setattr(tokenizers, "encode", counting)
     prepare(options(root), tmp_path / "out")
     assert held > 0 and tokenised == 120 - held
+
+
+def test_what_a_kill_leaves_of_a_finished_store_is_cleared(tmp_path: Path) -> None:
+    """After the manifest come the end of the journal and the status: a kill falls there too."""
+    given = options(corpus(tmp_path / "in"))
+    store = prepare(given, tmp_path / "out")
+    whole = {path.name for path in store.iterdir()}
+    (store / "status.json").unlink()
+    left = [store / "journal.jsonl", *map(files.aside_of, (store / "status.json", store / "a"))]
+    for path in left:
+        path.write_bytes(b"")
+    assert prepare(given, tmp_path / "out") == store
+    assert {path.name for path in store.iterdir()} == whole and "status.json" in whole
 
 
 def test_two_preparations_of_one_address_wait_for_each_other(tmp_path: Path) -> None:
