@@ -63,20 +63,28 @@ def task(composed: Any) -> None:
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     job = HydraConfig.get()
     # Each job of a sweep has its own folder, and all share one store.
-    if job.mode == RunMode.MULTIRUN:
-        plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
-        shown = plain["tracking"]
-        shown["path"] = shown["path"] or plain["run_dir"]
-        shown["name"] = "/".join(filter(None, [shown["name"], job.sweep.subdir]))
-        plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
     try:
+        if job.mode == RunMode.MULTIRUN:
+            _place(plain, job)
         run(plain)
     except Exception as error:
+        error.begun = True  # type: ignore[attr-defined]  # it is not Hydra's
         # A job in another process hands its failure to the sweep's own command, which waits for all
         # jobs and shows it.
         if "SUBMITIT_EXECUTOR" in os.environ or not hasattr(error, "exit_code"):
             raise
         die(str(error), error.exit_code, alone=getattr(error, "alone", False))
+
+
+def _place(plain: dict[str, Any], job: Any) -> None:
+    """Give a job of a sweep its folder, and the place that it shares with the others."""
+    # What was taken out, or is of another kind, is refused when the configuration is checked.
+    with contextlib.suppress(KeyError, TypeError):
+        plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
+        shown = plain["tracking"]
+        shown["path"] = shown["path"] or plain["run_dir"]
+        shown["name"] = "/".join(filter(None, [shown["name"], job.sweep.subdir]))
+        plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
 
 
 def child(plain: dict[str, Any]) -> tuple[int, str]:
@@ -92,9 +100,10 @@ def child(plain: dict[str, Any]) -> tuple[int, str]:
 
 
 def run(plain: dict[str, Any]) -> None:
-    if plain["stage"] not in STAGES:
-        raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
-    stage = STAGES[plain["stage"]]
+    name = plain.get("stage")
+    if not isinstance(name, str) or name not in STAGES:
+        raise UserError(f"stage={name}: unknown; allowed: {', '.join(STAGES)}")
+    stage = STAGES[name]
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that
     # it is one.
     logging.getLogger("DeepSpeed").addFilter(
@@ -114,7 +123,7 @@ def run(plain: dict[str, Any]) -> None:
         check_files(config)
         with open_session(config, plain, child) as session, contextlib.ExitStack() as stack:
             if stage.several:
-                stack.enter_context(session.alone(plain["stage"]))
+                stack.enter_context(session.alone(name))
             importlib.import_module(f"doremi_train.stages.{stage.module}").run(session)
     except runs.Preempted:
         requeue()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_train.config import UserError, fingerprint, judged
+from doremi_train.config import UserError, fingerprint, judged, listed
 
 ROLES = ("system", "user", "assistant")  # where there is no chat template, which may know others
 
@@ -154,7 +154,7 @@ def _pieces(
     if ("messages" in record) == ("prompt" in record or "completion" in record):
         raise UserError(
             f"{place}: give either prompt and completion, or messages; the keys there: "
-            f"{', '.join(sorted(record)) or 'none'}"
+            f"{listed(record)}"
         )
     if "messages" in record:
         messages = _messages(record["messages"], place)

@@ -5,14 +5,13 @@ Some launches exit 0 and train something else: one process for two, DDP for FSDP
 they are refused.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train.config import STRICT, Positive, UserError
+from doremi_train.config import STRICT, Positive, UserError, read_object
 
 Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -162,7 +161,5 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
 
 
 def _read_json(file: str) -> dict[str, Any]:
-    try:
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed={file}: not a readable JSON file ({error})") from None
+    remedy = "give one of DeepSpeed's, such as launch/deepspeed/zero2.json"
+    return read_object(Path(file), f"engine.deepspeed={file}", remedy)
