@@ -2,7 +2,6 @@
 signals are heard."""
 
 import contextlib
-import errno
 import functools
 import importlib
 import logging
@@ -19,10 +18,8 @@ from urllib.parse import quote
 from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
+from doremi_train.files import FULL
 from doremi_train.stages import STAGES
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 # Where and which, not what: no part of a sweep's folder names.
 _PLACES = (
@@ -99,6 +96,19 @@ def child(plain: dict[str, Any]) -> tuple[int, str]:
     return 0, ""
 
 
+def checked(plain: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The configuration with the content of the files that stand for mappings, and its options.
+    Raises UserError for all that can be seen to be wrong before anything runs."""
+    from doremi_train.stages import mixtures
+    from doremi_train.stages.options import Config, check_files
+
+    plain = read_mappings(plain)
+    config = load(Config, plain)
+    mixtures.check(config)
+    check_files(config)
+    return plain, config
+
+
 def run(plain: dict[str, Any]) -> None:
     name = plain.get("stage")
     if not isinstance(name, str) or name not in STAGES:
@@ -109,18 +119,13 @@ def run(plain: dict[str, Any]) -> None:
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
-    plain = read_mappings(plain)
     from doremi_train.parallel import comm
-    from doremi_train.stages import mixtures
-    from doremi_train.stages.options import Config, check_files
     from doremi_train.stages.session import open_session
     from doremi_train.storage import runs
 
     requeue = _listen(runs.stop)
     try:
-        config = load(Config, plain)
-        mixtures.check(config)
-        check_files(config)
+        plain, config = checked(plain)
         with open_session(config, plain, child) as session, contextlib.ExitStack() as stack:
             if stage.several:
                 stack.enter_context(session.alone(name))
@@ -129,13 +134,16 @@ def run(plain: dict[str, Any]) -> None:
         requeue()
         raise
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
+        if error.errno not in FULL:
+            said = f"{type(error).__name__}: {error}; check path and rights"
+            raise runs.Unusable(said) from error
         raise runs.DiskFull(
             f"{error}: no room left; free some, and the same command continues from the last "
             "checkpoint"
         ) from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if runs.out_of_memory(error):
+            raise runs.OutOfMemory(error) from error
         raise comm.explain(error) from None
     finally:
         comm.leave()

@@ -77,7 +77,8 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
         file = file or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if file is not None and file != "none":
-            stage = _read_json(file).get("zero_optimization", {}).get("stage", stage)
+            zero = _read_json(file).get("zero_optimization")
+            stage = zero.get("stage", stage) if isinstance(zero, dict) else stage
         wanted = f"zero{stage}"
         if wanted not in ("zero1", "zero2", "zero3"):
             raise UserError(
@@ -128,6 +129,9 @@ _DEEPSPEED_OURS = {
 }
 
 
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
 def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
     if not strategy.startswith("zero"):
         return {}
@@ -140,14 +144,20 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
                 f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or "
                 "at auto"
             )
-    zero = dict(settings.pop("zero_optimization", {}))
+    zero = settings.pop("zero_optimization", {})
+    parts = [zero, *(zero.get(name) or {} for name in _OFFLOADS)] if isinstance(zero, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(
+            f"engine.deepspeed={file}: zero_optimization={zero!r:.200} must be a JSON object, and "
+            "so must what is offloaded in it; mend it, or leave it out"
+        )
     if zero.get("stage", stage) != stage:
         raise UserError(
             f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make "
             "them agree"
         )
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
+    for name in _OFFLOADS:
+        if (zero.get(name) or {}).get("device", "none") not in ("none", None):
             raise UserError(
                 f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more "
                 "processes"
