@@ -206,7 +206,8 @@ def test_a_number_that_needs_more_memory_than_there_is_ends_the_run(
     with pytest.raises(RuntimeError) as cpu:
         torch.empty(2**60)
     assert runs.out_of_memory(cpu.value) and not runs.out_of_memory(RuntimeError("another"))
-    found = whole("random", [("selection.buckets", 2**52)], store)
+    found = whole("reference", [("training.batch_size", 2**50)], store)
+    assert found.code == 1 and "out of memory" in found.message, found
     one_message(found)
 
 

@@ -59,7 +59,7 @@ class TrainingOptions(OptimizerOptions):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Where a loss is not finite, whether to end the run or to leave the batch out."""
 
-    timeout: Annotated[float, Gt(0), Le(1e7), Finite()] = 600.0
+    timeout: Annotated[float, Gt(0), Le(10_000_000), Finite()] = 600.0
     """Seconds to wait for another process before giving it up for lost."""
 
     threads: Count = 0
