@@ -178,6 +178,7 @@ FOUND: list[tuple[str, str, Any, str]] = [
     ("plan", "run_dir", "\0", r"run_dir='\\x00': .*check path"),
     ("plan", "training.sequence_length", 2**53, r"training\.sequence_length=9007.*less than 9007"),
     ("plan", "training.timeout", 1e300, r"training\.timeout=1e\+300: .*less than or equal"),
+    ("plan", "training.threads", 2**31, r"training\.threads=2147483648: .*equal to 4096"),
     ("plan", "data.text_key", "é" * 9000, r"data\.text_key='é+(.|\n)* … "),
     ("doge", "target.files", ["nowhere"], r"target\.files='nowhere'"),
     ("greats", "batch_selection.validation", ["nowhere"], r"batch_selection\.validation='nowhere'"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -62,7 +62,7 @@ class TrainingOptions(OptimizerOptions):
     timeout: Annotated[float, Gt(0), Le(10_000_000), Finite()] = 600.0
     """Seconds to wait for another process before giving it up for lost."""
 
-    threads: Count = 0
+    threads: Annotated[int, Ge(0), Le(4096)] = 0
     """Threads of torch on a CPU, per process; 0: torch's own choice."""
 
 
