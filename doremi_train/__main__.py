@@ -21,12 +21,12 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    see = "see `doremi-train --help` for the keys and groups that exist"
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
             command.task
         )()
     except (HydraException, OmegaConfBaseException) as error:
-        see = "see `doremi-train --help` for the keys and groups that exist"
         command.die(f"{error}{_of_names(error)}\n{see}", 2)
     except Exception as error:
         if hasattr(error, "exit_code"):  # of a sweep's job in another process
@@ -34,6 +34,9 @@ def main() -> None:
         # Such a job was killed, or could not be submitted.
         if type(error).__module__.startswith("submitit."):
             command.die(str(error), 1)
+        if not hasattr(error, "begun"):  # Hydra fails in more ways than it has errors for
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            command.die(f"Hydra refuses the command: {said:.400}; {see}", 2)
         raise
 
 

@@ -2,7 +2,6 @@
 signals are heard."""
 
 import contextlib
-import errno
 import functools
 import importlib
 import logging
@@ -19,10 +18,8 @@ from urllib.parse import quote
 from omegaconf import OmegaConf
 
 from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
+from doremi_train.files import FULL
 from doremi_train.stages import STAGES
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 # Where and which, not what: no part of a sweep's folder names.
 _PLACES = (
@@ -63,20 +60,28 @@ def task(composed: Any) -> None:
     plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     job = HydraConfig.get()
     # Each job of a sweep has its own folder, and all share one store.
-    if job.mode == RunMode.MULTIRUN:
-        plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
-        shown = plain["tracking"]
-        shown["path"] = shown["path"] or plain["run_dir"]
-        shown["name"] = "/".join(filter(None, [shown["name"], job.sweep.subdir]))
-        plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
     try:
+        if job.mode == RunMode.MULTIRUN:
+            _place(plain, job)
         run(plain)
     except Exception as error:
+        error.begun = True  # type: ignore[attr-defined]  # it is not Hydra's
         # A job in another process hands its failure to the sweep's own command, which waits for all
         # jobs and shows it.
         if "SUBMITIT_EXECUTOR" in os.environ or not hasattr(error, "exit_code"):
             raise
         die(str(error), error.exit_code, alone=getattr(error, "alone", False))
+
+
+def _place(plain: dict[str, Any], job: Any) -> None:
+    """Give a job of a sweep its folder, and the place that it shares with the others."""
+    # What was taken out, or is of another kind, is refused when the configuration is checked.
+    with contextlib.suppress(KeyError, TypeError):
+        plain["store"] = plain["store"] or str(Path(plain["run_dir"]) / "store")
+        shown = plain["tracking"]
+        shown["path"] = shown["path"] or plain["run_dir"]
+        shown["name"] = "/".join(filter(None, [shown["name"], job.sweep.subdir]))
+        plain["run_dir"] = str(Path(job.sweep.dir) / job.sweep.subdir)
 
 
 def child(plain: dict[str, Any]) -> tuple[int, str]:
@@ -91,42 +96,54 @@ def child(plain: dict[str, Any]) -> tuple[int, str]:
     return 0, ""
 
 
+def checked(plain: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The configuration with the content of the files that stand for mappings, and its options.
+    Raises UserError for all that can be seen to be wrong before anything runs."""
+    from doremi_train.stages import mixtures
+    from doremi_train.stages.options import Config, check_files
+
+    plain = read_mappings(plain)
+    config = load(Config, plain)
+    mixtures.check(config)
+    check_files(config)
+    return plain, config
+
+
 def run(plain: dict[str, Any]) -> None:
-    if plain["stage"] not in STAGES:
-        raise UserError(f"stage={plain['stage']}: unknown; allowed: {', '.join(STAGES)}")
-    stage = STAGES[plain["stage"]]
+    name = plain.get("stage")
+    if not isinstance(name, str) or name not in STAGES:
+        raise UserError(f"stage={name}: unknown; allowed: {', '.join(STAGES)}")
+    stage = STAGES[name]
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that
     # it is one.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
-    plain = read_mappings(plain)
     from doremi_train.parallel import comm
-    from doremi_train.stages import mixtures
-    from doremi_train.stages.options import Config, check_files
     from doremi_train.stages.session import open_session
     from doremi_train.storage import runs
 
     requeue = _listen(runs.stop)
     try:
-        config = load(Config, plain)
-        mixtures.check(config)
-        check_files(config)
+        plain, config = checked(plain)
         with open_session(config, plain, child) as session, contextlib.ExitStack() as stack:
             if stage.several:
-                stack.enter_context(session.alone(plain["stage"]))
+                stack.enter_context(session.alone(name))
             importlib.import_module(f"doremi_train.stages.{stage.module}").run(session)
     except runs.Preempted:
         requeue()
         raise
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
+        if error.errno not in FULL:
+            said = f"{type(error).__name__}: {error}; check path and rights"
+            raise runs.Unusable(said) from error
         raise runs.DiskFull(
             f"{error}: no room left; free some, and the same command continues from the last "
             "checkpoint"
         ) from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if runs.out_of_memory(error):
+            raise runs.OutOfMemory(error) from error
         raise comm.explain(error) from None
     finally:
         comm.leave()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -26,8 +26,16 @@ class Finite:
         return handler(source) | {"allow_inf_nan": False}
 
 
-Positive = Annotated[int, Gt(0)]
-Count = Annotated[int, Ge(0)]
+class Exact:
+    """An integer below 2⁵³, in pydantic's Annotated types: any reader of JSON has it exactly, and
+    sums and products of what is counted stay within 64 bits."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source) | {"lt": 2**53}
+
+
+Positive = Annotated[int, Gt(0), Exact()]
+Count = Annotated[int, Ge(0), Exact()]
 PositiveFloat = Annotated[float, Gt(0), Finite()]
 NonNegativeFloat = Annotated[float, Ge(0), Finite()]
 Fraction = Annotated[float, Ge(0), Lt(1)]  # [0, 1)
@@ -41,7 +49,10 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
+        message = redact(message)
+        # The key stands at the beginning and the remedy at the end: what is cut is a value.
+        cut = f"{message[:3000]} … {message[-1000:]}"
+        super().__init__(message if len(message) <= len(cut) else cut)
 
 
 class Refused(Exception):
@@ -75,6 +86,11 @@ def judged(given: str, remedy: str, by: str = "transformers") -> Iterator[None]:
         raise UserError(f"{given}: {by} refuses it: {refused}; {remedy}") from None
 
 
+def listed(names: Iterable[Any], most: int = 20) -> str:
+    """The first of the sorted names for a message, each of them cut; none is said in a word."""
+    return ", ".join(f"{name!s:.80}" for name in sorted(names, key=str)[:most]) or "none"
+
+
 def in_keys(message: object, keys: Mapping[str, str]) -> str:
     """What a method says of its own arguments, in words of the command: `keys` by argument."""
     arguments = "|".join(map(re.escape, keys))
@@ -90,6 +106,7 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    _refuse_half_characters(values, key)
     try:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).
         return TypeAdapter(cls).validate_json(json.dumps(values))
@@ -97,6 +114,19 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
         raise UserError(
             "\n".join(_explain(entry, key, values) for entry in error.errors())
         ) from None
+
+
+def _refuse_half_characters(values: Mapping[str, Any], key: str) -> None:
+    """Refuse halves of a surrogate pair, which stand for bytes of a command line that are no UTF-8,
+    and which no file of results could hold."""
+    for name, value in flatten(values, f"{key}." if key else "").items():
+        try:
+            f"{name}{value}".encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{ascii(name)[1:-1]}={value!a}: holds bytes that are no UTF-8; set the "
+                "terminal to UTF-8, or rename the file"
+            ) from None
 
 
 # What is a mapping by names of the user's, and may be given as a JSON file.
@@ -113,20 +143,26 @@ def read_mappings(plain: dict[str, Any]) -> dict[str, Any]:
     read = {key: dict(part) if isinstance(part, Mapping) else part for key, part in plain.items()}
     for name in MAPPINGS:
         group, _, key = name.partition(".")
-        path = read.get(group, {}).get(key)
-        if not isinstance(path, str) or not path.endswith(".json"):
-            continue
-        try:
-            content = json.loads(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{name}={path}: not a JSON file that can be read ({error}); give a file of "
-                '{"NAME": VALUE, …}, or the mapping itself'
-            ) from None
-        if not isinstance(content, dict):
-            raise UserError(f'{name}={path}: must hold {{"NAME": VALUE, …}}')
-        read[group][key] = content
+        values = read.get(group)
+        path = values.get(key) if isinstance(values, dict) else None
+        if isinstance(path, str) and path.endswith(".json"):
+            remedy = 'give a file of {"NAME": VALUE, …}, or the mapping itself'
+            read[group][key] = read_object(Path(path), f"{name}={path}", remedy)
     return read
+
+
+def read_object(path: Path, given: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file of a user's. Raises UserError that names `given`, the cause and the
+    remedy where there is none."""
+    try:
+        with judging():
+            content = json.loads(path.read_bytes())
+    except Refused as refused:
+        cause = f"not a JSON file that can be read ({refused})"
+        raise UserError(f"{given}: {cause}; {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{given}: must hold a JSON object, not {content!r:.50}; {remedy}")
+    return content
 
 
 def override(key: str, values: Mapping[str, str]) -> str:
@@ -164,7 +200,9 @@ def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
         )
     if entry["type"] in ("missing", "missing_argument"):
         return f"{where}: missing; give it as {where}=…"
-    return f"{where}={entry['input']!r}: {entry['msg']}"
+    shown = repr(entry["input"])
+    shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
+    return f"{where}={shown}: {entry['msg']}"
 
 
 # user:password before the host (a password may hold a slash, a port does not make one), and what a

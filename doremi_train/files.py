@@ -1,6 +1,7 @@
 """Files that are never half-written: write aside, fsync, rename."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import orjson
+
+# Errors of a disk that has no room, which is no mistake in what was given.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.config import UserError
+from doremi_train.config import UserError, read_object
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,14 @@ def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture
     Raises UserError naming the domain that is unknown, missing, negative or not a number, or the
     sum where it is not 1.
     """
-    try:
-        content = files.read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"mixture.path={path}: not a JSON file that can be read ({error})"
-        ) from None
-    values = content
+    given, remedy = f"mixture.path={path}", 'give a file of {"weights": {domain: weight}}'
+    values = content = read_object(path, given, remedy)
     for key in ("weights", "train_domain_weights"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             values = content[key]
-    if not isinstance(values, Mapping):
-        raise UserError(f'mixture.path={path}: must hold {{"weights": {{domain: weight}}}}')
     return Mixture(
         str(content.get("method", "file")),
-        checked(values, domains, f"mixture.path={path}", normalize),
+        checked(values, domains, given, normalize),
     )
 
 

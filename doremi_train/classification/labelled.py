@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import UserError, fingerprint, listed
 from doremi_train.storage.steady import one_line
 from doremi_train.storage.urls import filesystem, reaching
 
@@ -90,9 +90,9 @@ def _example(row: Any, number: int, path: str, text_key: str, label_key: str) ->
     fields = row if isinstance(row, dict) else {}
     for option, key in (("classify.text_key", text_key), ("classify.label_key", label_key)):
         if key not in fields:
-            keys = ", ".join(sorted(fields)) or "none"
             raise UserError(
-                f"{option}={key!r}: no such key in {path}, row {number}; the keys there: {keys}"
+                f"{option}={key!r}: no such key in {path}, row {number}; the keys there: "
+                f"{listed(fields)}; set {option} to the right one"
             )
     text, label = fields[text_key], fields[label_key]
     if not isinstance(text, str):

@@ -1,7 +1,6 @@
 """Prompts, completions and messages become tokens of which some carry a loss."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_train.config import UserError, fingerprint, judged
+from doremi_train.config import UserError, fingerprint, judged, listed, read_object
 
 ROLES = ("system", "user", "assistant")  # where there is no chat template, which may know others
 
@@ -80,6 +79,7 @@ class Encoder:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+            opened = tokenizer("").input_ids[:1]  # what its settings are is judged when it is used
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"{key}={folder}: its tokeniser has no eos_token, which ends an answer; "
@@ -87,11 +87,7 @@ class Encoder:
             )
         self.tokenizer, self.end = tokenizer, int(tokenizer.eos_token_id)
         self._ends = {self.end, *_generation_ends(Path(folder))}
-        self._begin = (
-            [tokenizer.bos_token_id]
-            if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-            else []
-        )
+        self._begin = [tokenizer.bos_token_id] if opened == [tokenizer.bos_token_id] else []
 
     @property
     def fingerprint(self) -> str:
@@ -115,12 +111,13 @@ class Encoder:
         ids: list[int] = [] if templated else list(self._begin)
         carries = [False] * len(ids)
         for piece in pieces:
-            encoding = self.tokenizer(
-                piece.text,
-                add_special_tokens=False,
-                split_special_tokens=not piece.special,
-                verbose=False,
-            )
+            with judged(f"{place}: text", "mend it, or the tokeniser", "the tokeniser"):
+                encoding = self.tokenizer(
+                    piece.text,
+                    add_special_tokens=False,
+                    split_special_tokens=not piece.special,
+                    verbose=False,
+                )
             added = [*encoding.input_ids, *[self.end] * piece.ended]
             ids += added
             # An empty answer is no answer.
@@ -143,8 +140,7 @@ def _generation_ends(folder: Path) -> list[int]:
     file = folder / "generation_config.json"
     if not file.exists():
         return []
-    with judged(str(file), "mend it, or delete it"):
-        ends = json.loads(file.read_text()).get("eos_token_id")
+    ends = read_object(file, str(file), "mend it, or delete it").get("eos_token_id")
     return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
@@ -154,7 +150,7 @@ def _pieces(
     if ("messages" in record) == ("prompt" in record or "completion" in record):
         raise UserError(
             f"{place}: give either prompt and completion, or messages; the keys there: "
-            f"{', '.join(sorted(record)) or 'none'}"
+            f"{listed(record)}"
         )
     if "messages" in record:
         messages = _messages(record["messages"], place)

@@ -10,7 +10,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from doremi_train.config import STRICT, UserError, conf_dir, judged
+from doremi_train.config import STRICT, UserError, conf_dir, judged, read_object
 
 # Options that name a token: in the vocabulary of the tokeniser that a config was made for.
 _TOKEN = re.compile("token_(id|index)$|^pad_index$")
@@ -62,7 +62,7 @@ def resolve(
     # Weights are made anew: they are not quantised, whatever those of the folder are.
     values.pop("quantization_config", None)
     kind, values = of_text(values, given, remedy)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{key}.config.model_type={kind!r}: must be a causal language model of transformers, "
             "such as gpt_neox, llama, gpt2 or qwen3"
@@ -148,15 +148,7 @@ def _drop_tokens_beyond(config: Any, vocabulary: int) -> None:
 def read(path: Path, key: str) -> dict[str, Any]:
     """The config of a local folder or config.json. Raises UserError where there is none."""
     file = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"a mapping is needed, not {values!r:.50}")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}={path}: not a transformers config.json or a folder with one ({error})"
-        ) from None
-    return values
+    return read_object(file, f"{key}={path}", "give a config.json of transformers, or its folder")
 
 
 def skeleton(config: dict[str, Any]) -> Any:

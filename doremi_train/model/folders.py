@@ -307,7 +307,18 @@ def naming_the_disk(folder: Path) -> Iterator[None]:
 
 def folder_fingerprint(folder: Path) -> str:
     """Content address of a saved model's weights and config, which is as the model was built: what
-    it states of its training changes no loss."""
+    it states of its training changes no loss.
+
+    Raises UserError where the folder cannot be read.
+    """
+    try:
+        with judging():
+            return _fingerprint(folder)
+    except Refused as refused:
+        raise UserError(f"{folder}: not a model folder ({refused}); {REMEDY}") from None
+
+
+def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         digest.update(path.name.encode())

@@ -5,14 +5,13 @@ Some launches exit 0 and train something else: one process for two, DDP for FSDP
 they are refused.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train.config import STRICT, Positive, UserError
+from doremi_train.config import STRICT, Positive, UserError, read_object
 
 Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -78,7 +77,8 @@ def asked(options: EngineOptions, precision: str) -> tuple[str, str | None]:
         file = file or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if file is not None and file != "none":
-            stage = _read_json(file).get("zero_optimization", {}).get("stage", stage)
+            zero = _read_json(file).get("zero_optimization")
+            stage = zero.get("stage", stage) if isinstance(zero, dict) else stage
         wanted = f"zero{stage}"
         if wanted not in ("zero1", "zero2", "zero3"):
             raise UserError(
@@ -129,6 +129,9 @@ _DEEPSPEED_OURS = {
 }
 
 
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
 def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
     if not strategy.startswith("zero"):
         return {}
@@ -141,14 +144,20 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
                 f"engine.deepspeed={file}: {name}={given!r} is decided by {key}; leave it out, or "
                 "at auto"
             )
-    zero = dict(settings.pop("zero_optimization", {}))
+    zero = settings.pop("zero_optimization", {})
+    parts = [zero, *(zero.get(name) or {} for name in _OFFLOADS)] if isinstance(zero, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(
+            f"engine.deepspeed={file}: zero_optimization={zero!r:.200} must be a JSON object, and "
+            "so must what is offloaded in it; mend it, or leave it out"
+        )
     if zero.get("stage", stage) != stage:
         raise UserError(
             f"engine.deepspeed={file}: stage {zero['stage']}, but {strategy} is asked for; make "
             "them agree"
         )
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
+    for name in _OFFLOADS:
+        if (zero.get(name) or {}).get("device", "none") not in ("none", None):
             raise UserError(
                 f"engine.deepspeed={file}: {name} is not supported; leave it out, or take more "
                 "processes"
@@ -162,7 +171,5 @@ def read_deepspeed(file: str | None, strategy: str) -> dict[str, Any]:
 
 
 def _read_json(file: str) -> dict[str, Any]:
-    try:
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed={file}: not a readable JSON file ({error})") from None
+    remedy = "give one of DeepSpeed's, such as launch/deepspeed/zero2.json"
+    return read_object(Path(file), f"engine.deepspeed={file}", remedy)

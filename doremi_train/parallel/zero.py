@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from doremi_train.config import UserError
+from doremi_train.config import UserError, judged
 from doremi_train.model import language_model, optim
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.model.optim import OptimizerOptions
@@ -54,6 +54,8 @@ class Zero:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 62,
         }
+        with judged("engine.deepspeed", "mend its file, or do without", "DeepSpeed"):
+            deepspeed.DeepSpeedConfig(dict(settings))
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.build(model, training),

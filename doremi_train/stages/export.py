@@ -13,6 +13,7 @@ from doremi_train.stages import fit, mixtures, prepare
 from doremi_train.stages.mixtures import given
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
+from doremi_train.storage.urls import reaching
 
 
 def run(session: Session) -> Path:
@@ -68,5 +69,6 @@ def run(session: Session) -> Path:
 
 
 def _write(path: Path, text: str, beside: Mapping[str, Any]) -> None:
-    files.write_bytes(path, text.encode())
+    with reaching(str(path), "export.path"):
+        files.write_bytes(path, text.encode())
     files.write_json(path.with_name(f"{path.name}.provenance.json"), beside)

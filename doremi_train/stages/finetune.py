@@ -158,9 +158,8 @@ def _given(session: Session, data: Instructions, encoder: Encoder) -> Tensor:
         allow_pipe=session.config.data.allow_pipe,
     )
     examples, wanted = [], asked.validation_sequences
-    for example in instructions.examples(
-        sources.resolve(where), where, encoder, length, opening.BadLines(where)
-    ):
+    given = sources.resolve_one(where, "batch_selection.validation")
+    for example in instructions.examples(given, where, encoder, length, opening.BadLines(where)):
         examples += [example.tokens] if (example.tokens >= 0).any() else []
         if len(examples) == wanted:
             break

@@ -20,6 +20,7 @@ from doremi_train.parallel.place import start
 from doremi_train.stages.options import Config, default, identity
 from doremi_train.storage import checkpoint, runs
 from doremi_train.storage.mirror import Mirror
+from doremi_train.storage.urls import reaching
 
 
 @dataclass
@@ -195,7 +196,10 @@ def claimed(session: Session) -> Iterator[None]:
 
 def _claim(session: Session, stack: contextlib.ExitStack) -> None:
     path = session.run_dir / "config.yaml"
-    session.run_dir.mkdir(parents=True, exist_ok=True)
+    for key in ("run_dir", "store"):
+        if (given := getattr(session.config, key)) is not None:
+            with reaching(given, key):
+                Path(given).mkdir(parents=True, exist_ok=True)
     alone = stack.enter_context(files.at_work(session.run_dir))
     with alone() as only:
         if path.exists():

@@ -32,6 +32,36 @@ class DiskFull(Exception):
     exit_code = 1
 
 
+class Unusable(Exception):
+    """A file or folder that is needed cannot be read or written. Exit code 1."""
+
+    exit_code = 1
+
+
+class OutOfMemory(Exception):
+    """More memory was asked for than there is. Exit code 1: the same command continues the run."""
+
+    exit_code = 1
+    alone = True  # the others may have had enough
+
+    def __init__(self, error: BaseException) -> None:
+        said = " ".join(str(error).split()) or type(error).__name__
+        super().__init__(
+            f"out of memory ({said:.300}); lower training.micro_batch_size, set "
+            "training.activation_checkpointing=true, or take a smaller model or number where one "
+            "is very large"
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; torch's own on a CPU is a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
 class Stop:
     """Whether this process was asked to stop. Every loop looks at it; signals set it (see
     `__main__`)."""

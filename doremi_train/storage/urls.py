@@ -11,6 +11,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from doremi_train.config import UserError, redact
+from doremi_train.files import FULL
 from doremi_train.storage import steady
 from doremi_train.storage.steady import Steady
 
@@ -93,6 +94,8 @@ def reaching(url: str, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise UserError(
             f"{key}={url!r}: cannot be reached ({steady.one_line(error)}); check path, rights and "
             "network"

@@ -1,12 +1,13 @@
 """Task of a trainer: what is trained, on what, and how."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from doremi_train.config import STRICT, Count, Positive, PositiveFloat, UserError
+from doremi_train.config import STRICT, Count, Finite, Positive, UserError
 from doremi_train.console import Bar
 from doremi_train.data.batches import Store
 from doremi_train.data.sampler import Ints, Subsample
@@ -58,10 +59,10 @@ class TrainingOptions(OptimizerOptions):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Where a loss is not finite, whether to end the run or to leave the batch out."""
 
-    timeout: PositiveFloat = 600.0
+    timeout: Annotated[float, Gt(0), Le(10_000_000), Finite()] = 600.0
     """Seconds to wait for another process before giving it up for lost."""
 
-    threads: Count = 0
+    threads: Annotated[int, Ge(0), Le(4096)] = 0
     """Threads of torch on a CPU, per process; 0: torch's own choice."""
 
 

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from doremi_train.config import UserError, flatten
+from doremi_train.config import UserError, flatten, listed
 from doremi_train.data.corpus.opening import CHUNK, BadLines, Piece, Source
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.steady import one_line
@@ -123,10 +123,9 @@ def _field(record: dict[str, Any], key: str, option: str, place: str, bad: BadLi
 
 
 def no_key(option: str, key: str, place: str, keys: list[str]) -> str:
-    listed = ", ".join(sorted(keys)[:20]) or "none"
     return (
-        f"{option}={key!r}: no such key in {place}; the keys there: {listed}; set {option} to the "
-        "right one"
+        f"{option}={key!r}: no such key in {place}; the keys there: {listed(keys)}; set {option} "
+        "to the right one"
     )
 
 

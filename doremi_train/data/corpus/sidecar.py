@@ -8,6 +8,7 @@ the files, `selection`, one of the choice, and `domains`, those that were chosen
 write one.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import UserError, fingerprint, judged
 from doremi_train.data.corpus.opening import Piece, Source
 from doremi_train.data.corpus.sources import names, signature
 from doremi_train.data.options import DataOptions
@@ -33,13 +34,8 @@ def identity(options: DataOptions, sources: list[Source]) -> Any:
     """A JSON value that changes with the selection. Raises UserError where it is none, or one of
     other files."""
     path = Path(str(options.selection))
-    try:
+    with _judged(path):
         schema, metadata = pq.read_schema(path), _metadata(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"data.selection={path}: not a sidecar that can be read ({error}); give one of "
-            "stage=select"
-        ) from None
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise UserError(
@@ -63,8 +59,13 @@ def domains(options: DataOptions) -> frozenset[str] | None:
     does not say."""
     if options.selection is None:
         return None
-    listed = _metadata(Path(options.selection)).get("domains")
-    return frozenset(json.loads(listed)) if listed is not None else None
+    with _judged(options.selection):
+        listed = _metadata(Path(options.selection)).get("domains")
+        return frozenset(json.loads(listed)) if listed is not None else None
+
+
+def _judged(path: Path | str) -> contextlib.AbstractContextManager[None]:
+    return judged(f"data.selection={path}", "give a sidecar of stage=select", "the reader")
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -80,10 +81,14 @@ class Selected:
     def __init__(self, options: DataOptions, sources: list[Source], source: Source) -> None:
         shard = names(options, sources)[sources.index(source)]
         mine = [("shard", "==", shard), ("selected", "==", True)]
-        table = pq.read_table(str(options.selection), columns=["row", "start", "end"], filters=mine)
-        row, start, end = (table[name].to_numpy() for name in ("row", "start", "end"))
-        order = np.lexsort((start, row))
-        self._row, self._start, self._end = row[order], start[order], end[order]
+        columns = ["row", "start", "end"]
+        with _judged(str(options.selection)):
+            table = pq.read_table(str(options.selection), columns=columns, filters=mine)
+            if any(table[name].null_count for name in columns):
+                raise ValueError(f"a row without {', '.join(columns)}")
+            row, start, end = (table[name].cast(pa.int64()).to_numpy() for name in columns)
+            order = np.lexsort((start, row))
+            self._row, self._start, self._end = row[order], start[order], end[order]
         self._base, self._begins = 0, True
 
     def parts(self, piece: Piece) -> list[Piece]:

@@ -60,6 +60,16 @@ def resolve(options: DataOptions) -> list[Source]:
     return sources
 
 
+def resolve_one(options: DataOptions, key: str) -> list[Source]:
+    """The files of the one domain of these options, which were given as `key`: messages say it."""
+    (name,) = options.domains or {}
+    try:
+        return resolve(options)
+    except UserError as error:
+        said = str(error).replace(f"data.domains.{name}.train", key)
+        raise UserError(said.replace(f"data.domains.{name}", key)) from None
+
+
 def signature(options: DataOptions, sources: list[Source]) -> dict[str, Any]:
     """A JSON value that changes with any source file or reading option: the content address of what
     is prepared.

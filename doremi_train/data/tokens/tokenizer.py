@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from doremi_train.config import Refused, UserError, judging
+from doremi_train.config import Refused, UserError, judging, read_object
 from doremi_train.config import fingerprint as content_address
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -138,13 +138,8 @@ def said_end(name: str) -> str | None:
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if not file.is_file():
             continue
-        try:
-            end = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"data.tokenizer={name!r}: {file} is not a readable JSON object ({error}); mend "
-                "it, or give the tokenizer.json alone, in a folder of its own"
-            ) from None
+        remedy = "mend it, or give the tokenizer.json alone, in a folder of its own"
+        end = read_object(file, f"data.tokenizer={name!r}: {file}", remedy).get("eos_token")
         content = end.get("content") if isinstance(end, dict) else end
         if isinstance(content, str) and content:
             return content

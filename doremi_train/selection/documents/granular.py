@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, pre_tokenizers
 
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import UserError, fingerprint, read_object
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.files import write_json
 from doremi_train.methods import vocabulary
@@ -91,17 +91,16 @@ def save(path: Path, tokens: Sequence[bytes]) -> str:
 def load(path: str) -> tuple[list[bytes], str]:
     """(tokens, fingerprint) of a file that `save` wrote. Raises UserError where it is none, or was
     changed."""
+    given, remedy = f"selection.vocabulary={path}", "give vocabulary.json of stage=vocabulary"
+    content = read_object(Path(path), given, remedy)
     try:
-        content = json.loads(Path(path).read_bytes())
         print_ = content.pop("fingerprint")
         vocab = content["model"]["vocab"]
         tokens = [bytes(_BYTES[letter] for letter in token) for token in vocab]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"selection.vocabulary={path}: not a vocabulary ({error}); give vocabulary.json of "
-            "stage=vocabulary"
-        ) from None
-    if fingerprint(content) != print_ or list(vocab.values()) != list(range(len(vocab))):
+        whole = fingerprint(content) == print_ and list(vocab.values()) == list(range(len(vocab)))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{given}: not a vocabulary ({error!r}); {remedy}") from None
+    if not whole:
         raise UserError(
             f"selection.vocabulary={path}: was changed after it was written; make it again"
         )

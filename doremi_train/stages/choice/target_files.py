@@ -5,7 +5,7 @@ from dataclasses import replace
 from doremi_train.config import UserError
 from doremi_train.data import options as data_options
 from doremi_train.data.corpus.opening import Source
-from doremi_train.data.corpus.sources import resolve
+from doremi_train.data.corpus.sources import resolve_one
 from doremi_train.data.options import DataOptions
 from doremi_train.stages.session import Session
 
@@ -44,10 +44,7 @@ def targets(session: Session) -> dict[str, list[Source]]:
 def files_of(session: Session, patterns: tuple[str, ...], key: str) -> list[Source]:
     if not patterns:
         return []
-    try:
-        return resolve(text_options(session, patterns))
-    except UserError as error:
-        raise UserError(str(error).replace("data.domains.text.train", key)) from None
+    return resolve_one(text_options(session, patterns), key)
 
 
 def text_options(session: Session, patterns: tuple[str, ...] = ()) -> DataOptions:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import UserError, fingerprint, judged
 from doremi_train.data.instructions import Instructions
 from doremi_train.data.sampler import Subsample
 from doremi_train.gradients import capture
@@ -34,7 +34,6 @@ from doremi_train.stages.runs.language_model import Begun, task_of, train_once
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run
-from doremi_train.storage.steady import one_line
 
 
 class Warm(NamedTuple):
@@ -172,23 +171,19 @@ def _given(session: Session, folders: list[Path]) -> Warm:
     log."""
     rates, before, prints = [], 0, []
     for folder in folders:
-        try:
+        given = f"selection.less.checkpoints: {folder}"
+        with judged(given, "give folders checkpoint-N of transformers' Trainer", "the reader"):
             state = files.read_json(folder / "trainer_state.json")
             logged = [line for line in state["log_history"] if "learning_rate" in line]
             with (folder / "optimizer.pt").open("rb") as file:
                 prints.append(
                     [hashlib.file_digest(file, "sha256").hexdigest(), state["global_step"]]
                 )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"selection.less.checkpoints: {folder} is no checkpoint of transformers' Trainer "
-                f"({one_line(error)}); give its folders checkpoint-N"
-            ) from None
-        own = [
-            line["learning_rate"]
-            for line in logged
-            if before < line["step"] <= state["global_step"]
-        ]
+            own = [
+                float(line["learning_rate"])
+                for line in logged
+                if before < line["step"] <= state["global_step"]
+            ]
         if not own:
             raise UserError(
                 f"selection.less.checkpoints: {folder} logged no learning rate since step "
@@ -210,7 +205,8 @@ def _of_trainer(session: Session, folder: Path) -> Checkpoint:
         from peft import PeftModel
 
         inner = folders.read(Path(str(session.config.finetune.model)), "finetune.model")
-        outer: Any = PeftModel.from_pretrained(inner, str(folder), is_trainable=True)
+        with judged(key, "give a checkpoint of LoRA on finetune.model", "peft"):
+            outer: Any = PeftModel.from_pretrained(inner, str(folder), is_trainable=True)
     else:
         inner = outer = folders.read(folder, "selection.less.checkpoints")
     tuning = language_model.CompletionModel(inner, precision=session.config.training.precision)
@@ -218,7 +214,8 @@ def _of_trainer(session: Session, folder: Path) -> Checkpoint:
     decays = set(Theirs.get_decay_parameter_names(None, outer))  # type: ignore[arg-type]
     trained = [(name, p) for name, p in outer.named_parameters() if p.requires_grad]
     ordered = [p for decay in (True, False) for name, p in trained if (name in decays) == decay]
-    try:
+    remedy = "give checkpoints of transformers' Trainer with AdamW"
+    with judged(key, remedy, "the reader of its optimizer.pt"):
         saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         groups = {number: group for group in saved["param_groups"] for number in group["params"]}
         moments = {
@@ -229,8 +226,4 @@ def _of_trainer(session: Session, folder: Path) -> Checkpoint:
             m.first.shape != p.shape for m, p in zip(moments.values(), ordered, strict=True)
         ):
             raise ValueError("it is of other parameters")
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{key}: its optimizer.pt is not AdamW's for this model ({one_line(error)})"
-        ) from None
     return _opened(session, tuning, moments)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from doremi_train import files
-from doremi_train.config import UserError, in_keys
+from doremi_train.config import UserError, in_keys, read_object
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, regressors, swarm
 from doremi_train.methods.box import Box, Floats, Space
@@ -77,14 +76,12 @@ def _frozen(path: str | None, names: Sequence[str]) -> Floats:
     not know."""
     if path is None:
         return np.zeros(len(names))
+    content = read_object(Path(path), f"swarm.frozen={path}", "give a weights.json")
     try:
-        content = files.read_json(Path(path))
         known = content.get("weights", content)
         weights = np.array([float(known.get(name, 0)) for name in names])
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"swarm.frozen={path}: not a weights.json that can be read ({error})"
-        ) from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"swarm.frozen={path}: not a weights.json ({error}); give one") from None
     if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights > 0).sum() >= 2):
         raise UserError(
             f"swarm.frozen={path}: must hold weights above 0 for two or more of {', '.join(names)}"

@@ -125,7 +125,7 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
         allow_pipe=session.config.data.allow_pipe,
     )
     tokens, needed = [], wanted.sequences * length + 1
-    for ids in _documents(where, store):
+    for ids in _documents(where, store, wanted.files_key):
         tokens += [*ids, store.end_of_document]
         if len(tokens) >= needed:
             break
@@ -149,9 +149,9 @@ def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[st
     return torch.from_numpy(target).unfold(0, length + 1, length).clone()
 
 
-def _documents(where: DataOptions, store: TokenStore) -> Iterator[list[int]]:
+def _documents(where: DataOptions, store: TokenStore, key: str) -> Iterator[list[int]]:
     encoder, bad = store.tokenizer(), opening.BadLines(where)
-    for source in sources.resolve(where):
+    for source in sources.resolve_one(where, key):
         for piece in reading.read(source, where, bad):
             tokens = (
                 piece.tokens if piece.text is None else tokenizer.encode(encoder, [piece.text])[0]

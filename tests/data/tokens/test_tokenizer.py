@@ -182,7 +182,7 @@ def test_documents_end_with_what_the_folder_says_and_else_with_a_special_token(
     with pytest.raises(UserError, match=r"data.end_of_document=None: .*'<gone>', which is not"):
         end(gemma_like(tmp_path / "gone", eos_token="<gone>"))
     (tmp_path / "said" / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"tokenizer_config.json is not a readable JSON object"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: must hold a JSON object"):
         end(said)
 
 
