@@ -205,7 +205,7 @@ def test_looking_for_files_is_tried_again(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady, "PATIENCE", 3.0)
+    monkeypatch.setattr(steady, "PATIENCE", 6.0)
     monkeypatch.setattr(steady, "ATTEMPTS", 3)
 
 
@@ -224,7 +224,7 @@ def test_a_body_that_stops_goes_on_where_it_was(
     network(judge)
     assert texts(one(f"{bucket}/x.jsonl")) == LINES
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and all("nothing came for 3 s" in line for line in said), said
+    assert len(said) == 2 and all("nothing came for 6 s" in line for line in said), said
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])

@@ -24,7 +24,7 @@ FILES = {"/x.jsonl": jsonl(LINES), "/": b'<a href="x.jsonl">x</a>'}
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady, "PATIENCE", 2.0)
+    monkeypatch.setattr(steady, "PATIENCE", 3.0)
     monkeypatch.setattr(steady, "SLOWEST", 1 << 24)
     monkeypatch.setattr(steady, "MANY", 1)
     monkeypatch.setattr(steady, "FIRST_WAIT", 0.01)
@@ -74,7 +74,7 @@ def test_a_body_that_never_comes_is_named(
         return verdict if method == "GET" and "GETFILESTATUS" not in path else "pass"
 
     with Web(FILES, judge) as web:
-        refused(one(f"{protocol}://{web.host}/x.jsonl"), "/x.jsonl: failed 3 times", "for 2")
+        refused(one(f"{protocol}://{web.host}/x.jsonl"), "/x.jsonl: failed 3 times", "for 3")
     assert capsys.readouterr().out.count("trying again in") == 2
 
 
