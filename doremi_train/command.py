@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
+from doremi_train import waiting
 from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
 from doremi_train.files import FULL
 from doremi_train.stages import STAGES
@@ -189,6 +190,9 @@ def _listen(stop: Any) -> Callable[[], None]:
 def die(message: str, code: int, alone: bool = False) -> None:
     """One message, and the exit code. The first process speaks for all, unless each is `alone`."""
     say(message, alone)
+    if waiting.left():
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from doremi_train.parallel.meeting import LAUNCHED, Meeting
 from doremi_train.parallel.world import World
 
 Sums = TypeVar("Sums", bound=NamedTuple)
@@ -46,8 +47,16 @@ class _Together(NamedTuple):
 _together = _Together()
 
 
-def join(cpu: bool, timeout: float) -> torch.device:
-    """Meet the other processes that the launcher started; returns this one's device."""
+_stores: dict[tuple[str, int, int, int], Any] = {}
+_meetings = 0  # of this process: every other one has had as many
+
+
+def join(cpu: bool, timeout: float, check: Callable[[], None] = lambda: None) -> torch.device:
+    """Meet the other processes that the launcher started; returns this one's device.
+
+    Raises Unmet where they have not met after `timeout` seconds, and meanwhile whatever `check`
+    raises.
+    """
     from accelerate import PartialState
 
     global _together
@@ -59,12 +68,38 @@ def join(cpu: bool, timeout: float) -> torch.device:
     # How to wrap is the engine's business: neither accelerate nor transformers must act on these by
     # themselves.
     said = {name: os.environ.pop(name) for name in _WRAPPING if name in os.environ}
+    _together = _Together(None, timeout, said)
     limit = datetime.timedelta(seconds=timeout)
-    place = PartialState(cpu=cpu, timeout=limit)
-    _together = _Together(
-        dist.new_group(backend="gloo", timeout=limit) if _many() else None, timeout, said
-    )
+    met: dict[str, Any] = {}
+    if all(name in os.environ for name in LAUNCHED):
+        meeting = Meeting()
+        store = meeting.hold(lambda meeting: _connect(meeting, limit), timeout, check)
+        met = {"store": store, "rank": meeting.rank, "world_size": meeting.size}
+    place = PartialState(cpu=cpu, timeout=limit, **met)
+    if _many():
+        _together = _together._replace(group=dist.new_group(backend="gloo", timeout=limit))
     return place.device
+
+
+def _connect(meeting: Meeting, limit: datetime.timedelta) -> Any:
+    """The store at the meeting's address, with keys of this meeting alone."""
+    global _meetings
+    _meetings += 1
+    # Kept for the next meeting, so that nobody finds the last one's server going down.
+    at = (meeting.address, meeting.port, meeting.rank, meeting.size)
+    if at not in _stores:
+        # torchrun's agent may be the server; otherwise the first process is.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        _stores[at] = dist.TCPStore(
+            meeting.address,
+            meeting.port,
+            meeting.size,
+            is_master=meeting.rank == 0 and not agent,
+            timeout=limit,
+            wait_for_workers=False,  # it would not say who is missing
+            multi_tenant=not agent,
+        )
+    return dist.PrefixStore(f"meeting {_meetings}", _stores[at])
 
 
 def leave() -> None:
@@ -194,11 +229,12 @@ def _sign(working: bool) -> bool:
 def explain(error: BaseException) -> BaseException:
     """The error itself, or `Lost` with a clear message where it says that another process is
     gone."""
-    if isinstance(error, Lost) or not _many():
+    if isinstance(error, Lost) or not dist.is_available():
         return error
     text = str(error)
     gone = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
+        _many()
+        and isinstance(error, RuntimeError)
         and any(sign in text for sign in ("gloo", "NCCL", "Connection closed by peer"))
     )
     if not gone:

@@ -1,6 +1,7 @@
 """Place where a process computes: its device, its precision, and the engine that was really got."""
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from doremi_train.config import UserError
 from doremi_train.parallel import comm, launcher
 from doremi_train.parallel.launcher import EngineOptions
+from doremi_train.parallel.meeting import LAUNCHED
 
 
 class Place(NamedTuple):
@@ -25,21 +27,23 @@ class Place(NamedTuple):
         return f"{self.strategy}, {processes} on {self.device.type} ({backend}){compiled}"
 
 
-def start(options: EngineOptions, precision: str, timeout: float) -> Place:
+def start(
+    options: EngineOptions,
+    precision: str,
+    timeout: float,
+    check: Callable[[], None] = lambda: None,
+) -> Place:
     """Join the processes that the launcher started. `timeout` in seconds is how long one may wait
-    for another.
+    for another; while they gather, `check` is called, and may raise.
 
     Raises UserError where what was asked for, here or by accelerate's configuration, is not what
     would run.
     """
     asked, file = launcher.asked(options, precision)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    absent = [
-        name
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if name not in os.environ
-    ]
-    device = comm.join(options.device == "cpu", timeout) if started == 1 or not absent else None
+    started = _started()
+    absent = [name for name in LAUNCHED if name not in os.environ and name != "WORLD_SIZE"]
+    met = started == 1 or not absent
+    device = comm.join(options.device == "cpu", timeout, check) if met else None
     size = comm.world().size
     if device is None or size != started:
         because = f"{', '.join(absent)} are not set" if absent else f"only {size} work together"
@@ -61,3 +65,30 @@ def start(options: EngineOptions, precision: str, timeout: float) -> Place:
     if asked == "auto":
         asked = "ddp" if size > 1 else "single"
     return Place(asked, device, options.compile, launcher.read_deepspeed(file, asked))
+
+
+class Mislaunched(UserError):
+    """A process was told what cannot be."""
+
+    alone = True  # the first process may have been told well
+
+
+def _started() -> int:
+    """Processes that were started, as the launcher says. Raises Mislaunched for what it cannot have
+    said."""
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    size = _number("WORLD_SIZE", 1, 10**6)
+    _number("RANK", 0, size - 1)
+    _number("MASTER_PORT", 1, 65_535)
+    return size
+
+
+def _number(name: str, least: int, most: int) -> int:
+    given = os.environ.get(name, str(least))
+    if not given.isdecimal() or not least <= int(given) <= most:
+        raise Mislaunched(
+            f"{name}={given}: must be a number from {least} to {most}; correct it, or start the "
+            "processes with torchrun, accelerate launch or srun, which set it"
+        )
+    return int(given)

@@ -172,7 +172,12 @@ def open_session(
     slurm.export_ranks()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    place = start(config.engine, config.training.precision, config.training.timeout)
+    place = start(
+        config.engine,
+        config.training.precision,
+        config.training.timeout,
+        lambda: runs.stop.check("meeting the other processes"),
+    )
     session = Session(config, plain, place, child)
     comm.on_first(session.tracking.check)
     over = config.stage == "report" and sweep(session.run_dir)

@@ -2,7 +2,8 @@
 a second home of the store."""
 
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from doremi_train import waiting
 from doremi_train.config import UserError, redact
 from doremi_train.files import FULL
 from doremi_train.storage import steady
@@ -30,9 +32,45 @@ EXTRAS = {
     "az": "adlfs",
     "abfs": "adlfs",
 }
-# All retries are ours, so that each is said and their number is bounded.
-SETTINGS: dict[str, dict[str, Any]] = {
-    name: {"config_kwargs": {"retries": {"total_max_attempts": 1}}} for name in ("s3", "s3a")
+
+
+def _s3() -> dict[str, Any]:
+    from aiobotocore.config import AioConfig
+    from botocore.exceptions import ParamValidationError
+
+    sockets: dict[str, Any] = {"connector_args": {"socket_factory": _socket}}
+    try:
+        AioConfig(**sockets)
+    except ParamValidationError:  # an older one
+        sockets = {}
+    # All retries are ours, so that each is said and their number is bounded.
+    once = {"retries": {"total_max_attempts": 1}}
+    patience = {"connect_timeout": steady.PATIENCE, "read_timeout": steady.PATIENCE}
+    return {"config_kwargs": {**once, **patience, **sockets}}
+
+
+def _http() -> dict[str, Any]:
+    import aiohttp
+
+    # Its own limit is one for the whole of an answer, however well it comes.
+    patience = {"sock_connect": steady.PATIENCE, "sock_read": steady.PATIENCE}
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, **patience)}}
+
+
+def _socket(address: Any) -> socket.socket:
+    """A socket that gives up also where what it sends is not taken."""
+    made = socket.socket(*address[:3])
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * steady.PATIENCE))
+    return made
+
+
+# Settings of the clients that know a time without a byte, by protocol.
+LIMITS: dict[str, Callable[[], dict[str, Any]]] = {
+    "s3": _s3,
+    "s3a": _s3,
+    "http": _http,
+    "https": _http,
 }
 
 
@@ -59,9 +97,9 @@ def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
             f"{key}={url!r}: refused, because it may run a command on this machine; allowed are "
             f"paths and {', '.join(PROTOCOLS)} URLs"
         )
-    scheme, separator, _ = url.partition("://")
-    if not separator:
+    if "://" not in url:
         return LocalFileSystem(), os.path.abspath(Path(url).expanduser())  # noqa: PTH100 (links are kept)
+    scheme = url.rpartition("::")[2].partition("://")[0]  # of the last link of a chain
     if scheme in EXTRAS and redact(url) != url:
         raise UserError(
             f"{key}={url!r}: credentials do not belong into this URL; take them out, and give them "
@@ -69,7 +107,7 @@ def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
             "AWS_SECRET_ACCESS_KEY)"
         )
     try:
-        fs, path = fsspec.core.url_to_fs(url, **SETTINGS.get(scheme, {}))
+        fs, path = _opened(url, scheme)
     except ImportError as error:
         package = EXTRAS.get(scheme)
         remedy = f"pip install {package!r}" if package else "install the package of this protocol"
@@ -82,10 +120,21 @@ def filesystem(url: str, key: str, odd: bool = False) -> tuple[Any, str]:
         ) from error
     if isinstance(fs, LocalFileSystem):
         return fs, path
-    if scheme in SETTINGS:
+    if hasattr(fs, "retries"):
         fs.retries = 1
     fs.invalidate_cache()  # what is there now, not what was there when this process looked before
-    return Steady(fs), path
+    return Steady(fs, scheme in LIMITS), path
+
+
+def _opened(url: str, scheme: str) -> tuple[Any, str]:
+    """fsspec's file system, with the limits of the client that it reaches the network by; some
+    connect at once."""
+    settings = LIMITS[scheme]() if scheme in LIMITS else {}
+    if "::" in url:
+        settings = {scheme: settings}
+    if scheme in LIMITS:
+        return fsspec.core.url_to_fs(url, **settings)
+    return waiting.within(steady.PATIENCE, lambda: fsspec.core.url_to_fs(url))
 
 
 @contextmanager

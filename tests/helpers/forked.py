@@ -101,21 +101,28 @@ def ranks(
     env: Mapping[str, str],
     cwd: Path | None = None,
     before: Callable[[], None] = nothing,
+    present: Sequence[int] | None = None,
+    port: int | None = None,
 ) -> list[Forked]:
     """The command as one process, or as `count` that know of each other and that no agent watches;
-    they share their output. `before` is called in each, before the command begins."""
+    they share their output. Only those `present` are started, and meet at `port`; by default all,
+    at a free one. `before` is called in each, before the command begins."""
     if count == 1:
         return [Forked(overrides, env, cwd, _outputs(), before)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port or free_port()
     common = {**env, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     files = _outputs()
-    numbers = map(str, range(count))
+    numbers = map(str, range(count) if present is None else present)
     return [
         Forked(overrides, {**common, "RANK": rank, "LOCAL_RANK": rank}, cwd, files, before)
         for rank in numbers
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def ended(processes: Sequence[Forked], timeout: float) -> tuple[int, str, str]:

@@ -62,21 +62,30 @@ def files(path: str) -> dict[str, int]:
 
 class BadNetwork:
     """A proxy to `target` that answers a request as `verdict(method, path)` says: "pass", "fail"
-    (503), "drop" (no answer), or "cut" (half of the body)."""
+    (503), "drop" (no answer), "cut" (half of the body), "stop" (half of the body, and then
+    silence), "silent" (not a byte), or "deaf" (not a byte, and none of the request's body is
+    read)."""
 
     def __init__(self, target: str, verdict: Callable[[str, str], str]) -> None:
         self.verdict, self.asked = verdict, list[tuple[str, str]]()
         host = target.removeprefix("http://")
         network = self
+        over = self._over = threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def handle_one(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 verdict = network.verdict(self.command, self.path)
                 network.asked.append((self.command, self.path))
                 self.close_connection = True
+                if verdict == "deaf":
+                    over.wait()
+                    return
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if verdict == "silent":
+                    over.wait()
+                    return
                 if verdict == "drop":
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
@@ -108,7 +117,10 @@ class BadNetwork:
                 self.send_header("Content-Length", length or "0")
                 self.send_header("Connection", "close")
                 self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if verdict == "cut" else content)
+                half = verdict in ("cut", "stop")
+                self.wfile.write(content[: len(content) // 2] if half else content)
+                if verdict == "stop":
+                    over.wait()
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
 
@@ -123,5 +135,6 @@ class BadNetwork:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()

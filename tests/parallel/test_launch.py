@@ -73,6 +73,9 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 REFUSED: list[tuple[dict[str, str], list[str], list[str]]] = [
     ({"WORLD_SIZE": "2"}, [], ["WORLD_SIZE=2", "RANK", "MASTER_ADDR", "torchrun"]),
+    ({"WORLD_SIZE": "two"}, [], ["WORLD_SIZE=two", "a number from 1", "torchrun"]),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, [], ["RANK=2", "from 0 to 1"]),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "x"}, [], ["MASTER_PORT=x", "65535"]),
     (
         {"ACCELERATE_MIXED_PRECISION": "bf16"},
         [],

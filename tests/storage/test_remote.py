@@ -206,6 +206,56 @@ def test_looking_for_files_is_tried_again(
         assert texts(given) == TEXTS * number
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady, "PATIENCE", 6.0)
+    monkeypatch.setattr(steady, "ATTEMPTS", 3)
+
+
+def test_a_body_that_stops_goes_on_where_it_was(
+    bucket: str, network: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/x.jsonl", jsonl(LINES))
+    monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", BLOCK)
+    monkeypatch.setattr(steady, "CHUNK", BLOCK)
+    asked = [0]
+
+    def judge(method: str, path: str) -> str:
+        asked[0] += method == "GET" and "x.jsonl" in path
+        return "stop" if asked[0] in (3, 4) and method == "GET" else "pass"
+
+    network(judge)
+    assert texts(one(f"{bucket}/x.jsonl")) == LINES
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("nothing came for 6 s" in line for line in said), said
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_service_that_falls_silent_is_asked_again(
+    method: str, bucket: str, network: Any, impatient: None
+) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{bucket}/corpus/a/train.jsonl", jsonl(TEXTS))
+    network(first(1, method, "", "silent"))
+    assert texts(options(root=f"{bucket}/corpus")) == TEXTS
+
+
+def test_an_upload_that_is_not_taken_is_tried_again_and_named(
+    bucket: str, network: Any, capsys: Any, tmp_path: Path, impatient: None
+) -> None:
+    (tmp_path / "small").write_bytes(bytes(1000))
+    (tmp_path / "large").write_bytes(bytes(20_000_000))  # more than sockets hold
+    network(first(1, "PUT", "small", "silent"))
+    mirror = Mirror(f"{bucket}/there")
+    mirror.push(tmp_path, ["small"])
+    assert capsys.readouterr().out.count("there/small: ReadTimeoutError") == 1
+    assert mirror.read("small") == bytes(1000)
+    network(first(10**6, "PUT", "large", "deaf"))
+    mirror = Mirror(f"{bucket}/there")
+    with pytest.raises(UserError, match="there/large: failed 3 times"):
+        mirror.push(tmp_path, ["large"])
+    assert capsys.readouterr().out.count("trying again in") == 2
+
+
 def test_at_the_end_of_all_attempts_the_command_says_so(
     corpus: Path, bucket: str, network: Any, tmp_path: Path
 ) -> None:

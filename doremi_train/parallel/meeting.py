@@ -1,0 +1,81 @@
+"""Meeting of the processes of a launch, which keeps a time limit and hears signals.
+
+torch's own waits in C++, where no signal is heard, and without end for a port that takes the
+connection and never answers.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from doremi_train import waiting
+
+# What a launcher says to each process.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NAMED = 10  # ranks that a message names
+
+
+class Unmet(Exception):
+    """The processes did not meet. Exit code 1: the same command, started again, goes on."""
+
+    exit_code = 1
+    alone = True  # each says what it saw
+
+
+class Meeting:
+    """Way of one process to the others, as far as it got."""
+
+    def __init__(self) -> None:
+        rank, size, _, self.address, port = (os.environ[name] for name in LAUNCHED)
+        self.rank, self.size, self.port = int(rank), int(size), int(port)
+        self._missing = list(range(self.size))  # as the first process sees it
+        self._connected = False
+
+    def hold(
+        self, connect: Callable[["Meeting"], Any], timeout: float, check: Callable[[], None]
+    ) -> Any:
+        """The store (torch's, of keys and values) that `connect` opens, when all processes have
+        opened it.
+
+        Raises Unmet where they have not after `timeout` seconds, and meanwhile whatever `check`
+        raises.
+        """
+        try:
+            return waiting.within(timeout, lambda: self._go(connect), check, foreign=True)
+        except (RuntimeError, waiting.Waited) as error:  # torch's are RuntimeErrors
+            raise self._unmet(error, timeout) from None
+
+    def _go(self, connect: Callable[["Meeting"], Any]) -> Any:
+        store = connect(self)
+        self._connected = True
+        store.set(str(self.rank), "here")
+        if self.rank == 0:
+            while self._missing:
+                self._missing = [rank for rank in self._missing if not store.check([str(rank)])]
+                time.sleep(0.05)
+            store.set("all", "here")
+        while not store.check(["all"]):
+            time.sleep(0.1)
+        return store
+
+    def _unmet(self, error: Exception, timeout: float) -> Unmet:
+        if not self._connected and self.rank == 0:
+            what = "this process, the first, cannot listen there"
+        elif not self._connected:
+            what = "nobody answers there as the first process does"
+        elif self.rank == 0:
+            named = ", ".join(map(str, self._missing[:_NAMED])) + ", …" * (
+                len(self._missing) > _NAMED
+            )
+            what = f"of {self.size} processes did not come: RANK={named}"
+        else:
+            what = "the first process was there and others were not; its own message names them"
+        if not isinstance(error, waiting.Waited):
+            what += f" ({str(error).splitlines()[0][:200]})"
+        return Unmet(
+            f"the processes did not meet at MASTER_ADDR:MASTER_PORT={self.address}:{self.port} "
+            f"within training.timeout={timeout:g} s: {what}; start all of them with the same two, "
+            "and where something else listens there, take another port (torchrun --master-port). "
+            "The same command continues from the last checkpoint"
+        )
