@@ -102,6 +102,15 @@ def test_few_or_equal_runs_give_a_finite_law(count: int) -> None:
     assert np.isfinite(saturating(points, losses).predict(mixtures(9, 6))).all()
 
 
+def test_what_is_solved_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = mixtures(30, 7)
+    losses = truth(points, PASSES, 1.5).predict(points)
+    whole = saturating(points, losses)
+    monkeypatch.setattr(law, "NUMBERS", 1)
+    for one, other in zip(saturating(points, losses), whole, strict=True):
+        assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+
+
 # ── RegMix's runs ───────────────────────────────────────────────────────────────────
 
 
