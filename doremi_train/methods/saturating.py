@@ -34,6 +34,7 @@ RIDGES = (1e-4, 1e-2)
 KNEES = (0.0, 1.5, 3.0)  # τ: harm sets in after 0, 3.5 and 19 passes
 FOLDS = 5
 CHUNK = 4096  # mixtures that are predicted at once
+NUMBERS = 4_000_000  # of the Gram matrices that are solved at once
 
 Folds = NDArray[np.int_]  # (N,) the fold of each run
 Map = tuple[float, float, float]  # r, p and τ, which is infinite without harm
@@ -156,8 +157,13 @@ def _search(exposure: Floats, logs: Logs, fold: Folds, options: list[list[Place]
     alike: dict[Map, list[Place]] = {}
     for place in dict.fromkeys(place for option in options for place in option):
         alike.setdefault(place.map, []).append(place)
+    one = (fold.max() + 2) * (2 * exposure.shape[1]) ** 2
+    most = max(NUMBERS // int(one), 1)
     laws = {
-        law.place: law for places in alike.values() for law in _solve(exposure, logs, fold, places)
+        law.place: law
+        for places in alike.values()
+        for first in range(0, len(places), most)
+        for law in _solve(exposure, logs, fold, places[first : first + most])
     }
     tried = [[laws[place] for place in option] for option in options]
     score = np.log([[law.error + 1e-12 for law in option] for option in tried])

@@ -98,3 +98,12 @@ def test_sides_alternate_and_none_is_always_first() -> None:
     assert "".join(order) == "cab" + "abc" + "bca" + "cab"
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3, "c": 3}
     assert common.alternate({"own": lambda: 0.25}, rounds=2)["own"] == [0.25, 0.25]
+
+
+@pytest.mark.acceptance
+def test_fit(tmp_path: Path) -> None:
+    found = run("fit", tmp_path, "--pictures", str(tmp_path))
+    assert found["ratios"].keys() == {f"log_linear_over_saturating_{n}" for n in (34, 102)}
+    assert found["figures"].keys() > {"cross_validated", "domains", "runs"}
+    for name in ("domains", "runs"):
+        assert (tmp_path / f"growth-fit-{name}.svg").read_text().startswith("<svg")

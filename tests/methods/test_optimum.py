@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.laws import truth
 from numpy.testing import assert_allclose
 from scipy.optimize import minimize
 from torch import Tensor
@@ -65,16 +66,16 @@ def test_the_optimum_is_as_low_as_a_naive_solver_s(name: str, harm: float, withi
 
 
 def test_the_known_optimum_is_recovered_from_runs() -> None:
-    true, prior = law(3), np.full(K, 1 / K)
-    points = np.random.default_rng(3).dirichlet(np.full(K, 0.7), 120)
+    points = np.random.default_rng(3).dirichlet(np.full(K, 0.7), 80)
+    true, prior = truth(points, np.ones(K), np.inf), np.full(K, 1 / K)
     fit = saturating(points, true.predict(points))
     best, found = (
         optimum.optimum(one, OBJECTIVES["mean"], FREE, prior, 0.0, np.random.default_rng(0))
         for one in (true, fit)
     )
-    assert box.distance(best, found) < 0.15
+    assert box.distance(best, found) < 0.02
     value = true.predict(np.stack([best, found, prior])).mean(1)
-    assert value[0] <= value[1] < value[0] + 0.02 * (value[2] - value[0])
+    assert value[0] <= value[1] < value[0] + 0.01 * (value[2] - value[0])
 
 
 def test_a_corner_and_a_cap_are_reached() -> None:

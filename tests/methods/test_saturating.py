@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import regmix
+from helpers.laws import truth
 from numpy.testing import assert_allclose
 from scipy.stats import spearmanr
 
@@ -14,25 +15,6 @@ from doremi_train.methods.fits import Known
 from doremi_train.methods.saturating import Saturating, saturating
 
 PASSES = np.array([1.0, 3.0, 10.0, 2.0, 6.0])  # D / n
-
-
-def truth(points: Floats, passes: Floats, knee: float, seed: int = 0) -> Saturating:
-    """A law of three losses on the grid of the fit: r = 1, p = 0.6, κ = 1.2 of these runs."""
-    random, domains = np.random.default_rng(seed), points.shape[1]
-    helped = random.uniform(0, 1, (3, domains)) + np.eye(3, domains) * 2
-    harmed = random.uniform(0.05, 0.3, (3, domains)) * (knee < np.inf)
-    given = torch.ones(3), torch.full((3,), 0.6), torch.full((3,), knee)
-    tensors = [torch.as_tensor(part, dtype=torch.float64) for part in (*given, helped, harmed)]
-    found = Saturating(torch.from_numpy(passes), *torch.zeros(2, 3).double(), *tensors)
-    # With φ = min − (κ − 1) (median − min) of the runs, the exponent has a range of its own.
-    exponent = np.log(found.predict(points))
-    scale = np.log(1.2 / 0.2) / (np.median(exponent, axis=0) - exponent.min(0))
-    scale = torch.from_numpy(scale)
-    return found._replace(
-        floor=torch.tensor([1.5, 2.0, 2.5], dtype=torch.float64),
-        help=found.help * scale[:, None],
-        harm=found.harm * scale[:, None],
-    )
 
 
 def mixtures(count: int, seed: int) -> Floats:
@@ -118,6 +100,15 @@ def test_few_or_equal_runs_give_a_finite_law(count: int) -> None:
     assert_allclose(saturating(points, losses).predict(mixtures(9, 6)), 3.0, atol=1e-3)
     losses += points[:, :2]
     assert np.isfinite(saturating(points, losses).predict(mixtures(9, 6))).all()
+
+
+def test_what_is_solved_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = mixtures(30, 7)
+    losses = truth(points, PASSES, 1.5).predict(points)
+    whole = saturating(points, losses)
+    monkeypatch.setattr(law, "NUMBERS", 1)
+    for one, other in zip(saturating(points, losses), whole, strict=True):
+        assert_allclose(one, other, rtol=1e-6, atol=1e-9)
 
 
 # ── RegMix's runs ───────────────────────────────────────────────────────────────────
