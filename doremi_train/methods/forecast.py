@@ -16,7 +16,10 @@ from torch import Tensor
 
 from doremi_train.methods import regressors, swarm
 from doremi_train.methods.box import Floats
+from doremi_train.methods.conformal import Intervals, intervals
 from doremi_train.methods.fits import Fit, Known
+
+LEVEL = 0.95
 
 
 class Part(NamedTuple):
@@ -25,6 +28,7 @@ class Part(NamedTuple):
     metrics: NDArray[np.int_]
     runs: NDArray[np.int_]
     fit: Fit
+    between: Intervals
 
 
 class Forecast(NamedTuple):
@@ -32,11 +36,15 @@ class Forecast(NamedTuple):
 
     parts: list[Part]
     unseen: Floats  # (N, M) what fits to the other runs predict; nan where it was not measured
-    half: Floats  # (M,) of intervals of 95 %, by split conformal prediction out of fold
+
+    @property
+    def metrics(self) -> int:
+        """M."""
+        return self.unseen.shape[1]
 
     def predict(self, points: Floats) -> Floats:
         """(R, K) → (R, M)."""
-        found = np.empty((len(points), len(self.half)))
+        found = np.empty((len(points), self.metrics))
         for part in self.parts:
             found[:, part.metrics] = part.fit.predict(points)
         return found
@@ -44,7 +52,10 @@ class Forecast(NamedTuple):
     def between(self, points: Floats) -> tuple[Floats, Floats, Floats]:
         """(R, K) → predicted (R, M), and the ends of 95 % intervals."""
         predicted = self.predict(points)
-        return predicted, predicted - self.half, predicted + self.half
+        half = np.empty_like(predicted)
+        for part in self.parts:
+            half[:, part.metrics] = part.between.half(predicted[:, part.metrics], LEVEL)
+        return predicted, predicted - half, predicted + half
 
     @property
     def smooth(self) -> bool:
@@ -57,7 +68,7 @@ class Forecast(NamedTuple):
         for part in self.parts:
             found: Tensor = part.fit.losses(points)  # type: ignore[attr-defined]
             columns |= dict(zip(part.metrics.tolist(), found.unbind(-1), strict=True))
-        return torch.stack([columns[metric] for metric in range(len(self.half))], dim=-1)
+        return torch.stack([columns[metric] for metric in range(self.metrics)], dim=-1)
 
 
 def forecast(points: Floats, values: Floats, known: Known, regressor: str) -> Forecast:
@@ -68,15 +79,8 @@ def forecast(points: Floats, values: Floats, known: Known, regressor: str) -> Fo
     for number in range(patterns.shape[1]):
         runs, metrics = np.flatnonzero(patterns[:, number]), np.flatnonzero(group == number)
         given = points[runs], values[np.ix_(runs, metrics)]
-        parts.append(Part(metrics, runs, regressors.REGRESSORS[regressor](*given, known)))
-        random = np.random.default_rng(0)
-        unseen[np.ix_(runs, metrics)] = swarm.out_of_fold(*given, regressor, random, known)
-    errors = np.abs(values - unseen)
-    return Forecast(parts, unseen, np.array([_quantile(column) for column in errors.T]))
-
-
-def _quantile(errors: Floats) -> float:
-    """What 95 % of new errors are below, from errors (N,) of which some are nan."""
-    there = np.sort(errors[np.isfinite(errors)])
-    rank = int(np.ceil(0.95 * (len(there) + 1)))
-    return float(there[min(rank, len(there)) - 1])
+        fit = regressors.REGRESSORS[regressor](*given, known)
+        folds = swarm.out_of_fold(*given, regressor, np.random.default_rng(0), known)
+        unseen[np.ix_(runs, metrics)] = folds
+        parts.append(Part(metrics, runs, fit, intervals(folds, given[1])))
+    return Forecast(parts, unseen)
