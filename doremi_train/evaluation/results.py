@@ -6,14 +6,17 @@ is over domains, and an interval is a 95 % Student-t interval over seeds; where 
 compared it is that of the differences, seed by seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from doremi_train import files
 from doremi_train.evaluation.statistics import listed, student_t
-from doremi_train.methods import HEURISTICS
+from doremi_train.methods import HEURISTICS, objective
 from doremi_train.model import configs
 
 # Then others; reference and proxy last.
@@ -64,6 +67,7 @@ class Measure(NamedTuple):
 
     unit: str
     of: Callable[[dict[str, Any]], float]  # the figures of a model in evaluation.json
+    what: str = "the mean over domains"
 
 
 NATS = Measure("nats per token", lambda figures: figures["mean_loss"])
@@ -214,7 +218,35 @@ def _domains(run: Result) -> set[str]:
 
 
 def _measure(results: Sequence[Result]) -> Measure:
-    return NATS if len({run.tokenizer for run in results} - {None}) < 2 else BITS
+    if len({run.tokenizer for run in results} - {None}) > 1:
+        return BITS
+    wanted = [_objective(run.config) for run in results]
+    if wanted[0] == objective.Options() or any(one != wanted[0] for one in wanted):
+        return NATS
+    return Measure("nats per token", partial(_score, wanted[0]), "the objective")
+
+
+def _objective(config: Mapping[str, Any]) -> objective.Options:
+    """The objective of a flat configuration."""
+
+    def of(key: str) -> dict[str, float] | None:
+        start = f"objective.{key}."
+        named = {
+            name.removeprefix(start): v for name, v in config.items() if name.startswith(start)
+        }
+        return named or None
+
+    return objective.Options(
+        config.get("objective.reduce", "mean"), of("metrics"), guard=of("guard")
+    )
+
+
+def _score(wanted: objective.Options, figures: Mapping[str, Any]) -> float:
+    losses = {name: domain["loss"] for name, domain in figures["domains"].items()}
+    if "target_loss" in figures:
+        losses["target"] = figures["target_loss"]
+    values = np.array([list(losses.values())])
+    return float(objective.objective(wanted, list(losses), values[0]).scores(values)[0])
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:
@@ -284,7 +316,7 @@ def verdict(setting: Setting) -> str:
                  for name in others for gain in [setting.gain(name)[0]]]  # fmt: skip
         equal = [labels[name] for name in others if setting.gain(name)[0] <= 0]
         return (
-            f"With one seed {mixture} reaches {mean:.4f} {unit} on the mean over domains: "
+            f"With one seed {mixture} reaches {mean:.4f} {unit} on {setting.measure.what}: "
             f"{listed(parts)}{f', so no better than {listed(equal)}' if equal else ''}. One seed, "
             "no interval: differences of the size of the seed-to-seed spread decide nothing."
         )

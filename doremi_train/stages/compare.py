@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.table import Table
 
 from doremi_train import files
@@ -28,7 +29,7 @@ from doremi_train.stages import main, prepare, report
 from doremi_train.stages.options import Config
 from doremi_train.stages.planning import ahead
 from doremi_train.stages.planning.bill import Bill
-from doremi_train.stages.runs import budget
+from doremi_train.stages.runs import budget, metrics
 from doremi_train.stages.runs import submit as jobs
 from doremi_train.stages.session import Session, claimed
 from doremi_train.storage.runs import stop
@@ -79,8 +80,22 @@ def run(session: Session) -> dict[str, Any]:
         children,
         {name: contenders[name.partition("/")[0]].cost.tokens for name in children},
     )
-    content: dict[str, Any] = comm.on_first(lambda: _conclude(session, questions, failures))
+    reached = _measured(session, list(children))
+    content: dict[str, Any] = comm.on_first(
+        lambda: _conclude(session, questions, failures, reached)
+    )
     return content
+
+
+def _measured(session: Session, names: list[str]) -> dict[str, float]:
+    """The objective of every child's final model; the mean over domains where nothing else is
+    said. A collective."""
+    store = _store(session)
+    folders = {name: session.run_dir / "compare" / name / "main" for name in names}
+    measured = metrics.measured(session, store, folders)
+    # A guard is for searches: it asks what natural has, and here no mixture is refused.
+    wanted = metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
+    return {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
 
 
 # ── What is compared ────────────────────────────────────────────────────────────────
@@ -124,8 +139,7 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
     child = _session(
         session, _configured(session, Contender(method, changes, Cost(0, 0, 0)), 0) | nowhere
     )
-    data = session.config.data
-    store = TokenStore.open(session.run_dir / "prepare", only=data.only, least=data.least_tokens)
+    store = _store(session)
     bill, before, final, tokens = Bill(child, store, {}), 0.0, 0.0, 0
     for run in ahead.runs(child, store)[0]:
         priced = bill.run(run)
@@ -135,6 +149,11 @@ def _cost(session: Session, method: str, changes: dict[str, Any]) -> Cost:
             before += priced["flops"]
         tokens += 0 if run.same_as else priced["tokens"]
     return Cost(before, final, tokens)
+
+
+def _store(session: Session) -> TokenStore:
+    data = session.config.data
+    return TokenStore.open(session.run_dir / "prepare", only=data.only, least=data.least_tokens)
 
 
 def _configured(session: Session, contender: Contender, seed: int) -> dict[str, Any]:
@@ -191,10 +210,17 @@ def _train(
 # ── What came of it ─────────────────────────────────────────────────────────────────
 
 
-def _conclude(session: Session, questions: list[Question], failures: list[str]) -> dict[str, Any]:
+def _conclude(
+    session: Session,
+    questions: list[Question],
+    failures: list[str],
+    reached: Mapping[str, float],
+) -> dict[str, Any]:
     seeds = session.config.compare.seeds
     outcomes = {
-        one.folder: _outcome(session, one) for q in questions for one in (q.method, *q.others)
+        one.folder: _outcome(session, one, reached)
+        for q in questions
+        for one in (q.method, *q.others)
     }
     lowest = [
         min(outcome["losses"][seed] for outcome in outcomes.values()) for seed in range(seeds)
@@ -221,13 +247,13 @@ def _conclude(session: Session, questions: list[Question], failures: list[str]) 
     return content
 
 
-def _outcome(session: Session, contender: Contender) -> dict[str, Any]:
+def _outcome(
+    session: Session, contender: Contender, reached: Mapping[str, float]
+) -> dict[str, Any]:
     """What the seeds of a contender reached; losses in nats per token."""
-    folders = [
-        session.run_dir / "compare" / contender.folder / f"seed-{n}"
-        for n in range(session.config.compare.seeds)
-    ]
-    reached = [files.read_json(folder / "main/result.json")["evaluation"] for folder in folders]
+    names = [f"{contender.folder}/seed-{n}" for n in range(session.config.compare.seeds)]
+    folders = [session.run_dir / "compare" / name for name in names]
+    evaluated = [files.read_json(folder / "main/result.json")["evaluation"] for folder in folders]
     mixtures = [files.read_json(folder / "weights.json") for folder in folders]
     known = [
         mixture["provenance"]
@@ -235,8 +261,9 @@ def _outcome(session: Session, contender: Contender) -> dict[str, Any]:
         if "proposal_realised" in mixture["provenance"]
     ]
     return {
-        "losses": [entry["mean_loss"] for entry in reached],
-        "worst": [entry["worst_loss"] for entry in reached],
+        "losses": [reached[name] for name in names],
+        "mean": [entry["mean_loss"] for entry in evaluated],
+        "worst": [entry["worst_loss"] for entry in evaluated],
         "flops": contender.cost.proxies + contender.cost.main,
         "proxy_flops": contender.cost.proxies,
         "optimism": [entry["proposal_realised"] - entry["proposal_predicted"] for entry in known],
@@ -245,8 +272,9 @@ def _outcome(session: Session, contender: Contender) -> dict[str, Any]:
 
 
 _COLUMNS = (
-    "mixture", "mean loss", "worst domain", "FLOPs", "of them before the final run", "regret",
-    "optimism", "method's gain, Student-t", "paired bootstrap",
+    "mixture", "objective", "mean over domains", "worst domain", "FLOPs",
+    "of them before the final run", "regret", "optimism", "method's gain, Student-t",
+    "paired bootstrap",
 )  # fmt: skip
 
 
@@ -303,6 +331,7 @@ def _row(name: str, outcome: Mapping[str, Any], gain: Paired | None) -> list[str
         told = [f"{gain.mean:+.4f}", ""]
         if gain.half is not None:
             told = [f"{gain.mean:+.4f} ± {gain.half:.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}"]
-    losses, worst, optimism = (spread(outcome[key]) for key in ("losses", "worst", "optimism"))
+    kinds = ("losses", "mean", "worst", "optimism")
+    *losses, optimism = (spread(outcome[key]) for key in kinds)
     flops = [f"{outcome[key]:.3g}" for key in ("flops", "proxy_flops")]
-    return [name, losses, worst, *flops, f"{outcome['regret']:.4f}", optimism, *told]
+    return [name, *losses, *flops, f"{outcome['regret']:.4f}", optimism, *told]

@@ -18,7 +18,7 @@ from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import main, prepare
-from doremi_train.stages.runs import budget
+from doremi_train.stages.runs import budget, metrics
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, lock, stop
 
@@ -47,9 +47,12 @@ def run(session: Session) -> dict[str, Any]:
             known = same.setdefault(folder.resolve(), name)
             if known == name:
                 figures[name] = _measure(session, store, folder, training_too=name == "reference")
+                if metrics.counts_target(session, store):
+                    figures[name]["target_loss"] = metrics.target_loss(session, store, folder)
             else:
+                shared = ("domains", "mean_loss", "worst_loss", "target_loss")
                 figures[name] = {
-                    key: figures[known][key] for key in ("domains", "mean_loss", "worst_loss")
+                    key: figures[known][key] for key in shared if key in figures[known]
                 }
             bar.update(done + 1, name)
     compare(

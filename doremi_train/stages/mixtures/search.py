@@ -56,7 +56,9 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> torch.Tens
 def _best(session: Session, store: TokenStore, finished: Mapping[str, Run]) -> tuple[str, float]:
     """Name and score of the run that does best on the objective; guards are parts of the mean of
     the runs, for natural is not among them."""
-    measured = metrics.measured(session, store, finished)
+    measured = metrics.measured(
+        session, store, {name: run.folder for name, run in finished.items()}
+    )
     losses = np.array([measured[name] for name in finished])
     wanted = metrics.objective(session, store, losses.mean(0))
     judged, reached = wanted.scores(losses, penalised=True), wanted.scores(losses)

@@ -151,7 +151,7 @@ def _reused(session: Session, store: TokenStore, problem: Problem, folder: Path)
 
     points = [swarm_problem.row_of(problem, mixed) for mixed in comm.on_first(look)]
     runs = [small_runs.recipe(session, store, torch.from_numpy(point)) for point in points]
-    measured = metrics.measured(session, store, {run.folder.name: run for run in runs})
+    measured = metrics.measured(session, store, {run.folder.name: run.folder for run in runs})
     if runs:
         session.say(f"{'swarm':<22} {len(runs)} runs in the store are used too")
     return [
@@ -192,5 +192,5 @@ def _train(
     session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar
 ) -> list[Row]:
     trained = small_runs.train(session, store, mixtures, bar)
-    measured = metrics.measured(session, store, trained)
+    measured = metrics.measured(session, store, {name: run.folder for name, run in trained.items()})
     return [Row(name, mixtures[name].tolist(), measured[name]) for name in trained]

@@ -24,7 +24,7 @@ from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages.runs import targets
 from doremi_train.stages.session import Session
-from doremi_train.storage.runs import Run, stop
+from doremi_train.storage.runs import stop
 
 TARGET = "target"  # the metric's name
 
@@ -37,7 +37,7 @@ class Losses(NamedTuple):
 
 def names(session: Session, store: TokenStore) -> list[str]:
     """(M,) of the metrics."""
-    return [*store.domains, *([TARGET] if _counted(session, store) else [])]
+    return [*store.domains, *([TARGET] if counts_target(session, store) else [])]
 
 
 def objective(session: Session, store: TokenStore, natural: Floats) -> Objective:
@@ -66,21 +66,23 @@ def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
 
 
 def measured(
-    session: Session, store: TokenStore, runs: Mapping[str, Run]
+    session: Session, store: TokenStore, runs: Mapping[str, Path]
 ) -> dict[str, list[float]]:
-    """(M,) of finished runs, by name. A collective."""
-    found = comm.on_first(lambda: {name: domain_losses(run, store) for name, run in runs.items()})
-    if not _counted(session, store):
+    """(M,) of finished runs, by name, from their folders. A collective."""
+    found = comm.on_first(
+        lambda: {name: domain_losses(folder, store) for name, folder in runs.items()}
+    )
+    if not counts_target(session, store):
         return found
     return {
-        name: [*losses, _on_target(session, store, runs[name].folder)]
+        name: [*losses, target_loss(session, store, runs[name] / "model")]
         for name, losses in found.items()
     }
 
 
-def domain_losses(run: Run, store: TokenStore) -> list[float]:
+def domain_losses(run: Path, store: TokenStore) -> list[float]:
     """(K,) validation loss of a finished run per domain, nats per token."""
-    domains = run.result()["evaluation"]["domains"]
+    domains = files.read_json(run / "result.json")["evaluation"]["domains"]
     return [domains[name]["loss"] for name in store.domains]
 
 
@@ -99,7 +101,8 @@ def losses_on(session: Session, store: TokenStore, folder: Path, towards: Tensor
     return comm.all_reduce_sum(Losses(rows))[0].rows.cpu()
 
 
-def _counted(session: Session, store: TokenStore) -> bool:
+def counts_target(session: Session, store: TokenStore) -> bool:
+    """Whether the objective counts the target's text."""
     asked = session.config.objective
     counted = TARGET in (asked.metrics or {}) or TARGET in (asked.guard or {})
     if counted and TARGET in store.domains:
@@ -110,20 +113,30 @@ def _counted(session: Session, store: TokenStore) -> bool:
     return counted
 
 
-def _on_target(session: Session, store: TokenStore, run: Path) -> float:
-    """Mean loss in nats per token; measured once, and kept in the store."""
+def target_loss(session: Session, store: TokenStore, model: Path) -> float:
+    """Mean loss of a model's folder on the target, nats per token; that of a run in the store is
+    measured once, and kept there. A collective."""
     towards, text = _text(session, store)
-    known = session.store / "metrics" / f"{run.name}-{text}.json"
-    if not comm.on_first(known.exists):
-        loss = float(losses_on(session, store, run / "model", towards).mean())
-        comm.on_first(functools.partial(files.write_json, known, {"loss": loss}))
-    return float(comm.on_first(lambda: files.read_json(known))["loss"])
+
+    def look() -> tuple[Path | None, float | None]:
+        run = model.parent.resolve()
+        if run.parent != (session.store / "runs").resolve():
+            return None, None
+        known = session.store / "metrics" / f"{run.name}-{text}.json"
+        return known, files.read_json(known)["loss"] if known.exists() else None
+
+    known, loss = comm.on_first(look)
+    if loss is None:
+        loss = float(losses_on(session, store, model, towards).mean())
+        if known is not None:
+            comm.on_first(functools.partial(files.write_json, known, {"loss": loss}))
+    return float(loss)
 
 
 def _text(session: Session, store: TokenStore) -> tuple[Tensor, str | None]:
     """The target's sequences (N, T + 1), read once, and their fingerprint; None where they do not
     count."""
-    if not _counted(session, store):
+    if not counts_target(session, store):
         return torch.zeros(0, 0, dtype=torch.int64), None
     if __name__ not in session.results:
         towards = targets.of_mixtures(session, store)

@@ -430,6 +430,16 @@ def test_a_swarm_serves_its_objective(
     (chosen,) = (line for line in fit["confirmed"] if line["name"] == fit["chosen"])
     assert chosen["realised"] == min(allowed) and mixture["weights"] == chosen["weights"]
     assert len(made(store)) - len(before) <= 2  # a proposal, and the search
+    # The final models, which are runs of the search, are judged by it too.
+    pipeline = (*target[:-1], "main.comparisons=[uniform]", f"run_dir={tmp_path / 'target'}")
+    outcome = run_here(*tiny, *SWARM, *pipeline)
+    assert outcome.code == 0, outcome
+    figures = read(tmp_path / "target/evaluation.json")
+    known_losses = {run["run"].rpartition("/")[2]: run["loss"] for run in runs}
+    assert figures["uniform"]["target_loss"] == known_losses["uniform"]
+    assert figures["main"]["target_loss"] == chosen["realised"]
+    said = " ".join(outcome.out.split())
+    assert f"reaches {chosen['realised']:.4f} nats per token on the objective: " in said
     measured = list((store / "metrics").iterdir())
     again = run_here(*tiny, *SWARM, *target, f"run_dir={tmp_path / 'again'}", "swarm.kl=0.1")
     assert again.code == 0 and set(measured) <= set((store / "metrics").iterdir())
