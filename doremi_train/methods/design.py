@@ -2,8 +2,9 @@
 greatest volume (Fedorov 1972), so that its coefficients are known best.
 
 Columns are 1 − exp(−(4 w / cap)^0.6), which bend where weights are usual; volume does not depend
-on their scale. Runs are added one by one, then each is exchanged for the best there is, until nothing
-gains. Every step is a rank-one update: (A + x xᵀ)⁻¹, and det(A + x xᵀ) = det A · (1 + xᵀ A⁻¹ x).
+on their scale. Runs are added one by one, then each is exchanged for the best there is, until
+nothing gains. Every step is a rank-one update: (A + x xᵀ)⁻¹, and det(A + x xᵀ) = det A · (1 + xᵀ
+A⁻¹ x).
 
 K domains, C candidates, R runs, J = K + 1 columns.
 """
@@ -36,6 +37,8 @@ def design(
     uniform = np.full(len(natural), 1 / len(natural))
     anchors = box.project(np.stack([*[natural] * (1 + again), uniform]), within)[:runs]
     candidates = swarm.design(natural, within, CANDIDATES, random)
+    # Many end in the same corner of the box.
+    candidates = candidates[np.unique(candidates.round(6), axis=0, return_index=True)[1]]
     count = max(runs - len(anchors) - again, 0)
     chosen = candidates[choose(candidates, count, within, random, anchors)]
     if not again:

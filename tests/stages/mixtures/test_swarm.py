@@ -160,7 +160,7 @@ def test_a_run_that_went_wrong_does_not_bend_the_others() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["gaussian_process", "lightgbm"])
+@pytest.mark.parametrize("name", ["gaussian_process", "lightgbm", "saturating", "corrected"])
 def test_other_regressors_rank_mixtures_and_propose_within_caps(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +326,19 @@ def swarmed(tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFacto
     # Prepare, swarm, evaluate.
     assert "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3
     return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["saturating", "corrected"])
+def test_the_law_fits_a_swarm_of_six_runs(
+    name: str, swarmed: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    """The runs of the draw are those of `swarmed`."""
+    given = (*SWARM, f"swarm.regressor={name}", "swarm.reuse=false", "stage=swarm")
+    outcome = run_here(*tiny, *given, f"run_dir={tmp_path}")
+    assert outcome.code == 0, outcome
+    found = json.loads((tmp_path / "swarm" / "fit.json").read_text())
+    assert found["proposals"] and len(lines(tmp_path / "swarm" / "runs.jsonl")) == 6
 
 
 @pytest.mark.slow
