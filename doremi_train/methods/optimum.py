@@ -25,7 +25,12 @@ Cost = Callable[[Tensor], Tensor]
 
 
 def optimum(
-    fit: Smooth, objective: Cost, within: Box, prior: Floats, kl: float, random: np.random.Generator
+    fit: Smooth,
+    objective: Cost,
+    within: Box,
+    prior: Floats,
+    kl: float,
+    generator: np.random.Generator,
 ) -> Floats:
     """(K,) argmin objective(L(p)) + λ KL(p‖prior) within the box; `objective` is of losses (…, M) →
     (…), and `prior` (K,) above 0."""
@@ -35,7 +40,7 @@ def optimum(
         pull = (points * (points.clamp_min(1e-300).log() - log)).sum(-1)
         return objective(fit.losses(points)) + kl * pull
 
-    drawn = random.dirichlet(np.ones(len(prior)), STARTS)
+    drawn = generator.dirichlet(np.ones(len(prior)), STARTS)
     return minimise(cost, within, np.vstack([prior, np.full(len(prior), 1 / len(prior)), drawn]))
 
 

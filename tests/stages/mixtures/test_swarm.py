@@ -160,7 +160,7 @@ def test_a_run_that_went_wrong_does_not_bend_the_others() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["gaussian_process", "lightgbm"])
+@pytest.mark.parametrize("name", ["gaussian_process", "lightgbm", "saturating", "corrected"])
 def test_other_regressors_rank_mixtures_and_propose_within_caps(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +326,20 @@ def swarmed(tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFacto
     # Prepare, swarm, evaluate.
     assert "swarm: the proposal" in outcome.out and outcome.out.count("done in") == 3
     return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["saturating", "corrected"])
+def test_the_law_fits_a_swarm_of_six_runs(
+    name: str, swarmed: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    """The runs of the draw are those of `swarmed`."""
+    given = (*SWARM, f"swarm.regressor={name}", "swarm.reuse=false", "stage=swarm")
+    outcome = run_here(*tiny, *given, f"run_dir={tmp_path}")
+    assert outcome.code == 0, outcome
+    assert len(lines(tmp_path / "swarm/runs.jsonl")) == 6
+    proposal = read(tmp_path / "swarm/fit.json")["confirmed"][0]
+    assert abs(proposal["predicted"] - proposal["realised"]) < 0.5
 
 
 @pytest.mark.slow
