@@ -3,8 +3,8 @@ greatest volume (Fedorov 1972), so that its coefficients are known best.
 
 Columns are 1 − exp(−(4 w / cap)^0.6), which bend where weights are usual; volume does not depend
 on their scale. Runs are added one by one, then each is exchanged for the best there is, until
-nothing gains. Every step is a rank-one update: (A + x xᵀ)⁻¹, and det(A + x xᵀ) = det A ·
-(1 + xᵀ A⁻¹ x).
+nothing gains. Every step is a rank-one update: (A + x xᵀ)⁻¹, and det(A + x xᵀ) = det A · (1 + xᵀ
+A⁻¹ x).
 
 K domains, C candidates, R runs, J = K + 1 columns.
 """
@@ -23,7 +23,7 @@ GAIN = 1 + 1e-9  # of the determinant, below which an exchange is none
 
 
 def design(
-    natural: Floats, within: Box, runs: int, random: np.random.Generator, replicates: int = 2
+    natural: Floats, within: Box, runs: int, generator: np.random.Generator, replicates: int = 2
 ) -> Floats:
     """(R, K) mixtures within the box: natural `replicates` times, uniform once, a D-optimal choice
     beside them, and the one of these that is farthest from natural again, `replicates` times in
@@ -36,9 +36,11 @@ def design(
     again = replicates - 1 if runs > 2 * replicates + 1 else 0
     uniform = np.full(len(natural), 1 / len(natural))
     anchors = box.project(np.stack([*[natural] * (1 + again), uniform]), within)[:runs]
-    candidates = swarm.design(natural, within, CANDIDATES, random)
+    candidates = swarm.design(natural, within, CANDIDATES, generator)
+    # Many end in the same corner of the box.
+    candidates = candidates[np.unique(candidates.round(6), axis=0, return_index=True)[1]]
     count = max(runs - len(anchors) - again, 0)
-    chosen = candidates[choose(candidates, count, within, random, anchors)]
+    chosen = candidates[choose(candidates, count, within, generator, anchors)]
     if not again:
         return np.vstack([anchors, chosen])
     extreme = chosen[box.distance(chosen, natural).argmax()]
@@ -49,7 +51,7 @@ def choose(
     candidates: Floats,
     runs: int,
     within: Box,
-    random: np.random.Generator,
+    generator: np.random.Generator,
     given: Floats | None = None,
 ) -> NDArray[np.int_]:
     """(R,) which of candidates (C, K) to run, each once, beside the mixtures `given` (…, K).
@@ -73,7 +75,7 @@ def choose(
         inverse, _ = _with(inverse, columns[chosen[-1]], 1)
     for _ in range(SWEEPS):
         before = list(chosen)
-        for place in random.permutation(runs):
+        for place in generator.permutation(runs):
             old = chosen[place]
             inverse, free[old] = _with(inverse, columns[old], -1)[0], True
             new = best()

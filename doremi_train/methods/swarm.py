@@ -16,18 +16,22 @@ K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a
 that sums to 1.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy  # each part is imported when it is first used
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat, Positive
 from doremi_train.methods import box, regressors
 from doremi_train.methods.box import Box, Floats
+from doremi_train.methods.corrected import Corrected
 from doremi_train.methods.fits import UNKNOWN, Fit, Known
+from doremi_train.methods.objective import Objective
+from doremi_train.methods.optimum import optimum
 from doremi_train.methods.regressors import LogLinear
+from doremi_train.methods.saturating import Saturating
 
 STRENGTHS = (0.1, 5.0)  # of the Dirichlet: from one domain alone to all of them
 RUNS_PER_DOMAIN = 3  # with which the exponential form ranks mixtures well
@@ -78,11 +82,11 @@ class Judged(NamedTuple):
     """A fit whose metrics are judged by one figure of them."""
 
     fit: Fit
-    judge: Callable[[Floats], Floats]  # (R, M) → (R,)
+    wanted: Objective
 
     def predict(self, points: Floats) -> Floats:
         """(R, K) → (R, 1)."""
-        return self.judge(self.fit.predict(points))[:, None]
+        return self.wanted.scores(self.fit.predict(points), penalised=True)[:, None]
 
 
 # ── Optimum ─────────────────────────────────────────────────────────────────────────
@@ -94,7 +98,15 @@ def solve(
     """(K,) the mixture of least mean loss + λ KL(p‖prior) within the box."""
     if isinstance(fit, LogLinear):
         return _convex(fit, prior, within, kl)
+    bare = fit.fit if isinstance(fit, Judged) else fit
+    if isinstance(bare, Saturating | Corrected):
+        cost = fit.wanted.penalised if isinstance(fit, Judged) else _mean
+        return optimum(bare, cost, within, np.maximum(prior, 1e-9), kl, generator)
     return _best_simulated(fit, prior, within, kl, BEST, generator).mean(0)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    return losses.mean(-1)
 
 
 def _convex(fit: LogLinear, prior: Floats, within: Box, kl: float) -> Floats:

@@ -182,8 +182,7 @@ def _propose(session: Session, problem: Problem) -> Proposal | None:
     if fitted.smooth:
         point = optimum(fitted, wanted.penalised, problem.within, prior, pull, random)
     else:
-        judged = swarm.Judged(fitted, lambda values: wanted.scores(values, penalised=True))
-        point = swarm.solve(judged, prior, problem.within, pull, random)
+        point = swarm.solve(swarm.Judged(fitted, wanted), prior, problem.within, pull, random)
     point = box.on_grid(point, problem.within)
     predicted, low, high = (part[0] for part in fitted.between(point[None]))
     return Proposal(point, predicted, low, high, _refused(problem, predicted))

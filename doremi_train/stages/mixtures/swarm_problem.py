@@ -11,7 +11,7 @@ from doremi_train.config import UserError, in_keys, read_object
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, regressors, swarm
 from doremi_train.methods.box import Box, Floats, Space
-from doremi_train.methods.fits import Fit
+from doremi_train.methods.fits import Fit, Known
 from doremi_train.methods.objective import Objective
 from doremi_train.stages.runs import budget, metrics
 from doremi_train.stages.session import Session
@@ -107,13 +107,19 @@ def wanted(session: Session, store: TokenStore, problem: Problem, rows: Sequence
     return metrics.objective(session, store, np.mean(natural, axis=0))
 
 
+def known(problem: Problem) -> Known:
+    """What fits may know beside the runs."""
+    return Known(natural=problem.space.reduce(problem.natural))
+
+
 def fitted(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Fit:
     """Fit of what counts: of all losses where they count alike, else of the objective's one
     figure."""
-    fit = regressors.REGRESSORS[session.config.swarm.regressor](*table_of(problem, rows))
+    regressor = regressors.REGRESSORS[session.config.swarm.regressor]
+    fit = regressor(*table_of(problem, rows), known(problem))
     if wanted.plain:
         return fit
-    return swarm.Judged(fit, lambda losses: wanted.scores(losses, penalised=True))
+    return swarm.Judged(fit, wanted)
 
 
 def generator(session: Session, *stream: int) -> np.random.Generator:

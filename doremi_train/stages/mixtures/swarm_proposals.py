@@ -38,7 +38,8 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obj
     options, random = session.config.swarm, swarm_problem.generator(session, 0)
     points, losses = swarm_problem.table_of(problem, rows)
     fit, realised = swarm_problem.fitted(session, problem, rows, wanted), wanted.scores(losses)
-    unseen = wanted.scores(swarm.out_of_fold(points, losses, options.regressor, random))
+    known = swarm_problem.known(problem)
+    unseen = wanted.scores(swarm.out_of_fold(points, losses, options.regressor, random, known))
     diagnostics, proposals = swarm.diagnose(unseen, realised), []
     for index in range(options.candidates):
         point = swarm.solve(fit, problem.prior, problem.inside, options.kl * 4**index, random)
