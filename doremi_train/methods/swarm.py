@@ -48,6 +48,10 @@ class Options:
     )
     """What fits the loss of each domain."""
 
+    design: Literal["random", "optimal"] = "random"
+    """How the mixtures of the first round are drawn: at random from sparse to even, or those of
+    many that tell most about the law (D-optimal)."""
+
     runs: Positive | None = None
     """Runs drawn in every round, beside natural and uniform; null: 3 for each domain."""
 

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor
 from doremi_train import files, mixture
 from doremi_train.console import Bar
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, swarm
+from doremi_train.methods import box, design, swarm
+from doremi_train.methods.box import Floats
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
+from doremi_train.stages.options import Swarm
 from doremi_train.stages.runs import language_model, metrics
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
@@ -74,9 +77,17 @@ def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
         "swarm",
         {key: value for key, value in like.items() if key != "mixture"}
         | metrics.recipe(session, store)
-        | {"options": asdict(options) | {"frozen": problem.space.spread.tolist()}}
+        | {"options": _decisive(options) | {"frozen": problem.space.spread.tolist()}}
         | {key: value.tolist() for key, value in setting.items()},
     )
+
+
+def _decisive(options: Swarm) -> dict[str, Any]:
+    """The options, as they were when there was one design."""
+    plain = asdict(options)
+    if options.design == "random":
+        del plain["design"]
+    return plain
 
 
 def planned(session: Session, store: TokenStore, problem: Problem) -> dict[str, Tensor | None]:
@@ -176,7 +187,7 @@ def _draw(
         mixtures = {
             f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()
         }
-        points = swarm.design(problem.prior, problem.inside, problem.draws, random)
+        points = _designed(options.design, problem, np.stack([*anchors.values()]), random)
     else:
         wanted = swarm_problem.wanted(session, store, problem, rows)
         fit = swarm_problem.fitted(session, problem, rows, wanted)
@@ -186,6 +197,19 @@ def _draw(
     drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
     mixtures |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
     return {name: torch.from_numpy(mixed) for name, mixed in mixtures.items()}
+
+
+def _designed(how: str, problem: Problem, anchors: Floats, random: np.random.Generator) -> Floats:
+    """(N, V) mixtures of the first round beside its anchors."""
+    count = problem.draws if how == "random" else max(design.CANDIDATES, 10 * problem.draws)
+    candidates = swarm.design(problem.prior, problem.inside, count, random)
+    if how == "random":
+        return candidates
+    # Many end in the same corner of the box; of equal mixtures one run is trained.
+    candidates = candidates[np.unique(candidates.round(6), axis=0, return_index=True)[1]]
+    if len(candidates) <= problem.draws:
+        return candidates
+    return candidates[design.choose(candidates, problem.draws, problem.inside, random, anchors)]
 
 
 def _train(

@@ -19,6 +19,8 @@ from doremi_train.methods import box as limits
 from doremi_train.methods.box import Box, Floats, distance, divergence, inside, on_grid, project
 from doremi_train.methods.regressors import LogLinear
 from doremi_train.methods.swarm import Options
+from doremi_train.stages.mixtures import swarm as ways
+from doremi_train.stages.options import Swarm
 
 NOISE = 0.01  # nats, of real runs at different seeds
 
@@ -457,6 +459,21 @@ def test_a_swarm_serves_its_objective(
     measured = list((store / "metrics").iterdir())
     again = run_here(*tiny, *SWARM, *target, f"run_dir={tmp_path / 'again'}", "swarm.kl=0.1")
     assert again.code == 0 and set(measured) <= set((store / "metrics").iterdir())
+
+
+def test_an_optimal_design_is_planned_run_by_run(tiny: list[str], tmp_path: Path) -> None:
+    """Others than at random, within caps, all different, and the same again; and a design is no
+    part of the address where it is the old one."""
+    drawn = {}
+    for number, how in enumerate(("random", "optimal", "optimal")):
+        place = (f"run_dir={tmp_path / str(number)}", "stage=plan", f"swarm.design={how}")
+        outcome = run_here(*tiny, *SWARM, *place, "swarm.regressor=saturating", "swarm.runs=6")
+        assert outcome.code == 0, outcome
+        stages = read(tmp_path / str(number) / "plan.json")["stages"]
+        drawn[number] = {name for name in stages if name.startswith("swarm/round-1")}
+        assert len(drawn[number]) == 8 and not any(stages[n]["same_as"] for n in drawn[number])
+    plain, optimal = (ways._decisive(Swarm(design=how)) for how in ("random", "optimal"))  # type: ignore[arg-type]
+    assert "design" not in plain and optimal["design"] == "optimal"
 
 
 @pytest.mark.slow
