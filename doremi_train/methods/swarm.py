@@ -16,13 +16,14 @@ K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a
 that sums to 1.
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import scipy  # each part is imported when it is first used
+from annotated_types import Gt, Le
 from pydantic.dataclasses import dataclass
 
-from doremi_train.config import STRICT, Fraction, NonNegativeFloat, Positive
+from doremi_train.config import STRICT, Fraction, NonNegativeFloat
 from doremi_train.methods import box, regressors
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.regressors import Fit, LogLinear
@@ -40,7 +41,7 @@ class Options:
     regressor: Literal["log_linear", "lightgbm", "gaussian_process"] = "log_linear"
     """What fits the loss of each domain."""
 
-    runs: Positive | None = None
+    runs: Annotated[int, Gt(0), Le(1_000_000)] | None = None
     """Runs drawn in every round, beside natural and uniform; null: 3 for each domain."""
 
     kl: NonNegativeFloat = 0.05

@@ -45,6 +45,9 @@ def build(
             AutoConfig.for_model(values.pop("model_type"), **values)
         ).float()
         _require_causal(inner, given)
+        # A dropout that is none is found in training alone; what it draws is not missed later.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            inner.train()(input_ids=torch.zeros(1, 2, dtype=torch.int64))
         return LanguageModel(inner, activation_checkpointing, precision)
 
 
@@ -75,6 +78,8 @@ def read(folder: Path, key: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # progress is the stages' own
+    with judged(f"{key}={folder}", REMEDY, "this machine"):
+        there = (folder / "config.json").is_file()  # no name may be too long
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{key}={folder}: its weights are a pickle, which can run code when it is loaded, and "
@@ -82,7 +87,7 @@ def read(folder: Path, key: str) -> Any:
             "with save_pretrained()"
         )
     given, how = f"{key}={folder}", {"local_files_only": True, "trust_remote_code": False}
-    if not (folder / "config.json").is_file():
+    if not there:
         raise UserError(f"{given}: not a model folder, it has no config.json; {REMEDY}")
     with judged(given, REMEDY):
         config = AutoConfig.from_pretrained(folder, **how)
