@@ -18,7 +18,7 @@ from doremi_train import files
 from doremi_train.config import Refused, UserError, judged, judging
 from doremi_train.files import read_json, write_json
 from doremi_train.model.configs import skeleton
-from doremi_train.model.language_model import LanguageModel, sees_ahead
+from doremi_train.model.language_model import LanguageModel, sees_ahead, try_training
 
 REMEDY = "give a folder with a model in safetensors that this version of transformers loads"
 
@@ -45,9 +45,7 @@ def build(
             AutoConfig.for_model(values.pop("model_type"), **values)
         ).float()
         _require_causal(inner, given)
-        # A dropout that is none is found in training alone; what it draws is not missed later.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            inner.train()(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        try_training(inner)
         return LanguageModel(inner, activation_checkpointing, precision)
 
 
