@@ -180,6 +180,15 @@ FOUND: list[tuple[str, str, Any, str]] = [
     ("plan", "training.timeout", 1e300, r"training\.timeout=1e\+300: .*less than or equal"),
     ("plan", "training.threads", 2**31, r"training\.threads=2147483648: .*equal to 4096"),
     ("plan", "data.text_key", "é" * 9000, r"data\.text_key='é+(.|\n)* … "),
+    ("classify", "classify.methods", [], r"classify\.methods=\[\]: .*name one way"),
+    ("classify", "classify.columns", "\0", r"classify\.columns=.*give another"),
+    ("random", "selection.tokens", 7, r"selection\.tokens=7: nothing was chosen"),
+    ("reference", "reference.path", "a" * 3000, r"reference\.path=a"),
+    ("vocabulary", "vocabulary.learned", 2**40, r"vocabulary\.learned=.*equal to 10000000"),
+    ("vocabulary", "vocabulary.words", 2**40, r"vocabulary\.words=.*equal to 64"),
+    ("search", "swarm.runs", 2**40, r"swarm\.runs=.*equal to 1000000"),
+    ("prepare", "data.vocabulary_size", 2**40, r"data\.vocabulary_size=.*equal to 10000000"),
+    ("reference", "model.config.attention_dropout", 2, r"model.*dropout probability"),
     ("doge", "target.files", ["nowhere"], r"target\.files='nowhere'"),
     ("greats", "batch_selection.validation", ["nowhere"], r"batch_selection\.validation='nowhere'"),
     ("swarm", "swarm.frozen", "deep.json", r"swarm\.frozen=deep\.json: not a JSON file"),
@@ -210,6 +219,12 @@ def test_a_number_that_needs_more_memory_than_there_is_ends_the_run(
     found = whole("reference", [("training.batch_size", 2**50)], store)
     assert found.code == 1 and "out of memory" in found.message, found
     one_message(found)
+
+
+def test_a_classifier_that_was_trained_to_nothing_is_told(here: Path, store: Path) -> None:
+    found = whole("classify", [("classify.weight_decay", 1e300)], store)
+    one_message(found)
+    assert found.code == 1 and "not finite" in found.message, found
 
 
 # ── Files ───────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,12 @@ from doremi_train.classification.models import ClassifierOptions, Kind, Table
 from doremi_train.methods import importance
 
 
+class NotFinite(Exception):
+    """A classifier was trained to nothing. Exit code 1, one message."""
+
+    exit_code = 1
+
+
 class Fitted(NamedTuple):
     model: nn.Module  # as after its best epoch
     epoch: int  # that one, from 1
@@ -115,7 +121,8 @@ def _batch(table: Table, rows: Tensor, device: torch.device) -> tuple[Tensor, Te
 def log_probabilities(
     model: nn.Module, table: Table, device: torch.device, batch: int = 256
 ) -> Tensor:
-    """Log-probabilities (N, C), float64 on the host, the model in evaluation mode."""
+    """Log-probabilities (N, C), float64 on the host, the model in evaluation mode.
+    Raises NotFinite where training led to none."""
     training = model.training
     model.eval()
     parts = [
@@ -123,4 +130,10 @@ def log_probabilities(
         for rows in torch.arange(len(table.label)).split(batch)
     ]
     model.train(training)
-    return torch.cat(parts).log_softmax(1)
+    logs = torch.cat(parts).log_softmax(1)
+    if logs.isnan().any():
+        raise NotFinite(
+            "classify: what the classifier says is not finite; lower classify.learning_rate or "
+            "classify.weight_decay"
+        )
+    return logs

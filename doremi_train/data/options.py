@@ -50,7 +50,7 @@ class DataOptions:
     tokenizer: str = "train"
     """A tokenizer.json, a local transformers folder, or train, which learns one."""
 
-    vocabulary_size: Annotated[int, Ge(257)] = 1024
+    vocabulary_size: Annotated[int, Ge(257), Le(10_000_000)] = 1024
     """Tokens of a learned tokeniser, 256 bytes and the end of document among them."""
 
     tokenizer_sample: Positive = 10_000_000

@@ -16,14 +16,15 @@ K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a
 that sums to 1.
 """
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import scipy  # each part is imported when it is first used
+from annotated_types import Gt, Le
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from doremi_train.config import STRICT, Fraction, NonNegativeFloat, Positive
+from doremi_train.config import STRICT, Fraction, NonNegativeFloat
 from doremi_train.methods import box, regressors
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.corrected import Corrected
@@ -52,7 +53,7 @@ class Options:
     """How the mixtures of the first round are drawn: at random from sparse to even, or those of
     many that tell most about the law (D-optimal)."""
 
-    runs: Positive | None = None
+    runs: Annotated[int, Gt(0), Le(1_000_000)] | None = None
     """Runs drawn in every round, beside natural and uniform; null: 3 for each domain."""
 
     kl: NonNegativeFloat = 0.05

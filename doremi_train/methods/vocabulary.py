@@ -15,9 +15,10 @@ frequencies. K tokens.
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Gt, Le
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
@@ -38,10 +39,10 @@ class Options:
     steps: Positive = 10
     """Steps t of pruning."""
 
-    learned: Positive = 10_000
+    learned: Annotated[int, Gt(0), Le(10_000_000)] = 10_000
     """Sub-words, words and phrases that are learned of the target."""
 
-    words: Positive = 4
+    words: Annotated[int, Gt(0), Le(64)] = 4
     """Words of a phrase, at most."""
 
     characters: Positive = 40

@@ -18,7 +18,7 @@ from doremi_train import files
 from doremi_train.config import Refused, UserError, judged, judging
 from doremi_train.files import read_json, write_json
 from doremi_train.model.configs import skeleton
-from doremi_train.model.language_model import LanguageModel, sees_ahead
+from doremi_train.model.language_model import LanguageModel, sees_ahead, try_training
 
 REMEDY = "give a folder with a model in safetensors that this version of transformers loads"
 
@@ -45,6 +45,7 @@ def build(
             AutoConfig.for_model(values.pop("model_type"), **values)
         ).float()
         _require_causal(inner, given)
+        try_training(inner)
         return LanguageModel(inner, activation_checkpointing, precision)
 
 
@@ -75,6 +76,8 @@ def read(folder: Path, key: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # progress is the stages' own
+    with judged(f"{key}={folder}", REMEDY, "this machine"):
+        there = (folder / "config.json").is_file()  # no name may be too long
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{key}={folder}: its weights are a pickle, which can run code when it is loaded, and "
@@ -82,7 +85,7 @@ def read(folder: Path, key: str) -> Any:
             "with save_pretrained()"
         )
     given, how = f"{key}={folder}", {"local_files_only": True, "trust_remote_code": False}
-    if not (folder / "config.json").is_file():
+    if not there:
         raise UserError(f"{given}: not a model folder, it has no config.json; {REMEDY}")
     with judged(given, REMEDY):
         config = AutoConfig.from_pretrained(folder, **how)

@@ -138,6 +138,14 @@ def sees_ahead(inner: Any) -> bool:
         return part > _MOVED or (part > 0 and _depends(inner, tokens, half))
 
 
+def try_training(inner: Any) -> None:
+    """One forward as in training, which raises what the model raises there alone, as of a dropout
+    that is no probability. Nothing is drawn from torch's generator."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=inner.device)
+    with _looking(inner), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        inner.train()(input_ids=tokens)
+
+
 @contextlib.contextmanager
 def _looking(inner: Any) -> Iterator[None]:
     """Switch off dropout, and the cache, which not all layers have; then put both back."""

@@ -168,7 +168,7 @@ def _columns(session: Session, data: Data, seed: int) -> Path:
         raise UserError(f"classify.columns: {folder} is not on this machine; give a local folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"classify.columns={folder}: no such folder can be made ({error}); give another"
         ) from None

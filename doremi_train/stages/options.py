@@ -482,6 +482,10 @@ class Config:
                 )
         for name in self.compare.baselines:
             one_of("compare.baselines", name, list(HEURISTICS))
+        if not self.classify.methods:
+            raise UserError(
+                "classify.methods=[]: there is nothing to train; name one way or more, such as imp"
+            )
         if self.export.to is not None or self.stage == "export":
             one_of("export.to", str(self.export.to), list(formats.FORMATS))
 

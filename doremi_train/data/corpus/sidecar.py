@@ -65,7 +65,8 @@ def domains(options: DataOptions) -> frozenset[str] | None:
 
 
 def _judged(path: Path | str) -> contextlib.AbstractContextManager[None]:
-    return judged(f"data.selection={path}", "give a sidecar of stage=select", "the reader")
+    given = f"data.selection={path}: not a sidecar that can be read"
+    return judged(given, "give a sidecar of stage=select", "the reader")
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -251,6 +251,12 @@ def _choose(
     )
 
     tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(totals.domains)}
+    if not sum(tokens.values()):
+        kind, amount = session.config.selection.budget
+        raise UserError(
+            f"selection.{kind}={amount}: nothing was chosen for {name}; raise it, or lower "
+            "selection.chunk, so that a part fits"
+        )
     provenance = {"seed": session.config.seed, "data": metadata["data"], "version": __version__}
     weights = {domain: n / sum(tokens.values()) for domain, n in tokens.items()}
     mixture.save(
