@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train import waiting
 from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
 from doremi_train.files import FULL
 from doremi_train.stages import STAGES
+from doremi_train.storage import waiting
 
 # Where and which, not what: no part of a sweep's folder names.
 _PLACES = (

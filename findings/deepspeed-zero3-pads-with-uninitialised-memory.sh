@@ -44,7 +44,7 @@ for _ in range(3):
 part = parameter.ds_tensor
 own = max(min(parameter.ds_numel - rank * part.ds_numel, part.numel()), 0)
 print(f"rank {rank}: {part.numel()} elements, {own} of the parameter: {part.tolist()}")
-assert part[: own].isfinite().all()
+assert part[:own].isfinite().all()
 if rank == 1:
     assert part[own:].isnan().all(), "the padding is initialised by now"
 PYTHON

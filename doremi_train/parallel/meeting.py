@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from doremi_train import waiting
+from doremi_train.storage import waiting
 
 # What a launcher says to each process.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from fsspec.callbacks import Callback
 
-from doremi_train import waiting
 from doremi_train.config import UserError, redact
+from doremi_train.storage import waiting
 
 ATTEMPTS = 5
 # Seconds; each wait is twice the one before, less up to half of it by chance.

@@ -11,10 +11,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from doremi_train import waiting
 from doremi_train.config import UserError, redact
 from doremi_train.files import FULL
-from doremi_train.storage import steady
+from doremi_train.storage import steady, waiting
 from doremi_train.storage.steady import Steady
 
 # Protocols that only transfer bytes. Others may run code on this machine, as chained URLs (a::b)

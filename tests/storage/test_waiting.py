@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from doremi_train import waiting
+from doremi_train.storage import waiting
 
 
 @pytest.fixture
