@@ -136,6 +136,7 @@ def test_a_command_of_a_spoiled_configuration_works_or_says_why_not(
 @many(2000)
 @given(name=st.sampled_from([*BASES]), mistakes=changes())
 def test_many_spoiled_configurations(bench: Path, name: str, mistakes: list[Change]) -> None:
+    print(f"seed {TODAY}")
     check_only(bench, name, mistakes)
 
 
@@ -255,6 +256,7 @@ def test_a_spoiled_file_is_read_or_refused(bench: Path, case: Spoiled) -> None:
 @many(1500)
 @given(case=SPOILED)
 def test_many_spoiled_files(bench: Path, case: Spoiled) -> None:
+    print(f"seed {TODAY}")
     check_file(bench, case)
 
 
