@@ -134,7 +134,7 @@ CHOICES: dict[str, tuple[Collection[str], Contract]] = {
         group("experiment"),
         Contract(
             "test_experiments.py::test_a_recipe_is_one_command_with_its_picture",
-            apart=["importance", "compare"],  # test_classify, test_compare
+            apart=["importance", "compare", "target"],  # test_classify, test_compare, test_swarm
         ),
     ),
     "conf/batch_selection": (
@@ -164,6 +164,8 @@ CHOICES: dict[str, tuple[Collection[str], Contract]] = {
 NO_CHOICE = {
     "doremi_train.data.corpus.installed._DOMAINS": "which are there is the machine's to say; "
     "tests/data/corpus/test_installed.py goes over those",
+    "doremi_train.storage.urls.LIMITS": "what clients of outside call a limit of time; "
+    "tests/storage/test_steady.py goes over them",
     "doremi_train.data.corpus.planted._DOMAINS": "rows of one recipe; "
     "tests/stages/test_report_findings.py goes over all of them",
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers.command import Command, run_here, start
 from helpers.processes import ended, lines, read, reaped, wait_for
 from hypothesis import given, settings
@@ -430,7 +431,10 @@ def test_a_swarm_serves_its_objective(
     swarmed: Path, tiny: list[str], store: Path, tmp_path: Path
 ) -> None:
     """The same runs, judged by the text of a target; another objective is another search."""
-    target = ("objective=target", "target.domains=[rich]", "target.sequences=4", "stage=swarm")
+    target = (
+        "objective=target", "target.domains=[rich]", "target.sequences=4",
+        "main.comparisons=[uniform]", "stage=swarm",
+    )  # fmt: skip
     before = made(store)
     outcome = run_here(*tiny, *SWARM, *target, f"run_dir={tmp_path / 'target'}")
     assert outcome.code == 0, outcome
@@ -447,8 +451,7 @@ def test_a_swarm_serves_its_objective(
     assert chosen["realised"] == min(allowed) and mixture["weights"] == chosen["weights"]
     assert len(made(store)) - len(before) <= 2  # a proposal, and the search
     # The final models, which are runs of the search, are judged by it too.
-    pipeline = (*target[:-1], "main.comparisons=[uniform]", f"run_dir={tmp_path / 'target'}")
-    outcome = run_here(*tiny, *SWARM, *pipeline)
+    outcome = run_here(*tiny, *SWARM, *target[:-1], f"run_dir={tmp_path / 'target'}")
     assert outcome.code == 0, outcome
     figures = read(tmp_path / "target/evaluation.json")
     known_losses = {run["run"].rpartition("/")[2]: run["loss"] for run in runs}
@@ -474,6 +477,15 @@ def test_an_optimal_design_is_planned_run_by_run(tiny: list[str], tmp_path: Path
         assert len(drawn[number]) == 8 and not any(stages[n]["same_as"] for n in drawn[number])
     plain, optimal = (ways._decisive(Swarm(design=how)) for how in ("random", "optimal"))  # type: ignore[arg-type]
     assert "design" not in plain and optimal["design"] == "optimal"
+
+
+def test_the_recipe_of_a_target_is_a_swarm_for_it(tiny: list[str], tmp_path: Path) -> None:
+    place = ("stage=plan", f"run_dir={tmp_path}", "training.steps=6", "target.sequences=4")
+    outcome = run_here(*tiny, "experiment=target", "target.domains=[rich]", *place)
+    assert outcome.code == 0, outcome
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["mixture"]["method"] == "swarm" and config["swarm"]["design"] == "optimal"
+    assert config["objective"]["metrics"] == {"target": 1.0}
 
 
 @pytest.mark.slow
