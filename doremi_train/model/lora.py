@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: small matrices beside frozen
 ones are trained."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -51,7 +52,12 @@ def add(inner: Any, options: LoraOptions, seed: int, key: str) -> Any:
     )
     names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
     given = f"{key}.targets={list(options.targets or ())}"
-    with judged(given, f"this model's layers end in {names}", "peft"):
+    with (
+        judged(given, f"this model's layers end in {names}", "peft"),
+        warnings.catch_warnings(),
+    ):
+        # peft asks transformers for what transformers has renamed: nothing that a user can mend.
+        warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(inner, config)
     _refuse_tied(inner, given, key)
     return adapted
