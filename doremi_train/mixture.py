@@ -12,6 +12,9 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.config import UserError, read_object
 
+ROUNDED = 1e-3  # weights of four decimals sum to 1 within this
+_ORIGINAL = "train_domain_weights"  # key of the original DoReMi's files
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -42,26 +45,33 @@ def save(path: Path, mixture: Mixture) -> None:
 
 def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture:
     """Read a weights.json, or a plain {domain: weight}, or the original DoReMi's
-    {"train_domain_weights": …}.
+    {"train_domain_weights": …}, whose published files are rounded: their sums may be off by
+    `ROUNDED`.
 
     Raises UserError naming the domain that is unknown, missing, negative or not a number, or the
     sum where it is not 1.
     """
     given, remedy = f"mixture.path={path}", 'give a file of {"weights": {domain: weight}}'
     values = content = read_object(path, given, remedy)
-    for key in ("weights", "train_domain_weights"):
+    tolerance = 1e-6
+    for key in ("weights", _ORIGINAL):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             values = content[key]
+            tolerance = ROUNDED if key == _ORIGINAL else 1e-6
     return Mixture(
         str(content.get("method", "file")),
-        checked(values, domains, given, normalize),
+        checked(values, domains, given, normalize, tolerance),
     )
 
 
 def checked(
-    values: Mapping[str, Any], domains: Sequence[str], where: str, normalize: bool = False
+    values: Mapping[str, Any],
+    domains: Sequence[str],
+    where: str,
+    normalize: bool = False,
+    tolerance: float = 1e-6,
 ) -> dict[str, float]:
-    """Weights in the order of `domains` that sum to 1.
+    """Weights in the order of `domains` that sum to 1; what they sum to may be off by `tolerance`.
 
     Raises UserError, starting with `where`, as `load` does.
     """
@@ -83,7 +93,7 @@ def checked(
             f"{where}: no weight for {', '.join(missing)}; write 0 to leave a domain out"
         )
     total = math.fsum(values.values())
-    if total <= 0 or (abs(total - 1) > 1e-6 and not normalize):
+    if total <= 0 or (abs(total - 1) > tolerance and not normalize):
         raise UserError(
             f"{where}: weights sum to {total:.9g}, not 1; correct them, or set "
             "mixture.normalize=true"

@@ -70,6 +70,18 @@ def test_our_own_a_plain_and_the_original_form_are_read(tmp_path: Path, content:
     assert mixture.load(written(tmp_path, content), DOMAINS).weights == {"a": 0.25, "b": 0.75}
 
 
+@pytest.mark.parametrize("total", [0.9996, 1.0001])
+def test_the_original_s_published_files_are_rounded(tmp_path: Path, total: float) -> None:
+    content = {"train_domain_weights": {"a": 0.25 * total, "b": 0.75 * total}}
+    weights = mixture.load(written(tmp_path, content), DOMAINS).weights
+    assert weights == pytest.approx({"a": 0.25, "b": 0.75}) and sum(weights.values()) == 1
+    with pytest.raises(UserError, match="not 1"):  # of our own that is a mistake
+        mixture.load(written(tmp_path, {"weights": content["train_domain_weights"]}), DOMAINS)
+    with pytest.raises(UserError, match="not 1"):
+        far = {"train_domain_weights": {"a": 0.25, "b": 0.7}}
+        mixture.load(written(tmp_path, far), DOMAINS)
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
