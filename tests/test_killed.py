@@ -75,6 +75,16 @@ def prepare(at: Folders) -> list[list[str]]:
     return [[*at.corpus(), "stage=prepare", "data.member_tokens=2000", "data.members_per_shard=3"]]
 
 
+def poured(at: Folders) -> list[list[str]]:
+    """Rare domains become one."""
+    overrides = at.corpus()
+    for name in ("first", "second"):
+        texts = [f"{name} text that is rare, number {n}" for n in range(12)]
+        write_jsonl(at.read / "corpus" / name / "train.jsonl", texts)
+    more = ["data.least_tokens=1000", "data.rare_into=other", "data.validation_fraction=0.2"]
+    return [[*overrides, "stage=prepare", *more]]
+
+
 def pipeline(at: Folders) -> list[list[str]]:
     return [at.prepared(), at.corpus()]
 
@@ -164,9 +174,18 @@ def classify(at: Folders) -> list[list[str]]:
     ]]  # fmt: skip
 
 
+def fit(at: Folders) -> list[list[str]]:
+    dice, path = random.Random(0), at.read / "runs.csv"
+    parts = [dice.random() for _ in range(12)]
+    lines = [f"{n},{part},{1 - part},{2 + part**2}" for n, part in enumerate(parts)]
+    path.write_text("\n".join(["run,a,b,loss", *lines]))
+    more = [f"fit.predict={path}", "fit.regressor=saturating", "training.threads=1"]
+    return [["stage=fit", f"fit.runs={path}", *more, *at.run]]
+
+
 CASES: list[Callable[[Folders], list[list[str]]]] = [
-    prepare, pipeline, cached, remote, submit, other, report, export, swarm, compare, select,
-    vocabulary, finetune, less, classify,
+    prepare, poured, pipeline, cached, remote, submit, other, report, export, swarm, compare,
+    select, vocabulary, finetune, less, classify, fit,
 ]  # fmt: skip
 
 
