@@ -7,7 +7,7 @@ them.
 N runs, K domains, M metrics, R mixtures.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from doremi_train.methods import regressors, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.methods.conformal import Intervals, intervals
-from doremi_train.methods.fits import Fit, Known
+from doremi_train.methods.fits import Fit, Known, Smooth
 
 LEVEL = 0.95
 
@@ -25,8 +25,7 @@ LEVEL = 0.95
 class Part(NamedTuple):
     """Metrics that are there in the same runs."""
 
-    metrics: NDArray[np.int_]
-    runs: NDArray[np.int_]
+    metrics: NDArray[np.int_]  # their numbers among the M
     fit: Fit
     between: Intervals
 
@@ -66,7 +65,7 @@ class Forecast(NamedTuple):
         """(…, K) → (…, M) in float64, with a gradient."""
         columns: dict[int, Tensor] = {}
         for part in self.parts:
-            found: Tensor = part.fit.losses(points)  # type: ignore[attr-defined]
+            found = cast(Smooth, part.fit).losses(points)  # where they are `smooth`
             columns |= dict(zip(part.metrics.tolist(), found.unbind(-1), strict=True))
         return torch.stack([columns[metric] for metric in range(self.metrics)], dim=-1)
 
@@ -82,5 +81,5 @@ def forecast(points: Floats, values: Floats, known: Known, regressor: str) -> Fo
         fit = regressors.REGRESSORS[regressor](*given, known)
         folds = swarm.out_of_fold(*given, regressor, np.random.default_rng(0), known)
         unseen[np.ix_(runs, metrics)] = folds
-        parts.append(Part(metrics, runs, fit, intervals(folds, given[1])))
+        parts.append(Part(metrics, fit, intervals(folds, given[1])))
     return Forecast(parts, unseen)

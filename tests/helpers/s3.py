@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
+
+from helpers.web import Loopback, Quiet
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -60,7 +61,7 @@ def files(path: str) -> dict[str, int]:
     return {name: entry["size"] for name, entry in fs.find(path, detail=True).items()}
 
 
-class BadNetwork:
+class BadNetwork(Loopback):
     """A proxy to `target` that answers a request as `verdict(method, path)` says: "pass", "fail"
     (503), "drop" (no answer), "cut" (half of the body), "stop" (half of the body, and then
     silence), "silent" (not a byte), or "deaf" (not a byte, and none of the request's body is
@@ -69,10 +70,9 @@ class BadNetwork:
     def __init__(self, target: str, verdict: Callable[[str, str], str]) -> None:
         self.verdict, self.asked = verdict, list[tuple[str, str]]()
         host = target.removeprefix("http://")
-        network = self
-        over = self._over = threading.Event()
+        over, network = threading.Event(), self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             protocol_version = "HTTP/1.1"
 
             def handle_one(self) -> None:
@@ -124,17 +124,5 @@ class BadNetwork:
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> "BadNetwork":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler, over)
+        self.url = f"http://{self.host}"

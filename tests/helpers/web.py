@@ -8,12 +8,38 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
 from urllib.parse import parse_qsl
 
 PIECES = 10  # of an answer that trickles
 
 
-class Web:
+class Loopback:
+    """A server of these handlers on a free port, while it is entered. What they hold back waits for
+    `over`, which is set at the end."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler], over: threading.Event) -> None:
+        self._over, self._server = over, ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Quiet(BaseHTTPRequestHandler):
+    """A handler that logs nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Web(Loopback):
     """Serves `files` by their paths, whole or a range, also in words of WebHDFS, as
     `verdict(number, method, path)` says of the request of this number: "pass", "stop" (half of the
     body, and then silence), "silent" (not a byte), or "trickle" (in PIECES, `pause` seconds
@@ -26,10 +52,9 @@ class Web:
         pause: float = 0.0,
     ) -> None:
         self.asked: list[tuple[str, str, int]] = []  # method, path, first byte
-        over = self._over = threading.Event()
-        web = self
+        over, web = threading.Event(), self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def handle_one(self) -> None:
                 path, _, query = self.path.partition("?")
                 whole = files.get(path.removeprefix("/webhdfs/v1"))
@@ -73,20 +98,7 @@ class Web:
 
             do_GET = do_HEAD = handle_one
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> "Web":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler, over)
 
 
 class Listener:

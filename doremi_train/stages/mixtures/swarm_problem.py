@@ -1,6 +1,5 @@
 """Problem that a swarm searches: domains, caps, the prior, and the runs it fits."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import numpy as np
 
 from doremi_train.config import UserError, in_keys, read_object
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, regressors, swarm
+from doremi_train.methods import box, regressors, swarm, trees
 from doremi_train.methods.box import Box, Floats, Space
 from doremi_train.methods.fits import Fit, Known
 from doremi_train.methods.objective import Objective
@@ -39,7 +38,7 @@ class Row(NamedTuple):
 
 def problem_of(session: Session, store: TokenStore) -> Problem:
     options = session.config.swarm
-    if options.regressor == "lightgbm" and importlib.util.find_spec("lightgbm") is None:
+    if options.regressor == "lightgbm" and not trees.installed():
         raise UserError(
             "swarm.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or "
             "take log_linear or gaussian_process"
