@@ -8,22 +8,16 @@ that sum to 1 in nearly every row.
 N runs, K domains, M metrics.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-from numpy.typing import NDArray
 
 from doremi_train.config import UserError
+from doremi_train.evaluation import tables
 from doremi_train.evaluation.statistics import listed
-
-Floats = NDArray[np.float64]
+from doremi_train.evaluation.tables import Floats, Table
 
 NEAR = 0.02  # of 1, that rounded weights sum to
 # What runs are described by beside weights and metrics, in the tables of public projects.
@@ -31,7 +25,6 @@ ABOUT = {
     "index", "id", "run", "run_id", "name", "seed", "step", "steps", "tokens", "flops",
     "parameters", "params", "size", "family", "group", "unnamed: 0",
 }  # fmt: skip
-_MISSING = {"", "nan", "na", "n/a", "null", "none", "-"}
 
 
 class Runs(NamedTuple):
@@ -44,51 +37,6 @@ class Runs(NamedTuple):
     weights: Floats  # (N, K), rows sum to 1
     values: Floats  # (N, M), nan where there is none
     notes: list[str]  # what was left out, mended or is to be known
-
-
-class Table(NamedTuple):
-    """A file as text."""
-
-    path: str
-    columns: list[str]
-    rows: list[list[str]]
-    lines: list[int]  # of the file, for messages
-
-    def numbers(self, names: Sequence[str], key: str, missing: bool) -> Floats:
-        """(N, C) of these columns. Raises UserError naming line and column of what is no number;
-        what is `missing` is nan, or refused."""
-        values = np.empty((len(self.rows), len(names)))
-        for place, name in enumerate(names):
-            column = self.columns.index(name)
-            for index, row in enumerate(self.rows):
-                number = _number(row[column])
-                if number is None or not (missing or np.isfinite(number)):
-                    raise UserError(
-                        f"{key}={self.path}: line {self.lines[index]}, column {name!r} is "
-                        f"{row[column]!r}, and no number; mend it, or say which columns count with "
-                        "fit.weights and fit.metrics"
-                    )
-                values[index, place] = number
-        return values
-
-    def numeric(self) -> list[str]:
-        """The columns in which most cells that hold something hold a number."""
-        found = []
-        for column, name in enumerate(self.columns):
-            cells = [_number(row[column]) for row in self.rows]
-            numbers = sum(cell is not None and np.isfinite(cell) for cell in cells)
-            if numbers > sum(cell is None for cell in cells):
-                found.append(name)
-        return found
-
-
-def _number(cell: str) -> float | None:
-    if cell.strip().lower() in _MISSING:
-        return np.nan
-    try:
-        return float(cell)
-    except ValueError:
-        return None
 
 
 # ── Reading ─────────────────────────────────────────────────────────────────────────
@@ -110,12 +58,12 @@ def read(
             f"{key}: {len(paths)} files; give one table, or two that are joined by their first "
             f"column, as in '{key}=[mixtures.csv,losses.csv]'"
         )
-    tables, notes = [_table(path, key) for path in paths], list[str]()
-    if len(tables) == 1:
-        table = tables[0]
+    given, notes = [tables.read(path, key) for path in paths], list[str]()
+    if len(given) == 1:
+        table = given[0]
         mixed, measured = _columns(table, weights, metrics, key)
     else:
-        table, mixed, measured = _joined(tables, weights, metrics, key, notes)
+        table, mixed, measured = _joined(given, weights, metrics, key, notes)
     points = _mixtures(table, mixed, key, notes)
     ids = [row[0] for row in table.rows]
     runs = Runs(table.columns[0], ids, mixed, measured, points, np.empty(0), notes)
@@ -124,7 +72,7 @@ def read(
 
 def read_mixtures(path: str, domains: Sequence[str], key: str) -> Runs:
     """Mixtures of the same domains, by the same names, without metrics."""
-    table, notes = _table(path, key), list[str]()
+    table, notes = tables.read(path, key), list[str]()
     absent = [name for name in domains if name not in table.columns]
     if absent:
         raise UserError(
@@ -137,88 +85,29 @@ def read_mixtures(path: str, domains: Sequence[str], key: str) -> Runs:
     return Runs(table.columns[0], ids, list(domains), [], points, nothing, notes)
 
 
-def _table(path: str, key: str) -> Table:
-    where = f"{key}={path}"
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
-    if content[:4] == b"PAR1":
-        columns, rows = _parquet(content, where)
-        lines = list(range(1, len(rows) + 1))
-    else:
-        columns, rows, lines = _separated(content, where)
-    if len(set(columns)) < len(columns):
-        twice = sorted({name for name in columns if columns.count(name) > 1})
-        raise UserError(f"{where}: two columns are named {twice[0]!r}; rename one")
-    if not rows:
-        raise UserError(f"{where}: has no row of a run below the line of names")
-    return Table(path, columns, rows, lines)
-
-
-def _parquet(content: bytes, where: str) -> tuple[list[str], list[list[str]]]:
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{where}: not a parquet file that can be read ({error})") from None
-    cells = [
-        ["" if cell is None else str(cell) for cell in column.to_pylist()]
-        for column in table.columns
-    ]
-    return table.column_names, [list(row) for row in zip(*cells, strict=True)]
-
-
-def _separated(content: bytes, where: str) -> tuple[list[str], list[list[str]], list[int]]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error}); write it as CSV in UTF-8") from None
-    head = text.partition("\n")[0]
-    separator = max(",\t;", key=head.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    found, lines = [], []
-    try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                found.append(row)
-                lines.append(reader.line_num)
-    except csv.Error as error:
-        raise UserError(f"{where}: line {reader.line_num} is no CSV ({error})") from None
-    if not found:
-        raise UserError(f"{where}: is empty; give a table with a row a run")
-    columns, rows = [name.strip() for name in found[0]], found[1:]
-    for row, line in zip(rows, lines[1:], strict=True):
-        if len(row) != len(columns):
-            raise UserError(
-                f"{where}: line {line} has {len(row)} cells, and the first line names "
-                f"{len(columns)} columns"
-            )
-    return columns, rows, lines[1:]
-
-
 def _joined(
-    tables: list[Table],
+    pair: list[Table],
     weights: Sequence[str],
     metrics: Sequence[str],
     key: str,
     notes: list[str],
 ) -> tuple[Table, list[str], list[str]]:
-    """Both tables side by side, in the order of the mixtures; what is in both describes runs."""
-    shared = set(tables[0].columns[1:]) & set(tables[1].columns[1:])
+    """Both pair side by side, in the order of the mixtures; what is in both describes runs."""
+    shared = set(pair[0].columns[1:]) & set(pair[1].columns[1:])
     free = [
         [name for name in table.numeric() if name != table.columns[0] and name not in shared]
-        for table in tables
+        for table in pair
     ]
-    if not weights and not _sums_to_one(tables[0], free[0]) and _sums_to_one(tables[1], free[1]):
-        tables, free = tables[::-1], free[::-1]
-    mixed = _matching(tables[0], weights, key, "fit.weights") if weights else free[0]
+    if not weights and not _sums_to_one(pair[0], free[0]) and _sums_to_one(pair[1], free[1]):
+        pair, free = pair[::-1], free[::-1]
+    mixed = _matching(pair[0], weights, key, "fit.weights") if weights else free[0]
     measured = (
-        _matching(tables[1], metrics, key, "fit.metrics")
+        _matching(pair[1], metrics, key, "fit.metrics")
         if metrics
         else [name for name in free[1] if name.lower() not in ABOUT]
     )
     places: list[dict[str, int]] = []
-    for table in tables:
+    for table in pair:
         by_id = {row[0].strip(): index for index, row in enumerate(table.rows)}
         if len(by_id) < len(table.rows):
             ids = [row[0].strip() for row in table.rows]
@@ -231,27 +120,24 @@ def _joined(
     both = [one for one in places[0] if one in places[1]]
     if not both:
         raise UserError(
-            f"{key}=[{tables[0].path}, {tables[1].path}]: no value of the first column is in both "
-            f"({tables[0].columns[0]}={tables[0].rows[0][0]} here, "
-            f"{tables[1].columns[0]}={tables[1].rows[0][0]} there), so they cannot be joined"
+            f"{key}=[{pair[0].path}, {pair[1].path}]: no value of the first column is in both "
+            f"({pair[0].columns[0]}={pair[0].rows[0][0]} here, "
+            f"{pair[1].columns[0]}={pair[1].rows[0][0]} there), so they cannot be joined"
         )
-    for table, known in zip(tables, places, strict=True):
+    for table, known in zip(pair, places, strict=True):
         if len(known) > len(both):
             notes.append(f"{len(known) - len(both)} rows of {table.path} have no row in the other")
     added = [
-        index
-        for index, name in enumerate(tables[1].columns)
-        if index and name not in tables[0].columns
+        index for index, name in enumerate(pair[1].columns) if index and name not in pair[0].columns
     ]
     table = Table(
-        f"[{tables[0].path}, {tables[1].path}]",
-        tables[0].columns + [tables[1].columns[index] for index in added],
+        f"[{pair[0].path}, {pair[1].path}]",
+        pair[0].columns + [pair[1].columns[index] for index in added],
         [
-            tables[0].rows[places[0][one]]
-            + [tables[1].rows[places[1][one]][index] for index in added]
+            pair[0].rows[places[0][one]] + [pair[1].rows[places[1][one]][index] for index in added]
             for one in both
         ],
-        [tables[0].lines[places[0][one]] for one in both],
+        [pair[0].lines[places[0][one]] for one in both],
     )
     return table, mixed, measured
 
@@ -308,7 +194,7 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
 def _plain(table: Table, names: Sequence[str]) -> Floats:
     """(N, C) as far as they are numbers."""
     columns = [table.columns.index(name) for name in names]
-    cells = [[_number(row[column]) for column in columns] for row in table.rows]
+    cells = [[tables.number(row[column]) for column in columns] for row in table.rows]
     return np.array([[np.nan if c is None else c for c in row] for row in cells]).reshape(
         len(cells), len(columns)
     )

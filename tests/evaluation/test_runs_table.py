@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from doremi_train.config import UserError
 from doremi_train.evaluation import runs_table
 from doremi_train.evaluation.runs_table import Runs
+from doremi_train.evaluation.tables import Table
 
 REGMIX = Path(__file__).parents[3] / "shared" / "regmix"
 ROWS = [
@@ -183,9 +184,7 @@ def test_weights_are_found_whatever_stands_beside_them(
     names = [f"d{k}" for k in range(domains)]
     given_ = np.concatenate([np.arange(runs)[:, None], weights, losses], axis=1)
     rows = [[str(cell) for cell in row] for row in given_]
-    one = runs_table.Table(
-        "t", ["index", *names, *(f"m{m}" for m in range(metrics))], rows, list(range(runs))
-    )
+    one = Table("t", ["index", *names, *(f"m{m}" for m in range(metrics))], rows, list(range(runs)))
     mixed, measured = runs_table._columns(one, (), (), "fit.runs")
     assert mixed == names and measured == [f"m{m}" for m in range(metrics)]
 
