@@ -26,7 +26,7 @@ from doremi_train.data.tokens.unwritable import Measure, Written
 
 # Characters or tokens handled as one: the tokeniser needs some 150 bytes of memory a token.
 PIECE = 2**18
-BATCH_BYTES = 2**22  # UTF-8 bytes tokenised together
+BATCH_BYTES = 2**21  # UTF-8 bytes tokenised together
 BATCH_PIECES = 2**14
 # Batches in work: while one's tokens become arrays, on one core, the other keeps all cores busy.
 TOGETHER = 2
