@@ -8,7 +8,8 @@ E_b = w_b D / n_b is how often a run of D tokens passes over the n_b of domain b
 
 with a, h ≥ 0. Where D / n is unknown, w stands in for E. For φ, r, p and τ on a grid, log(L − φ) is
 linear in c, a, h: non-negative least squares, with rows weighted by L − φ and a ridge on columns of
-unit spread. Inner folds choose, first without h, then with.
+unit spread. Inner folds choose, first without h, then with. The grid of r is in units of the middle
+domain's passes, so that sizes move it along.
 
 K domains, N runs, M losses in nats per token, R mixtures; J columns of a linear problem, G settings
 of a grid, F folds.
@@ -108,6 +109,7 @@ def saturating(points: Floats, losses: Floats, known: Known = UNKNOWN) -> Satura
     is searched, and the others held."""
     passes = np.ones(points.shape[1]) if known.passes is None else known.passes
     logs, count = _logs(points, losses, known), losses.shape[1]
+    unit = float(np.median(passes))
     fold = np.random.default_rng(0).permutation(len(points)) % min(FOLDS, len(points))
 
     def best(options: list[list[Place]]) -> list[Law]:
@@ -119,8 +121,8 @@ def saturating(points: Floats, losses: Floats, known: Known = UNKNOWN) -> Satura
             for depth, ridge in product(range(len(DEPTHS)), RIDGES)
         ]
 
-    laws = best(floors([(*MIDDLE, np.inf)] * count))
-    pairs = [(*pair, np.inf) for pair in product(RATES, POWERS)]
+    laws = best(floors([(MIDDLE[0] / unit, MIDDLE[1], np.inf)] * count))
+    pairs = [(rate / unit, power, np.inf) for rate, power in product(RATES, POWERS)]
     laws = best([[law.place._replace(map=pair) for law in laws] for pair in pairs])
     laws = best(floors([law.place.map for law in laws]))
     knees = (np.inf, *KNEES)

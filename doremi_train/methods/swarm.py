@@ -154,12 +154,18 @@ def out_of_fold(
     generator: np.random.Generator,
     known: Known = UNKNOWN,
 ) -> Floats:
-    """(N, M) what fits to the other runs predict for each."""
-    predicted = np.empty_like(losses)
-    for fold in np.array_split(generator.permutation(len(points)), min(FOLDS, len(points))):
-        others = np.setdiff1d(np.arange(len(points)), fold)
-        fit = regressors.REGRESSORS[regressor](points[others], losses[others], known)
-        predicted[fold] = fit.predict(points[fold])
+    """(N, M) what fits to the other runs predict for each; runs on one mixture are left out
+    together."""
+    predicted, fold = np.empty_like(losses), np.empty(len(points), int)
+    parts = np.array_split(generator.permutation(len(points)), min(FOLDS, len(points)))
+    for number, part in enumerate(parts):
+        fold[part] = number
+    _, first, same = np.unique(points, axis=0, return_index=True, return_inverse=True)
+    fold = fold[first[same.ravel()]]
+    for number in np.unique(fold):
+        out = fold == number
+        fit = regressors.REGRESSORS[regressor](points[~out], losses[~out], known)
+        predicted[out] = fit.predict(points[out])
     return predicted
 
 

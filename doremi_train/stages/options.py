@@ -75,9 +75,9 @@ class Proxy(doremi.Options):
     seeds: Positive = 1
     """Proxies whose mean is the mixture, each with a seed of its own."""
 
-    match_repetition: bool = False
-    """Whether reference and proxy read so much less of a domain that they repeat it as main.tokens
-    will."""
+    match_repetition: bool | None = None
+    """Whether reference, proxy and small runs read so much less of a domain that they repeat it as
+    the final run will; null: where main.tokens says how long that is."""
 
 
 @dataclass(frozen=True, config=STRICT)

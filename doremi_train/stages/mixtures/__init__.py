@@ -90,6 +90,7 @@ def _capped(session: Session, store: TokenStore, weights: Mixture) -> Mixture:
     point = weights.tensor(store.domains)
     kept = budget.capped(session, store, point)
     if kept is point:
+        _warn(session, store, point)
         return weights
     cut = [name for name, less in zip(store.domains, kept < point, strict=True) if less]
     session.say(
@@ -97,6 +98,18 @@ def _capped(session: Session, store: TokenStore, weights: Mixture) -> Mixture:
         "passes; what was too much went to the others"
     )
     return replace(weights, weights=store.named(kept))
+
+
+def _warn(session: Session, store: TokenStore, point: Tensor) -> None:
+    """Say what is repeated more often than mixture.max_epochs, where that is no cap."""
+    passes = point.numpy() * budget.final_tokens(session) / np.asarray(store.sizes("train"))
+    most = session.config.mixture.max_epochs
+    above = [f"{store.domains[k]} {passes[k]:.1f}" for k in np.flatnonzero(passes > most)]
+    if above and budget.seen(session):
+        session.say(
+            f"passes of the final run: {', '.join(above)}, more than mixture.max_epochs={most:g}; "
+            "kept, for the law was fitted to runs that repeat as often and knows the harm of it"
+        )
 
 
 def complete(session: Session, store: TokenStore, weights: Mixture) -> Mixture:

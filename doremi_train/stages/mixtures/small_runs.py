@@ -19,9 +19,11 @@ from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run
 
 
-def recipe(session: Session, store: TokenStore, mixed: Tensor) -> Run:
-    """The run on the mixture `mixed` (K,), wherever and whenever it is trained."""
-    return language_model.recipe(session, store, *reference.ingredients(session, store, mixed))
+def recipe(session: Session, store: TokenStore, mixed: Tensor, seed: int | None = None) -> Run:
+    """The run on the mixture `mixed` (K,), wherever and whenever it is trained; `seed`: another
+    than the command's."""
+    ingredients = reference.ingredients(session, store, mixed)
+    return language_model.recipe(session, store, *ingredients, seed=seed)
 
 
 def tokens(session: Session) -> int:
@@ -31,34 +33,43 @@ def tokens(session: Session) -> int:
 
 
 def train(
-    session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar
+    session: Session,
+    store: TokenStore,
+    mixtures: Mapping[str, Tensor],
+    whole: Bar,
+    seed: int | None = None,
 ) -> dict[str, Run]:
     """A run on each mixture (K,), linked by its name under run_dir; `whole` counts the tokens of
-    all of them."""
+    all of them. `seed`: another than the command's."""
     if session.config.submit.cluster != "none":
-        _submit(session, store, mixtures, whole)
+        _submit(session, store, mixtures, whole, seed)
     runs = {}
     for name, mixed in mixtures.items():
         part, ingredients = Part(whole, name), reference.ingredients(session, store, mixed)
-        runs[name] = language_model.train(session, store, name, *ingredients, bar=part)
+        runs[name] = language_model.train(session, store, name, *ingredients, bar=part, seed=seed)
         part.update(tokens(session))
     return runs
 
 
 def _submit(
-    session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], whole: Bar
+    session: Session,
+    store: TokenStore,
+    mixtures: Mapping[str, Tensor],
+    whole: Bar,
+    seed: int | None,
 ) -> None:
     """The runs that are not finished as jobs side by side: each the reference stage on a given
     mixture."""
-    runs = {name: recipe(session, store, mixed) for name, mixed in mixtures.items()}
+    runs = {name: recipe(session, store, mixed, seed) for name, mixed in mixtures.items()}
     # Of equal runs one.
     waiting = {run.folder: name for name, run in runs.items() if not run.finished}
     children = {}
     for name in waiting.values():
         mixed = store.named(mixtures[name])
         given = {"reference.mixture": "file", "mixture.method": "file", "mixture.weights": mixed}
+        more = {} if seed is None else {"seed": seed}
         children[name] = submit.configured(
-            session, session.run_dir / "jobs" / name, stage="reference", **given
+            session, session.run_dir / "jobs" / name, stage="reference", **given, **more
         )
     before, step = whole.done, tokens(session) // session.config.training.steps
 

@@ -28,7 +28,7 @@ from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.options import Swarm
-from doremi_train.stages.runs import language_model, metrics
+from doremi_train.stages.runs import budget, language_model, metrics
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
@@ -37,6 +37,8 @@ HOW = (
     "Small runs are trained on many mixtures and their losses fitted; the mixture is the best of "
     "what the fit proposes and of the free ones, all confirmed by a run."
 )
+
+AGAIN = "-again"  # ends the name of a run that is trained once more with another seed
 
 
 @once
@@ -57,7 +59,8 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | N
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     for name, mixed in planned(session, store, problem).items():
         if mixed is not None or not search.finished:
-            run = None if mixed is None else small_runs.recipe(session, store, mixed)
+            seed = _seed(session, name)
+            run = None if mixed is None else small_runs.recipe(session, store, mixed, seed)
             pipeline.add(name, "swarm", shape, steps, run)
     if not search.finished:
         return None
@@ -103,6 +106,11 @@ def planned(session: Session, store: TokenStore, problem: Problem) -> dict[str, 
     }
 
 
+def _seed(session: Session, name: str) -> int | None:
+    """Seed of a run, where it is not the command's."""
+    return budget.proxy_seed(session, 1) if name.endswith(AGAIN) else None
+
+
 def _name(number: int, index: int) -> str:
     return f"swarm/round-{number}/run-{index}"
 
@@ -121,7 +129,7 @@ def _search(session: Session, store: TokenStore, problem: Problem, search: Run) 
             )
             trained = _train(session, store, mixtures, bar)
             new = {
-                tuple(row.weights): row
+                (*row.weights, row.run.endswith(AGAIN)): row
                 for row in rows + trained
                 if problem.space.holds(np.array(row.weights))
             }
@@ -175,7 +183,7 @@ def _draw(
     session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row], number: int
 ) -> dict[str, Tensor]:
     """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as
-    anchors."""
+    anchors, and where it is designed two runs again."""
     options, random = session.config.swarm, swarm_problem.generator(session, number)
     mixtures = {}
     if number == 1:
@@ -196,6 +204,10 @@ def _draw(
         )
     drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
     mixtures |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
+    if number == 1 and options.design == "optimal":
+        # The noise differs with the mixture: natural, and what is farthest from it, once more.
+        far = max(mixtures, key=lambda name: float(box.distance(mixtures[name], problem.natural)))
+        mixtures |= {f"{name}{AGAIN}": mixtures[name] for name in ("swarm/round-1/natural", far)}
     return {name: torch.from_numpy(mixed) for name, mixed in mixtures.items()}
 
 
@@ -215,6 +227,9 @@ def _designed(how: str, problem: Problem, anchors: Floats, random: np.random.Gen
 def _train(
     session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar
 ) -> list[Row]:
-    trained = small_runs.train(session, store, mixtures, bar)
+    trained: dict[str, Run] = {}
+    for seed in sorted({_seed(session, name) for name in mixtures}, key=lambda seed: seed or -1):
+        some = {name: mixed for name, mixed in mixtures.items() if _seed(session, name) == seed}
+        trained |= small_runs.train(session, store, some, bar, seed)
     measured = metrics.measured(session, store, {name: run.folder for name, run in trained.items()})
     return [Row(name, mixtures[name].tolist(), measured[name]) for name in trained]

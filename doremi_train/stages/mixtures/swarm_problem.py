@@ -21,11 +21,13 @@ class Problem(NamedTuple):
 
     names: list[str]  # (K,) domains
     natural: Floats  # (K,)
+    even: Floats  # (K,) UniMax: uniform within mixture.max_epochs and floor, as far as can be
     space: Space
     prior: Floats  # (V,)
     within: Box  # of the K domains
     inside: Box  # of the V virtual ones
     draws: int  # runs of a round
+    passes: Floats  # (V,) over a domain by a small run on it alone
 
 
 class Row(NamedTuple):
@@ -62,12 +64,27 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
     return Problem(
         list(store.domains),
         natural.numpy(),
+        _even(session, store, within),
         space,
         space.reduce(prior.numpy()),
         within,
         inside,
         draws,
+        # Of what is frozen, passes over the domain that a token is drawn from, on average.
+        (space.spread**2) @ (budget.repeated(session) / np.asarray(store.sizes("train"))),
     )
+
+
+def _even(session: Session, store: TokenStore, within: Box) -> Floats:
+    uniform = np.full(len(store.domains), 1 / len(store.domains))
+    try:
+        floor = session.config.swarm.floor
+        within = budget.caps(session, store, floor, "swarm.floor", always=True)
+    except UserError:  # more tokens than the cap allows of all domains, and a law that needs none
+        pass
+    if box.inside(uniform, within):
+        return uniform
+    return box.on_grid(box.project(uniform, within), within)
 
 
 def _frozen(path: str | None, names: Sequence[str]) -> Floats:
@@ -108,7 +125,7 @@ def wanted(session: Session, store: TokenStore, problem: Problem, rows: Sequence
 
 def known(problem: Problem) -> Known:
     """What fits may know beside the runs."""
-    return Known(natural=problem.space.reduce(problem.natural))
+    return Known(problem.passes, problem.space.reduce(problem.natural))
 
 
 def fitted(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Fit:

@@ -58,12 +58,9 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obj
 
 
 def baselines(problem: Problem) -> dict[str, Tensor]:
-    """What a proposal has to beat, (K,) each: natural, uniform, and UniMax, which is uniform within
-    caps and floors."""
+    """What a proposal has to beat, (K,) each."""
     uniform = np.full(len(problem.names), 1 / len(problem.names))
-    unimax = box.on_grid(box.project(uniform, problem.within), problem.within)
-    mixtures = {"natural": problem.natural, "uniform": uniform}
-    mixtures["unimax"] = uniform if box.inside(uniform, problem.within) else unimax
+    mixtures = {"natural": problem.natural, "uniform": uniform, "unimax": problem.even}
     return {name: torch.from_numpy(mixed) for name, mixed in mixtures.items()}
 
 

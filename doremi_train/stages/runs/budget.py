@@ -17,6 +17,7 @@ from doremi_train.stages.session import Session
 
 # Between the proxies of one command: far from the seeds a sweep counts through.
 SEEDS_APART = 1_000_000
+LAWS = ("saturating", "corrected")  # of swarm.regressor, those that know the harm of repetition
 
 
 def main_steps(session: Session) -> int:
@@ -45,9 +46,27 @@ def subsample(session: Session) -> Subsample | None:
     part = Fraction(
         training.steps * training.batch_size * training.sequence_length, final_tokens(session)
     )
-    if not session.config.proxy.match_repetition or part >= 1:
+    asked = session.config.proxy.match_repetition
+    if asked is None:
+        asked = session.config.main.tokens is not None
+    if not asked or part >= 1:
         return None
     return Subsample(part, session.config.seed % SEEDS_APART)
+
+
+def repeated(session: Session) -> int:
+    """Tokens of a run that passes over the whole of each domain as often as a small run over what
+    it reads of it."""
+    training = session.config.training
+    own = training.steps * training.batch_size * training.sequence_length
+    return own if subsample(session) is None else final_tokens(session)
+
+
+def seen(session: Session) -> bool:
+    """Whether the mixture comes from a law with the harm of repetition in it, fitted to runs that
+    repeat each domain as the final run will: then mixture.max_epochs is no cap."""
+    law = session.method == "swarm" and session.config.swarm.regressor in LAWS
+    return law and repeated(session) >= final_tokens(session)
 
 
 def described(part: Subsample | None) -> dict[str, Any]:
@@ -55,12 +74,16 @@ def described(part: Subsample | None) -> dict[str, Any]:
     return {} if part is None else {"subsample": {"part": str(part.part), "seed": part.seed}}
 
 
-def caps(session: Session, store: TokenStore, floor: float, key: str) -> box.Box:
+def caps(
+    session: Session, store: TokenStore, floor: float, key: str, always: bool = False
+) -> box.Box:
     """Box of the mixtures that may be: no domain more than mixture.max_epochs times in the final
-    run, and at least `floor` (of this key). Raises UserError where that leaves none."""
+    run, unless a law has seen what that does (`always`: also then), and at least `floor` (of this
+    key). Raises UserError where that leaves none."""
     sizes = np.asarray(store.sizes("train"), dtype=np.float64)
+    most = np.inf if seen(session) and not always else session.config.mixture.max_epochs
     try:
-        return box.box(sizes, final_tokens(session), session.config.mixture.max_epochs, floor)
+        return box.box(sizes, final_tokens(session), most, floor)
     except ValueError as error:
         said = in_keys(error, {"max_epochs": "mixture.max_epochs", "floor": key})
         raise UserError(f"mixture={session.method}: {said}") from None
@@ -81,7 +104,8 @@ def heuristic(session: Session, store: TokenStore, name: str, steps: int) -> Ten
 
 def within(session: Session, store: TokenStore) -> box.Box | None:
     """Box in which mixture.max_epochs keeps the mixture of every method; None: weights that the
-    user gave stay as they are. Raises UserError where it leaves none."""
+    user gave stay as they are. Raises UserError where it leaves none. It is the whole simplex where
+    a law has seen repetition."""
     return None if session.config.mixture.given else caps(session, store, 0.0, "")
 
 

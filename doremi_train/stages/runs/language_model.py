@@ -47,9 +47,10 @@ def recipe(
     part: Subsample | None = None,
     weighting: Weighting | None = None,
     selection: batch_selection.Setting | None = None,
+    seed: int | None = None,
 ) -> Run:
     """The run that trains `config` on `weights` (K,): whoever asks for the same one gets the same
-    folder."""
+    folder. `seed`: another than the command's."""
     return Run(
         session.store,
         "language_model",
@@ -59,7 +60,7 @@ def recipe(
             "mixture": store.named(weights),
             "training": training_identity(training),
             "evaluation": session.plain["evaluation"],
-            "seed": session.config.seed,
+            "seed": session.config.seed if seed is None else seed,
         }
         | budget.described(part)
         | (weighting.recipe if weighting else {})
@@ -78,10 +79,11 @@ def train(
     weighting: Weighting | None = None,
     selection: batch_selection.Setting | None = None,
     bar: Bar | None = None,
+    seed: int | None = None,
 ) -> Run:
     """Train it, unless it is in the store already; link it as `run_dir/name`. `bar`: of many runs,
     for whom it is moved on in silence."""
-    run = recipe(session, store, config, weights, training, part, weighting, selection)
+    run = recipe(session, store, config, weights, training, part, weighting, selection, seed)
     bar = bar or session.part(name)
 
     def begin() -> Begun:
@@ -96,6 +98,7 @@ def train(
             subsample=part,
             selection=selection,
             bar=bar,
+            seed=run.recipe["seed"],
         )
         if weighting is not None:
             options = replace(weighting.options, weights=tuple(weights.tolist()))
@@ -105,7 +108,7 @@ def train(
                 accumulation="exact" if options.of_the_batch else "lagged",
                 reference=weighting.reference(run),
             )
-        return Begun(task, built(config, training, session.config.seed))
+        return Begun(task, built(config, training, run.recipe["seed"]))
 
     train_once(session, run, name, begin, quiet=bar is not None)
     return run
