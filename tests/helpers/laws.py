@@ -8,11 +8,12 @@ from doremi_train.methods.saturating import Saturating
 
 
 def truth(points: Floats, passes: Floats, knee: float, seed: int = 0) -> Saturating:
-    """A law of three losses on the grid of the fit: r = 1, p = 0.6, κ = 1.2 of these runs."""
+    """A law of three losses on the grid of the fit: r = 1 of the middle domain's passes, p = 0.6, κ =
+    1.2 of these runs."""
     random, domains = np.random.default_rng(seed), points.shape[1]
     helped = random.uniform(0, 1, (3, domains)) + np.eye(3, domains) * 2
     harmed = random.uniform(0.05, 0.3, (3, domains)) * (knee < np.inf)
-    given = torch.ones(3), torch.full((3,), 0.6), torch.full((3,), knee)
+    given = torch.full((3,), 1 / np.median(passes)), torch.full((3,), 0.6), torch.full((3,), knee)
     tensors = [torch.as_tensor(part, dtype=torch.float64) for part in (*given, helped, harmed)]
     found = Saturating(torch.from_numpy(passes), *torch.zeros(2, 3).double(), *tensors)
     # With φ = min − (κ − 1) (median − min) of the runs, the exponent has a range of its own.

@@ -60,6 +60,15 @@ def test_harm_of_repetition_is_recovered_from_exposures() -> None:
     assert 3 * error[0] < error[1]
 
 
+def test_the_unit_of_passes_changes_nothing_without_harm() -> None:
+    """A trillion tokens of which a run reads a millionth are fitted as well."""
+    points, test = mixtures(40, 4), mixtures(100, 99)
+    losses = truth(points, PASSES, np.inf).predict(points)
+    found = [saturating(points, losses, Known(passes=PASSES * unit)) for unit in (1, 1e-6)]
+    assert_allclose(found[1].rate, found[0].rate * 1e6, rtol=1e-12)
+    assert_allclose(found[1].predict(test), found[0].predict(test), rtol=1e-3)
+
+
 def test_noise_of_real_runs_costs_little() -> None:
     points, test = mixtures(30, 2), mixtures(500, 99)
     true = truth(points, np.ones(5), np.inf)

@@ -474,9 +474,55 @@ def test_an_optimal_design_is_planned_run_by_run(tiny: list[str], tmp_path: Path
         assert outcome.code == 0, outcome
         stages = read(tmp_path / str(number) / "plan.json")["stages"]
         drawn[number] = {name for name in stages if name.startswith("swarm/round-1")}
-        assert len(drawn[number]) == 8 and not any(stages[n]["same_as"] for n in drawn[number])
+        again = {name for name in drawn[number] if name.endswith("-again")}
+        assert len(again) == (0 if how == "random" else 2)
+        assert len(drawn[number]) == 8 + len(again)
+        assert not any(stages[n]["same_as"] for n in drawn[number])
     plain, optimal = (ways._decisive(Swarm(design=how)) for how in ("random", "optimal"))  # type: ignore[arg-type]
     assert "design" not in plain and optimal["design"] == "optimal"
+
+
+@pytest.mark.slow
+def test_a_designed_swarm_knows_its_noise_and_what_repetition_costs(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    """Natural and what is farthest from it are trained twice. Small runs that repeat as the final
+    run will make mixture.max_epochs a warning under a law, and only there."""
+    sizes = {"plain": 0.57, "rich": 0.28, "digits": 0.15}
+    given = (*SWARM, "swarm.design=optimal", "stage=main", "main.comparisons=[]")
+    final = ("main.tokens=60000", "mixture.max_epochs=1", "objective.metrics={digits: 1}")
+    run = (*given, *final, "swarm.kl=0", "main.steps=2")
+    law = run_here(*tiny, *run, f"run_dir={tmp_path / 'law'}", "swarm.regressor=saturating")
+    assert law.code == 0, law
+    found = lines(tmp_path / "law/swarm/runs.jsonl")
+    again = [row for row in found if row["run"].endswith("-again")]
+    assert len(again) == 2 and again[0]["run"] == "swarm/round-1/natural-again"
+    for row in again:
+        first = next(one for one in found if one["run"] + "-again" == row["run"])
+        assert first["weights"] == row["weights"] and first["loss"] != row["loss"]
+        recipes = [read(tmp_path / "law" / one["run"] / "recipe.json") for one in (first, row)]
+        assert recipes[1]["seed"] == recipes[0]["seed"] + 1_000_000
+        assert "subsample" in recipes[0]
+    corner = max(found, key=lambda row: abs(row["weights"]["digits"] - sizes["digits"]))
+    assert corner["weights"]["digits"] > 0.9
+    weights = read(tmp_path / "law/weights.json")
+    above = {name: epochs for name, epochs in weights["epochs"].items() if epochs > 1}
+    for name, epochs in above.items():
+        assert f"{name} {epochs:.1f}" in law.out
+    assert ("knows the harm of it" in law.out) == bool(above)
+    # A fit that knows nothing of it keeps the cap.
+    plain = run_here(*tiny, *run, f"run_dir={tmp_path / 'plain'}", "swarm.regressor=log_linear")
+    assert plain.code == 0, plain
+    assert max(read(tmp_path / "plain/weights.json")["epochs"].values()) <= 1 + 1e-9
+    assert "knows the harm of it" not in plain.out
+
+
+def test_runs_on_one_mixture_are_left_out_together() -> None:
+    points = np.repeat(np.random.default_rng(0).dirichlet(np.ones(3), 8), 2, axis=0)
+    losses = points @ np.array([[1.0], [2.0], [3.0]])
+    losses[1::2] += 5  # whoever sees the first of a pair does not expect the second
+    unseen = swarm.out_of_fold(points, losses, "gaussian_process", random())
+    assert_allclose(unseen[::2], unseen[1::2], rtol=1e-9)
 
 
 def test_the_recipe_of_a_target_is_a_swarm_for_it(tiny: list[str], tmp_path: Path) -> None:
