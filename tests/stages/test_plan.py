@@ -351,6 +351,7 @@ def test_two_processes_plan_together(
 
 def test_epochs_against_main_tokens(tiny: list[str], tmp_path: Path) -> None:
     more = ["main.tokens=10000000", "main.steps=30", "mixture.max_epochs=100"]
+    more.append("proxy.match_repetition=false")
     found = planned(*tiny, f"run_dir={tmp_path}", "seed=71", *more)
     sizes = {name: domain["training_tokens"] for name, domain in found["domains"].items()}
     for name, domain in found["domains"].items():
@@ -429,6 +430,7 @@ def test_absence_is_that_of_the_sampler(
 
 # Enough sequences of each domain, little repetition, and room for tests that ask for more.
 SILENT = ["proxy.average_from=0.5", "training.steps=400", "mixture.max_epochs=1000"]
+UNMATCHED = ["main.tokens=100000000", "proxy.match_repetition=false"]
 
 
 @pytest.mark.parametrize(
@@ -437,8 +439,8 @@ SILENT = ["proxy.average_from=0.5", "training.steps=400", "mixture.max_epochs=10
         (SILENT, None),
         ([*SILENT, "training.batch_size=2"], "33 % of the proxy's batches miss a domain"),
         ([*SILENT, "training.steps=9000"], "The proxy passes over digits"),
-        ([*SILENT, "main.tokens=100000000"], "the planned final run"),
-        ([*SILENT, "main.tokens=100000000"], "proxy.match_repetition=true"),
+        ([*SILENT, *UNMATCHED], "the planned final run"),
+        ([*SILENT, *UNMATCHED], "proxy.match_repetition=true"),
         ([*SILENT, "proxy.average_from=0"], "For about the first 200"),
         (
             [*SILENT, "training.steps=300", "proxy.step_size=0.1"],
@@ -514,10 +516,9 @@ def test_figures_are_written_for_people() -> None:
 def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_path: Path) -> None:
     overrides = [*tiny, f"run_dir={tmp_path}", "seed=71", "main.tokens=1000000", "proxy.seeds=2"]
     overrides.append("mixture.max_epochs=10")
-    matched = [*overrides, "proxy.match_repetition=true"]
-    outcome = run_here(*matched)
+    outcome = run_here(*overrides)  # by default, since the tokens of the final run are given
     assert outcome.code == 0, outcome
-    found = planned(*matched)
+    found = planned(*overrides)
     # On the whole data.
     assert {name: stage["state"] for name, stage in found["stages"].items()}["baseline"] == "done"
     seeds = [(tmp_path / "proxy" / "round-1" / f"seed-{seed}").resolve() for seed in (0, 1)]
