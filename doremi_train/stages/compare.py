@@ -11,6 +11,7 @@ every figure, `compare.html` a table and a picture a question.
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -109,7 +110,8 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
     for method in asked.methods:
         cost = _cost(session, method, {})
         longer = steps + int(cost.proxies / (cost.main / steps))
-        flops = [(name, {"main.steps": longer}) for name in asked.baselines]
+        free = (*asked.baselines, *(asked.files or {}))
+        flops = [(name, {"main.steps": longer}) for name in free]
         count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
         if asked.search and count:
             flops.append(("search", {"swarm.runs": count}))
@@ -119,7 +121,7 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
                 f"What {method}'s mixture gains over free ones in as many steps, its small runs "
                 "aside"
             )
-            to_beat[title] = [(name, {"main.steps": steps}) for name in asked.baselines]
+            to_beat[title] = [(name, {"main.steps": steps}) for name in free]
         for title, tried in to_beat.items():
             others = []
             for name, changes in tried:
@@ -159,8 +161,12 @@ def _store(session: Session) -> TokenStore:
 def _configured(session: Session, contender: Contender, seed: int) -> dict[str, Any]:
     """The configuration of a contender's seed, a command of its own."""
     folder = session.run_dir / "compare" / contender.folder / f"seed-{seed}"
-    changes = {
-        "mixture.method": contender.method,
+    own = (session.config.compare.files or {}).get(contender.method)
+    changes: dict[str, Any] = {
+        "mixture.method": contender.method if own is None else "file",
+        "mixture.path": None if own is None else str(Path(own).resolve()),
+        "mixture.weights": None,
+        "mixture.format": None,
         "main.comparisons": [],
         "seed": session.config.seed + seed,
     }

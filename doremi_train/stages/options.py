@@ -4,6 +4,7 @@ computed.
 Keys that belong to one part of the work are the options of that part's own module.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -267,6 +268,9 @@ class Compare:
     baselines: tuple[str, ...] = ("natural", "uniform", "unimax")
     """Free mixtures, trained longer by what a method's small runs cost, and as long."""
 
+    files: dict[str, str] | None = None
+    """Mixtures of yours that take part like the free ones, {name: weights.json}."""
+
     search: bool = True
     """Whether random search with as many small runs takes part."""
 
@@ -482,6 +486,13 @@ class Config:
                 )
         for name in self.compare.baselines:
             one_of("compare.baselines", name, list(HEURISTICS))
+        taken = {"search", *self.compare.methods, *self.compare.baselines}
+        for name in self.compare.files or {}:
+            if name in taken or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+                raise UserError(
+                    f"compare.files: {name!r} is not a name for a mixture of yours; give one of "
+                    f"letters, digits and _ that is none of {', '.join(sorted(taken))}"
+                )
         if not self.classify.methods:
             raise UserError(
                 "classify.methods=[]: there is nothing to train; name one way or more, such as imp"

@@ -8,7 +8,7 @@ from doremi_train.methods.saturating import Saturating
 
 
 def truth(points: Floats, passes: Floats, knee: float, seed: int = 0) -> Saturating:
-    """A law of three losses on the grid of the fit: r = 1 of the middle domain's passes, p = 0.6, κ =
+    """A law of three losses on the grid of the fit: r = 1 in the unit of the fit, p = 0.6, κ =
     1.2 of these runs."""
     random, domains = np.random.default_rng(seed), points.shape[1]
     helped = random.uniform(0, 1, (3, domains)) + np.eye(3, domains) * 2

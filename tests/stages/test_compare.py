@@ -1,6 +1,7 @@
 """Methods against what the same FLOPs buy without them: the figures by hand, and a whole comparison
 of tiny runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -135,12 +136,33 @@ def test_nothing_is_trained_twice(
     assert not lines(compared / "compare/doge/seed-0/proxy/metrics.jsonl")[6:]
 
 
+@pytest.mark.slow
+def test_a_mixture_of_yours_takes_part(
+    compared: Path, tiny: list[str], command: Command, tmp_path: Path
+) -> None:
+    mine = {"plain": 0.5, "rich": 0.5, "digits": 0.0}
+    (tmp_path / "mine.json").write_text(json.dumps({"weights": mine}))
+    own = (f"compare.files={{mine: {tmp_path / 'mine.json'}}}", "compare.baselines=[]")
+    run_dir = tmp_path / "run"
+    outcome = command(*tiny, *COMPARE, "compare.seeds=1", *own, f"run_dir={run_dir}")
+    assert outcome.code == 0, outcome
+    found = read(run_dir / "compare/compare.json")
+    assert {"doge", "mine-12", "mine-6"} <= set(found["contenders"])
+    assert found["contenders"]["mine-12"]["weights"] == [mine]
+    trained = read(run_dir / "compare/mine-12/seed-0/main/recipe.json")
+    assert trained["mixture"] == mine
+    kept = read(compared / "compare/compare.json")["contenders"]["doge"]
+    assert found["contenders"]["doge"]["losses"] == kept["losses"][:1]
+
+
 def test_what_cannot_be_compared_is_named(
     tiny: list[str], command: Command, tmp_path: Path
 ) -> None:
     for overrides, said in (
         (["compare.methods=[magic]"], "compare.methods=magic"),
         (["compare.baselines=[doremi]"], "compare.baselines=doremi"),
+        (["compare.files={natural: w.json}"], "compare.files: 'natural' is not a name"),
+        (["compare.files={../x: w.json}"], "compare.files: '../x' is not a name"),
     ):
         outcome = command(*tiny, "stage=compare", *overrides, f"run_dir={tmp_path / 'run'}")
         assert outcome.code == 2 and said in outcome.err, outcome
