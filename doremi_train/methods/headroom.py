@@ -121,8 +121,8 @@ class Curve(NamedTuple):
     power: float  # β
 
     def times(self, score: float) -> float:
-        """Of the longest run's tokens, after which the score is reached; infinite where it never
-        is."""
+        """How many times the longest run's tokens reach the score; infinite where it never is
+        reached."""
         above = score - self.floor
         if above <= 0:
             return np.inf

@@ -101,9 +101,9 @@ def test_a_swarm_is_worth_it_where_both_ends_are_above_its_cost() -> None:
 
 @regmix.needed
 @pytest.mark.acceptance
-@pytest.mark.parametrize("counted", [range(13), [8], [0, 2]], ids=["mean", "pile_cc", "papers"])
-def test_the_intervals_of_19_public_runs_hold_what_768_say(counted: list[int]) -> None:
-    """Seventeen runs of a design among 200, and natural and uniform as the fit to all says."""
+@pytest.mark.parametrize(("counted", "count"), [(range(13), 9), ([8], 17)], ids=["mean", "pile_cc"])
+def test_intervals_of_a_few_public_runs_hold_what_768_say(counted: list[int], count: int) -> None:
+    """Runs of a design among 200, and natural and uniform as the fit to all says."""
     train, test = regmix.runs("train", "1m"), regmix.runs("test", "1m")
     points = np.vstack([train.points, test.points])
     within, natural = Box(np.zeros(17), points.max(0)), train.points.mean(0)
@@ -111,7 +111,7 @@ def test_the_intervals_of_19_public_runs_hold_what_768_say(counted: list[int]) -
     judge = saturating(points, np.vstack([train.losses, test.losses]), known)
     anchors = np.stack([natural, np.full(17, 1 / 17)])
     pool = random().permutation(512)[:200]
-    chosen = pool[design.choose(train.points[pool], 17, within, random(), anchors)]
+    chosen = pool[design.choose(train.points[pool], count, within, random(), anchors)]
     runs = Runs(
         np.vstack([anchors, train.points[chosen]]),
         np.vstack([judge.predict(anchors), train.losses[chosen]]),
@@ -122,5 +122,5 @@ def test_the_intervals_of_19_public_runs_hold_what_768_say(counted: list[int]) -
     found = headroom.gain(
         float(uniform), headroom.lowest(runs, known, within, wanted, random()), 0.0
     )
-    assert found.low - 0.02 <= uniform - lowest <= found.high
+    assert 0 < found.low <= uniform - lowest <= found.high
     assert abs(found.mean - (uniform - lowest)) < 0.15
