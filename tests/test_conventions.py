@@ -263,6 +263,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Downstream,
         Export,
         Finetune,
+        Headroom,
         Main,
         MixtureOptions,
         Online,
@@ -284,7 +285,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         Downstream(),
     )
     assert (config.doge, config.online, config.target) == (Doge(), Online(), Target())
-    assert config.finetune == Finetune()
+    assert (config.finetune, config.headroom) == (Finetune(), Headroom())
     assert (config.reference, config.main, config.mixture) == (
         Reference(),
         Main(),

@@ -144,6 +144,8 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         said.append(
             f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}"
         )
+    if plan["headroom"]:
+        said.append(plan["headroom"])
     return said
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from doremi_train import files
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import results
 from doremi_train.evaluation.detectors import effective_number
 from doremi_train.evaluation.results import Result, Setting
 from doremi_train.evaluation.statistics import spread
 from doremi_train.methods import HEURISTICS, heuristics
-from doremi_train.reports import run_charts, selection_page, sweep_charts
+from doremi_train.reports import headroom_text, run_charts, selection_page, sweep_charts
 
 _MOST_SAMPLES = 60  # domains of which text is shown
 _MOST_RUNS, _MOST_WEIGHTS = 60, 12  # of a swarm, in its table
@@ -82,6 +83,7 @@ def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, 
         "method": first.mixture["method"],
         "how": how.get(first.mixture["method"], how["file"]),
         "swarm": _swarm(first),
+        "headroom": _headroom(first),
         "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
         "tasks": _task_rows(setting),
@@ -162,6 +164,14 @@ def warnings_of(setting: Setting) -> list[str]:
         messages[0] + (f" (in {len(messages)} of {total} runs)" if total > 1 else "")
         for messages in said.values()
     ]
+
+
+def _headroom(run: Result) -> str:
+    """What any mixture can gain, or what the swarm gained; "" where neither was asked."""
+    path = run.folder / "headroom" / "headroom.json"
+    if path.exists():
+        return headroom_text.line(files.read_json(path))
+    return headroom_text.of_swarm(run.swarm) if run.swarm else ""
 
 
 def _swarm(run: Result) -> dict[str, Any]:

@@ -30,6 +30,7 @@ STAGES: dict[str, Stage] = {
     "finetune": Stage("finetune"),
     "compare": Stage("compare", several=True),
     "fit": Stage("fit", several=True),
+    "headroom": Stage("headroom"),
 }
 """What `stage=swarm` runs:
 

@@ -261,6 +261,12 @@ class FitOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Headroom:
+    runs: Positive | None = None
+    """Runs beside natural, its shorter ones and uniform; null: one for each domain."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Compare:
     methods: tuple[str, ...] = ("doremi", "swarm")
     """Methods that are compared, values of mixture."""
@@ -416,6 +422,9 @@ class Config:
     objective: objective.Options
     """What a mixture is for, in the metrics of stage=fit."""
 
+    headroom: Headroom
+    """How much any mixture can gain on the objective, from few runs (stage=headroom)."""
+
     fit: FitOptions
     """A mixture from other people's runs, without data or training (stage=fit)."""
 
@@ -538,7 +547,7 @@ _FREE = (
     "data.max_unwritable", "data.allow_pipe",
     "selection.engine", "selection.workers", "selection.less.batch_tokens",
 )  # fmt: skip
-_FREE_GROUPS = ("compare", "downstream", "engine", "export", "submit", "tracking")
+_FREE_GROUPS = ("compare", "downstream", "engine", "export", "headroom", "submit", "tracking")
 _FREE_TRAINING = (
     "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep_checkpoints",
     "log_every", "threads", "timeout", "snapshots",

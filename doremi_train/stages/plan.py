@@ -18,7 +18,7 @@ from doremi_train.methods import simplex
 from doremi_train.model import costs
 from doremi_train.parallel import comm
 from doremi_train.reports import plan_text
-from doremi_train.stages import main, prepare
+from doremi_train.stages import headroom, main, prepare
 from doremi_train.stages.planning import ahead, warnings
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, reference, reference_losses
@@ -70,6 +70,7 @@ def _write(
         "accumulation": bill.accumulation(runs),
         "reference_losses": _reference_losses(session, store, runs),
         "absent": _absent(session, len(store.domains)) if "proxy" in kinds else None,
+        "headroom": headroom.ahead(session, store) if "swarm" in kinds else None,
         "warnings": [message for messages in warned.values() for message in messages],
     }
     files.write_json(session.run_dir / "plan.json", plan)

@@ -1,0 +1,90 @@
+"""What headroom.json says, in sentences for the terminal, the plan and the report's page."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from doremi_train.console import short
+from doremi_train.methods.headroom import FARTHEST
+
+VERDICTS = {True: "worth a swarm", False: "not worth one", None: "cannot tell"}
+
+
+def sentences(content: Mapping[str, Any]) -> list[str]:
+    """How much can be gained, what that is worth in tokens, and whether a swarm pays."""
+    natural, uniform = (_span(content["gains"][name]) for name in ("natural", "uniform"))
+    gained = (
+        f"on this objective any mixture within caps can gain at most {natural} over natural, and "
+        f"{uniform} over uniform (a law fitted to {content['runs']} runs, whose optimum lies where "
+        "no run is)"
+    )
+    cost = f"a swarm's {content['swarm_runs']} runs cost {content['swarm_flops']:.2g} FLOPs"
+    speed, verdict = content["speed_up"], VERDICTS[content["worth"]]
+    if speed is None:
+        return [
+            gained,
+            "what that is worth in tokens is not known: natural's score does not fall steadily "
+            "with the tokens of its shorter runs",
+            f"{verdict}: {cost}",
+        ]
+    low, high = (
+        "any number of" if value is None else f"{value:.2g}" for value in content["saved_flops"]
+    )
+    return [
+        gained,
+        f"natural would need {_times(speed['mean'])} the tokens for that ({_times(speed['low'])} "
+        f"to {_times(speed['high'])}), by its own learning curve",
+        f"{verdict}: for a final run of {short(content['final_tokens'])} tokens that is {low} to "
+        f"{high} FLOPs, and {cost}{_break_even(content)}",
+    ]
+
+
+def line(content: Mapping[str, Any]) -> str:
+    """All of it in one line."""
+    return f"headroom: {'; '.join(reversed(sentences(content)))}"
+
+
+def offer(content: Mapping[str, Any]) -> str:
+    """What the plan says before anything is known."""
+    share = content["headroom_flops"] / content["swarm_flops"]
+    return (
+        f"the swarm's {content['swarm_runs']} runs cost {content['swarm_flops']:.2g} FLOPs; "
+        f"stage=headroom tells with {content['headroom_runs']} runs ({share:.0%} of that; a swarm "
+        "uses most of them again) what any mixture can gain, and whether it is worth it"
+    )
+
+
+def of_swarm(swarm: Mapping[str, Any]) -> str:
+    """What a swarm's confirmation gained, from its fit.json, where no headroom was asked for."""
+    realised = {one["name"]: one["realised"] for one in swarm["confirmed"]}
+    first, best = swarm["confirmed"][0], realised[swarm["chosen"]]
+    over = " and ".join(
+        f"{realised[name] - best:+.4f} over {name}" for name in ("natural", "uniform")
+    )
+    low, high = (realised["natural"] - end for end in reversed(first["interval"]))
+    return (
+        f"gain: {swarm['chosen']} gained {over} in one small run each (of the proposal {low:.4f} "
+        f"to {high:.4f} over natural was predicted); stage=headroom tells what that is worth in "
+        "tokens"
+    )
+
+
+def _break_even(content: Mapping[str, Any]) -> str:
+    """Tokens of a final run that a swarm pays for, where natural's curve says so."""
+    speed = content["speed_up"]["mean"]
+    if speed is None or speed <= 1:
+        return ""
+    saved = (speed - 1) * content["final_flops"] / content["final_tokens"]
+    return f", which pays from about {short(content['swarm_flops'] / saved)} tokens on"
+
+
+def _span(gain: Mapping[str, Any]) -> str:
+    if gain["high"] is None:
+        return f"{gain['mean']:.4f} (too few runs for an interval)"
+    return f"{gain['mean']:.4f} ({gain['low']:.4f} to {gain['high']:.4f})"
+
+
+def _times(speed: float | None) -> str:
+    if speed is None or not math.isfinite(speed) or speed > FARTHEST:
+        return f"more than {FARTHEST:g} times"
+    return f"{speed:.2f} times"
