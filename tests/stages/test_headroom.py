@@ -77,7 +77,8 @@ def test_the_report_says_it(tiny: list[str], asked: tuple[Path, Outcome]) -> Non
 def test_more_runs_begin_with_those_that_there_are(
     tiny: list[str], asked: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
-    more = "headroom.runs=3", "main.tokens=100000000000", "mixture.max_epochs=1e9"
+    final = "main.tokens=100000000000", "mixture.max_epochs=1e9", "proxy.match_repetition=false"
+    more = ("headroom.runs=3", *final)
     outcome = run_here(*tiny, f"run_dir={tmp_path}", "stage=headroom", SEED, *more)
     assert outcome.code == 0, outcome
     content = read(tmp_path)
