@@ -21,7 +21,7 @@ from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
-from doremi_train.stages.runs import budget, language_model, metrics, submit, targets
+from doremi_train.stages.runs import budget, language_model, measuring, submit, targets
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
@@ -43,7 +43,8 @@ def run(session: Session) -> mixture.Mixture:
         if todo:
             experts = _train(session, store)
             looked = [
-                metrics.losses_on(session, store, one.folder / "model", towards) for one in experts
+                measuring.losses_on(session, store, one.folder / "model", towards)
+                for one in experts
             ]
             losses = torch.stack(looked).flatten(1).numpy()  # (K, N)
             comm.on_first(lambda: _conclude(session, store, search, losses))

@@ -51,7 +51,7 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obj
                 predicted=predicted,
                 interval=swarm.interval(predicted, near, realised - unseen),
                 distance=float(near.min()),
-                refused=swarm.gates(diagnostics, point, points),
+                refused=swarm.gates(diagnostics, point, points, wanted.unit),
             )
         )
     return Proposed(proposals, diagnostics, fit.predict(points).mean(1), unseen)
@@ -97,7 +97,9 @@ def conclude(
                 "interval": proposal.interval,
                 "distance": proposal.distance,
             }
-            line["refused"] = proposal.refused + swarm.confirm(realised, proposal.interval)
+            line["refused"] = proposal.refused + swarm.confirm(
+                realised, proposal.interval, wanted.unit
+            )
         else:
             inside = box.inside(np.array(row.weights), problem.within)
             line["refused"] = [] if inside else ["it is outside mixture.max_epochs or swarm.floor"]
@@ -106,7 +108,7 @@ def conclude(
     # Where guards refuse all, the last one, which keeps caps and floors.
     kept = [line for line in lines if not line["refused"]] or lines[-1:]
     chosen = min(kept, key=lambda line: line["realised"])
-    verdict = _verdict(lines, chosen)
+    verdict = _verdict(lines, chosen, wanted.unit)
     diagnostics, first = proposed.diagnostics._asdict(), lines[0]
     files.write_bytes(
         search.folder / "runs.jsonl",
@@ -142,16 +144,16 @@ def conclude(
     )
 
 
-def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], unit: str) -> str:
     """What is written, and why it is not the proposal where it is not."""
     first = lines[0]
     low, high = first["interval"]
     if chosen is first:
         return (
-            f"the proposal reached {first['realised']:.4f} nats per token ({low:.4f} to {high:.4f} "
+            f"the proposal reached {first['realised']:.4f} {unit} ({low:.4f} to {high:.4f} "
             "predicted) and is the best of those confirmed"
         )
-    why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} nats per token"
+    why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} {unit}"
     if chosen["refused"]:
         return (
             f"the proposal is refused: {why}; so is everything else, and {chosen['name']} is "
