@@ -38,7 +38,7 @@ def run(session: Session) -> mixture.Mixture:
     """Train every expert, look at the target with each, and solve."""
     store = prepare.run(session)
     search = state(session, store)
-    towards = targets.of_mixtures(session, store, store.domains)
+    towards = targets.of_ways(session, store, store.domains)
     with session.computing(search, "mixmin") as todo:
         if todo:
             experts = _train(session, store)
@@ -82,7 +82,7 @@ def state(session: Session, store: TokenStore) -> Run:
         "mixmin",
         {
             "experts": {name: one.address for name, one in experts(session, store).items()},
-            "target": fingerprint(targets.of_mixtures(session, store, store.domains).tolist()),
+            "target": fingerprint(targets.of_ways(session, store, store.domains).tolist()),
             "low": within.low.tolist(),
             "high": within.high.tolist(),
         },

@@ -61,6 +61,13 @@ def objective(session: Session, store: TokenStore, natural: Floats) -> Objective
     return found._replace(unit=unit(weighed, of_tasks, _scored(session, store)))
 
 
+def weights(session: Session, store: TokenStore) -> dict[str, float]:
+    """The metrics that count, with their weights."""
+    known = names(session, store)
+    found = objective(session, store, np.ones(len(known))).weights.tolist()
+    return {name: weight for name, weight in zip(known, found, strict=True) if weight}
+
+
 def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
     """What of the objective decides the result of a search; nothing where all domains count
     alike. Raises UserError for an objective that cannot be, before anything is trained."""
