@@ -65,8 +65,14 @@ class Objective(NamedTuple):
     def beyond(self, metrics: Tensor) -> Tensor:
         """(R, M) → (R, M) what is lost beyond the guards, in parts of the value with natural; 0
         within them. It has a gradient."""
-        worse = self._lost(metrics) * torch.from_numpy(np.where(self.weights < 0, -1.0, 1.0))
-        return (worse - torch.from_numpy(self.guard)).clamp_min(0)
+        return (self.lost(metrics) - torch.from_numpy(self.guard)).clamp_min(0)
+
+    def lost(self, metrics: Tensor) -> Tensor:
+        """(R, M) → (R, M) what is lost against natural, in parts of its value; below 0 it is
+        gained."""
+        natural = torch.from_numpy(self.natural)
+        worse = (metrics - natural) / natural.abs().clamp_min(1e-12)
+        return worse * torch.from_numpy(np.where(self.weights < 0, -1.0, 1.0))
 
     def penalised(self, metrics: Tensor) -> Tensor:
         """(R, M) → (R,) the score, and steeply more beyond the guards."""
@@ -82,10 +88,6 @@ class Objective(NamedTuple):
         """Whether it is the mean of all metrics, and no more."""
         alike = bool((self.weights == self.weights[0]).all() and self.weights[0] > 0)
         return self.reduce == "mean" and alike and not np.isfinite(self.guard).any()
-
-    def _lost(self, metrics: Tensor) -> Tensor:
-        natural = torch.from_numpy(self.natural)
-        return (metrics - natural) / natural.abs().clamp_min(1e-12)
 
 
 def objective(

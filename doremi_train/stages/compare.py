@@ -115,7 +115,8 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
         cost = _cost(session, method, {})
         longer = steps + int(cost.proxies / (cost.main / steps))
         flops = [(name, {"main.steps": longer}) for name in asked.baselines]
-        count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
+        one, two = (_cost(session, "search", {"swarm.runs": n}).proxies for n in (1, 2))
+        count = int((cost.proxies - (2 * one - two)) / (two - one) + 1e-6)
         if asked.search and count:
             flops.append(("search", {"swarm.runs": count}))
         to_beat = {f"What {method} gains over what the same FLOPs buy otherwise": flops}

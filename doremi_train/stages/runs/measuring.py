@@ -45,17 +45,17 @@ def run_of(session: Session, model: Path) -> str | None:
     return run.name if run.parent == (session.store / "runs").resolve() else None
 
 
+def kept(session: Session, model: Path, text: str) -> dict[str, float] | None:
+    """What was measured of a model on the text of this fingerprint; None where nothing was. For any
+    process alone."""
+    run = run_of(session, model)
+    place = None if run is None else _place(session, run, text)
+    return files.read_json(place) if place is not None and place.exists() else None
+
+
 def known(session: Session, model: Path, texts: Sequence[str]) -> list[dict[str, float] | None]:
-    """What was measured of a model on texts of these fingerprints. A collective."""
-
-    def look() -> list[dict[str, float] | None]:
-        run = run_of(session, model)
-        if run is None:
-            return [None] * len(texts)
-        places = [_place(session, run, text) for text in texts]
-        return [files.read_json(place) if place.exists() else None for place in places]
-
-    return comm.on_first(look)
+    """The same of several texts. A collective."""
+    return comm.on_first(lambda: [kept(session, model, text) for text in texts])
 
 
 def keep(session: Session, model: Path, measured: Mapping[str, dict[str, Any]]) -> None:

@@ -91,20 +91,43 @@ def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
 def measured(
     session: Session, store: TokenStore, runs: Mapping[str, Path]
 ) -> dict[str, list[float]]:
-    """(M,) of finished runs, by name, from their folders. A collective."""
-    found = comm.on_first(
+    """(M,) of finished runs, by name, from their folders; what was measured before is not measured
+    again. A collective."""
+    found = comm.on_first(lambda: there(session, store, runs))
+    if found is not None:
+        return found
+    more = beyond(session, store, {name: folder / "model" for name, folder in runs.items()})
+    losses = comm.on_first(
         lambda: {name: domain_losses(folder, store) for name, folder in runs.items()}
     )
-    more = beyond(session, store, {name: folder / "model" for name, folder in runs.items()})
     return {
         name: [
-            *losses,
-            *([more[name]["target_loss"]] if "target_loss" in more[name] else []),
-            *more[name].get("tasks", {}).values(),
-            *more[name].get("scores", {}).values(),
+            *losses[name],
+            *([of["target_loss"]] if "target_loss" in of else []),
+            *of.get("tasks", {}).values(),
+            *of.get("scores", {}).values(),
         ]
-        for name, losses in found.items()
+        for name, of in more.items()
     }
+
+
+def there(
+    session: Session, store: TokenStore, runs: Mapping[str, Path]
+) -> dict[str, list[float]] | None:
+    """The same where all of it is known by now, else None. For any process alone."""
+    models = {name: folder / "model" for name, folder in runs.items()}
+    target = [str(_text(session, store)[1])] if counts_target(session, store) else []
+    texts = [*target, *(text for _, text in tasks.golds(session, store).values())]
+    wanted, found = _scored(session, store), dict[str, list[float]]()
+    scored = scores.known(session, wanted, models) if wanted else {}
+    for name, folder in runs.items():
+        measured = [measuring.kept(session, models[name], text) for text in texts]
+        given = list(scored[name].values()) if wanted else []
+        if None in measured or len(given) < len(wanted):
+            return None
+        values = [value for one in measured if one is not None for value in one.values()]
+        found[name] = [*domain_losses(folder, store), *values, *given]
+    return found
 
 
 def beyond(

@@ -12,15 +12,12 @@ from doremi_train.stages.session import Session
 LIST = "unscored.txt"  # in run_dir: model folders, a line each
 
 
-def of_models(
+def known(
     session: Session, names: list[str], models: Mapping[str, Path]
 ) -> dict[str, dict[str, float]]:
-    """{name: {metric: score}} of model folders by name, on the metrics of these names. Raises
-    UserError where some are missing, and writes which models are to be evaluated. For the first
-    process."""
-    asked, path = session.config.objective.scores or (), session.run_dir / LIST
+    """{name: {metric: score}} of model folders by name, on what they have of these metrics."""
+    asked, found = session.config.objective.scores or (), dict[str, dict[str, float]]()
     given = [(_places(session, model), of) for model, of in scores.read(asked, _KEY).items()]
-    found: dict[str, dict[str, float]] = {}
     for name, model in models.items():
         whole: dict[str, float] = {}
         for places, values in given:
@@ -28,14 +25,24 @@ def of_models(
             if {str(model.resolve()), model.resolve().parent.name} & places:
                 whole |= values
         found[name] = {metric: whole[metric] for metric in names if metric in whole}
+    return found
+
+
+def of_models(
+    session: Session, names: list[str], models: Mapping[str, Path]
+) -> dict[str, dict[str, float]]:
+    """The same, of all of these metrics. Raises UserError where some are missing, and writes which
+    models are to be evaluated. For the first process."""
+    asked, path = session.config.objective.scores or (), session.run_dir / LIST
+    path.unlink(missing_ok=True)
+    found = known(session, names, models)
     missing = {
         str(models[name].resolve()): None for name, of in found.items() if len(of) < len(names)
     }
     if not missing:
-        path.unlink(missing_ok=True)
         return found
     files.write_bytes(path, "".join(f"{model}\n" for model in missing).encode())
-    there = {metric for _, values in given for metric in values}
+    there = {metric for values in scores.read(asked, _KEY).values() for metric in values}
     raise UserError(
         f"{_KEY}={list(asked)}: {len(missing)} models have no {listed(names)} yet (there are: "
         f"{listed(there)}); evaluate those whose folders are the lines of {path}, as in "
