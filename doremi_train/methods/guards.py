@@ -20,7 +20,7 @@ LEVEL = 0.95
 
 
 class Noise(NamedTuple):
-    """Of metrics between runs that differ in their seed alone."""
+    """The noise of metrics between runs that differ in their seed alone."""
 
     deviation: Floats  # (M,)
     freedom: int  # degrees of freedom that it was estimated with

@@ -2,6 +2,7 @@
 on two processes; and what cannot be."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from helpers.command import Command, run_here
 from helpers.processes import lines, read
+
+from doremi_train.evaluation import gold
 
 RUNS = (
     "mixture=search", "swarm.runs=3", "training.steps=4", "training.sequence_length=48",
@@ -187,3 +190,29 @@ def test_an_objective_that_cannot_be_is_refused_before_training(
         given = (*tiny, *RUNS, *overrides, "stage=plan", f"run_dir={tmp_path / str(number)}")
         outcome = run_here(*given)
         assert outcome.code == 2 and said in " ".join(outcome.err.split()), (overrides, outcome)
+
+
+@pytest.mark.acceptance
+def test_the_harness_finds_answers_as_likely(searched: Path, mine: Path) -> None:
+    """Its log-likelihoods of the same answers, over their bytes."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    def asked(part: str) -> list[tuple[str, str]]:
+        return [gold.asked("mine", line) for line in lines(mine / f"{part}.jsonl")]
+
+    ((prompt, answer),) = asked("train")
+    pairs = [
+        (f"{prompt} {answer}\n\n{question}", f" {right}") for question, right in asked("test")[:6]
+    ]
+    model = HFLM(str(searched / "main/model"), device="cpu", dtype="float32", batch_size=1)
+    likely = model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)], disable_tqdm=True
+    )
+    bits = [
+        -value / math.log(2) / len(right.strip().encode())
+        for (value, _), (_, right) in zip(likely, pairs, strict=True)
+    ]
+    found = read(searched / "evaluation.json")["main"]["tasks"]["mine"]
+    assert found == pytest.approx(math.fsum(bits) / len(bits), rel=1e-4)
