@@ -9,6 +9,7 @@ definition is a YAML file that `lm_eval --include_path` reads too:
 | `triviaqa`, `naturalqs`, `webquestions` | question, answers (a list) | one of the answers |
 | `squadv2` | context, question, answers (or none) | one of the answers, or "unanswerable" |
 | `lambada`, `cloze` | text | its last word |
+| any other name | prompt, answers (a list) | one of the answers |
 
 White space around a text is no part of it. All are answered by greedy generation after one example,
 and right by exact match but for case and punctuation, as in DoReMi (Xie et al. 2023, arXiv
@@ -66,12 +67,15 @@ A:
 >>> print(answer)
 {{answers|map('trim')|list}}
 """
+# Of a task of the user's own, by any other name.
+OWN: tuple[str, str, dict[str, Any], int] = ("{{prompt|trim}}", f"{{{{{_ANSWERS}}}}}", _LINE, 24)
 PARTS = ("test", "train")
 KEYS = dict.fromkeys(("triviaqa", "naturalqs", "webquestions"), ("question", "answers")) | {
     "squadv2": ("context", "question", "answers"),
     "lambada": ("text",),
     "cloze": ("text",),
 }
+OWN_KEYS = ("prompt", "answers")
 LEAST_PASSAGES = 8  # words of a passage
 
 
@@ -85,7 +89,7 @@ def define(name: str, folder: Path, path: Path) -> None:
     """Write the definition of task `name` on the files of `folder`. Raises UserError where one is
     missing."""
     _require_files(name, folder)
-    prompt, answer, taken, tokens = FORMS[name]
+    prompt, answer, taken, tokens = FORMS.get(name, OWN)
     content = {
         "task": f"doremi_{name}",
         "dataset_path": "json",
@@ -144,7 +148,7 @@ def _wrong(name: str, line: bytes) -> str | None:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return f"is not JSON ({error}); write one object a line"
-    keys = KEYS[name]
+    keys = KEYS.get(name, OWN_KEYS)
     wanted = f"a line of {name} has {', '.join(keys)}"
     if not isinstance(record, dict):
         return f"is no JSON object; {wanted}"
@@ -180,7 +184,7 @@ def padded(name: str, folder: Path) -> bool:
             for record in map(orjson.loads, file):
                 texts = [
                     text
-                    for key in KEYS[name]
+                    for key in KEYS.get(name, OWN_KEYS)
                     for text in (record[key] if key == "answers" else [record[key]])
                 ]
                 if any(text != text.strip() for text in texts):

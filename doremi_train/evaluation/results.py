@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doremi_train import files
-from doremi_train.evaluation.statistics import listed, student_t
+from doremi_train.evaluation.statistics import listed, student_t, unit
 from doremi_train.methods import HEURISTICS, objective
 from doremi_train.model import configs
 
@@ -223,7 +223,12 @@ def _measure(results: Sequence[Result]) -> Measure:
     wanted = [_objective(run.config) for run in results]
     if wanted[0] == objective.Options() or any(one != wanted[0] for one in wanted):
         return NATS
-    return Measure("nats per token", partial(_score, wanted[0]), "the objective")
+    figures = results[0].figures["main"]
+    alike = figures["tasks" if wanted[0].over == "tasks" else "domains"]
+    weights = wanted[0].metrics or dict.fromkeys(alike, 1.0)
+    counted = [name for name, weight in weights.items() if weight]
+    of = unit(counted, figures.get("tasks", {}), figures.get("scores", {}))
+    return Measure(of, partial(_score, wanted[0]), "the objective")
 
 
 def _objective(config: Mapping[str, Any]) -> objective.Options:
@@ -237,16 +242,22 @@ def _objective(config: Mapping[str, Any]) -> objective.Options:
         return named or None
 
     return objective.Options(
-        config.get("objective.reduce", "mean"), of("metrics"), guard=of("guard")
+        config.get("objective.reduce", "mean"),
+        of("metrics"),
+        guard=of("guard"),
+        over=config.get("objective.over", "domains"),
     )
 
 
 def _score(wanted: objective.Options, figures: Mapping[str, Any]) -> float:
     losses = {name: domain["loss"] for name, domain in figures["domains"].items()}
+    counted = list(figures["tasks"] if wanted.over == "tasks" else losses)
     if "target_loss" in figures:
         losses["target"] = figures["target_loss"]
+    losses |= figures.get("tasks", {}) | figures.get("scores", {})
     values = np.array([list(losses.values())])
-    return float(objective.objective(wanted, list(losses), values[0]).scores(values)[0])
+    found = objective.objective(wanted, list(losses), values[0], counted)
+    return float(found.scores(values)[0])
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:

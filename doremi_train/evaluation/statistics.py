@@ -1,7 +1,7 @@
 """Means over seeds with intervals, and paired differences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ def student_t(values: Sequence[float], level: float = 0.95) -> tuple[float, floa
 class Paired(NamedTuple):
     """How much higher another's losses are, seed by seed."""
 
-    mean: float  # nats per token
+    mean: float  # in the unit of the losses
     half: float | None  # half-width of the 95 % Student-t interval; None of one seed
     low: float  # of the 95 % paired bootstrap interval
     high: float
@@ -56,9 +56,9 @@ def paired(others: Sequence[float], losses: Sequence[float]) -> Paired:
     return Paired(mean, half if len(gains) > 1 else None, float(low), float(high))
 
 
-def judged(name: str, other: str, gain: Paired, seeds: int) -> str:
+def judged(name: str, other: str, gain: Paired, seeds: int, unit: str = "nats per token") -> str:
     """Verdict on a difference, in one plain sentence."""
-    amount = f"{gain.mean:+.4f} nats per token"
+    amount = f"{gain.mean:+.4f} {unit}"
     if gain.half is None:
         return f"{name} against {other}: {amount}; one seed, no interval, so this decides nothing."
     apart = abs(gain.mean) > gain.half and (gain.low > 0 or gain.high < 0)
@@ -67,6 +67,16 @@ def judged(name: str, other: str, gain: Paired, seeds: int) -> str:
         f"{name} is {words if apart else f'not distinguishable from {other}'} ({amount}, ± "
         f"{gain.half:.4f} over {seeds} seeds; bootstrap {gain.low:+.4f} to {gain.high:+.4f})."
     )
+
+
+def unit(counted: Collection[str], tasks: Collection[str], scores: Collection[str]) -> str:
+    """Unit of a mean or maximum of metrics of these names, of which some are tasks and some scores;
+    of metrics that have none in common it is points."""
+    units = {
+        "bits per byte" if name in tasks else "points" if name in scores else "nats per token"
+        for name in counted
+    }
+    return units.pop() if len(units) == 1 else "points"
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -29,11 +29,20 @@ class Options:
 
     metrics: dict[str, float] | None = None
     """Metrics that count, {metric: weight}; the weight is below 0 where more is better; null: all
-    alike."""
+    of objective.over alike."""
 
     guard: dict[str, Fraction] | None = None
     """What part of its value with natural a metric may lose at most, {metric: part}, as in {code:
     0.005}; null: any."""
+
+    over: Literal["domains", "tasks", "scores"] = "domains"
+    """What counts where metrics is null: the loss of every domain (in stage=fit every column), bits
+    per byte of the gold answers of every task of downstream.*, or no score, so that one is named.
+    """
+
+    scores: tuple[str, ...] | None = None
+    """Files and folders with scores of the small runs that you evaluate yourself: results of
+    lm-evaluation-harness, or {model folder: {metric: value}}; null: none."""
 
 
 class Objective(NamedTuple):
@@ -43,6 +52,7 @@ class Objective(NamedTuple):
     weights: Floats  # (M,)
     natural: Floats  # (M,) the metrics of the natural mixture
     guard: Floats  # (M,) part that may be lost; infinite where there is none
+    unit: str = "nats per token"  # of the score, for messages
 
     def score(self, metrics: Tensor) -> Tensor:
         """(R, M) → (R,) in float64, with a gradient."""
@@ -55,8 +65,14 @@ class Objective(NamedTuple):
     def beyond(self, metrics: Tensor) -> Tensor:
         """(R, M) → (R, M) what is lost beyond the guards, in parts of the value with natural; 0
         within them. It has a gradient."""
-        worse = self._lost(metrics) * torch.from_numpy(np.where(self.weights < 0, -1.0, 1.0))
-        return (worse - torch.from_numpy(self.guard)).clamp_min(0)
+        return (self.lost(metrics) - torch.from_numpy(self.guard)).clamp_min(0)
+
+    def lost(self, metrics: Tensor) -> Tensor:
+        """(R, M) → (R, M) what is lost against natural, in parts of its value; below 0 it is
+        gained."""
+        natural = torch.from_numpy(self.natural)
+        worse = (metrics - natural) / natural.abs().clamp_min(1e-12)
+        return worse * torch.from_numpy(np.where(self.weights < 0, -1.0, 1.0))
 
     def penalised(self, metrics: Tensor) -> Tensor:
         """(R, M) → (R,) the score, and steeply more beyond the guards."""
@@ -73,16 +89,16 @@ class Objective(NamedTuple):
         alike = bool((self.weights == self.weights[0]).all() and self.weights[0] > 0)
         return self.reduce == "mean" and alike and not np.isfinite(self.guard).any()
 
-    def _lost(self, metrics: Tensor) -> Tensor:
-        natural = torch.from_numpy(self.natural)
-        return (metrics - natural) / natural.abs().clamp_min(1e-12)
 
-
-def objective(options: Options, names: Sequence[str], natural: Floats) -> Objective:
-    """The objective over the metrics (M,) of these names, of which natural has these values.
+def objective(
+    options: Options, names: Sequence[str], natural: Floats, counted: Sequence[str] | None = None
+) -> Objective:
+    """The objective over the metrics (M,) of these names, of which natural has these values; where
+    no weights are given those of `counted` count alike, and without it all.
 
     Raises KeyError with the name of a metric that is not there, ValueError where none counts."""
-    asked = options.metrics if options.metrics is not None else dict.fromkeys(names, 1.0)
+    alike = dict.fromkeys(names if counted is None else counted, 1.0)
+    asked = alike if options.metrics is None else options.metrics
     guards = options.guard or {}
     for name in (*asked, *guards):
         if name not in names:

@@ -201,7 +201,9 @@ def interval(predicted: float, near: Floats, errors: Floats) -> tuple[float, flo
     return predicted - width, predicted + width
 
 
-def gates(trust: Diagnostics, point: Floats, points: Floats) -> list[str]:
+def gates(
+    trust: Diagnostics, point: Floats, points: Floats, unit: str = "nats per token"
+) -> list[str]:
     """Why a proposal (K,) of a fit to runs on `points` (N, K) is not to be believed; empty where it
     may be."""
     between = box.distance(points[:, None], points)
@@ -215,7 +217,7 @@ def gates(trust: Diagnostics, point: Floats, points: Floats) -> list[str]:
         )
     if trust.regret_at_1 > trust.blind_regret:
         refused.append(
-            f"the run that the fit would choose is {trust.regret_at_1:.4f} nats per token above "
+            f"the run that the fit would choose is {trust.regret_at_1:.4f} {unit} above "
             f"the best, and an average run only {trust.blind_regret:.4f}"
         )
     if nearest > lonely:
@@ -226,12 +228,14 @@ def gates(trust: Diagnostics, point: Floats, points: Floats) -> list[str]:
     return refused
 
 
-def confirm(realised: float, between: tuple[float, float]) -> list[str]:
+def confirm(
+    realised: float, between: tuple[float, float], unit: str = "nats per token"
+) -> list[str]:
     """Why a proposal is refused once it was trained. A loss below the interval is a surprise, but
     no reason."""
     if realised <= between[1]:
         return []
     return [
-        f"it reached {realised:.4f} nats per token, above the {between[0]:.4f} to "
+        f"it reached {realised:.4f} {unit}, above the {between[0]:.4f} to "
         f"{between[1]:.4f} predicted"
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train.evaluation import results
-from doremi_train.evaluation.results import Setting
+from doremi_train.evaluation.results import NATS, Setting
 from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import ONLINE
 from doremi_train.reports.charts import COLORS, Curve, Mark, Point, lines, rows, smooth
@@ -264,7 +264,10 @@ def _goal_marks(setting: Setting) -> list[Mark]:
     if "baseline" not in setting.candidates:
         return []
     label = setting.candidates["baseline"]
-    marks = [Mark(f"final loss of {label}", y=fmean(setting.losses("baseline")))]
+    final = fmean(run.figures["baseline"]["mean_loss"] for run in setting.results)
+    marks = [Mark(f"final loss of {label}", y=final)]
+    if setting.measure is not NATS:  # these curves are of the mean over domains
+        return marks
     reached = [run.figures["main"].get("steps_to_baseline") for run in setting.results]
     known = [step for step in reached if step is not None]
     if known:

@@ -139,6 +139,9 @@ def _cards(setting: Setting) -> list[tuple[str, str]]:
                 f"steps to the final loss of {models['baseline']}",
             )
         )
+    elif "steps" in figures[0] and "baseline" in models:
+        said = f"steps to {models['baseline']}: the objective is measured at the end alone"
+        cards.append(("not known", said))
     effective = [float(effective_number(np.array(list(run.weights.values())))) for run in seeds]
     cards.append(
         (

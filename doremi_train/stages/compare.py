@@ -24,6 +24,7 @@ from doremi_train.console import console
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
+from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
 from doremi_train.reports.charts import Point, rows
 from doremi_train.stages import main, prepare, report
@@ -95,8 +96,12 @@ def _measured(session: Session, names: list[str]) -> dict[str, float]:
     folders = {name: session.run_dir / "compare" / name / "main" for name in names}
     measured = metrics.measured(session, store, folders)
     # A guard is for searches: it asks what natural has, and here no mixture is refused.
-    wanted = metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
+    wanted = _wanted(session, store)
     return {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
+
+
+def _wanted(session: Session, store: TokenStore) -> Objective:
+    return metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
 
 
 # ── What is compared ────────────────────────────────────────────────────────────────
@@ -112,7 +117,8 @@ def _questions(session: Session) -> tuple[list[Question], list[str]]:
         longer = steps + int(cost.proxies / (cost.main / steps))
         free = (*asked.baselines, *(asked.files or {}))
         flops = [(name, {"main.steps": longer}) for name in free]
-        count = int(cost.proxies / _cost(session, "search", {"swarm.runs": 1}).proxies)
+        one, two = (_cost(session, "search", {"swarm.runs": n}).proxies for n in (1, 2))
+        count = int((cost.proxies - (2 * one - two)) / (two - one) + 1e-6)
         if asked.search and count:
             flops.append(("search", {"swarm.runs": count}))
         to_beat = {f"What {method} gains over what the same FLOPs buy otherwise": flops}
@@ -222,7 +228,7 @@ def _conclude(
     failures: list[str],
     reached: Mapping[str, float],
 ) -> dict[str, Any]:
-    seeds = session.config.compare.seeds
+    seeds, unit = session.config.compare.seeds, _wanted(session, _store(session)).unit
     outcomes = {
         one.folder: _outcome(session, one, reached)
         for q in questions
@@ -242,12 +248,13 @@ def _conclude(
             name: statistics.paired(outcomes[name]["losses"], outcomes[method]["losses"])
             for name in names
         }
-        said = [statistics.judged(method, name, gain, seeds) for name, gain in gains.items()]
+        said = [statistics.judged(method, name, gain, seeds, unit) for name, gain in gains.items()]
         against = {name: gain._asdict() for name, gain in gains.items()}
         answers.append(
             {"title": question.title, "method": method, "against": against, "said": said}
         )
     content = {"seeds": seeds, "contenders": outcomes, "questions": answers, "failures": failures}
+    content["unit"] = unit
     files.write_json(session.run_dir / "compare" / "compare.json", content)
     _show(session, content)
     return content
@@ -256,7 +263,7 @@ def _conclude(
 def _outcome(
     session: Session, contender: Contender, reached: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What the seeds of a contender reached; losses in nats per token."""
+    """What the seeds of a contender reached; losses in the objective's unit."""
     names = [f"{contender.folder}/seed-{n}" for n in range(session.config.compare.seeds)]
     folders = [session.run_dir / "compare" / name for name in names]
     evaluated = [files.read_json(folder / "main/result.json")["evaluation"] for folder in folders]
@@ -302,7 +309,7 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
         ]
         points = [Point(gain.mean, *end) for gain, end in zip(gains.values(), ends, strict=True)]
         chart = (
-            rows(title, "nats per token", list(gains), {method: points}, zero=True) if gains else ""
+            rows(title, content["unit"], list(gains), {method: points}, zero=True) if gains else ""
         )
         sections.append(
             {
@@ -323,7 +330,7 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
         console.print(f"not compared: {failure}", markup=False)
     page, shared = (
         session.run_dir / "compare.html",
-        {"seeds": content["seeds"], "failures": content["failures"]},
+        {key: content[key] for key in ("seeds", "failures", "unit")},
     )
     report.write_page(
         page, "compare.html.jinja", title=str(session.run_dir), sections=sections, **shared

@@ -1,15 +1,13 @@
 """Every trained model on the same validation sequences, and what the learned mixture gained."""
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from doremi_train import files
-from doremi_train.config import UserError, fingerprint
+from doremi_train.config import fingerprint
 from doremi_train.console import Bar
 from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
@@ -18,12 +16,9 @@ from doremi_train.methods import simplex
 from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import main, prepare
-from doremi_train.stages.runs import budget, metrics
+from doremi_train.stages.runs import budget, metrics, tasks
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, lock, stop
-
-_SHOTS = 8  # passages kept apart, from which the one shot is taken
-_ANSWER = 16  # tokens of room for it
 
 
 @once
@@ -31,7 +26,7 @@ def run(session: Session) -> dict[str, Any]:
     """evaluation.json: {model: figures}, with steps to the baseline's loss and domains better than
     it."""
     store = prepare.run(session)
-    tasks = comm.on_first(lambda: define_tasks(session))  # wrong before training, and not after it
+    defined = comm.on_first(lambda: define_tasks(session))  # wrong before training
     trained = main.run(session)
     folders = {
         "reference": Path(session.config.reference.path or session.run_dir / "reference" / "model"),
@@ -40,6 +35,7 @@ def run(session: Session) -> dict[str, Any]:
     folders = {name: folder for name, folder in folders.items() if folder.exists()}
     folders |= {name: run.folder / "model" for name, run in trained.items()}
     figures: dict[str, Any] = {}
+    beyond = metrics.beyond(session, store, folders)
     same: dict[Path, str] = {}  # a model that is there under several names is measured once
     with Bar("evaluate", len(folders), unit="model", show=comm.world().first) as bar:
         for done, (name, folder) in enumerate(folders.items()):
@@ -47,13 +43,10 @@ def run(session: Session) -> dict[str, Any]:
             known = same.setdefault(folder.resolve(), name)
             if known == name:
                 figures[name] = _measure(session, store, folder, training_too=name == "reference")
-                if metrics.counts_target(session, store):
-                    figures[name]["target_loss"] = metrics.target_loss(session, store, folder)
             else:
-                shared = ("domains", "mean_loss", "worst_loss", "target_loss")
-                figures[name] = {
-                    key: figures[known][key] for key in shared if key in figures[known]
-                }
+                shared = ("domains", "mean_loss", "worst_loss")
+                figures[name] = {key: figures[known][key] for key in shared}
+            figures[name] |= beyond[name]
             bar.update(done + 1, name)
     compare(
         figures,
@@ -61,9 +54,10 @@ def run(session: Session) -> dict[str, Any]:
             name: list(files.read_lines(run.folder / "evaluations.jsonl"))
             for name, run in trained.items()
         },
+        _while_training(session, store),
     )
-    if tasks:
-        comm.on_first(lambda: _run_tasks(session, trained, tasks))
+    if defined:
+        comm.on_first(lambda: _run_tasks(session, trained, defined))
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
 
@@ -100,22 +94,47 @@ def _trained_on(session: Session, store: TokenStore) -> tuple[Ints, Ints]:
     return first.domain, first.sequence
 
 
-def compare(figures: dict[str, Any], curves: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Add to each model of the main size: domains better than the baseline, and steps to the
-    baseline's final loss."""
+Line = Mapping[str, Any]  # of evaluations.jsonl
+
+
+def _while_training(session: Session, store: TokenStore) -> Callable[[Line], float] | None:
+    """The objective of a line of evaluations.jsonl, which has the losses of domains and their
+    mean; None for one that counts what is measured at the end alone."""
+    wanted = metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
+    if wanted.weights[len(store.domains) :].any():
+        return None
+    if wanted.plain:
+        return lambda line: float(line["mean_loss"])
+    more = np.zeros(len(wanted.weights) - len(store.domains))  # these count nothing
+
+    def score(line: Line) -> float:
+        losses = np.append([line["domains"][name] for name in store.domains], more)
+        return float(wanted.scores(losses[None])[0])
+
+    return score
+
+
+def compare(
+    figures: dict[str, Any],
+    curves: Mapping[str, list[dict[str, Any]]],
+    score: Callable[[Line], float] | None,
+) -> None:
+    """Add to each model of the main size: domains better than the baseline, and steps to what the
+    baseline reaches at its end, by the objective; without them where that is not known of steps."""
     if "baseline" not in figures:
         return
     baseline = figures["baseline"]["domains"]
-    goal = curves["baseline"][-1]["mean_loss"]
     for name, curve in curves.items():
         mine = figures[name]["domains"]
         figures[name]["domains_better_than_baseline"] = sum(
             mine[d]["loss"] < baseline[d]["loss"] for d in baseline
         )
         figures[name]["steps"] = curve[-1]["step"]
-        figures[name]["steps_to_baseline"] = next(
-            (line["step"] for line in curve if line["mean_loss"] <= goal), None
-        )
+        if score is not None:
+            goal = score(curves["baseline"][-1])
+            figures[name]["steps_to_baseline"] = next(
+                (line["step"] for line in curve if score(line) <= goal), None
+            )
 
 
 def define_tasks(session: Session) -> dict[str, Any]:
@@ -130,7 +149,7 @@ def define_tasks(session: Session) -> dict[str, Any]:
         downstream.check(name, Path((asked.files or {})[name]))
     for name in asked.tasks:
         place = (
-            _cloze(session, folder / "cloze")
+            tasks.write_cloze(session, prepare.run(session), folder / "cloze")
             if name == "cloze"
             else Path((asked.files or {})[name])
         )
@@ -194,33 +213,3 @@ def _measure_tasks(
                 line = {"step": step, "accuracy": accuracy.value, "standard_error": accuracy.error}
                 lines[name].append(line | {"examples": accuracy.examples})
         state.finish(lines)
-
-
-def _cloze(session: Session, folder: Path) -> Path:
-    """The files of the cloze task: passages of validation text, as many of every domain as there
-    are, in turn."""
-    store, wanted = prepare.run(session), session.config.downstream.examples + _SHOTS
-    # So that shot and question fit the model.
-    length = (session.config.training.sequence_length - _ANSWER) // 2
-    if length < downstream.LEAST_PASSAGES:
-        raise UserError(
-            f"downstream.tasks: cloze needs sequences of {2 * downstream.LEAST_PASSAGES + _ANSWER} "
-            "tokens at least, not "
-            f"training.sequence_length={session.config.training.sequence_length}"
-        )
-    by_domain = [downstream.passages(store, k, length) for k in range(len(store.domains))]
-    passages: list[str] = []
-    # Of every domain the first, then of every domain the second, …
-    for together in itertools.zip_longest(*by_domain):
-        passages += [passage for passage in together if passage is not None]
-        if len(passages) >= wanted:
-            break
-    if len(passages) <= _SHOTS:
-        raise UserError(
-            f"downstream.tasks: the validation text has {len(passages)} passages for cloze; give "
-            "more"
-        )
-    for part, texts in (("train", passages[:_SHOTS]), ("test", passages[_SHOTS:wanted])):
-        lines = b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
-        files.write_bytes(folder / f"{part}.jsonl", lines)
-    return folder

@@ -158,6 +158,11 @@ def _within(session: Session, runs: Runs, passes: Floats | None) -> Box:
 
 
 def _objective(session: Session, runs: Runs, natural: Floats) -> Objective:
+    if session.config.objective.over != "domains" or session.config.objective.scores is not None:
+        raise UserError(
+            "objective=tasks and objective.scores: are of runs that are trained here, and in "
+            "stage=fit every column is a metric; name columns in objective.metrics"
+        )
     try:
         return objectives.objective(session.config.objective, runs.metrics, natural)
     except KeyError as error:

@@ -299,8 +299,8 @@ class Downstream:
     """Tasks of the final models; cloze is of validation text."""
 
     files: dict[str, str] | None = None
-    """Folders of the other tasks, {task: folder with test.jsonl and train.jsonl}. Their keys are in
-    doremi_train/evaluation/downstream.py."""
+    """Folders of the other tasks, {task: folder with test.jsonl and train.jsonl}, which may be your
+    own. Their keys are in doremi_train/evaluation/downstream.py."""
 
     examples: Positive = 200
     """Examples of each task, at most."""
@@ -420,7 +420,7 @@ class Config:
     """The final model."""
 
     objective: objective.Options
-    """What a mixture is for, in the metrics of stage=fit."""
+    """What a mixture is for: which metrics are to fall, and which must not rise."""
 
     headroom: Headroom
     """How much any mixture can gain on the objective, from few runs (stage=headroom)."""
@@ -486,8 +486,15 @@ class Config:
                 "reference.mixture=file: is the weights.json or the weights of mixture=file; write "
                 "mixture=file mixture.path=weights.json, without mixture.format"
             )
+        for name in self.downstream.files or {}:
+            if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII) or name == "target":
+                raise UserError(
+                    f"downstream.files: {name!r} cannot be the name of a task; take letters, "
+                    "digits, and _ . - between them, and not target"
+                )
         for name in self.downstream.tasks:
-            one_of("downstream.tasks", name, list(downstream.FORMS))
+            own = list(self.downstream.files or {})
+            one_of("downstream.tasks", name, list({**downstream.FORMS, **dict.fromkeys(own)}))
             if name != "cloze" and name not in (self.downstream.files or {}):
                 raise UserError(
                     f"downstream.tasks: {name} reads test.jsonl and train.jsonl of a folder of "
@@ -557,11 +564,19 @@ _FREE_TRAINING = (
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is computed, flat."""
     free = (*_FREE, *(f"training.{name}" for name in _FREE_TRAINING))
+    kept = ("downstream.files", "downstream.examples") if _counts_tasks(plain) else ("-",)
     return {
         key: value
         for key, value in flatten(plain).items()
-        if key not in free and key.partition(".")[0] not in _FREE_GROUPS
+        if key.startswith(kept) or (key not in free and key.partition(".")[0] not in _FREE_GROUPS)
     }
+
+
+def _counts_tasks(plain: Mapping[str, Any]) -> bool:
+    """Whether the objective counts tasks of downstream.*."""
+    asked, tasks = plain.get("objective") or {}, plain.get("downstream") or {}
+    named = {**(asked.get("metrics") or {}), **(asked.get("guard") or {})}
+    return asked.get("over") == "tasks" or bool({"cloze", *(tasks.get("files") or {})} & {*named})
 
 
 def default(key: str) -> Any:

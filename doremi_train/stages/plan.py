@@ -19,6 +19,7 @@ from doremi_train.model import costs
 from doremi_train.parallel import comm
 from doremi_train.reports import plan_text
 from doremi_train.stages import headroom, main, prepare
+from doremi_train.stages.mixtures import follows
 from doremi_train.stages.planning import ahead, warnings
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, reference, reference_losses
@@ -58,6 +59,8 @@ def _write(
     kinds = {run.kind for run in runs}
     domains = _domains(session, store, learned, small_runs=bool(kinds & {"proxy", "doge"}))
     warned = warnings.warnings(session, domains, proxies="proxy" in kinds)
+    instead = follows.unfollowed(session, store)
+    warned["objective"] = [] if instead is None else [f"{instead}."]
     plan = {
         "domains": domains,
         "stages": stages,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+from rich.markup import escape
 from torch import Tensor
 
 from doremi_train import __version__, mixture
@@ -13,7 +14,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.mixture import Mixture
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
-from doremi_train.stages.mixtures import doge, doremi, given, mixmin, online, search, swarm
+from doremi_train.stages.mixtures import doge, doremi, follows, given, mixmin, online, search, swarm
 from doremi_train.stages.mixtures.given import Given
 from doremi_train.stages.options import Config, one_of
 from doremi_train.stages.runs import budget, language_model
@@ -80,8 +81,13 @@ def run(session: Session) -> Mixture:
     """Compute it, complete it with epochs and provenance, and write it."""
     store = prepare.run(session)
     budget.within(session, store)  # before anything is trained that could not be used
+    instead = follows.unfollowed(session, store)
+    if instead is not None:
+        session.say(escape(f"mixture: {instead}"))
     weights = _capped(session, store, WAYS[session.method].run(session))
     weights = complete(session, store, weights)
+    if instead is not None:
+        weights = replace(weights, provenance=weights.provenance | {"follows": instead})
     comm.on_first(lambda: mixture.save(session.run_dir / "weights.json", weights))
     return weights
 

@@ -64,7 +64,7 @@ def recipes(session: Session, store: TokenStore) -> list[Run]:
 
 
 def _recipe(session: Session, store: TokenStore, index: int) -> Run:
-    towards = targets.of_mixtures(session, store)
+    towards = targets.of_ways(session, store)
     return Run(
         session.store,
         "doge",
@@ -89,7 +89,7 @@ def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
     name = seeds.name_of(session, 1, index)
 
     def begin() -> Begun:
-        towards = targets.of_mixtures(session, store)
+        towards = targets.of_ways(session, store)
         task = language_model.task_of(
             session,
             run,

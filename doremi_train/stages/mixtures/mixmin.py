@@ -21,7 +21,7 @@ from doremi_train.methods import box, mixmin
 from doremi_train.methods.box import Box, Floats
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
-from doremi_train.stages.runs import budget, language_model, metrics, submit, targets
+from doremi_train.stages.runs import budget, language_model, measuring, submit, targets
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
@@ -38,12 +38,13 @@ def run(session: Session) -> mixture.Mixture:
     """Train every expert, look at the target with each, and solve."""
     store = prepare.run(session)
     search = state(session, store)
-    towards = targets.of_mixtures(session, store, store.domains)
+    towards = targets.of_ways(session, store, store.domains)
     with session.computing(search, "mixmin") as todo:
         if todo:
             experts = _train(session, store)
             looked = [
-                metrics.losses_on(session, store, one.folder / "model", towards) for one in experts
+                measuring.losses_on(session, store, one.folder / "model", towards)
+                for one in experts
             ]
             losses = torch.stack(looked).flatten(1).numpy()  # (K, N)
             comm.on_first(lambda: _conclude(session, store, search, losses))
@@ -81,7 +82,7 @@ def state(session: Session, store: TokenStore) -> Run:
         "mixmin",
         {
             "experts": {name: one.address for name, one in experts(session, store).items()},
-            "target": fingerprint(targets.of_mixtures(session, store, store.domains).tolist()),
+            "target": fingerprint(targets.of_ways(session, store, store.domains).tolist()),
             "low": within.low.tolist(),
             "high": within.high.tolist(),
         },

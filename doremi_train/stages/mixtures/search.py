@@ -15,12 +15,13 @@ from doremi_train.stages.mixtures import small_runs, swarm
 from doremi_train.stages.runs import language_model, metrics
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session, once
-from doremi_train.storage.runs import Run
 
 HOW = (
     "Small runs are trained on mixtures that are drawn at random; the mixture is that of the run "
     "that does best on the objective."
 )
+
+NATURAL = "search/natural"  # the name of the run that guards are held against
 
 # Of random numbers: not one of a swarm's rounds, for that would be the swarm's own runs.
 _STREAM = 1 << 20
@@ -36,7 +37,8 @@ def run(session: Session) -> mixture.Mixture:
         session.over("search", len(drawn) * small_runs.tokens(session)) as bar,
     ):
         trained = small_runs.train(session, store, drawn, bar)
-    best, reached = _best(session, store, trained)
+    folders = {name: run.folder for name, run in trained.items()}
+    best, reached = _best(session, store, metrics.measured(session, store, folders))
     provenance = {"runs": len(drawn), "chosen": best, "realised": reached}
     return mixture.Mixture("search", store.named(drawn[best]), provenance=provenance)
 
@@ -50,29 +52,33 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> torch.Tens
         pipeline.add(name, "swarm", shape, steps, run)
     if not all(run.finished for run in wanted.values()):
         return None
-    return drawn[_best(session, store, wanted)[0]]
+    known = metrics.there(session, store, {name: run.folder for name, run in wanted.items()})
+    return None if known is None else drawn[_best(session, store, known)[0]]
 
 
-def _best(session: Session, store: TokenStore, finished: Mapping[str, Run]) -> tuple[str, float]:
-    """Name and score of the run that does best on the objective; guards are parts of the mean of
-    the runs, for natural is not among them."""
-    measured = metrics.measured(
-        session, store, {name: run.folder for name, run in finished.items()}
-    )
-    losses = np.array([measured[name] for name in finished])
-    wanted = metrics.objective(session, store, losses.mean(0))
+def _best(
+    session: Session, store: TokenStore, measured: Mapping[str, list[float]]
+) -> tuple[str, float]:
+    """Name and score of the run that does best on the objective, by the metrics (M,) of each;
+    within the guards against natural where any is."""
+    losses = np.array(list(measured.values()))
+    # Without guards nothing is held against natural.
+    wanted = metrics.objective(session, store, np.array(measured.get(NATURAL, losses[0])))
     judged, reached = wanted.scores(losses, penalised=True), wanted.scores(losses)
     best = int(judged.argmin())
-    return list(finished)[best], float(reached[best])
+    return list(measured)[best], float(reached[best])
 
 
 def mixtures(session: Session, store: TokenStore) -> dict[str, torch.Tensor]:
-    """swarm.runs of them (K,), within the swarm's caps, by the names of their runs under
-    run_dir."""
+    """swarm.runs of them (K,), within the swarm's caps, by the names of their runs under run_dir;
+    and natural, where guards are held against it."""
     problem, _ = swarm.state(session, store)
     random = np.random.default_rng([session.config.seed, _STREAM])
     points = problem.space.expand(design(problem.prior, problem.inside, problem.draws, random))
-    return {
+    drawn = {
         f"search/run-{index}": torch.from_numpy(box.on_grid(point, problem.within))
         for index, point in enumerate(points)
     }
+    if session.config.objective.guard is not None:
+        drawn[NATURAL] = torch.from_numpy(problem.natural)
+    return drawn

@@ -117,10 +117,15 @@ def table_of(problem: Problem, rows: Sequence[Row]) -> tuple[Floats, Floats]:
 
 
 def wanted(session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row]) -> Objective:
-    """The objective, whose natural is the run on it: an anchor of the first round."""
-    anchor = problem.space.expand(problem.space.reduce(problem.natural))
-    natural = [row.losses for row in rows if box.distance(np.array(row.weights), anchor) < 1e-6]
+    """The objective, whose natural is the mean of the runs on it."""
+    natural = [row.losses for row in on_natural(problem, rows)]
     return metrics.objective(session, store, np.mean(natural, axis=0))
+
+
+def on_natural(problem: Problem, rows: Sequence[Row]) -> list[Row]:
+    """The runs on natural: an anchor of the first round, and what repeats it."""
+    anchor = problem.space.expand(problem.space.reduce(problem.natural))
+    return [row for row in rows if box.distance(np.array(row.weights), anchor) < 1e-6]
 
 
 def known(problem: Problem) -> Known:

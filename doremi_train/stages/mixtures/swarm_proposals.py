@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.methods import box, swarm
+from doremi_train.methods import box, guards, swarm
 from doremi_train.methods.box import Floats
+from doremi_train.methods.guards import Held, Noise
 from doremi_train.methods.objective import Objective
 from doremi_train.stages.mixtures import swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
@@ -31,6 +32,7 @@ class Proposed(NamedTuple):
     diagnostics: swarm.Diagnostics
     fitted: Floats  # (N,) objective
     unseen: Floats  # (N,) the same out of fold
+    noise: Noise  # of the metrics between runs
 
 
 def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Proposed:
@@ -39,7 +41,8 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obj
     points, losses = swarm_problem.table_of(problem, rows)
     fit, realised = swarm_problem.fitted(session, problem, rows, wanted), wanted.scores(losses)
     known = swarm_problem.known(problem)
-    unseen = wanted.scores(swarm.out_of_fold(points, losses, options.regressor, random, known))
+    apart = swarm.out_of_fold(points, losses, options.regressor, random, known)  # (N, M)
+    unseen = wanted.scores(apart)
     diagnostics, proposals = swarm.diagnose(unseen, realised), []
     for index in range(options.candidates):
         point = swarm.solve(fit, problem.prior, problem.inside, options.kl * 4**index, random)
@@ -51,10 +54,11 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obj
                 predicted=predicted,
                 interval=swarm.interval(predicted, near, realised - unseen),
                 distance=float(near.min()),
-                refused=swarm.gates(diagnostics, point, points),
+                refused=swarm.gates(diagnostics, point, points, wanted.unit),
             )
         )
-    return Proposed(proposals, diagnostics, fit.predict(points).mean(1), unseen)
+    noise = guards.noise(points, losses, apart)
+    return Proposed(proposals, diagnostics, fit.predict(points).mean(1), unseen, noise)
 
 
 def baselines(problem: Problem) -> dict[str, Tensor]:
@@ -80,6 +84,7 @@ def conclude(
     """Take the best mixture of those that were trained, within caps, floors and guards and not
     refused; and write all down. `names` (M,) are those of the metrics."""
     lines: list[dict[str, Any]] = []
+    naturals = len(swarm_problem.on_natural(problem, rows))
     for index, row in enumerate(confirmed):
         realised = float(wanted.scores(np.array([row.losses]))[0])
         line: dict[str, Any] = {
@@ -94,16 +99,21 @@ def conclude(
                 "interval": proposal.interval,
                 "distance": proposal.distance,
             }
-            line["refused"] = proposal.refused + swarm.confirm(realised, proposal.interval)
+            line["refused"] = proposal.refused + swarm.confirm(
+                realised, proposal.interval, wanted.unit
+            )
         else:
             inside = box.inside(np.array(row.weights), problem.within)
             line["refused"] = [] if inside else ["it is outside mixture.max_epochs or swarm.floor"]
-        line["refused"] += _beyond(wanted, row, names)
+        if line["name"] != "natural":  # which others are held against
+            held = guards.held(wanted, np.array(row.losses), proposed.noise, naturals)
+            line["refused"] += beyond(wanted, held, names)
+            line["in_doubt"] = in_doubt(wanted, held, names)
         lines.append(line)
-    # Where guards refuse all, the last one, which keeps caps and floors.
+    # Where all are refused, the last one, which keeps caps and floors.
     kept = [line for line in lines if not line["refused"]] or lines[-1:]
     chosen = min(kept, key=lambda line: line["realised"])
-    verdict = _verdict(lines, chosen)
+    verdict = "; ".join([_verdict(lines, chosen, wanted.unit), *chosen.get("in_doubt", [])])
     diagnostics, first = proposed.diagnostics._asdict(), lines[0]
     files.write_bytes(
         search.folder / "runs.jsonl",
@@ -139,16 +149,16 @@ def conclude(
     )
 
 
-def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], unit: str) -> str:
     """What is written, and why it is not the proposal where it is not."""
     first = lines[0]
     low, high = first["interval"]
     if chosen is first:
         return (
-            f"the proposal reached {first['realised']:.4f} nats per token ({low:.4f} to {high:.4f} "
+            f"the proposal reached {first['realised']:.4f} {unit} ({low:.4f} to {high:.4f} "
             "predicted) and is the best of those confirmed"
         )
-    why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} nats per token"
+    why = "; ".join(first["refused"]) or f"it reached {first['realised']:.4f} {unit}"
     if chosen["refused"]:
         return (
             f"the proposal is refused: {why}; so is everything else, and {chosen['name']} is "
@@ -161,14 +171,27 @@ def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> s
     )
 
 
-def _beyond(wanted: Objective, row: Row, names: Sequence[str]) -> list[str]:
-    """Which guards a run breaks, with the figure."""
-    lost = wanted.beyond(torch.tensor([row.losses], dtype=torch.float64))[0].numpy()
+def beyond(wanted: Objective, held: Held, names: Sequence[str]) -> list[str]:
+    """Which guards a run breaks: what it loses itself decides, for a guard protects."""
     return [
-        f"it loses {lost[m] + wanted.guard[m]:.2%} of {names[m]} against natural, more than "
+        f"it loses {held.lost[m]:.2%} of {names[m]} against natural{_between(held, m)}, more than "
         f"objective.guard={wanted.guard[m]:.2%}"
-        for m in np.flatnonzero(lost > 0).tolist()
+        for m in np.flatnonzero(held.lost > wanted.guard).tolist()
     ]
+
+
+def in_doubt(wanted: Objective, held: Held, names: Sequence[str]) -> list[str]:
+    """Which guards it keeps, but not beyond doubt."""
+    doubtful = (held.lost <= wanted.guard) & (held.high > wanted.guard)
+    return [
+        f"it loses {held.lost[m]:.2%} of {names[m]} against natural{_between(held, m)}, so that it "
+        f"keeps objective.guard={wanted.guard[m]:.2%} is not beyond doubt"
+        for m in np.flatnonzero(doubtful).tolist()
+    ]
+
+
+def _between(held: Held, m: int) -> str:
+    return f" ({held.low[m]:.2%} to {held.high[m]:.2%})" if np.isfinite(held.high[m]) else ""
 
 
 def _lines(

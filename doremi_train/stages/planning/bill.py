@@ -10,7 +10,7 @@ from doremi_train.config import fingerprint, judged
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import configs, costs, folders
 from doremi_train.parallel import comm
-from doremi_train.stages.runs import reference_losses, weighting
+from doremi_train.stages.runs import reference_losses, targets, weighting
 from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
 from doremi_train.training.batch_selection import Effort, effort
@@ -35,7 +35,7 @@ class Bill:
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         # Every forward of a proxy.
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"
-        self.domains = len(store.domains)
+        self.store, self.domains = store, len(store.domains)
         self.models = weighting.models(session)  # frozen ones beside a main run
         # Of a step that picks.
         self.candidates = session.config.batch_selection.candidates or 2 * batch
@@ -60,8 +60,7 @@ class Bill:
         tokens = run.steps * training.batch_size * self.length
         held = frozen.parameters * (self.models if weighed else 1) if frozen else 0
         if run.kind == "doge":
-            target = self.session.config.target
-            aimed = target.files is not None or target.domains is not None
+            aimed = targets.given(self.session) or bool(targets.weighed(self.session, self.store))
             tokens += run.steps * self.session.config.doge.target_batch * self.length * aimed
             held = shape.parameters * self.domains  # a gradient of each
         needed = self._effort(run)

@@ -1,13 +1,12 @@
 """What mixtures are judged by: the validation loss of every domain, and, where `objective.*` counts
-it, the loss on the text of `target.*`.
+them, the loss on the text of `target.*`, bits per byte of tasks, and scores of the user's own.
 
-K domains, M metrics (K, or K + 1), N target sequences of T tokens.
+K domains, M metrics, N target sequences of T tokens.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,42 +15,57 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.evaluation.statistics import listed
+from doremi_train.evaluation.statistics import listed, unit
 from doremi_train.methods import objective as objectives
 from doremi_train.methods.box import Floats
 from doremi_train.methods.objective import Objective
-from doremi_train.model import folders
 from doremi_train.parallel import comm
-from doremi_train.stages.runs import targets
+from doremi_train.stages.runs import measuring, scores, targets, tasks
 from doremi_train.stages.session import Session
-from doremi_train.storage.runs import stop
 
 TARGET = "target"  # the metric's name
 
 
-class Losses(NamedTuple):
-    """Losses of one model, to be added over processes that each fill in their own rows."""
-
-    rows: Tensor  # (N, T) nats
-
-
 def names(session: Session, store: TokenStore) -> list[str]:
     """(M,) of the metrics."""
-    return [*store.domains, *([TARGET] if counts_target(session, store) else [])]
+    target = [TARGET] if counts_target(session, store) else []
+    return [*store.domains, *target, *tasks.counted(session, store), *_scored(session, store)]
 
 
 def objective(session: Session, store: TokenStore, natural: Floats) -> Objective:
     """The objective over metrics (M,), which have these values with natural. Raises UserError for a
     metric that there is not."""
+    asked, known, of_tasks = (
+        session.config.objective,
+        names(session, store),
+        tasks.counted(session, store),
+    )
+    counted = {"domains": store.domains, "tasks": of_tasks, "scores": ()}[asked.over]
+    if asked.scores is not None and not _scored(session, store):
+        raise UserError(
+            f"objective.scores={list(asked.scores)}: objective.metrics and objective.guard name "
+            "none of them; give the weight of one, as in objective.metrics={arc_easy/acc: -1}, "
+            "which is below 0 where more is better"
+        )
     try:
-        return objectives.objective(session.config.objective, names(session, store), natural)
+        found = objectives.objective(asked, known, natural, counted)
     except KeyError as error:
         raise UserError(
-            f"objective: unknown metric {error.args[0]!r}; there are {listed(store.domains)}, and "
-            f"{TARGET}, which is the text of target.files or target.domains"
+            f"objective: unknown metric {error.args[0]!r}; there are {listed(store.domains)}, "
+            f"{TARGET}, which is the text of target.files or target.domains, the tasks "
+            f"{listed(tasks.known(session))}, and those of objective.scores"
         ) from None
     except ValueError as error:
         raise UserError(f"objective.metrics: {error}; give one that counts") from None
+    weighed = [name for name, w in zip(known, found.weights, strict=True) if w]
+    return found._replace(unit=unit(weighed, of_tasks, _scored(session, store)))
+
+
+def weights(session: Session, store: TokenStore) -> dict[str, float]:
+    """The metrics that count, with their weights."""
+    known = names(session, store)
+    found = objective(session, store, np.ones(len(known))).weights.tolist()
+    return {name: weight for name, weight in zip(known, found, strict=True) if weight}
 
 
 def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
@@ -61,44 +75,84 @@ def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
     if asked == objectives.Options():
         return {}
     objective(session, store, np.ones(len(names(session, store))))
-    plain = {"reduce": asked.reduce, "metrics": asked.metrics, "guard": asked.guard}
-    return {"objective": plain | {TARGET: _text(session, store)[1]}}
+    content: dict[str, Any] = {
+        "reduce": asked.reduce,
+        "metrics": asked.metrics,
+        "guard": asked.guard,
+    }
+    content[TARGET] = _text(session, store)[1]
+    if tasks.counted(session, store):
+        content["tasks"] = {name: text for name, (_, text) in tasks.golds(session, store).items()}
+    if _scored(session, store):  # their values come with the runs, and stay
+        content["scores"] = [str(Path(place).resolve()) for place in asked.scores or ()]
+    return {"objective": content}
 
 
 def measured(
     session: Session, store: TokenStore, runs: Mapping[str, Path]
 ) -> dict[str, list[float]]:
-    """(M,) of finished runs, by name, from their folders. A collective."""
-    found = comm.on_first(
+    """(M,) of finished runs, by name, from their folders; what was measured before is not measured
+    again. A collective."""
+    found = comm.on_first(lambda: there(session, store, runs))
+    if found is not None:
+        return found
+    more = beyond(session, store, {name: folder / "model" for name, folder in runs.items()})
+    losses = comm.on_first(
         lambda: {name: domain_losses(folder, store) for name, folder in runs.items()}
     )
-    if not counts_target(session, store):
-        return found
     return {
-        name: [*losses, target_loss(session, store, runs[name] / "model")]
-        for name, losses in found.items()
+        name: [
+            *losses[name],
+            *([of["target_loss"]] if "target_loss" in of else []),
+            *of.get("tasks", {}).values(),
+            *of.get("scores", {}).values(),
+        ]
+        for name, of in more.items()
     }
+
+
+def there(
+    session: Session, store: TokenStore, runs: Mapping[str, Path]
+) -> dict[str, list[float]] | None:
+    """The same where all of it is known by now, else None. For any process alone."""
+    models = {name: folder / "model" for name, folder in runs.items()}
+    target = [str(_text(session, store)[1])] if counts_target(session, store) else []
+    texts = [*target, *(text for _, text in tasks.golds(session, store).values())]
+    wanted, found = _scored(session, store), dict[str, list[float]]()
+    scored = scores.known(session, wanted, models) if wanted else {}
+    for name, folder in runs.items():
+        measured = [measuring.kept(session, models[name], text) for text in texts]
+        given = list(scored[name].values()) if wanted else []
+        if None in measured or len(given) < len(wanted):
+            return None
+        values = [value for one in measured if one is not None for value in one.values()]
+        found[name] = [*domain_losses(folder, store), *values, *given]
+    return found
+
+
+def beyond(
+    session: Session, store: TokenStore, models: Mapping[str, Path]
+) -> dict[str, dict[str, Any]]:
+    """What the objective counts beside domains, of model folders by name: `target_loss`, `tasks`
+    and `scores`, in the order of names. A collective."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for name, model in models.items():
+        if counts_target(session, store):
+            found[name]["target_loss"] = target_loss(session, store, model)
+        if tasks.counted(session, store):
+            found[name]["tasks"] = tasks.bits_per_byte(session, store, model)
+    wanted = _scored(session, store)
+    if wanted:
+        given = comm.on_first(lambda: scores.of_models(session, wanted, models))
+        for name, of in given.items():
+            found[name]["scores"] = of
+    return found
 
 
 def domain_losses(run: Path, store: TokenStore) -> list[float]:
     """(K,) validation loss of a finished run per domain, nats per token."""
     domains = files.read_json(run / "result.json")["evaluation"]["domains"]
     return [domains[name]["loss"] for name in store.domains]
-
-
-def losses_on(session: Session, store: TokenStore, folder: Path, towards: Tensor) -> Tensor:
-    """(N, T) losses of the model in a folder on sequences (N, T + 1), in float64 on the host; every
-    process computes some of them."""
-    training, world, device = session.config.training, comm.world(), session.place.device
-    loaded = folders.load(folder, store.vocabulary_size, "model", training.precision)
-    loaded.to(device).eval()
-    rows = torch.zeros(len(towards), towards.shape[1] - 1, dtype=torch.float64, device=device)
-    mine = torch.arange(world.rank, len(towards), world.size)
-    with torch.no_grad():
-        for some in mine.split(world.largest(training.batch_size, training.micro_batch_size)):
-            stop.check("target")
-            rows[some] = loaded(towards[some].to(device)).double()
-    return comm.all_reduce_sum(Losses(rows))[0].rows.cpu()
 
 
 def counts_target(session: Session, store: TokenStore) -> bool:
@@ -117,20 +171,21 @@ def target_loss(session: Session, store: TokenStore, model: Path) -> float:
     """Mean loss of a model's folder on the target, nats per token; that of a run in the store is
     measured once, and kept there. A collective."""
     towards, text = _text(session, store)
+    (known,) = measuring.known(session, model, [str(text)])
+    if known is None:
+        known = {"loss": float(measuring.losses_on(session, store, model, towards).mean())}
+        measuring.keep(session, model, {str(text): known})
+    return float(known["loss"])
 
-    def look() -> tuple[Path | None, float | None]:
-        run = model.parent.resolve()
-        if run.parent != (session.store / "runs").resolve():
-            return None, None
-        known = session.store / "metrics" / f"{run.name}-{text}.json"
-        return known, files.read_json(known)["loss"] if known.exists() else None
 
-    known, loss = comm.on_first(look)
-    if loss is None:
-        loss = float(losses_on(session, store, model, towards).mean())
-        if known is not None:
-            comm.on_first(functools.partial(files.write_json, known, {"loss": loss}))
-    return float(loss)
+def _scored(session: Session, store: TokenStore) -> list[str]:
+    """The metrics that are scores: what is counted, and nothing else. None without
+    objective.scores."""
+    asked = session.config.objective
+    if asked.scores is None:
+        return []
+    other = {*store.domains, TARGET, *tasks.known(session)}
+    return [name for name in {**(asked.metrics or {}), **(asked.guard or {})} if name not in other]
 
 
 def _text(session: Session, store: TokenStore) -> tuple[Tensor, str | None]:

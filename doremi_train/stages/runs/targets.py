@@ -4,6 +4,7 @@ Batch selection looks at it while the final model is trained, and some mixtures 
 (keys `target.*`).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class _Wanted(NamedTuple):
     domains: Sequence[str]
     sequences_key: str
     sequences: int
+    shares: Sequence[float] | None = None  # of the domains; None: equal ones
 
 
 def setting(session: Session, store: TokenStore) -> Setting | None:
@@ -63,15 +65,44 @@ def _of_selection(session: Session, store: Store) -> _Wanted:
     )
 
 
-def of_mixtures(session: Session, store: TokenStore, otherwise: Sequence[str] = ()) -> Tensor:
-    """(M, T + 1) what target.files or target.domains say; without them some of the domains
-    `otherwise`, and none (M is 0) where that is empty too."""
+def of_mixtures(session: Session, store: TokenStore) -> Tensor:
+    """(M, T + 1) what target.files or target.domains say; without them none: M is 0."""
+    return _of(session, store, session.config.target.domains or (), None)
+
+
+def of_ways(session: Session, store: TokenStore, otherwise: Sequence[str] = ()) -> Tensor:
+    """(M, T + 1) what a mixture that looks at a target is for: what target.* says; without it text
+    of the domains that the objective weighs, in proportion; or else of those of `otherwise`."""
+    if given(session):
+        return of_mixtures(session, store)
+    shares = weighed(session, store)
+    return _of(session, store, list(shares) or otherwise, list(shares.values()) or None)
+
+
+def given(session: Session) -> bool:
+    """Whether target.* names a target."""
     asked = session.config.target
-    names = asked.domains or otherwise
+    return asked.files is not None or asked.domains is not None
+
+
+def weighed(session: Session, store: TokenStore) -> dict[str, float]:
+    """The domains that the objective weighs, with their weights, where it is a weighted mean of
+    them and of nothing else; none where all count alike."""
+    asked = session.config.objective
+    weights = {name: weight for name, weight in (asked.metrics or {}).items() if weight}
+    if asked.reduce != "mean" or not set(weights) <= set(store.domains):
+        return {}
+    return weights if all(weight > 0 for weight in weights.values()) else {}
+
+
+def _of(
+    session: Session, store: TokenStore, names: Sequence[str], shares: Sequence[float] | None
+) -> Tensor:
+    asked = session.config.target
     if asked.files is None and not names:
         return _nothing(session)
     keys = ("target.files", "target.domains", "target.sequences")
-    wanted = _Wanted(keys[0], keys[1], names, keys[2], asked.sequences)
+    wanted = _Wanted(keys[0], keys[1], names, keys[2], asked.sequences, shares)
     return (
         _drawn(session, store, wanted)
         if asked.files is None
@@ -94,7 +125,7 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
             f"{', '.join(store.domains)}"
         )
     reported = set(zip(*(part.tolist() for part in evaluated(session, store)), strict=True))
-    drawn = []
+    drawn, counts = [], _counts(wanted)
     for nth, name in enumerate(names):
         k = store.domains.index(name)
         free = [
@@ -102,7 +133,12 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
             for s in range(int(store.sequences("validation", length)[k]))
             if (k, s) not in reported
         ]
-        count = (nth + 1) * wanted.sequences // len(names) - nth * wanted.sequences // len(names)
+        count = counts[nth]
+        if wanted.shares and not count:
+            raise UserError(
+                f"{wanted.sequences_key}={wanted.sequences}: none of domain {name!r}, of which the "
+                "objective weighs little; raise it"
+            )
         if len(free) < count:
             raise UserError(
                 f"{wanted.sequences_key}={wanted.sequences}: {count} of domain {name!r}, but "
@@ -113,6 +149,15 @@ def _drawn(session: Session, store: Store, wanted: _Wanted) -> Tensor:
         drawn += [(k, free[i * len(free) // count]) for i in range(count)]
     domain, sequence = np.array(drawn, dtype=np.int64).T
     return read(store, "validation", domain, sequence, length).tokens
+
+
+def _counts(wanted: _Wanted) -> list[int]:
+    """Sequences of each domain, by its share; they sum to all of them."""
+    shares = wanted.shares or [1.0] * len(wanted.domains)
+    part = wanted.sequences / sum(shares)
+    # A hair more, for sums of shares are not exact.
+    ends = [int(sum(shares[:n]) * part + 1e-9) for n in range(len(shares) + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def _given(session: Session, store: TokenStore, wanted: _Wanted, files: tuple[str, ...]) -> Tensor:
