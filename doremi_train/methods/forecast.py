@@ -7,6 +7,7 @@ them.
 N runs, K domains, M metrics, R mixtures.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -20,12 +21,13 @@ from doremi_train.methods.conformal import Intervals, intervals
 from doremi_train.methods.fits import Fit, Known, Smooth
 
 LEVEL = 0.95
+Numbers = NDArray[np.int_]
 
 
 class Part(NamedTuple):
     """Metrics that are there in the same runs."""
 
-    metrics: NDArray[np.int_]  # their numbers among the M
+    metrics: Numbers  # their numbers among the M
     fit: Fit
     between: Intervals
 
@@ -70,13 +72,17 @@ class Forecast(NamedTuple):
         return torch.stack([columns[metric] for metric in range(self.metrics)], dim=-1)
 
 
+def alike(values: Floats) -> Iterator[tuple[Numbers, Numbers]]:
+    """Runs and metrics of (N, M) that belong together: metrics that are there in the same runs."""
+    patterns, group = np.unique(np.isfinite(values), axis=1, return_inverse=True)
+    for number in range(patterns.shape[1]):
+        yield np.flatnonzero(patterns[:, number]), np.flatnonzero(group == number)
+
+
 def forecast(points: Floats, values: Floats, known: Known, regressor: str) -> Forecast:
     """Fits to runs (N, K) and their metrics (N, M), nan where one is missing."""
-    there = np.isfinite(values)
-    patterns, group = np.unique(there, axis=1, return_inverse=True)
     parts, unseen = [], np.full_like(values, np.nan)
-    for number in range(patterns.shape[1]):
-        runs, metrics = np.flatnonzero(patterns[:, number]), np.flatnonzero(group == number)
+    for runs, metrics in alike(values):
         given = points[runs], values[np.ix_(runs, metrics)]
         fit = regressors.REGRESSORS[regressor](*given, known)
         folds = swarm.out_of_fold(*given, regressor, np.random.default_rng(0), known)

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from doremi_train.reports import charts
+from doremi_train.reports import charts, steer_page
 from doremi_train.reports.charts import Point
 from doremi_train.reports.page import write_page
+from doremi_train.reports.steer_page import Given
 
 _MOST_ROWS = 40  # of a chart
 
 
-def write(page: Path, content: Mapping[str, Any]) -> None:
-    """Write the page of what `fit.json` holds."""
+def write(page: Path, content: Mapping[str, Any], steer: Given | None) -> None:
+    """Write the page of what `fit.json` holds, with what there is to steer."""
     domains, metrics = content["domains"], content["metrics"]
     proposed = content["proposed"]
     write_page(
@@ -30,6 +31,7 @@ def write(page: Path, content: Mapping[str, Any]) -> None:
         metrics=len(metrics),
         regressor=content["regressor"],
         cards=_cards(content),
+        steer=None if steer is None else steer_page.section(steer),
         charts=[_mixture(content), _change(content)] if proposed else [],
         domain_columns=["domain", "natural", *(["proposed"] if proposed else []), "most in a run"],
         domain_rows=[_domain(name, domain, proposed) for name, domain in domains.items()],

@@ -24,7 +24,7 @@ from doremi_train.config import UserError
 from doremi_train.evaluation import runs_table
 from doremi_train.evaluation.runs_table import Runs
 from doremi_train.evaluation.statistics import listed
-from doremi_train.methods import box, swarm, trees
+from doremi_train.methods import box, steering, swarm, trees
 from doremi_train.methods import objective as objectives
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.fits import Known
@@ -33,7 +33,8 @@ from doremi_train.methods.objective import Objective
 from doremi_train.methods.optimum import optimum
 from doremi_train.mixture import Mixture
 from doremi_train.parallel import comm
-from doremi_train.reports import fit_page
+from doremi_train.reports import fit_page, steer_page
+from doremi_train.reports.steer_page import Given
 from doremi_train.stages.session import Session, once
 
 RUNS_PER_DOMAIN = 2  # of fewer nothing is proposed
@@ -86,8 +87,11 @@ def _run(session: Session) -> Mixture | None:
     if session.config.fit.predict is not None:
         _predict(folder / "predictions.csv", session.config.fit.predict, problem)
     content = _content(session, problem, proposal)
+    steer = None if proposal is None else _steer(problem, proposal)
+    if steer is not None:
+        content["effects"] = steer_page.effects(steer)
     files.write_json(folder / "fit.json", content)
-    fit_page.write(folder / "report.html", content)
+    fit_page.write(folder / "report.html", content, steer)
     for line in (*content["notes"], content["verdict"], str(folder / "report.html")):
         session.say(escape(f"fit: {line}"))
     if proposal is None or proposal.refused:
@@ -226,6 +230,22 @@ def _spearman(a: Floats, b: Floats) -> float:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(scipy.stats.spearmanr(a, b).statistic)
+
+
+def _steer(problem: Problem, proposal: Proposal) -> Given:
+    """What the page steers, from the proposal or from natural."""
+    runs, more = problem.runs, problem.wanted.weights < 0
+    known = Known(problem.passes, problem.natural)
+    return Given(
+        runs.domains,
+        runs.metrics,
+        more,
+        steering.steerable(runs.weights, runs.values, more, known),
+        problem.within,
+        {"proposed": proposal.weights, "natural": problem.natural},
+        {"proposed": proposal.predicted, "natural": problem.wanted.natural},
+        runs.values,
+    )
 
 
 # ── What is written ─────────────────────────────────────────────────────────────────

@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers.browser import Browser
 from helpers.command import TINY, run_here
 from helpers.corpus import documents, write_jsonl
 from helpers.processes import read
@@ -279,35 +278,6 @@ def test_smoothing_is_the_mean_of_the_window() -> None:
 
 
 # ── In a browser ──────────────────────────────────────────────────────────────────────────────────
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-Browser = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
-    """`browser(page, *flags)` opens a page without network and gives what it prints."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    profile = tmp_path_factory.mktemp("chromium")
-    quiet = (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        "hide-scrollbars", "proxy-server=127.0.0.1:9",
-    )  # fmt: skip
-
-    def show(page: Path, *flags: str) -> str:
-        command = [
-            CHROMIUM,
-            *(f"--{flag}" for flag in (*quiet, f"user-data-dir={profile}", *flags)),
-            page.as_uri(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)  # type: ignore[arg-type]
-        return done.stdout
-
-    return show
 
 
 @pytest.fixture(scope="module")
