@@ -5,6 +5,7 @@ A metric of the harness is named TASK/METRIC, as in arc_easy/acc_norm, or TASK/M
 it was filtered; its standard error is none.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,9 +32,11 @@ def read(places: Sequence[str], key: str) -> dict[str, dict[str, float]]:
 
 
 def _files(place: Path) -> Iterable[Path]:
-    if place.is_dir():
-        return sorted(place.rglob("*.json"), key=lambda path: path.name)
-    return [place] if place.exists() else []
+    with contextlib.suppress(OSError):  # of what is too long for a name
+        if place.is_dir():
+            return sorted(place.rglob("*.json"), key=lambda path: path.name)
+        return [place] if place.exists() else []
+    return []
 
 
 def _of_harness(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -1,48 +1,28 @@
 """findings.json of real runs: well-formed whatever stages there were, and of the planted corpus
 what is planted."""
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import hydra
 import numpy as np
 import pytest
 from helpers.command import Command
 from helpers.corpus import documents, write_jsonl
-from omegaconf import OmegaConf
+from helpers.sessions import opened
 
-from doremi_train import command
-from doremi_train.config import conf_dir, load
 from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
 from doremi_train.evaluation.detectors import Finding
-from doremi_train.parallel import comm
 from doremi_train.stages import evaluate, prepare, report
-from doremi_train.stages.options import Config
 from doremi_train.stages.runs import budget, reference
-from doremi_train.stages.session import Session, open_session
 
 KINDS = {
     "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate",
     "seed_spread",
 }  # fmt: skip
 ORDINARY = {"big", "hard", "related_a", "related_b"}
-
-
-@contextlib.contextmanager
-def opened(*overrides: str) -> Iterator[Session]:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra.compose("config", overrides=list(overrides))
-    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    try:
-        with open_session(load(Config, plain), plain, command.child) as session:
-            yield session
-    finally:
-        comm.leave()
 
 
 def diagnosed(*overrides: str) -> list[Finding]:

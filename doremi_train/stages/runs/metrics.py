@@ -84,7 +84,7 @@ def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
     if tasks.counted(session, store):
         content["tasks"] = {name: text for name, (_, text) in tasks.golds(session, store).items()}
     if _scored(session, store):  # their values come with the runs, and stay
-        content["scores"] = [str(Path(place).resolve()) for place in asked.scores or ()]
+        content["scores"] = [str(Path(place).absolute()) for place in asked.scores or ()]
     return {"objective": content}
 
 

@@ -1,6 +1,7 @@
 """Scores as metrics of runs, which the user evaluates: those of models that have none are asked
 for."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,5 +57,7 @@ _KEY = "objective.scores"
 
 def _places(session: Session, model: str) -> set[str]:
     """What a model is known by: its path, and every folder in it, links followed."""
-    paths = [Path(model), Path(model).resolve(), (session.run_dir / model).resolve()]
+    paths = {Path(model)}
+    with contextlib.suppress(OSError, ValueError):  # of a name that can be no path
+        paths |= {Path(model).resolve(), (session.run_dir / model).resolve()}
     return {part for path in paths for part in (*path.parts, str(path))}

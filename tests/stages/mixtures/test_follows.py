@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from helpers.command import run_here
 from helpers.processes import read
+from helpers.sessions import opened
 
+from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import follows
 from doremi_train.stages.runs import targets
 
 RUNS = ("training.steps=4", "evaluation.every=2", "main.comparisons=[]", "target.sequences=6")
@@ -39,34 +42,38 @@ FOLLOWED = [
 ]  # fmt: skip
 
 
-def warned(*overrides: str) -> list[str]:
-    outcome = run_here(*overrides, "stage=plan")
-    assert outcome.code == 0, outcome
-    (run_dir,) = (o.partition("=")[2] for o in overrides if o.startswith("run_dir="))
-    return [line for line in read(Path(run_dir) / "plan.json")["warnings"] if "objective" in line]
+def said(*overrides: str) -> str | None:
+    with opened(*overrides) as session:
+        return follows.unfollowed(session, prepare.run(session))
 
 
-@pytest.mark.parametrize(("overrides", "said"), ELSEWHERE)
-def test_what_is_followed_instead_is_said_in_the_plan(
-    overrides: list[str], said: str, tiny: list[str], tmp_path: Path
+@pytest.mark.parametrize(("overrides", "instead"), ELSEWHERE)
+def test_what_is_followed_instead_is_said(
+    overrides: list[str], instead: str, tiny: list[str], tmp_path: Path
 ) -> None:
-    (line,) = warned(*tiny, *RUNS, *overrides, f"run_dir={tmp_path}")
-    assert line.startswith(overrides[0]) and said in line
+    line = said(*tiny, *RUNS, *overrides, f"run_dir={tmp_path}")
+    assert line is not None and line.startswith(overrides[0]) and instead in line
 
 
 @pytest.mark.parametrize("overrides", FOLLOWED)
 def test_what_follows_the_objective_says_nothing(
     overrides: list[str], tiny: list[str], tmp_path: Path
 ) -> None:
-    assert warned(*tiny, *RUNS, *overrides, f"run_dir={tmp_path}") == []
+    assert said(*tiny, *RUNS, *overrides, f"run_dir={tmp_path}") is None
 
 
-def test_it_is_said_at_the_start_and_in_the_result(tiny: list[str], tmp_path: Path) -> None:
-    outcome = run_here(*tiny, *RUNS, "mixture=odm", RICH, "stage=main", f"run_dir={tmp_path}")
+def test_it_is_said_in_the_plan_at_the_start_and_in_the_result(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    given = (*tiny, *RUNS, "mixture=odm", RICH, f"run_dir={tmp_path}")
+    assert run_here(*given, "stage=plan").code == 0
+    outcome = run_here(*given, "stage=main")
     assert outcome.code == 0, outcome
-    said = "mixture=odm follows the training losses of all domains; it is judged by the objective"
-    assert f"mixture: {said}" in " ".join(outcome.out.split())
-    assert read(tmp_path / "weights.json")["provenance"]["follows"].startswith(said)
+    line = "mixture=odm follows the training losses of all domains; it is judged by the objective"
+    (warned,) = (w for w in read(tmp_path / "plan.json")["warnings"] if "objective" in w)
+    follows_ = read(tmp_path / "weights.json")["provenance"]["follows"]
+    assert warned.startswith(line) and follows_.startswith(line)
+    assert f"mixture: {line}" in " ".join(outcome.out.split())
 
 
 def test_a_domain_that_is_weighed_alone_is_a_target(tiny: list[str], tmp_path: Path) -> None:

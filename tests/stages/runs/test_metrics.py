@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from helpers.command import Command, run_here
 from helpers.processes import lines, read
+from helpers.sessions import opened
 
+from doremi_train.config import UserError
 from doremi_train.evaluation import gold
+from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import follows
 
 RUNS = (
     "mixture=search", "swarm.runs=3", "training.steps=4", "training.sequence_length=48",
@@ -96,10 +100,11 @@ def test_all_tasks_count_alike_and_domains_are_theirs(
 ) -> None:
     """With the weights of domains the steps to the baseline are by them."""
     given = (*tiny, *RUNS, "mixture=uniform", f"downstream.files={{mine: {mine}}}")
-    outcome = run_here(*given, "objective=tasks", f"run_dir={tmp_path / 'tasks'}")
+    outcome = run_here(*given, "objective=tasks", "stage=evaluate", f"run_dir={tmp_path}/tasks")
     assert outcome.code == 0, outcome
     assert set(read(tmp_path / "tasks/evaluation.json")["main"]["tasks"]) == {"mine"}
-    outcome = run_here(*given, "objective.metrics={rich: 2, digits: 1}", f"run_dir={tmp_path}/two")
+    weighed = ("objective.metrics={rich: 2, digits: 1}", "stage=evaluate")
+    outcome = run_here(*given, *weighed, f"run_dir={tmp_path}/two")
     assert outcome.code == 0, outcome
     figures = read(tmp_path / "two/evaluation.json")
     curves = {name: lines(tmp_path / "two" / name / "evaluations.jsonl") for name in figures}
@@ -187,9 +192,11 @@ def test_an_objective_that_cannot_be_is_refused_before_training(
     tiny: list[str], tmp_path: Path
 ) -> None:
     for number, (overrides, said) in enumerate(MISTAKES):
-        given = (*tiny, *RUNS, *overrides, "stage=plan", f"run_dir={tmp_path / str(number)}")
-        outcome = run_here(*given)
-        assert outcome.code == 2 and said in " ".join(outcome.err.split()), (overrides, outcome)
+        given = (*tiny, *RUNS, *overrides, f"run_dir={tmp_path / str(number)}")
+        with pytest.raises(UserError) as caught, opened(*given) as session:
+            follows.unfollowed(session, prepare.run(session))
+        assert said in str(caught.value), overrides
+    assert run_here(*tiny, *RUNS, "objective=tasks", f"run_dir={tmp_path / 'run'}").code == 2
 
 
 @pytest.mark.acceptance
