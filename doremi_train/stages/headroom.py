@@ -187,7 +187,7 @@ class Found(NamedTuple):
 
     best: Lowest
     gains: dict[str, Gain]  # over natural and uniform
-    noise: float  # standard deviation of natural's score over seeds
+    noise: float  # standard deviation of a run's score over seeds
     speed: SpeedUp | None
 
 
@@ -243,7 +243,10 @@ def _found(
     )
     random = swarm_problem.generator(session, _STREAM, 1)
     best = headroom.lowest(runs, known, problem.inside, wanted, random)
-    noise = abs(scores[NATURAL] - scores[AGAIN]) / math.sqrt(2)
+    noise = max(
+        abs(scores[NATURAL] - scores[AGAIN]) / math.sqrt(2),
+        _usual_noise(np.array(measured[NATURAL]) - measured[AGAIN], wanted),
+    )
     natural = (scores[NATURAL] + scores[AGAIN]) / 2
     gains = {"natural": (natural, 2, NATURAL), "uniform": (scores[UNIFORM], 1, UNIFORM)}
     told = {
@@ -255,6 +258,13 @@ def _found(
     curve |= {length: scores[name] for name, length in steps.items() if name != AGAIN}
     lengths, reached = np.array([*curve], float), np.array([*curve.values()])
     return Found(best, told, noise, headroom.speed_up(lengths, reached, told["natural"]))
+
+
+def _usual_noise(differences: Floats, wanted: Objective) -> float:
+    """Standard deviation of the score over seeds, were all metrics as noisy as they are on average:
+    two seeds may agree on one of them by chance."""
+    each = np.sqrt((differences**2).mean() / 2)
+    return float(each * np.linalg.norm(wanted.weights) / np.abs(wanted.weights).sum())
 
 
 def costs_of(session: Session, store: TokenStore) -> dict[str, Any]:
