@@ -14,9 +14,9 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
     """How much can be gained, what that is worth in tokens, and whether a swarm pays."""
     natural, uniform = (_span(content["gains"][name]) for name in ("natural", "uniform"))
     gained = (
-        f"on this objective any mixture within caps can gain at most {natural} over natural, and "
-        f"{uniform} over uniform (a law fitted to {content['runs']} runs, whose optimum lies where "
-        "no run is)"
+        f"on this objective the best mixture within caps gains {natural} over natural, and "
+        f"{uniform} over uniform, by a law fitted to {content['runs']} runs, whose optimum lies "
+        "where no run is"
     )
     cost = f"a swarm's {content['swarm_runs']} runs cost {content['swarm_flops']:.2g} FLOPs"
     speed, verdict = content["speed_up"], VERDICTS[content["worth"]]

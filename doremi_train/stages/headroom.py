@@ -31,11 +31,11 @@ from doremi_train.parallel import comm
 from doremi_train.reports import headroom_text
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem
-from doremi_train.stages.mixtures import swarm as ways
 from doremi_train.stages.mixtures.swarm_problem import Problem
+from doremi_train.stages.planning import swarm_bill
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, language_model, metrics
-from doremi_train.stages.runs.ahead import Ahead, Pipeline
+from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 
@@ -187,7 +187,7 @@ class Found(NamedTuple):
 
     best: Lowest
     gains: dict[str, Gain]  # over natural and uniform
-    noise: float  # standard deviation of natural's score over seeds
+    noise: float  # standard deviation of a run's score over seeds
     speed: SpeedUp | None
 
 
@@ -197,7 +197,10 @@ def _conclude(
     mean = np.mean([measured[NATURAL], measured[AGAIN]], axis=0)
     wanted = metrics.objective(session, store, mean)
     scores = {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
-    found, costs = _found(session, asked, measured, wanted, scores), costs_of(session, store)
+    found, costs = (
+        _found(session, asked, measured, wanted, scores),
+        swarm_bill.of_swarm(session, store),
+    )
     speed, flops = found.speed, costs["final_flops"]
     # What natural would need more than the final run, at both ends of the interval.
     saved = None if speed is None else [(end - 1) * flops for end in (speed.low, speed.high)]
@@ -243,7 +246,10 @@ def _found(
     )
     random = swarm_problem.generator(session, _STREAM, 1)
     best = headroom.lowest(runs, known, problem.inside, wanted, random)
-    noise = abs(scores[NATURAL] - scores[AGAIN]) / math.sqrt(2)
+    noise = max(
+        abs(scores[NATURAL] - scores[AGAIN]) / math.sqrt(2),
+        _usual_noise(np.array(measured[NATURAL]) - measured[AGAIN], wanted),
+    )
     natural = (scores[NATURAL] + scores[AGAIN]) / 2
     gains = {"natural": (natural, 2, NATURAL), "uniform": (scores[UNIFORM], 1, UNIFORM)}
     told = {
@@ -257,20 +263,11 @@ def _found(
     return Found(best, told, noise, headroom.speed_up(lengths, reached, told["natural"]))
 
 
-def costs_of(session: Session, store: TokenStore) -> dict[str, Any]:
-    """FLOPs of a swarm, and of the run that its mixture is for, as where nothing is done yet."""
-    bill, pipeline = Bill(session, store, {}), Pipeline(session)
-    ways.ahead(session, store, pipeline)
-    whole = [run._replace(done=0) for run in pipeline.runs if not run.same_as]
-    training, tokens = session.config.training, budget.final_tokens(session)
-    shape = language_model.resolved_model(session, store, session.config.main.model)
-    steps = max(tokens // (training.batch_size * training.sequence_length), 1)
-    return {
-        "swarm_runs": len(whole),
-        "swarm_flops": float(sum(bill.run(run)["flops"] for run in whole)),
-        "final_tokens": tokens,
-        "final_flops": float(bill.run(Ahead("main", "main", shape, steps, 0, None))["flops"]),
-    }
+def _usual_noise(differences: Floats, wanted: Objective) -> float:
+    """Standard deviation of the score over seeds, were all metrics as noisy as they are on average:
+    two seeds may agree on one of them by chance."""
+    each = np.sqrt((differences**2).mean() / 2)
+    return float(each * np.linalg.norm(wanted.weights) / np.abs(wanted.weights).sum())
 
 
 def ahead(session: Session, store: TokenStore) -> str:
@@ -283,7 +280,7 @@ def ahead(session: Session, store: TokenStore) -> str:
     steps = [one.config.training.steps for one in sessions]
     flops = sum(bill.run(Ahead("", "swarm", shape, count, 0, None))["flops"] for count in steps)
     own = {"headroom_runs": len(sessions), "headroom_flops": float(flops)}
-    return headroom_text.offer(costs_of(session, store) | own)
+    return headroom_text.offer(swarm_bill.of_swarm(session, store) | own)
 
 
 def _finite(value: float) -> float | None:
