@@ -27,6 +27,10 @@ from doremi_train.methods.saturating import Saturating, saturating
 Flags = NDArray[np.bool_]
 
 GROUPS = 10  # of runs, each left out once, for intervals
+FEWEST, MANY = (
+    5,
+    640,
+)  # groups of many domains, whose laws take long: MANY / K, but so many at least
 LEVEL = 0.95
 MOVED = 0.01  # of the tokens, of which an effect is told
 
@@ -76,8 +80,9 @@ def steerable(points: Floats, values: Floats, more: Flags, known: Known = UNKNOW
     signed, parts = values * np.where(more, -1.0, 1.0), list[Part]()
     for runs, metrics in alike(signed):
         mixtures, losses = points[runs], signed[np.ix_(runs, metrics)]
-        group = np.random.default_rng(0).permutation(len(runs)) % GROUPS
-        rest = [group != one for one in range(min(GROUPS, len(runs)) if len(runs) > 1 else 0)]
+        groups = min(GROUPS, max(FEWEST, MANY // points.shape[1]), len(runs))
+        group = np.random.default_rng(0).permutation(len(runs)) % groups
+        rest = [group != one for one in range(groups) if groups > 1]
         left = [saturating(mixtures[kept], losses[kept], known) for kept in rest]
         parts.append(Part(metrics, saturating(mixtures, losses, known), left))
     order = torch.from_numpy(np.argsort(np.concatenate([part.metrics for part in parts])))

@@ -128,7 +128,8 @@ def test_names_are_text_in_a_real_browser(page: Path, browser: Browser) -> None:
 
 
 CLICKS = """<script>
-const button = (text) => [...document.querySelectorAll(".sort")].find((b) => b.textContent === text);
+const buttons = [...document.querySelectorAll(".sort")];
+const button = (text) => buttons.find((one) => one.textContent === text);
 button("code").click();
 button("web").click();
 button("web").click();
