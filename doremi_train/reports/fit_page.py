@@ -46,7 +46,11 @@ def _cards(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if content["proposed"]:
         shown = "objective, predicted for the proposal"
         cards = [(f"{goal['proposed']:.4f}", shown), *cards]
-    return [*cards[:1], (f"{goal['natural']:.4f}", "objective, predicted for natural"), *cards[1:]]
+    return [
+        *cards[:1],
+        (f"{goal['natural']:.4f}", f"objective, predicted for {goal['over']}"),
+        *cards[1:],
+    ]
 
 
 def _mixture(content: Mapping[str, Any]) -> str:

@@ -269,6 +269,7 @@ def _content(session: Session, problem: Problem, proposal: Proposal | None) -> d
     natural, spearman = wanted.natural, _spearman(*_scored(problem))
     goal = {
         "reduce": wanted.reduce,
+        "over": "natural" if session.config.fit.tokens else "the mean mixture of the runs",
         "natural": float(wanted.scores(natural[None])[0]),
         "proposed": None if proposal is None else float(wanted.scores(proposal.predicted[None])[0]),
         "spearman": spearman,
@@ -323,7 +324,7 @@ def _verdict(problem: Problem, proposal: Proposal | None, goal: dict[str, Any]) 
     what = "mean" if goal["reduce"] == "mean" else "largest"
     said = (
         f"The fit expects {goal['proposed']:.4f} of the proposed mixture, and "
-        f"{goal['natural']:.4f} of natural (the {what} of the metrics that count; {trust})."
+        f"{goal['natural']:.4f} of {goal['over']} (the {what} of the metrics that count; {trust})."
     )
     if proposal.refused:
         return f"{said} It is refused: {'; '.join(proposal.refused)}."
