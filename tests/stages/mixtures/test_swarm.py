@@ -592,7 +592,7 @@ def test_a_search_keeps_guards_against_natural(
     same command is given again, and everything is there."""
     given = (
         *tiny, "mixture=search", "swarm.runs=3", "training.steps=6", "main.comparisons=[]",
-        "seed=81", "objective.metrics={rich: 1}", "objective.guard={plain: 0, digits: 0}",
+        "seed=86", "objective.metrics={rich: 1}", "objective.guard={plain: 0, digits: 0}",
         f"run_dir={tmp_path}",
     )  # fmt: skip
     for _ in range(2):
