@@ -1,5 +1,7 @@
 """A small corpus of generated text, a store that tests share as users' runs do, and the command."""
 
+import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,15 @@ def uninterrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     outcome = run_here(*tiny, *LONG, f"run_dir={run_dir}", "stage=main", "main.comparisons=[]")
     assert outcome.code == 0, outcome
     return run_dir
+
+
+@pytest.fixture
+def alone_with_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No other worker of this run has a Ray meanwhile: whoever names no cluster joins the one that
+    was started on this machine."""
+    with (tmp_path_factory.getbasetemp().parent / "ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from benchmarks import planted_tasks
 
 pytestmark = [pytest.mark.slow, pytest.mark.acceptance]
 
-FIXED, TODAYS = 2, 1  # operations of a stage; of one whose jobs import torch anew 1 and 1
+FIXED, TODAYS = 1, 1  # operations of a stage
 AGAIN = 3  # times that the command is given again, at most
 
 SHORT = ("training.steps=6", "training.checkpoint_every=3", "evaluation.every=3")
@@ -226,7 +226,7 @@ def points(name: str, done: list[str]) -> list[int]:
         ends = [part.partition("-") for part in asked.split(",")] if stage == name else []
         return [n for a, _, b in ends for n in range(int(a), int(b or a) + 1) if n in every]
     day = datetime.datetime.now(datetime.UTC).date()
-    fixed = random.Random(name).sample(kinds, 1 if name == "submit" else FIXED)
+    fixed = random.Random(name).sample(kinds, FIXED)
     return fixed + random.Random(f"{name} {day}").sample(every, TODAYS)
 
 

@@ -129,7 +129,7 @@ def test_growth(tmp_path: Path) -> None:
 
 
 @pytest.mark.acceptance
-def test_ngram(tmp_path: Path) -> None:
+def test_ngram(tmp_path: Path, alone_with_ray: None) -> None:
     pytest.importorskip("numba")
     peer = os.environ.get("DATA_SELECTION_PYTHON")
     beside = ("--peer", peer) if peer else ()

@@ -633,7 +633,7 @@ def test_killed_workers_and_a_killed_command_change_nothing(
 
 
 @pytest.fixture
-def ray_nodes() -> Iterator[Any]:
+def ray_nodes(alone_with_ray: None) -> Iterator[Any]:
     """A Ray cluster of two nodes on this machine, which a command finds by RAY_ADDRESS; workers
     find this checkout."""
     pytest.importorskip("ray")
