@@ -100,8 +100,8 @@ def _capped(session: Session, store: TokenStore, weights: Mixture) -> Mixture:
         return weights
     cut = [name for name, less in zip(store.domains, kept < point, strict=True) if less]
     session.say(
-        f"{', '.join(cut)}: more than mixture.max_epochs={session.config.mixture.max_epochs:g} "
-        "passes; what was too much went to the others"
+        f"{escape(', '.join(cut))}: more than mixture.max_epochs="
+        f"{session.config.mixture.max_epochs:g} passes; what was too much went to the others"
     )
     return replace(weights, weights=store.named(kept))
 
@@ -113,8 +113,9 @@ def _warn(session: Session, store: TokenStore, point: Tensor) -> None:
     above = [f"{store.domains[k]} {passes[k]:.1f}" for k in np.flatnonzero(passes > most)]
     if above and budget.seen(session):
         session.say(
-            f"passes of the final run: {', '.join(above)}, more than mixture.max_epochs={most:g}; "
-            "kept, for the law was fitted to runs that repeat as often and knows the harm of it"
+            f"passes of the final run: {escape(', '.join(above))}, more than "
+            f"mixture.max_epochs={most:g}; kept, for the law was fitted to runs that repeat as "
+            "often and knows the harm of it"
         )
 
 
