@@ -35,14 +35,27 @@ def tiny(corpus: Path, store: Path) -> list[str]:
     return [f"data.root={corpus}", f"store={store}", *TINY]
 
 
-@pytest.fixture
-def fresh(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
-    """Overrides with a store of its own, where only the data is there already."""
-    assert run_here(*tiny, f"run_dir={tmp_path / 'first'}", "stage=prepare").code == 0
-    own = tmp_path / "store"
+def apart(tiny: list[str], store: Path, folder: Path) -> list[str]:
+    """Overrides with a store in `folder`, where only the data is there already."""
+    assert run_here(*tiny, f"run_dir={folder / 'first'}", "stage=prepare").code == 0
+    own = folder / "store"
     own.mkdir()
     (own / "data").symlink_to(store / "data")
     return [*tiny, f"store={own}"]
+
+
+@pytest.fixture
+def fresh(tiny: list[str], store: Path, tmp_path: Path) -> list[str]:
+    """Overrides with a store of its own, where only the data is there already."""
+    return apart(tiny, store, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_fresh(
+    tiny: list[str], store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """The same, shared by the tests of a module."""
+    return apart(tiny, store, tmp_path_factory.mktemp("apart"))
 
 
 @pytest.fixture

@@ -122,6 +122,16 @@ def test_tests_mirror_the_tree() -> None:
     assert all((PACKAGE / room).is_dir() for room in rooms - {"benchmarks"})
 
 
+def test_a_seed_of_two_digits_is_one_file_s() -> None:
+    """Tests share a store: with another file's seed, a test finds runs there that it did not
+    train, or not, as files are dealt to processes."""
+    owners: dict[str, set[str]] = {}
+    for path in ROOT.glob("tests/**/*.py"):
+        for seed in re.findall(r"\bseed=(\d\d+)\b", path.read_text()):
+            owners.setdefault(seed, set()).add(path.name)
+    assert owners and {seed: names for seed, names in owners.items() if len(names) > 1} == {}
+
+
 def test_no_files_import_each_other_in_a_circle() -> None:
     assert circles({module: ours(PACKAGE / name) for module, name in NAMES.items()}) == []
 

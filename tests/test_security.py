@@ -198,7 +198,7 @@ def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[
     overrides = [
         *tiny,
         f"store={run_dir}/store",
-        "seed=77",
+        "seed=78",
         f"run_dir={run_dir}",
         "stage=reference",
     ]

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from helpers.command import Outcome, run_here
 
-SEED = "seed=72"  # that no other test has, so that nothing of it is done
 RUNS = "headroom.runs=2"
 
 
@@ -18,10 +17,16 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def tiny(module_fresh: list[str]) -> list[str]:
+    """In a store where nothing is trained: a headroom reuses what it finds."""
+    return module_fresh
+
+
+@pytest.fixture(scope="module")
 def asked(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     run_dir = tmp_path_factory.mktemp("headroom") / "run"
     more = "mixture=natural", "main.comparisons=[]"
-    return run_dir, run_here(*tiny, f"run_dir={run_dir}", "stage=headroom", SEED, RUNS, *more)
+    return run_dir, run_here(*tiny, f"run_dir={run_dir}", "stage=headroom", RUNS, *more)
 
 
 def test_what_can_be_gained_and_whether_it_pays(asked: tuple[Path, Outcome]) -> None:
@@ -55,21 +60,21 @@ def test_what_can_be_gained_and_whether_it_pays(asked: tuple[Path, Outcome]) -> 
 def test_the_plan_of_a_swarm_says_it_or_offers_it(
     tiny: list[str], asked: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
-    known = run_here(*tiny, f"run_dir={tmp_path / 'a'}", SEED, RUNS, "stage=plan", "mixture=swarm")
+    known = run_here(*tiny, f"run_dir={tmp_path / 'a'}", RUNS, "stage=plan", "mixture=swarm")
     assert "plan: headroom: not worth one: for a final run" in known.out
     plan = json.loads((tmp_path / "a" / "plan.json").read_text())
     done = {name for name, run in plan["stages"].items() if run["state"] == "done"}
     assert {"swarm/round-1/natural", "swarm/round-1/uniform"} <= done
-    other = run_here(*tiny, f"run_dir={tmp_path / 'b'}", "seed=73", "stage=plan", "mixture=swarm")
+    other = run_here(*tiny, f"run_dir={tmp_path / 'b'}", "seed=1", "stage=plan", "mixture=swarm")
     assert "stage=headroom tells with 9 runs" in other.out
-    plain = run_here(*tiny, f"run_dir={tmp_path / 'c'}", SEED, "stage=plan", "mixture=natural")
+    plain = run_here(*tiny, f"run_dir={tmp_path / 'c'}", "stage=plan", "mixture=natural")
     assert "headroom" not in plain.out
 
 
 def test_the_report_says_it(tiny: list[str], asked: tuple[Path, Outcome]) -> None:
     run_dir = asked[0]
     more = "mixture=natural", "main.comparisons=[]"
-    outcome = run_here(*tiny, f"run_dir={run_dir}", "stage=report", SEED, *more)
+    outcome = run_here(*tiny, f"run_dir={run_dir}", "stage=report", *more)
     assert outcome.code == 0, outcome
     assert "Headroom: not worth one: for a final run" in (run_dir / "report.html").read_text()
 
@@ -79,12 +84,12 @@ def test_more_runs_begin_with_those_that_there_are(
 ) -> None:
     final = "main.tokens=100000000000", "mixture.max_epochs=1e9", "proxy.match_repetition=false"
     more = ("headroom.runs=3", *final)
-    outcome = run_here(*tiny, f"run_dir={tmp_path}", "stage=headroom", SEED, *more)
+    outcome = run_here(*tiny, f"run_dir={tmp_path}", "stage=headroom", *more)
     assert outcome.code == 0, outcome
     content = read(tmp_path)
     assert content["reused"] == 2 and "headroom/run-1" not in content["scores"]
     assert content["final_tokens"] == 10**11 and content["worth"] in (True, None)
-    again = run_here(*tiny, f"run_dir={tmp_path}", "stage=headroom", SEED, *more)
+    again = run_here(*tiny, f"run_dir={tmp_path}", "stage=headroom", *more)
     assert "is in the store already: headroom-" in again.out and content["said"][0] in again.out
 
 
@@ -94,6 +99,6 @@ def test_what_cannot_be_asked_is_refused(tiny: list[str], tmp_path: Path) -> Non
         "objective.metrics={poetry: 1}": "unknown metric 'poetry'",
         "swarm.floor=0.9": "swarm.floor=0.9",
     }.items():
-        outcome = run_here(*tiny, f"run_dir={tmp_path / 'x'}", "stage=headroom", SEED, wrong)
+        outcome = run_here(*tiny, f"run_dir={tmp_path / 'x'}", "stage=headroom", wrong)
         assert outcome.code == 2 and said in outcome.err, outcome
         assert not (tmp_path / "x" / "headroom").exists()
