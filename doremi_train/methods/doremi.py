@@ -8,6 +8,9 @@ https://arxiv.org/abs/2305.10429), Algorithm 1.
   4. one optimiser step on Σ_k α_t[k] · (mean over the tokens of domain k of ℓ_θ), unclipped.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
 
+Beside the paper's form, η may follow from the run (`hedge`), and so may the step from which α moves
+and is averaged (`startup`).
+
 K domains, B sequences, T tokens a sequence. Losses are nats per token. Sums and weights are
 float64.
 """
@@ -19,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat
-from doremi_train.methods import simplex
+from doremi_train.methods import hedge, simplex, startup
 
 token_wise = False
 
@@ -28,8 +31,9 @@ token_wise = False
 class Options:
     """Defaults are the paper's."""
 
-    step_size: NonNegativeFloat = 1.0
-    """Step size η of the exponentiated update; 0 keeps α uniform."""
+    step_size: NonNegativeFloat | Literal["auto"] = 1.0
+    """Step size η of the exponentiated update; 0 keeps α uniform; auto: from the number of steps,
+    and how far domains' excess losses were apart so far."""
 
     smoothing: Fraction = 1e-3
     """Part c of the uniform mixture in α."""
@@ -41,8 +45,9 @@ class Options:
     """Excess of a domain that is not in the batch: 0, or the last one; null: hold for resample,
     else zero."""
 
-    warmup: Fraction = 0.0
-    """Part of the run in which α stays uniform; it is left out of the average."""
+    warmup: Fraction | Literal["auto"] = 0.0
+    """Part of the run in which α stays uniform; it is left out of the average; auto: until excess
+    losses are less far apart than at first, and at most half of the run."""
 
     average_from: Fraction = 0.0
     """Part of the run, at its start, that is left out of the average."""
@@ -73,15 +78,22 @@ class State(NamedTuple):
     averaged: Tensor  # () how many those are
     excess: Tensor  # (K,) λ_t as used by the last update, nats per token
     step: Tensor  # () t
-    moves_after: Tensor  # () α_t changes for t above this
-    average_after: Tensor  # () α_t is averaged for t above this
+    moves_after: Tensor  # () α_t changes for t above this; of warmup=auto at the latest
+    average_after: Tensor  # () α_t is averaged for t above this too
+    # Of step_size=auto.
+    rounds: Tensor  # () steps that η is for; 0 where η is given
+    span: Tensor  # () largest range of λ over domains so far, nats per token
+    step_size: Tensor  # () η of the last update; 0 where α stayed
+    # Of warmup=auto, while α stays; empty where it is given.
+    curve: Tensor  # (P, K) of `startup.Curve`
+    highest: Tensor  # () of the same
 
 
 def init(domains: int, steps: int, options: Options) -> State:
     """State before step 1 of a run of `steps` steps."""
     zeros = torch.zeros(domains, dtype=torch.float64)
-    still = int(options.warmup * steps)
-    left_out = max(still, int(options.average_from * steps))
+    waits = options.warmup == "auto"
+    still = steps // 2 if waits else int(options.warmup * steps)
     return State(
         weights=simplex.uniform(domains),
         weight_sum=zeros,
@@ -89,7 +101,12 @@ def init(domains: int, steps: int, options: Options) -> State:
         excess=zeros,
         step=torch.tensor(0),
         moves_after=torch.tensor(still),
-        average_after=torch.tensor(left_out),
+        average_after=torch.tensor(int(options.average_from * steps)),
+        rounds=torch.tensor(steps if options.step_size == "auto" else 0),
+        span=zeros.new_zeros(()),
+        step_size=zeros.new_zeros(()),
+        curve=startup.empty(domains).sums if waits else zeros.new_zeros(0),
+        highest=zeros.new_zeros(()),
     )
 
 
@@ -125,20 +142,40 @@ def update(state: State, stats: Stats, options: Options) -> State:
         present, excess, state.excess if options.holds else torch.zeros_like(excess)
     )
     step = state.step + 1
-    moved = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
+    span = torch.maximum(state.span, hedge.spread(excess))
+    step_size, power = _step_size(state, span, options)
+    moved = simplex.exponentiated(state.weights, step_size * excess, options.smoothing, power)
     # At the start, excess is what the reference has learned already: largest where there was most
     # to learn quickly.
-    weights = torch.where(step > state.moves_after, moved, state.weights)
-    counts = step > state.average_after
-    return State(
+    moves = step > state.moves_after
+    weights = torch.where(moves, moved, state.weights)
+    counts = moves & (step > state.average_after)
+    return _with_curve(state, excess)._replace(
         weights=weights,
         weight_sum=state.weight_sum + weights * counts,
         averaged=state.averaged + counts,
         excess=excess,
         step=step,
-        moves_after=state.moves_after,
-        average_after=state.average_after,
+        span=span,
+        step_size=torch.where(moves, step_size, 0.0),
     )
+
+
+def _step_size(state: State, span: Tensor, options: Options) -> tuple[Tensor, Tensor | float]:
+    """η (), and the power of α that makes it that of all gains so far."""
+    if options.step_size != "auto":
+        return state.span.new_tensor(options.step_size), 1.0
+    power = state.span / span if state.span > 0 else 1.0
+    return hedge.step_size(span, len(state.weights), int(state.rounds)), power
+
+
+def _with_curve(state: State, excess: Tensor) -> State:
+    """The state with λ_t (K,) in its curve, which says where the start of the run ends."""
+    if not len(state.curve) or state.step >= state.moves_after:
+        return state
+    curve = startup.add(startup.Curve(state.curve, state.highest, state.step), excess)
+    ends = curve.steps if startup.over(curve) else state.moves_after
+    return state._replace(curve=curve.sums, highest=curve.highest, moves_after=ends)
 
 
 def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
@@ -160,8 +197,13 @@ def sampling(state: State, options: Options) -> Tensor:
 
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """What a stranger needs to recompute every α_t: λ_t, beside α_t itself and the tokens it came
-    from."""
-    return {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
+    from; and what was not given: η, 0 where α stayed, and the first step of ᾱ as known by now."""
+    line = {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
+    if state.rounds > 0:
+        line["step_size"] = state.step_size
+    if len(state.curve):
+        line["average_from"] = torch.maximum(state.moves_after, state.average_after) + 1
+    return line
 
 
 def result(state: State) -> Tensor:

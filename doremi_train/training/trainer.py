@@ -264,6 +264,6 @@ class Trainer:
             self.selector.restore(saved["selection"])
         for part, value in zip(self.step.loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
-        return Position(
-            step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"]
-        )
+        # A field that came after the checkpoint was written is as at the start.
+        state = fresh._replace(**dict(zip(fresh._fields, saved["state"], strict=False)))
+        return Position(step, state, saved["counts"].numpy(), saved["skipped"])
