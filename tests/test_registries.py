@@ -315,6 +315,7 @@ OBJECTIVE_CASES: list[tuple[str, Any]] = [
         for score in ("excess", "hardest", "easiest")
     ),
     ("doremi", doremi.Options(step_size="auto", warmup="auto")),
+    ("doremi", doremi.Options(settled=1e-9)),
     *(
         ("importance", importance.Options(policy=policy, weights=PRIOR))
         for policy in allowed(importance.Options, "policy")

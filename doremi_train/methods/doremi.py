@@ -15,16 +15,19 @@ K domains, B sequences, T tokens a sequence. Losses are nats per token. Sums and
 float64.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from doremi_train.config import STRICT, Fraction, NonNegativeFloat
-from doremi_train.methods import hedge, simplex, startup
+from doremi_train.config import STRICT, Fraction, NonNegativeFloat, PositiveFloat
+from doremi_train.methods import batch_means, hedge, pieces, simplex, startup
 
 token_wise = False
+
+LEAST = 0.25  # part of a run's steps that are averaged before it may be settled
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -51,6 +54,10 @@ class Options:
 
     average_from: Fraction = 0.0
     """Part of the run, at its start, that is left out of the average."""
+
+    settled: PositiveFloat | None = None
+    """Half-width of the 95 % interval of the average, that of the domain known least, at which a
+    proxy ends before its steps, a quarter of which are averaged at least; null: never."""
 
     objective: Literal["weight", "resample"] = "weight"
     """Whether α weighs the loss, or draws the next batch."""
@@ -87,6 +94,10 @@ class State(NamedTuple):
     # Of warmup=auto, while α stays; empty where it is given.
     curve: Tensor  # (P, K) of `startup.Curve`
     highest: Tensor  # () of the same
+    # Of settled; empty where nothing ends the run.
+    path: Tensor  # (P, K) `pieces` of the α_t that are averaged
+    half_width: Tensor  # () of the interval of ᾱ when last a piece was full
+    least: Tensor  # () steps that are averaged before it is asked
 
 
 def init(domains: int, steps: int, options: Options) -> State:
@@ -107,6 +118,10 @@ def init(domains: int, steps: int, options: Options) -> State:
         step_size=zeros.new_zeros(()),
         curve=startup.empty(domains).sums if waits else zeros.new_zeros(0),
         highest=zeros.new_zeros(()),
+        path=pieces.empty(domains) if options.settled is not None else zeros.new_zeros(0),
+        half_width=zeros.new_tensor(math.inf),
+        # From the uniform α on it hardly moves at first, and looks as if it was known.
+        least=torch.tensor(int(LEAST * steps)),
     )
 
 
@@ -150,7 +165,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
     moves = step > state.moves_after
     weights = torch.where(moves, moved, state.weights)
     counts = moves & (step > state.average_after)
-    return _with_curve(state, excess)._replace(
+    following = _with_curve(state, excess)._replace(
         weights=weights,
         weight_sum=state.weight_sum + weights * counts,
         averaged=state.averaged + counts,
@@ -159,6 +174,7 @@ def update(state: State, stats: Stats, options: Options) -> State:
         span=span,
         step_size=torch.where(moves, step_size, 0.0),
     )
+    return _with_path(following) if counts else following
 
 
 def _step_size(state: State, span: Tensor, options: Options) -> tuple[Tensor, Tensor | float]:
@@ -176,6 +192,23 @@ def _with_curve(state: State, excess: Tensor) -> State:
     curve = startup.add(startup.Curve(state.curve, state.highest, state.step), excess)
     ends = curve.steps if startup.over(curve) else state.moves_after
     return state._replace(curve=curve.sums, highest=curve.highest, moves_after=ends)
+
+
+def _with_path(state: State) -> State:
+    """The state with its α_t among those whose average is asked how well it is known."""
+    if not len(state.path):
+        return state
+    number = int(state.averaged)
+    path = pieces.add(state.path, number, state.weights)
+    full, known = pieces.means(path, number), state.half_width
+    if len(full) >= pieces.FEWEST and number >= state.least:
+        known = known.new_tensor(batch_means.half_width(full))
+    return state._replace(path=path, half_width=known)
+
+
+def settled(state: State, options: Options) -> bool:
+    """Whether ᾱ is known as well as it was asked for, so that the run may end."""
+    return options.settled is not None and bool(state.half_width <= options.settled)
 
 
 def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
@@ -197,12 +230,15 @@ def sampling(state: State, options: Options) -> Tensor:
 
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """What a stranger needs to recompute every α_t: λ_t, beside α_t itself and the tokens it came
-    from; and what was not given: η, 0 where α stayed, and the first step of ᾱ as known by now."""
+    from; and what was not given: η, 0 where α stayed, the first step of ᾱ as known by now, and the
+    half-width of its interval once there is one."""
     line = {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
     if state.rounds > 0:
         line["step_size"] = state.step_size
     if len(state.curve):
         line["average_from"] = torch.maximum(state.moves_after, state.average_after) + 1
+    if state.half_width < math.inf:
+        line["half_width"] = state.half_width
     return line
 
 

@@ -144,6 +144,11 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         said.append(
             f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}"
         )
+    if plan["settled"]:
+        said.append(
+            "what is said of proxies is an upper bound: one ends when every weight of its average "
+            f"is known to ± {plan['settled']} (proxy.settled)"
+        )
     if plan["headroom"]:
         said.append(plan["headroom"])
     return said

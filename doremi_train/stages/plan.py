@@ -73,6 +73,7 @@ def _write(
         "accumulation": bill.accumulation(runs),
         "reference_losses": _reference_losses(session, store, runs),
         "absent": _absent(session, len(store.domains)) if "proxy" in kinds else None,
+        "settled": session.config.proxy.settled if "proxy" in kinds else None,
         "headroom": headroom.ahead(session, store) if "swarm" in kinds else None,
         "warnings": [message for messages in warned.values() for message in messages],
     }

@@ -87,23 +87,6 @@ def test_unit_and_level_change_nothing(power: int, level: float, seed: int) -> N
     assert ends(gains + moving) == ends(gains)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 200), st.integers(0, 1 << 20))
-def test_pieces_hold_every_step_once_and_are_an_eighth_to_a_sixteenth(
-    steps: int, seed: int
-) -> None:
-    gains = torch.rand(steps, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    curve = startup.empty(3)
-    for row in gains:
-        before, curve = curve, startup.add(curve, row)
-        assert not torch.equal(before.sums, curve.sums)
-    size = startup.length(steps)
-    expected = [part.sum(0) for part in gains.split(size)]
-    assert len(expected) <= startup.PIECES and (size == 1 or len(expected) > startup.PIECES // 2)
-    torch.testing.assert_close(curve.sums[: len(expected)], torch.stack(expected))
-    assert torch.equal(curve.sums[len(expected) :], torch.zeros_like(curve.sums[len(expected) :]))
-
-
 # In DoReMi
 
 

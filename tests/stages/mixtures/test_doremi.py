@@ -116,3 +116,37 @@ def test_two_processes_give_the_weights_of_one(
         )
         assert a["weights"] == pytest.approx(b["weights"], abs=1e-6)
         assert a["step_size"] == pytest.approx(b["step_size"], rel=1e-5)
+
+
+def test_a_proxy_ends_when_its_average_is_known(
+    fresh: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before and continued, it still does; and the plan knows no better than an upper
+    bound."""
+    run_dir = tmp_path / "run"
+    # With so much smoothing α forgets in a step or two.
+    known = [*fresh, "stage=proxy", "proxy.settled=0.1", "training.steps=60"]
+    known += ["proxy.smoothing=0.9", "training.checkpoint_every=1000", "evaluation.every=60"]
+    known += [f"run_dir={run_dir}"]
+    stop_at(monkeypatch, 13)
+    assert [command(*known).code for _ in range(2)] == [75, 0]
+    folder = run_dir / "proxy"
+    trace, result = lines(folder / "domain_weights.jsonl"), read(folder / "result.json")
+    assert result["steps"] == len(trace) == trace[-1]["step"] < 60
+    assert result["steps"] >= 15
+    assert trace[-1]["half_width"] <= 0.1 and trace[-1]["settled"]
+    assert not any("settled" in line for line in trace[:-1])
+    assert all(line.get("half_width", 1) > 0.1 for line in trace[:-1])
+    for name, weight in result["weights"].items():
+        mean = math.fsum(line["weights"][name] for line in trace) / len(trace)
+        assert weight == pytest.approx(mean, abs=1e-12)
+    assert lines(folder / "evaluations.jsonl")[-1]["step"] == result["steps"]
+    outcome = command(*known, "stage=plan")
+    assert outcome.code == 0, outcome
+    assert "is known to ± 0.1 (proxy.settled)" in " ".join(outcome.out.split())
+    assert read(run_dir / "plan.json")["stages"]["proxy"]["state"] == "done"
+
+
+def test_a_run_that_nothing_ends_has_the_address_it_had(alone: Path) -> None:
+    options = read(alone / "proxy" / "recipe.json")["options"]
+    assert "settled" not in options and options["absent"] is None
