@@ -63,6 +63,8 @@ def test_every_run_is_there_and_equal_runs_count_once(default: dict[str, Any]) -
     assert default["evaluation"]["models"] == 5
     total = sum(stage["flops"] for stage in stages.values()) + default["evaluation"]["flops"]
     assert default["total_flops"] == total > 0
+    # Of a plan of before anything ran, what is left is the whole.
+    assert all(stage["whole_flops"] == stage["flops"] for stage in stages.values())
 
 
 def test_flops_of_a_run(default: dict[str, Any], tmp_path: Path) -> None:
@@ -184,6 +186,7 @@ def test_what_is_done_costs_nothing_and_is_not_measured(
     }
     for name in ("reference", "proxy", "baseline"):
         assert half["stages"][name]["flops"] == half["stages"][name]["seconds"] == 0
+        assert (half["stages"][name]["whole_flops"] > 0) == (name != "baseline")
     assert half["stages"]["main"]["seconds"] > 0
     # It is known by now.
     assert half["domains"]["rich"]["final_epochs"].keys() == {
@@ -238,6 +241,7 @@ def test_a_run_that_was_stopped_is_counted_from_there(fresh: list[str], tmp_path
     runs.set_status(folder, "preempted", 9)
     begun = planned(*overrides)["stages"]["reference"]
     assert begun["state"] == "begun" and begun["flops"] == pytest.approx(new["flops"] / 4)
+    assert begun["whole_flops"] == new["whole_flops"] == new["flops"]
 
 
 def test_a_given_reference_costs_its_own_forward(tiny: list[str], tmp_path: Path) -> None:
