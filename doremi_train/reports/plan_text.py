@@ -29,6 +29,7 @@ def show(
                 f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json"
             )
     console.print(escape(f"plan: the store is {store}"))
+    console.print(escape(f"plan: {plan['advice']}"))
 
 
 def _runs(plan: Mapping[str, Any]) -> Table:
