@@ -446,6 +446,8 @@ UNMATCHED = ["main.tokens=100000000", "proxy.match_repetition=false"]
         ([*SILENT, *UNMATCHED], "the planned final run"),
         ([*SILENT, *UNMATCHED], "proxy.match_repetition=true"),
         ([*SILENT, "proxy.average_from=0"], "For about the first 200"),
+        ([*SILENT, "proxy.average_from=0", "proxy.step_size=auto"], None),
+        ([*SILENT, "proxy.average_from=0", "proxy.warmup=auto"], None),
         (
             [*SILENT, "training.steps=300", "proxy.step_size=0.1"],
             "The proxy sees 800 sequences of each domain",
