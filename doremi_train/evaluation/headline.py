@@ -59,7 +59,7 @@ def _steps(runs: Sequence[Result], against: Goal, mixture: str) -> str:
     if not known:
         return (
             f"The {mixture} mixture does not reach {against.label}'s final loss in its {whole} "
-            f"steps{' with any seed' if len(runs) > 1 else ''}."
+            f"steps{' with any seed' if len(runs) > 1 else ''}.{_flops(runs, None)}"
         )
     mean, half = student_t(known)
     # Of the seeds that reach it alone an interval would leave the others out.
@@ -83,12 +83,15 @@ def _reached(figures: Mapping[str, Any], against: Goal) -> int | str | None:
     return reached
 
 
-def _flops(runs: Sequence[Result], percent: float) -> str:
-    """How many of the FLOPs that is, with the runs before the final one and without."""
+def _flops(runs: Sequence[Result], percent: float | None) -> str:
+    """How many of a final run's FLOPs that part of it is, with the runs before it and without; of
+    None, which is never there, what these took."""
     before = [run.small_runs for run in runs]
     if any(cost is None for cost in before):
         return ""
     mean = 100 * sum(cost or 0.0 for cost in before) / len(before)
+    if percent is None:
+        return f" The small runs took {mean:.0f} % of a final run's FLOPs besides." if mean else ""
     if mean == 0:
         return f" It has no small runs, so that is {percent:.0f} % of the FLOPs too."
     return (
