@@ -60,7 +60,8 @@ def test_seeds_that_never_reach_it_are_said_and_leave_no_interval() -> None:
     said = headline(setting(run(None, 3.2)))
     assert said.startswith(
         "The learned mixture does not reach natural's final loss in its 400 steps. The small "
-        "runs took 50 % of a final run's FLOPs besides. At its end it is 0.1000 nats per token worse on the mean over domains"
+        "runs took 50 % of a final run's FLOPs besides. At its end it is 0.1000 "
+        "nats per token worse on the mean over domains"
     )
     assert "steps with any seed." in headline(setting(run(None, 3.2), run(None, 3.3)))
 
