@@ -33,7 +33,7 @@ from doremi_train.methods.objective import Objective
 from doremi_train.methods.optimum import optimum
 from doremi_train.mixture import Mixture
 from doremi_train.parallel import comm
-from doremi_train.parallel.threads import one_thread
+from doremi_train.parallel.threads import fitting
 from doremi_train.reports import fit_page, steer_page
 from doremi_train.reports.steer_page import Given
 from doremi_train.stages.session import Session, once
@@ -81,7 +81,7 @@ def require(session: Session) -> Mixture:
     return chosen
 
 
-@one_thread()
+@fitting("fit")
 def _run(session: Session) -> Mixture | None:
     folder = session.run_dir / "fit"
     problem = _problem(session)

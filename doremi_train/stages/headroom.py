@@ -28,7 +28,7 @@ from doremi_train.methods.box import Floats
 from doremi_train.methods.headroom import Gain, Lowest, SpeedUp
 from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
-from doremi_train.parallel.threads import one_thread
+from doremi_train.parallel.threads import fitting
 from doremi_train.reports import headroom_text
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem
@@ -192,7 +192,7 @@ class Found(NamedTuple):
     speed: SpeedUp | None
 
 
-@one_thread()
+@fitting("headroom")
 def _conclude(
     session: Session, store: TokenStore, asked: Asked, measured: Mapping[str, list[float]]
 ) -> None:

@@ -24,7 +24,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, design, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.parallel import comm
-from doremi_train.parallel.threads import one_thread
+from doremi_train.parallel.threads import fitting
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
@@ -180,7 +180,7 @@ def _reused(session: Session, store: TokenStore, problem: Problem, folder: Path)
     ]
 
 
-@one_thread()
+@fitting("swarm")
 def _draw(
     session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row], number: int
 ) -> dict[str, Tensor]:

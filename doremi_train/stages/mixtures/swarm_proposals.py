@@ -13,7 +13,7 @@ from doremi_train.methods import box, guards, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.methods.guards import Held, Noise
 from doremi_train.methods.objective import Objective
-from doremi_train.parallel.threads import one_thread
+from doremi_train.parallel.threads import fitting
 from doremi_train.stages.mixtures import swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.session import Session
@@ -36,7 +36,7 @@ class Proposed(NamedTuple):
     noise: Noise  # of the metrics between runs
 
 
-@one_thread()
+@fitting("swarm")
 def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Proposed:
     """Fit, solve at λ, 4 λ, …, and say what is to be expected."""
     options, random = session.config.swarm, swarm_problem.generator(session, 0)
