@@ -191,7 +191,6 @@ def die(message: str, code: int, alone: bool = False) -> None:
     """One message, and the exit code. The first process speaks for all, unless each is `alone`."""
     say(message, alone)
     if waiting.left():
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -199,8 +198,11 @@ def die(message: str, code: int, alone: bool = False) -> None:
 def say(message: str, alone: bool = False) -> None:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if alone or rank == "0":
-        print(
-            f"doremi-train: {f'process {rank}: ' * alone}{redact(message)}",
-            file=sys.stderr,
-            flush=True,
+        from doremi_train import console
+
+        first, *more = message.split("\n")  # which no line of a value may pass for
+        console.say(
+            f"doremi-train: {f'process {rank}: ' * alone}{first}",
+            *(f"  {line}" for line in more),
+            error=True,
         )

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from doremi_train import files
 from doremi_train.config import STRICT, UserError, fingerprint, redact
-from doremi_train.console import console
+from doremi_train.console import say
 from doremi_train.parallel import comm
 
 
@@ -155,7 +155,7 @@ class Tracked:
         except _ANY as error:
             self._fail(error)
         else:
-            console.print(f"{subject.name:<22} {self._tracker.place}", markup=False)
+            say(f"{subject.name:<22} {self._tracker.place}")
 
     def line(self, line: Mapping[str, Any]) -> None:
         """A line of one of the logs."""
@@ -182,11 +182,10 @@ class Tracked:
 
     def _fail(self, error: BaseException) -> None:
         tracker, self._tracker, self._tracking.failed = self._tracker, None, True
-        told = redact(f"{type(error).__name__}: {error}")
-        console.print(
+        told = f"{type(error).__name__}: {error}"
+        say(
             f"tracking={self._tracking.options.backend}: {told}; tracking ends, the run goes on "
-            "and its JSON lines are whole",
-            markup=False,
+            "and its JSON lines are whole"
         )
         if tracker is not None:
             with contextlib.suppress(*_ANY):  # it is broken, and that was said

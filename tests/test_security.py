@@ -19,6 +19,7 @@ from helpers.command import TINY, run_here
 from helpers.corpus import documents, write_jsonl
 
 from doremi_train.config import UserError, redact
+from doremi_train.console import shown
 
 # ── Secrets ─────────────────────────────────────────────────────────────────────────
 
@@ -302,12 +303,12 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_names_of_domains_are_text_in_the_report_and_in_paths(tmp_path: Path) -> None:
+def test_names_of_domains_are_text_on_a_terminal_in_the_report_and_in_paths(tmp_path: Path) -> None:
     names = [
         "<script>alert(1)</script>",
         "\"><img src=x onerror=alert('2')>",
         "../../up/$x^2$ & {{ 7 * 7 }} {% raw %}",
-        "javascript:alert(3)",
+        "[/INST] \x1b[31m\u202e\nreport: [red]:x:",
     ]
     letters = ["abcdefgh", "ijklmnop", "qrstuvw", "0123456789"]
     records = [
@@ -331,7 +332,7 @@ def test_names_of_domains_are_text_in_the_report_and_in_paths(tmp_path: Path) ->
     assert "svg" in page.tags and not page.tags & {"script", "img", "iframe", "object"}
     assert not [name for name in page.attributes if name.startswith("on")]
     for name in names:
-        assert name in page.text
+        assert shown(name, kept="\n") in page.text and f" {shown(name)} " in outcome.out
         assert name in json.loads((tmp_path / "in" / "run" / "weights.json").read_text())["weights"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "in"]
     assert not [path for path in tmp_path.rglob("*") if path.name == "up"]

@@ -14,7 +14,7 @@ import yaml
 
 from doremi_train import files, trackers
 from doremi_train.config import UserError, redact
-from doremi_train.console import Bar, Part, console
+from doremi_train.console import Bar, Part, say
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
 from doremi_train.stages.options import Config, default, identity
@@ -72,9 +72,10 @@ class Session:
         """Name of the way to the mixture: a key of `stages.mixtures.WAYS`."""
         return self.config.mixture.method
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
+        """Print lines, on the first process."""
         if comm.world().first:
-            console.print(text)
+            say(*lines)
 
     @contextlib.contextmanager
     def computing(self, run: runs.Run, name: str, quiet: bool = False) -> Iterator[bool]:

@@ -17,7 +17,6 @@ K domains, N sequences of all domains together, B sequences of a micro-batch, T 
 import contextlib
 import mmap
 import os
-import sys
 import weakref
 import zlib
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint
+from doremi_train.console import say
 from doremi_train.data.batches import MicroBatch
 from doremi_train.data.sampler import Ints
 from doremi_train.data.tokens.shards import TokenStore
@@ -158,11 +158,7 @@ class Table:
                     left, at = left[written:], at + written
         except OSError as error:
             if not comm.world().first:  # which speaks for all, and does not know
-                print(
-                    f"process {comm.world().rank}: {self.path}: {error}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"process {comm.world().rank}: {self.path}: {error}", error=True)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _damaged(self, what: str) -> UserError:
