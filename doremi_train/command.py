@@ -188,7 +188,16 @@ def _listen(stop: Any) -> Callable[[], None]:
 
 
 def die(message: str, code: int, alone: bool = False) -> None:
-    """One message, and the exit code. The first process speaks for all, unless each is `alone`."""
+    """One message, and the exit code. The first process speaks for all that end with the same, but
+    for those that are `alone`."""
+    from doremi_train.parallel import slurm
+
+    slurm.export_ranks()
+    if not alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        from doremi_train.parallel import comm
+
+        spoken_for, message = comm.spoken_for(message)
+        alone = not spoken_for and os.environ.get("RANK", "0") != "0"
     say(message, alone)
     if waiting.left():
         os._exit(code)

@@ -42,6 +42,7 @@ def run(session: Session) -> TokenStore:
         options.only,
         options.least_tokens,
     )
+    comm.agree({"data": store.fingerprint, "tokenizer": store.manifest["tokenizer"]})
     _say_rare(session, store, options)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)

@@ -30,13 +30,11 @@ from torch import Tensor
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint
-from doremi_train.console import say
 from doremi_train.data.batches import MicroBatch
 from doremi_train.data.sampler import Ints
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model.language_model import LanguageModel
-from doremi_train.parallel import comm
 
 Halves = NDArray[np.float16]
 
@@ -157,8 +155,6 @@ class Table:
                     written = os.pwrite(self._file, left, at)
                     left, at = left[written:], at + written
         except OSError as error:
-            if not comm.world().first:  # which speaks for all, and does not know
-                say(f"process {comm.world().rank}: {self.path}: {error}", error=True)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _damaged(self, what: str) -> UserError:
