@@ -17,8 +17,9 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
+from doremi_train.config import UserError, fingerprint, load, read_mappings
 from doremi_train.files import FULL
+from doremi_train.redaction import redact
 from doremi_train.stages import STAGES
 from doremi_train.storage import waiting
 

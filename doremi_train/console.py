@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from doremi_train.config import redact
+from doremi_train.redaction import redact
 
 # What steers a terminal or a reader's eye: control characters, ends of lines, marks of direction;
 # and halves of surrogate pairs, which no encoding has.

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic.dataclasses import dataclass
 
 from doremi_train import files
-from doremi_train.config import STRICT, UserError, fingerprint, redact
+from doremi_train.config import STRICT, UserError, fingerprint
 from doremi_train.console import say
 from doremi_train.parallel import comm
+from doremi_train.redaction import redact
 
 
 @dataclass(frozen=True, config=STRICT)

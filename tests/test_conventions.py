@@ -21,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 # What a file imports stands on a lower rung, or in its own folder.
 RUNGS = {
-    0: "config files console",
+    0: "config files console redaction",
     1: "methods model storage exports mixture",
     2: "gradients data parallel",
     3: "selection classification evaluation trackers",

@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from doremi_train import __version__, files, trackers
-from doremi_train.config import UserError, flatten, redact
+from doremi_train.config import UserError, flatten
 from doremi_train.console import Bar, Part, say
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
+from doremi_train.redaction import redact
 from doremi_train.stages.options import Config, default, identity
 from doremi_train.storage import checkpoint, runs
 from doremi_train.storage.mirror import Mirror

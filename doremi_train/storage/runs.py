@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from doremi_train import files
-from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.config import UserError, fingerprint
 from doremi_train.console import say
+from doremi_train.redaction import redact
 from doremi_train.storage.mirror import Mirror
 
 
