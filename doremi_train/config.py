@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Lt
 
+from doremi_train.redaction import redact
+
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
@@ -203,28 +205,6 @@ def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
     shown = repr(entry["input"])
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     return f"{where}={shown}: {entry['msg']}"
-
-
-# user:password before the host (a password may hold a slash, a port does not make one), and what a
-# query signs with.
-_LOGIN = re.compile(r"""(?<=://)(?:[^/\s'"]*|[^/\s'"@:]*:(?!\d+(?:/|$))[^\s'"@]*)@""")
-_SIGNED = re.compile(
-    r"""([?&](?:x-(?:amz|goog)-[\w-]+|[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api[_-]?key"""
-    r"""|access[_-]?key(?:[_-]?id)?))=)[^&#\s'"]*""",
-    re.IGNORECASE,
-)
-
-
-def redact(value: T) -> T:
-    """The same text or JSON value, its URLs without passwords, keys and signatures: what may be
-    written and shown."""
-    if isinstance(value, str):
-        return _SIGNED.sub(r"\1***", _LOGIN.sub("***@", value))  # type: ignore[return-value]
-    if isinstance(value, Mapping):
-        return {key: redact(entry) for key, entry in value.items()}  # type: ignore[return-value]
-    if isinstance(value, list | tuple):
-        return type(value)(redact(entry) for entry in value)
-    return value
 
 
 def conf_dir() -> Path:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from doremi_train import files
-from doremi_train.config import UserError, redact
+from doremi_train.config import UserError
 from doremi_train.exports import convert, formats
 from doremi_train.parallel import comm
+from doremi_train.redaction import redact
 from doremi_train.stages import fit, mixtures, prepare
 from doremi_train.stages.mixtures import given
 from doremi_train.stages.runs import budget

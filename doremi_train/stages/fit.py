@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 import torch
-from rich.markup import escape
 
 from doremi_train import files, mixture
 from doremi_train.config import UserError
@@ -95,7 +94,7 @@ def _run(session: Session) -> Mixture | None:
     files.write_json(folder / "fit.json", content)
     fit_page.write(folder / "report.html", content, steer)
     for line in (*content["notes"], content["verdict"], str(folder / "report.html")):
-        session.say(escape(f"fit: {line}"))
+        session.say(f"fit: {line}")
     if proposal is None or proposal.refused:
         return None
     chosen = Mixture(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.console import console
+from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, design, headroom, swarm
 from doremi_train.methods.box import Floats
@@ -68,7 +68,7 @@ def run(session: Session) -> dict[str, Any]:
     content: dict[str, Any] = comm.on_first(lambda: result(asked.run))
     for line in (*content["said"], str(session.run_dir / "headroom" / "headroom.json")):
         if comm.world().first:
-            console.print(f"headroom: {line}", markup=False)
+            say(f"headroom: {line}")
     return content
 
 
