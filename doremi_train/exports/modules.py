@@ -31,12 +31,12 @@ _OPEN_SOURCE = '''BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parqu
             "csv": "csv", "arrow": "arrow", "tar": "webdataset"}
 
 
-def open_source(path):
+def open_source(path, streaming=True):
     """Rows of files (a path or a glob), or of a folder or a repository that holds them."""
     ending = path.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     if ending in BUILDERS:
-        return load_dataset(BUILDERS[ending], data_files=path, split="train", streaming=True)
-    return load_dataset(path, split="train", streaming=True)
+        return load_dataset(BUILDERS[ending], data_files=path, split="train", streaming=streaming)
+    return load_dataset(path, split="train", streaming=streaming)
 '''
 
 datasets = _module(
@@ -57,12 +57,13 @@ def mixture(seed=0, open_source=open_source):
 
 # Imports stand in the functions: what one version has, the other lacks.
 torchtitan = _module(
-    "from datasets import load_dataset",
+    "import functools\n\nfrom datasets import load_dataset",
     _OPEN_SOURCE
     + '''
 
-def mixture(open_source=open_source, text_key="text", seed=0):
-    """A dataloader's config for torchtitan 0.3: a draw is a packed sequence of one source."""
+def mixture(open_source=functools.partial(open_source, streaming=False), text_key="text", seed=0):
+    """A dataloader's config for torchtitan 0.3: a draw is a packed sequence of one source. What is
+    streamed begins each pass where a resumed run began, so that it is not by default."""
     from torchtitan.hf_datasets import DatasetConfig
     from torchtitan.hf_datasets import text_datasets as titan
 
@@ -99,11 +100,19 @@ litdata = _module(
     def __next__(self):
         try:
             return super().__next__()
-        except StopIteration:
-            self._state_dict = None
-            self.current_epoch += 1
+        except StopIteration:  # it has gone to the next epoch
             iter(self)
             return super().__next__()
+
+    def load_state_dict(self, state_dict):
+        """A state counts the draws of all passes; what is resumed is the place in one of them."""
+        state = dict(state_dict)
+        length = self.get_len(state["num_workers"], state["batch_size"])
+        passes, within = divmod(state["num_samples_yielded"], length)
+        state["current_epoch"] = max(state["current_epoch"], 1 + passes)
+        state["num_samples_yielded"] = within
+        state["sample_in_epoch"] = within * state["world_size"]
+        super().load_state_dict(state)
 
 
 def mixture(block_size, seed=0):

@@ -316,7 +316,7 @@ class Export:
     """File that is written; null: in run_dir/export."""
 
     paths: dict[str, str] | None = None
-    """Where the trainer finds each domain, {domain: path}."""
+    """Where the trainer finds each domain, {domain: path}, or a file of that in JSON or YAML."""
 
     unit: Unit | None = None
     """What the trainer draws; null: as the table in docs/export.md says."""

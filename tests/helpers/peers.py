@@ -110,6 +110,7 @@ def without_pictures():
 
 def mosaicml_streaming(folder, rank):
     import yaml
+    from torch.utils.data import DataLoader
 
     with without_pictures():
         from streaming import MDSWriter, Stream, StreamingDataset
@@ -123,8 +124,12 @@ def mosaicml_streaming(folder, rank):
     config = yaml.safe_load((folder / "mixture.yaml").read_text())
     streams = [Stream(**fields) for fields in config.pop("streams").values()]
     dataset = StreamingDataset(streams=streams, batch_size=10, epoch_size=DRAWS, **config)
-    drawn = [sample["domain"] for sample in dataset]
-    return {"alone": counted(drawn), "first": counted(drawn, 20)}
+    if rank is not None:
+        return counted(sample["domain"] for sample in dataset)  # a half of DRAWS each
+    drawn = [sample["domain"] for sample in DataLoader(dataset, None, num_workers=2)]
+    again = counted(sample["domain"] for sample in DataLoader(dataset, None, num_workers=2))
+    found = {"workers": counted(drawn), "first": counted(drawn, 20), "again": again}
+    return found | {"ranks": on_two_ranks("mosaicml_streaming", folder)}
 
 
 def datasets(folder, rank):
@@ -132,8 +137,7 @@ def datasets(folder, rank):
     from torch.utils.data import DataLoader
 
     for name, (path, samples) in domains(folder).items():
-        rows = [json.dumps({"text": name}) + "\n"] * samples
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"text": name, "n": number}) + "\n" for number in range(samples)]
         Path(path).write_text("".join(rows))
     mixed = module(folder).mixture()
 
@@ -143,31 +147,62 @@ def datasets(folder, rank):
 
     ranks = [split_dataset_by_node(mixed, rank, 2) for rank in range(2)]
     both = sum((collections.Counter(drawn(part, 0, 2000)) for part in ranks), collections.Counter())
-    return {"alone": drawn(mixed), "workers": drawn(mixed, 2), "ranks": dict(both)}
+    found = {"alone": drawn(mixed), "workers": drawn(mixed, 2), "ranks": dict(both)}
+    rows = list(itertools.islice(mixed, 1800))
+    list(zip(range(1500), mixed, strict=False))
+    state = mixed.state_dict()
+    resumed = module(folder).mixture()
+    resumed.load_state_dict(state)
+    same = [a == b for a, b in zip(rows[1500:], resumed, strict=False)]
+    return found | {"resumed": {"same": sum(same)}}
 
 
-def blocks(number):
-    """A domain's samples, of which each token is its number."""
-    import torch
+def torchtitan(folder, rank):
+    from torchtitan.hf_datasets.text_datasets import InterleavedHuggingFaceTextDataLoader
 
-    number, samples = number
-    yield torch.full((BLOCK * samples,), number, dtype=torch.int)
+    names = list(domains(folder))
+    for name, (path, samples) in domains(folder).items():
+        words = " ".join([str(names.index(name))] * (BLOCK + 1))  # a document is a sequence
+        Path(path).write_text((json.dumps({"text": words}) + "\n") * samples)
+    config = module(folder).mixture()
+
+    class Words:
+        def encode(self, text, add_bos, add_eos):
+            return [int(word) for word in text.split()]
+
+    def loader(rank=0, ranks=1, workers=0):
+        config.num_workers = workers
+        place = {"dp_rank": rank, "dp_world_size": ranks}
+        size = {"seq_len": BLOCK, "local_batch_size": 1}
+        return InterleavedHuggingFaceTextDataLoader(config, tokenizer=Words(), **place, **size)
+
+    def drawn(loader, draws=DRAWS):
+        return counted((names[int(labels[0, 0])] for _, labels in loader), draws)
+
+    ranks = [collections.Counter(drawn(loader(rank, 2), 2000)) for rank in range(2)]
+    found = {"alone": drawn(loader()), "ranks": dict(ranks[0] + ranks[1])}
+    found["workers"] = drawn(loader(workers=2))
+    whole, begun, resumed = loader(), loader(), loader()
+    whole = [labels[0].tolist() for _, labels in itertools.islice(whole, 1800)]
+    list(itertools.islice(begun, 1500))
+    resumed.load_state_dict(begun.state_dict())
+    same = [a == b[0].tolist() for a, (_, b) in zip(whole[1500:], resumed, strict=False)]
+    return found | {"resumed": {"same": sum(same)}}
 
 
 def litdata(folder, rank):
-    from litdata import StreamingDataLoader, TokensLoader, optimize
+    import torch
+    from litdata import StreamingDataLoader, TokensLoader
+    from litdata.streaming.cache import Cache
 
     names = list(domains(folder))
     if rank is None:
-        for number, (path, samples) in enumerate(domains(folder).values()):
-            optimize(
-                blocks,
-                [(number, samples)],
-                path,
-                chunk_size=BLOCK * samples,
-                num_workers=1,
-                item_loader=TokensLoader(BLOCK),
-            )
+        for name, (path, samples) in domains(folder).items():
+            cache = Cache(path, chunk_size=BLOCK * samples // 4, item_loader=TokensLoader(BLOCK))
+            for sample in range(samples):  # its domain's number, and its own
+                cache[sample] = torch.tensor([names.index(name), sample] + [0] * (BLOCK - 2))
+            cache.done()
+            cache.merge()
     mixture = module(folder).mixture
 
     def drawn(workers=0):
@@ -178,6 +213,14 @@ def litdata(folder, rank):
         return drawn()
     alone = counted(names[int(sample[0])] for sample in mixture(BLOCK))
     found = {"alone": alone, "loader": drawn(), "workers": drawn(2)}
+    whole, begun, resumed = (
+        StreamingDataLoader(mixture(BLOCK), batch_size=4, num_workers=0) for _ in range(3)
+    )
+    whole = [batch.tolist() for batch in itertools.islice(whole, 575)]
+    list(itertools.islice(begun, 500))
+    resumed.load_state_dict(begun.state_dict())
+    same = [a == b.tolist() for a, b in zip(whole[500:], resumed, strict=False)]
+    found["resumed"] = {"same": sum(same) * 4}
     return found | {"ranks": on_two_ranks("litdata", folder)}
 
 
