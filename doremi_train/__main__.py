@@ -62,7 +62,7 @@ def _of_names(error: Exception) -> str:
         if f"{key}=" in given:
             return (
                 "\nin names write \\( \\) \\, \\: for ( ) , : and quote what is no word; or "
-                f'give {key}=FILE.json, a file of {{"NAME": VALUE}}, where any name may stand'
+                f'give {key}=FILE.json or FILE.yaml, of {{"NAME": VALUE}}, where any name may stand'
             )
     return ""
 
