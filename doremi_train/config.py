@@ -113,8 +113,12 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).
         return TypeAdapter(cls).validate_json(json.dumps(values))
     except ValidationError as error:
+        lines: dict[str, list[str]] = {}  # where a value may be one thing or another, all of one
+        for entry in error.errors():
+            given, said = _explain(entry, key, values)
+            lines.setdefault(given, []).append(said)
         raise UserError(
-            "\n".join(_explain(entry, key, values) for entry in error.errors())
+            "\n".join(given + "; or: ".join(said) for given, said in lines.items())
         ) from None
 
 
@@ -207,17 +211,32 @@ def _word(value: str) -> str:
     return '"' + re.sub(r"(\\*)(\"|$)", r"\1\1\\\2", value).removesuffix("\\") + '"'
 
 
-def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> str:
-    where = ".".join([key] * bool(key) + [str(part) for part in entry["loc"]])
+def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """What was given, and what is wrong with it."""
+    where = ".".join([key] * bool(key) + _place(entry["loc"], values))
     if entry["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return (
-            f"{where}: unknown key; remove it, or see `doremi-train --help` for the keys that exist"
-        )
+        said = "unknown key; remove it, or see `doremi-train --help` for the keys that exist"
+        return f"{where}: ", said
     if entry["type"] in ("missing", "missing_argument"):
-        return f"{where}: missing; give it as {where}=…"
+        return f"{where}: ", f"missing; give it as {where}=…"
     shown = repr(entry["input"])
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
-    return f"{where}={shown}: {entry['msg']}"
+    return f"{where}={shown}: ", entry["msg"]
+
+
+def _place(location: Iterable[Any], values: Any) -> list[str]:
+    """Parts of the key at a location of pydantic's, which also has the names of types that a value
+    may be of."""
+    parts: list[str] = []
+    for part in location:
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part]
+        else:
+            continue
+        parts.append(str(part))
+    return parts
 
 
 def conf_dir() -> Path:

@@ -277,7 +277,7 @@ ASKED = {  # what a key allows, and what there is
     ),
     "selection.method": (("none", "less", *selection_options.METHODS), group("selection")),
     "mixture.method": (
-        (*WAYS, *published(), "doremi_steady"),  # the last two are ways with settings
+        (*WAYS, *published(), "doremi_auto", "doremi_steady"),  # the last are ways with settings
         group("mixture"),
     ),
 }
@@ -314,6 +314,8 @@ OBJECTIVE_CASES: list[tuple[str, Any]] = [
         for how in ("weight", "resample")
         for score in ("excess", "hardest", "easiest")
     ),
+    ("doremi", doremi.Options(step_size="auto", warmup="auto")),
+    ("doremi", doremi.Options(settled=1e-9)),
     *(
         ("importance", importance.Options(policy=policy, weights=PRIOR))
         for policy in allowed(importance.Options, "policy")

@@ -48,6 +48,7 @@ class Result(NamedTuple):
     findings: list[dict[str, Any]]  # findings.json
     warnings: list[str]  # of plan.json
     downstream: dict[str, Any]  # downstream.json; empty where there is none
+    small_runs: float | None  # FLOPs of plan.json before the final run, in units of it
     swarm: dict[str, Any]  # its fit.json, and `runs` of runs.jsonl; empty where there was none
     validation: dict[str, tuple[int, int | None]]  # documents and bytes of each domain's split
     tokenizer: str | None  # its fingerprint; None: its data is gone
@@ -149,7 +150,8 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     learners = [folder / "main"] if itself else proxies
     traces = [list(files.read_lines(learner / "domain_weights.jsonl")) for learner in learners]
     rounds = [_mean_weights(sorted(number.glob("seed-*/result.json"))) for number in numbers]
-    plan = folder / "plan.json"
+    place = folder / "plan.json"
+    plan = files.read_json(place) if place.exists() else {}
     findings = folder / "findings.json"
     fit = folder / "swarm" / "fit.json"
     tasks = folder / "downstream.json"
@@ -167,7 +169,8 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         rounds=rounds if len(rounds) > 1 else [],
         picks=list(files.read_lines(folder / "main" / "batch_selection.jsonl")),
         findings=files.read_json(findings) if findings.exists() else [],
-        warnings=files.read_json(plan)["warnings"] if plan.exists() else [],
+        warnings=plan.get("warnings", []),
+        small_runs=small_runs(plan),
         downstream=files.read_json(tasks) if tasks.exists() else {},
         swarm=files.read_json(fit) | {"runs": list(files.read_lines(fit.with_name("runs.jsonl")))}
         if fit.exists()
@@ -178,6 +181,16 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
         },
         tokenizer=data["tokenizer"]["fingerprint"] if data else None,
     )
+
+
+def small_runs(plan: Mapping[str, Any]) -> float | None:
+    """FLOPs of all runs before the final one, in units of it; None where a plan does not say."""
+    stages = plan.get("stages", {})
+    costs = {name: stage.get("whole_flops") for name, stage in stages.items()}
+    if not costs.get("main") or None in costs.values():
+        return None
+    before = [costs[name] for name, stage in stages.items() if stage["kind"] != "main"]
+    return float(sum(before) / costs["main"])
 
 
 def _mean_weights(paths: Sequence[Path]) -> dict[str, float]:

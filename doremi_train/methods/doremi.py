@@ -8,28 +8,35 @@ https://arxiv.org/abs/2305.10429), Algorithm 1.
   4. one optimiser step on Σ_k α_t[k] · (mean over the tokens of domain k of ℓ_θ), unclipped.
 The result is ᾱ = (1/T) Σ_{t=1..T} α_t.
 
+Beside the paper's form, η may follow from the run (`hedge`), and so may the step from which α moves
+and is averaged (`startup`).
+
 K domains, B sequences, T tokens a sequence. Losses are nats per token. Sums and weights are
 float64.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from doremi_train.config import STRICT, Fraction, NonNegativeFloat
-from doremi_train.methods import simplex
+from doremi_train.config import STRICT, Fraction, NonNegativeFloat, PositiveFloat
+from doremi_train.methods import batch_means, hedge, pieces, simplex, startup
 
 token_wise = False
+
+LEAST = 0.25  # part of a run's steps that are averaged before it may be settled
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
     """Defaults are the paper's."""
 
-    step_size: NonNegativeFloat = 1.0
-    """Step size η of the exponentiated update; 0 keeps α uniform."""
+    step_size: NonNegativeFloat | Literal["auto"] = 1.0
+    """Step size η of the exponentiated update; 0 keeps α uniform; auto: from the number of steps,
+    and how far domains' excess losses were apart so far."""
 
     smoothing: Fraction = 1e-3
     """Part c of the uniform mixture in α."""
@@ -41,11 +48,16 @@ class Options:
     """Excess of a domain that is not in the batch: 0, or the last one; null: hold for resample,
     else zero."""
 
-    warmup: Fraction = 0.0
-    """Part of the run in which α stays uniform; it is left out of the average."""
+    warmup: Fraction | Literal["auto"] = 0.0
+    """Part of the run in which α stays uniform; it is left out of the average; auto: until excess
+    losses are less far apart than at first, and at most half of the run."""
 
     average_from: Fraction = 0.0
     """Part of the run, at its start, that is left out of the average."""
+
+    settled: PositiveFloat | None = None
+    """Half-width of the 95 % interval of the average, that of the domain known least, at which a
+    proxy ends before its steps, a quarter of which are averaged at least; null: never."""
 
     objective: Literal["weight", "resample"] = "weight"
     """Whether α weighs the loss, or draws the next batch."""
@@ -73,15 +85,26 @@ class State(NamedTuple):
     averaged: Tensor  # () how many those are
     excess: Tensor  # (K,) λ_t as used by the last update, nats per token
     step: Tensor  # () t
-    moves_after: Tensor  # () α_t changes for t above this
-    average_after: Tensor  # () α_t is averaged for t above this
+    moves_after: Tensor  # () α_t changes for t above this; of warmup=auto at the latest
+    average_after: Tensor  # () α_t is averaged for t above this too
+    # Of step_size=auto.
+    rounds: Tensor  # () steps that η is for; 0 where η is given
+    span: Tensor  # () largest range of λ over domains so far, nats per token
+    step_size: Tensor  # () η of the last update; 0 where α stayed
+    # Of warmup=auto, while α stays; empty where it is given.
+    curve: Tensor  # (P, K) of `startup.Curve`
+    highest: Tensor  # () of the same
+    # Of settled; empty where nothing ends the run.
+    path: Tensor  # (P, K) `pieces` of the α_t that are averaged
+    half_width: Tensor  # () of the interval of ᾱ when last a piece was full
+    least: Tensor  # () steps that are averaged before it is asked
 
 
 def init(domains: int, steps: int, options: Options) -> State:
     """State before step 1 of a run of `steps` steps."""
     zeros = torch.zeros(domains, dtype=torch.float64)
-    still = int(options.warmup * steps)
-    left_out = max(still, int(options.average_from * steps))
+    waits = options.warmup == "auto"
+    still = steps // 2 if waits else int(options.warmup * steps)
     return State(
         weights=simplex.uniform(domains),
         weight_sum=zeros,
@@ -89,7 +112,16 @@ def init(domains: int, steps: int, options: Options) -> State:
         excess=zeros,
         step=torch.tensor(0),
         moves_after=torch.tensor(still),
-        average_after=torch.tensor(left_out),
+        average_after=torch.tensor(int(options.average_from * steps)),
+        rounds=torch.tensor(steps if options.step_size == "auto" else 0),
+        span=zeros.new_zeros(()),
+        step_size=zeros.new_zeros(()),
+        curve=startup.empty(domains).sums if waits else zeros.new_zeros(0),
+        highest=zeros.new_zeros(()),
+        path=pieces.empty(domains) if options.settled is not None else zeros.new_zeros(0),
+        half_width=zeros.new_tensor(math.inf),
+        # From the uniform α on it hardly moves at first, and looks as if it was known.
+        least=torch.tensor(int(LEAST * steps)),
     )
 
 
@@ -125,20 +157,58 @@ def update(state: State, stats: Stats, options: Options) -> State:
         present, excess, state.excess if options.holds else torch.zeros_like(excess)
     )
     step = state.step + 1
-    moved = simplex.exponentiated(state.weights, options.step_size * excess, options.smoothing)
+    span = torch.maximum(state.span, hedge.spread(excess))
+    step_size, power = _step_size(state, span, options)
+    moved = simplex.exponentiated(state.weights, step_size * excess, options.smoothing, power)
     # At the start, excess is what the reference has learned already: largest where there was most
     # to learn quickly.
-    weights = torch.where(step > state.moves_after, moved, state.weights)
-    counts = step > state.average_after
-    return State(
+    moves = step > state.moves_after
+    weights = torch.where(moves, moved, state.weights)
+    counts = moves & (step > state.average_after)
+    following = _with_curve(state, excess)._replace(
         weights=weights,
         weight_sum=state.weight_sum + weights * counts,
         averaged=state.averaged + counts,
         excess=excess,
         step=step,
-        moves_after=state.moves_after,
-        average_after=state.average_after,
+        span=span,
+        step_size=torch.where(moves, step_size, 0.0),
     )
+    return _with_path(following) if counts else following
+
+
+def _step_size(state: State, span: Tensor, options: Options) -> tuple[Tensor, Tensor | float]:
+    """η (), and the power of α that makes it that of all gains so far."""
+    if options.step_size != "auto":
+        return state.span.new_tensor(options.step_size), 1.0
+    power = state.span / span if state.span > 0 else 1.0
+    return hedge.step_size(span, len(state.weights), int(state.rounds)), power
+
+
+def _with_curve(state: State, excess: Tensor) -> State:
+    """The state with λ_t (K,) in its curve, which says where the start of the run ends."""
+    if not len(state.curve) or state.step >= state.moves_after:
+        return state
+    curve = startup.add(startup.Curve(state.curve, state.highest, state.step), excess)
+    ends = curve.steps if startup.over(curve) else state.moves_after
+    return state._replace(curve=curve.sums, highest=curve.highest, moves_after=ends)
+
+
+def _with_path(state: State) -> State:
+    """The state with its α_t among those whose average is asked how well it is known."""
+    if not len(state.path):
+        return state
+    number = int(state.averaged)
+    path = pieces.add(state.path, number, state.weights)
+    full, known = pieces.means(path, number), state.half_width
+    if len(full) >= pieces.FEWEST and number >= state.least:
+        known = known.new_tensor(batch_means.half_width(full))
+    return state._replace(path=path, half_width=known)
+
+
+def settled(state: State, options: Options) -> bool:
+    """Whether ᾱ is known as well as it was asked for, so that the run may end."""
+    return options.settled is not None and bool(state.half_width <= options.settled)
 
 
 def weigh(state: State, domain: Tensor, tokens: Tensor, options: Options) -> Tensor:
@@ -160,8 +230,16 @@ def sampling(state: State, options: Options) -> Tensor:
 
 def record(state: State, stats: Stats) -> dict[str, Tensor]:
     """What a stranger needs to recompute every α_t: λ_t, beside α_t itself and the tokens it came
-    from."""
-    return {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
+    from; and what was not given: η, 0 where α stayed, the first step of ᾱ as known by now, and the
+    half-width of its interval once there is one."""
+    line = {"weights": state.weights, "excess_loss": state.excess, "tokens": stats.tokens.long()}
+    if state.rounds > 0:
+        line["step_size"] = state.step_size
+    if len(state.curve):
+        line["average_from"] = torch.maximum(state.moves_after, state.average_after) + 1
+    if state.half_width < math.inf:
+        line["half_width"] = state.half_width
+    return line
 
 
 def result(state: State) -> Tensor:

@@ -40,11 +40,13 @@ def sums(losses: Tensor, domain: Tensor, domains: int) -> tuple[Tensor, Tensor]:
     return total, length.new_zeros(domains).index_add_(0, domain, length)
 
 
-def exponentiated(weights: Tensor, gain: Tensor, smoothing: float) -> Tensor:
-    """(K,) one exponentiated-gradient step: ∝ α exp(gain), then the part `smoothing` of it made
-    uniform."""
+def exponentiated(
+    weights: Tensor, gain: Tensor, smoothing: float, power: float | Tensor = 1.0
+) -> Tensor:
+    """(K,) one exponentiated-gradient step: ∝ α^power exp(gain), then the part `smoothing` of it
+    made uniform."""
     # softmax in log space: exp(gain) overflows float64 beyond 709, softmax never does.
-    raised = torch.softmax(weights.log() + gain, dim=0)
+    raised = torch.softmax(power * weights.log() + gain, dim=0)
     return (1 - smoothing) * raised + smoothing / len(weights)
 
 

@@ -23,6 +23,7 @@ def show(
         if len(messages) > MESSAGES:
             say(f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json")
     say(f"plan: the store is {store}")
+    say(f"plan: {plan['advice']}")
 
 
 def _runs(plan: Mapping[str, Any]) -> Table:
@@ -137,6 +138,11 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         )
         said.append(
             f"a domain is absent from {absent['uniform']:.1%} of the proxy's batches{at_floor}"
+        )
+    if plan["settled"]:
+        said.append(
+            "what is said of proxies is an upper bound: one ends when every weight of its average "
+            f"is known to ± {plan['settled']} (proxy.settled)"
         )
     if plan["headroom"]:
         said.append(plan["headroom"])

@@ -11,6 +11,7 @@ from doremi_train import files
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import results
 from doremi_train.evaluation.detectors import effective_number
+from doremi_train.evaluation.headline import headline
 from doremi_train.evaluation.results import Result, Setting
 from doremi_train.evaluation.statistics import spread
 from doremi_train.methods import HEURISTICS, heuristics
@@ -34,6 +35,16 @@ def selection_of(run: Result) -> dict[str, Any]:
         if folder.exists()
         else {}
     )
+
+
+def headline_of(settings: Sequence[Setting]) -> str:
+    """What the page and the terminal begin with: the headline of the one setting, or of the best of
+    several; "" where there is none."""
+    if results.incomparable([run for setting in settings for run in setting.results]):
+        return ""
+    best = min(settings, key=lambda setting: fmean(setting.losses("main")))
+    said = headline(best)
+    return f"{best.label}: {said}" if said and len(settings) > 1 else said
 
 
 def overall(settings: Sequence[Setting]) -> str:
@@ -74,6 +85,7 @@ def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, 
     }
     return {
         "label": setting.label or ("over seeds" if len(setting.results) > 1 else ""),
+        "headline": headline(setting),
         "verdict": results.verdict(setting),
         "cards": _cards(setting),
         "warnings": warnings_of(setting),

@@ -119,8 +119,18 @@ def compare(
     curves: Mapping[str, list[dict[str, Any]]],
     score: Callable[[Line], float] | None,
 ) -> None:
-    """Add to each model of the main size: domains better than the baseline, and steps to what the
-    baseline reaches at its end, by the objective; without them where that is not known of steps."""
+    """Add to each model of the main size: its steps, and those to what every other reaches at its
+    end, by the objective (`steps_to`), without these where it is not known of steps; and beside
+    the baseline in how many domains it is better (and steps_to_baseline once more by itself)."""
+    for name, curve in curves.items():
+        figures[name]["steps"] = curve[-1]["step"]
+        if score is not None:
+            scored = [(line["step"], score(line)) for line in curve]
+            figures[name]["steps_to"] = {
+                other: next((step for step, mine in scored if mine <= score(theirs[-1])), None)
+                for other, theirs in curves.items()
+                if other != name
+            }
     if "baseline" not in figures:
         return
     baseline = figures["baseline"]["domains"]
@@ -129,7 +139,6 @@ def compare(
         figures[name]["domains_better_than_baseline"] = sum(
             mine[d]["loss"] < baseline[d]["loss"] for d in baseline
         )
-        figures[name]["steps"] = curve[-1]["step"]
         if score is not None:
             goal = score(curves["baseline"][-1])
             figures[name]["steps_to_baseline"] = next(

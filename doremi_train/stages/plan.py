@@ -20,7 +20,7 @@ from doremi_train.parallel import comm
 from doremi_train.reports import plan_text
 from doremi_train.stages import headroom, main, prepare
 from doremi_train.stages.mixtures import follows
-from doremi_train.stages.planning import ahead, warnings
+from doremi_train.stages.planning import advice, ahead, shares, warnings
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, reference, reference_losses
 from doremi_train.stages.runs.ahead import Ahead
@@ -73,12 +73,30 @@ def _write(
         "accumulation": bill.accumulation(runs),
         "reference_losses": _reference_losses(session, store, runs),
         "absent": _absent(session, len(store.domains)) if "proxy" in kinds else None,
+        "settled": session.config.proxy.settled if "proxy" in kinds else None,
         "headroom": headroom.ahead(session, store) if "swarm" in kinds else None,
+        "small_runs": shares.of_ways(session, store, bill, stages),
         "warnings": [message for messages in warned.values() for message in messages],
     }
+    plan["advice"] = advice.advise(_known(session, plan))
     files.write_json(session.run_dir / "plan.json", plan)
     plan_text.show(plan, warned, session.store, session.config.main.tokens)
     return plan
+
+
+def _known(session: Session, plan: Mapping[str, Any]) -> advice.Known:
+    """What advice follows from."""
+    path, domains = session.run_dir / "headroom" / "headroom.json", plan["domains"]
+    return advice.Known(
+        way=session.method,
+        shares=plan["small_runs"],
+        tokens=budget.final_tokens(session),
+        weights={name: domain["natural_weight"] for name, domain in domains.items()},
+        passes={name: domain["final_epochs"]["uniform"] for name, domain in domains.items()},
+        most_passes=session.config.mixture.max_epochs,
+        worth=files.read_json(path)["worth"] if path.exists() else None,
+        measured=path.exists(),
+    )
 
 
 # ── Data ────────────────────────────────────────────────────────────────────────────

@@ -52,11 +52,13 @@ def _read(folders: Sequence[Path]) -> list[Setting]:
 
 def _report(page: Path, settings: Sequence[Setting]) -> None:
     verdict, how = run_page.overall(settings), {name: way.HOW for name, way in WAYS.items()}
+    first = run_page.headline_of(settings)
     runs = [run for setting in settings for run in setting.results]
     compared = len(settings) > 1 and not results.incomparable(runs)
     write_page(
         page,
         title=str(page.parent),
+        headline=first,
         verdict=verdict,
         columns=run_page.COLUMNS,
         charts=sweep_charts.compare(settings) if compared else [],
@@ -66,6 +68,8 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         ],
         selection=run_page.selection_of(settings[0].results[0]),
     )
+    if first:
+        say(first)
     for table in (
         [run_table.settings_table(settings)]
         if compared

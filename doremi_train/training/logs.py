@@ -44,6 +44,8 @@ class Logs:
                 for key, column in columns.items()
             }
             mark = {"skipped": True} if skipped else {}  # the update was left out with the batch
+            if task.ends(position) and position.step < task.training.steps:
+                mark["settled"] = True  # which is why there is no line after it
             self._write("domain_weights", {"step": position.step, **named, **mark})
 
     def selection(self, domains: tuple[str, ...], step: int, picks: Picks) -> None:

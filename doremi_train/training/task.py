@@ -90,7 +90,14 @@ class Task(NamedTuple):
     selection: batch_selection.Setting | None = None
     # Of an objective that looks at every domain's gradient; None: losses.
     target: domain_gradients.Target | None = None
+    # Whether a run is done before its steps are, by the objective's state; None: never.
+    settled: Callable[[Any], bool] | None = None
     bar: Bar | None = None  # that this run moves on; None: one of its own
+
+    def ends(self, position: "Position") -> bool:
+        """Whether there is no step after `position`."""
+        done = self.settled is not None and self.settled(position.state)
+        return done or position.step >= self.training.steps
 
 
 class Position(NamedTuple):

@@ -92,16 +92,18 @@ class Trainer:
             self.batches,
             self._bar(position.step, tokens) as bar,
         ):
-            while position.step < training.steps:
+            last = task.ends(position)
+            while not last:
                 clock = time.perf_counter()
                 taken = self.step.take(position)
                 position = taken.position
-                if self._looked_at(position.step) or taken.stopping:
+                last = task.ends(position)
+                if last or self._looked_at(position.step) or taken.stopping:
                     self.step.require_finite(position.step)
                 logs.trace(task, position, taken.stats, skipped=not taken.sound)
                 if taken.picks is not None:
                     logs.selection(task.store.domains, position.step, taken.picks)
-                if position.step % training.log_every == 0 or position.step == training.steps:
+                if position.step % training.log_every == 0 or last:
                     loss = self._mean_loss()
                     bar.update(position.step * tokens, f"loss {loss:.3f}")
                     logs.metrics(
@@ -110,7 +112,7 @@ class Trainer:
                         learning_rate=optim.learning_rate(position.step, training.steps, training),
                         tokens_per_second=tokens / (time.perf_counter() - clock),
                     )
-                if position.step % self._evaluate_every == 0 or position.step == training.steps:
+                if position.step % self._evaluate_every == 0 or last:
                     logs.evaluation(position.step, self.evaluate(position.step))
                 if position.step in self._kept:
                     self._keep(position.step)
@@ -125,13 +127,9 @@ class Trainer:
                 yield taken
 
     def _looked_at(self, step: int) -> bool:
-        """Whether the model is measured or kept after `step`."""
+        """Whether the model is measured or kept after `step`, be it the last or not."""
         every = (self._evaluate_every, self.task.training.checkpoint_every)
-        return (
-            step == self.task.training.steps
-            or step in self._kept
-            or any(step % count == 0 for count in every)
-        )
+        return step in self._kept or any(step % count == 0 for count in every)
 
     def _selector(self, place: place.Place) -> selector.Selector:
         """Raises UserError where candidates cannot be scored exactly as asked."""
@@ -264,6 +262,6 @@ class Trainer:
             self.selector.restore(saved["selection"])
         for part, value in zip(self.step.loss, saved["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
-        return Position(
-            step, type(fresh)(*saved["state"]), saved["counts"].numpy(), saved["skipped"]
-        )
+        # A field that came after the checkpoint was written is as at the start.
+        state = fresh._replace(**dict(zip(fresh._fields, saved["state"], strict=False)))
+        return Position(step, state, saved["counts"].numpy(), saved["skipped"])

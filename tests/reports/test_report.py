@@ -405,3 +405,25 @@ def test_a_selection_shows_what_was_chosen_beside_what_was_not(
         assert "<title>doremi-train" in shown and "<script" not in shown and "<img" not in shown
         assert "<b>mixed" not in shown and "&lt;b&gt;mixed" in shown
     assert "Which documents were chosen" in shown
+
+
+def test_page_and_terminal_begin_with_the_headline(corpus: Path, tmp_path: Path) -> None:
+    for seed, step in enumerate((40, 60)):
+        folder = run_of(tmp_path / "sweep" / str(seed), 16, seed)
+        figures = read(folder / "evaluation.json")
+        figures["main"] |= {"steps": 100, "steps_to": {"baseline": step, "uniform": 100}}
+        (folder / "evaluation.json").write_text(json.dumps(figures))
+        stages = {"proxy": ("proxy", 3.0), "main": ("main", 10.0)}
+        plan = {n: {"kind": kind, "whole_flops": flops} for n, (kind, flops) in stages.items()}
+        (folder / "plan.json").write_text(json.dumps({"stages": plan, "warnings": []}))
+    outcome = run_here(f"data.root={corpus}", "stage=report", f"run_dir={tmp_path / 'sweep'}")
+    assert outcome.code == 0, outcome.err
+    said = (
+        "The learned mixture reaches natural's final loss in 50 ± 127 % of the steps. That is 50 % "
+        "of the FLOPs where small runs are left out, and 80 % with all included"
+    )
+    printed = " ".join(outcome.out.split())
+    page = (tmp_path / "sweep" / "report.html").read_text().replace("&#39;", "'")
+    for text in (printed, page):
+        assert said in text and text.index(said) < text.index("Over 2 runs the learned mixture is")
+    assert printed.index(said) < printed.index("The mixture, and validation loss")

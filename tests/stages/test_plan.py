@@ -63,6 +63,8 @@ def test_every_run_is_there_and_equal_runs_count_once(default: dict[str, Any]) -
     assert default["evaluation"]["models"] == 5
     total = sum(stage["flops"] for stage in stages.values()) + default["evaluation"]["flops"]
     assert default["total_flops"] == total > 0
+    # Of a plan of before anything ran, what is left is the whole.
+    assert all(stage["whole_flops"] == stage["flops"] for stage in stages.values())
 
 
 def test_flops_of_a_run(default: dict[str, Any], tmp_path: Path) -> None:
@@ -184,6 +186,7 @@ def test_what_is_done_costs_nothing_and_is_not_measured(
     }
     for name in ("reference", "proxy", "baseline"):
         assert half["stages"][name]["flops"] == half["stages"][name]["seconds"] == 0
+        assert (half["stages"][name]["whole_flops"] > 0) == (name != "baseline")
     assert half["stages"]["main"]["seconds"] > 0
     # It is known by now.
     assert half["domains"]["rich"]["final_epochs"].keys() == {
@@ -238,6 +241,7 @@ def test_a_run_that_was_stopped_is_counted_from_there(fresh: list[str], tmp_path
     runs.set_status(folder, "preempted", 9)
     begun = planned(*overrides)["stages"]["reference"]
     assert begun["state"] == "begun" and begun["flops"] == pytest.approx(new["flops"] / 4)
+    assert begun["whole_flops"] == new["whole_flops"] == new["flops"]
 
 
 def test_a_given_reference_costs_its_own_forward(tiny: list[str], tmp_path: Path) -> None:
@@ -442,6 +446,8 @@ UNMATCHED = ["main.tokens=100000000", "proxy.match_repetition=false"]
         ([*SILENT, *UNMATCHED], "the planned final run"),
         ([*SILENT, *UNMATCHED], "proxy.match_repetition=true"),
         ([*SILENT, "proxy.average_from=0"], "For about the first 200"),
+        ([*SILENT, "proxy.average_from=0", "proxy.step_size=auto"], None),
+        ([*SILENT, "proxy.average_from=0", "proxy.warmup=auto"], None),
         (
             [*SILENT, "training.steps=300", "proxy.step_size=0.1"],
             "The proxy sees 800 sequences of each domain",
@@ -557,3 +563,50 @@ def test_a_final_run_that_is_no_longer_needs_no_part(tiny: list[str], tmp_path: 
     assert [s["state"] for s in plain["stages"].values()] == [
         s["state"] for s in matched["stages"].values()
     ]
+
+
+# ── Advice ──────────────────────────────────────────────────────────────────────────
+
+
+def test_the_plan_ends_with_advice_from_what_every_way_would_cost(
+    default: dict[str, Any], tiny: list[str], tmp_path: Path
+) -> None:
+    stages, shares = default["stages"], default["small_runs"]
+    main = stages["main"]["flops"]
+    small = stages["reference"]["flops"] + stages["proxy"]["flops"]
+    assert shares["doremi"] == pytest.approx(small / main, rel=0.01)  # of the same length here
+    assert shares["dro"] == pytest.approx(stages["reference"]["flops"] / main, rel=0.01)
+    assert shares["mixmin"] == pytest.approx(3 * shares["dro"])
+    assert "odm" not in shares
+    assert default["advice"].startswith("advice: at this budget the small runs of doremi are")
+    assert " ".join(default["printed"].split()).endswith(default["advice"])
+    # What a final run of a hundred times the tokens makes of it, counted by hand.
+    longer = planned(
+        *tiny, f"run_dir={tmp_path}", f"main.tokens={100 * TOKENS}", "evaluation.every=1200",
+        "proxy.match_repetition=false",
+    )  # fmt: skip
+    assert longer["small_runs"]["doremi"] == pytest.approx(
+        7 / 3 / 100, rel=0.1
+    )  # evaluations come on top
+    assert "hardly count" in longer["advice"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "way"),
+    [
+        (["mixture=swarm", "swarm.runs=5", "swarm.candidates=2"], "swarm"),
+        (["mixture=mixmin"], "mixmin"),
+        (["mixture=search", "swarm.runs=4"], "search"),
+        (["mixture=doge", "proxy.seeds=2"], "doge"),
+        (["proxy.rounds=2", "proxy.seeds=3"], "doremi"),
+    ],
+)
+def test_what_another_way_would_cost_is_what_it_costs(
+    overrides: list[str], way: str, tiny: list[str], tmp_path: Path
+) -> None:
+    """About: runs that two parts of a way share count once where it is asked for."""
+    keys = [key for key in overrides if not key.startswith("mixture=")]
+    other = planned(*tiny, *keys, f"run_dir={tmp_path / 'one'}", "seed=71", "mixture=natural")
+    asked = planned(*tiny, *overrides, f"run_dir={tmp_path / 'two'}", "seed=71")
+    assert other["small_runs"]["natural"] == 0
+    assert asked["small_runs"][way] == pytest.approx(other["small_runs"][way], rel=0.15)

@@ -1,6 +1,7 @@
 """DoReMi: Group DRO against the reference, for every round and seed, averaged into a mixture."""
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -101,7 +102,9 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | N
 def recipe(session: Session, store: TokenStore, reference_folder: Path, index: int) -> Run:
     """The proxy of seed `index` against a reference, wherever and whenever it is trained."""
     config, options = session.config, session.config.proxy
-    read_by_the_algorithm = [field.name for field in fields(doremi.Options)]
+    read = {field.name: getattr(options, field.name) for field in fields(doremi.Options)}
+    if options.settled is None:  # a proxy of all its steps is the run that it was without the key
+        del read["settled"]
     return Run(
         session.store,
         "proxy",
@@ -109,7 +112,7 @@ def recipe(session: Session, store: TokenStore, reference_folder: Path, index: i
             "data": store.fingerprint,
             "model": language_model.resolved_model(session, store),
             "reference": folders.folder_fingerprint(reference_folder),
-            "options": {name: getattr(options, name) for name in read_by_the_algorithm},
+            "options": read,
             "accumulation": options.accumulation,
             "training": training_identity(config.training),
             "evaluation": session.plain["evaluation"],
@@ -138,6 +141,7 @@ def _train(
             objective_options=config.proxy,
             seed=seed,
             accumulation=config.proxy.accumulation,
+            settled=partial(doremi.settled, options=config.proxy),
             reference=reference_losses.of(session, store, run, reference_folder),
             subsample=budget.subsample(session),
         )
@@ -145,4 +149,10 @@ def _train(
         return Begun(task, language_model.built(shape, config.training, seed))
 
     language_model.train_once(session, run, name, begin)
+    steps, asked = run.result()["steps"], config.training.steps
+    if steps < asked:
+        session.say(
+            f"{name}: settled after {steps} of {asked} steps: every weight of the average is known "
+            f"to ± {config.proxy.settled} (proxy.settled)"
+        )
     return run

@@ -18,7 +18,7 @@ from doremi_train.training.batch_selection import Effort, effort
 
 class Bill:
     """Costs of runs on these processes; FLOPs and seconds are those of the part that is still to be
-    done."""
+    done, and whole_flops those of all of it."""
 
     def __init__(
         self, session: Session, store: TokenStore, paces: Mapping[str, costs.Pace | str]
@@ -68,7 +68,7 @@ class Bill:
         # Per token that is trained on.
         step = needed.learn * self._step(shape, 0.0) + forwards * self._forward(shape)
         flops = tokens * step + evaluations * self.checked * self.length * self._forward(shape)
-        pace, seconds = self._pace(run), None if run.left else 0.0
+        pace, seconds, whole = self._pace(run), None if run.left else 0.0, flops
         if pace is not None:
             steps = run.steps * self.parts * (needed.learn * pace.learn + forwards * pace.look)
             seconds = run.left * (steps + evaluations * self.calls * pace.look)
@@ -102,6 +102,7 @@ class Bill:
             if self._selects(run)
             else tokens,  # tokens too
             "flops": flops,
+            "whole_flops": 0.0 if run.same_as else whole,
             "seconds": seconds,
             "memory": memory._asdict() | {"total": sum(memory)},
         }

@@ -60,10 +60,11 @@ def warnings(
             "run will."
         )
         messages["mismatched"].insert(0, hint)
-    left_out = max(options.warmup, options.average_from)
-    messages["short"] = too_short(
-        training.steps, training.batch_size, len(names), options.step_size, left_out
-    )
+    size, start = options.step_size, options.warmup
+    left_out = options.average_from if start == "auto" else max(start, options.average_from)
+    if size == "auto" or start == "auto":  # which leave the start out, or hardly let it count
+        size = SMALL_STEP
+    messages["short"] = too_short(training.steps, training.batch_size, len(names), size, left_out)
     return messages
 
 
