@@ -2,6 +2,9 @@
 and exit code 2."""
 
 import os
+import sys
+import traceback
+from types import TracebackType
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -9,6 +12,7 @@ from omegaconf import OmegaConf
 
 from doremi_train import command
 from doremi_train.config import MAPPINGS, conf_dir
+from doremi_train.redaction import veil
 
 
 def main() -> None:
@@ -21,6 +25,9 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Hydra writes and prints what it was given, and pickles it for jobs.
+    sys.argv = [sys.argv[0], *map(veil, sys.argv[1:])]
+    sys.excepthook = _bug
     see = "see `doremi-train --help` for the keys and groups that exist"
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
@@ -40,6 +47,14 @@ def main() -> None:
         raise
 
 
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as all else is printed."""
+    from doremi_train import console
+
+    whole = "".join(traceback.format_exception(kind, error, trace))
+    console.say(*whole.splitlines(), error=True)
+
+
 def _of_names(error: Exception) -> str:
     """How to write a mapping by names that Hydra's grammar does not take as they are."""
     given = str(getattr(error, "override", None) or error)
@@ -47,7 +62,7 @@ def _of_names(error: Exception) -> str:
         if f"{key}=" in given:
             return (
                 "\nin names write \\( \\) \\, \\: for ( ) , : and quote what is no word; or "
-                f'give {key}=FILE.json, a file of {{"NAME": VALUE}}, where any name may stand'
+                f'give {key}=FILE.json or FILE.yaml, of {{"NAME": VALUE}}, where any name may stand'
             )
     return ""
 

@@ -17,8 +17,9 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from doremi_train.config import UserError, fingerprint, load, read_mappings, redact
+from doremi_train.config import UserError, fingerprint, load, read_mappings
 from doremi_train.files import FULL
+from doremi_train.redaction import redact
 from doremi_train.stages import STAGES
 from doremi_train.storage import waiting
 
@@ -188,10 +189,18 @@ def _listen(stop: Any) -> Callable[[], None]:
 
 
 def die(message: str, code: int, alone: bool = False) -> None:
-    """One message, and the exit code. The first process speaks for all, unless each is `alone`."""
+    """One message, and the exit code. The first process speaks for all that end with the same, but
+    for those that are `alone`."""
+    from doremi_train.parallel import slurm
+
+    slurm.export_ranks()
+    if not alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        from doremi_train.parallel import comm
+
+        spoken_for, message = comm.spoken_for(message)
+        alone = not spoken_for and os.environ.get("RANK", "0") != "0"
     say(message, alone)
     if waiting.left():
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -199,8 +208,11 @@ def die(message: str, code: int, alone: bool = False) -> None:
 def say(message: str, alone: bool = False) -> None:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if alone or rank == "0":
-        print(
-            f"doremi-train: {f'process {rank}: ' * alone}{redact(message)}",
-            file=sys.stderr,
-            flush=True,
+        from doremi_train import console
+
+        first, *more = message.split("\n")  # which no line of a value may pass for
+        console.say(
+            f"doremi-train: {f'process {rank}: ' * alone}{first}",
+            *(f"  {line}" for line in more),
+            error=True,
         )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Lt
 
+from doremi_train.redaction import redact
+
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
@@ -133,7 +135,7 @@ def _refuse_half_characters(values: Mapping[str, Any], key: str) -> None:
             ) from None
 
 
-# What is a mapping by names of the user's, and may be given as a JSON file.
+# What is a mapping by names of the user's, and may be given as a file of JSON or YAML.
 MAPPINGS = (
     "data.domains", "mixture.weights", "online.target_losses", "selection.targets",
     "selection.documents", "selection.tokens", "selection.fraction", "downstream.files",
@@ -142,31 +144,44 @@ MAPPINGS = (
 
 
 def read_mappings(plain: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration, with the content of the JSON files that stand for mappings. Raises
+    """The same configuration, with the content of the files that stand for mappings. Raises
     UserError for a file that holds none."""
     read = {key: dict(part) if isinstance(part, Mapping) else part for key, part in plain.items()}
     for name in MAPPINGS:
         group, _, key = name.partition(".")
         values = read.get(group)
         path = values.get(key) if isinstance(values, dict) else None
-        if isinstance(path, str) and path.endswith(".json"):
+        if isinstance(path, str) and path.endswith((".json", *YAML)):
             remedy = 'give a file of {"NAME": VALUE, …}, or the mapping itself'
             read[group][key] = read_object(Path(path), f"{name}={path}", remedy)
     return read
 
 
+YAML = (".yaml", ".yml")
+
+
 def read_object(path: Path, given: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file of a user's. Raises UserError that names `given`, the cause and the
-    remedy where there is none."""
+    """The JSON object in a file of a user's, or the mapping of a YAML file. Raises UserError that
+    names `given`, the cause and the remedy where there is none."""
+    form = "YAML" if path.suffix in YAML else "JSON"
     try:
         with judging():
-            content = json.loads(path.read_bytes())
+            content = _read_yaml(path) if form == "YAML" else json.loads(path.read_bytes())
     except Refused as refused:
-        cause = f"not a JSON file that can be read ({refused})"
+        cause = f"not a {form} file that can be read ({refused})"
         raise UserError(f"{given}: {cause}; {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{given}: must hold a JSON object, not {content!r:.50}; {remedy}")
+    for name in content:
+        if not isinstance(name, str):
+            raise UserError(f"{given}: the name {name!r} is no text; write it in quotes")
     return content
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_bytes())
 
 
 def override(key: str, values: Mapping[str, str]) -> str:
@@ -222,28 +237,6 @@ def _place(location: Iterable[Any], values: Any) -> list[str]:
             continue
         parts.append(str(part))
     return parts
-
-
-# user:password before the host (a password may hold a slash, a port does not make one), and what a
-# query signs with.
-_LOGIN = re.compile(r"""(?<=://)(?:[^/\s'"]*|[^/\s'"@:]*:(?!\d+(?:/|$))[^\s'"@]*)@""")
-_SIGNED = re.compile(
-    r"""([?&](?:x-(?:amz|goog)-[\w-]+|[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|credentials?|api[_-]?key"""
-    r"""|access[_-]?key(?:[_-]?id)?))=)[^&#\s'"]*""",
-    re.IGNORECASE,
-)
-
-
-def redact(value: T) -> T:
-    """The same text or JSON value, its URLs without passwords, keys and signatures: what may be
-    written and shown."""
-    if isinstance(value, str):
-        return _SIGNED.sub(r"\1***", _LOGIN.sub("***@", value))  # type: ignore[return-value]
-    if isinstance(value, Mapping):
-        return {key: redact(entry) for key, entry in value.items()}  # type: ignore[return-value]
-    if isinstance(value, list | tuple):
-        return type(value)(redact(entry) for entry in value)
-    return value
 
 
 def conf_dir() -> Path:

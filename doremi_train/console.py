@@ -1,16 +1,63 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, a line now and then
-elsewhere."""
+"""What a person sees while a run goes on: lines, tables, and a progress bar on a terminal.
 
-import sys
+All that is printed, and all that pages show, passes `shown`: names, texts, paths and messages come
+from data and from others, and are text whatever stands in them.
+"""
+
+import re
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
-if not console.is_terminal:
-    console.width = 160  # of tables in a log; a terminal knows its own
+from doremi_train.redaction import redact
+
+# What steers a terminal or a reader's eye: control characters, ends of lines, marks of direction;
+# and halves of surrogate pairs, which no encoding has.
+_STEERING = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def shown(text: str, kept: str = "") -> str:
+    r"""A text as it may be shown: without secrets, and with what is no character to read but steers
+    who shows it written as Python would. The characters in `kept` stay.
+
+    >>> shown("a\x1b[2J\nb")
+    'a\\x1b[2J\\nb'
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in kept else ascii(found[0])[1:-1]
+
+    return _STEERING.sub(escaped, redact(text))
+
+
+class _Plain(Console):
+    """A console that takes every string, of tables too, as text: no markup, no names of emoji."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        # What the terminal cannot write (Latin-1, ASCII) is no reason to end a run.
+        writable = shown(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+        return super().render_str(writable, **how | {"markup": False, "emoji": False})
+
+
+_out = _Plain(highlight=False, soft_wrap=True)
+_err = _Plain(highlight=False, soft_wrap=True, stderr=True)
+if not _out.is_terminal:
+    _out.width = 160  # of tables in a log; a terminal knows its own
+
+
+def say(*lines: str | Table, error: bool = False) -> None:
+    """Print lines and tables. A line is one line: an end of a line within it is shown, not
+    obeyed."""
+    for line in lines:
+        (_err if error else _out).print(line)
+
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -25,15 +72,15 @@ class Bar:
         self.done = self._started_at = done
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if show and console.is_terminal:
+        if show and _out.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]{task.description:<22}"),
+                TextColumn("{task.description:<22}", style="bold", markup=False),
                 BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
-                console=console,
+                console=_out,
             )
-            self._task = self._bar.add_task(label, total=self.total, completed=done, note="")
+            self._task = self._bar.add_task(shown(label), total=self.total, completed=done, note="")
 
     def __enter__(self) -> "Bar":
         if self._bar:
@@ -61,18 +108,14 @@ class Bar:
         self.done = done
         note = f"{short(self.rate)} {self.unit}/s  {note}"
         if self._bar:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, note=shown(note))
         elif self.show and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = f"{_clock((self.total - done) / self.rate)} left, " if self.rate > 0 else ""
             self._line(f"{done / self.total:4.0%}  {note}  {left}after")
 
     def _line(self, text: str) -> None:
-        print(
-            f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}",
-            file=sys.stdout,
-            flush=True,
-        )
+        say(f"{self.label:<22} {text} {_clock(time.monotonic() - self._start)}")
 
 
 class Part(Bar):

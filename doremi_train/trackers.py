@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic.dataclasses import dataclass
 
 from doremi_train import files
-from doremi_train.config import STRICT, UserError, fingerprint, redact
-from doremi_train.console import console
+from doremi_train.config import STRICT, UserError, fingerprint
+from doremi_train.console import say
 from doremi_train.parallel import comm
+from doremi_train.redaction import redact
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -155,7 +156,7 @@ class Tracked:
         except _ANY as error:
             self._fail(error)
         else:
-            console.print(f"{subject.name:<22} {self._tracker.place}", markup=False)
+            say(f"{subject.name:<22} {self._tracker.place}")
 
     def line(self, line: Mapping[str, Any]) -> None:
         """A line of one of the logs."""
@@ -182,11 +183,10 @@ class Tracked:
 
     def _fail(self, error: BaseException) -> None:
         tracker, self._tracker, self._tracking.failed = self._tracker, None, True
-        told = redact(f"{type(error).__name__}: {error}")
-        console.print(
+        told = f"{type(error).__name__}: {error}"
+        say(
             f"tracking={self._tracking.options.backend}: {told}; tracking ends, the run goes on "
-            "and its JSON lines are whole",
-            markup=False,
+            "and its JSON lines are whole"
         )
         if tracker is not None:
             with contextlib.suppress(*_ANY):  # it is broken, and that was said

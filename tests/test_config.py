@@ -175,6 +175,37 @@ def test_a_hint_is_accepted_as_it_is_printed(name: str, as_file: bool, tmp_path:
     assert read_mappings(compose(word))["export"]["paths"] == values
 
 
+@pytest.mark.parametrize("ending", ["yaml", "yml", "json"])
+def test_a_mapping_may_be_a_file_with_any_name(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"paths.{ending}"
+    path.write_text('{"français": "/d/1", "it\'s {odd}, 1": "s3://b/${x}", "語": "/d/3"}')
+    values = {"français": "/d/1", "it's {odd}, 1": "s3://b/${x}", "語": "/d/3"}
+    assert read_mappings(compose(f"export.paths={path}"))["export"]["paths"] == values
+    if ending != "json":
+        path.write_text("français: /d/1\nit's {odd}, 1: s3://b/${x}\n語: /d/3\n")
+        assert read_mappings(compose(f"export.paths={path}"))["export"]["paths"] == values
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("- 1", "must hold"),
+        ("a: [", "not a YAML file"),
+        ("1: /d/1", "the name 1 is no text; write it in quotes"),
+        ("no: /d/1", "the name False is no text"),
+        ("!!python/object/apply:os.getcwd []", "not a YAML file"),
+    ],
+)
+def test_a_yaml_file_that_is_no_mapping_of_names_is_named(
+    content: str, named: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "paths.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"export.paths={path}: ") as error:
+        read_mappings(compose(f"export.paths={path}"))
+    assert named in str(error.value)
+
+
 def test_a_file_for_a_mapping_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.json"
     for content in ("[1]", "{", None):

@@ -21,7 +21,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 # What a file imports stands on a lower rung, or in its own folder.
 RUNGS = {
-    0: "config files console",
+    0: "config files console redaction",
     1: "methods model storage exports mixture",
     2: "gradients data parallel",
     3: "selection classification evaluation trackers",
@@ -203,6 +203,41 @@ def test_randomness_is_never_python_s_hash_or_a_global_generator(name: str) -> N
             assert not called.startswith(
                 ("random.", "np.random.rand", "np.random.seed", "np.random.shuffle")
             )
+
+
+def printing(source: str) -> list[str]:
+    """What a module prints with, but for `doremi_train.console`: names as they are written."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            aloud = re.search(r"^print$|\.print$|^warnings\.warn$|^os\.write$", called)
+            found += [called] * bool(aloud)
+        elif isinstance(node, ast.Attribute):
+            found += re.findall(r"^sys\.(?:__)?std(?:out|err)", ast.unparse(node))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or node.names[0].name
+            found += [module] * (module.split(".")[0] == "rich" and module != "rich.table")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "console.py"])
+def test_all_that_is_printed_is_printed_in_one_place(name: str) -> None:
+    """Which knows that it is text, and without secrets."""
+    assert printing((PACKAGE / name).read_text()) == []
+
+
+def test_what_prints_past_that_place_would_be_found() -> None:
+    source = """
+import sys
+import rich.markup
+from rich.table import Table
+from rich.console import Console
+print("x", file=sys.stderr)
+Console().print("x")
+"""
+    expected = ["Console().print", "print", "rich.console", "rich.markup", "sys.stderr"]
+    assert sorted(printing(source)) == expected
 
 
 PREPOSITIONS = (

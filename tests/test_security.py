@@ -18,7 +18,10 @@ import yaml
 from helpers.command import TINY, run_here
 from helpers.corpus import documents, write_jsonl
 
-from doremi_train.config import UserError, redact
+from doremi_train import __main__
+from doremi_train.config import UserError
+from doremi_train.console import shown
+from doremi_train.redaction import redact, unveil, veil
 
 # ── Secrets ─────────────────────────────────────────────────────────────────────────
 
@@ -34,6 +37,17 @@ from doremi_train.config import UserError, redact
         ("'https://h/x?token=abc' is not there", "'https://h/x?token=***' is not there"),
         ("https://h/x?access_token=a&api_key=b&AWSAccessKeyId=c", "https://h/x?access_token=***&api_key=***&AWSAccessKeyId=***"),
         ("[https://a:b@h/x,ftp://c:d@h/y]", "[https://***@h/x,ftp://***@h/y]"),
+        ("https://h/x?key=1&tokens_per_shard=3", "https://h/x?key=***&tokens_per_shard=3"),
+        ("https://h/x?code=a&auth=b;jwt=c&pwd=d", "https://h/x?code=***&auth=***;jwt=***&pwd=***"),
+        ("https://h/x?auth_code=a&sas=b&Session-Id=c", "https://h/x?auth_code=***&sas=***&Session-Id=***"),
+        ("ftp://h/x,https://c:d@h/y?pass=e,https://h/z", "ftp://h/x,https://***@h/y?pass=***,https://h/z"),
+        ("abfs://user:pass@account/x", "abfs://***@account/x"),
+        ("pipe:curl -u ann:hush https://h/x", "pipe:curl -u *** https://h/x"),
+        ("pipe:curl --user=ann:hush -sS https://b:c@h/x", "pipe:curl --user=*** -sS https://***@h/x"),
+        ('pipe:curl -H "Authorization: Bearer hush" h/x', 'pipe:curl -H "Authorization: ***" h/x'),
+        ("pipe:MY_SECRET_KEY=hush aws s3 cp x -", "pipe:MY_SECRET_KEY=*** aws s3 cp x -"),
+        ("pipe:wget --http-password 'hush' -O - h/x", "pipe:wget --http-password '***' -O - h/x"),
+        ("pipe:sshpass -p hush ssh h cat x | zcat", "pipe:sshpass -p *** ssh h cat x | zcat"),
     ],
 )  # fmt: skip
 def test_secrets_in_urls_are_not_shown(given: str, shown: str) -> None:
@@ -48,13 +62,43 @@ def test_secrets_in_urls_are_not_shown(given: str, shown: str) -> None:
         "s3://bucket/a@b/x",
         "http://h:8080/a@b",
         "a@b.org",
-        "https://h/x?key=1&tokens_per_shard=3",
+        "https://h/x?monkeys=1&tokens_per_shard=3&encoding=code",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "data.text_key=text data.tokenizer=train mixture.key=a",
+        "pipe:zcat /data/keys/x.gz | sort -u -k 2",
+        "pipe:gsutil cat gs://b/x-*.jsonl",
         "train.txt?x",
         "k: v@w",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """What a test puts into the environment is gone after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+
+
+def test_what_the_environment_keeps_secret_is_shown_nowhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", "hush-hush/1")
+    monkeypatch.setenv("STORE_PATH", "/data/stores")
+    assert redact("refused hush-hush/1 in /data/stores") == "refused *** in /data/stores"
+
+
+@pytest.mark.usefixtures("environment")
+def test_what_is_veiled_holds_no_secret_and_comes_back() -> None:
+    given = {"a": ["https://ann:hu/sh@h/x?token=mum", 3], "b": "pipe:curl -u ann:hu/sh h"}
+    veiled = veil(given)
+    assert not re.search("hu/sh|mum", json.dumps(veiled)) and veil(veiled) == veiled
+    assert unveil(veiled) == given
+    assert redact(veiled) == redact(given)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -115,6 +159,50 @@ def test_secrets_stand_nowhere_and_another_one_is_the_same_run(web: str, tmp_pat
     assert config["data"]["domains"]["a"]["train"] == [f"http://***@{web}/x.jsonl?token=***"]
     request = json.loads((tmp_path / "run" / "prepare" / "manifest.json").read_text())["request"]
     assert list(request["sources"]["files"]) == [f"http://***@{web}/x.jsonl?token=***"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("environment")
+def test_a_marked_password_is_found_nowhere(web: str, tmp_path: Path) -> None:
+    """In a URL that was given, and in one from the environment; of a sweep, of runs in processes of
+    their own, and of commands that Hydra or a stage refuses."""
+    mark = "Marked-4711"
+    os.environ["WEB_LOGIN"] = f"ann:{mark}"
+
+    def domains(login: str, name: str = "x.jsonl") -> str:
+        return f"data.domains={{a: {{train: ['http://{login}@{web}/{name}?code={mark}']}}}}"
+
+    common = [*TINY, "data.validation_fraction=0.1", f"store={tmp_path / 'store'}"]
+    common += ["training.steps=4", "evaluation.every=4"]
+    given, kept = domains(f"ann:{mark}"), domains("${oc.env:WEB_LOGIN}")
+    jobs = ["proxy.seeds=2", "submit.cluster=local", "submit.parallel=2", "stage=proxy"]
+    done = [
+        run_here(
+            "-m", *common, given, f"run_dir={tmp_path / 'sweep'}", "stage=prepare", "seed=91,92"
+        ),
+        run_here(*common, kept, f"run_dir={tmp_path / 'kept'}", *jobs),
+    ]
+    refused = [
+        run_here(*common, domains(f"ann:{mark}", "no.jsonl"), f"run_dir={tmp_path / 'no'}"),
+        run_here(*common, given.replace("}", ""), f"run_dir={tmp_path / 'hydra'}"),
+        run_here(*common, given, f"run_dir={tmp_path / 'key'}", "proxy.step=1"),
+    ]
+    assert [outcome.code for outcome in done + refused] == [0, 0, 2, 2, 2], done + refused
+    assert (tmp_path / "sweep" / "multirun.yaml").exists() and [*tmp_path.rglob("*_submitted.pkl")]
+    for outcome in done + refused:
+        assert mark not in outcome.out + outcome.err
+    for path in everything(tmp_path):
+        if path.parent != tmp_path / "web":
+            assert mark.encode() not in path.read_bytes() and mark not in str(path), path
+
+
+def test_a_bug_s_traceback_holds_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise KeyError("https://ann:hush@h/x\x1b[2J")
+    except KeyError as error:
+        __main__._bug(KeyError, error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert "https://***@h/x" in said and "hush@" not in said and "Traceback" in said
 
 
 def test_credentials_in_an_object_store_s_url_are_refused_unseen(tmp_path: Path) -> None:
@@ -302,12 +390,12 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_names_of_domains_are_text_in_the_report_and_in_paths(tmp_path: Path) -> None:
+def test_names_of_domains_are_text_on_a_terminal_in_the_report_and_in_paths(tmp_path: Path) -> None:
     names = [
         "<script>alert(1)</script>",
         "\"><img src=x onerror=alert('2')>",
         "../../up/$x^2$ & {{ 7 * 7 }} {% raw %}",
-        "javascript:alert(3)",
+        "[/INST] \x1b[31m\u202e\nreport: [red]:x:",
     ]
     letters = ["abcdefgh", "ijklmnop", "qrstuvw", "0123456789"]
     records = [
@@ -331,7 +419,7 @@ def test_names_of_domains_are_text_in_the_report_and_in_paths(tmp_path: Path) ->
     assert "svg" in page.tags and not page.tags & {"script", "img", "iframe", "object"}
     assert not [name for name in page.attributes if name.startswith("on")]
     for name in names:
-        assert name in page.text
+        assert shown(name, kept="\n") in page.text and f" {shown(name)} " in outcome.out
         assert name in json.loads((tmp_path / "in" / "run" / "weights.json").read_text())["weights"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "in"]
     assert not [path for path in tmp_path.rglob("*") if path.name == "up"]

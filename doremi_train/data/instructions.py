@@ -35,7 +35,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.config import UserError, fingerprint
 from doremi_train.data import chat
 from doremi_train.data.chat import Encoder, Example, Ints
 from doremi_train.data.corpus.opening import BadLines, Source
@@ -44,6 +44,7 @@ from doremi_train.data.corpus.sources import RULE, passed_over, resolve, signatu
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens.shards import SPLITS
 from doremi_train.files import clear_partial, locked, read_json, replacing, write_json
+from doremi_train.redaction import redact
 
 RECIPE = 1  # raise when the same request would give other tokens
 _INDEX = np.dtype([(name, "<i8") for name in ("stream", "end", "carrying", "file", "line", "cut")])

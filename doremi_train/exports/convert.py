@@ -9,7 +9,7 @@ import yaml
 
 from doremi_train.config import UserError, override
 from doremi_train.exports import formats
-from doremi_train.exports.formats import Source, Stage
+from doremi_train.exports.form import Source, Stage
 
 WHOLE = 10**12  # parts that are shared out: 12 decimals
 # What a reader meets in a file of another form.
@@ -25,9 +25,12 @@ _MALFORMED = (
 
 
 def shares(
-    weights: Mapping[str, float], tokens_per_document: Mapping[str, float] | None
+    weights: Mapping[str, float],
+    tokens_per_document: Mapping[str, float] | None,
+    zeros: bool = False,
 ) -> dict[str, float]:
-    """Parts of a trainer's draws, without domains that get none, from parts of the tokens.
+    """Parts of a trainer's draws from parts of the tokens, without domains that get none, or with
+    their `zeros`.
 
     Decimals of 12 digits that sum to exactly 1, by largest remainder. `tokens_per_document` is the
     mean of each domain; None where sequences are drawn.
@@ -41,7 +44,7 @@ def shares(
     missing = WHOLE - sum(counts.values())
     for name in sorted(parts, key=lambda name: counts[name] - parts[name])[:missing]:
         counts[name] += 1
-    return {name: count / WHOLE for name, count in counts.items() if count}
+    return {name: count / WHOLE for name, count in counts.items() if count or zeros}
 
 
 def weights(
@@ -55,15 +58,43 @@ def weights(
     return {name: value / math.fsum(tokens.values()) for name, value in tokens.items()}
 
 
+Schedule = Sequence[tuple[int, Mapping[str, float]]]
+
+
+def held(schedule: Schedule, steps: int, every: int) -> Schedule:
+    """The schedule of a run of `steps`, changed at multiples of `every` steps only: what is drawn
+    in between is the mean of what was."""
+    if all(step % every == 0 for step, _ in schedule):
+        return schedule
+    ends = [step for step, _ in schedule[1:]] + [steps]
+    result: list[tuple[int, Mapping[str, float]]] = []
+    for start in range(0, steps, every):
+        stop = min(start + every, steps)
+        parts = [
+            (min(stop, end) - max(start, step), drawn)
+            for (step, drawn), end in zip(schedule, ends, strict=True)
+            if step < stop and end > start
+        ]
+        mean = {
+            name: math.fsum(length * drawn[name] for length, drawn in parts) / (stop - start)
+            for name in parts[0][1]
+        }
+        if not result or mean != result[-1][1]:
+            result.append((start, mean))
+    return result
+
+
 def write(
     to: str,
     drawn: Mapping[str, float],
     paths: Mapping[str, str],
     epochs: Mapping[str, float],
-    schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
+    schedule: Schedule = (),
+    batch_size: int = 1,
 ) -> str:
     """Text for the target `to`. `schedule` is what is drawn from each step on, where it changes:
-    the trainer gets it if it can follow one, and else the whole run's `drawn`.
+    the trainer gets it if it can follow one, and else the whole run's `drawn`. `batch_size` is the
+    sequences of a step.
 
     Raises UserError naming the domains without a path, or a path that cannot be.
     """
@@ -95,7 +126,9 @@ def write(
                 f"export.paths.{source.domain}={source.path!r}: {reason}; use another path"
             )
     if schedule and form.write_stages:
-        return form.write_stages([Stage(step, sources(weights)) for step, weights in schedule])
+        return form.write_stages(
+            [Stage(step, sources(weights)) for step, weights in schedule], batch_size
+        )
     return form.write(whole)
 
 

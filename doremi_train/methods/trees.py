@@ -21,7 +21,10 @@ class Trees(NamedTuple):
     each: Sequence[Any]  # lightgbm's Booster
 
     def predict(self, points: Floats) -> Floats:
-        return np.stack([np.asarray(one.predict(points), np.float64) for one in self.each], axis=1)
+        return np.stack(
+            [np.asarray(one.predict(points, num_threads=1), np.float64) for one in self.each],
+            axis=1,
+        )
 
 
 def lightgbm(points: Floats, losses: Floats, known: Known = UNKNOWN) -> Trees:

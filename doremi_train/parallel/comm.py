@@ -17,13 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from doremi_train.parallel.meeting import LAUNCHED, Meeting
+from doremi_train.config import fingerprint
+from doremi_train.parallel.agreement import ERROR, Differ, differences, statement
+from doremi_train.parallel.meeting import LAUNCHED, Meeting, Unmet
 from doremi_train.parallel.world import World
 
 Sums = TypeVar("Sums", bound=NamedTuple)
 T = TypeVar("T")
 
 _SIGN_OF_LIFE = 5.0  # seconds
+_LAST_WORDS = 30.0  # seconds that a process which ends waits for the others to come
 _WRAPPING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -49,17 +52,24 @@ _together = _Together()
 
 _stores: dict[tuple[str, int, int, int], Any] = {}
 _meetings = 0  # of this process: every other one has had as many
+_met: Meeting | None = None  # the last of them
 
 
-def join(cpu: bool, timeout: float, check: Callable[[], None] = lambda: None) -> torch.device:
-    """Meet the other processes that the launcher started; returns this one's device.
+def join(
+    cpu: bool,
+    timeout: float,
+    check: Callable[[], None] = lambda: None,
+    said: Mapping[str, Any] = MappingProxyType({}),
+) -> torch.device:
+    """Meet the other processes that the launcher started; returns this one's device. `said`, JSON
+    values by key, is what they must all be about to do.
 
-    Raises Unmet where they have not met after `timeout` seconds, and meanwhile whatever `check`
-    raises.
+    Raises Unmet where they have not met after `timeout` seconds, Differ where they said other
+    things, and meanwhile whatever `check` raises.
     """
     from accelerate import PartialState
 
-    global _together
+    global _together, _met
     cpu = (
         cpu
         or not torch.accelerator.is_available()
@@ -67,13 +77,15 @@ def join(cpu: bool, timeout: float, check: Callable[[], None] = lambda: None) ->
     )
     # How to wrap is the engine's business: neither accelerate nor transformers must act on these by
     # themselves.
-    said = {name: os.environ.pop(name) for name in _WRAPPING if name in os.environ}
-    _together = _Together(None, timeout, said)
+    wrapping = {name: os.environ.pop(name) for name in _WRAPPING if name in os.environ}
+    _together = _Together(None, timeout, wrapping)
     limit = datetime.timedelta(seconds=timeout)
     met: dict[str, Any] = {}
     if all(name in os.environ for name in LAUNCHED):
-        meeting = Meeting()
-        store = meeting.hold(lambda meeting: _connect(meeting, limit), timeout, check)
+        meeting = _met = Meeting()
+        store = meeting.hold(
+            lambda meeting: _connect(meeting, limit), statement(said), timeout, check
+        )
         met = {"store": store, "rank": meeting.rank, "world_size": meeting.size}
     place = PartialState(cpu=cpu, timeout=limit, **met)
     if _many():
@@ -100,6 +112,25 @@ def _connect(meeting: Meeting, limit: datetime.timedelta) -> Any:
             multi_tenant=not agent,
         )
     return dist.PrefixStore(f"meeting {_meetings}", _stores[at])
+
+
+def spoken_for(message: str) -> tuple[bool, str]:
+    """End with this message: whether the first process speaks for this one, as it ends with the
+    same, and the message, which says more where the processes had not met, and end differently."""
+    global _met
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    if not all(map(str.isdecimal, numbers)) or "MASTER_ADDR" not in os.environ or numbers[1] == "1":
+        return True, message
+    if _met is None:
+        _met, limit = Meeting(), datetime.timedelta(seconds=_LAST_WORDS)
+        said = {ERROR: message}
+        try:
+            _met.hold(lambda meeting: _connect(meeting, limit), said, _LAST_WORDS)
+        except Differ as differ:
+            message = str(differ)
+        except Unmet:
+            return False, message
+    return _met.part(message), message
 
 
 def leave() -> None:
@@ -172,6 +203,20 @@ def broadcast(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, group=_together.group)
     return box[0]
+
+
+def agree(values: Mapping[str, Any]) -> None:
+    """See to it that all processes have the same JSON values by key. Raises Differ, which names the
+    ranks and the keys, on every rank."""
+    if not _many():
+        return
+    mine = statement(values)
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, fingerprint(mine), group=_together.group)
+    if len({*digests}) > 1:
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine, group=_together.group)
+        raise Differ(str(differences(every)))
 
 
 def on_first(function: Callable[[], T]) -> T:

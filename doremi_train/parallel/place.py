@@ -1,7 +1,8 @@
 """Place where a process computes: its device, its precision, and the engine that was really got."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,11 @@ def start(
     precision: str,
     timeout: float,
     check: Callable[[], None] = lambda: None,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> Place:
     """Join the processes that the launcher started. `timeout` in seconds is how long one may wait
-    for another; while they gather, `check` is called, and may raise.
+    for another; while they gather, `check` is called, and may raise. `said`, JSON values by key, is
+    what all must be about to do.
 
     Raises UserError where what was asked for, here or by accelerate's configuration, is not what
     would run.
@@ -43,7 +46,7 @@ def start(
     started = _started()
     absent = [name for name in LAUNCHED if name not in os.environ and name != "WORLD_SIZE"]
     met = started == 1 or not absent
-    device = comm.join(options.device == "cpu", timeout, check) if met else None
+    device = comm.join(options.device == "cpu", timeout, check, said) if met else None
     size = comm.world().size
     if device is None or size != started:
         because = f"{', '.join(absent)} are not set" if absent else f"only {size} work together"

@@ -8,6 +8,7 @@ has no width.
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from doremi_train.console import short
+from doremi_train.console import short, shown
 
 # Mid tones, which can be read on white and on near black.
 COLORS = (
@@ -200,9 +201,13 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
         markup: list[str] = []
         yield axes, markup
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():  # the reader's own font draws what ours has no glyph for
+            warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
-    markup.append(_themed(buffer.getvalue(), axes.get_title(loc="left")))
+    title = axes.get_title(loc="left")
+    # Matplotlib escapes markup in names, and leaves control characters.
+    markup.append(_themed(shown(buffer.getvalue(), kept="\n"), title))
 
 
 def _themed(text: str, title: str) -> str:

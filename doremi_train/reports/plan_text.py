@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Column, Table
 
-from doremi_train.console import console, short
+from doremi_train.console import say, short
 
 DOMAINS = 30  # in the table; of more, the smallest and the largest
 MESSAGES = 5  # of one kind of warning; all are in plan.json
@@ -17,19 +16,14 @@ def show(
     plan: Mapping[str, Any], warned: Mapping[str, Sequence[str]], store: Path, budget: int | None
 ) -> None:
     """Print it. `budget` is main.tokens."""
-    console.print(_runs(plan))
-    console.print(_domains(plan["domains"], budget))
-    for sentence in sentences(plan):
-        console.print(escape(f"plan: {sentence}"))
+    say(_runs(plan), _domains(plan["domains"], budget))
+    say(*(f"plan: {sentence}" for sentence in sentences(plan)))
     for messages in warned.values():
-        for message in messages[:MESSAGES]:
-            console.print(escape(f"plan: warning: {message}"))
+        say(*(f"plan: warning: {message}" for message in messages[:MESSAGES]))
         if len(messages) > MESSAGES:
-            console.print(
-                f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json"
-            )
-    console.print(escape(f"plan: the store is {store}"))
-    console.print(escape(f"plan: {plan['advice']}"))
+            say(f"plan: warning: {len(messages) - MESSAGES} more of this kind are in plan.json")
+    say(f"plan: the store is {store}")
+    say(f"plan: {plan['advice']}")
 
 
 def _runs(plan: Mapping[str, Any]) -> Table:
@@ -84,7 +78,7 @@ def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Ta
         epochs = [domain["proxy_epochs"], *domain["final_epochs"].values()]
         shown = ["–" if value is None else f"{value:.3g}" for value in epochs]
         table.add_row(
-            escape(name),
+            name,
             short(domain["training_tokens"]),
             *[f"{domain['unwritable']:.1%}"] * lossy,
             f"{domain['natural_weight']:.4f}",

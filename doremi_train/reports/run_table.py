@@ -18,7 +18,7 @@ def domains_table(setting: Setting) -> Table:
         losses = (
             f"{cell['value']:.4f}" if cell["value"] is not None else "" for cell in row["cells"]
         )
-        table.add_row(plain(row["name"]), f"{points[row['name']].value:.4f}", *losses)
+        table.add_row(row["name"], f"{points[row['name']].value:.4f}", *losses)
     for name, key in (("mean", "mean_loss"), ("worst", "worst_loss")):
         losses = (
             f"{fmean(run.figures[model][key] for run in setting.results):.4f}" for model in models
@@ -31,10 +31,5 @@ def settings_table(settings: Sequence[Setting]) -> Table:
     summary = run_page.summary(settings)
     table = Table(*summary["columns"])
     for row in summary["rows"]:
-        table.add_row(*(plain(cell) for cell in row))
+        table.add_row(*row)
     return table
-
-
-def plain(text: str) -> str:
-    """Text that is no markup of the terminal's."""
-    return text.replace("[", r"\[")

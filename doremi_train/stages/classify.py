@@ -32,7 +32,7 @@ from doremi_train.classification.figures import Judged
 from doremi_train.classification.labelled import Examples
 from doremi_train.classification.models import ClassifierOptions, Kind, Table
 from doremi_train.config import UserError, fingerprint
-from doremi_train.console import console
+from doremi_train.console import say
 from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
 from doremi_train.model import folders
@@ -432,7 +432,7 @@ def _write(
         printed.add_row(
             method, *(spread(line[name]["seeds"], digits) for name, digits in columns.items())
         )
-    console.print(printed)
+    say(printed)
     weights: dict[str, NDArray[np.float64]] = {}
     for (method, number), run in runs.items():
         if number == seed.number and (run.folder / "weights.npy").exists():
@@ -440,4 +440,4 @@ def _write(
     page = session.run_dir / "report.html"
     quality = (-seed.quality.loss).exp().numpy()
     classify_page.write(page, results, data.examples["generated"], weights, quality)
-    console.print(f"report: {page}")
+    say(f"report: {page}")

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from doremi_train import files
 from doremi_train.config import UserError, load
-from doremi_train.console import console
+from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
@@ -323,11 +323,9 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
         shown = Table(*_COLUMNS, title=title)
         for row in table:
             shown.add_row(*row)
-        console.print(shown)
-        for sentence in answer["said"]:
-            console.print(sentence)
+        say(shown, *answer["said"])
     for failure in content["failures"]:
-        console.print(f"not compared: {failure}", markup=False)
+        say(f"not compared: {failure}")
     page, shared = (
         session.run_dir / "compare.html",
         {key: content[key] for key in ("seeds", "failures", "unit")},
@@ -335,7 +333,7 @@ def _show(session: Session, content: Mapping[str, Any]) -> None:
     report.write_page(
         page, "compare.html.jinja", title=str(session.run_dir), sections=sections, **shared
     )
-    console.print(f"compare: {page}", markup=False)
+    say(f"compare: {page}")
 
 
 def _row(name: str, outcome: Mapping[str, Any], gain: Paired | None) -> list[str]:

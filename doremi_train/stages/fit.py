@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 import torch
-from rich.markup import escape
 
 from doremi_train import files, mixture
 from doremi_train.config import UserError
@@ -33,6 +32,7 @@ from doremi_train.methods.objective import Objective
 from doremi_train.methods.optimum import optimum
 from doremi_train.mixture import Mixture
 from doremi_train.parallel import comm
+from doremi_train.parallel.threads import fitting
 from doremi_train.reports import fit_page, steer_page
 from doremi_train.reports.steer_page import Given
 from doremi_train.stages.session import Session, once
@@ -80,6 +80,7 @@ def require(session: Session) -> Mixture:
     return chosen
 
 
+@fitting("fit")
 def _run(session: Session) -> Mixture | None:
     folder = session.run_dir / "fit"
     problem = _problem(session)
@@ -93,7 +94,7 @@ def _run(session: Session) -> Mixture | None:
     files.write_json(folder / "fit.json", content)
     fit_page.write(folder / "report.html", content, steer)
     for line in (*content["notes"], content["verdict"], str(folder / "report.html")):
-        session.say(escape(f"fit: {line}"))
+        session.say(f"fit: {line}")
     if proposal is None or proposal.refused:
         return None
     chosen = Mixture(

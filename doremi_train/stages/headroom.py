@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from doremi_train import files
-from doremi_train.console import console
+from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, design, headroom, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.methods.headroom import Gain, Lowest, SpeedUp
 from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
+from doremi_train.parallel.threads import fitting
 from doremi_train.reports import headroom_text
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem
@@ -67,7 +68,7 @@ def run(session: Session) -> dict[str, Any]:
     content: dict[str, Any] = comm.on_first(lambda: result(asked.run))
     for line in (*content["said"], str(session.run_dir / "headroom" / "headroom.json")):
         if comm.world().first:
-            console.print(f"headroom: {line}", markup=False)
+            say(f"headroom: {line}")
     return content
 
 
@@ -191,6 +192,7 @@ class Found(NamedTuple):
     speed: SpeedUp | None
 
 
+@fitting("headroom")
 def _conclude(
     session: Session, store: TokenStore, asked: Asked, measured: Mapping[str, list[float]]
 ) -> None:

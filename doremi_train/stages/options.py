@@ -27,6 +27,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import downstream
 from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.exports import formats
+from doremi_train.exports.form import Unit
 from doremi_train.methods import (
     HEURISTICS,
     doge,
@@ -315,9 +316,9 @@ class Export:
     """File that is written; null: in run_dir/export."""
 
     paths: dict[str, str] | None = None
-    """Where the trainer finds each domain, {domain: path}."""
+    """Where the trainer finds each domain, {domain: path}, or a file of that in JSON or YAML."""
 
-    unit: formats.Unit | None = None
+    unit: Unit | None = None
     """What the trainer draws; null: as the table in docs/export.md says."""
 
 

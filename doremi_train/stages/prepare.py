@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from rich.markup import escape
-
 from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.console import Bar
@@ -44,11 +42,12 @@ def run(session: Session) -> TokenStore:
         options.only,
         options.least_tokens,
     )
+    comm.agree({"data": store.fingerprint, "tokenizer": store.manifest["tokenizer"]})
     _say_rare(session, store, options)
     for split in ("train", "validation"):  # now, and not after the reference was trained
         require_sequences(store, split, session.config.training.sequence_length)
     for message in warnings.unwritable(store.named(store.unwritable())):
-        session.say(escape(f"prepare: warning: {message}"))
+        session.say(f"prepare: warning: {message}")
     return store
 
 
@@ -95,18 +94,14 @@ def _say_rare(session: Session, store: TokenStore, options: DataOptions) -> None
     if rare:
         tokens = sum(whole[name]["train"]["tokens"] for name in rare)
         session.say(
-            escape(
-                f"prepare                {len(rare)} domains {few} tokens are left out, {tokens} "
-                f"tokens in all: {_some(rare)}"
-            )
+            f"prepare                {len(rare)} domains {few} tokens are left out, {tokens} "
+            f"tokens in all: {_some(rare)}"
         )
     for into, poured in manifest.get("poured", {}).items():
         tokens = whole[into]["train"]["tokens"]
         session.say(
-            escape(
-                f"prepare                {len(poured)} domains {few} tokens are poured into "
-                f"{into}, which has {tokens} tokens: {_some(poured)}"
-            )
+            f"prepare                {len(poured)} domains {few} tokens are poured into "
+            f"{into}, which has {tokens} tokens: {_some(poured)}"
         )
 
 

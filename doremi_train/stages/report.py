@@ -16,7 +16,7 @@ import yaml
 
 from doremi_train import files
 from doremi_train.config import UserError
-from doremi_train.console import console
+from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import detectors, results, text
 from doremi_train.evaluation.detectors import Finding
@@ -69,19 +69,18 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         selection=run_page.selection_of(settings[0].results[0]),
     )
     if first:
-        console.print(run_table.plain(first), style="bold")
+        say(first)
     for table in (
         [run_table.settings_table(settings)]
         if compared
         else [run_table.domains_table(setting) for setting in settings]
     ):
-        console.print(table)
+        say(table)
     for finding in {
         warning: None for setting in settings for warning in run_page.warnings_of(setting)
     }:
-        console.print(f"[yellow]warning:[/yellow] {run_table.plain(finding)}")
-    console.print(run_table.plain(verdict))
-    console.print(f"report: {run_table.plain(str(page))}")
+        say(f"warning: {finding}")
+    say(verdict, f"report: {page}")
 
 
 @once

@@ -3,20 +3,23 @@
 import contextlib
 import functools
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
 
-from doremi_train import files, trackers
-from doremi_train.config import UserError, redact
-from doremi_train.console import Bar, Part, console
+from doremi_train import __version__, files, trackers
+from doremi_train.config import UserError, flatten
+from doremi_train.console import Bar, Part, say
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
+from doremi_train.redaction import redact
 from doremi_train.stages.options import Config, default, identity
 from doremi_train.storage import checkpoint, runs
 from doremi_train.storage.mirror import Mirror
@@ -72,15 +75,17 @@ class Session:
         """Name of the way to the mixture: a key of `stages.mixtures.WAYS`."""
         return self.config.mixture.method
 
-    def say(self, text: str) -> None:
+    def say(self, *lines: str) -> None:
+        """Print lines, on the first process."""
         if comm.world().first:
-            console.print(text)
+            say(*lines)
 
     @contextlib.contextmanager
     def computing(self, run: runs.Run, name: str, quiet: bool = False) -> Iterator[bool]:
         """Hold a run's folder, linked as `run_dir/name`, and keep its status. Gives whether there
         is work to do: a finished run is not done again, also when it was finished by somebody else
         while this process waited; which is said, unless `quiet`."""
+        comm.agree(flatten(run.recipe, f"recipe of {name}: "))
         with contextlib.ExitStack() as stack:
             comm.on_first(lambda: self._enter(stack, run, name))
             todo = comm.broadcast(not run.finished)
@@ -177,12 +182,27 @@ def open_session(
         config.training.precision,
         config.training.timeout,
         lambda: runs.stop.check("meeting the other processes"),
+        _of_all(plain),
     )
     session = Session(config, plain, place, child)
     comm.on_first(session.tracking.check)
     over = config.stage == "report" and sweep(session.run_dir)
     with contextlib.nullcontext() if over else claimed(session):
         yield session
+
+
+# What computes, beside torch.
+_LIBRARIES = ("accelerate", "numpy", "tokenizers", "transformers")
+
+
+def _of_all(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What all processes of a command have in common, or are no parts of one run."""
+    keys = flatten(redact(plain))
+    del keys["training.threads"]  # of each machine
+    own = {"doremi_train": __version__, "Python": platform.python_version()}
+    libraries = {"torch": torch.__version__} | {name: metadata.version(name) for name in _LIBRARIES}
+    versions = own | libraries
+    return keys | {f"version of {name}": version for name, version in versions.items()}
 
 
 def sweep(run_dir: Path) -> list[Path]:

@@ -15,6 +15,7 @@ import torch
 
 from doremi_train import files
 from doremi_train.config import UserError
+from doremi_train.console import say
 from doremi_train.storage.mirror import Mirror, Torn
 
 FOLDER = "checkpoints"  # within a run
@@ -122,12 +123,9 @@ def fetch(run: Path, mirror: Mirror) -> None:
             mirror.pull(run, name, sha256=checksum.decode())
         except Torn as error:
             (run / _checksum(name)).unlink(missing_ok=True)
-            print(
-                f"{mirror.url}/{name}: torn or corrupt (it {error}); the one before it is used",
-                flush=True,
-            )
+            say(f"{mirror.url}/{name}: torn or corrupt (it {error}); the one before it is used")
             continue
-        print(f"{run.name}: continues from {mirror.url}/{name}", flush=True)
+        say(f"{run.name}: continues from {mirror.url}/{name}")
         return
 
 
@@ -136,10 +134,7 @@ def _newest(folder: Path) -> Path | None:
         checksum = checksum_of(path)
         if checksum.exists() and checksum.read_bytes() == _digest(path).encode():
             return path
-        print(
-            f"{path}: torn or corrupt (its checksum does not hold); the one before it is used",
-            flush=True,
-        )
+        say(f"{path}: torn or corrupt (its checksum does not hold); the one before it is used")
     return None
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from doremi_train.config import redact
 from doremi_train.files import aside_of, clear_dead, sync_folder
+from doremi_train.redaction import redact
 from doremi_train.storage import steady, urls
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from doremi_train import files
-from doremi_train.config import UserError, fingerprint, redact
+from doremi_train.config import UserError, fingerprint
+from doremi_train.console import say
+from doremi_train.redaction import redact
 from doremi_train.storage.mirror import Mirror
 
 
@@ -177,7 +179,7 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
                     f"{folder}: in use by {holder}; wait until it ends, stop it, or take another "
                     "run_dir"
                 )
-            print(f"{folder.name}: being computed by {holder}; waiting for it", flush=True)
+            say(f"{folder.name}: being computed by {holder}; waiting for it")
             while not files.try_lock(file):
                 # A job at its time limit must not wait past it.
                 stop.check(f"waiting for {folder.name}")

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from fsspec.callbacks import Callback
 
-from doremi_train.config import UserError, redact
+from doremi_train.config import UserError
+from doremi_train.console import say
 from doremi_train.storage import waiting
 
 ATTEMPTS = 5
@@ -80,7 +81,7 @@ def steadily(what: str, call: Callable[[], T]) -> T:
                 ) from error
             wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * (1 - os.urandom(1)[0] / 510)
             again = f"trying again in {wait:.1f} s (attempt {attempt + 1} of {ATTEMPTS})"
-            print(redact(f"{what}: {why}; {again}"), flush=True)
+            say(f"{what}: {why}; {again}")
             time.sleep(wait)
     raise AssertionError("unreachable")
 

@@ -11,8 +11,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from doremi_train.config import UserError, redact
+from doremi_train.config import UserError
 from doremi_train.files import FULL
+from doremi_train.redaction import redact
 from doremi_train.storage import steady, waiting
 from doremi_train.storage.steady import Steady
 

@@ -17,7 +17,6 @@ K domains, N sequences of all domains together, B sequences of a micro-batch, T 
 import contextlib
 import mmap
 import os
-import sys
 import weakref
 import zlib
 from collections.abc import Callable, Mapping
@@ -36,7 +35,6 @@ from doremi_train.data.sampler import Ints
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model.language_model import LanguageModel
-from doremi_train.parallel import comm
 
 Halves = NDArray[np.float16]
 
@@ -157,12 +155,6 @@ class Table:
                     written = os.pwrite(self._file, left, at)
                     left, at = left[written:], at + written
         except OSError as error:
-            if not comm.world().first:  # which speaks for all, and does not know
-                print(
-                    f"process {comm.world().rank}: {self.path}: {error}",
-                    file=sys.stderr,
-                    flush=True,
-                )
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _damaged(self, what: str) -> UserError:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from doremi_train.console import say
 from doremi_train.data.batches import Batch, Batches, MicroBatch, some
 from doremi_train.data.sampler import Draw
 from doremi_train.model import optim
@@ -270,7 +271,7 @@ class Step:
                 "training.on_nonfinite=skip"
             )
         if self.world.first:
-            print(f"{message}; the batch is left out on all processes", flush=True)
+            say(f"{message}; the batch is left out on all processes")
         return False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from doremi_train import files
-from doremi_train.console import Bar, console
+from doremi_train.console import Bar, say
 from doremi_train.data.batches import Batches
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
@@ -73,7 +73,7 @@ class Trainer:
         if self.selector is not None:
             self.engine_used += f"; {self.selector}"
         if self.world.first and task.bar is None:
-            console.print(f"{task.label:<22} {self.engine_used}")
+            say(f"{task.label:<22} {self.engine_used}")
 
     def fit(self, watch: Watch = lambda line: None) -> Position:
         """Train to the end, from the newest checkpoint if any. Raises Preempted after saving, when

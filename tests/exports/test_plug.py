@@ -14,7 +14,8 @@ from helpers import exports_contract, pages
 from helpers.command import Command
 
 import doremi_train
-from doremi_train.exports.formats import FORMATS, Format
+from doremi_train.exports.form import Format
+from doremi_train.exports.formats import FORMATS
 
 # seqio's: the pairs that a mixture is registered with.
 PLUG = Format(

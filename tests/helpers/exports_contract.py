@@ -10,6 +10,7 @@ import pytest
 
 from doremi_train.config import UserError
 from doremi_train.exports import convert, formats
+from doremi_train.exports import form as forms
 
 WEIGHTS = {"web": 0.62, "code & co": 0.3, "tiny": 3e-7, "none": 0.0, "rest": 0.08 - 3e-7}
 LATER = {"web": 0.2, "code & co": 0.5, "tiny": 0.1, "none": 0.0, "rest": 0.2}
@@ -40,7 +41,7 @@ def check(to: str) -> None:
 def described(to: str) -> None:
     """Everything that the table and the file's name are made of is there."""
     form = formats.FORMATS[to]
-    assert form.draws in get_args(formats.Unit)
+    assert form.draws in get_args(forms.Unit)
     for cell in (form.trainer, form.file, form.because):
         assert cell == cell.strip() != "" and not set(cell) & set("|\n"), f"{to}: {cell!r}"
     assert Path(f"mixture.{form.ending}").suffix == f".{form.ending}"
@@ -49,16 +50,17 @@ def described(to: str) -> None:
 def there_and_back(to: str) -> None:
     """What is written is read back to the last digit, sums to exactly 1, and is in its unit."""
     means = means_of(to)
-    drawn = convert.shares(WEIGHTS, means)
+    zeros = formats.FORMATS[to].zeros
+    drawn = convert.shares(WEIGHTS, means, zeros)
     text = convert.write(to, drawn, PATHS, EPOCHS)
     read = _read(to, text)
-    assert {name: weight for name, weight in read.items() if weight} == drawn
+    assert {name: weight for name, weight in read.items() if weight or zeros} == drawn
     assert sum(Decimal(repr(weight)) for weight in read.values() if weight) == 1
     back = convert.weights(read, means)
     assert all(
         math.isclose(back[name], WEIGHTS[name], abs_tol=1e-9, rel_tol=1e-4) for name in WEIGHTS
     )
-    assert PATHS["none"] not in text  # what has no weight is left out
+    assert (PATHS["none"] in text) == zeros  # what has no weight is left out, or is there
 
 
 def paths_as_it_says(to: str) -> None:
@@ -78,7 +80,7 @@ def awkward_paths(to: str) -> None:
     drawn = convert.shares({"a": 0.3, "b": 0.7}, None)
     for path in AWKWARD:
         paths = {"a": path, "b": "/d/b"}
-        source = formats.Source("a", path, 0.3, 1.0)
+        source = forms.Source("a", path, 0.3, 1.0)
         refuses = formats.FORMATS[to].refuses
         if refuses and refuses(source):
             with pytest.raises(UserError, match=r"export\.paths\.a="):

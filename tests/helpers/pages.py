@@ -10,7 +10,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from doremi_train.config import conf_dir  # noqa: E402
-from doremi_train.exports.formats import FORMATS, Format  # noqa: E402
+from doremi_train.exports.form import Format  # noqa: E402
+from doremi_train.exports.formats import FORMATS  # noqa: E402
 from doremi_train.stages.mixtures import WAYS  # noqa: E402
 from helpers import keys  # noqa: E402
 

@@ -1,33 +1,90 @@
 """Run by the interpreter of DOREMI_PEERS, without our packages: real trainers' loaders on what was
 exported.
 
-`peers.py FOLDER` reads the exported files there and prints one JSON line: what was parsed, and for
-loaders that run here the part of all drawn tokens that came from the domain `short` (10 tokens a
-document; `long`: 40).
+`peers.py TARGET FOLDER` makes data of each domain of `FOLDER/domains.json` ({domain: [path,
+samples]}) in the trainer's format, builds its dataset from the exported `FOLDER/mixture.*`, draws
+`DRAWS` samples in several settings, and prints one JSON line: {setting: {domain: draws}}.
 """
 
+import collections
 import contextlib
+import importlib
+import itertools
 import json
-import runpy
+import os
+import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
 
-import yaml
-
-LENGTHS = {"short": 10, "long": 40}
+DRAWS = 4000
 BLOCK = 8  # tokens of a sequence
 
 
-def blends(folder):
+def counted(drawn, draws=DRAWS):
+    return dict(collections.Counter(itertools.islice(drawn, draws)))
+
+
+def module(folder):
+    """The exported module, where spawned workers find it too."""
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("mixture")
+
+
+def domains(folder):
+    return json.loads((folder / "domains.json").read_text())
+
+
+def on_two_ranks(target, folder):
+    """What two processes draw together, each as a rank of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    running = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)}
+        command = [sys.executable, __file__, target, str(folder)]
+        running.append(
+            subprocess.Popen(command, env=os.environ | meeting | own, stdout=subprocess.PIPE)
+        )
+    both = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    return dict(sum((collections.Counter(part) for part in both), collections.Counter()))
+
+
+def webdataset(folder, rank):
+    import random
+
+    import torch
+    import webdataset
+
+    if rank is None:
+        for name, (path, samples) in domains(folder).items():
+            with webdataset.TarWriter(path) as writer:
+                for number in range(samples):
+                    writer.write({"__key__": f"{number}", "txt": name})
+    seed = int(rank or 0)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    exported = module(folder)
+
+    def drawn(workers=0):
+        loader = torch.utils.data.DataLoader(exported.mixture(), None, num_workers=workers)
+        return counted(sample["txt"].decode() for sample in loader)
+
+    if rank is not None:
+        return drawn(2)
+    return {"alone": drawn(), "workers": drawn(2), "ranks": on_two_ranks("webdataset", folder)}
+
+
+def blends(folder, rank):
+    """What Megatron's own parser makes of the files; no draws."""
     from megatron.core.datasets.utils import get_blend_from_list
 
-    return {
-        "megatron": get_blend_from_list(
-            (folder / "megatron.txt").read_text().split()
-        ),  # as for --data-args-path
-        "nemo": get_blend_from_list(json.loads((folder / "nemo.json").read_text())),
-    }
+    words = (folder / "mixture.txt").read_text().split()  # as for --data-args-path
+    flat = json.loads((folder / "mixture.json").read_text())
+    return {"megatron": get_blend_from_list(words), "nemo": get_blend_from_list(flat)}
 
 
 @contextlib.contextmanager
@@ -51,72 +108,122 @@ def without_pictures():
         del sys.modules[name]
 
 
-def mosaicml_streaming(folder):
+def mosaicml_streaming(folder, rank):
+    import yaml
+    from torch.utils.data import DataLoader
+
     with without_pictures():
         from streaming import MDSWriter, Stream, StreamingDataset
 
-    for name in LENGTHS:
-        with MDSWriter(out=str(folder / name), columns={"domain": "str"}) as writer:
-            for _ in range(400):
-                writer.write({"domain": name})
-    streams = yaml.safe_load((folder / "mosaicml_streaming.yaml").read_text())["streams"]
-    made = [
-        Stream(**fields, local=str(folder / "cache" / name)) for name, fields in streams.items()
-    ]
-    dataset = StreamingDataset(streams=made, batch_size=1, epoch_size=1000)
-    drawn = [sample["domain"] for sample in dataset]
-    return {
-        "mosaicml_streaming proportions": [stream.proportion for stream in made],
-        "mosaicml_streaming": drawn.count("short") / len(drawn),
-    }
+    if rank is None:
+        for name, (path, samples) in domains(folder).items():
+            with MDSWriter(out=path.removeprefix("file://"), columns={"domain": "str"}) as writer:
+                for _ in range(samples):
+                    writer.write({"domain": name})
+    os.chdir(folder)  # where copies of remote streams are kept
+    config = yaml.safe_load((folder / "mixture.yaml").read_text())
+    streams = [Stream(**fields) for fields in config.pop("streams").values()]
+    dataset = StreamingDataset(streams=streams, batch_size=10, epoch_size=DRAWS, **config)
+    if rank is not None:
+        return counted(sample["domain"] for sample in dataset)  # a half of DRAWS each
+    drawn = [sample["domain"] for sample in DataLoader(dataset, None, num_workers=2)]
+    again = counted(sample["domain"] for sample in DataLoader(dataset, None, num_workers=2))
+    found = {"workers": counted(drawn), "first": counted(drawn, 20), "again": again}
+    return found | {"ranks": on_two_ranks("mosaicml_streaming", folder)}
 
 
-def datasets(folder):
-    from datasets import Dataset
+def datasets(folder, rank):
+    from datasets.distributed import split_dataset_by_node
+    from torch.utils.data import DataLoader
 
-    def opened(path):
-        name = Path(path).name
-        return Dataset.from_dict({"tokens": [[name] * LENGTHS[name]] * 4000})
+    for name, (path, samples) in domains(folder).items():
+        rows = [json.dumps({"text": name, "n": number}) + "\n" for number in range(samples)]
+        Path(path).write_text("".join(rows))
+    mixed = module(folder).mixture()
 
-    mixed = runpy.run_path(str(folder / "datasets.py"), run_name="exported")["mixture"](
-        open_source=opened
-    )
-    tokens = [token for row in mixed.select(range(4000))["tokens"] for token in row]
-    return {"datasets": tokens.count("short") / len(tokens)}
+    def drawn(dataset, workers=0, draws=DRAWS):
+        loader = DataLoader(dataset, None, num_workers=workers)
+        return counted((row["text"] for row in loader), draws)
+
+    ranks = [split_dataset_by_node(mixed, rank, 2) for rank in range(2)]
+    both = sum((collections.Counter(drawn(part, 0, 2000)) for part in ranks), collections.Counter())
+    found = {"alone": drawn(mixed), "workers": drawn(mixed, 2), "ranks": dict(both)}
+    rows = list(itertools.islice(mixed, 1800))
+    list(zip(range(1500), mixed, strict=False))
+    state = mixed.state_dict()
+    resumed = module(folder).mixture()
+    resumed.load_state_dict(state)
+    same = [a == b for a, b in zip(rows[1500:], resumed, strict=False)]
+    return found | {"resumed": {"same": sum(same)}}
 
 
-def blocks(number):
-    """A million tokens' worth of one domain, each token its number."""
+def torchtitan(folder, rank):
+    from torchtitan.hf_datasets.text_datasets import InterleavedHuggingFaceTextDataLoader
+
+    names = list(domains(folder))
+    for name, (path, samples) in domains(folder).items():
+        words = " ".join([str(names.index(name))] * (BLOCK + 1))  # a document is a sequence
+        Path(path).write_text((json.dumps({"text": words}) + "\n") * samples)
+    config = module(folder).mixture()
+
+    class Words:
+        def encode(self, text, add_bos, add_eos):
+            return [int(word) for word in text.split()]
+
+    def loader(rank=0, ranks=1, workers=0):
+        config.num_workers = workers
+        place = {"dp_rank": rank, "dp_world_size": ranks}
+        size = {"seq_len": BLOCK, "local_batch_size": 1}
+        return InterleavedHuggingFaceTextDataLoader(config, tokenizer=Words(), **place, **size)
+
+    def drawn(loader, draws=DRAWS):
+        return counted((names[int(labels[0, 0])] for _, labels in loader), draws)
+
+    ranks = [collections.Counter(drawn(loader(rank, 2), 2000)) for rank in range(2)]
+    found = {"alone": drawn(loader()), "ranks": dict(ranks[0] + ranks[1])}
+    found["workers"] = drawn(loader(workers=2))
+    whole, begun, resumed = loader(), loader(), loader()
+    whole = [labels[0].tolist() for _, labels in itertools.islice(whole, 1800)]
+    list(itertools.islice(begun, 1500))
+    resumed.load_state_dict(begun.state_dict())
+    same = [a == b[0].tolist() for a, (_, b) in zip(whole[1500:], resumed, strict=False)]
+    return found | {"resumed": {"same": sum(same)}}
+
+
+def litdata(folder, rank):
     import torch
+    from litdata import StreamingDataLoader, TokensLoader
+    from litdata.streaming.cache import Cache
 
-    yield torch.full((BLOCK * 2000,), number, dtype=torch.int)
+    names = list(domains(folder))
+    if rank is None:
+        for name, (path, samples) in domains(folder).items():
+            cache = Cache(path, chunk_size=BLOCK * samples // 4, item_loader=TokensLoader(BLOCK))
+            for sample in range(samples):  # its domain's number, and its own
+                cache[sample] = torch.tensor([names.index(name), sample] + [0] * (BLOCK - 2))
+            cache.done()
+            cache.merge()
+    mixture = module(folder).mixture
 
+    def drawn(workers=0):
+        loader = StreamingDataLoader(mixture(BLOCK), batch_size=1, num_workers=workers)
+        return counted(names[int(batch[0][0])] for batch in loader)
 
-def litdata(folder):
-    from litdata import TokensLoader, optimize
-
-    for number, name in enumerate(LENGTHS):
-        out = folder / "lit" / name
-        optimize(
-            blocks,
-            [number],
-            str(out),
-            chunk_size=BLOCK * 2000,
-            num_workers=1,
-            item_loader=TokensLoader(BLOCK),
-        )
-        (folder / name).rename(folder / f"{name}_mds")  # the place is another target's
-        out.rename(folder / name)
-    mixed = runpy.run_path(str(folder / "litdata.py"), run_name="exported")["mixture"](BLOCK)
-    drawn = []
-    for sample in mixed:
-        drawn.append(int(sample[0]))
-        if len(drawn) == 1500:
-            break
-    return {"litdata": drawn.count(0) / len(drawn)}
+    if rank is not None:
+        return drawn()
+    alone = counted(names[int(sample[0])] for sample in mixture(BLOCK))
+    found = {"alone": alone, "loader": drawn(), "workers": drawn(2)}
+    whole, begun, resumed = (
+        StreamingDataLoader(mixture(BLOCK), batch_size=4, num_workers=0) for _ in range(3)
+    )
+    whole = [batch.tolist() for batch in itertools.islice(whole, 575)]
+    list(itertools.islice(begun, 500))
+    resumed.load_state_dict(begun.state_dict())
+    same = [a == b.tolist() for a, b in zip(whole[500:], resumed, strict=False)]
+    found["resumed"] = {"same": sum(same) * 4}
+    return found | {"ranks": on_two_ranks("litdata", folder)}
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    found = blends(folder) | mosaicml_streaming(folder) | datasets(folder) | litdata(folder)
-    print(json.dumps(found))
+    made = globals()[sys.argv[1]](Path(sys.argv[2]), os.environ.get("RANK"))
+    print(json.dumps(made))

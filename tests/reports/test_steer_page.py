@@ -16,6 +16,7 @@ from helpers.browser import Browser
 from helpers.command import run_here
 from numpy.testing import assert_allclose
 
+from doremi_train import console
 from doremi_train.methods import steering
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.saturating import Saturating
@@ -152,7 +153,8 @@ def test_a_click_sorts_and_a_slider_steers(page: Path, browser: Browser, tmp_pat
         for row in heat.split("<tr>")[2:]
     ]
     heads = [html.unescape(one) for one in re.findall(r'class="sort">(.*?)</button>', heat)]
-    content = json.loads((page.parent / "fit.json").read_text())["effects"]
+    effects = json.loads((page.parent / "fit.json").read_text())["effects"]
+    content = {console.shown(name): effect for name, effect in effects.items()}
     metrics, domains = heads[1 : 1 + len(METRICS)], heads[1 + len(METRICS) :]
     assert rows == [[content[name][metric][0] for metric in metrics] for name in domains]
     code = [row[metrics.index("code")] for row in rows]

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy
-from helpers.command import Outcome, run_here
+from helpers.command import Outcome, run_here, start
 
 from doremi_train.methods.box import Floats
 
@@ -194,3 +196,20 @@ def test_regmix_s_runs_rank_unseen_mixtures(tmp_path: Path) -> None:
     assert scipy.stats.spearmanr(of(predicted).mean(1), measured.mean(1)).statistic > 0.985
     within = (of(predicted, "_low") <= measured) & (measured <= of(predicted, "_high"))
     assert 0.90 < within.mean() < 0.985
+
+
+def test_a_long_fit_hears_that_it_is_told_to_stop(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = random.dirichlet(np.ones(100), 220)
+    with (tmp_path / "wide.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *(f"d{k}" for k in range(100)), *(f"m{m}_loss" for m in range(9))])
+        figures = 2 + np.exp(-3 * weights @ random.random((100, 9)))
+        writer.writerows([f"r{n}", *w, *figures[n]] for n, w in enumerate(weights))
+    process = start("stage=fit", f"fit.runs={tmp_path / 'wide.csv'}", f"run_dir={tmp_path / 'run'}")
+    while not (tmp_path / "run" / "config.yaml").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "fit: told to stop" in process.communicate()[1] and process.returncode == 75
+    assert not (tmp_path / "run" / "weights.json").exists()

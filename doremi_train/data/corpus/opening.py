@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from doremi_train.config import UserError, redact
+from doremi_train.config import UserError
+from doremi_train.console import say
 from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE, PROTOCOLS, filesystem, harmless
 
@@ -67,7 +68,7 @@ class PassedOver:
         """Print the line, with the `rule` that tells what is read; nothing where nothing was passed
         over."""
         if self._counts:
-            print(redact(f"data: not read, since {rule}: {self}"), flush=True)
+            say(f"data: not read, since {rule}: {self}")
 
     def __str__(self) -> str:
         """One line of all kinds; empty where nothing was passed over."""

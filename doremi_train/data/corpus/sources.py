@@ -7,7 +7,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from doremi_train.config import UserError, redact
+from doremi_train.config import UserError
 from doremi_train.data.corpus import installed, planted
 from doremi_train.data.corpus.formats import INSTALLED, PLANTED, READERS, ending_of, index_of
 from doremi_train.data.corpus.opening import (
@@ -18,6 +18,7 @@ from doremi_train.data.corpus.opening import (
     refuse_command,
 )
 from doremi_train.data.options import DataOptions
+from doremi_train.redaction import redact
 from doremi_train.storage.urls import PIPE, reaching
 
 SPLITS = ("train", "validation")  # how the names of files in data.root begin

@@ -19,7 +19,8 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
-from doremi_train.config import UserError, fingerprint, flatten, redact
+from doremi_train.config import UserError, fingerprint, flatten
+from doremi_train.console import say
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
@@ -244,7 +245,7 @@ def _fill(
         raise
     bad.passed_over.say("documents of a tar are KEY.txt or KEY.json")
     if bad.count:
-        print(redact(f"data: {_skipped(bad)}"), flush=True)
+        say(f"data: {_skipped(bad)}")
     write_manifest(written, tokenizer, end, bad.count, router.dropped, wanted)
 
 

@@ -66,6 +66,8 @@ class Array:
                 going = {
                     number: (executor.submit(share), share) for number, share in enumerate(shares)
                 }
+        for pickled in self.logs.glob("*.pkl"):  # URLs of data, which may hold a password
+            pickled.chmod(0o600)
         lost: list[Share] = []
         looked = 0.0
         try:

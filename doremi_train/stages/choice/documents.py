@@ -67,7 +67,7 @@ def show(session: Session, folder: Path) -> None:
     page = session.run_dir / "select" / "report.html"
     comm.on_first(lambda: selection_page.write(page, folder, session.config.selection.vocabulary))
     result = comm.on_first(lambda: files.read_json(folder / "result.json"))
-    session.say(f"{summary(result, folder)}\nreport: {page}")
+    session.say(*summary(result, folder), f"report: {page}")
 
 
 def _recipe(session: Session) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _everywhere(
         pool.run(work, jobs, look)
 
 
-def summary(result: Mapping[str, Any], folder: Path) -> str:
+def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
     """What a person wants to know of a choice before training on it."""
     eligible = [
         sum(part[unit] for part in result["eligible"].values()) for unit in ("documents", "tokens")
@@ -328,4 +328,4 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
                 f"  {which:<8} {text[:90]!r}"
                 for which, text in zip(part["examples"], pair, strict=True)
             ]
-    return "\n".join(lines)
+    return lines

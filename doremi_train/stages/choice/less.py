@@ -95,7 +95,7 @@ def show(session: Session, folder: Path) -> None:
     if not session.config.selection.targets:
         return
     result = comm.on_first(lambda: files.read_json(folder / "result.json"))
-    session.say(less_choice.summary(result, folder))
+    session.say(*less_choice.summary(result, folder))
     comm.on_first(lambda: less_page.write(session.run_dir / "report.html", result))
 
 

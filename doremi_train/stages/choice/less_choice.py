@@ -227,7 +227,7 @@ def _described(
     }
 
 
-def summary(result: Mapping[str, Any], folder: Path) -> str:
+def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
     empty = result["without_loss"]
     lines = [
         f"pool {result['examples']} examples; left out {empty['examples']} without a token that "
@@ -254,4 +254,4 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
             for end in ("top", "bottom")
             for example in part[end][:3]
         ]
-    return "\n".join([*lines, "", f"choices: {folder}"])
+    return [*lines, "", f"choices: {folder}"]

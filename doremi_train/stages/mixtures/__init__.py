@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-from rich.markup import escape
 from torch import Tensor
 
 from doremi_train import __version__, mixture
@@ -83,7 +82,7 @@ def run(session: Session) -> Mixture:
     budget.within(session, store)  # before anything is trained that could not be used
     instead = follows.unfollowed(session, store)
     if instead is not None:
-        session.say(escape(f"mixture: {instead}"))
+        session.say(f"mixture: {instead}")
     weights = _capped(session, store, WAYS[session.method].run(session))
     weights = complete(session, store, weights)
     if instead is not None:
@@ -100,7 +99,7 @@ def _capped(session: Session, store: TokenStore, weights: Mixture) -> Mixture:
         return weights
     cut = [name for name, less in zip(store.domains, kept < point, strict=True) if less]
     session.say(
-        f"{escape(', '.join(cut))}: more than mixture.max_epochs="
+        f"{', '.join(cut)}: more than mixture.max_epochs="
         f"{session.config.mixture.max_epochs:g} passes; what was too much went to the others"
     )
     return replace(weights, weights=store.named(kept))
@@ -113,7 +112,7 @@ def _warn(session: Session, store: TokenStore, point: Tensor) -> None:
     above = [f"{store.domains[k]} {passes[k]:.1f}" for k in np.flatnonzero(passes > most)]
     if above and budget.seen(session):
         session.say(
-            f"passes of the final run: {escape(', '.join(above))}, more than "
+            f"passes of the final run: {', '.join(above)}, more than "
             f"mixture.max_epochs={most:g}; kept, for the law was fitted to runs that repeat as "
             "often and knows the harm of it"
         )

@@ -24,6 +24,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import box, design, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.parallel import comm
+from doremi_train.parallel.threads import fitting
 from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
@@ -35,7 +36,8 @@ from doremi_train.storage.runs import Run
 
 HOW = (
     "Small runs are trained on many mixtures and their losses fitted; the mixture is the best of "
-    "what the fit proposes and of the free ones, all confirmed by a run."
+    "what the fit proposes and of the free ones, all confirmed by a run, or that of a run which is "
+    "better than all of them by more than luck."
 )
 
 AGAIN = "-again"  # ends the name of a run that is trained once more with another seed
@@ -179,6 +181,7 @@ def _reused(session: Session, store: TokenStore, problem: Problem, folder: Path)
     ]
 
 
+@fitting("swarm")
 def _draw(
     session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row], number: int
 ) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Proposals of a swarm, and what came of them: fit, gates, confirmation and verdict."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from doremi_train.methods import box, guards, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.methods.guards import Held, Noise
 from doremi_train.methods.objective import Objective
+from doremi_train.parallel.threads import fitting
 from doremi_train.stages.mixtures import swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.session import Session
@@ -35,6 +37,7 @@ class Proposed(NamedTuple):
     noise: Noise  # of the metrics between runs
 
 
+@fitting("swarm")
 def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Objective) -> Proposed:
     """Fit, solve at λ, 4 λ, …, and say what is to be expected."""
     options, random = session.config.swarm, swarm_problem.generator(session, 0)
@@ -110,6 +113,10 @@ def conclude(
             line["refused"] += beyond(wanted, held, names)
             line["in_doubt"] = in_doubt(wanted, held, names)
         lines.append(line)
+    found = _best_run(problem, rows, proposed.noise, wanted, names, naturals)
+    least = min((line["realised"] for line in lines if not line["refused"]), default=math.inf)
+    if found is not None and found["realised"] + found["luck"] < least:
+        lines.insert(len(proposed.proposals), found)
     # Where all are refused, the last one, which keeps caps and floors.
     kept = [line for line in lines if not line["refused"]] or lines[-1:]
     chosen = min(kept, key=lambda line: line["realised"])
@@ -149,6 +156,31 @@ def conclude(
     )
 
 
+def _best_run(
+    problem: Problem,
+    rows: Sequence[Row],
+    noise: Noise,
+    wanted: Objective,
+    names: Sequence[str],
+    naturals: int,
+) -> dict[str, Any] | None:
+    """The line of the best run that was fitted and keeps caps, floors and guards: where a fit
+    misjudges its best runs, one of them may be what the swarm has found."""
+    points, losses = np.array([row.weights for row in rows]), np.array([r.losses for r in rows])
+    best = swarm.best_run(points, losses, problem.within, wanted, noise, naturals)
+    if best is None:
+        return None
+    row = rows[best.run]
+    return {
+        "name": row.run.rpartition("/")[2],
+        "weights": swarm_problem.named(problem, row.weights),
+        "realised": best.score,
+        "luck": best.luck,
+        "refused": [],
+        "in_doubt": in_doubt(wanted, guards.held(wanted, best.metrics, noise, naturals), names),
+    }
+
+
 def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], unit: str) -> str:
     """What is written, and why it is not the proposal where it is not."""
     first = lines[0]
@@ -166,8 +198,8 @@ def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], unit
         )
     return (
         f"the proposal is {'refused' if first['refused'] else 'not the best'}: {why}; "
-        f"{chosen['name']} is written instead, with {chosen['realised']:.4f} the best of those "
-        "confirmed"
+        f"{chosen['name']} is written instead, with {chosen['realised']:.4f} the best of "
+        + ("the runs" if "luck" in chosen else "those confirmed")
     )
 
 

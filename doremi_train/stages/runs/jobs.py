@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from doremi_train.config import UserError
 from doremi_train.parallel import slurm
+from doremi_train.redaction import unveil, veil
 from doremi_train.stages.options import Submit
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Preempted
@@ -40,10 +41,10 @@ class Child(Again):
     """A composed configuration, and what runs it."""
 
     run: Callable[[dict[str, Any]], tuple[int, str]]
-    plain: Mapping[str, Any]
+    plain: Mapping[str, Any]  # veiled, for it is kept in a file
 
     def __call__(self) -> tuple[int, str]:
-        return self.run(dict(self.plain))
+        return self.run(unveil(dict(self.plain)))
 
 
 def start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
@@ -64,7 +65,7 @@ def start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
             gpus_per_node=len(gpus),
             visible_gpus=gpus,
         )
-        return executor.submit(Child(session.child, plain))
+        return executor.submit(Child(session.child, veil(plain)))
 
 
 def array_of(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def array_of(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dic
         executor.update_parameters(array_parallelism=options.parallel)
         with executor.batch():
             return {
-                name: executor.submit(Child(session.child, plain))
+                name: executor.submit(Child(session.child, veil(plain)))
                 for name, plain in children.items()
             }
 

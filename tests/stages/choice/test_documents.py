@@ -114,6 +114,22 @@ def test_hidden_documents_are_found_and_described(raw: Path, target: Path, tmp_p
     }
 
 
+def test_texts_and_names_that_look_like_markup_are_shown_as_they_are(
+    target: Path, tmp_path: Path
+) -> None:
+    for name in ("[INST]", "[bold]:x:\x1b[2J"):
+        texts = [f"[/INST] {text}" for text in documents(1, "abcdefgh", 200, 20_000)]
+        write_jsonl(tmp_path / "raw" / name / "train.jsonl", texts)
+    targets = tmp_path / "targets.json"
+    targets.write_text(json.dumps({"[red]": [str(target)]}))
+    given = [f"selection.targets={targets}", "selection.documents=5"]
+    out = ran(*selecting(tmp_path / "raw", target, tmp_path / "run", *given)).out
+    assert out.count("'[/INST] ") == 6 and "\n[red]: 5 documents" in out
+    assert "\n  [INST] " in out and "\n  [bold]:x:\\x1b[2J " in out and "\x1b" not in out
+    page = (tmp_path / "run" / "select" / "report.html").read_text()
+    assert page.count("[/INST] ") >= 6 and "[bold]:x:\\x1b[2J" in page and "\x1b" not in page
+
+
 def test_other_budgets_seeds_and_temperatures_need_no_scoring_again(
     raw: Path, target: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@ planted tasks."""
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool.append(
         {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]}
     )
+    for example in pool:  # words that no tokeniser knows and a terminal could take for markup
+        if "prompt" in example:
+            example["prompt"] = re.sub(r"\b[ab]\b", "[/INST]", example["prompt"])
     write(folder / "pool.jsonl", pool)
     write(folder / "held.jsonl", records(2, 2, 0.0))
     write(folder / "amber.jsonl", records(3, 6, 0.0, ("amber",)))
@@ -76,7 +80,7 @@ def chosen(folder: Path, command: Command) -> Path:
         "1 without a token that carries a loss" in outcome.out
         and "pool.jsonl, line 4" in outcome.out
     )
-    assert "1 copies of others" in outcome.out
+    assert "1 copies of others" in outcome.out and "[/INST]" in outcome.out
     return run_dir
 
 
