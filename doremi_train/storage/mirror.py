@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from doremi_train.config import UserError
 from doremi_train.files import aside_of, clear_dead, sync_folder
 from doremi_train.redaction import redact
 from doremi_train.storage import steady, urls
@@ -44,7 +45,10 @@ class Mirror:
             )
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file there, by its name relative to the folder."""
+        """Bytes of every file there, by its name relative to the folder.
+
+        Raises UserError for a name that leads out of the folder.
+        """
         with urls.reaching(self.url, self.key):
             self._fs.invalidate_cache()
             try:
@@ -53,6 +57,8 @@ class Mirror:
                 return {}
         start = len(self._path) + 1
         names = {path[start:]: entry["size"] for path, entry in entries.items()}
+        for name in names:
+            self._within(name)
         return {name: size for name, size in names.items() if not name.endswith(".partial")}
 
     def has(self, name: str) -> bool:
@@ -90,12 +96,22 @@ class Mirror:
         self, folder: Path, name: str, size: int | None = None, sha256: str | None = None
     ) -> None:
         """Copy name to `folder`/name. Raises Torn where it has not the size or the checksum that it
-        must have."""
+        must have, and UserError for a name that leads out of the folder."""
+        self._within(name)
         with (
             urls.reaching(f"{self.url}/{name}", self.key),
             self._fs.open(f"{self._path}/{name}", "rb") as source,
         ):
             _write_aside(folder / name, source, size, sha256)
+
+    def _within(self, name: str) -> None:
+        """Objects may have any name, and what names them here comes from there."""
+        parts = name.split("/")
+        if {"", ".", ".."} & {*parts} or "\0" in name or PurePosixPath(name).is_absolute():
+            raise UserError(
+                f"{self.key}={self.url}: names a file {name!r}, which leads out of its folder; "
+                "nothing of ours has such a name, so delete it there"
+            )
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete files there; those that are gone already are none of our business."""

@@ -6,6 +6,8 @@ done twice.
 that need the same run share it.
 """
 
+import hashlib
+import json
 import os
 import socket
 import time
@@ -18,7 +20,9 @@ from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import say
 from doremi_train.redaction import redact
-from doremi_train.storage.mirror import Mirror
+from doremi_train.storage.mirror import Mirror, Torn
+
+CHECKSUMS = "checksums.json"  # {file: SHA-256} of a finished run that has a second home
 
 
 class Preempted(Exception):
@@ -136,15 +140,49 @@ class Run:
             if path.is_file() and not path.name.startswith(".")
         )
         names = (path.relative_to(self.folder).as_posix() for path in paths)
-        wanted = [name for name in names if not name.startswith(("checkpoints/", "status.json"))]
-        mirror.push(self.folder, sorted(wanted, key=lambda name: (name == "result.json", name)))
+        wanted = [name for name in names if not name.startswith(_NOT_KEPT)]
+        wanted.sort(key=lambda name: (name == "result.json", name))
+        sums = {name: _sha256(self.folder / name) for name in wanted}
+        files.write_json(self.folder / CHECKSUMS, sums)
+        mirror.push(self.folder, [CHECKSUMS, *wanted])
 
     def fetch(self) -> None:
-        """Bring a finished run from its second home, result.json last, if it is there."""
-        if self.mirror is not None and self.mirror.has("result.json"):
-            names = [name for name in self.mirror.sizes() if not name.startswith("checkpoints/")]
-            for name in sorted(names, key=lambda name: (name == "result.json", name)):
-                self.mirror.pull(self.folder, name)
+        """Bring a finished run from its second home, result.json last, if it is there as it was
+        put there. Otherwise it is finished there no more: it is computed again, and then goes
+        there again."""
+        if self.mirror is None or not self.mirror.has("result.json"):
+            return
+        try:
+            self._pull(self.mirror)
+        except Torn as error:
+            say(f"{self.mirror.url}: torn or corrupt ({error}); the run is computed again")
+            self.mirror.remove(["result.json"])
+
+    def _pull(self, mirror: Mirror) -> None:
+        """Raises Torn where a file is missing or another one than was put there."""
+        sizes, listed = mirror.sizes(), mirror.read(CHECKSUMS)
+        try:
+            # Of an older version there is no list.
+            sums = dict.fromkeys(sizes) if listed is None else dict(json.loads(listed))
+        except (ValueError, TypeError):
+            raise Torn(f"{CHECKSUMS} cannot be read") from None
+        names = [name for name in sums if not name.startswith(_NOT_KEPT)]
+        for name in sorted(names, key=lambda name: (name == "result.json", name)):
+            if name not in sizes:
+                raise Torn(f"{name} is missing")
+            try:
+                mirror.pull(self.folder, name, sha256=sums[name])
+            except Torn as error:
+                raise Torn(f"{name} {error}") from None
+
+
+# What is not among the files of a finished run: what belongs to this machine, and what lists them.
+_NOT_KEPT = ("checkpoints/", "status.json", CHECKSUMS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:
