@@ -23,7 +23,6 @@ SAMPLES = {"web": 600, "small one": 40, "it's odd, 1": 200, "rare": 500}
 ENDINGS = {"webdataset": ".tar", "datasets": ".jsonl", "torchtitan": ".jsonl"}
 DRAWS = {
     "megatron": ["alone"],
-    "nemo": ["alone"],
     "webdataset": ["alone", "workers", "ranks"],
     "datasets": ["alone", "workers", "ranks"],
     "mosaicml_streaming": ["workers", "again", "ranks"],
@@ -52,7 +51,9 @@ def exported(to: str, folder: Path) -> None:
     made = {name: [paths[name], samples] for name, samples in SAMPLES.items()}
     (folder / "domains.json").write_text(json.dumps(made))
     drawn = convert.shares(WEIGHTS, None, FORMATS[to].zeros)
-    (folder / f"mixture.{FORMATS[to].ending}").write_text(convert.write(to, drawn, paths, {}))
+    for form in ("megatron", "nemo") if to == "megatron" else (to,):
+        file = folder / f"mixture.{FORMATS[form].ending}"
+        file.write_text(convert.write(form, drawn, paths, {}))
 
 
 def peers() -> str:
@@ -78,12 +79,13 @@ def run(python: str, *arguments: object) -> dict[str, Counter[str]]:
 def test_the_real_loader_draws_as_the_weights_say(to: str, tmp_path: Path) -> None:
     """In an environment of their own, since their pins disagree with ours and each other's."""
     exported(to, tmp_path)
-    script = "megatron" if to == "nemo" else to  # whose dataset it is
-    found = run(sys.executable if to == "webdataset" else peers(), script, tmp_path)
+    found = run(sys.executable if to == "webdataset" else peers(), to, tmp_path)
     assert found.keys() >= set(DRAWS[to])
     for setting in DRAWS[to]:
         # Ranks and workers of some draw the same sources, each from its own part of the data.
         as_they_weigh(found[setting], 2 if to in ("litdata", "torchtitan") else 1)
+    if to == "megatron":
+        assert found["nemo"] == {"same": True}  # the other file is the same to Megatron
     if "resumed" in found:
         assert found["resumed"] == {"same": 300}
     if "first" in found:  # sources are mixed, and not one after another

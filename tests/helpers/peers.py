@@ -98,13 +98,13 @@ def megatron(folder, rank):
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
-    text = folder / "mixture.txt"  # as for --data-args-path; or a list, as NeMo's
-    flat = text.read_text().split() if text.exists() else None
+    blend = get_blend_from_list((folder / "mixture.txt").read_text().split())  # --data-args-path
+    same = blend == get_blend_from_list(json.loads((folder / "mixture.json").read_text()))
     tokenizer = types.SimpleNamespace(eod=0, unique_identifiers={}, pad=None, vocab_size=10)
     config = GPTDatasetConfig(
         random_seed=0,
         sequence_length=BLOCK,
-        blend=get_blend_from_list(flat or json.loads((folder / "mixture.json").read_text())),
+        blend=blend,
         split="1,0,0",
         path_to_cache=str(folder / "cache"),
         tokenizer=tokenizer,
@@ -116,7 +116,8 @@ def megatron(folder, rank):
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [DRAWS, 0, 0], lambda: True, config)
     samples = builder.build()[0]
-    return {"alone": counted(names[int(samples[n]["tokens"][0]) - 1] for n in range(DRAWS))}
+    alone = counted(names[int(samples[n]["tokens"][0]) - 1] for n in range(DRAWS))
+    return {"alone": alone, "nemo": {"same": same}}
 
 
 @contextlib.contextmanager
