@@ -189,8 +189,13 @@ def levanter_tells(stages: Sequence[Mapping[str, float]]) -> list[str]:
         "it wants their data too: data.components, or data.configs of older ones, with an entry "
         "of each of these names"
     ]
-    least = {name: weight for stage in stages for name, weight in stage.items()}
-    lost = [name for name, weight in least.items() if 0 < weight * _LARGEST_BLOCK < 1]
+    small = [
+        name
+        for stage in stages
+        for name, weight in stage.items()
+        if 0 < weight * _LARGEST_BLOCK < 1
+    ]
+    lost = list(dict.fromkeys(small))
     if lost:
         told.append(
             f"its largest block has {_LARGEST_BLOCK} sequences, so that it draws nothing of "

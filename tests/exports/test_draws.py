@@ -22,6 +22,7 @@ WEIGHTS = {"web": 0.62, "small one": 0.37, "it's odd, 1": 0.00999, "rare": 1e-5,
 SAMPLES = {"web": 600, "small one": 40, "it's odd, 1": 200, "rare": 500}
 ENDINGS = {"webdataset": ".tar", "datasets": ".jsonl", "torchtitan": ".jsonl"}
 DRAWS = {
+    "megatron": ["alone"],
     "webdataset": ["alone", "workers", "ranks"],
     "datasets": ["alone", "workers", "ranks"],
     "mosaicml_streaming": ["workers", "again", "ranks"],
@@ -42,12 +43,17 @@ def as_they_weigh(drawn: Mapping[str, int], same: int = 1) -> None:
 def exported(to: str, folder: Path) -> None:
     """The mixture for the target `to`, and where its script makes the data: paths with spaces."""
     data = folder / "my data"
+    if to == "megatron":  # which splits at spaces
+        data = folder / "data"
     data.mkdir()
-    paths = {name: f"{data / name}{ENDINGS.get(to, '')}" for name in SAMPLES}
+    files = {name: name.replace(" ", "_") if to == "megatron" else name for name in SAMPLES}
+    paths = {name: f"{data / file}{ENDINGS.get(to, '')}" for name, file in files.items()}
     made = {name: [paths[name], samples] for name, samples in SAMPLES.items()}
     (folder / "domains.json").write_text(json.dumps(made))
     drawn = convert.shares(WEIGHTS, None, FORMATS[to].zeros)
-    (folder / f"mixture.{FORMATS[to].ending}").write_text(convert.write(to, drawn, paths, {}))
+    for form in ("megatron", "nemo") if to == "megatron" else (to,):
+        file = folder / f"mixture.{FORMATS[form].ending}"
+        file.write_text(convert.write(form, drawn, paths, {}))
 
 
 def peers() -> str:
@@ -78,21 +84,12 @@ def test_the_real_loader_draws_as_the_weights_say(to: str, tmp_path: Path) -> No
     for setting in DRAWS[to]:
         # Ranks and workers of some draw the same sources, each from its own part of the data.
         as_they_weigh(found[setting], 2 if to in ("litdata", "torchtitan") else 1)
+    if to == "megatron":
+        assert found["nemo"] == {"same": True}  # the other file is the same to Megatron
     if "resumed" in found:
         assert found["resumed"] == {"same": 300}
     if "first" in found:  # sources are mixed, and not one after another
         assert len(found["first"]) > 1
-
-
-@pytest.mark.acceptance
-def test_megatron_s_own_parser_reads_the_blends(tmp_path: Path) -> None:
-    paths = {"a": "/d/a_text_document", "b": "/d/b"}
-    drawn = convert.shares({"a": 0.3, "b": 0.7}, None)
-    for to in ("megatron", "nemo"):
-        file = tmp_path / f"mixture.{FORMATS[to].ending}"
-        file.write_text(convert.write(to, drawn, paths, {}))
-    found = run(peers(), "blends", tmp_path)
-    assert found == {to: [[*paths.values()], [0.3, 0.7]] for to in ("megatron", "nemo")}
 
 
 def test_webdataset_shares_one_tar_among_ranks_and_workers(
@@ -167,3 +164,15 @@ def test_a_schedule_is_held_between_the_steps_at_which_it_may_change() -> None:
     assert convert.held(held, 100, 30) == held
     same = [(0, {"a": 1.0}), (17, {"a": 1.0})]
     assert convert.held(same, 100, 30) == [(0, {"a": 1.0})]
+
+
+def test_what_a_trainer_cannot_do_is_told() -> None:
+    levanter, nanotron = FORMATS["levanter"].tells, FORMATS["nanotron"].tells
+    assert levanter is not None and nanotron is not None
+    wants, lost = levanter([{"a": 1 - 1e-5, "b": 1e-5}])
+    assert "data.components" in wants and "draws nothing of b" in lost
+    assert levanter([{"a": 1 - 2e-5, "b": 2e-5, "c": 0.0}]) == [wants]
+    # A domain is lost in the stage where its weight is too small.
+    assert levanter([{"a": 1 - 1e-5, "b": 1e-5}, {"a": 0.5, "b": 0.5}]) == [wants, lost]
+    assert nanotron([{"a": 1.0}]) == []
+    assert "a stage at a time" in nanotron([{"a": 1.0}, {"a": 1.0}])[0]

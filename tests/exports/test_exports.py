@@ -281,6 +281,8 @@ def test_other_trainers_and_places_in_the_same_run_dir(
         == 0
     )
     assert yaml.safe_load(file.read_text()) == {"data": {"sources": {"plain": 0.25, "rich": 0.75}}}
+    outcome = command(*overrides, "export.to=gpt_neox", paths)
+    assert "GPT-NeoX: it wants all three: add valid-data-paths and test-data-paths" in outcome.out
 
 
 def test_a_trainer_s_file_is_the_mixture_of_another_run(

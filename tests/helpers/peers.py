@@ -78,13 +78,46 @@ def webdataset(folder, rank):
     return {"alone": drawn(), "workers": drawn(2), "ranks": on_two_ranks("webdataset", folder)}
 
 
-def blends(folder, rank):
-    """What Megatron's own parser makes of the files; no draws."""
+def megatron(folder, rank):
+    import numpy
+    import torch
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from megatron.core.datasets.utils import get_blend_from_list
 
-    words = (folder / "mixture.txt").read_text().split()  # as for --data-args-path
-    flat = json.loads((folder / "mixture.json").read_text())
-    return {"megatron": get_blend_from_list(words), "nemo": get_blend_from_list(flat)}
+    names = list(domains(folder))
+    for name, (path, samples) in domains(folder).items():
+        builder = IndexedDatasetBuilder(f"{path}.bin", dtype=numpy.int32)
+        for _ in range(samples):
+            builder.add_item(torch.full((BLOCK + 1,), 1 + names.index(name), dtype=torch.int32))
+            builder.end_document()
+        builder.finalize(f"{path}.idx")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    blend = get_blend_from_list((folder / "mixture.txt").read_text().split())  # --data-args-path
+    same = blend == get_blend_from_list(json.loads((folder / "mixture.json").read_text()))
+    tokenizer = types.SimpleNamespace(eod=0, unique_identifiers={}, pad=None, vocab_size=10)
+    config = GPTDatasetConfig(
+        random_seed=0,
+        sequence_length=BLOCK,
+        blend=blend,
+        split="1,0,0",
+        path_to_cache=str(folder / "cache"),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [DRAWS, 0, 0], lambda: True, config)
+    samples = builder.build()[0]
+    alone = counted(names[int(samples[n]["tokens"][0]) - 1] for n in range(DRAWS))
+    return {"alone": alone, "nemo": {"same": same}}
 
 
 @contextlib.contextmanager

@@ -266,11 +266,9 @@ def test_weights_and_schedule_are_what_was_drawn(
     exported = yaml.safe_load((run_dir / "export/mixture_levanter.yaml").read_text())["data"][
         "train_weights"
     ]
-    assert [first for first, _ in exported] == [first for first, _ in stages]
-    assert all(
-        written == pytest.approx(weights)
-        for (_, written), (_, weights) in zip(exported, stages, strict=True)
-    )
+    # A stage of Levanter may begin every 2048 sequences, which are 256 steps: there is one.
+    ((first, written),) = exported
+    assert first == 0 and written == pytest.approx(mixture["weights"])
     if name == "dro":
         recipe = read(run_dir / "main/recipe.json")["options"]
         figures = read(run_dir / "reference/result.json")["evaluation"]["domains"]
