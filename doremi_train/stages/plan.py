@@ -96,6 +96,7 @@ def _known(session: Session, plan: Mapping[str, Any]) -> advice.Known:
         most_passes=session.config.mixture.max_epochs,
         worth=files.read_json(path)["worth"] if path.exists() else None,
         measured=path.exists(),
+        chosen=session.config.objective.metrics is not None,
     )
 
 

@@ -11,6 +11,9 @@ from doremi_train.console import short
 # doremi_steady was worse than uniform at equal FLOPs on both beds; at 5 %, on planted domains, the
 # difference was not distinguishable from nothing.
 LITTLE = 0.05
+# Part of a final run that a swarm's small runs took where they earned it back on target text, with
+# natural and uniform as many FLOPs (docs/measured.md).
+EARNED = 0.96
 # Times an even part. One of the planted domains has 3.5 times as much, and natural was poor there;
 # of the eight of real text none has twice.
 SKEWED = 3.0
@@ -28,6 +31,7 @@ class Known(NamedTuple):
     most_passes: float  # mixture.max_epochs
     worth: bool | None = None  # what stage=headroom found of a swarm; None: it could not tell
     measured: bool = False  # whether stage=headroom was asked
+    chosen: bool = False  # whether objective.metrics say what counts, and not all domains alike
 
 
 def advise(known: Known) -> str:
@@ -35,6 +39,8 @@ def advise(known: Known) -> str:
     if known.measured and known.worth:
         kept = " (as asked for)" if known.way == "swarm" else ""
         return f"advice: stage=headroom found a swarm worth its runs here: take mixture=swarm{kept}"
+    if known.chosen and not known.measured:
+        return f"advice: {_for_what_counts(known)}"
     share = known.shares.get(known.way, 0.0)
     if share == 0:
         return f"advice: {_without_small_runs(known)}"
@@ -53,6 +59,25 @@ def advise(known: Known) -> str:
         f"advice: {found}at this budget the small runs of {known.way} are only {_percent(share)} "
         "of the final run's FLOPs and hardly count; whether its mixture is better than "
         f"{_free(known)}{_why(known)} say six seeds of stage=compare"
+    )
+
+
+def _for_what_counts(known: Known) -> str:
+    share = known.shares["swarm"]
+    said = (
+        f"objective.metrics say what counts, and a swarm is what looks for it; its small runs are "
+        f"{_percent(share)} of the final run's FLOPs here"
+    )
+    if share > EARNED:
+        needed = short(known.tokens * share / EARNED)
+        return (
+            f"{said}, and no more than {_percent(EARNED)} were seen to be earned back: ask "
+            f"stage=headroom first, or raise main.tokens above {needed}"
+        )
+    kept = "keep to" if known.way == "swarm" else "take"
+    return (
+        f"{said}, and {_percent(EARNED)} were earned back on target text: {kept} mixture=swarm, as "
+        "experiment=target does; stage=headroom tells with few runs what it can gain here"
     )
 
 

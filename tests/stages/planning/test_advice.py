@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from doremi_train.stages.planning.advice import LITTLE, Known, advise
+from doremi_train.stages.planning.advice import EARNED, LITTLE, Known, advise
 
 EVEN = {"a": 0.3, "b": 0.3, "c": 0.4 - 1e-9}
 FEW = {"a": 1.0, "b": 2.0, "c": 0.5}
@@ -69,3 +69,17 @@ def test_headroom_that_was_measured_decides(way: str) -> None:
         said = advise(known("swarm", shares=shares, measured=True, worth=worth))
         assert word in said and "the small runs of swarm are 70 % of" in said
     assert "headroom" not in advise(known(way, shares=shares))
+
+
+@pytest.mark.parametrize("way", ["swarm", "natural", "doremi"])
+def test_for_metrics_that_were_chosen_a_swarm_is_advised_where_one_paid(way: str) -> None:
+    said = advise(known(way, shares={"doremi": 0.3, "swarm": 0.5}, chosen=True))
+    assert "its small runs are 50 % of the final run's FLOPs here" in said
+    assert ("keep to mixture=swarm" in said) == (way == "swarm")
+    assert ("take mixture=swarm" in said) == (way != "swarm")
+    dear = advise(known(way, shares={"doremi": 0.3, "swarm": 2 * EARNED}, chosen=True))
+    assert "ask stage=headroom first, or raise main.tokens above 2M" in dear
+    # What was measured on this data decides, as ever.
+    shares = {"doremi": 0.3, "swarm": 0.5}
+    measured = advise(known(way, shares=shares, chosen=True, measured=True, worth=False))
+    assert "objective.metrics" not in measured
