@@ -261,8 +261,8 @@ def best_run(
     naturals: int,
 ) -> Best | None:
     """The best run on `points` (N, K), with metrics (N, M), within bounds and guards, if there is
-    one. Runs on one mixture are averaged. `luck` bounds how far below its true score the best of N
-    is expected to be: σ √(2 ln N), for the smallest of N normals is no farther from their mean."""
+    one. Runs on one mixture are averaged. `luck` bounds how far below its true score the best of N is
+    expected to be: σ √(2 ln N), for the smallest of N normals is no farther from their mean."""
     _, first, alike = np.unique(points.round(9), axis=0, return_index=True, return_inverse=True)
     means = np.stack([metrics[alike.ravel() == group].mean(0) for group in range(len(first))])
     scores = wanted.scores(means)
