@@ -260,8 +260,8 @@ def best_run(
     noise: Noise,
     naturals: int,
 ) -> Best | None:
-    """The best run on `points` (N, K), with metrics (N, M), within bounds and guards, if there is
-    one. Runs on one mixture are averaged. `luck` bounds how far below its true score the best of N is
+    """Of runs on `points` (N, K) with metrics (N, M) the best within bounds and guards, if any.
+    Runs on one mixture are averaged. `luck` bounds how far below its true score the best of N is
     expected to be: σ √(2 ln N), for the smallest of N normals is no farther from their mean."""
     _, first, alike = np.unique(points.round(9), axis=0, return_index=True, return_inverse=True)
     means = np.stack([metrics[alike.ravel() == group].mean(0) for group in range(len(first))])
