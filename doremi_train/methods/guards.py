@@ -48,15 +48,6 @@ def noise(points: Floats, metrics: Floats, unseen: Floats) -> Noise:
     return Noise(np.sqrt(((metrics - unseen) ** 2).mean(0)), len(points))
 
 
-def of_score(wanted: Objective, noise: Noise) -> float:
-    """Standard deviation of the objective between runs that differ in their seed alone, where the
-    noise of all metrics is one, as of runs that are good or bad in all: rather too large."""
-    each = np.abs(wanted.weights) * noise.deviation
-    return float(
-        each.max() if wanted.reduce == "worst" else each.sum() / np.abs(wanted.weights).sum()
-    )
-
-
 def held(wanted: Objective, metrics: Floats, noise: Noise, naturals: int) -> Held:
     """What a run with metrics (M,) loses, where natural's are the mean of `naturals` runs."""
     lost = wanted.lost(torch.from_numpy(metrics[None]))[0].numpy()

@@ -16,7 +16,6 @@ K domains, N runs, M losses in nats per token, R mixtures. Arrays are float64; a
 that sums to 1.
 """
 
-import math
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -26,11 +25,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat
-from doremi_train.methods import box, guards, regressors
+from doremi_train.methods import box, regressors
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.corrected import Corrected
 from doremi_train.methods.fits import UNKNOWN, Fit, Known
-from doremi_train.methods.guards import Noise
 from doremi_train.methods.objective import Objective
 from doremi_train.methods.optimum import optimum
 from doremi_train.methods.regressors import LogLinear
@@ -241,34 +239,3 @@ def confirm(
         f"it reached {realised:.4f} {unit}, above the {between[0]:.4f} to "
         f"{between[1]:.4f} predicted"
     ]
-
-
-class Best(NamedTuple):
-    """The best of the runs, beside what the noise of runs may have given it."""
-
-    run: int  # the first of those on its mixture
-    metrics: Floats  # (M,) their mean
-    score: float
-    luck: float
-
-
-def best_run(
-    points: Floats,
-    metrics: Floats,
-    within: Box,
-    wanted: Objective,
-    noise: Noise,
-    naturals: int,
-) -> Best | None:
-    """Of runs on `points` (N, K) with metrics (N, M) the best within bounds and guards, if any.
-    Runs on one mixture are averaged. `luck` bounds how far below its true score the best of N is
-    expected to be: σ √(2 ln N), for the smallest of N normals is no farther from their mean."""
-    _, first, alike = np.unique(points.round(9), axis=0, return_index=True, return_inverse=True)
-    means = np.stack([metrics[alike.ravel() == group].mean(0) for group in range(len(first))])
-    scores = wanted.scores(means)
-    lucky = guards.of_score(wanted, noise) * math.sqrt(2 * math.log(len(first)))
-    for group in np.argsort(scores, kind="stable").tolist():
-        kept = guards.held(wanted, means[group], noise, naturals).lost <= wanted.guard
-        if box.inside(points[first[group]], within) and kept.all():
-            return Best(int(first[group]), means[group], float(scores[group]), lucky)
-    return None

@@ -36,8 +36,7 @@ from doremi_train.storage.runs import Run
 
 HOW = (
     "Small runs are trained on many mixtures and their losses fitted; the mixture is the best of "
-    "what the fit proposes and of the free ones, all confirmed by a run, or that of a run which is "
-    "better than all of them by more than luck."
+    "what the fit proposes and of the free ones, all confirmed by a run."
 )
 
 AGAIN = "-again"  # ends the name of a run that is trained once more with another seed

@@ -1,6 +1,5 @@
 """Proposals of a swarm, and what came of them: fit, gates, confirmation and verdict."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,10 +112,6 @@ def conclude(
             line["refused"] += beyond(wanted, held, names)
             line["in_doubt"] = in_doubt(wanted, held, names)
         lines.append(line)
-    found = _best_run(problem, rows, proposed.noise, wanted, names, naturals)
-    least = min((line["realised"] for line in lines if not line["refused"]), default=math.inf)
-    if found is not None and found["realised"] + found["luck"] < least:
-        lines.insert(len(proposed.proposals), found)
     # Where all are refused, the last one, which keeps caps and floors.
     kept = [line for line in lines if not line["refused"]] or lines[-1:]
     chosen = min(kept, key=lambda line: line["realised"])
@@ -156,31 +151,6 @@ def conclude(
     )
 
 
-def _best_run(
-    problem: Problem,
-    rows: Sequence[Row],
-    noise: Noise,
-    wanted: Objective,
-    names: Sequence[str],
-    naturals: int,
-) -> dict[str, Any] | None:
-    """The line of the best run that was fitted and keeps caps, floors and guards: where a fit
-    misjudges its best runs, one of them may be what the swarm has found."""
-    points, losses = np.array([row.weights for row in rows]), np.array([r.losses for r in rows])
-    best = swarm.best_run(points, losses, problem.within, wanted, noise, naturals)
-    if best is None:
-        return None
-    row = rows[best.run]
-    return {
-        "name": row.run.rpartition("/")[2],
-        "weights": swarm_problem.named(problem, row.weights),
-        "realised": best.score,
-        "luck": best.luck,
-        "refused": [],
-        "in_doubt": in_doubt(wanted, guards.held(wanted, best.metrics, noise, naturals), names),
-    }
-
-
 def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], unit: str) -> str:
     """What is written, and why it is not the proposal where it is not."""
     first = lines[0]
@@ -198,8 +168,8 @@ def _verdict(lines: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], unit
         )
     return (
         f"the proposal is {'refused' if first['refused'] else 'not the best'}: {why}; "
-        f"{chosen['name']} is written instead, with {chosen['realised']:.4f} the best of "
-        + ("the runs" if "luck" in chosen else "those confirmed")
+        f"{chosen['name']} is written instead, with {chosen['realised']:.4f} the best of those "
+        "confirmed"
     )
 
 

@@ -2,9 +2,7 @@
 stage on real runs."""
 
 import json
-import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +23,7 @@ from doremi_train.methods.regressors import LogLinear
 from doremi_train.methods.swarm import Options
 from doremi_train.stages.mixtures import swarm as ways
 from doremi_train.stages.mixtures import swarm_proposals
-from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.options import Swarm
-from doremi_train.storage.runs import Run
 
 NOISE = 0.01  # nats, of real runs at different seeds
 
@@ -271,79 +267,6 @@ def test_what_cannot_rank_or_goes_where_no_run_is_is_refused() -> None:
     )
 
 
-def test_the_best_run_within_bounds_and_guards_by_hand() -> None:
-    points = np.array([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5], [0.2, 0.8]])
-    metrics = np.array([[1.0, 9.0], [2.0, 3.0], [2.2, 3.2], [2.1, 4.5], [3.0, 1.0]])
-    wanted = objective.objective(
-        objective.Options(metrics={"a": 1}, guard={"b": 0.1}), ["a", "b"], np.array([2.0, 4])
-    )
-    noise, within = guards.Noise(np.array([0.1, 5.0]), 1), Box(np.array([0.0, 0.3]), np.ones(2))
-    best = swarm.best_run(points, metrics, within, wanted, noise, 2)
-    # The first is out of the box, the fourth beyond the guard; two runs on one mixture are one.
-    assert best is not None and best.run == 1 and best.score == pytest.approx(2.1)
-    assert best.luck == pytest.approx(0.1 * math.sqrt(2 * math.log(4)))
-    nowhere = Box(np.zeros(2), np.array([1, 0.05]))
-    assert swarm.best_run(points, metrics, nowhere, wanted, noise, 2) is None
-
-
-@pytest.mark.parametrize("count", [2, 20, 200])
-def test_luck_is_no_less_than_what_the_best_of_equal_runs_gains(count: int) -> None:
-    random = np.random.default_rng(count)
-    points = random.dirichlet(np.ones(3), count)
-    wanted = objective.objective(objective.Options(), ["a"], np.array([2.0]))
-    noise, all_of_them = guards.Noise(np.array([0.3]), 5), Box(np.zeros(3), np.ones(3))
-    gained = []
-    for _ in range(200):
-        runs = 2 + 0.3 * random.standard_normal((count, 1))
-        best = swarm.best_run(points, runs, all_of_them, wanted, noise, 1)
-        assert best is not None
-        gained.append(2 - best.score)
-    assert 0.4 * best.luck < np.mean(gained) < best.luck
-
-
-def test_a_run_is_written_where_nothing_that_was_confirmed_comes_near_it(tmp_path: Path) -> None:
-    """The proposal and the free mixtures reached 3; of the runs one reached 1, as its repetition
-    says, and another 2.9, which may be luck."""
-
-    def concluded(reached: float) -> tuple[dict, dict]:
-        points = [[0.8, 0.2], [0.8, 0.2], [0.1, 0.9], [0.5, 0.5]]
-        scores, runs = (
-            [reached, reached + 0.1, 4.0, 3.5],
-            ["run-0", "run-0-again", "run-1", "natural"],
-        )
-        rows = [
-            Row(f"swarm/round-1/{name}", w, [s, s])
-            for name, w, s in zip(runs, points, scores, strict=True)
-        ]
-        space = box.Space(np.eye(2))
-        within = Box(np.zeros(2), np.ones(2))
-        half = np.full(2, 0.5)
-        problem = Problem(["a", "b"], half, half, space, half, within, within, 3, np.ones(2))
-        wanted = objective.objective(objective.Options(), ["a", "b"], np.array([3.0, 3.0]))
-        noise = guards.noise(
-            np.array(points), np.array([row.losses for row in rows]), np.zeros((4, 2))
-        )
-        proposal = swarm_proposals.Proposal(half, 3.0, (2.5, 3.5), 0.1, [])
-        trust = swarm.Diagnostics(0.9, 0.0, 0.1, 0.0)
-        proposed = swarm_proposals.Proposed([proposal], trust, np.zeros(4), np.zeros(4), noise)
-        names = ("proposal-1", "natural", "uniform", "unimax")
-        confirmed = [Row(f"swarm/confirm/{n}", [0.5, 0.5], [3.0, 3.0]) for n in names]
-        search = Run(tmp_path / str(reached), "swarm", {})
-        search.begin()
-        session = SimpleNamespace(say=lambda _: None)
-        swarm_proposals.conclude(
-            session, problem, search, rows, proposed, confirmed, ["a", "b"], wanted
-        )  # type: ignore[arg-type]
-        return read(search.folder / "fit.json"), search.result()
-
-    fit, result = concluded(1.0)
-    assert fit["chosen"] == "run-0" and fit["confirmed"][1]["name"] == "run-0"
-    assert result["weights"] == {"a": 0.8, "b": 0.2}
-    assert "run-0 is written instead, with 1.0500 the best of the runs" in fit["verdict"]
-    fit, _ = concluded(2.9)
-    assert fit["chosen"] == "proposal-1" and len(fit["confirmed"]) == 4
-
-
 def test_a_loss_above_its_interval_is_refused() -> None:
     """As with 18 runs, no anchors and no regularisation: 3.622 predicted, 3.728 found, 3.627 with
     uniform."""
@@ -440,7 +363,7 @@ def test_a_swarm_is_run_fitted_and_confirmed(swarmed: Path) -> None:
         result = read(swarmed / run["run"] / "result.json")["evaluation"]
         assert run["losses"] == {name: entry["loss"] for name, entry in result["domains"].items()}
         assert run["loss"] == pytest.approx(result["mean_loss"])
-    assert [line["name"] for line in fit["confirmed"] if "luck" not in line] == [
+    assert [line["name"] for line in fit["confirmed"]] == [
         "proposal-1",
         "natural",
         "uniform",
@@ -623,7 +546,7 @@ def test_a_guard_is_checked_on_the_confirmation_run(
     assert outcome.code == 0, outcome
     fit = read(tmp_path / "swarm/fit.json")
     natural = read(tmp_path / "swarm/confirm/natural/result.json")["evaluation"]["domains"]
-    for line in (line for line in fit["confirmed"] if "luck" not in line):
+    for line in fit["confirmed"]:
         reached = read(tmp_path / "swarm/confirm" / line["name"] / "result.json")["evaluation"]
         lost = {
             name: entry["loss"] / natural[name]["loss"] - 1
