@@ -74,6 +74,12 @@ def _for_what_counts(known: Known) -> str:
             f"{said}, and no more than {_percent(EARNED)} were seen to be earned back: ask "
             f"stage=headroom first, or raise main.tokens above {needed}"
         )
+    if _why(known):
+        return (
+            f"{said}; but with a scarce domain{_why(known)} a swarm was better than natural and "
+            "unimax and not than uniform: ask stage=headroom first, and compare with "
+            "mixture=uniform under a larger mixture.max_epochs"
+        )
     kept = "keep to" if known.way == "swarm" else "take"
     return (
         f"{said}, and {_percent(EARNED)} were earned back on target text: {kept} mixture=swarm, as "

@@ -79,6 +79,11 @@ def test_for_metrics_that_were_chosen_a_swarm_is_advised_where_one_paid(way: str
     assert ("take mixture=swarm" in said) == (way != "swarm")
     dear = advise(known(way, shares={"doremi": 0.3, "swarm": 2 * EARNED}, chosen=True))
     assert "ask stage=headroom first, or raise main.tokens above 2M" in dear
+    # Where a domain is scarce one did not pay against uniform.
+    scarce = {"a": 1.0, "b": 19.8, "c": 0.5}
+    said = advise(known(way, shares={"swarm": 0.5}, passes=scarce, chosen=True))
+    assert "(uniform would pass 19.8 times over b) a swarm was better than natural" in said
+    assert "earned back" not in said and "compare with mixture=uniform" in said
     # What was measured on this data decides, as ever.
     shares = {"doremi": 0.3, "swarm": 0.5}
     measured = advise(known(way, shares=shares, chosen=True, measured=True, worth=False))
