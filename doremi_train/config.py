@@ -113,10 +113,11 @@ def load(cls: type[T], values: Mapping[str, Any], key: str = "") -> T:
         # JSON mode: lists from YAML become tuples, everything else stays strict (no "3" for 3).
         return TypeAdapter(cls).validate_json(json.dumps(values))
     except ValidationError as error:
-        lines: dict[str, list[str]] = {}  # where a value may be one thing or another, all of one
+        # Where a value may be one thing or another, all that is wrong with it.
+        lines: dict[str, dict[str, None]] = {}
         for entry in error.errors():
             given, said = _explain(entry, key, values)
-            lines.setdefault(given, []).append(said)
+            lines.setdefault(given, {})[said] = None
         raise UserError(
             "\n".join(given + "; or: ".join(said) for given, said in lines.items())
         ) from None
@@ -217,11 +218,13 @@ def _explain(entry: Any, key: str, values: Mapping[str, Any]) -> tuple[str, str]
     if entry["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         said = "unknown key; remove it, or see `doremi-train --help` for the keys that exist"
         return f"{where}: ", said
-    if entry["type"] in ("missing", "missing_argument"):
+    missing = entry["type"] in ("missing", "missing_argument")
+    if missing and not isinstance(entry["loc"][-1], int):
         return f"{where}: ", f"missing; give it as {where}=…"
     shown = repr(entry["input"])
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
-    return f"{where}={shown}: ", entry["msg"]
+    few = "too few values; its default has as many as it takes"
+    return f"{where}={shown}: ", few if missing else entry["msg"]
 
 
 def _place(location: Iterable[Any], values: Any) -> list[str]:
@@ -231,9 +234,9 @@ def _place(location: Iterable[Any], values: Any) -> list[str]:
     for part in location:
         if isinstance(values, Mapping):
             values = values.get(part)
-        elif isinstance(values, list) and isinstance(part, int):
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
             values = values[part]
-        else:
+        else:  # the name of a type, or an element that is missing
             continue
         parts.append(str(part))
     return parts

@@ -17,6 +17,7 @@ from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 500_000_000  # numbers that DeepSpeed sums at once, unless its file says otherwise
 
 
 class Zero:
@@ -56,6 +57,11 @@ class Zero:
         }
         with judged("engine.deepspeed", "mend its file, or do without", "DeepSpeed"):
             deepspeed.DeepSpeedConfig(dict(settings))
+        # It takes room for a whole bucket, two where sums overlap with the backward, at every step.
+        zero = settings["zero_optimization"]
+        size = sum(parameter.numel() for parameter in model.parameters())
+        zero = {"reduce_bucket_size": min(size, _BUCKET)} | zero
+        settings |= {"zero_optimization": zero}
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.build(model, training),

@@ -129,7 +129,10 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
 def fit(
     task: Task, built: language_model.LanguageModel, place: place.Place, stopped: int | None = None
 ) -> None:
+    size = sum(parameter.numel() for parameter in built.parameters())
     trainer = Trainer(task, built, place)
+    if place.strategy.startswith("zero"):  # no room for more than there is to sum
+        assert trainer.engine.optimizer.reduce_bucket_size <= size
     if stopped is not None:
         stop_in(built, stopped)
     try:
