@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from doremi_train import files
 from doremi_train.config import UserError, read_object
+
+if TYPE_CHECKING:  # `client` reads mixtures without torch
+    from torch import Tensor
 
 ROUNDED = 1e-3  # weights of four decimals sum to 1 within this
 _ORIGINAL = "train_domain_weights"  # key of the original DoReMi's files
@@ -30,9 +30,11 @@ class Mixture:
     # Weights from each step on, where they changed.
     schedule: Sequence[tuple[int, dict[str, float]]] | None = None
 
-    def tensor(self, domains: Sequence[str]) -> Tensor:
+    def tensor(self, domains: Sequence[str]) -> "Tensor":
         """(K,) float64 in the order of `domains`, with a sum of 1 to 1e-12. Where it is that
         already, the bits stay: a mixture that was written and read is the same run."""
+        import torch
+
         return torch.tensor(_normal([self.weights[name] for name in domains]), dtype=torch.float64)
 
 

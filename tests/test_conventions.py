@@ -24,7 +24,7 @@ RUNGS = {
     0: "config files console redaction",
     1: "methods model storage exports mixture",
     2: "gradients data parallel",
-    3: "selection classification evaluation trackers",
+    3: "selection classification evaluation trackers client",
     4: "training",
     5: "reports",
     6: "stages",

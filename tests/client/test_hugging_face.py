@@ -1,0 +1,221 @@
+"""A transformers Trainer that draws from our stream, learns an online mixture, and is DoReMi's
+proxy: the draws and the α of our own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import hugging_face as run
+from helpers.command import environment
+from transformers import TrainerCallback
+
+from doremi_train.client.hugging_face import DomainLosses, Proxy, token_losses
+from doremi_train.client.learned import Learner
+from doremi_train.config import UserError
+from doremi_train.methods import doremi
+
+UNIFORM = dict.fromkeys(run.NAMES, 1 / 3)
+STEPS = 12
+
+
+class Seen(TrainerCallback):
+    """The rows that a model was given."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.rows: list[list[int]] = []
+        trainer.model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.rows += kwargs["input_ids"].tolist()
+
+
+def wanted(stream: Any, steps: int) -> list[list[int]]:
+    domains = [*run.domains().values()]
+    return [
+        domains[domain][sequence].tolist()
+        for step in range(steps)
+        for domain, sequence in zip(*stream.draw(step)[:2], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("more", [{}, {"dataloader_num_workers": 2}], ids=["plain", "workers"])
+def test_it_trains_on_what_the_stream_draws(more: dict[str, Any], tmp_path: Path) -> None:
+    """Two micro-batches a step, and a mixture that changes while it runs."""
+    file = tmp_path / "mixture.json"
+    file.write_text(json.dumps(UNIFORM))
+    stream = run.stream(tmp_path, file)
+    trainer = run.trainer(tmp_path, stream, STEPS, 4, gradient_accumulation_steps=2, **more)
+    seen = Seen(trainer)
+    losses = DomainLosses(trainer)
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                file.write_text(json.dumps(UNIFORM | {"same": 0.0, "noise": 2 / 3}))
+
+    trainer.add_callback(Change())
+    trainer.train()
+    assert seen.rows == wanted(stream, STEPS)
+    assert stream.weights(0).tolist() == [1 / 3] * 3 and stream.weights(11)[0] == 0
+    # The mean over domains, weighed by their tokens, is the Trainer's own loss, which counts the
+    # first token of a sequence too, though it has none.
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for step, line in enumerate(lines):
+        counts = np.bincount(stream.draw(step).domain, minlength=3)
+        mean = sum(line.get(f"loss/{n}", 0) * c for n, c in zip(run.NAMES, counts, strict=True))
+        part = (run.LENGTH - 1) / run.LENGTH
+        assert mean / counts.sum() * part == pytest.approx(line["loss"], abs=1e-4)
+    assert losses.stream is stream
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """With a mixture that follows from losses, stopped between two changes."""
+
+    def train(folder: Path, last: int, **more: Any) -> Any:
+        stream = run.stream(folder, None)
+        trainer = run.trainer(folder, stream, STEPS, save_strategy="steps", save_steps=6)
+        DomainLosses(trainer, Learner(stream, "odm", STEPS, lag=2))
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = state.global_step >= last
+
+        trainer.add_callback(Stop())
+        trainer.train(**more)
+        return trainer, stream
+
+    whole, stream = train(tmp_path / "whole", STEPS)
+    train(tmp_path / "stopped", 9)
+    again, other = train(tmp_path / "stopped", STEPS, resume_from_checkpoint=True)
+    assert abs(stream.weights(8) - 1 / 3).max() > 0.005
+    assert all((stream.weights(s) == other.weights(s)).all() for s in range(STEPS))
+    pairs = zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    assert all((a == b).all() for a, b in pairs)
+    assert whole.state.log_history[:STEPS][-1]["loss"] == again.state.log_history[-2]["loss"]
+
+
+def oracle(stream: Any, steps: int, options: doremi.Options) -> list[dict[str, Any]]:
+    """α_t of Algorithm 1 in a loop of its own, with the Trainer's optimiser."""
+    model, reference = run.model(0), run.model(1).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    rows, state = wanted(stream, steps), doremi.init(3, steps, options)
+    lines = []
+    for step in range(steps):
+        tokens = torch.tensor(rows[step * run.BATCH : (step + 1) * run.BATCH])
+        domain = torch.from_numpy(stream.draw(step).domain)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (1 - step / steps)
+        losses, _ = token_losses(model(input_ids=tokens).logits, tokens)
+        with torch.no_grad():
+            held, _ = token_losses(reference(input_ids=tokens).logits, tokens)
+        stats = doremi.observe(losses, held, domain, 3, options)
+        state = doremi.update(state, stats, options)
+        optimizer.zero_grad()
+        (doremi.weigh(state, domain, stats.tokens, options) * losses).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lines.append(doremi.record(state, stats))
+    return lines
+
+
+def test_a_proxy_has_the_weights_of_algorithm_1(tmp_path: Path) -> None:
+    stream, options = run.stream(tmp_path, UNIFORM), doremi.Options(step_size=0.5)
+    trainer = run.trainer(tmp_path, stream, STEPS)
+    Proxy(trainer, run.model(1), STEPS, options)
+    trainer.train()
+    trace = [
+        json.loads(line) for line in (stream.folder / "domain_weights.jsonl").read_text().split()
+    ]
+    lines = oracle(stream, STEPS, options)
+    assert len(trace) == STEPS
+    for found, line in zip(trace, lines, strict=True):
+        assert [*found["weights"].values()] == pytest.approx(line["weights"].tolist(), abs=1e-6)
+        assert [*found["tokens"].values()] == line["tokens"].tolist()
+    weights = json.loads((stream.folder / "weights.json").read_text())["weights"]
+    mean = torch.stack([line["weights"] for line in lines]).mean(0)
+    assert [*weights.values()] == pytest.approx(mean.tolist(), abs=1e-6)
+    assert max(weights.values()) - min(weights.values()) > 0.05
+
+
+def test_padding_is_no_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    labels = torch.tensor([[1, 2, 3, -100, -100], [4, 5, 6, 0, 1]])
+    losses, present = token_losses(logits, labels)
+    assert present.tolist() == [[True, True, False, False], [True] * 4]
+    assert (losses[~present] == 0).all() and (losses[present] > 0).all()
+    logs = logits[:, :-1].log_softmax(-1)
+    assert losses[1, 2].item() == pytest.approx(-logs[1, 2, 0].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"train_sampling_strategy": "random"}, "would shuffle .* set sequential"),
+        ({"remove_unused_columns": True}, "would take `domain` out of every batch.* set False"),
+        ({"per_device_train_batch_size": 4}, "a step reads 4 sequences, the stream's has 8"),
+        ({"dataloader_num_workers": 3}, r"lag=2: the loader reads 8 steps ahead; set lag=8"),
+    ],
+)
+def test_a_trainer_that_would_read_something_else_is_refused(
+    more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    stream = run.stream(tmp_path, None)
+    trainer = run.trainer(tmp_path, stream, STEPS, **more)
+    DomainLosses(trainer, Learner(stream, "odm", STEPS, lag=2))
+    with pytest.raises(UserError, match=said):
+        trainer.train()
+
+
+def test_a_proxy_that_accumulates_is_refused(tmp_path: Path) -> None:
+    trainer = run.trainer(
+        tmp_path, run.stream(tmp_path, UNIFORM), STEPS, 4, gradient_accumulation_steps=2
+    )
+    Proxy(trainer, run.model(1), STEPS)
+    with pytest.raises(UserError, match="takes it at once; set 1"):
+        trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["proxy", "plain"])
+def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
+    script, alone, two = str(Path(run.__file__)), tmp_path / "one", tmp_path / "two"
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for folder, start, size in ((alone, [], run.BATCH), (two, several, run.BATCH // 2)):
+        folder.mkdir()
+        command = [sys.executable, *start, script, str(folder), kind, str(size), "8"]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    names = {"proxy": "stream/domain_weights.jsonl", "plain": "stream/blocks/00000001.json"}
+    for one, other in zip(*(numbers(f / names[kind]) for f in (alone, two)), strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    first, last = (json.loads((f / "log.json").read_text()) for f in (alone, two))
+    keys = ["loss", *(f"loss/{name}" for name in run.NAMES)]
+    for a, b in zip(first, last, strict=True):
+        for key in keys[1:] if kind == "proxy" else keys:  # the proxy's own is weighed
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4), key
+
+
+def numbers(path: Path) -> list[float]:
+    """All of a file of JSON lines, but for their keys."""
+    text = path.read_text()
+    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+    found: list[float] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                walk(part)
+        else:
+            found.append(value)
+
+    for line in lines:
+        walk(json.loads(line))
+    return found
