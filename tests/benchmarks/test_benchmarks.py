@@ -107,3 +107,10 @@ def test_fit(tmp_path: Path) -> None:
     assert found["figures"].keys() > {"cross_validated", "domains", "runs"}
     for name in ("domains", "runs"):
         assert (tmp_path / f"growth-fit-{name}.svg").read_text().startswith("<svg")
+
+
+def test_client(tmp_path: Path) -> None:
+    found = run("client", tmp_path)
+    sides = {"webdataset_over_ours", "datasets_over_ours", "torch_weighted_over_ours"}
+    assert sides | {"draw_over_step"} == found["ratios"].keys()
+    assert found["figures"]["draws_per_second"].keys() >= {"ours", "webdataset"}

@@ -43,7 +43,8 @@ def test_every_registry_is_found() -> None:
     ]
 
 
-def test_examples_in_the_docs_run() -> None:
-    path = ROOT / "docs" / "methods.md"
+@pytest.mark.parametrize(("page", "least"), [("methods.md", 50), ("client.md", 20)])
+def test_examples_in_the_docs_run(page: str, least: int) -> None:
+    path = ROOT / "docs" / page
     outcome = doctest.testfile(str(path), module_relative=False, encoding="utf-8")
-    assert outcome.failed == 0 and outcome.attempted > 50
+    assert outcome.failed == 0 and outcome.attempted > least
