@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import hugging_face as run
+from helpers import pretrained
 from helpers.command import environment
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
+from doremi_train.client import Mixed, Stream
 from doremi_train.client.hugging_face import DomainLosses, Proxy, token_losses
 from doremi_train.client.learned import Learner
 from doremi_train.config import UserError
@@ -201,6 +203,32 @@ def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
     for a, b in zip(first, last, strict=True):
         for key in keys[1:] if kind == "proxy" else keys:  # the proxy's own is weighed
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4), key
+
+
+@pytest.mark.acceptance
+def test_a_small_real_model_is_a_proxy(tmp_path: Path) -> None:
+    """Sums that it knows, and noise: of one that has drifted a little, the excess is where the
+    reference is good."""
+    folder, steps = pretrained.smol(tmp_path / "model"), 3
+    tokens = AutoTokenizer.from_pretrained(folder)
+    text = [f"{n} plus {n + 1} is {2 * n + 1}. " * 4 for n in range(8)]
+    rng = np.random.default_rng(0)
+    domains = {
+        "sums": np.array([tokens(line)["input_ids"][:24] for line in text]),
+        "noise": rng.integers(1000, len(tokens), (8, 24)),
+    }
+    of = Stream({"sums": 8, "noise": 8}, 4, {"sums": 0.5, "noise": 0.5}, tmp_path / "stream")
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    arguments = run.arguments(tmp_path, steps, 4, learning_rate=1e-4)
+    trainer = Trainer(model, arguments, train_dataset=Mixed(domains, of, steps))
+    Proxy(trainer, reference, steps, doremi.Options(step_size=0.5))
+    trainer.train()
+    first, *_, last = map(json.loads, (of.folder / "domain_weights.jsonl").read_text().splitlines())
+    # The same model at first: no token is above the reference.
+    assert max(first["excess_loss"].values()) == 0 and first["weights"]["sums"] == 0.5
+    assert max(last["excess_loss"].values()) > 0 and sum(last["weights"].values()) == 1
+    losses = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(0 < line["loss/sums"] < 3 < line["loss/noise"] for line in losses)
 
 
 def numbers(path: Path) -> list[float]:

@@ -46,7 +46,7 @@ def stream(folder: Path, mixture: Any, every: int = 4, batch: int = BATCH) -> St
     return Stream(sizes, batch, mixture, folder / "stream", every, seed=1)
 
 
-def trainer(folder: Path, of: Stream, steps: int, per_device: int = BATCH, **more: Any) -> Trainer:
+def arguments(folder: Path, steps: int, per_device: int, **more: Any) -> TrainingArguments:
     about: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "max_steps": steps,
@@ -60,8 +60,12 @@ def trainer(folder: Path, of: Stream, steps: int, per_device: int = BATCH, **mor
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    arguments = TrainingArguments(**(about | more))
-    return Trainer(model(0), arguments, train_dataset=Mixed(domains(), of, steps))
+    return TrainingArguments(**(about | more))
+
+
+def trainer(folder: Path, of: Stream, steps: int, per_device: int = BATCH, **more: Any) -> Trainer:
+    said = arguments(folder, steps, per_device, **more)
+    return Trainer(model(0), said, train_dataset=Mixed(domains(), of, steps))
 
 
 def main() -> None:

