@@ -97,9 +97,11 @@ def token_store(
     vocabulary: int,
     member_tokens: int = 1 << 20,
     members_per_shard: int = 64,
+    graded: bool = False,
 ) -> shards.TokenStore:
     """A finished store of random tokens: as many in each domain for training, a hundredth for
-    validation."""
+    validation. `graded`: domain k has the first 1 / (k + 1) of the vocabulary alone, so that there
+    is something to learn, and not the same in all."""
     words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
     writer = writing.ShardWriter(
         folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard
@@ -108,7 +110,8 @@ def token_store(
     for domain in range(domains):
         for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
             for start in range(0, size, 1 << 16):
-                piece = random.integers(1, vocabulary, min(1 << 16, size - start))
+                highest = vocabulary // (domain + 1) if graded else vocabulary
+                piece = random.integers(1, highest, min(1 << 16, size - start))
                 writer.append((split, f"domain-{domain:05d}"), piece, True, None)
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
