@@ -21,7 +21,7 @@ def measure(record: Record) -> None:
 
 def alone(record: Record, vocabulary: int) -> None:
     """Projection, loss and their backward, of 16 sequences."""
-    tokens, name = 16 * 1024, f"vocabulary of {vocabulary >> 10}k"
+    tokens, name = 16 * 1024, f"{vocabulary >> 10}k, alone"
     if record.rehearse:
         tokens, vocabulary = 64, vocabulary >> 7
     device = "cpu" if record.rehearse else "auto"
@@ -32,18 +32,18 @@ def alone(record: Record, vocabulary: int) -> None:
     if not sized.fits(
         record.device, lambda: times.update(memory.times_of(tokens, _WIDTH, vocabulary, given))
     ):
-        record.not_measured(f"{name}: fused over plain logits", "does not fit into memory")
+        record.not_measured(f"{name}: fused over plain", "does not fit into memory")
         return
     sized.empty(record.device)
     for side, seconds in times.items():
         record.figure(f"{name}: {side}", 1e3 * statistics.median(seconds), "ms")
     gain = common.ratio(times["fused"], times["plain"])
-    record.figure(f"{name}: fused over plain logits", gain)
+    record.figure(f"{name}: fused over plain", gain)
 
 
 def whole(record: Record, vocabulary: int) -> None:
     """A step of the model, and the most memory that it takes beyond what stays."""
-    name, found = f"280m, vocabulary of {vocabulary >> 10}k", sized.Seconds()
+    name, found = f"{vocabulary >> 10}k, a step", sized.Seconds()
     with sized.setting(record, vocabulary=vocabulary) as of:
         device, peaks = of.place.device, dict[str, float]()
 
@@ -57,15 +57,13 @@ def whole(record: Record, vocabulary: int) -> None:
                 peaks.update({side: memory.peak_of(its, device) for side, its in sides.items()})
 
         if not sized.fits(device, work):
-            record.not_measured(f"{name}: step, fused over plain", "does not fit into memory")
+            record.not_measured(f"{name}: fused over plain", "does not fit into memory")
             return
         sized.empty(device)
-        record.figure(
-            f"{name}: step, fused over plain", common.ratio(found["fused"], found["plain"])
-        )
+        record.figure(f"{name}: fused over plain", common.ratio(found["fused"], found["plain"]))
         record.figure(f"{name}: memory, fused over plain", peaks["fused"] / peaks["plain"])
         if vocabulary == VOCABULARIES[-1]:
-            steps.describe(record, of, {"plain": found["fused"]}, f"{name}: fused, ")
+            steps.describe(record, of, {"plain": found["fused"]}, f"{vocabulary >> 10}k, fused, ")
 
 
 if __name__ == "__main__":

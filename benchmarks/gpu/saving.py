@@ -62,7 +62,7 @@ def continued(record: Record, of: Setting, label: str) -> None:
     began = time.monotonic()
     again = trainer(of, resumed, 1, few)  # another model: what counts is in the checkpoint
     taken = time.monotonic() - began
-    record.figure(f"{label}: reading a checkpoint, and building from it", taken, "s")
+    record.figure(f"{label}: read a checkpoint, and build from it", taken, "s")
     again.fit()
     same = equal(checkpoint.read(last), checkpoint.read(there / last.name))
     record.figure(f"{label}: a continued run ends in the same bits", same)
