@@ -7,6 +7,7 @@ alike.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -134,15 +135,18 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Commit of this checkout, with a + where files differ from it; empty outside of one."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip()
+    """Commit of this checkout, with a + where files differ from it; empty outside of one, and
+    where there is no git."""
+    with contextlib.suppress(FileNotFoundError):
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return told.stdout.strip()
+    return ""
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:

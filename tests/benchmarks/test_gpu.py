@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from helpers.command import ROOT, environment
 
 from benchmarks import common
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import proxies, record, runner, saving
+from benchmarks.gpu import proxies, record, runner, saving, sized
 from benchmarks.gpu.stacked import Stacked
 from doremi_train.model.language_model import LanguageModel
 
@@ -141,6 +142,33 @@ def test_without_a_gpu_it_says_so(
         command.main()
     assert left.value.code == 2 and "--rehearse" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# ── Rounds ──────────────────────────────────────────────────────────────────────────
+
+
+def test_rounds_end_with_the_time_but_for_the_first() -> None:
+    order: list[str] = []
+
+    def turn(name: str) -> float:
+        order.append(name)
+        return 3.0  # seconds of its own
+
+    turns = {name: partial(turn, name) for name in "ab"}
+    assert sized.rounds(turns, seconds=-1, each=6) == {"a": [0.5], "b": [0.5]}
+    assert "".join(order) == "baab"  # one turn of each warms up
+    assert sized.rounds(turns, seconds=60, most=3) == {"a": [3.0] * 3, "b": [3.0] * 3}
+
+
+def test_what_does_not_fit_is_told_from_what_fails() -> None:
+    def raising(error: Exception) -> None:
+        raise error
+
+    cpu = torch.device("cpu")
+    assert sized.fits(cpu, lambda: None)
+    assert not sized.fits(cpu, partial(raising, torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        sized.fits(cpu, partial(raising, RuntimeError("no such kernel")))
 
 
 # ── Many models as one ──────────────────────────────────────────────────────────────
