@@ -2,7 +2,7 @@
 benchmarks`.
 
 Studies train models for many minutes to see what a method is worth; they are started by their
-names.
+names. So is `benchmarks.gpu`, which asks a GPU everything.
 """
 
 import argparse

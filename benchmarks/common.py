@@ -7,6 +7,7 @@ alike.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -97,9 +98,11 @@ def token_store(
     vocabulary: int,
     member_tokens: int = 1 << 20,
     members_per_shard: int = 64,
+    graded: bool = False,
 ) -> shards.TokenStore:
     """A finished store of random tokens: as many in each domain for training, a hundredth for
-    validation."""
+    validation. `graded`: domain k has the first 1 / (k + 1) of the vocabulary alone, so that there
+    is something to learn, and not the same in all."""
     words = Tokenizer(models.WordLevel({str(n): n for n in range(vocabulary)}, unk_token="0"))
     writer = writing.ShardWriter(
         folder, shards.token_dtype(vocabulary), member_tokens, members_per_shard
@@ -108,7 +111,8 @@ def token_store(
     for domain in range(domains):
         for split, size in (("train", tokens), ("validation", max(tokens // 100, 10_000))):
             for start in range(0, size, 1 << 16):
-                piece = random.integers(1, vocabulary, min(1 << 16, size - start))
+                highest = vocabulary // (domain + 1) if graded else vocabulary
+                piece = random.integers(1, highest, min(1 << 16, size - start))
                 writer.append((split, f"domain-{domain:05d}"), piece, True, None)
     writer.finish()
     (folder / "tokenizer.json").write_text(tokenizer.serialise(words))
@@ -131,15 +135,18 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Commit of this checkout, with a + where files differ from it; empty outside of one."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip()
+    """Commit of this checkout, with a + where files differ from it; empty outside of one, and
+    where there is no git."""
+    with contextlib.suppress(FileNotFoundError):
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return told.stdout.strip()
+    return ""
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:

@@ -32,6 +32,8 @@ from doremi_train.training.batch_selection import BatchSelectionOptions
 from doremi_train.training.task import Position, Task
 from doremi_train.training.trainer import Trainer
 
+TURN = 10  # steps: so many of a run have one gradient of the validation loss, but for the first ten
+
 
 def training(
     of: Setting, label: str, selection: BatchSelectionOptions | None, parts: int = 1
@@ -132,14 +134,13 @@ def of_model(
         turns = {}
         for side in sides:
             steps = stack.enter_context(contextlib.closing(SIDES[side](of)))
-            # Ten steps of a run have one gradient of the validation loss.
-            turns[side] = step._turn(device, steps, 10 if side != "naive" else 1)
+            turns[side] = step.turn(device, steps, TURN if side != "naive" else 1)
         clock = time.process_time if given.clock == "cpu" else time.perf_counter
         times = common.alternate(
             turns, given.rounds or (3 if given.quick else 10), warm_up=1, clock=clock
         )
     seconds = {
-        side: statistics.median(rounds) / (10 if side != "naive" else 1)
+        side: statistics.median(rounds) / (TURN if side != "naive" else 1)
         for side, rounds in times.items()
     }
     memory = {side: _peak(name, side, given) for side in sides}
@@ -152,7 +153,8 @@ def of_model(
         ],
     )
     per_step = {
-        side: [t / (10 if side != "naive" else 1) for t in rounds] for side, rounds in times.items()
+        side: [t / (TURN if side != "naive" else 1) for t in rounds]
+        for side, rounds in times.items()
     }
     ratios = {
         f"{side}_over_plain_on_candidates": common.ratio(per_step[side], per_step["plain"])

@@ -109,12 +109,13 @@ def setting(rank: int, count: int, targets: int, given: argparse.Namespace) -> S
         num_hidden_layers=given.layers, num_attention_heads=max(1, given.width // 64),
         pad_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
-    inner = AutoModelForCausalLM.from_config(config)
+    with device:  # a large model is initialised there much sooner
+        inner = AutoModelForCausalLM.from_config(config)
     options = LoraOptions(
         rank=rank, alpha=4.0 * rank, targets=("q_proj", "k_proj", "v_proj", "o_proj")
     )
     lora.add(inner, options, 0, "rank")
-    tuning = language_model.CompletionModel(inner).to(device)
+    tuning = language_model.CompletionModel(inner, precision=given.precision).to(device)
     random = np.random.default_rng(0)
     pool = [
         random.integers(0, given.vocabulary, length).astype(np.int32)
@@ -199,6 +200,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--examples", type=int, help="of the pool")
     parser.add_argument("--tokens", type=int, default=512, help="of a batch; 8192 on a GPU")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

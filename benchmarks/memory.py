@@ -55,7 +55,7 @@ def measure(given: argparse.Namespace) -> common.Result:
     rows = []
     for shape in SHAPES[1:6:4] if given.quick else SHAPES:
         if shape[0] * shape[2] <= LARGEST:
-            times = _times(*shape, given)
+            times = times_of(*shape, given)
             ratio = common.ratio(times["fused"], times["plain"])
             ratios["fused_over_plain_{}x{}x{}".format(*shape)] = ratio
             taken = (
@@ -96,12 +96,12 @@ def _peaks(vocabulary: int, given: argparse.Namespace) -> dict[str, int]:
             with contextlib.closing(step.plain(of)) as steps:
                 for _ in range(2):  # with the optimiser's states, and the next batch read
                     next(steps)
-                peak = _peak(steps, of.place.device)
+                peak = peak_of(steps, of.place.device)
         peaks[side] = peak - 4 * vocabulary * of.config["hidden_size"]
     return peaks
 
 
-def _peak(steps: step.Steps, device: torch.device) -> int:
+def peak_of(steps: step.Steps, device: torch.device) -> int:
     """The most bytes that torch's allocator has given out at a time during a step, beyond those
     before."""
     if device.type == "cuda":
@@ -127,7 +127,7 @@ def _peak(steps: step.Steps, device: torch.device) -> int:
 # ── Time ────────────────────────────────────────────────────────────────────────────
 
 
-def _times(tokens: int, width: int, vocabulary: int, given: argparse.Namespace) -> common.Times:
+def times_of(tokens: int, width: int, vocabulary: int, given: argparse.Namespace) -> common.Times:
     device = _device(given)
     head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
     fused = Projection(head)

@@ -264,7 +264,7 @@ def of_model(
             figures["first_compiled_step_seconds"] = time.perf_counter() - began
         # Steps a turn: a GPU is to be asked ahead.
         each = 10 if of.place.device.type == "cuda" else 1
-        turns = {side: _turn(of.place.device, its, each) for side, its in steps.items()}
+        turns = {side: turn(of.place.device, its, each) for side, its in steps.items()}
         clock = time.process_time if given.clock == "cpu" else time.perf_counter
         times = common.alternate(
             turns, given.rounds or (5 if given.quick else 40), warm_up=3, clock=clock
@@ -309,14 +309,16 @@ def setting(name: str, given: argparse.Namespace, folder: Path) -> Setting:
     return Setting(config, training, store, place, folder)
 
 
-def _turn(device: torch.device, steps: Steps, count: int) -> Callable[[], None]:
-    def turn() -> None:
+def turn(device: torch.device, steps: Steps, count: int) -> Callable[[], None]:
+    """Take so many steps, and wait until the device has done them."""
+
+    def taken() -> None:
         for _ in range(count):
             next(steps)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return turn
+    return taken
 
 
 def described(of: Setting, seconds: dict[str, float]) -> dict[str, Any]:

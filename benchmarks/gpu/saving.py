@@ -1,0 +1,154 @@
+"""Checkpoints of 280m: whether a run that continues ends in the same bits, what a save and a
+continuation take, and how long steps would stand still if a thread wrote the file."""
+
+import os
+
+# Read when CUDA's matrix library starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import copy
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import step
+from benchmarks.gpu import sized
+from benchmarks.gpu.record import Record, main
+from benchmarks.step import DOMAINS, Setting
+from doremi_train.evaluation.losses import EvaluationOptions
+from doremi_train.methods import cross_entropy
+from doremi_train.storage import checkpoint
+from doremi_train.storage.runs import Run
+from doremi_train.training.task import Position, Task, TrainingOptions
+from doremi_train.training.trainer import Trainer
+
+_EVERY, _LAST = 3, 6  # steps between checkpoints, and the last one, which has one too
+_OPTIONS = cross_entropy.Options(weights=(1 / DOMAINS,) * DOMAINS)
+
+
+def measure(record: Record) -> None:
+    with sized.setting(record) as of:
+        stall(record, of)
+        continued(record, of, "as it is trained")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        continued(record, of, "deterministic algorithms")
+
+
+# ── The same bits ───────────────────────────────────────────────────────────────────
+
+
+def continued(record: Record, of: Setting, label: str) -> None:
+    """Write whether the checkpoint at the end is the same in all bits, of a run to the end and of
+    one that continues it from its first checkpoint."""
+    few = replace(of.training, steps=_LAST, checkpoint_every=_EVERY)
+    whole, resumed = trainer(of, f"{label}, whole", 0, few), f"{label}, resumed"
+    whole.fit()
+    folder = whole.task.run.folder / checkpoint.FOLDER
+    first, last = checkpoint.paths(folder)
+    there = Run(of.folder / resumed, "saving", {}).folder / checkpoint.FOLDER
+    there.mkdir(parents=True)
+    for file in (first, checkpoint.checksum_of(first)):
+        shutil.copy(file, there)
+    whole.engine.close()
+    del whole
+    sized.empty(of.place.device)
+    began = time.monotonic()
+    again = trainer(of, resumed, 1, few)  # another model: what counts is in the checkpoint
+    taken = time.monotonic() - began
+    record.figure(f"{label}: read a checkpoint, and build from it", taken, "s")
+    again.fit()
+    same = equal(checkpoint.read(last), checkpoint.read(there / last.name))
+    record.figure(f"{label}: a continued run ends in the same bits", same)
+    shutil.rmtree(folder)
+    shutil.rmtree(there)
+
+
+def trainer(of: Setting, label: str, seed: int, training: TrainingOptions) -> Trainer:
+    """A plain run, with all that it needs to be saved and to continue."""
+    task = Task(
+        label=label,
+        run=Run(of.folder / label, "saving", {}),
+        objective=cross_entropy,
+        objective_options=_OPTIONS,
+        store=of.store,
+        seed=0,
+        training=training,
+        evaluation=EvaluationOptions(sequences=1, every=step.STEPS),
+        accumulation="exact",
+    )
+    return Trainer(task, step.built(of, seed), of.place)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two checkpoints are the same in all bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+# ── Standing still ──────────────────────────────────────────────────────────────────
+
+
+def stall(record: Record, of: Setting) -> None:
+    """Write how long a save takes, copy to the host and file apart, and what steps lose while a
+    thread writes the file."""
+    device, folder = of.place.device, of.folder / "kept"
+    train = trainer(of, "stall", 0, of.training)
+    state = cross_entropy.init(DOMAINS, step.STEPS, _OPTIONS)
+    begin = Position(0, state, np.zeros(DOMAINS, dtype=np.int64))
+    steps = (taken.position.step for taken in train.steps(begin))
+    for _ in range(3):
+        next(steps)
+    usual = statistics.median(_timed(steps, device) for _ in range(10))
+    began = time.monotonic()
+    saved = on_host(train, device)
+    copying = time.monotonic() - began
+    began = time.monotonic()
+    checkpoint.save(folder, 1, saved, 1)
+    writing = time.monotonic() - began
+    (file,) = checkpoint.paths(folder)
+    record.figure("a checkpoint", file.stat().st_size / 1e9, "GB")
+    record.figure("a save: copy to the host", copying, "s")
+    record.figure("a save: file, checksum and disk", writing, "s")
+    beside = []
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(checkpoint.save, folder, 2, saved, 1)
+        while not thread.done():
+            beside.append(_timed(steps, device))
+        thread.result()
+    lost = sum(beside) - usual * len(beside)
+    record.figure("a step", usual, "s")
+    record.figure("steps while a thread writes the file", len(beside))
+    record.figure("a save in a thread: steps stand still for", copying + max(lost, 0.0), "s")
+    steps.close()
+    train.engine.close()
+
+
+def _timed(steps: Iterator[Any], device: torch.device) -> float:
+    began = time.monotonic()
+    next(steps)
+    sized.wait(device)
+    return time.monotonic() - began
+
+
+def on_host(train: Trainer, device: torch.device) -> dict[str, Any]:
+    """The engine's state in the host's memory, where no step changes it."""
+    state = train.engine.state()
+    if device.type == "cpu":  # there it is the model's own
+        return copy.deepcopy(state)
+    return state
+
+
+if __name__ == "__main__":
+    main("saving", measure)
