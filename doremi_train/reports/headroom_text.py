@@ -15,8 +15,8 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
     natural, uniform = (_span(content["gains"][name]) for name in ("natural", "uniform"))
     gained = (
         f"on this objective the best mixture within caps gains {natural} over natural, and "
-        f"{uniform} over uniform, by a law fitted to {content['runs']} runs, whose optimum lies "
-        "where no run is"
+        f"{uniform} over uniform{_unit(content)}, by a law fitted to {content['runs']} runs, whose "
+        "optimum lies where no run is"
     )
     cost = f"a swarm's {content['swarm_runs']} runs cost {content['swarm_flops']:.2g} FLOPs"
     speed, verdict = content["speed_up"], VERDICTS[content["worth"]]
@@ -76,6 +76,12 @@ def _break_even(content: Mapping[str, Any]) -> str:
         return ""
     saved = (speed - 1) * content["final_flops"] / content["final_tokens"]
     return f", which pays from about {short(content['swarm_flops'] / saved)} tokens on"
+
+
+def _unit(content: Mapping[str, Any]) -> str:
+    """The unit of a score, where it is no loss."""
+    unit = content.get("unit", "nats per token")
+    return "" if unit == "nats per token" else f" ({unit})"
 
 
 def _span(gain: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, design, headroom, swarm
+from doremi_train.methods import box, design, headroom, replicates, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.methods.headroom import Gain, Lowest, SpeedUp
 from doremi_train.methods.objective import Objective
@@ -196,9 +196,13 @@ class Found(NamedTuple):
 def _conclude(
     session: Session, store: TokenStore, asked: Asked, measured: Mapping[str, list[float]]
 ) -> None:
-    mean = np.mean([measured[NATURAL], measured[AGAIN]], axis=0)
-    wanted = metrics.objective(session, store, mean)
-    scores = {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
+    wanted = _wanted(session, store, asked, measured)
+    # A curve that leads to natural is not clipped; what is a candidate is.
+    bare, candidates = wanted._replace(clip=np.inf), _points(asked)
+    scores = {
+        name: float((wanted if name in candidates else bare).scores(np.array([row]))[0])
+        for name, row in measured.items()
+    }
     found, costs = (
         _found(session, asked, measured, wanted, scores),
         swarm_bill.of_swarm(session, store),
@@ -215,6 +219,7 @@ def _conclude(
         "runs": len(asked.mixtures) + 1 + len(asked.reused),  # with natural again
         "reused": len(asked.reused),
         "objective": wanted.reduce,
+        "unit": wanted.unit,
         "scores": scores,
         "noise": found.noise,
         "best": {
@@ -232,6 +237,22 @@ def _conclude(
     asked.run.finish({"said": content["said"]})
 
 
+def _points(asked: Asked) -> dict[str, Floats]:
+    """(K,) of the runs of full length, natural's second among them."""
+    mixed = asked.mixtures | {AGAIN: asked.mixtures[NATURAL]} | asked.reused
+    return {name: one.numpy() for name, one in mixed.items()}
+
+
+def _wanted(
+    session: Session, store: TokenStore, asked: Asked, measured: Mapping[str, list[float]]
+) -> Objective:
+    points = _points(asked)
+    values = np.array([measured[name] for name in points])
+    scale = replicates.scale(np.stack([*points.values()]), values, points[NATURAL])
+    mean = np.mean([measured[NATURAL], measured[AGAIN]], axis=0)
+    return metrics.objective(session, store, mean, scale)
+
+
 def _found(
     session: Session,
     asked: Asked,
@@ -240,8 +261,7 @@ def _found(
     scores: Mapping[str, float],
 ) -> Found:
     problem, known = asked.problem, swarm_problem.known(asked.problem)
-    mixed = asked.mixtures | {AGAIN: asked.mixtures[NATURAL]} | asked.reused
-    points = {name: one.numpy() for name, one in mixed.items()}
+    points = _points(asked)
     runs = headroom.Runs(
         problem.space.reduce(np.stack([*points.values()])),
         np.array([measured[name] for name in points]),
@@ -268,6 +288,8 @@ def _found(
 def _usual_noise(differences: Floats, wanted: Objective) -> float:
     """Standard deviation of the score over seeds, were all metrics as noisy as they are on average:
     two seeds may agree on one of them by chance."""
+    if wanted.scale is not None:
+        differences = (differences / wanted.scale)[wanted.weights != 0]
     each = np.sqrt((differences**2).mean() / 2)
     return float(each * np.linalg.norm(wanted.weights) / np.abs(wanted.weights).sum())
 

@@ -24,7 +24,7 @@ def random() -> np.random.Generator:
 
 def mean_of(weights: Floats) -> Objective:
     many = len(weights)
-    return Objective("mean", weights, np.ones(many), np.full(many, np.inf))
+    return Objective("mean", weights, np.ones(many), np.full(many, np.inf), weights < 0)
 
 
 def planted(runs: int, noise: float, seed: int = 0) -> tuple[Saturating, Runs]:
