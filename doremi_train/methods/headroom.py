@@ -56,7 +56,9 @@ def lowest(
     runs: Runs, known: Known, within: Box, wanted: Objective, generator: np.random.Generator
 ) -> Lowest:
     """Lowest score that the law expects within the box, with its interval."""
-    points, metrics = runs
+    # The law is of what falls.
+    points, metrics = runs = runs._replace(metrics=runs.metrics * wanted.turn)
+    wanted = wanted.turned()
     even = np.full((1, points.shape[1]), 1 / points.shape[1])
     drawn = generator.dirichlet(np.ones(points.shape[1]), STARTS)
     mixture, score = _lowest(runs, known, within, wanted, np.vstack([even, drawn, points.mean(0)]))

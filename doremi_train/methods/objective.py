@@ -93,7 +93,7 @@ class Objective(NamedTuple):
         gained."""
         natural = torch.from_numpy(self.natural)
         worse = (metrics - natural) / natural.abs().clamp_min(1e-12)
-        return worse * torch.from_numpy(np.where(self.more, -1.0, 1.0))
+        return worse * torch.from_numpy(self.turn)
 
     def penalised(self, metrics: Tensor) -> Tensor:
         """(R, M) → (R,) the score, and steeply more beyond the guards."""
@@ -103,6 +103,16 @@ class Objective(NamedTuple):
         """The same without a gradient: (R, M) → (R,)."""
         given = torch.from_numpy(np.asarray(metrics, np.float64))
         return (self.penalised(given) if penalised else self.score(given)).numpy()
+
+    @property
+    def turn(self) -> Floats:
+        """(M,) −1 where more is better, and 1 elsewhere: what laws of losses are to be given."""
+        return np.where(self.more, -1.0, 1.0)
+
+    def turned(self) -> "Objective":
+        """The same figure of metrics times `turn`, of all of which less is better."""
+        turn, nowhere = self.turn, np.zeros_like(self.more)
+        return self._replace(weights=self.weights * turn, natural=self.natural * turn, more=nowhere)
 
     @property
     def plain(self) -> bool:

@@ -125,8 +125,9 @@ def _problem(session: Session) -> Problem:
         )
     runs = runs_table.read(_many(asked.runs), _many(asked.weights), _many(asked.metrics))
     natural, passes = _sizes(session, runs)
-    fitted = forecast(runs.weights, runs.values, Known(passes, natural), asked.regressor)
-    wanted = _objective(session, runs, natural, fitted.predict(natural[None])[0])
+    wanted, known = _objective(session, runs, natural), Known(passes, natural)
+    fitted = forecast(runs.weights, runs.values, known, asked.regressor, wanted.turn)
+    wanted = wanted._replace(natural=fitted.predict(natural[None])[0])
     runs.notes.extend(_directions(session, wanted, runs))
     return Problem(runs, natural, passes, _within(session, runs, passes), fitted, wanted)
 
@@ -164,17 +165,16 @@ def _within(session: Session, runs: Runs, passes: Floats | None) -> Box:
     return Box(np.zeros(len(most)), np.minimum(most, 1))
 
 
-def _objective(session: Session, runs: Runs, natural: Floats, expected: Floats) -> Objective:
-    """The objective, where `expected` (M,) are the metrics of natural (K,)."""
+def _objective(session: Session, runs: Runs, natural: Floats) -> Objective:
+    """The objective, without the metrics of natural (K,), which are still to be fitted."""
     if session.config.objective.over != "domains" or session.config.objective.scores is not None:
         raise UserError(
             "objective=tasks and objective.scores: are of runs that are trained here, and in "
             "stage=fit every column is a metric; name columns in objective.metrics"
         )
     try:
-        found = objectives.objective(
-            session.config.objective, runs.metrics, expected, scores=runs.metrics
-        )
+        asked, unknown = session.config.objective, np.full(len(runs.metrics), np.nan)
+        found = objectives.objective(asked, runs.metrics, unknown, scores=runs.metrics)
     except KeyError as error:
         raise UserError(
             f"objective: unknown metric {error.args[0]!r}; the runs have {listed(runs.metrics)}"

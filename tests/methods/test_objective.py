@@ -76,6 +76,20 @@ def test_standardised_metrics_by_hand() -> None:
     assert unclipped.scores(METRICS.numpy())[0] == pytest.approx((-2 + 20 - 2 * 2) / 4)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "worst"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_turned_metrics_are_the_same_figure(reduce: str, scaled: bool) -> None:
+    options = Options(reduce, MIXED.metrics, {"code": 0.01, "accuracy": 0.02})  # type: ignore[arg-type]
+    one = objective(options, NAMES, NATURAL)
+    one = standardised(one, NAMES, SCALE) if scaled else one
+    other = one.turned()
+    assert (other.weights >= 0).all() and one.turn.tolist() == [1, 1, -1]
+    values = METRICS.numpy() + np.array([0, 0.2, -0.15])
+    for penalised in (False, True):
+        there = other.scores(values * one.turn, penalised)
+        assert there == pytest.approx(one.scores(values, penalised), rel=1e-12)
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.floats(-0.2, 0.2), min_size=3, max_size=3),

@@ -140,10 +140,11 @@ def fitted(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obje
     """Fit of what counts: of all losses where they count alike, else of the objective's one
     figure."""
     regressor = regressors.REGRESSORS[session.config.swarm.regressor]
-    fit = regressor(*table_of(problem, rows), known(problem))
+    points, metrics = table_of(problem, rows)
+    fit = regressor(points, metrics * wanted.turn, known(problem))
     if wanted.plain:
         return fit
-    return swarm.Judged(fit, wanted)
+    return swarm.Judged(fit, wanted.turned())
 
 
 def generator(session: Session, *stream: int) -> np.random.Generator:
