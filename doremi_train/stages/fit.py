@@ -41,6 +41,16 @@ from doremi_train.stages.session import Session, once
 RUNS_PER_DOMAIN = 2  # of fewer nothing is proposed
 
 
+class Table(NamedTuple):
+    """What is known of runs, and what is wanted."""
+
+    runs: Runs
+    natural: Floats  # (K,)
+    passes: Floats | None  # (K,) over each domain by the final run on it alone
+    within: Box
+    wanted: Objective  # without the metrics of natural, which are still to be fitted
+
+
 class Problem(NamedTuple):
     """What is known, and what is wanted."""
 
@@ -112,6 +122,16 @@ def _run(session: Session) -> Mixture | None:
 
 
 def _problem(session: Session) -> Problem:
+    runs, natural, passes, within, wanted = table(session)
+    known, regressor = Known(passes, natural), session.config.fit.regressor
+    fitted = forecast(runs.weights, runs.values, known, regressor, wanted.turn)
+    wanted = wanted._replace(natural=fitted.predict(natural[None])[0])
+    return Problem(runs, natural, passes, within, fitted, wanted)
+
+
+def table(session: Session) -> Table:
+    """The runs of fit.runs, and what is asked of them. Raises UserError for tables that cannot be
+    used, and an objective that cannot be."""
     asked = session.config.fit
     if not asked.runs:
         raise UserError(
@@ -125,11 +145,9 @@ def _problem(session: Session) -> Problem:
         )
     runs = runs_table.read(_many(asked.runs), _many(asked.weights), _many(asked.metrics))
     natural, passes = _sizes(session, runs)
-    wanted, known = _objective(session, runs, natural), Known(passes, natural)
-    fitted = forecast(runs.weights, runs.values, known, asked.regressor, wanted.turn)
-    wanted = wanted._replace(natural=fitted.predict(natural[None])[0])
+    wanted = _objective(session, runs, natural)
     runs.notes.extend(_directions(session, wanted, runs))
-    return Problem(runs, natural, passes, _within(session, runs, passes), fitted, wanted)
+    return Table(runs, natural, passes, _within(session, runs, passes), wanted)
 
 
 def _many(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -287,7 +305,7 @@ def _content(session: Session, problem: Problem, proposal: Proposal | None) -> d
     natural, spearman = wanted.natural, _spearman(*_scored(problem))
     goal = {
         "reduce": wanted.reduce,
-        "over": "natural" if session.config.fit.tokens else "the mean mixture of the runs",
+        "over": natural_of(session),
         "natural": float(wanted.scores(natural[None])[0]),
         "proposed": None if proposal is None else float(wanted.scores(proposal.predicted[None])[0]),
         "spearman": spearman,
@@ -348,6 +366,11 @@ def _verdict(problem: Problem, proposal: Proposal | None, goal: dict[str, Any]) 
     if proposal.refused:
         return f"{said} It is refused: {'; '.join(proposal.refused)}."
     return f"{said} Train it before you believe it: optima lie where no run is."
+
+
+def natural_of(session: Session) -> str:
+    """What natural is, in words."""
+    return "natural" if session.config.fit.tokens else "the mean mixture of the runs"
 
 
 def _named(problem: Problem, values: Floats) -> dict[str, float]:

@@ -30,7 +30,7 @@ from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import headroom_text
-from doremi_train.stages import prepare
+from doremi_train.stages import prepare, table_headroom
 from doremi_train.stages.mixtures import small_runs, swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem
 from doremi_train.stages.planning import swarm_bill
@@ -57,8 +57,10 @@ class Asked(NamedTuple):
 
 @once
 def run(session: Session) -> dict[str, Any]:
-    """Train what is missing, judge it and say it; the content of headroom.json. Raises UserError
-    where caps and floors leave no mixture."""
+    """Train what is missing, judge it and say it; the content of headroom.json. Of fit.runs nothing
+    is trained. Raises UserError where caps and floors leave no mixture."""
+    if session.config.fit.runs is not None:
+        return table_headroom.run(session)
     store = prepare.run(session)
     asked = comm.on_first(lambda: ask(session, store))
     with session.computing(asked.run, "headroom") as todo:
@@ -226,9 +228,9 @@ def _conclude(
             "score": found.best.score,
             "mixture": swarm_problem.named(asked.problem, mixed.tolist()),
         },
-        "gains": {name: _ends(gain) for name, gain in found.gains.items()},
-        "speed_up": None if found.speed is None else _ends(found.speed),
-        "saved_flops": None if saved is None else [_finite(end) for end in saved],
+        "gains": {name: headroom_text.ends(gain) for name, gain in found.gains.items()},
+        "speed_up": None if found.speed is None else headroom_text.ends(found.speed),
+        "saved_flops": None if saved is None else [headroom_text.finite(end) for end in saved],
         "worth": pays,
         **costs,
     }
@@ -305,15 +307,6 @@ def ahead(session: Session, store: TokenStore) -> str:
     flops = sum(bill.run(Ahead("", "swarm", shape, count, 0, None))["flops"] for count in steps)
     own = {"headroom_runs": len(sessions), "headroom_flops": float(flops)}
     return headroom_text.offer(swarm_bill.of_swarm(session, store) | own)
-
-
-def _finite(value: float) -> float | None:
-    """What JSON can say: null for what has no end."""
-    return value if math.isfinite(value) else None
-
-
-def _ends(figures: Gain | SpeedUp) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in figures._asdict().items()}
 
 
 def _named(asked: Asked) -> dict[str, dict[str, float]]:
