@@ -26,7 +26,7 @@ from doremi_train.methods.box import Floats
 from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.stages import prepare
-from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
+from doremi_train.stages.mixtures import small_runs, swarm_page, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.options import Swarm
 from doremi_train.stages.runs import budget, language_model, metrics
@@ -51,6 +51,8 @@ def run(session: Session) -> mixture.Mixture:
         if todo:
             _search(session, store, problem, search)
     result = comm.on_first(search.result)
+    if session.config.stage in swarm_page.STAGES:
+        comm.on_first(lambda: swarm_page.write(session, store, problem, search))
     return mixture.Mixture("swarm", result["weights"], provenance=result["provenance"])
 
 
