@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from helpers.command import run_here
 from helpers.processes import lines, read
+from helpers.sessions import opened
 
 from doremi_train.evaluation.results import NATS, Result, settings, verdict
 from doremi_train.methods.box import Floats
+from doremi_train.methods.saturating import saturating
+from doremi_train.stages import prepare
+from doremi_train.stages.mixtures import swarm_problem, swarm_proposals
+from doremi_train.stages.mixtures.swarm_problem import Row
+from doremi_train.stages.runs import metrics
 
 WEIGHTS = {"rich": 1.0, "digits": 2.0}
 STANDARDISED = ("objective.standardise=true", "objective.metrics={rich: 1, digits: 2}")
@@ -109,6 +115,28 @@ def test_a_comparison_is_standardised_by_the_seeds_of_natural(
     for name, seeds in runs.items():
         expected = [score(seed, natural.mean(0), scale) for seed in seeds]
         assert found["contenders"][name]["losses"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_swarm_fits_an_accuracy_as_well_as_a_loss(tiny: list[str], tmp_path: Path) -> None:
+    given = ("mixture=swarm", "swarm.regressor=saturating", "objective=custom", "swarm.kl=0")
+    scored = ("objective.metrics={arc/acc: -1}", f"objective.scores=[{tmp_path}]")
+    with opened(*tiny, *given, *scored, f"run_dir={tmp_path / 'run'}") as session:
+        store = prepare.run(session)
+        problem, random = swarm_problem.problem_of(session, store), np.random.default_rng(0)
+        points = np.vstack([problem.natural, random.dirichlet(np.ones(3), 9)])
+        lost = 2 + np.exp(-4 * points[:, :1])  # less, the more of the first domain
+        rows = [
+            Row(str(n), point.tolist(), [loss, loss, loss, 3 - loss])
+            for n, (point, (loss,)) in enumerate(zip(points, lost.tolist(), strict=True))
+        ]
+        wanted = swarm_problem.wanted(session, store, problem, rows)
+        assert metrics.names(session, store)[-1] == "arc/acc" and wanted.more.tolist()[-1]
+        fit = swarm_problem.fitted(session, problem, rows, wanted)
+        law = saturating(points, lost, swarm_problem.known(problem))
+        assert fit.predict(points) == pytest.approx(law.predict(points) - 3, abs=1e-6)
+        proposed = swarm_proposals.propose(session, problem, rows, wanted)
+    assert proposed.diagnostics.spearman > 0.95
+    assert proposed.proposals[0].mixed[0] > 0.9 * problem.within.high[0]
 
 
 # ── The verdict ─────────────────────────────────────────────────────────────────────
