@@ -258,19 +258,56 @@ def _objective(config: Mapping[str, Any]) -> objective.Options:
         config.get("objective.reduce", "mean"),
         of("metrics"),
         guard=of("guard"),
+        standardise=config.get("objective.standardise", False),
         over=config.get("objective.over", "domains"),
     )
 
 
+def _standardised(measure: Measure, runs: Sequence[Result]) -> Measure:
+    """A measure of runs that differ in their seed only, standardised where that is asked for: by
+    natural's seeds, of which there may be too few."""
+    wanted = _objective(runs[0].config)
+    if measure in (NATS, BITS) or not wanted.standardise:
+        return measure
+    trained = "main" if runs[0].mixture["method"] == "natural" else "natural"
+    if runs[0].config.get("reference.mixture", "natural") == "natural":
+        trained = trained if trained in runs[0].figures else "baseline"
+    known = [run.figures[trained] for run in runs if trained in run.figures]
+    too_few = NATS._replace(
+        what="the mean over domains, since objective.standardise wants two seeds of natural"
+    )
+    if len(known) < 2:
+        return too_few
+    named, counted = _values(wanted, known[0])
+    values = np.array([[*_values(wanted, figures)[0].values()] for figures in known])
+    found = objective.objective(wanted, list(named), values.mean(0), counted)
+    try:
+        found = objective.standardised(found, list(named), values.std(0, ddof=1))
+    except ValueError:  # a metric that is the same with all seeds
+        return too_few
+
+    def of(figures: Mapping[str, Any]) -> float:
+        return float(found.scores(np.array([[*_values(wanted, figures)[0].values()]]))[0])
+
+    return Measure(found.unit, of, measure.what)
+
+
 def _score(wanted: objective.Options, figures: Mapping[str, Any]) -> float:
+    named, counted = _values(wanted, figures)
+    values = np.array([list(named.values())])
+    found = objective.objective(wanted, list(named), values[0], counted)
+    return float(found.scores(values)[0])
+
+
+def _values(
+    wanted: objective.Options, figures: Mapping[str, Any]
+) -> tuple[dict[str, float], list[str]]:
+    """The metrics of a model by name, and those that count where none are named."""
     losses = {name: domain["loss"] for name, domain in figures["domains"].items()}
     counted = list(figures["tasks"] if wanted.over == "tasks" else losses)
     if "target_loss" in figures:
         losses["target"] = figures["target_loss"]
-    losses |= figures.get("tasks", {}) | figures.get("scores", {})
-    values = np.array([list(losses.values())])
-    found = objective.objective(wanted, list(losses), values[0], counted)
-    return float(found.scores(values)[0])
+    return losses | figures.get("tasks", {}) | figures.get("scores", {}), counted
 
 
 def settings(results: Sequence[Result]) -> list[Setting]:
@@ -294,8 +331,9 @@ def settings(results: Sequence[Result]) -> list[Setting]:
         groups.setdefault(
             repr(values), Setting(shown, size, main_size, [], measure)
         ).results.append(run)
+    judged = [one._replace(measure=_standardised(measure, one.results)) for one in groups.values()]
     return sorted(
-        groups.values(),
+        judged,
         key=lambda setting: (setting.size, setting.main_size, _sortable(setting.varying)),
     )
 

@@ -280,9 +280,18 @@ def _told(runs: Runs, key: str) -> Runs:
     ]
     if constant:
         notes.append(f"{listed(constant)}: the same in all rows, so left out")
-    taken = [index for index, name in enumerate(runs.metrics) if name not in constant]
+    alone = [
+        name
+        for name, there in zip(runs.metrics, said.T, strict=True)
+        if name not in constant and len(np.unique(weights[there], axis=0)) < 2
+    ]
+    if alone:
+        notes.append(f"{listed(alone)}: measured on one mixture alone, so left out")
+    taken = [index for index, name in enumerate(runs.metrics) if name not in (*constant, *alone)]
     if not taken:
-        raise UserError(f"{key}: no metric differs between rows, so there is nothing to fit")
+        raise UserError(
+            f"{key}: no metric differs between rows of several mixtures, so there is nothing to fit"
+        )
     for index in taken:
         absent = int((~said[:, index]).sum())
         if absent:

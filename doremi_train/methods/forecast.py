@@ -37,6 +37,7 @@ class Forecast(NamedTuple):
 
     parts: list[Part]
     unseen: Floats  # (N, M) what fits to the other runs predict; nan where it was not measured
+    turn: Floats  # (M,) −1 where more is better, of which fits are of the negative; else 1
 
     @property
     def metrics(self) -> int:
@@ -48,14 +49,15 @@ class Forecast(NamedTuple):
         found = np.empty((len(points), self.metrics))
         for part in self.parts:
             found[:, part.metrics] = part.fit.predict(points)
-        return found
+        return found * self.turn
 
     def between(self, points: Floats) -> tuple[Floats, Floats, Floats]:
         """(R, K) → predicted (R, M), and the ends of 95 % intervals."""
         predicted = self.predict(points)
         half = np.empty_like(predicted)
         for part in self.parts:
-            half[:, part.metrics] = part.between.half(predicted[:, part.metrics], LEVEL)
+            turned = predicted[:, part.metrics] * self.turn[part.metrics]
+            half[:, part.metrics] = part.between.half(turned, LEVEL)
         return predicted, predicted - half, predicted + half
 
     @property
@@ -68,6 +70,7 @@ class Forecast(NamedTuple):
         columns: dict[int, Tensor] = {}
         for part in self.parts:
             found = cast(Smooth, part.fit).losses(points)  # where they are `smooth`
+            found = found * torch.from_numpy(self.turn[part.metrics])
             columns |= dict(zip(part.metrics.tolist(), found.unbind(-1), strict=True))
         return torch.stack([columns[metric] for metric in range(self.metrics)], dim=-1)
 
@@ -79,13 +82,16 @@ def alike(values: Floats) -> Iterator[tuple[Numbers, Numbers]]:
         yield np.flatnonzero(patterns[:, number]), np.flatnonzero(group == number)
 
 
-def forecast(points: Floats, values: Floats, known: Known, regressor: str) -> Forecast:
-    """Fits to runs (N, K) and their metrics (N, M), nan where one is missing."""
-    parts, unseen = [], np.full_like(values, np.nan)
+def forecast(
+    points: Floats, values: Floats, known: Known, regressor: str, turn: Floats
+) -> Forecast:
+    """Fits to runs (N, K) and their metrics (N, M), nan where one is missing; `turn` (M,) is −1
+    where more is better, since laws are of losses, and else 1."""
+    parts, unseen, turned = [], np.full_like(values, np.nan), values * turn
     for runs, metrics in alike(values):
-        given = points[runs], values[np.ix_(runs, metrics)]
+        given = points[runs], turned[np.ix_(runs, metrics)]
         fit = regressors.REGRESSORS[regressor](*given, known)
         folds = swarm.out_of_fold(*given, regressor, np.random.default_rng(0), known)
         unseen[np.ix_(runs, metrics)] = folds
         parts.append(Part(metrics, fit, intervals(folds, given[1])))
-    return Forecast(parts, unseen)
+    return Forecast(parts, unseen * turn, turn)

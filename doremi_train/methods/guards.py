@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 import torch
 
+from doremi_train.methods import replicates
 from doremi_train.methods.box import Floats
 from doremi_train.methods.objective import Objective
 
@@ -38,13 +39,10 @@ def noise(points: Floats, metrics: Floats, unseen: Floats) -> Noise:
     """The noise of runs (N, V) with metrics (N, M): pooled over those on the same mixture. Where no
     mixture has two, the root mean square of what fits to the other runs (`unseen`, (N, M)) leave,
     which has the error of the fit in it too and is rather too large."""
-    alike = np.unique(points.round(9), axis=0, return_inverse=True)[1].ravel()
-    squares, freedom = np.zeros(metrics.shape[1]), 0
-    for group in range(alike.max() + 1):
-        some = metrics[alike == group]
-        squares, freedom = squares + ((some - some.mean(0)) ** 2).sum(0), freedom + len(some) - 1
+    found = replicates.pooled(points, metrics)
+    freedom = int(found.freedom.max())
     if freedom:
-        return Noise(np.sqrt(squares / freedom), freedom)
+        return Noise(found.deviation, freedom)
     return Noise(np.sqrt(((metrics - unseen) ** 2).mean(0)), len(points))
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_train.methods.box import Box, Floats
@@ -26,6 +27,8 @@ from doremi_train.methods.fits import Known, Smooth
 from doremi_train.methods.objective import Objective
 from doremi_train.methods.optimum import minimise
 from doremi_train.methods.saturating import saturating
+
+Flags = NDArray[np.bool_]
 
 GROUPS = 20  # at most, of the jackknife
 LEAST = 4  # mixtures of which a group can be left out
@@ -52,33 +55,93 @@ class Lowest(NamedTuple):
     tried: int  # runs of which that is the lowest
 
 
+class Gain(NamedTuple):
+    """How much lower than a mixture's score any other may be."""
+
+    mean: float
+    low: float  # of the 95 % interval
+    high: float
+
+
 def lowest(
     runs: Runs, known: Known, within: Box, wanted: Objective, generator: np.random.Generator
 ) -> Lowest:
     """Lowest score that the law expects within the box, with its interval."""
-    points, metrics = runs
+    none = np.empty((0, runs.points.shape[1]))
+    return _told(runs, known, within, wanted, none, generator)[0]
+
+
+def expected(
+    runs: Runs,
+    known: Known,
+    within: Box,
+    wanted: Objective,
+    anchors: Floats,
+    noise: float,
+    generator: np.random.Generator,
+) -> tuple[Lowest, list[Gain]]:
+    """The same, and the gain over each of A mixtures (A, K), of which the law says what they have:
+    what it errs alike of both is no part of the interval. `noise` is the standard deviation of a
+    run's score."""
+    best, scores, again = _told(runs, known, within, wanted, anchors, generator)
+    halves, inside = _halves(again[:, 1:] - again[:, :1]), _inside(anchors, within)
+    return best, [
+        gain(score, best._replace(half=half), noise, np.inf, bool(within_caps))
+        for score, half, within_caps in zip(scores, halves.tolist(), inside, strict=True)
+    ]
+
+
+def _halves(again: Floats) -> Floats:
+    """(C,) halves of 95 % intervals, by (G, C) values without one group each; infinite of none."""
+    if not len(again):
+        return np.full(again.shape[1], np.inf)
+    spread = np.sqrt((len(again) - 1) * again.var(0))
+    return scipy.stats.t.ppf((1 + LEVEL) / 2, len(again) - 1) * spread
+
+
+def _inside(points: Floats, within: Box) -> Flags:
+    apart = np.maximum(within.low - points, points - within.high).max(1)
+    found: Flags = apart <= 1e-9
+    return found
+
+
+def _told(
+    runs: Runs,
+    known: Known,
+    within: Box,
+    wanted: Objective,
+    anchors: Floats,
+    generator: np.random.Generator,
+) -> tuple[Lowest, list[float], Floats]:
+    """The lowest score, the scores of the anchors (A, K), and (G, 1 + A) both without each group of
+    mixtures; of too few there is no group."""
+    # The law is of what falls.
+    points, metrics = runs = runs._replace(metrics=runs.metrics * wanted.turn)
+    wanted = wanted.turned()
     even = np.full((1, points.shape[1]), 1 / points.shape[1])
     drawn = generator.dirichlet(np.ones(points.shape[1]), STARTS)
-    mixture, score = _lowest(runs, known, within, wanted, np.vstack([even, drawn, points.mean(0)]))
-    within_caps = (points >= within.low - 1e-9).all(1) & (points <= within.high + 1e-9).all(1)
-    reached = wanted.scores(metrics, penalised=True)[within_caps]
+    starts = np.vstack([even, drawn, points.mean(0)])
+    mixture, (score, *others) = _lowest(runs, known, within, wanted, starts, anchors)
+    reached = wanted.scores(metrics, penalised=True)[_inside(points, within)]
     best = Lowest(mixture, score, np.inf, float(reached.min(initial=np.inf)), len(reached))
     _, same = np.unique(points, axis=0, return_inverse=True)
     count = int(same.max()) + 1  # mixtures
     if count < LEAST:
-        return best
+        return best, others, np.empty((0, 1 + len(anchors)))
     groups, again = min(count, GROUPS), []
     group = (generator.permutation(count) % groups)[same.ravel()]
     for one in range(groups):
         rest = Runs(points[group != one], metrics[group != one])
-        again.append(_lowest(rest, known, within, wanted, np.vstack([mixture, even]))[1])
-    spread = np.sqrt((groups - 1) * np.var(again))
-    return best._replace(half=float(scipy.stats.t.ppf((1 + LEVEL) / 2, groups - 1) * spread))
+        near = np.vstack([mixture, even])
+        again.append(_lowest(rest, known, within, wanted, near, anchors)[1])
+    found = np.array(again)
+    return best._replace(half=float(_halves(found[:, :1])[0])), others, found
 
 
 def _lowest(
-    runs: Runs, known: Known, within: Box, wanted: Objective, starts: Floats
-) -> tuple[Floats, float]:
+    runs: Runs, known: Known, within: Box, wanted: Objective, starts: Floats, anchors: Floats
+) -> tuple[Floats, list[float]]:
+    """The mixture (K,) of the lowest score; it, and the scores of the anchors (A, K)."""
     fit: Smooth = saturating(*runs, known)
 
     def cost(points: Tensor) -> Tensor:
@@ -86,15 +149,8 @@ def _lowest(
 
     mixture = minimise(cost, within, starts)
     with torch.no_grad():
-        return mixture, float(cost(torch.from_numpy(mixture[None]))[0])
-
-
-class Gain(NamedTuple):
-    """How much lower than a mixture's score any other may be."""
-
-    mean: float
-    low: float  # of the 95 % interval
-    high: float
+        lowest = cost(torch.from_numpy(mixture[None])).tolist()
+        return mixture, lowest + wanted.scores(fit.predict(anchors)).tolist()
 
 
 def gain(score: float, best: Lowest, noise: float, runs: float = 1.0, inside: bool = True) -> Gain:

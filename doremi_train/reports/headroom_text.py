@@ -5,19 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from doremi_train.console import short
-from doremi_train.methods.headroom import FARTHEST
+from doremi_train.methods.headroom import FARTHEST, Gain, SpeedUp
 
 VERDICTS = {True: "worth a swarm", False: "not worth one", None: "cannot tell"}
 
 
 def sentences(content: Mapping[str, Any]) -> list[str]:
     """How much can be gained, what that is worth in tokens, and whether a swarm pays."""
-    natural, uniform = (_span(content["gains"][name]) for name in ("natural", "uniform"))
-    gained = (
-        f"on this objective the best mixture within caps gains {natural} over natural, and "
-        f"{uniform} over uniform, by a law fitted to {content['runs']} runs, whose optimum lies "
-        "where no run is"
-    )
+    gained = _gained(content, "natural")
     cost = f"a swarm's {content['swarm_runs']} runs cost {content['swarm_flops']:.2g} FLOPs"
     speed, verdict = content["speed_up"], VERDICTS[content["worth"]]
     if speed is None:
@@ -39,9 +34,38 @@ def sentences(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def of_table(content: Mapping[str, Any]) -> list[str]:
+    """The same of other people's runs, of which natural's learning curve is not known."""
+    better = min(content["gains"], key=lambda name: float(content["gains"][name]["mean"]))
+    gain, apart = content["gains"][better], content["apart"]
+    over = content["natural"] if better == "natural" else better
+    if content["worth"]:
+        why = f"the gain over {over}, which costs nothing, is above 0 at both ends of its interval"
+    elif content["worth"] is False:
+        why = f"over {over}, which costs nothing, it gains {gain['high']:.4f} at most"
+        why += "" if apart is None else f", and two runs on one mixture differ by up to {apart:.4f}"
+    else:
+        why = f"over {over}, which costs nothing, the interval leaves both open; more runs tell"
+    return [
+        _gained(content, content["natural"]),
+        "what that is worth in tokens is not known: a table has no learning curve of natural, "
+        "which stage=headroom trains where it has the data",
+        f"{VERDICTS[content['worth']]}: {why}",
+    ]
+
+
+def _gained(content: Mapping[str, Any], natural: str) -> str:
+    over, uniform = (_span(content["gains"][name]) for name in ("natural", "uniform"))
+    return (
+        f"on this objective the best mixture within caps gains {over} over {natural}, and "
+        f"{uniform} over uniform{_unit(content)}, by a law fitted to {content['runs']} runs, whose "
+        "optimum lies where no run is"
+    )
+
+
 def line(content: Mapping[str, Any]) -> str:
     """All of it in one line."""
-    return f"headroom: {'; '.join(reversed(sentences(content)))}"
+    return f"headroom: {'; '.join(reversed(content['said']))}"
 
 
 def offer(content: Mapping[str, Any]) -> str:
@@ -76,6 +100,22 @@ def _break_even(content: Mapping[str, Any]) -> str:
         return ""
     saved = (speed - 1) * content["final_flops"] / content["final_tokens"]
     return f", which pays from about {short(content['swarm_flops'] / saved)} tokens on"
+
+
+def _unit(content: Mapping[str, Any]) -> str:
+    """The unit of a score, where it is no loss."""
+    unit = content.get("unit")
+    return "" if unit in (None, "nats per token") else f" ({unit})"
+
+
+def ends(figures: Gain | SpeedUp) -> dict[str, float | None]:
+    """A figure with the ends of its interval, as JSON can say it."""
+    return {name: finite(value) for name, value in figures._asdict().items()}
+
+
+def finite(value: float) -> float | None:
+    """What JSON can say: null for what has no end."""
+    return value if math.isfinite(value) else None
 
 
 def _span(gain: Mapping[str, Any]) -> str:

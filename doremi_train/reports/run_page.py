@@ -1,8 +1,11 @@
 """What the page of a run says: cards, warnings, tables of domains and models, samples of text."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -67,9 +70,9 @@ def overall(settings: Sequence[Setting]) -> str:
 # ── One setting ───────────────────────────────────────────────────────────────────────────────────
 
 
-def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, Any]:
-    """Everything the page shows of one setting; `how` says of every way how its mixture comes
-    about."""
+def section(setting: Setting, number: int, how: Mapping[str, str], root: Path) -> dict[str, Any]:
+    """Everything the page in the folder `root` shows of one setting; `how` says of every way how
+    its mixture comes about."""
     first = setting.results[0]
     folder = first.folder / "prepare"
     part = first.config.get("data.only"), first.config.get("data.least_tokens", 0)
@@ -94,7 +97,7 @@ def section(setting: Setting, number: int, how: Mapping[str, str]) -> dict[str, 
         "domains": _domain_rows(setting, free, store),
         "method": first.mixture["method"],
         "how": how.get(first.mixture["method"], how["file"]),
-        "swarm": _swarm(first),
+        "swarm": _swarm(first, root),
         "headroom": _headroom(first),
         "policy": first.config.get("batch_selection.method", "none"),
         "models": list(setting.models.values()),
@@ -189,9 +192,9 @@ def _headroom(run: Result) -> str:
     return headroom_text.of_swarm(run.swarm) if run.swarm else ""
 
 
-def _swarm(run: Result) -> dict[str, Any]:
-    """What a swarm proposed, what came of it, and its runs, best first; empty where there was
-    none."""
+def _swarm(run: Result, root: Path) -> dict[str, Any]:
+    """What a swarm proposed, what came of it, its runs, best first, and where its page to steer by
+    is from the folder `root`; empty where there was none."""
     if not run.swarm:
         return {}
     tried = [
@@ -227,7 +230,13 @@ def _swarm(run: Result) -> dict[str, Any]:
             for line in shown
         ],
         "hidden": len(runs) - len(shown),
+        "steer": _link(run.folder / "steer.html", root),
     }
+
+
+def _link(page: Path, root: Path) -> str:
+    """The address of a page from a folder; "" where there is none."""
+    return quote(os.path.relpath(page, root)) if page.exists() else ""
 
 
 def _domain_rows(

@@ -15,6 +15,7 @@ import numpy as np
 from doremi_train.methods import steering
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.steering import Effects, Flags, Steerable
+from doremi_train.reports.page import write_page
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _DOTS = 20_000  # figures of runs that are drawn, at most
@@ -44,6 +45,19 @@ def effects(given: Given) -> dict[str, dict[str, list[float | None]]]:
         }
         for k, domain in enumerate(given.domains)
     }
+
+
+def write(page: Path, given: Given, title: str, verdict: str, regressor: str) -> None:
+    """Write a page of its own, of a swarm's runs that this `regressor` fitted."""
+    write_page(
+        page,
+        "swarm.html.jinja",
+        title=title,
+        verdict=verdict,
+        regressor=regressor,
+        runs=len(given.runs),
+        steer=section(given),
+    )
 
 
 def section(given: Given) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import statistics
 from doremi_train.evaluation.statistics import Paired, spread
+from doremi_train.methods import replicates
 from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
 from doremi_train.reports.charts import Point, rows
@@ -72,6 +73,7 @@ def run(session: Session) -> dict[str, Any]:
     contenders = {
         one.folder: one for question in questions for one in (question.method, *question.others)
     }
+    by = _standard(session, contenders)
     children = {
         f"{name}/seed-{seed}": _configured(session, one, seed)
         for name, one in contenders.items()
@@ -82,26 +84,63 @@ def run(session: Session) -> dict[str, Any]:
         children,
         {name: contenders[name.partition("/")[0]].cost.tokens for name in children},
     )
-    reached = _measured(session, list(children))
+    reached, unit = _measured(session, list(children), contenders, by)
     content: dict[str, Any] = comm.on_first(
-        lambda: _conclude(session, questions, failures, reached)
+        lambda: _conclude(session, questions, failures, reached, unit)
     )
     return content
 
 
-def _measured(session: Session, names: list[str]) -> dict[str, float]:
-    """The objective of every child's final model; the mean over domains where nothing else is
-    said. A collective."""
+def _measured(
+    session: Session,
+    names: list[str],
+    contenders: Mapping[str, Contender],
+    by: Contender | None,
+) -> tuple[dict[str, float], str]:
+    """The objective of every child's final model, and its unit; the mean over domains where nothing
+    else is said. A collective."""
     store = _store(session)
     folders = {name: session.run_dir / "compare" / name / "main" for name in names}
     measured = metrics.measured(session, store, folders)
-    # A guard is for searches: it asks what natural has, and here no mixture is refused.
-    wanted = _wanted(session, store)
-    return {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
+    wanted = _wanted(session, store, measured, contenders, by)
+    scores = {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
+    return scores, wanted.unit
 
 
-def _wanted(session: Session, store: TokenStore) -> Objective:
-    return metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
+def _wanted(
+    session: Session,
+    store: TokenStore,
+    measured: Mapping[str, list[float]],
+    contenders: Mapping[str, Contender],
+    by: Contender | None,
+) -> Objective:
+    """The objective, standardised `by` the seeds of natural where it asks for that."""
+    if by is None:
+        # A guard is for searches: it asks what natural has, and here no mixture is refused.
+        return metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
+    free = {*session.config.compare.baselines, *(session.config.compare.files or {})}
+    of, values = [name.rpartition("/")[0] for name in measured], np.array([*measured.values()])
+    # Seeds of a learned mixture differ in it too, and are no replicates.
+    alike = [
+        [of.index(name) if contenders[name].method in free else -1 - n] for n, name in enumerate(of)
+    ]
+    natural = values[[name == by.folder for name in of]]
+    scale = replicates.scale(np.array(alike, float), values, np.array([of.index(by.folder)]))
+    return metrics.objective(session, store, natural.mean(0), scale)
+
+
+def _standard(session: Session, contenders: Mapping[str, Contender]) -> Contender | None:
+    """Natural, by whose seeds metrics are standardised, in as many steps as the methods' where it
+    takes part so; None where they are not. Raises UserError where there is none, or one seed."""
+    if not session.config.objective.standardise:
+        return None
+    natural = [one for one in contenders.values() if one.method == "natural"]
+    if session.config.compare.seeds < 2 or not natural:
+        raise UserError(
+            "objective.standardise=true: metrics are standardised by the seeds of natural; put it "
+            "into compare.baselines, and take compare.seeds=2 or more"
+        )
+    return min(natural, key=lambda one: one.changes.get("main.steps", 0))
 
 
 # ── What is compared ────────────────────────────────────────────────────────────────
@@ -227,8 +266,9 @@ def _conclude(
     questions: list[Question],
     failures: list[str],
     reached: Mapping[str, float],
+    unit: str,
 ) -> dict[str, Any]:
-    seeds, unit = session.config.compare.seeds, _wanted(session, _store(session)).unit
+    seeds = session.config.compare.seeds
     outcomes = {
         one.folder: _outcome(session, one, reached)
         for q in questions

@@ -99,7 +99,10 @@ Line = Mapping[str, Any]  # of evaluations.jsonl
 
 def _while_training(session: Session, store: TokenStore) -> Callable[[Line], float] | None:
     """The objective of a line of evaluations.jsonl, which has the losses of domains and their
-    mean; None for one that counts what is measured at the end alone."""
+    mean; None for one that counts what is measured at the end alone, or is standardised, for which
+    one run is too few."""
+    if session.config.objective.standardise:
+        return None
     wanted = metrics.objective(session, store, np.ones(len(metrics.names(session, store))))
     if wanted.weights[len(store.domains) :].any():
         return None

@@ -23,7 +23,7 @@ from doremi_train.config import UserError
 from doremi_train.evaluation import runs_table
 from doremi_train.evaluation.runs_table import Runs
 from doremi_train.evaluation.statistics import listed
-from doremi_train.methods import box, steering, swarm, trees
+from doremi_train.methods import box, replicates, steering, swarm, trees
 from doremi_train.methods import objective as objectives
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.fits import Known
@@ -35,9 +35,20 @@ from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import fit_page, steer_page
 from doremi_train.reports.steer_page import Given
+from doremi_train.stages.runs.metrics import standardised
 from doremi_train.stages.session import Session, once
 
 RUNS_PER_DOMAIN = 2  # of fewer nothing is proposed
+
+
+class Table(NamedTuple):
+    """What is known of runs, and what is wanted."""
+
+    runs: Runs
+    natural: Floats  # (K,)
+    passes: Floats | None  # (K,) over each domain by the final run on it alone
+    within: Box
+    wanted: Objective  # without the metrics of natural, which are still to be fitted
 
 
 class Problem(NamedTuple):
@@ -111,6 +122,16 @@ def _run(session: Session) -> Mixture | None:
 
 
 def _problem(session: Session) -> Problem:
+    runs, natural, passes, within, wanted = table(session)
+    known, regressor = Known(passes, natural), session.config.fit.regressor
+    fitted = forecast(runs.weights, runs.values, known, regressor, wanted.turn)
+    wanted = wanted._replace(natural=fitted.predict(natural[None])[0])
+    return Problem(runs, natural, passes, within, fitted, wanted)
+
+
+def table(session: Session) -> Table:
+    """The runs of fit.runs, and what is asked of them. Raises UserError for tables that cannot be
+    used, and an objective that cannot be."""
     asked = session.config.fit
     if not asked.runs:
         raise UserError(
@@ -124,9 +145,9 @@ def _problem(session: Session) -> Problem:
         )
     runs = runs_table.read(_many(asked.runs), _many(asked.weights), _many(asked.metrics))
     natural, passes = _sizes(session, runs)
-    fitted = forecast(runs.weights, runs.values, Known(passes, natural), asked.regressor)
-    wanted = _objective(session, runs, fitted.predict(natural[None])[0])
-    return Problem(runs, natural, passes, _within(session, runs, passes), fitted, wanted)
+    wanted = _objective(session, runs, natural)
+    runs.notes.extend(_directions(session, wanted, runs))
+    return Table(runs, natural, passes, _within(session, runs, passes), wanted)
 
 
 def _many(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -163,19 +184,33 @@ def _within(session: Session, runs: Runs, passes: Floats | None) -> Box:
 
 
 def _objective(session: Session, runs: Runs, natural: Floats) -> Objective:
+    """The objective, without the metrics of natural (K,), which are still to be fitted."""
     if session.config.objective.over != "domains" or session.config.objective.scores is not None:
         raise UserError(
             "objective=tasks and objective.scores: are of runs that are trained here, and in "
             "stage=fit every column is a metric; name columns in objective.metrics"
         )
     try:
-        return objectives.objective(session.config.objective, runs.metrics, natural)
+        asked, unknown = session.config.objective, np.full(len(runs.metrics), np.nan)
+        found = objectives.objective(asked, runs.metrics, unknown, scores=runs.metrics)
     except KeyError as error:
         raise UserError(
             f"objective: unknown metric {error.args[0]!r}; the runs have {listed(runs.metrics)}"
         ) from None
     except ValueError as error:
-        raise UserError(f"objective.metrics: {error}; give one that counts") from None
+        raise UserError(f"objective.metrics: {error}") from None
+    if not session.config.objective.standardise:
+        return found
+    scale = replicates.scale(runs.weights, runs.values, natural)
+    return standardised(found, runs.metrics, scale)
+
+
+def _directions(session: Session, wanted: Objective, runs: Runs) -> list[str]:
+    """What is to be known where names alone say that more is better."""
+    if session.config.objective.metrics is not None:
+        return []
+    upwards = [name for name, more in zip(runs.metrics, wanted.more, strict=True) if more]
+    return [f"{name}: more is better, by its name, so it counts with weight -1" for name in upwards]
 
 
 # ── What is proposed ────────────────────────────────────────────────────────────────
@@ -235,7 +270,7 @@ def _spearman(a: Floats, b: Floats) -> float:
 
 def _steer(problem: Problem, proposal: Proposal) -> Given:
     """What the page steers, from the proposal or from natural."""
-    runs, more = problem.runs, problem.wanted.weights < 0
+    runs, more = problem.runs, problem.wanted.more
     known = Known(problem.passes, problem.natural)
     return Given(
         runs.domains,
@@ -270,7 +305,7 @@ def _content(session: Session, problem: Problem, proposal: Proposal | None) -> d
     natural, spearman = wanted.natural, _spearman(*_scored(problem))
     goal = {
         "reduce": wanted.reduce,
-        "over": "natural" if session.config.fit.tokens else "the mean mixture of the runs",
+        "over": natural_of(session),
         "natural": float(wanted.scores(natural[None])[0]),
         "proposed": None if proposal is None else float(wanted.scores(proposal.predicted[None])[0]),
         "spearman": spearman,
@@ -323,13 +358,19 @@ def _verdict(problem: Problem, proposal: Proposal | None, goal: dict[str, Any]) 
             f"each of {_used(runs)} domains; {trust}."
         )
     what = "mean" if goal["reduce"] == "mean" else "largest"
+    of = "metrics" if problem.wanted.scale is None else "standardised metrics"
     said = (
         f"The fit expects {goal['proposed']:.4f} of the proposed mixture, and "
-        f"{goal['natural']:.4f} of {goal['over']} (the {what} of the metrics that count; {trust})."
+        f"{goal['natural']:.4f} of {goal['over']} (the {what} of the {of} that count; {trust})."
     )
     if proposal.refused:
         return f"{said} It is refused: {'; '.join(proposal.refused)}."
     return f"{said} Train it before you believe it: optima lie where no run is."
+
+
+def natural_of(session: Session) -> str:
+    """What natural is, in words."""
+    return "natural" if session.config.fit.tokens else "the mean mixture of the runs"
 
 
 def _named(problem: Problem, values: Floats) -> dict[str, float]:

@@ -23,14 +23,14 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, design, headroom, swarm
+from doremi_train.methods import box, design, headroom, replicates, swarm
 from doremi_train.methods.box import Floats
 from doremi_train.methods.headroom import Gain, Lowest, SpeedUp
 from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import headroom_text
-from doremi_train.stages import prepare
+from doremi_train.stages import prepare, table_headroom
 from doremi_train.stages.mixtures import small_runs, swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem
 from doremi_train.stages.planning import swarm_bill
@@ -57,8 +57,10 @@ class Asked(NamedTuple):
 
 @once
 def run(session: Session) -> dict[str, Any]:
-    """Train what is missing, judge it and say it; the content of headroom.json. Raises UserError
-    where caps and floors leave no mixture."""
+    """Train what is missing, judge it and say it; the content of headroom.json. Of fit.runs nothing
+    is trained. Raises UserError where caps and floors leave no mixture."""
+    if session.config.fit.runs is not None:
+        return table_headroom.run(session)
     store = prepare.run(session)
     asked = comm.on_first(lambda: ask(session, store))
     with session.computing(asked.run, "headroom") as todo:
@@ -196,9 +198,13 @@ class Found(NamedTuple):
 def _conclude(
     session: Session, store: TokenStore, asked: Asked, measured: Mapping[str, list[float]]
 ) -> None:
-    mean = np.mean([measured[NATURAL], measured[AGAIN]], axis=0)
-    wanted = metrics.objective(session, store, mean)
-    scores = {name: float(wanted.scores(np.array([row]))[0]) for name, row in measured.items()}
+    wanted = _wanted(session, store, asked, measured)
+    # A curve that leads to natural is not clipped; what is a candidate is.
+    bare, candidates = wanted._replace(clip=np.inf), _points(asked)
+    scores = {
+        name: float((wanted if name in candidates else bare).scores(np.array([row]))[0])
+        for name, row in measured.items()
+    }
     found, costs = (
         _found(session, asked, measured, wanted, scores),
         swarm_bill.of_swarm(session, store),
@@ -215,21 +221,38 @@ def _conclude(
         "runs": len(asked.mixtures) + 1 + len(asked.reused),  # with natural again
         "reused": len(asked.reused),
         "objective": wanted.reduce,
+        "unit": wanted.unit,
         "scores": scores,
         "noise": found.noise,
         "best": {
             "score": found.best.score,
             "mixture": swarm_problem.named(asked.problem, mixed.tolist()),
         },
-        "gains": {name: _ends(gain) for name, gain in found.gains.items()},
-        "speed_up": None if found.speed is None else _ends(found.speed),
-        "saved_flops": None if saved is None else [_finite(end) for end in saved],
+        "gains": {name: headroom_text.ends(gain) for name, gain in found.gains.items()},
+        "speed_up": None if found.speed is None else headroom_text.ends(found.speed),
+        "saved_flops": None if saved is None else [headroom_text.finite(end) for end in saved],
         "worth": pays,
         **costs,
     }
     content["said"] = headroom_text.sentences(content)
     files.write_json(asked.run.folder / "headroom.json", content)
     asked.run.finish({"said": content["said"]})
+
+
+def _points(asked: Asked) -> dict[str, Floats]:
+    """(K,) of the runs of full length, natural's second among them."""
+    mixed = asked.mixtures | {AGAIN: asked.mixtures[NATURAL]} | asked.reused
+    return {name: one.numpy() for name, one in mixed.items()}
+
+
+def _wanted(
+    session: Session, store: TokenStore, asked: Asked, measured: Mapping[str, list[float]]
+) -> Objective:
+    points = _points(asked)
+    values = np.array([measured[name] for name in points])
+    scale = replicates.scale(np.stack([*points.values()]), values, points[NATURAL])
+    mean = np.mean([measured[NATURAL], measured[AGAIN]], axis=0)
+    return metrics.objective(session, store, mean, scale)
 
 
 def _found(
@@ -240,8 +263,7 @@ def _found(
     scores: Mapping[str, float],
 ) -> Found:
     problem, known = asked.problem, swarm_problem.known(asked.problem)
-    mixed = asked.mixtures | {AGAIN: asked.mixtures[NATURAL]} | asked.reused
-    points = {name: one.numpy() for name, one in mixed.items()}
+    points = _points(asked)
     runs = headroom.Runs(
         problem.space.reduce(np.stack([*points.values()])),
         np.array([measured[name] for name in points]),
@@ -268,6 +290,8 @@ def _found(
 def _usual_noise(differences: Floats, wanted: Objective) -> float:
     """Standard deviation of the score over seeds, were all metrics as noisy as they are on average:
     two seeds may agree on one of them by chance."""
+    if wanted.scale is not None:
+        differences = (differences / wanted.scale)[wanted.weights != 0]
     each = np.sqrt((differences**2).mean() / 2)
     return float(each * np.linalg.norm(wanted.weights) / np.abs(wanted.weights).sum())
 
@@ -283,15 +307,6 @@ def ahead(session: Session, store: TokenStore) -> str:
     flops = sum(bill.run(Ahead("", "swarm", shape, count, 0, None))["flops"] for count in steps)
     own = {"headroom_runs": len(sessions), "headroom_flops": float(flops)}
     return headroom_text.offer(swarm_bill.of_swarm(session, store) | own)
-
-
-def _finite(value: float) -> float | None:
-    """What JSON can say: null for what has no end."""
-    return value if math.isfinite(value) else None
-
-
-def _ends(figures: Gain | SpeedUp) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in figures._asdict().items()}
 
 
 def _named(asked: Asked) -> dict[str, dict[str, float]]:

@@ -64,7 +64,8 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         charts=sweep_charts.compare(settings) if compared else [],
         summary=run_page.summary(settings) if compared else None,
         sections=[
-            run_page.section(setting, number, how) for number, setting in enumerate(settings)
+            run_page.section(setting, number, how, page.parent)
+            for number, setting in enumerate(settings)
         ],
         selection=run_page.selection_of(settings[0].results[0]),
     )

@@ -106,6 +106,14 @@ def test_what_is_odd_is_said_and_used(tmp_path: Path) -> None:
         assert part in said
 
 
+def test_a_metric_of_one_mixture_is_left_out(tmp_path: Path) -> None:
+    rows = [*ROWS, (4, "d", 0.5, 0.3, 0.2, 3.1, 1.9)]
+    rows = [row if row[2] == 0.5 else (*row[:6], "") for row in rows]  # type: ignore[misc]
+    runs = runs_table.read([table(tmp_path / "runs.csv", rows)])
+    assert runs.metrics == ["web_loss"]
+    assert "code_loss: measured on one mixture alone, so left out" in runs.notes
+
+
 def test_weights_in_percent_are_normalised(tmp_path: Path) -> None:
     rows = [(*row[:2], *(100 * w for w in row[2:5]), *row[5:]) for row in ROWS]
     runs = runs_table.read([table(tmp_path / "runs.csv", rows)], NAMES[2:5])
@@ -127,6 +135,11 @@ BAD = [
     ({}, {"weights": NAMES[2:5], "metrics": ["code*"]}, "both name 'code'"),
     ({}, {"weights": [*NAMES[2:5], "web_loss"]}, "column 'web_loss' is no weight: rows sum to 1"),
     ({"rows": [(*row[:5], 3, 2) for row in ROWS]}, {}, "no metric differs between rows"),
+    (
+        {"rows": [(*row[:2], *ROWS[0][2:5], *row[5:]) for row in ROWS]},
+        {},
+        "no metric differs between rows of several mixtures",
+    ),
     ({"rows": [row[:5] for row in ROWS], "names": NAMES[:5]}, {}, "so there is no metric"),
 ]
 

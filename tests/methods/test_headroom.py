@@ -24,7 +24,7 @@ def random() -> np.random.Generator:
 
 def mean_of(weights: Floats) -> Objective:
     many = len(weights)
-    return Objective("mean", weights, np.ones(many), np.full(many, np.inf))
+    return Objective("mean", weights, np.ones(many), np.full(many, np.inf), weights < 0)
 
 
 def planted(runs: int, noise: float, seed: int = 0) -> tuple[Saturating, Runs]:
@@ -48,6 +48,19 @@ def test_the_interval_holds_the_gain_of_a_known_law() -> None:
     assert 0 < found.low <= natural - lowest <= found.high
     assert abs(found.mean - (natural - lowest)) < 0.2 * (natural - lowest)
     assert (best.mixture <= BOX.high + 1e-9).all() and best.mixture.sum() == pytest.approx(1)
+
+
+def test_what_can_be_gained_of_an_accuracy_is_what_of_its_loss_can() -> None:
+    _, seen = planted(3, 0.003)
+    losses = Runs(seen.points, seen.metrics[:, :1])
+    rising = Runs(seen.points, 2 - seen.metrics[:, :1])
+    less, more = (
+        headroom.lowest(runs, Known(natural=NATURAL), BOX, mean_of(np.array([weight])), random())
+        for runs, weight in ((losses, 1.0), (rising, -1.0))
+    )
+    assert more.mixture == pytest.approx(less.mixture, abs=1e-6)
+    assert (more.score, more.half) == pytest.approx((less.score - 2, less.half), abs=1e-6)
+    assert more.seen == pytest.approx(less.seen - 2)
 
 
 def test_of_too_few_runs_there_is_no_interval_and_no_verdict() -> None:

@@ -176,6 +176,15 @@ def test_the_page_says_all_without_a_script(page: Path) -> None:
 
 
 @pytest.mark.acceptance
+def test_of_a_swarm_s_runs_too(tiny: list[str], tmp_path: Path, browser: Browser) -> None:
+    runs = ("mixture=swarm", "swarm.runs=4", "swarm.candidates=1", "training.steps=6", "seed=98")
+    outcome = run_here(*tiny, *runs, "stage=swarm", f"run_dir={tmp_path}")
+    assert outcome.code == 0, outcome
+    for start in ("chosen", "natural"):
+        compare(browser, tmp_path / "steer.html", start, {"rich": 0.01}, ["plain"])
+
+
+@pytest.mark.acceptance
 @regmix.needed
 def test_on_regmix_s_runs_too(tmp_path: Path, browser: Browser) -> None:
     pair = ",".join(

@@ -119,6 +119,71 @@ def test_caps_follow_from_tokens_and_budget(tmp_path: Path) -> None:
     assert read(tmp_path / "run")["domains"]["web"]["natural"] == pytest.approx(1000 / 1200)
 
 
+def mixed(path: Path, unit: float = 1.0, replicates: int = 4) -> Path:
+    """Runs with bits per byte, nats and an accuracy in parts or percent (`unit`), each noisy, and
+    the first mixture so many times."""
+    random = np.random.default_rng(1)
+    weights = random.dirichlet(np.ones(3), 24)
+    weights[:replicates] = weights[0]
+    code, prose = losses(weights).T
+    noise = random.normal(0, 1, (24, 3)) * [0.002, 0.02, 0.01]
+    figures = np.stack([code / 3, 4 + prose, 0.8 - (prose - 2) / 3], axis=1) + noise
+    figures[:, 2] *= unit
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *DOMAINS, "code_bpb", "prose_loss", "arc/acc"])
+        writer.writerows(
+            [f"r{n}", *w, *f] for n, (w, f) in enumerate(zip(weights, figures, strict=True))
+        )
+    return path
+
+
+def test_metrics_of_different_scales_are_one_objective(tmp_path: Path) -> None:
+    """Of an accuracy more is better, and whether it is a part or a percentage does not count."""
+    found = {}
+    for name, unit in {"part": 1.0, "percent": 100.0}.items():
+        path, run_dir = mixed(tmp_path / f"{name}.csv", unit), tmp_path / name
+        outcome = fit(path, run_dir, "objective.standardise=true")
+        assert outcome.code == 0, outcome
+        assert "arc/acc: more is better, by its name, so it counts with weight -1" in outcome.out
+        content = found[name] = read(run_dir)
+        assert [of["weight"] for of in content["metrics"].values()] == [1, 1, -1]
+        assert "of the standardised metrics that count" in content["verdict"]
+        assert content["objective"]["natural"] == pytest.approx(0, abs=1e-9)
+    part, percent = (
+        [domain["proposed"] for domain in content["domains"].values()] for content in found.values()
+    )
+    assert part == pytest.approx(percent, abs=2e-3)
+    # As they are, a percentage is nearly all that counts.
+    outcome = fit(tmp_path / "percent.csv", tmp_path / "bare")
+    assert outcome.code == 0 and "of the metrics that count" in outcome.out
+    bare = [domain["proposed"] for domain in read(tmp_path / "bare")["domains"].values()]
+    assert np.abs(np.array(bare) - percent).sum() > 0.1
+
+
+def test_without_replicates_nothing_is_standardised(tmp_path: Path) -> None:
+    outcome = fit(
+        mixed(tmp_path / "x.csv", replicates=1), tmp_path / "x", "objective.standardise=true"
+    )
+    said = " ".join(outcome.err.split())
+    assert outcome.code == 2 and "objective.standardise=true: code_bpb is not known of two" in said
+    assert "give more runs on the same mixture" in said
+    assert not (tmp_path / "x" / "weights.json").exists()
+
+
+def test_less_of_an_accuracy_is_not_asked_for(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "x.csv")
+    outcome = fit(path, tmp_path / "x", "objective.metrics={arc/acc: 1}")
+    assert outcome.code == 2 and "arc/acc is something of which more is better" in outcome.err
+    outcome = fit(path, tmp_path / "z", "objective.metrics={arc/acc: -1}")
+    gained = read(tmp_path / "z")["metrics"]["arc/acc"]
+    assert gained["proposed"] > gained["natural"] + 0.005
+    outcome = fit(path, tmp_path / "y", "objective.metrics={code_bpb: 1}")
+    assert outcome.code == 0 and "more is better, by its name" not in outcome.out
+    page = (tmp_path / "y" / "fit" / "report.html").read_text()
+    assert "arc/acc (more is better)" in page  # which is so also where it does not count
+
+
 def test_of_few_runs_nothing_is_proposed_but_they_are_ranked(tmp_path: Path) -> None:
     path = table(tmp_path / "runs.csv", 5)
     outcome = fit(path, tmp_path / "run", f"fit.predict={path}")
@@ -213,3 +278,27 @@ def test_a_long_fit_hears_that_it_is_told_to_stop(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert "fit: told to stop" in process.communicate()[1] and process.returncode == 75
     assert not (tmp_path / "run" / "weights.json").exists()
+
+
+@pytest.mark.parametrize("regressor", ["saturating", "gaussian_process"])
+def test_what_more_is_better_of_is_fitted_as_well_as_a_loss(tmp_path: Path, regressor: str) -> None:
+    """A law of losses knows nothing of what rises; the figures on the page are as they were
+    given."""
+    random = np.random.default_rng(2)
+    weights = random.dirichlet(np.ones(3), 24)
+    lost = losses(weights)[:, 0]
+    with (tmp_path / "runs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *DOMAINS, "code_loss", "code_acc"])
+        writer.writerows([n, *weights[n], loss, 2 - loss] for n, loss in enumerate(lost))
+    asked = (f"fit.predict={tmp_path / 'runs.csv'}", f"fit.regressor={regressor}")
+    outcome = fit(tmp_path / "runs.csv", tmp_path / "run", *asked)
+    assert outcome.code == 0, outcome
+    found = read(tmp_path / "run")["metrics"]
+    assert found["code_acc"]["spearman"] == pytest.approx(found["code_loss"]["spearman"], abs=0.02)
+    assert found["code_acc"]["spearman"] > 0.95
+    with (tmp_path / "run/fit/predictions.csv").open() as file:
+        for row in csv.DictReader(file):
+            low, value, high = (float(row[f"code_acc{end}"]) for end in ("_low", "", "_high"))
+            assert low < value < high
+            assert value == pytest.approx(2 - float(row["code_loss"]), abs=0.05)

@@ -39,7 +39,7 @@ def unfollowed(session: Session, store: TokenStore) -> str | None:
 def _followed(session: Session, store: TokenStore) -> bool:
     """Whether a way that looks at a target looks at what the objective counts."""
     asked = session.config.objective
-    if asked.reduce != "mean" or asked.guard is not None:
+    if asked.reduce != "mean" or asked.guard is not None or asked.standardise:
         return False
     if targets.given(session):
         return metrics.weights(session, store).keys() == {metrics.TARGET}
@@ -61,4 +61,4 @@ def _said(session: Session, store: TokenStore) -> str:
     whole = list(weights) == list(store.domains) and len({*weights.values()}) == 1
     of = "domains" if whole else ", ".join(f"{name} × {w:g}" for name, w in weights.items())
     guarded = f", with guards on {', '.join(asked.guard)}" if asked.guard else ""
-    return f"{reduced} of {of}{guarded}"
+    return f"{reduced} of {of}{', standardised' if asked.standardise else ''}{guarded}"

@@ -26,7 +26,7 @@ from doremi_train.methods.box import Floats
 from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.stages import prepare
-from doremi_train.stages.mixtures import small_runs, swarm_problem, swarm_proposals
+from doremi_train.stages.mixtures import small_runs, swarm_page, swarm_problem, swarm_proposals
 from doremi_train.stages.mixtures.swarm_problem import Problem, Row
 from doremi_train.stages.options import Swarm
 from doremi_train.stages.runs import budget, language_model, metrics
@@ -51,6 +51,8 @@ def run(session: Session) -> mixture.Mixture:
         if todo:
             _search(session, store, problem, search)
     result = comm.on_first(search.result)
+    if session.config.stage in swarm_page.STAGES:
+        comm.on_first(lambda: swarm_page.write(session, store, problem, search))
     return mixture.Mixture("swarm", result["weights"], provenance=result["provenance"])
 
 
@@ -60,7 +62,7 @@ def ahead(session: Session, store: TokenStore, pipeline: Pipeline) -> Tensor | N
     shape, steps = language_model.resolved_model(session, store), session.config.training.steps
     for name, mixed in planned(session, store, problem).items():
         if mixed is not None or not search.finished:
-            seed = _seed(session, name)
+            seed = seed_of(session, name)
             run = None if mixed is None else small_runs.recipe(session, store, mixed, seed)
             pipeline.add(name, "swarm", shape, steps, run)
     if not search.finished:
@@ -107,7 +109,7 @@ def planned(session: Session, store: TokenStore, problem: Problem) -> dict[str, 
     }
 
 
-def _seed(session: Session, name: str) -> int | None:
+def seed_of(session: Session, name: str) -> int | None:
     """Seed of a run, where it is not the command's."""
     return budget.proxy_seed(session, 1) if name.endswith(AGAIN) else None
 
@@ -206,7 +208,7 @@ def _draw(
         )
     drawn = (box.on_grid(mixed, problem.within) for mixed in problem.space.expand(points))
     mixtures |= {_name(number, index): mixed for index, mixed in enumerate(drawn)}
-    if number == 1 and options.design == "optimal":
+    if number == 1 and (options.design == "optimal" or session.config.objective.standardise):
         # The noise differs with the mixture: natural, and what is farthest from it, once more.
         far = max(mixtures, key=lambda name: float(box.distance(mixtures[name], problem.natural)))
         mixtures |= {f"{name}{AGAIN}": mixtures[name] for name in ("swarm/round-1/natural", far)}
@@ -226,12 +228,21 @@ def _designed(how: str, problem: Problem, anchors: Floats, random: np.random.Gen
     return candidates[design.choose(candidates, problem.draws, problem.inside, random, anchors)]
 
 
+def train(
+    session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar
+) -> dict[str, Run]:
+    """A run on each mixture (K,), linked by its name under run_dir; with another seed where it
+    repeats one."""
+    trained: dict[str, Run] = {}
+    for seed in sorted({seed_of(session, name) for name in mixtures}, key=lambda seed: seed or -1):
+        some = {name: mixed for name, mixed in mixtures.items() if seed_of(session, name) == seed}
+        trained |= small_runs.train(session, store, some, bar, seed)
+    return trained
+
+
 def _train(
     session: Session, store: TokenStore, mixtures: Mapping[str, Tensor], bar: Bar
 ) -> list[Row]:
-    trained: dict[str, Run] = {}
-    for seed in sorted({_seed(session, name) for name in mixtures}, key=lambda seed: seed or -1):
-        some = {name: mixed for name, mixed in mixtures.items() if _seed(session, name) == seed}
-        trained |= small_runs.train(session, store, some, bar, seed)
+    trained = train(session, store, mixtures, bar)
     measured = metrics.measured(session, store, {name: run.folder for name, run in trained.items()})
     return [Row(name, mixtures[name].tolist(), measured[name]) for name in trained]

@@ -8,7 +8,7 @@ import numpy as np
 
 from doremi_train.config import UserError, in_keys, read_object
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, regressors, swarm, trees
+from doremi_train.methods import box, regressors, replicates, swarm, trees
 from doremi_train.methods.box import Box, Floats, Space
 from doremi_train.methods.fits import Fit, Known
 from doremi_train.methods.objective import Objective
@@ -117,9 +117,12 @@ def table_of(problem: Problem, rows: Sequence[Row]) -> tuple[Floats, Floats]:
 
 
 def wanted(session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row]) -> Objective:
-    """The objective, whose natural is the mean of the runs on it."""
+    """The objective, whose natural is the mean of the runs on it, and its scales what replicates
+    say."""
     natural = [row.losses for row in on_natural(problem, rows)]
-    return metrics.objective(session, store, np.mean(natural, axis=0))
+    points, values = table_of(problem, rows)
+    scale = replicates.scale(points, values, problem.space.reduce(problem.natural))
+    return metrics.objective(session, store, np.mean(natural, axis=0), scale)
 
 
 def on_natural(problem: Problem, rows: Sequence[Row]) -> list[Row]:
@@ -137,10 +140,11 @@ def fitted(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obje
     """Fit of what counts: of all losses where they count alike, else of the objective's one
     figure."""
     regressor = regressors.REGRESSORS[session.config.swarm.regressor]
-    fit = regressor(*table_of(problem, rows), known(problem))
+    points, metrics = table_of(problem, rows)
+    fit = regressor(points, metrics * wanted.turn, known(problem))
     if wanted.plain:
         return fit
-    return swarm.Judged(fit, wanted)
+    return swarm.Judged(fit, wanted.turned())
 
 
 def generator(session: Session, *stream: int) -> np.random.Generator:

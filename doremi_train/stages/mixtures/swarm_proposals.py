@@ -43,7 +43,8 @@ def propose(session: Session, problem: Problem, rows: Sequence[Row], wanted: Obj
     points, losses = swarm_problem.table_of(problem, rows)
     fit, realised = swarm_problem.fitted(session, problem, rows, wanted), wanted.scores(losses)
     known = swarm_problem.known(problem)
-    apart = swarm.out_of_fold(points, losses, options.regressor, random, known)  # (N, M)
+    turned = losses * wanted.turn  # since laws are of what falls
+    apart = swarm.out_of_fold(points, turned, options.regressor, random, known) * wanted.turn
     unseen = wanted.scores(apart)
     diagnostics, proposals = swarm.diagnose(unseen, realised), []
     for index in range(options.candidates):

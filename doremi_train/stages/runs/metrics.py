@@ -4,7 +4,7 @@ them, the loss on the text of `target.*`, bits per byte of tasks, and scores of 
 K domains, M metrics, N target sequences of T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ def names(session: Session, store: TokenStore) -> list[str]:
     return [*store.domains, *target, *tasks.counted(session, store), *_scored(session, store)]
 
 
-def objective(session: Session, store: TokenStore, natural: Floats) -> Objective:
-    """The objective over metrics (M,), which have these values with natural. Raises UserError for a
-    metric that there is not."""
+def objective(
+    session: Session, store: TokenStore, natural: Floats, scale: Floats | None = None
+) -> Objective:
+    """The objective over metrics (M,), which have these values with natural; standardised by a
+    scale (M,) where objective.standardise asks for it. Raises UserError for a metric that there is
+    not, and for one that has no scale."""
     asked, known, of_tasks = (
         session.config.objective,
         names(session, store),
@@ -48,7 +51,7 @@ def objective(session: Session, store: TokenStore, natural: Floats) -> Objective
             "which is below 0 where more is better"
         )
     try:
-        found = objectives.objective(asked, known, natural, counted)
+        found = objectives.objective(asked, known, natural, counted, _scored(session, store))
     except KeyError as error:
         raise UserError(
             f"objective: unknown metric {error.args[0]!r}; there are {listed(store.domains)}, "
@@ -56,9 +59,24 @@ def objective(session: Session, store: TokenStore, natural: Floats) -> Objective
             f"{listed(tasks.known(session))}, and those of objective.scores"
         ) from None
     except ValueError as error:
-        raise UserError(f"objective.metrics: {error}; give one that counts") from None
+        raise UserError(f"objective.metrics: {error}") from None
+    if asked.standardise and scale is not None:
+        return standardised(found, known, scale)
     weighed = [name for name, w in zip(known, found.weights, strict=True) if w]
     return found._replace(unit=unit(weighed, of_tasks, _scored(session, store)))
+
+
+def standardised(wanted: Objective, names: Sequence[str], scale: Floats) -> Objective:
+    """The objective of metrics (M,) of these names in units of a scale (M,). Raises UserError where
+    one that counts has none."""
+    try:
+        return objectives.standardised(wanted, names, scale)
+    except ValueError as error:
+        raise UserError(
+            f"objective.standardise=true: {error}; give more runs on the same mixture (natural at "
+            "best), or take objective.standardise=false, and weights in objective.metrics that say "
+            "what a unit of each is worth"
+        ) from None
 
 
 def weights(session: Session, store: TokenStore) -> dict[str, float]:
@@ -80,6 +98,8 @@ def recipe(session: Session, store: TokenStore) -> dict[str, Any]:
         "metrics": asked.metrics,
         "guard": asked.guard,
     }
+    if asked.standardise:
+        content["standardise"] = True
     content[TARGET] = _text(session, store)[1]
     if tasks.counted(session, store):
         content["tasks"] = {name: text for name, (_, text) in tasks.golds(session, store).items()}
