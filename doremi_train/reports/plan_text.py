@@ -47,10 +47,9 @@ def _runs(plan: Mapping[str, Any]) -> Table:
             f"each {time}" if len(alike) > 1 and run["seconds"] else time,
         )
     evaluation = plan["evaluation"]
-    flops = f"{evaluation['flops']:.2g}"
-    table.add_row(
-        f"evaluate × {evaluation['models']}", "", "", flops, "", human(evaluation["seconds"])
-    )
+    if evaluation["models"]:
+        flops = f"{evaluation['flops']:.2g}"
+        table.add_row("evaluate", "", "", flops, "", human(evaluation["seconds"]))
     table.add_row(
         "all", "", "", f"{plan['total_flops']:.2g}", "", human(plan["total_seconds"]), style="bold"
     )

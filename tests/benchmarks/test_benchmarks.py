@@ -107,3 +107,10 @@ def test_fit(tmp_path: Path) -> None:
     assert found["figures"].keys() > {"cross_validated", "domains", "runs"}
     for name in ("domains", "runs"):
         assert (tmp_path / f"growth-fit-{name}.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.acceptance
+def test_again(tmp_path: Path) -> None:
+    found = run("again", tmp_path)
+    assert found["ratios"].keys() == {"report: anew over again"}
+    assert found["ratios"]["report: anew over again"] > 2  # of CPU seconds: no torch is imported

@@ -60,7 +60,7 @@ def test_every_run_is_there_and_equal_runs_count_once(default: dict[str, Any]) -
     }  # fmt: skip
     assert stages["baseline"]["same_as"] == "reference" and stages["baseline"]["flops"] == 0
     assert all(stage["tokens"] == TOKENS for stage in stages.values())
-    assert default["evaluation"]["models"] == 5
+    assert default["evaluation"]["models"] == 1  # trainers measure theirs
     total = sum(stage["flops"] for stage in stages.values()) + default["evaluation"]["flops"]
     assert default["total_flops"] == total > 0
     # Of a plan of before anything ran, what is left is the whole.
@@ -75,8 +75,8 @@ def test_flops_of_a_run(default: dict[str, Any], tmp_path: Path) -> None:
     evaluated = (2 + 1) * 3 * 4 * LENGTH * forward
     for name, forwards in {"reference": 3, "proxy": 4, "main": 3, "uniform": 3}.items():
         assert stages[name]["flops"] == forwards * forward * TOKENS + evaluated, name
-    # The reference on training text too.
-    assert default["evaluation"]["flops"] == (5 + 1) * 3 * 4 * LENGTH * forward
+    # The reference on training text.
+    assert default["evaluation"]["flops"] == 3 * 4 * LENGTH * forward
     assert default["accumulation"] == {"micro_batches": 1, "exact_over_lagged": 1, "seconds": 0}
 
 
@@ -145,7 +145,7 @@ def test_rounds_and_seeds_are_all_counted(tiny: list[str], tmp_path: Path) -> No
         "proxy/round-3/reference", "proxy/round-3/seed-0", "proxy/round-3/seed-1",
     ]  # fmt: skip
     assert "proxy × 6" in found["printed"] and "reference × 3" in found["printed"]
-    assert found["evaluation"]["models"] == 4  # no proxy among them
+    assert found["evaluation"]["models"] == 1  # the first reference
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,8 @@ def test_a_given_reference_costs_its_own_forward(tiny: list[str], tmp_path: Path
     found = planned(*tiny, f"run_dir={tmp_path / 'second'}", "seed=71", given, *larger)
     assert "reference" not in found["stages"]
     small, large = (2 * (2 * (4 * d * d + 4 * d * d) + d * 300) + 8 * LENGTH * d for d in (32, 64))
+    # No trainer here measured it: on validation and on training text.
+    assert found["evaluation"]["flops"] == 2 * 3 * 4 * LENGTH * small
     evaluated = 2 * 3 * 4 * LENGTH * large
     assert found["stages"]["proxy"]["flops"] == (3 * large + small) * TOKENS + evaluated
     assert (

@@ -121,16 +121,16 @@ class Bill:
         )
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
-        """The last stage: every model once more, and the reference on training text too; in every
-        command."""
-        models = [
-            (run, costs.shape(run.config))
+        """The last stage, which takes what trainers measured at their end: the reference on
+        training text too, and an existing one, which had no trainer here, on both."""
+        passes = [
+            (costs.shape(run.config), self._pace(run), 1)
             for run in runs
-            if run.kind == "main" or run.name in ("reference", "proxy")
+            if run.name == "reference" and run.left
         ]
-        passes = [(shape, self._pace(run), 1 + (run.name == "reference")) for run, shape in models]
         if self.session.config.reference.path is not None:
-            shape, pace = models[0][1], self._pace(models[0][0])
+            first = next(run for run in runs if run.kind == "main" or run.name == "proxy")
+            shape, pace = costs.shape(first.config), self._pace(first)
             frozen = self._frozen(shape)
             ratio = self._forward(frozen) / self._forward(shape)
             passes.append(
