@@ -3,6 +3,7 @@ changes nothing."""
 
 import json
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def planned(*overrides: str) -> dict[str, Any]:
 def plain_logits() -> Iterator[None]:
     """A step of a language model is 3 F only where the projection is not computed again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "_NARROW_ON_CPU", 0)
+        patch.setattr(language_model, "NARROW_ON_CPU", 0)
         yield
 
 
@@ -290,6 +291,43 @@ def test_time_that_cannot_be_measured_is_not_invented(
     found = planned(*tiny, f"run_dir={tmp_path}", "seed=71")
     assert found["total_seconds"] is None and found["stages"]["proxy"]["seconds"] is None
     assert found["total_flops"] > 0 and "time is not estimated: one sequence is" in found["printed"]
+
+
+@pytest.mark.parametrize("key", ["model", "main.model"])
+def test_a_plan_of_8b_on_64_processes_allocates_no_model(
+    key: str, tiny: list[str], tmp_path: Path
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = [one for one in tiny if key != "model" or not one.startswith("model.")]
+    asked = [f"{key}=8b", "engine=fsdp2", "engine.processes=64", "engine.write_speed=2e9"]
+    found = planned(*own, f"run_dir={tmp_path / 'few'}", "seed=71", *asked)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
+    main = found["stages"]["main"]
+    whole = main["parameters"]
+    assert 6e9 < whole < 9e9 and found["processes"] == 64
+    states = ("parameters", "gradients", "optimizer")
+    assert [main["memory"][name] for name in states] == [
+        -(-bytes_ * whole // 64) for bytes_ in (4, 4, 8)
+    ]
+    assert main["checkpoint"] == {"bytes": 12 * whole, "seconds": 6e-9 * whole}
+    assert main["memory"]["total"] == sum(
+        count for name, count in main["memory"].items() if name != "total"
+    )
+    assert found["total_seconds"] is None  # of processes that are not here
+    for said in ("fsdp2, 64 processes, planned", "at 2 GB/s", f"training.batch_size={BATCH} is"):
+        assert said in found["printed"]
+    more = [f"run_dir={tmp_path / 'enough'}", "training.batch_size=64"]
+    enough = planned(*own, "seed=71", *asked, *more)
+    assert "training.batch_size=64 is" not in enough["printed"]
+
+
+def test_processes_that_are_not_here_are_for_a_plan_alone(tiny: list[str], tmp_path: Path) -> None:
+    asked = [*tiny, f"run_dir={tmp_path}", "engine.processes=64"]
+    refused = run_here(*asked, "stage=reference")
+    assert refused.code == 2 and "engine.processes=64" in refused.err
+    file = Path(__file__).parents[2] / "launch" / "deepspeed" / "zero2.json"
+    found = planned(*asked, "engine=zero2", f"engine.deepspeed={file}")
+    assert found["place"] == "zero2, 64 processes, planned"
 
 
 def test_memory_of_a_process(default: dict[str, Any]) -> None:
