@@ -17,7 +17,10 @@ from doremi_train.storage import finished
 
 HERE = Path(__file__).parents[1]
 SIZES = ("training.steps=40", "training.threads=1")
-QUICK = ("data=planted", "training.steps=4", "training.threads=1")
+QUICK = (
+    *("data=planted", "model=nano", "mixture=natural", "main.comparisons=[]"),
+    *("training.steps=4", "training.threads=1"),
+)
 
 
 def seconds(checkout: Path, *overrides: str) -> float:
