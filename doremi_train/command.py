@@ -116,6 +116,8 @@ def run(plain: dict[str, Any]) -> None:
     if not isinstance(name, str) or name not in STAGES:
         raise UserError(f"stage={name}: unknown; allowed: {', '.join(STAGES)}")
     stage = STAGES[name]
+    if name in _ENDING_WITH_THE_REPORT and _said_again(name, plain):
+        return
     # DeepSpeed is imported by accelerate whether it is used or not, and on a CPU it complains that
     # it is one.
     logging.getLogger("DeepSpeed").addFilter(
@@ -149,6 +151,34 @@ def run(plain: dict[str, Any]) -> None:
         raise comm.explain(error) from None
     finally:
         comm.leave()
+
+
+_ENDING_WITH_THE_REPORT = ("pipeline", "report")
+
+
+def _said_again(stage: str, plain: dict[str, Any]) -> bool:
+    """Say what the same command said when it was finished, where nothing changed since: without
+    torch, in the time of a start. Returns whether that is so. Several processes go the ordinary
+    way, on which they meet."""
+    from doremi_train.parallel import slurm
+
+    slurm.export_ranks()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return False
+    from doremi_train import console
+    from doremi_train.storage import finished, runs
+
+    try:
+        lines = finished.said(read_mappings(plain))
+        if lines is None:
+            return False
+        folder = Path(plain["run_dir"])
+        with runs.lock(folder / stage, str(folder.resolve())):
+            runs.set_status(folder / stage, "finished")
+    except OSError:  # which the ordinary way names
+        return False
+    console.say(f"{stage:<22} finished before; nothing of it changed since", *lines)
+    return True
 
 
 def _listen(stop: Any) -> Callable[[], None]:

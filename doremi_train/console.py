@@ -6,8 +6,9 @@ from data and from others, and are text whatever stands in them.
 
 import re
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,11 +53,27 @@ if not _out.is_terminal:
     _out.width = 160  # of tables in a log; a terminal knows its own
 
 
-def say(*lines: str | Table, error: bool = False) -> None:
+class Sheet(NamedTuple):
+    """A table as plain values, which can be kept and shown again."""
+
+    title: str | None
+    columns: list[str]
+    rows: list[list[str]]
+    bold: Sequence[int] = ()  # numbers of rows
+
+
+def say(*lines: str | Table | Sheet, error: bool = False) -> None:
     """Print lines and tables. A line is one line: an end of a line within it is shown, not
     obeyed."""
     for line in lines:
-        (_err if error else _out).print(line)
+        (_err if error else _out).print(_table(line) if isinstance(line, Sheet) else line)
+
+
+def _table(sheet: Sheet) -> Table:
+    table = Table(*sheet.columns, title=sheet.title)
+    for number, row in enumerate(sheet.rows):
+        table.add_row(*row, style="bold" if number in sheet.bold else None)
+    return table
 
 
 _SECONDS_BETWEEN_LINES = 15.0

@@ -35,6 +35,9 @@ class Shape(NamedTuple):
     inner: int  # f
     vocabulary: int
     factors: int  # numbers that Adafactor keeps
+    kind: str  # transformers' model_type
+    block: int  # parameters of the largest layer
+    outside: int  # those in no layer: embeddings, the last norm
 
 
 def shape(config: dict[str, Any]) -> Shape:
@@ -56,6 +59,12 @@ def shape(config: dict[str, Any]) -> Shape:
     )
     layers, heads = text.num_hidden_layers, getattr(text, "num_attention_heads", 0)
     width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    divided = set(whole._no_split_modules or ())  # as `LanguageModel.blocks`
+    blocks = [
+        sum(p.numel() for p in module.parameters())
+        for module in whole.modules()
+        if type(module).__name__ in divided
+    ]
     return Shape(
         parameters=sum(p.numel() for p in whole.parameters()),
         matrices=round(matrices),
@@ -69,6 +78,9 @@ def shape(config: dict[str, Any]) -> Shape:
             p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()
             for p in whole.parameters()
         ),
+        kind=text.model_type,
+        block=max(blocks, default=0),
+        outside=sum(p.numel() for p in whole.parameters()) - sum(blocks),
     )
 
 
@@ -95,13 +107,14 @@ def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str
 
 
 class Memory(NamedTuple):
-    """Bytes on one process. Activations are an estimate, good to a factor of about 1.5; the rest is
-    counted."""
+    """Bytes on one process, where it computes. Activations, and what is gathered of parameters that
+    are divided, are estimates; the rest is counted."""
 
     parameters: int
     gradients: int
     optimizer: int
     reference: int
+    gathered: int  # whole layers and the rest, with their gradients, while they are computed with
     activations: int
 
 
@@ -136,19 +149,51 @@ def memory(
         -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
     )
     activated = activations(of, rows, length, precision, checkpointing, device)
-    return Memory(parameters, gradients, kept, 4 * reference, activated)
+    # A layer, the one that is fetched ahead, and the gradient of one; of the rest both.
+    gathered = 4 * (3 * of.block + 2 * of.outside) * divided[0]
+    return Memory(parameters, gradients, kept, 4 * reference, gathered, activated)
+
+
+def checkpoint(of: Shape, optimizer: str) -> int:
+    """Bytes of a checkpoint, which has whole parameters and moments whatever the engine, about: it
+    has the state of the objective and of the data too."""
+    return 4 * (of.parameters + (of.factors if optimizer == "adafactor" else 2 * of.parameters))
+
+
+# Bytes that a layer keeps for its backward: for each token a d + b f, in fp32 and in bf16. Those of
+# GPT-NeoX (with residuals one after the other) and Llama are what autograd keeps, counted
+# (2026-11-30); other kinds are near the last.
+_KEPT = {
+    "gpt_neox": {"fp32": (44, 8), "bf16": (26, 4)},
+    "llama": {"fp32": (40, 16), "bf16": (34, 8)},
+}
+_OTHER = {"fp32": (48, 16), "bf16": (36, 12)}
 
 
 def activations(
     of: Shape, rows: int, length: int, precision: str, checkpointing: bool, device: str = "cpu"
 ) -> int:
-    """Bytes kept for the backward of a micro-batch, about: 12 d + 4 f numbers a token and layer
-    (seen in GPT-NeoX, GPT-2, Llama and Qwen), a layer's input alone where it is computed again; and
-    logits with their log-softmax."""
-    tokens = rows * length
-    layer = tokens * (12 * of.hidden + 4 * of.inner) * (3 if precision == "bf16" else 4)
-    layers = 4 * tokens * of.hidden * of.layers + layer if checkpointing else layer * of.layers
-    return layers + 8 * language_model.logits_at_once(tokens, of.vocabulary, device)
+    """The most bytes that a micro-batch needs beyond parameters and their gradients. Good to 10 %
+    for GPT-NeoX and Llama on a CPU, beside the peak of torch's allocator; for others to a factor of
+    about 1.5.
+
+    All layers keep what their backward needs until the loss is known; where they are computed
+    again, their input alone, and one at a time has the rest, and gradients of its MLP. In bf16
+    autograd keeps a copy of every matrix. Beside them stand the logits that exist at once: their
+    log-softmax and two gradients, in narrow models on a CPU tiles of them.
+    """
+    tokens, d, f = rows * length, of.hidden, of.inner
+    for_d, for_f = _KEPT.get(of.kind, _OTHER)[precision]
+    layer, half = tokens * (for_d * d + for_f * f), precision == "bf16"
+    copies = 2 * (of.matrices + of.head) * half
+    narrow = device == "cpu" and d <= language_model.NARROW_ON_CPU
+    logits = (5 + 2 * half if narrow else 12) * language_model.logits_at_once(
+        tokens, of.vocabulary, device
+    )
+    inputs = 4 * tokens * d * of.layers
+    at_the_loss = (inputs if checkpointing else layer * of.layers) + copies + logits
+    again = inputs + layer + 6 * tokens * f + 4 * d * f
+    return max(at_the_loss + 8 * tokens * d, again * checkpointing)
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from doremi_train.model.projection import Projection
 # for small (256) with 1024 entries; of the projection alone with 8 M logits or more 0.65 to 0.75
 # for d = 64, 0.9 to 1.1 for 256. On a GPU matrices must be large; that number is not measured.
 _LOGITS_ON_CPU, _LOGITS_ELSEWHERE = 1 << 22, 1 << 26
-_NARROW_ON_CPU = 128
+NARROW_ON_CPU = 128
 
 
 class LanguageModel(nn.Module):
@@ -82,7 +82,7 @@ class CompletionModel(LanguageModel):
 def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:
     """Whether the loss of so many tokens is computed without their logits; on a `device` of this
     type, cpu or cuda."""
-    narrow = device == "cpu" and hidden_size <= _NARROW_ON_CPU
+    narrow = device == "cpu" and hidden_size <= NARROW_ON_CPU
     return narrow or logits_at_once(tokens, vocabulary, device) < tokens * vocabulary
 
 

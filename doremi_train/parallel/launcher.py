@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from doremi_train.config import STRICT, Positive, UserError, read_object
+from doremi_train.config import STRICT, Positive, PositiveFloat, UserError, read_object
 
 Strategy = Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -22,13 +22,17 @@ class EngineOptions:
     """What processes share out; auto: what accelerate's configuration asks for, else ddp."""
 
     processes: Positive | None = None
-    """Processes that there must be; null: as many as were started."""
+    """Processes that there must be; null: as many as were started. With stage=plan, started as one
+    process, those that are planned for."""
 
     device: Literal["auto", "cpu"] = "auto"
     """Where tensors live; auto: a GPU where there is one."""
 
     compile: bool = False
     """Whether torch.compile compiles the model."""
+
+    write_speed: PositiveFloat = 1e9
+    """Bytes a second at which a process writes a checkpoint, for the plan."""
 
     deepspeed: str | None = None
     """A JSON file with more of DeepSpeed's own settings, such as launch/deepspeed/zero2.json; null:

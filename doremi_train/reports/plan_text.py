@@ -47,10 +47,9 @@ def _runs(plan: Mapping[str, Any]) -> Table:
             f"each {time}" if len(alike) > 1 and run["seconds"] else time,
         )
     evaluation = plan["evaluation"]
-    flops = f"{evaluation['flops']:.2g}"
-    table.add_row(
-        f"evaluate × {evaluation['models']}", "", "", flops, "", human(evaluation["seconds"])
-    )
+    if evaluation["models"]:
+        flops = f"{evaluation['flops']:.2g}"
+        table.add_row("evaluate", "", "", flops, "", human(evaluation["seconds"]))
     table.add_row(
         "all", "", "", f"{plan['total_flops']:.2g}", "", human(plan["total_seconds"]), style="bold"
     )
@@ -91,7 +90,7 @@ def _domains(domains: Mapping[str, Mapping[str, Any]], budget: int | None) -> Ta
 
 def sentences(plan: Mapping[str, Any]) -> list[str]:
     """What the tables do not say."""
-    said = []
+    said = [_memory(plan)]
     price, losses, absent = plan["accumulation"], plan["reference_losses"], plan["absent"]
     if plan["not_measured"]:
         said.append(f"time is not estimated: {'; '.join(plan['not_measured'])}")
@@ -147,6 +146,25 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
     if plan["headroom"]:
         said.append(plan["headroom"])
     return said
+
+
+def _memory(plan: Mapping[str, Any]) -> str:
+    """Sentence on one process of the run that needs most, and on its checkpoint."""
+    runs = plan["stages"]
+    name = max(runs, key=lambda name: runs[name]["memory"]["total"])
+    run, saved = runs[name], runs[name]["checkpoint"]
+    parts = [
+        f"{size(count)} {part}"
+        for part, count in run["memory"].items()
+        if count and part != "total"
+    ]
+    return (
+        f"most memory of a process ({plan['place']}): {name}, {size(run['memory']['total'])}: "
+        f"{', '.join(parts)}; on the host each builds the whole model first, "
+        f"{size(4 * run['parameters'])}, and the first one gathers a checkpoint of "
+        f"{size(saved['bytes'])}, which takes {human(saved['seconds'])} to write at "
+        f"{size(plan['write_speed'])}/s (engine.write_speed)"
+    )
 
 
 def human(seconds: float | None) -> str:

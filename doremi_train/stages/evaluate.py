@@ -9,14 +9,11 @@ import numpy as np
 from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.console import Bar
-from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.evaluation import downstream, losses
-from doremi_train.methods import simplex
-from doremi_train.model import folders
+from doremi_train.evaluation import downstream
 from doremi_train.parallel import comm
 from doremi_train.stages import main, prepare
-from doremi_train.stages.runs import budget, metrics, tasks
+from doremi_train.stages.runs import evaluated, metrics, tasks
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, lock, stop
 
@@ -42,7 +39,7 @@ def run(session: Session) -> dict[str, Any]:
             stop.check("evaluate")
             known = same.setdefault(folder.resolve(), name)
             if known == name:
-                figures[name] = _measure(session, store, folder, training_too=name == "reference")
+                figures[name] = evaluated.figures(session, store, folder, name == "reference")
             else:
                 shared = ("domains", "mean_loss", "worst_loss")
                 figures[name] = {key: figures[known][key] for key in shared}
@@ -60,38 +57,6 @@ def run(session: Session) -> dict[str, Any]:
         comm.on_first(lambda: _run_tasks(session, trained, defined))
     comm.on_first(lambda: files.write_json(session.run_dir / "evaluation.json", figures))
     return figures
-
-
-def _measure(
-    session: Session, store: TokenStore, folder: Path, training_too: bool
-) -> dict[str, Any]:
-    """`training_too`: also the loss on training sequences, which is far below where a domain is
-    known by heart."""
-    training, options, device = (
-        session.config.training,
-        session.config.evaluation,
-        session.place.device,
-    )
-    loaded = folders.load(folder, store.vocabulary_size, "model", training.precision).to(device)
-    batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    figures = losses.measure(loaded, store, training.sequence_length, batch, options, device)
-    if training_too:
-        drawn = _trained_on(session, store)
-        seen = losses.measure(
-            loaded, store, training.sequence_length, batch, options, device, drawn
-        )["domains"]
-        figures["training_loss"] = {domain: entry["loss"] for domain, entry in seen.items()}
-    return figures
-
-
-def _trained_on(session: Session, store: TokenStore) -> tuple[Ints, Ints]:
-    """Domain (N,) and sequence (N,): those of every domain that the reference drew first, as many
-    as are evaluated."""
-    whole = store.sequences("train", session.config.training.sequence_length)
-    batch = len(whole) * session.config.evaluation.sequences
-    sampler = Sampler(whole, store.domains, batch, session.config.seed, budget.subsample(session))
-    first = sampler.draw(0, simplex.uniform(len(whole)).numpy(), np.zeros_like(whole))
-    return first.domain, first.sequence
 
 
 Line = Mapping[str, Any]  # of evaluations.jsonl

@@ -34,11 +34,15 @@ def run(session: Session) -> dict[str, Any]:
     """
     store = prepare.run(session)
     training = session.config.training
-    rows = comm.world().largest(training.batch_size, training.micro_batch_size)
+    world = session.world
+    share = max(training.batch_size, world.size) if session.planned else training.batch_size
+    rows = world.largest(share, training.micro_batch_size)
     runs, learned = comm.on_first(lambda: ahead.runs(session, store))
     shape = (rows, training.sequence_length, training.precision, training.activation_checkpointing)
     paces = {  # on all processes at once, since they may share a machine
-        address: costs.measure(config, *shape, session.place.device)
+        address: f"it is a plan for {world.size} processes, which are not here"
+        if session.planned
+        else costs.measure(config, *shape, session.place.device)
         for address, config in {
             fingerprint(run.config): run.config for run in runs if run.left
         }.items()
@@ -60,6 +64,7 @@ def _write(
     domains = _domains(session, store, learned, small_runs=bool(kinds & {"proxy", "doge"}))
     warned = warnings.warnings(session, domains, proxies="proxy" in kinds)
     instead = follows.unfollowed(session, store)
+    warned["processes"] = _too_many(session)
     warned["objective"] = [] if instead is None else [f"{instead}."]
     plan = {
         "domains": domains,
@@ -68,8 +73,11 @@ def _write(
         "total_flops": sum(part["flops"] for part in (*stages.values(), evaluation)),
         "total_seconds": None if None in seconds else sum(seconds),
         "not_measured": sorted({pace for pace in paces.values() if isinstance(pace, str)}),
-        "place": str(session.place),
-        "processes": comm.world().size,
+        "place": f"{session.strategy}, {session.world.size} processes, planned"
+        if session.planned
+        else str(session.place),
+        "processes": session.world.size,
+        "write_speed": session.config.engine.write_speed,
         "accumulation": bill.accumulation(runs),
         "reference_losses": _reference_losses(session, store, runs),
         "absent": _absent(session, len(store.domains)) if "proxy" in kinds else None,
@@ -82,6 +90,15 @@ def _write(
     files.write_json(session.run_dir / "plan.json", plan)
     plan_text.show(plan, warned, session.store, session.config.main.tokens)
     return plan
+
+
+def _too_many(session: Session) -> list[str]:
+    """A warning where more processes are planned for than a batch has sequences."""
+    batch, size = session.config.training.batch_size, session.world.size
+    return [
+        f"training.batch_size={batch} is less than the {size} processes that are planned for, "
+        "which such a run refuses: this is a plan of a sequence for each."
+    ] * (batch < size)
 
 
 def _known(session: Session, plan: Mapping[str, Any]) -> advice.Known:

@@ -26,9 +26,9 @@ def run(session: Session) -> TokenStore:
     domain is too small.
     """
     options = session.config.data
-    kept = comm.on_first(lambda: _kept(session))
-    if kept is not None:
-        folder = kept
+    before = kept(session)
+    if before is not None:
+        folder = before
     else:
         options = chosen.data(session)
         folder = comm.on_first(lambda: _prepare(session, options))
@@ -55,9 +55,14 @@ def run(session: Session) -> TokenStore:
 _FROM_STORE = ("report", "export", "evaluate", "compare")
 
 
-def _kept(session: Session) -> Path | None:
+@once
+def kept(session: Session) -> Path | None:
     """The data of this run where its sources differ by now, or are gone, and nothing that is asked
-    for reads them; None: they are as they were, or are needed."""
+    for reads them; None: they are as they were, or are needed. A collective, when first asked."""
+    return comm.on_first(lambda: _kept(session))
+
+
+def _kept(session: Session) -> Path | None:
     link, stage = session.run_dir / "prepare", session.config.stage
     finished = (session.run_dir / "main" / "result.json").exists()
     if not (link / "manifest.json").exists():

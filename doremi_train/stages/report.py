@@ -16,7 +16,7 @@ import yaml
 
 from doremi_train import files
 from doremi_train.config import UserError
-from doremi_train.console import say
+from doremi_train.console import Sheet, say
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import detectors, results, text
 from doremi_train.evaluation.detectors import Finding
@@ -30,17 +30,18 @@ from doremi_train.stages.mixtures import WAYS
 from doremi_train.stages.options import identity
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session, once, sweep
+from doremi_train.storage import finished
 
 
 def run(session: Session) -> Path:
     """Write the page and print the summary; returns the page's path."""
     page = session.run_dir / "report.html"
-    folders = sweep(session.run_dir)
-    if not folders:
+    several = sweep(session.run_dir)
+    if not several:
         evaluate.run(session)
         diagnose(session)
-        folders = [session.run_dir]
-    comm.on_first(lambda: _report(page, _read(folders)))
+    folders = several or [session.run_dir]
+    comm.on_first(lambda: _report(session, page, _read(folders)))
     session.tracking.report(page)
     return page
 
@@ -50,7 +51,7 @@ def _read(folders: Sequence[Path]) -> list[Setting]:
     return results.settings([results.read(*pair) for pair in zip(folders, configs, strict=True)])
 
 
-def _report(page: Path, settings: Sequence[Setting]) -> None:
+def _report(session: Session, page: Path, settings: Sequence[Setting]) -> None:
     verdict, how = run_page.overall(settings), {name: way.HOW for name, way in WAYS.items()}
     first = run_page.headline_of(settings)
     runs = [run for setting in settings for run in setting.results]
@@ -69,19 +70,17 @@ def _report(page: Path, settings: Sequence[Setting]) -> None:
         ],
         selection=run_page.selection_of(settings[0].results[0]),
     )
-    if first:
-        say(first)
-    for table in (
+    tables = (
         [run_table.settings_table(settings)]
         if compared
         else [run_table.domains_table(setting) for setting in settings]
-    ):
-        say(table)
-    for finding in {
-        warning: None for setting in settings for warning in run_page.warnings_of(setting)
-    }:
-        say(f"warning: {finding}")
-    say(verdict, f"report: {page}")
+    )
+    warnings = {found: None for setting in settings for found in run_page.warnings_of(setting)}
+    said: list[str | Sheet] = [*[first] * bool(first), *tables]
+    said += [*(f"warning: {found}" for found in warnings), verdict, f"report: {page}"]
+    say(*said)
+    if page.parent == settings[0].results[0].folder and prepare.kept(session) is None:
+        finished.keep(session.plain, said)
 
 
 @once

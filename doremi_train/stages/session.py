@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from doremi_train.config import UserError, flatten
 from doremi_train.console import Bar, Part, say
 from doremi_train.parallel import comm, place, slurm
 from doremi_train.parallel.place import start
+from doremi_train.parallel.world import World
 from doremi_train.redaction import redact
 from doremi_train.stages.options import Config, default, identity
 from doremi_train.storage import checkpoint, runs
@@ -38,6 +39,24 @@ class Session:
     child: Callable[[dict[str, Any]], tuple[int, str]]
     results: dict[str, Any] = field(default_factory=dict)  # of the stages done in this command
     bar: Bar | None = None  # over many commands, of which this is one
+    # Of a plan for more processes than were started: their number, and what they share out.
+    planned: tuple[int, str] | None = None
+
+    @property
+    def world(self) -> World:
+        """The processes that runs have, or are planned for."""
+        return World(size=self.planned[0]) if self.planned else comm.world()
+
+    @property
+    def strategy(self) -> str:
+        """What those share out."""
+        return self.planned[1] if self.planned else self.place.strategy
+
+    @property
+    def device_type(self) -> str:
+        """Where those compute: cpu or cuda."""
+        elsewhere = self.planned and self.config.engine.device == "auto"
+        return "cuda" if elsewhere else self.place.device.type
 
     @property
     def run_dir(self) -> Path:
@@ -177,18 +196,30 @@ def open_session(
     slurm.export_ranks()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    planned = _planned(config)
+    here = replace(config.engine, strategy="auto", processes=None, deepspeed=None)
     place = start(
-        config.engine,
+        here if planned else config.engine,
         config.training.precision,
         config.training.timeout,
         lambda: runs.stop.check("meeting the other processes"),
         _of_all(plain),
     )
-    session = Session(config, plain, place, child)
+    session = Session(config, plain, place, child, planned=planned)
     comm.on_first(session.tracking.check)
     over = config.stage == "report" and sweep(session.run_dir)
     with contextlib.nullcontext() if over else claimed(session):
         yield session
+
+
+def _planned(config: Config) -> tuple[int, str] | None:
+    """The processes and the strategy that a plan is for, where they are not those that were
+    started."""
+    engine = config.engine
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if config.stage != "plan" or not alone or (engine.processes or 1) == 1:
+        return None
+    return engine.processes or 1, "ddp" if engine.strategy == "auto" else engine.strategy
 
 
 # What computes, beside torch.

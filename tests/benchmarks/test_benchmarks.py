@@ -114,3 +114,10 @@ def test_client(tmp_path: Path) -> None:
     sides = {"webdataset_over_ours", "datasets_over_ours", "torch_weighted_over_ours"}
     assert sides | {"draw_over_step"} == found["ratios"].keys()
     assert found["figures"]["draws_per_second"].keys() >= {"ours", "webdataset"}
+
+
+@pytest.mark.acceptance
+def test_again(tmp_path: Path) -> None:
+    found = run("again", tmp_path)
+    assert found["ratios"].keys() == {"report: anew over again"}
+    assert found["ratios"]["report: anew over again"] > 2  # of CPU seconds: no torch is imported

@@ -196,7 +196,7 @@ def main() -> None:
     store = TokenStore.open(data)
     for name, case in cases(comm.world().size).items():
         with pytest.MonkeyPatch.context() as patch, counted() as exchanges:
-            patch.setattr(language_model, "_NARROW_ON_CPU", 0)  # plain logits in all cases but one
+            patch.setattr(language_model, "NARROW_ON_CPU", 0)  # plain logits in all cases but one
             if case.logits is not None:
                 patch.setattr(language_model, "_LOGITS_ON_CPU", case.logits)
             train(case, out / name, place, store, reference)

@@ -82,6 +82,7 @@ def _timeless(path: Path) -> bytes:
 
 # {end of a path: what of the file is a time, or how long something took}
 _TIMES = {
+    "finished.json": rb'"rests_on": "[0-9a-f]+"',
     "status.json": rb'"time": [^,}]+',
     "metrics.jsonl": rb'"tokens_per_second":[^,}]+',
     "runs/*/checksums.json": rb'"metrics.jsonl": "[0-9a-f]+"',

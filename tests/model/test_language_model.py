@@ -78,7 +78,7 @@ def test_fused_and_plain_losses_are_the_same_under_autocast_and_not_rounded_to_b
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     language_model = build()
-    monkeypatch.setattr(lm, "_NARROW_ON_CPU", 0)
+    monkeypatch.setattr(lm, "NARROW_ON_CPU", 0)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         plain = language_model(TOKENS)
         fuse(monkeypatch)

@@ -3,6 +3,7 @@ changes nothing."""
 
 import json
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def planned(*overrides: str) -> dict[str, Any]:
 def plain_logits() -> Iterator[None]:
     """A step of a language model is 3 F only where the projection is not computed again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "_NARROW_ON_CPU", 0)
+        patch.setattr(language_model, "NARROW_ON_CPU", 0)
         yield
 
 
@@ -60,7 +61,7 @@ def test_every_run_is_there_and_equal_runs_count_once(default: dict[str, Any]) -
     }  # fmt: skip
     assert stages["baseline"]["same_as"] == "reference" and stages["baseline"]["flops"] == 0
     assert all(stage["tokens"] == TOKENS for stage in stages.values())
-    assert default["evaluation"]["models"] == 5
+    assert default["evaluation"]["models"] == 1  # trainers measure theirs
     total = sum(stage["flops"] for stage in stages.values()) + default["evaluation"]["flops"]
     assert default["total_flops"] == total > 0
     # Of a plan of before anything ran, what is left is the whole.
@@ -75,8 +76,8 @@ def test_flops_of_a_run(default: dict[str, Any], tmp_path: Path) -> None:
     evaluated = (2 + 1) * 3 * 4 * LENGTH * forward
     for name, forwards in {"reference": 3, "proxy": 4, "main": 3, "uniform": 3}.items():
         assert stages[name]["flops"] == forwards * forward * TOKENS + evaluated, name
-    # The reference on training text too.
-    assert default["evaluation"]["flops"] == (5 + 1) * 3 * 4 * LENGTH * forward
+    # The reference on training text.
+    assert default["evaluation"]["flops"] == 3 * 4 * LENGTH * forward
     assert default["accumulation"] == {"micro_batches": 1, "exact_over_lagged": 1, "seconds": 0}
 
 
@@ -145,7 +146,7 @@ def test_rounds_and_seeds_are_all_counted(tiny: list[str], tmp_path: Path) -> No
         "proxy/round-3/reference", "proxy/round-3/seed-0", "proxy/round-3/seed-1",
     ]  # fmt: skip
     assert "proxy × 6" in found["printed"] and "reference × 3" in found["printed"]
-    assert found["evaluation"]["models"] == 4  # no proxy among them
+    assert found["evaluation"]["models"] == 1  # the first reference
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,8 @@ def test_a_given_reference_costs_its_own_forward(tiny: list[str], tmp_path: Path
     found = planned(*tiny, f"run_dir={tmp_path / 'second'}", "seed=71", given, *larger)
     assert "reference" not in found["stages"]
     small, large = (2 * (2 * (4 * d * d + 4 * d * d) + d * 300) + 8 * LENGTH * d for d in (32, 64))
+    # No trainer here measured it: on validation and on training text.
+    assert found["evaluation"]["flops"] == 2 * 3 * 4 * LENGTH * small
     evaluated = 2 * 3 * 4 * LENGTH * large
     assert found["stages"]["proxy"]["flops"] == (3 * large + small) * TOKENS + evaluated
     assert (
@@ -288,6 +291,43 @@ def test_time_that_cannot_be_measured_is_not_invented(
     found = planned(*tiny, f"run_dir={tmp_path}", "seed=71")
     assert found["total_seconds"] is None and found["stages"]["proxy"]["seconds"] is None
     assert found["total_flops"] > 0 and "time is not estimated: one sequence is" in found["printed"]
+
+
+@pytest.mark.parametrize("key", ["model", "main.model"])
+def test_a_plan_of_8b_on_64_processes_allocates_no_model(
+    key: str, tiny: list[str], tmp_path: Path
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = [one for one in tiny if key != "model" or not one.startswith("model.")]
+    asked = [f"{key}=8b", "engine=fsdp2", "engine.processes=64", "engine.write_speed=2e9"]
+    found = planned(*own, f"run_dir={tmp_path / 'few'}", "seed=71", *asked)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
+    main = found["stages"]["main"]
+    whole = main["parameters"]
+    assert 6e9 < whole < 9e9 and found["processes"] == 64
+    states = ("parameters", "gradients", "optimizer")
+    assert [main["memory"][name] for name in states] == [
+        -(-bytes_ * whole // 64) for bytes_ in (4, 4, 8)
+    ]
+    assert main["checkpoint"] == {"bytes": 12 * whole, "seconds": 6e-9 * whole}
+    assert main["memory"]["total"] == sum(
+        count for name, count in main["memory"].items() if name != "total"
+    )
+    assert found["total_seconds"] is None  # of processes that are not here
+    for said in ("fsdp2, 64 processes, planned", "at 2 GB/s", f"training.batch_size={BATCH} is"):
+        assert said in found["printed"]
+    more = [f"run_dir={tmp_path / 'enough'}", "training.batch_size=64"]
+    enough = planned(*own, "seed=71", *asked, *more)
+    assert "training.batch_size=64 is" not in enough["printed"]
+
+
+def test_processes_that_are_not_here_are_for_a_plan_alone(tiny: list[str], tmp_path: Path) -> None:
+    asked = [*tiny, f"run_dir={tmp_path}", "engine.processes=64"]
+    refused = run_here(*asked, "stage=reference")
+    assert refused.code == 2 and "engine.processes=64" in refused.err
+    file = Path(__file__).parents[2] / "launch" / "deepspeed" / "zero2.json"
+    found = planned(*asked, "engine=zero2", f"engine.deepspeed={file}")
+    assert found["place"] == "zero2, 64 processes, planned"
 
 
 def test_memory_of_a_process(default: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
 from doremi_train.evaluation.detectors import Finding
-from doremi_train.stages import evaluate, prepare, report
-from doremi_train.stages.runs import budget, reference
+from doremi_train.stages import prepare, report
+from doremi_train.stages.runs import budget, evaluated, reference
 
 KINDS = {
     "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate",
@@ -64,7 +64,7 @@ def test_the_training_loss_is_that_of_sequences_the_reference_drew(
 ) -> None:
     with opened(*tiny, f"run_dir={tmp_path}", *overrides) as session:
         store = prepare.run(session)
-        domain, sequence = evaluate._trained_on(session, store)
+        domain, sequence = evaluated._trained_on(session, store)
         whole = store.sequences("train", session.config.training.sequence_length)
         weights, seed = reference.mixture(session, store).numpy(), session.config.seed
         sampler = Sampler(whole, store.domains, 8, seed, budget.subsample(session))

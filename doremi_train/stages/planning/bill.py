@@ -9,7 +9,6 @@ import numpy as np
 from doremi_train.config import fingerprint, judged
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import configs, costs, folders
-from doremi_train.parallel import comm
 from doremi_train.stages.runs import reference_losses, targets, weighting
 from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
@@ -26,19 +25,21 @@ class Bill:
         self.session, self.training, self.world, self.paces = (
             session,
             session.config.training,
-            comm.world(),
+            session.world,
             paces,
         )
         batch, micro = self.training.batch_size, self.training.micro_batch_size
-        self.length, self.rows = self.training.sequence_length, self.world.largest(batch, micro)
-        self.parts = len(self.world.rows(batch, micro))  # micro-batches of a process and step
+        share = max(batch, self.world.size)  # a plan of too many processes warns of it
+        self.length, self.rows = self.training.sequence_length, self.world.largest(share, micro)
+        self.parts = len(self.world.rows(share, micro))  # micro-batches of a process and step
         self.live = reference_losses.needed(session) and not reference_losses.cached(session)
         # Every forward of a proxy.
         self.twice = self.parts > 1 and session.config.proxy.accumulation == "exact"
         self.store, self.domains = store, len(store.domains)
         self.models = weighting.models(session)  # frozen ones beside a main run
         # Of a step that picks.
-        self.candidates = session.config.batch_selection.candidates or 2 * batch
+        candidates = session.config.batch_selection.candidates or 2 * batch
+        self.candidates = max(candidates, self.world.size)
         checked = np.minimum(
             store.sequences("validation", self.length), session.config.evaluation.sequences
         )
@@ -80,7 +81,7 @@ class Bill:
                 seconds += run.missing / (self.world.size * self.rows) * pace.look * ratio
         memory = costs.memory(
             shape,
-            strategy=self.session.place.strategy,
+            strategy=self.session.strategy,
             processes=self.world.size,
             optimizer=training.optimizer,
             rows=self.world.largest(self.candidates, training.micro_batch_size)
@@ -90,7 +91,7 @@ class Bill:
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
             reference=held,
-            device=self.session.place.device.type,
+            device=self.session.device_type,
         )
         return {
             "kind": run.kind,
@@ -105,6 +106,7 @@ class Bill:
             "whole_flops": 0.0 if run.same_as else whole,
             "seconds": seconds,
             "memory": memory._asdict() | {"total": sum(memory)},
+            "checkpoint": self._checkpoint(shape),
         }
 
     def _selects(self, run: Ahead) -> bool:
@@ -121,16 +123,16 @@ class Bill:
         )
 
     def evaluation(self, runs: Sequence[Ahead]) -> dict[str, Any]:
-        """The last stage: every model once more, and the reference on training text too; in every
-        command."""
-        models = [
-            (run, costs.shape(run.config))
+        """The last stage, which takes what trainers measured at their end: the reference on
+        training text too, and an existing one, which had no trainer here, on both."""
+        passes = [
+            (costs.shape(run.config), self._pace(run), 1)
             for run in runs
-            if run.kind == "main" or run.name in ("reference", "proxy")
+            if run.name == "reference" and run.left
         ]
-        passes = [(shape, self._pace(run), 1 + (run.name == "reference")) for run, shape in models]
         if self.session.config.reference.path is not None:
-            shape, pace = models[0][1], self._pace(models[0][0])
+            first = next(run for run in runs if run.kind == "main" or run.name == "proxy")
+            shape, pace = costs.shape(first.config), self._pace(first)
             frozen = self._frozen(shape)
             ratio = self._forward(frozen) / self._forward(shape)
             passes.append(
@@ -167,6 +169,12 @@ class Bill:
             "seconds": steps * self.parts * pace.look * several if pace is not None else None,
         }
 
+    def _checkpoint(self, shape: costs.Shape) -> dict[str, float]:
+        """Bytes of a run's checkpoint, on disk and in the memory of the first process, which alone
+        writes it; and how long the others wait for that."""
+        size = costs.checkpoint(shape, self.training.optimizer)
+        return {"bytes": size, "seconds": size / self.session.config.engine.write_speed}
+
     def _pace(self, run: Ahead) -> costs.Pace | None:
         pace = self.paces.get(fingerprint(run.config))
         return pace if isinstance(pace, costs.Pace) else None
@@ -176,7 +184,7 @@ class Bill:
 
     def _step(self, shape: costs.Shape, looks: float) -> float:
         """FLOPs per token of a step with so many forwards more than a language model's."""
-        device = self.session.place.device.type
+        device = self.session.device_type
         backward = costs.backward(
             shape, self.rows, self.length, self.training.activation_checkpointing, device
         )

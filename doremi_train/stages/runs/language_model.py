@@ -193,6 +193,8 @@ def _write(
     epochs = task.store.named(position.counts / trainer.batches.sizes)
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
     result |= {"engine": trainer.engine_used, **more}
+    if (task.run.folder / "model" / "config.json").exists():  # the weights that were measured
+        result["model"] = folders.folder_fingerprint(task.run.folder / "model")
     weights = learned(task.label, task.objective, position.state)
     if weights is not None:
         result["weights"] = task.store.named(weights)

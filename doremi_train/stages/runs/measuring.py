@@ -63,8 +63,11 @@ def keep(session: Session, model: Path, measured: Mapping[str, dict[str, Any]]) 
 
     def write() -> None:
         run = run_of(session, model)
-        for text, figures in measured.items() if run is not None else ():
-            files.write_json(_place(session, str(run), text), figures)
+        if run is None or not measured:
+            return
+        files.clear_dead(session.store / "metrics")
+        for text, figures in measured.items():
+            files.write_json(_place(session, run, text), figures)
 
     comm.on_first(write)
 
