@@ -196,6 +196,7 @@ def _objective(session: Session, runs: Runs, natural: Floats) -> Objective:
     except KeyError as error:
         raise UserError(
             f"objective: unknown metric {error.args[0]!r}; the runs have {listed(runs.metrics)}"
+            + "".join(f" ({note})" for note in runs.notes if str(error.args[0]) in note)
         ) from None
     except ValueError as error:
         raise UserError(f"objective.metrics: {error}") from None

@@ -127,8 +127,9 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     for number, (wrong, said) in enumerate(
         {
             "fit.runs=none.csv": "fit.runs=none.csv: cannot be read",
-            "objective.metrics={code_acc: -1}": "fewer than two mixtures of fit.runs have all",
-            "objective.metrics={moon: 1}": "unknown metric 'moon'; the runs have loss and code_acc",
+            "objective.metrics={code_acc: -1}": "unknown metric 'code_acc'; the runs have loss "
+            "(code_acc: measured on one mixture alone, so left out)",
+            "objective.metrics={moon: 1}": "unknown metric 'moon'; the runs have loss\n",
             "fit.tokens={web: 1}": "fit.tokens: no number for 'code'",
         }.items()
     ):
