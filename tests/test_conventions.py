@@ -320,7 +320,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     )
     from doremi_train.training.task import TrainingOptions
 
-    config = load(Config, compose())
+    config = load(Config, compose("mixture=doremi"))
     assert config.proxy == Proxy()
     assert (config.weighting, config.classify) == (importance.Weighting(), Classify())
     assert (config.export, config.submit, config.swarm) == (Export(), Submit(), Swarm())
@@ -352,7 +352,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
 
 
 def test_defaults_of_the_proxy_are_the_paper_s() -> None:
-    proxy = compose()["proxy"]
+    proxy = compose("mixture=doremi")["proxy"]
     assert (proxy["step_size"], proxy["smoothing"], proxy["average_from"]) == (1.0, 1e-3, 0.0)
     assert (proxy["clip"], proxy["score"], proxy["objective"], proxy["rounds"]) == (
         "token",
