@@ -31,8 +31,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(corpus: Path, store: Path) -> list[str]:
-    """Overrides of a whole pipeline of the paper's form on the small corpus, in a shared store."""
-    return [f"data.root={corpus}", f"store={store}", "mixture=doremi", *TINY]
+    """Overrides of a whole pipeline on the small corpus, in a shared store."""
+    return [f"data.root={corpus}", f"store={store}", *TINY]
 
 
 def apart(tiny: list[str], store: Path, folder: Path) -> list[str]:

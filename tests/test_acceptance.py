@@ -28,6 +28,7 @@ def test_micro_batches_do_not_change_alpha(command: Command, store: Path, tmp_pa
     source = [f"data.root={DEBPILE}"] if DEBPILE.is_dir() else []
     common = [
         *source,
+        "mixture=doremi",
         "stage=proxy",
         "training.steps=200",
         "evaluation.every=200",
@@ -63,7 +64,7 @@ def test_eight_domains_of_real_text_end_to_end(
     command: Command, store: Path, tmp_path: Path
 ) -> None:
     """The whole job, short: the mixture is learned, no domain is lost, and the page is there."""
-    short = ("training.steps=80", "evaluation.every=40")
+    short = ("mixture=doremi", "training.steps=80", "evaluation.every=40")
     assert (
         command(f"data.root={DEBPILE}", f"store={store}", f"run_dir={tmp_path}", *short).code == 0
     )

@@ -394,7 +394,7 @@ class Config:
     """What the proxy's excess loss is measured against."""
 
     proxy: Proxy
-    """Proxy runs by Group DRO; the defaults are the paper's."""
+    """Proxy runs by Group DRO; mixture=doremi has the paper's settings."""
 
     doge: Doge
     """Small runs that learn weights by how domains' gradients agree (mixture=doge; proxy.seeds of

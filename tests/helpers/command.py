@@ -1,4 +1,4 @@
-"""Overrides that make a whole pipeline take seconds, and two ways to run the command.
+"""Overrides that make a whole pipeline of the paper's form take seconds, and two ways to run the command.
 
 `run_here` runs it inside this process: fast, for most tests. `start` starts real processes (forked
 from one that has imported what they need): for signals, collectives, working directories and
@@ -22,6 +22,7 @@ from helpers import forked
 ROOT = Path(__file__).parents[2]
 
 TINY = (
+    "mixture=doremi",
     "data.vocabulary_size=300",
     "model.config.num_hidden_layers=2",
     "model.config.hidden_size=32",
