@@ -1,4 +1,5 @@
-"""Overrides that make a whole pipeline of the paper's form take seconds, and two ways to run the command.
+"""Overrides that make a whole pipeline, of the paper's form, take seconds, and two ways to run the
+command.
 
 `run_here` runs it inside this process: fast, for most tests. `start` starts real processes (forked
 from one that has imported what they need): for signals, collectives, working directories and
