@@ -202,8 +202,9 @@ def test_a_part_of_the_planted_documents_is_for_validation(fraction: float) -> N
 def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_path: Path) -> None:
     """Default model, three quarters of the default length: each fault by its name, and ordinary
     languages have none."""
-    overrides = ["data=planted", f"run_dir={tmp_path}", "training.steps=300", "training.threads=1"]
+    overrides = ["data=planted", "mixture=doremi", f"run_dir={tmp_path}", "training.steps=300"]
     overrides += ["main.steps=20", "main.comparisons=[]", "main.tokens=1200000"]
+    overrides.append("training.threads=1")
     assert command(*overrides, "stage=evaluate").code == 0
     found = diagnosed(*overrides)
     well_formed(tmp_path, found)
