@@ -109,7 +109,8 @@ class DomainLosses(TrainerCallback):
             raise UserError("the model got a batch without `domain`; keep it in the data collator")
         losses, present = token_losses(output.logits, kwargs["labels"])
         sums = _sums(losses.detach(), present, self._domain, len(self.stream.names))
-        self._step = Stats(*(a + b.cpu() for a, b in zip(self._step, sums, strict=True)))
+        # On the model's device, where ranks can add them up.
+        self._step = Stats(*(a.to(b.device) + b for a, b in zip(self._step, sums, strict=True)))
         return self._use(losses, present, kwargs, output)
 
     def _use(self, losses: Tensor, present: Tensor, kwargs: dict[str, Any], output: Any) -> Any:
