@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,10 +76,11 @@ def interleaved() -> Callable[[int], object]:
 
 def weighted() -> Callable[[int], object]:
     """torch's WeightedRandomSampler over all rows, an epoch of it as long as what is asked for."""
-    each = torch.tensor(weights(), dtype=torch.float64).repeat_interleave(ROWS) / ROWS
+    # A list, as the sampler's annotation asks, would be made a tensor again in every round.
+    each: Any = torch.tensor(weights(), dtype=torch.float64).repeat_interleave(ROWS) / ROWS
 
     def draw(count: int) -> None:
-        sampler = torch.utils.data.WeightedRandomSampler(each, count)  # type: ignore[arg-type]
+        sampler = torch.utils.data.WeightedRandomSampler(each, count)
         for index in sampler:
             divmod(index, ROWS)
 

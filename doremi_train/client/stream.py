@@ -151,8 +151,9 @@ class Stream:
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"{self._path(block)}: the weights of step {block * self.every} are not there "
-                    f"after {self._timeout:g} s; whoever learns them has to be {self.every} steps "
-                    "or less behind: raise the Learner's lag above what the loader reads ahead"
+                    f"after timeout={self._timeout:g} s; see whether the process of the Learner "
+                    "goes on, and raise the Learner's lag to as many steps as the loader reads "
+                    "ahead"
                 )
             time.sleep(_POLL)
 
