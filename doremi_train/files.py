@@ -116,9 +116,12 @@ def follow_umask(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically by indented JSON; floats read back exactly; a NaN is an error and
     not a file nobody can read."""
-    write_bytes(
-        path, (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-    )
+    write_bytes(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

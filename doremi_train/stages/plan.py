@@ -25,6 +25,7 @@ from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, reference, reference_losses
 from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
+from doremi_train.training import frozen
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _reference_losses(
     size = {
         "sequences": sequences,
         "rounds": options.rounds,
-        "bytes": 2 * length * sequences * options.rounds,
+        "bytes": frozen.row_bytes(length) * sequences * options.rounds,
     }
     if reference_losses.cached(session):
         size["missing"] = round(sum(run.missing for run in runs))

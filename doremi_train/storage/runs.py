@@ -6,7 +6,6 @@ done twice.
 that need the same run share it.
 """
 
-import hashlib
 import json
 import os
 import socket
@@ -20,9 +19,11 @@ from doremi_train import files
 from doremi_train.config import UserError, fingerprint
 from doremi_train.console import say
 from doremi_train.redaction import redact
+from doremi_train.storage import seal
 from doremi_train.storage.mirror import Mirror, Torn
+from doremi_train.storage.seal import Seal
 
-CHECKSUMS = "checksums.json"  # {file: SHA-256} of a finished run that has a second home
+CHECKSUMS = "checksums.json"  # {file: seal} of a finished run
 
 
 class Preempted(Exception):
@@ -95,7 +96,19 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "result.json").exists()
+        """Whether it is done, and its files are those that were written, by a sample that is taken
+        once in a process. Where one is not, that is said, and the run is finished no more: it is
+        computed again. Raises UserError where its folder does not let it."""
+        if not (self.folder / "result.json").exists():
+            return False
+        if self.folder in _sound:
+            return True
+        damage = damaged(self.folder)
+        if damage is None:
+            _sound.add(self.folder)
+        else:
+            reject(self.folder, damage)
+        return damage is None
 
     @property
     def settled(self) -> bool:
@@ -117,8 +130,15 @@ class Run:
         files.write_json(self.folder / "recipe.json", self.recipe)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write `result.json`, which says that everything else is on disk by now."""
-        files.write_json(self.folder / "result.json", result)
+        """Write `result.json`, which says that everything else is on disk by now; and before it,
+        what tells whether all of it still is what was written."""
+        content = files.as_json(result)
+        seals = seal.of(self.folder, self._kept())
+        files.write_json(
+            self.folder / CHECKSUMS, seals | {"result.json": seal.of_content(content)}
+        )
+        files.write_bytes(self.folder / "result.json", content)
+        _sound.add(self.folder)
         self.publish()
 
     def publish(self) -> None:
@@ -132,19 +152,22 @@ class Run:
             return
         self.mirror.remove(name for name in self.mirror.sizes() if name.startswith("checkpoints/"))
 
-    def _push(self, mirror: Mirror) -> None:
-        mirror.clear_dead()
+    def _kept(self) -> list[str]:
+        """The run's own files."""
         paths = (
             path
             for path in self.folder.rglob("*")
             if path.is_file() and not path.name.startswith(".")
         )
         names = (path.relative_to(self.folder).as_posix() for path in paths)
-        wanted = [name for name in names if not name.startswith(_NOT_KEPT)]
-        wanted.sort(key=lambda name: (name == "result.json", name))
-        sums = {name: _sha256(self.folder / name) for name in wanted}
-        files.write_json(self.folder / CHECKSUMS, sums)
-        mirror.push(self.folder, [CHECKSUMS, *wanted])
+        return sorted(name for name in names if not name.startswith(_NOT_KEPT))
+
+    def _push(self, mirror: Mirror) -> None:
+        mirror.clear_dead()
+        if not (self.folder / CHECKSUMS).exists():  # of an older version
+            files.write_json(self.folder / CHECKSUMS, seal.of(self.folder, self._kept()))
+        names = _in_order(_seals((self.folder / CHECKSUMS).read_bytes()))
+        mirror.push(self.folder, [CHECKSUMS, *names])
 
     def fetch(self) -> None:
         """Bring a finished run from its second home, result.json last, if it is there as it was
@@ -163,26 +186,67 @@ class Run:
         sizes, listed = mirror.sizes(), mirror.read(CHECKSUMS)
         try:
             # Of an older version there is no list.
-            sums = dict.fromkeys(sizes) if listed is None else dict(json.loads(listed))
-        except (ValueError, TypeError):
+            seals = dict.fromkeys(sizes, Seal()) if listed is None else _seals(listed)
+        except ValueError:
             raise Torn(f"{CHECKSUMS} cannot be read") from None
-        names = [name for name in sums if not name.startswith(_NOT_KEPT)]
-        for name in sorted(names, key=lambda name: (name == "result.json", name)):
+        if listed is not None:
+            files.write_bytes(self.folder / CHECKSUMS, listed)
+        for name in _in_order(seals):
             if name not in sizes:
                 raise Torn(f"{name} is missing")
             try:
-                mirror.pull(self.folder, name, sha256=sums[name])
+                mirror.pull(self.folder, name, sha256=seals[name].get("sha256"))
             except Torn as error:
                 raise Torn(f"{name} {error}") from None
 
 
 # What is not among the files of a finished run: what belongs to this machine, and what lists them.
 _NOT_KEPT = ("checkpoints/", "status.json", CHECKSUMS)
+_sound = set[Path]()  # folders of finished runs that this process looked at, or made
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def damaged(folder: Path, full: bool = False) -> str | None:
+    """The first file of a finished run that is not as it was written, by a sample or in `full`;
+    None where all are, or nothing is known, as of an older version's."""
+    try:
+        seals = _seals((folder / CHECKSUMS).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError):
+        return f"{CHECKSUMS} cannot be read"
+    return seal.broken(folder, seals, full)
+
+
+def reject(folder: Path, damage: str) -> None:
+    """Say what is wrong with a finished run, which is finished no more: whoever needs it computes
+    it again. Raises UserError where the folder does not let it."""
+    say(f"{folder}: {damage}; it is computed again when it is needed")
+    try:
+        (folder / "result.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"store: {folder}: {damage}, and nothing can be written there ({error.strerror}); "
+            "delete that folder, or take another store"
+        ) from None
+
+
+def _seals(content: bytes) -> dict[str, Seal]:
+    """Raises ValueError for anything else than names with their seals."""
+    listed = json.loads(content)
+    if not isinstance(listed, dict):
+        raise ValueError(f"{type(listed).__name__} where an object is expected")
+    seals = {}
+    for name, entry in listed.items():
+        seals[name] = Seal(sha256=entry) if isinstance(entry, str) else entry
+        if not isinstance(seals[name], dict):
+            raise ValueError(f"{name}: {type(entry).__name__} where an object is expected")
+    return seals
+
+
+def _in_order(seals: Mapping[str, Seal]) -> list[str]:
+    """The names of a run's files, result.json last."""
+    names = [name for name in seals if not name.startswith(_NOT_KEPT)]
+    return sorted(names, key=lambda name: (name == "result.json", name))
 
 
 def set_status(folder: Path, state: str, step: int | None = None, message: str = "") -> None:

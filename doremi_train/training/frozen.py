@@ -3,13 +3,14 @@ once.
 
     <store>/losses/<address>/recipe.json    fingerprints of model, data and tokeniser, sequence
                                             length, precision
-                             losses.f16     a row of T float16 for every training sequence, domain
-                                            after domain; sparse
+                             losses.f16     a row of T float16 and their CRC-32 for every training
+                                            sequence, domain after domain; sparse
 
-Nothing else says what is there. No loss is stored as 0, so a row with a 0 in it was never written,
-or not to its end. That needs no lock: writers of one row write what the same model gives, and
-whoever sees it torn computes it again. The cache stays in the local store; a second home (`remote`)
-has no copy, since it can always be computed again.
+Nothing else says what is there. A row whose checksum is another was never written, or not to its
+end, or was damaged since. That needs no lock: writers of one row write what the same model gives,
+and whoever sees it torn computes it again. The cache stays in the local store; a second home
+(`remote`) has no copy, since it can always be computed again. In memory no loss is 0, and a row
+with a 0 in it is one that is not there.
 
 K domains, N sequences of all domains together, B sequences of a micro-batch, T tokens a sequence.
 """
@@ -39,6 +40,7 @@ from doremi_train.model.language_model import LanguageModel
 Halves = NDArray[np.float16]
 
 _HALF = np.dtype("<f2")
+_CHECK = 2  # float16 that a checksum takes the room of
 _SMALLEST, _LARGEST = (float(limit) for limit in (np.finfo(_HALF).tiny, np.finfo(_HALF).max))
 
 
@@ -94,6 +96,7 @@ def recipe(reference: str, store: TokenStore, length: int, precision: str) -> di
         "tokenizer": store.manifest["tokenizer"]["fingerprint"],
         "sequence_length": length,
         "precision": precision,
+        "checksums": True,  # of rows, which older versions had not
     }
 
 
@@ -117,7 +120,7 @@ class Table:
             )
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._file)
-        size = 2 * self.length * int(self._first[-1])
+        size = row_bytes(self.length) * int(self._first[-1])
         if os.fstat(self._file).st_size == 0:
             os.truncate(self.path, size)  # takes no room until rows are written
         elif os.fstat(self._file).st_size != size:
@@ -127,7 +130,8 @@ class Table:
         mapped = mmap.mmap(self._file, size, prot=mmap.PROT_READ)
         # A batch's rows lie far apart: what is beside them is not wanted.
         mapped.madvise(mmap.MADV_RANDOM)
-        self._rows: Halves = np.frombuffer(mapped, _HALF).reshape(-1, self.length)  # (N, T)
+        # (N, T + 2)
+        self._rows: Halves = np.frombuffer(mapped, _HALF).reshape(-1, self.length + _CHECK)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -142,15 +146,20 @@ class Table:
         return domain, rows - self._first[domain]
 
     def read(self, rows: Ints) -> Halves:
-        """(B, T), a copy."""
-        return self._rows[rows]
+        """(B, T), a copy, 0 where a row is not there as it was written."""
+        found = self._rows[rows]
+        losses = found[:, : self.length].copy()
+        sound = _checks(losses).view(np.uint16) == found[:, self.length :].view(np.uint16)
+        losses[~sound.all(1)] = 0
+        return losses
 
     def write(self, rows: Ints, losses: Halves) -> None:
         """Raises OSError where there is no room. Never through the map, where that would be a fatal
         signal."""
         try:
-            for row, values in zip(rows.tolist(), losses, strict=True):
-                left, at = memoryview(values.tobytes()), 2 * self.length * row
+            checked = np.concatenate([losses, _checks(losses)], axis=1)
+            for row, values in zip(rows.tolist(), checked, strict=True):
+                left, at = memoryview(values.tobytes()), row_bytes(self.length) * row
                 while left:
                     written = os.pwrite(self._file, left, at)
                     left, at = left[written:], at + written
@@ -178,8 +187,19 @@ def _path(folder: Path, recipe: Mapping[str, Any]) -> Path:
     return folder / "losses" / fingerprint(recipe) / "losses.f16"
 
 
+def row_bytes(length: int) -> int:
+    """Bytes of the losses of a sequence of `length` tokens in a table."""
+    return (length + _CHECK) * _HALF.itemsize
+
+
+def _checks(losses: Halves) -> Halves:
+    """(B, T) → (B, 2) the CRC-32 of each row."""
+    sums = np.array([zlib.crc32(row.tobytes()) for row in losses], "<u4")
+    return sums.view(_HALF).reshape(-1, _CHECK)
+
+
 def there(losses: Halves) -> NDArray[np.bool_]:
-    """(B,) whether rows (B, T) were written to their end."""
+    """(B,) whether rows (B, T) are."""
     return (losses.view(np.uint16) != 0).all(1)
 
 

@@ -31,6 +31,7 @@ from doremi_train.training import frozen
 from doremi_train.training.frozen import Cached, Live, Table
 
 LENGTH = 32  # of conftest's TINY
+ROW = 2 * LENGTH + 4  # bytes: float16 and a checksum
 CPU = torch.device("cpu")
 CACHED = "reference.losses=cached"
 
@@ -100,7 +101,7 @@ def test_rows_and_sequences_are_the_same_thing(data: TokenStore, table: Table) -
 def test_a_table_takes_room_for_what_is_written_and_is_seen_by_others(
     data: TokenStore, table: Table
 ) -> None:
-    assert table.path.stat().st_blocks == 0 and table.path.stat().st_size == 2 * LENGTH * len(table)
+    assert table.path.stat().st_blocks == 0 and table.path.stat().st_size == ROW * len(table)
     other = Table(table.path.parents[2], data, read(table.path.with_name("recipe.json")))
     rows = np.array([0, 7, len(table) - 1])
     values = np.arange(1, 1 + 3 * LENGTH, dtype=np.float16).reshape(3, LENGTH)
@@ -129,12 +130,23 @@ def test_only_what_is_missing_is_computed_and_once(data: TokenStore, table: Tabl
     )
 
 
-def test_a_torn_row_is_computed_again(data: TokenStore, table: Table) -> None:
+@pytest.mark.parametrize("damage", ["torn", "flipped", "of another row"])
+def test_a_damaged_row_is_computed_again(damage: str, data: TokenStore, table: Table) -> None:
     live, where = Counted(data), [(0, 0), (0, 1), (1, 0)]
     whole = Cached(table, lambda: live, CPU).losses(micro_batch(data, *where))
     with table.path.open("r+b") as file:
-        file.seek(2 * LENGTH * 1 + 40)
-        file.write(bytes(6))
+        if damage == "torn":
+            file.seek(ROW + 40)
+            file.write(bytes(6))
+        elif damage == "flipped":
+            file.seek(ROW + 40)
+            byte = file.read(1)[0]
+            file.seek(ROW + 40)
+            file.write(bytes([byte ^ 1]))
+        else:  # its losses, without its checksum
+            other = file.read(2 * LENGTH)
+            file.seek(ROW)
+            file.write(other)
     live.seen.clear()
     found = Cached(table, lambda: live, CPU).losses(micro_batch(data, *where))
     assert live.seen == [(0, 1)] and frozen.there(table.read(np.array([1]))).all()
@@ -218,7 +230,7 @@ def files_end_at(size: int) -> Iterator[None]:
 
 def test_no_room_is_an_error_that_names_the_file(table: Table) -> None:
     rows, values = np.array([0, 1, 2]), np.ones((3, LENGTH), dtype=np.float16)
-    with files_end_at(2 * LENGTH + 10), pytest.raises(OSError, match="losses.f16") as caught:
+    with files_end_at(ROW + 10), pytest.raises(OSError, match="losses.f16") as caught:
         table.write(rows, values)
     assert caught.value.errno == errno.EFBIG
     assert frozen.there(table.read(rows)).tolist() == [True, False, False]

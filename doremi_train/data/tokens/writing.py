@@ -24,6 +24,7 @@ from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
 from doremi_train.files import read_json, sync_folder, write_bytes
+from doremi_train.storage import seal
 
 _JOURNAL = "journal.jsonl"  # one line per member on disk; gone once the store is finished
 BUFFER_BYTES = 256_000_000  # tokens waiting in memory, over all streams
@@ -236,15 +237,26 @@ class ShardWriter:
             shard = len(state.shards) - 1
             part = self._part(stream, shard)
             promised = state.shards[shard] - len(END_OF_TAR)
-            if part.exists() and part.stat().st_size >= promised:
-                os.truncate(part, promised)
-                if state.members % self.members_per_shard == 0:
-                    self._close_shard(stream, shard)
-            elif part.exists() or not part.with_suffix("").exists():
-                raise UserError(
-                    f"store: {part} is missing or shorter than the {promised} bytes that were "
-                    f"written; delete {self.folder} and run again with stage=prepare"
-                )
+            for number, size in enumerate(state.shards[:-1]):
+                self._expect(self._part(stream, number).with_suffix(""), size)
+            closed = part.with_suffix("")
+            if closed.exists() and closed.stat().st_size > state.shards[shard]:
+                closed.replace(part)  # the journal lost what came after: it is written again
+            if not part.exists():
+                self._expect(closed, state.shards[shard])
+                continue
+            self._expect(part, promised, more=True)
+            os.truncate(part, promised)
+            if state.members % self.members_per_shard == 0:
+                self._close_shard(stream, shard)
+
+    def _expect(self, path: Path, size: int, more: bool = False) -> None:
+        found = path.stat().st_size if path.exists() else -1
+        if found < size or (found > size and not more):
+            what = "is missing" if found < 0 else f"has {found} bytes where {size} were written"
+            raise UserError(
+                f"store: {path} {what}; delete {self.folder} and run again with stage=prepare"
+            )
 
 
 def stream_folder(stream: Stream) -> str:
@@ -358,8 +370,9 @@ def _write_index(written: Written, domains: tuple[str, ...]) -> bytes:
 
 def _describe(written: Written, stream: Stream) -> dict[str, Any]:
     state = written.streams.get(stream, StreamState())
+    folder = written.folders.get(stream, stream_folder(stream))
     return {
-        "folder": written.folders.get(stream, stream_folder(stream)),
+        "folder": folder,
         "tokens": state.tokens,
         "documents": state.documents,
         "bytes": state.bytes,
@@ -367,5 +380,9 @@ def _describe(written: Written, stream: Stream) -> dict[str, Any]:
         "members": state.members,
         "shards": len(state.shards),
         "shard_bytes": state.shards,
+        "shard_samples": [
+            seal.sample_of(written.folder / folder / f"{number:05d}.tar")
+            for number in range(len(state.shards))
+        ],
         "sha256": state.sha256,
     }
