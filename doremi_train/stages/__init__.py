@@ -31,6 +31,7 @@ STAGES: dict[str, Stage] = {
     "compare": Stage("compare", several=True),
     "fit": Stage("fit", several=True),
     "headroom": Stage("headroom"),
+    "verify": Stage("verify"),
 }
 """What `stage=swarm` runs:
 

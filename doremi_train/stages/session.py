@@ -207,7 +207,8 @@ def open_session(
     )
     session = Session(config, plain, place, child, planned=planned)
     comm.on_first(session.tracking.check)
-    over = config.stage == "report" and sweep(session.run_dir)
+    # What is not about one run leaves no mark in a run folder.
+    over = config.stage == "verify" or (config.stage == "report" and sweep(session.run_dir))
     with contextlib.nullcontext() if over else claimed(session):
         yield session
 

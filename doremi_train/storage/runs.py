@@ -134,9 +134,7 @@ class Run:
         what tells whether all of it still is what was written."""
         content = files.as_json(result)
         seals = seal.of(self.folder, self._kept())
-        files.write_json(
-            self.folder / CHECKSUMS, seals | {"result.json": seal.of_content(content)}
-        )
+        files.write_json(self.folder / CHECKSUMS, seals | {"result.json": seal.of_content(content)})
         files.write_bytes(self.folder / "result.json", content)
         _sound.add(self.folder)
         self.publish()

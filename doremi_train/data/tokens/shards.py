@@ -183,6 +183,17 @@ class TokenStore:
         tokens = self.sizes(split)
         return np.divide(known, tokens, out=np.full(len(known), np.nan), where=tokens > 0)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether shards that are not here may be in a second home."""
+        return (self.path / CHECKSUMS).exists()
+
+    def members(self) -> dict[Stream, np.ndarray]:
+        """(members, 3) shard, offset and tokens of the members of every stream, in order."""
+        columns = np.stack([self._index[name] for name in ("shard", "offset", "tokens")], axis=1)
+        parts = np.split(columns, self._first_member[1:-1])
+        return dict(zip(self._streams, parts, strict=True))
+
     def unwritable(self) -> np.ndarray:
         """(K,) part of the bytes of text that the tokeniser cannot write."""
         return self.vector(unwritable_share(self.manifest))
@@ -288,7 +299,7 @@ class TokenStore:
             try:
                 file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
-                elsewhere = self._mirror is None and (self.path / CHECKSUMS).exists()
+                elsewhere = self._mirror is None and self.elsewhere
                 raise _damaged(
                     path, "is missing" + " (it may be in `remote`)" * elsewhere
                 ) from None

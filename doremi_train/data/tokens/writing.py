@@ -23,6 +23,7 @@ from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
+from doremi_train.data.tokens.verify import chained
 from doremi_train.files import read_json, sync_folder, write_bytes
 from doremi_train.storage import seal
 
@@ -177,7 +178,6 @@ class ShardWriter:
             )
             size = file.tell()
             _sync(file)
-        digests = hashlib.sha256(body).digest() + hashlib.sha256(ends.tobytes()).digest()
         record = {
             "stream": stream,
             "shard": shard,
@@ -188,7 +188,7 @@ class ShardWriter:
             "bytes": buffer.bytes,
             "lost": buffer.lost,
             "pieces": buffer.pieces,
-            "sha256": hashlib.sha256(bytes.fromhex(state.sha256) + digests).hexdigest(),
+            "sha256": chained(state.sha256, body, ends),
         }
         with self._journal.open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -3,6 +3,7 @@
 N sequences of T tokens.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages.session import Session
+from doremi_train.storage import seal
 from doremi_train.storage.runs import stop
 
 
@@ -50,7 +52,13 @@ def kept(session: Session, model: Path, text: str) -> dict[str, float] | None:
     process alone."""
     run = run_of(session, model)
     place = None if run is None else _place(session, run, text)
-    return files.read_json(place) if place is not None and place.exists() else None
+    if place is None or not place.exists():
+        return None
+    with contextlib.suppress(ValueError, AttributeError, TypeError):  # it is no JSON, or no object
+        figures: dict[str, float] = files.read_json(place)
+        if figures.pop(_CHECK, None) in (None, _digest(figures)):  # older versions had none
+            return figures
+    return None
 
 
 def known(session: Session, model: Path, texts: Sequence[str]) -> list[dict[str, float] | None]:
@@ -67,9 +75,16 @@ def keep(session: Session, model: Path, measured: Mapping[str, dict[str, Any]]) 
             return
         files.clear_dead(session.store / "metrics")
         for text, figures in measured.items():
-            files.write_json(_place(session, run, text), figures)
+            files.write_json(_place(session, run, text), {**figures, _CHECK: _digest(figures)})
 
     comm.on_first(write)
+
+
+_CHECK = "sha256"  # of the figures beside it
+
+
+def _digest(figures: Mapping[str, Any]) -> str:
+    return seal.of_content(files.as_json(figures))["sha256"]
 
 
 def _place(session: Session, run: str, text: str) -> Path:

@@ -276,6 +276,32 @@ def test_a_writer_stopped_between_journal_and_rename_continues(tmp_path: Path) -
     assert contents(folder) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kept", range(1, 6))
+def test_a_journal_that_lost_lines_of_a_closed_shard_is_written_on(
+    kept: int, tmp_path: Path
+) -> None:
+    documents: Documents = [(("train", "a"), list(range(60)))] * 6
+    write(tmp_path / "whole", documents)
+    folder = tmp_path / "cut"
+    writer = ShardWriter(folder, np.uint16, 50, 3)
+    for stream, tokens in documents:
+        writer.append(stream, np.array(tokens), True, 2 * len(tokens))
+    journal = folder / "journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:kept]))
+    write(folder, documents)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_an_earlier_shard_that_was_cut_is_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, np.uint16, 50, 3)
+    for _ in range(4):
+        writer.append(("train", "a"), np.arange(60), True, None)
+    with (tmp_path / "train" / "a" / "00000.tar").open("r+b") as file:
+        file.truncate(900)
+    with pytest.raises(UserError, match=r"00000.tar has 900 bytes where"):
+        ShardWriter(tmp_path, np.uint16, 50, 3)
+
+
 def test_a_lost_part_is_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, np.uint16, 50, 3)
     writer.append(("train", "a"), np.arange(60), True, None)
