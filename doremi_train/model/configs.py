@@ -151,15 +151,23 @@ def read(path: Path, key: str) -> dict[str, Any]:
     return read_object(file, f"{key}={path}", "give a config.json of transformers, or its folder")
 
 
-def skeleton(config: dict[str, Any]) -> Any:
-    """The transformers model with shapes alone: its parameters hold no memory."""
+def skeleton(config: dict[str, Any], vocabulary: int | None = None) -> Any:
+    """The transformers model with shapes alone: its parameters hold no memory. `vocabulary`: in
+    place of the config's."""
+    with torch.device("meta"):
+        return constructed(config, vocabulary)
+
+
+def constructed(config: dict[str, Any], vocabulary: int | None = None) -> Any:
+    """The transformers model with values, drawn from torch's generator."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(values.pop("model_type"), **values)
-        )
+    full = AutoConfig.for_model(values.pop("model_type"), **values)
+    if vocabulary is not None:
+        full.vocab_size = vocabulary
+        _drop_tokens_beyond(full, vocabulary)
+    return AutoModelForCausalLM.from_config(full)
 
 
 def parameters(config: dict[str, Any]) -> tuple[int, int]:

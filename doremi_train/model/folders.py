@@ -1,24 +1,27 @@
 """A model in a folder: built from a seed, loaded, and saved."""
 
-import contextlib
 import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from doremi_train import files
 from doremi_train.config import Refused, UserError, judged, judging
 from doremi_train.files import read_json, write_json
+from doremi_train.model import birth, weights
 from doremi_train.model.configs import skeleton
-from doremi_train.model.language_model import LanguageModel, sees_ahead, try_training
+from doremi_train.model.language_model import (
+    LanguageModel,
+    head_is_plain,
+    sees_ahead,
+    try_training,
+)
 
 REMEDY = "give a folder with a model in safetensors that this version of transformers loads"
 
@@ -30,23 +33,37 @@ def build(
     precision: str = "fp32",
     key: str = "model",
 ) -> LanguageModel:
-    """A freshly initialised model: the same parameters for the same config and seed.
+    """A freshly initialised model, whole: the same parameters for the same config and seed.
+
+    Raises UserError as `shaped` does.
+    """
+    model = shaped(config, seed, activation_checkpointing, precision, key)
+    birth.fill(model, torch.device("cpu"))
+    return model
+
+
+def shaped(
+    config: dict[str, Any],
+    seed: int,
+    activation_checkpointing: bool = False,
+    precision: str = "fp32",
+    key: str = "model",
+) -> LanguageModel:
+    """The same as shapes alone, without memory: whoever divides it fills it from its `source`.
 
     Raises UserError naming `key` where transformers refuses its config, or it sees what it is to
     predict.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = dict(config)
-    torch.manual_seed(seed)
-    given = f"{key}: its config of model_type={values['model_type']}"
+    given = f"{key}: its config of model_type={config['model_type']}"
     with judged(given, f"mend {key}.config or the folder in {key}.path"):
-        inner = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(values.pop("model_type"), **values)
-        ).float()
-        _require_causal(inner, given)
-        try_training(inner)
-        return LanguageModel(inner, activation_checkpointing, precision)
+        tried = birth.small(config, seed)
+        _require_causal(tried, given)
+        try_training(tried)
+        model = LanguageModel(
+            skeleton(config).float(), activation_checkpointing, precision, head_is_plain(tried)
+        )
+        model.source = birth.Seeded(config, seed)
+        return model
 
 
 def load(folder: Path, vocabulary: int, key: str, precision: str = "fp32") -> LanguageModel:
@@ -156,14 +173,37 @@ def save(
     """A folder that AutoModelForCausalLM and AutoTokenizer load; `end` is the id that ends a
     document, `length` the tokens that the model was trained to read, where they are known.
 
-    `tensors` are the model's, whole and by name: its own may be in parts on many processes. Raises
-    UserError where AutoTokenizer gives other ids than `tokenizer`, tried on the texts of `sample`.
+    `tensors` are the model's, whole and by name. Raises UserError as `complete` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = weights.planned(model)
+    parts = [
+        weights.write(model, {name: tensors[name] for name in names}, folder, number, len(plan))
+        for number, names in enumerate(plan, 1)
+    ]
+    complete(model, parts, folder, tokenizer, end, length, sample)
+
+
+def complete(
+    model: LanguageModel,
+    parts: Sequence[Mapping[str, Any]],
+    folder: Path,
+    tokenizer: Tokenizer,
+    end: int,
+    length: int | None = None,
+    sample: Sequence[str] = (),
+) -> None:
+    """All that `save` writes beside the weights, of which `parts` is what `weights.write` returned.
+
+    Raises UserError where AutoTokenizer gives other ids than `tokenizer`, tried on the texts of
+    `sample`.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with naming_the_disk(folder):
-        model.inner.save_pretrained(folder, state_dict=of_inner(tensors))
+    with weights.naming_the_disk(folder):
+        model.inner.save_pretrained(folder, state_dict={})  # configs alone
+    weights.write_index(folder, parts)
     if length is not None:
         _state_positions(model, folder / "config.json", length)
     _save_tokenizer(tokenizer, end, folder, length)
@@ -291,21 +331,6 @@ def _scaled(values: Any) -> bool:
         for name, value in values.items()
         if name.startswith("rope") or "attention" in name
     )
-
-
-def of_inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a LanguageModel by their names in the transformers model."""
-    return {name.removeprefix("inner."): tensor for name, tensor in tensors.items()}
-
-
-@contextlib.contextmanager
-def naming_the_disk(folder: Path) -> Iterator[None]:
-    """What safetensors says of a full disk, as the OSError that it is."""
-    try:
-        yield
-    except SafetensorError as error:
-        cause = re.search(r"os error (\d+)", str(error))
-        raise (OSError(int(cause[1]), str(error), str(folder)) if cause else error) from None
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -5,7 +5,7 @@ B sequences, T tokens, V vocabulary, d hidden size.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +23,40 @@ _LOGITS_ON_CPU, _LOGITS_ELSEWHERE = 1 << 22, 1 << 26
 NARROW_ON_CPU = 128
 
 
+INNER = "inner."  # before the names of the transformers model
+
+
+class Source(Protocol):
+    """Values of a transformers model's tensors by name, on the host."""
+
+    def __call__(self, name: str, rows: slice | None = None) -> Tensor:
+        """All of it, or these rows."""
+
+
 class LanguageModel(nn.Module):
     """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …)
     sees one call."""
 
+    source: Source | None = (
+        None  # where it is shapes alone: of the values, which an engine fills in
+    )
+
     def __init__(
-        self, inner: Any, activation_checkpointing: bool = False, precision: str = "fp32"
+        self,
+        inner: Any,
+        activation_checkpointing: bool = False,
+        precision: str = "fp32",
+        plain: bool | None = None,
     ) -> None:
+        """`plain`: as `head_is_plain`, for one that cannot be asked because it has no values."""
         super().__init__()
         self.inner = inner
         inner.config.use_cache = False
         if activation_checkpointing:
             inner.activation_checkpointing_enable({"use_reentrant": False})
         self.precision = precision  # of the forward and backward; parameters stay float32
-        self.projection = (
-            Projection(inner.get_output_embeddings()) if _head_is_plain(inner) else None
-        )
+        plain = head_is_plain(inner) if plain is None else plain
+        self.projection = Projection(inner.get_output_embeddings()) if plain else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Losses (B, T), float32 nats, of targets tokens[:, 1:] given inputs tokens[:, :-1]; tokens
@@ -97,7 +115,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return flat.float().view(targets.shape)
 
 
-def _head_is_plain(inner: Any) -> bool:
+def head_is_plain(inner: Any) -> bool:
     """Whether the logits are the output embedding of the last hidden state and nothing more (no
     cap, no scale)."""
     probe = torch.arange(4, device=inner.device).remainder(inner.config.vocab_size)[None]

@@ -71,9 +71,11 @@ def learning_rate(step: int, steps: int, options: OptimizerOptions) -> float:
 def build(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimiser over `model`'s parameters; decay on matrices alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # What ZeRO 3 has divided says elsewhere what it is whole.
+    matrix = {p: len(getattr(p, "ds_shape", p.shape)) >= 2 for p in parameters}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if matrix[p]], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if not matrix[p]], "weight_decay": 0.0},
     ]
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=options.learning_rate)

@@ -327,6 +327,22 @@ def share(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
+def rows(tensor: Tensor) -> slice:
+    """The rows of the whole that this process holds of a tensor in parts."""
+    count, size = tensor.shape[0], -(-tensor.shape[0] // dist.get_world_size())
+    first = min(dist.get_rank() * size, count)
+    return slice(first, min(first + size, count))
+
+
+def placed(own: Tensor, like: Tensor) -> Tensor:
+    """The tensor in parts, cut as `like`, of which this process holds `own`."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def _in_parts(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 

@@ -9,14 +9,14 @@ with another engine.
 """
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from doremi_train.config import UserError
 from doremi_train.model import language_model
-from doremi_train.model.language_model import LanguageModel
+from doremi_train.model.language_model import INNER, LanguageModel, Source
 from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel.native import Native
 from doremi_train.parallel.place import Place
@@ -50,6 +50,10 @@ class Engine(Protocol):
     def parts(self) -> list[Tensor]:
         """What this process has of every parameter: all of it, unless parameters are divided."""
 
+    def whole(self, names: Collection[str]) -> dict[str, Tensor]:
+        """These tensors of the model, whole, on the first process's host memory; none on the
+        others. A collective."""
+
     def state(self) -> dict[str, Any]:
         """{"model": {name: tensor}, "optimizer": {name: {key: tensor}}}, whole, on the first
         process's host memory; empty dicts on the others. A collective."""
@@ -64,9 +68,9 @@ def build(
     training: OptimizerOptions,
     state: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Spread a model that is complete on every process, after taking over what `state` of any
-    engine on any number of processes gave. Raises UserError for what the strategy cannot do
-    exactly."""
+    """Spread a model, be it shapes alone or complete on every process, after taking over what
+    `state` of any engine on any number of processes gave. Raises UserError for what the strategy
+    cannot do exactly."""
     if training.optimizer == "adafactor" and place.strategy not in ("single", "ddp"):
         raise UserError(
             f"training.optimizer=adafactor: factors whole matrices, which {place.strategy} cuts; "
@@ -77,7 +81,9 @@ def build(
             f"engine={place.strategy}: divides what is trained, and here most of the model is "
             "frozen (LoRA); use engine=ddp or fsdp2"
         )
-    if state is not None:  # before the model is in parts
+    if state is not None and model.source is not None:
+        model.source = _Resumed(state["model"], model.source)
+    elif state is not None:  # before the model is in parts
         for name, tensor in language_model.tensors_of(model):
             if name in state["model"]:  # frozen parameters are as they were
                 tensor.data.copy_(state["model"][name])
@@ -85,3 +91,14 @@ def build(
     if place.strategy.startswith("zero"):
         return Zero(place, model, training, moments)
     return Native(place, model, training, moments)
+
+
+class _Resumed(NamedTuple):
+    """Values of a model that goes on."""
+
+    saved: Mapping[str, Tensor]
+    others: Source
+
+    def __call__(self, name: str, rows: slice | None = None) -> Tensor:
+        value = self.saved.get(INNER + name)
+        return self.others(name, rows) if value is None else value[rows or slice(None)].clone()

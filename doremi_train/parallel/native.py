@@ -1,14 +1,14 @@
 """torch's own engines: one process, DDP and FSDP2."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from doremi_train.model import language_model, optim
-from doremi_train.model.language_model import LanguageModel
+from doremi_train.model import birth, language_model, optim
+from doremi_train.model.language_model import INNER, LanguageModel
 from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
@@ -31,7 +31,9 @@ class Native:
                 for block in model.blocks():
                     block.compile()
             comm.shard(model, model.blocks(), place.device)  # which brings them there one by one
+            _fill(model, place.device)
         else:
+            birth.fill(model, place.device)
             model.to(place.device)
             if place.compile:
                 model.compile()
@@ -84,6 +86,14 @@ class Native:
     def parts(self) -> list[Tensor]:
         return [comm.part(parameter) for parameter in self._parameters]
 
+    def whole(self, names: Collection[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, tensor in language_model.tensors_of(self._bare):
+            if name in names:
+                whole = comm.whole(tensor)
+                found |= {name: whole.cpu()} if comm.world().first else {}
+        return found
+
     def state(self) -> dict[str, Any]:
         keep = comm.world().first
         model, optimizer = {}, {}
@@ -103,3 +113,19 @@ class Native:
 
     def close(self) -> None:
         self.discard()
+
+
+def _fill(model: LanguageModel, device: torch.device) -> None:
+    """Give a divided model of shapes alone this process's part of its values, tensor by tensor."""
+    source, model.source = model.source, None
+    if source is None:
+        return
+
+    def make(name: str, shape: Tensor) -> Tensor:
+        name = name.removeprefix(INNER)
+        if not isinstance(shape, nn.Parameter):  # buffers are whole everywhere
+            return source(name).to(device)
+        own = source(name, comm.rows(shape)).to(device)
+        return birth.like(shape, comm.placed(own, shape))
+
+    birth.materialise(model, make)

@@ -3,15 +3,15 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from doremi_train.config import UserError, judged
-from doremi_train.model import language_model, optim
-from doremi_train.model.language_model import LanguageModel
+from doremi_train.model import birth, language_model, optim
+from doremi_train.model.language_model import INNER, LanguageModel
 from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
@@ -62,6 +62,10 @@ class Zero:
         size = sum(parameter.numel() for parameter in model.parameters())
         zero = {"reduce_bucket_size": min(size, _BUCKET)} | zero
         settings |= {"zero_optimization": zero}
+        if self._stage < 3:
+            birth.fill(model, place.device)
+        else:
+            _fill(model, place.device, settings)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.build(model, training),
@@ -95,6 +99,17 @@ class Zero:
         if self._stage < 3:
             return [parameter.detach() for parameter in self._bare.parameters()]
         return [_own(parameter) for parameter in self._bare.parameters()]
+
+    def whole(self, names: Collection[str]) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: dict[str, Tensor] = {}
+        for name, tensor in language_model.tensors_of(self._bare):
+            if name in names:
+                parameter = isinstance(tensor, nn.Parameter)
+                whole = safe_get_full_fp32_param(tensor) if parameter else tensor
+                found |= {name: whole.cpu().clone()} if comm.world().first else {}
+        return found
 
     def state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -165,6 +180,29 @@ class Zero:
                 self.optimizer._lazy_init_hp_params_optimizer_state()
         states = [self.optimizer.optimizer.state.get(flat) for flat in self._flat()]
         return int(states[0]["step"]) if states and states[0] else 0
+
+
+def _fill(model: LanguageModel, device: torch.device, settings: dict[str, Any]) -> None:
+    """Give a model of shapes alone its values, one tensor after another, each of which DeepSpeed
+    divides before the next is made."""
+    import deepspeed
+
+    source, model.source = model.source, None
+    if source is None:
+        return
+    divide: Any = None
+
+    def make(name: str, shape: Tensor) -> Tensor:
+        nonlocal divide
+        made: Any = birth.like(shape, source(name.removeprefix(INNER)).to(device))
+        if divide is not None and isinstance(shape, nn.Parameter):
+            divide([made])
+        elif isinstance(shape, nn.Parameter):
+            deepspeed.zero.Init(nn.ParameterList([made]), config_dict_or_path=settings)
+            divide = made.convert_to_zero_parameters  # as the first was, the others are
+        return made
+
+    birth.materialise(model, make)
 
 
 def _own(parameter: Any) -> Tensor:

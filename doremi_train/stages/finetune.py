@@ -31,7 +31,7 @@ from doremi_train.data.instructions import Instructions
 from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
-from doremi_train.model import folders
+from doremi_train.model import folders, weights
 from doremi_train.model.language_model import CompletionModel
 from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen, tuning
@@ -134,15 +134,15 @@ def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Ten
     in parts on many processes."""
     inner, adapters = tuning.build(session)
     # Tied tensors come under one of their names.
-    inner.load_state_dict(folders.of_inner(tensors), strict=False)
+    inner.load_state_dict(weights.of_inner(tensors), strict=False)
     if adapters is not None:
         with files.replacing_folder(tuned.folder / "adapter") as folder:
-            with folders.naming_the_disk(folder):
+            with weights.naming_the_disk(folder):
                 adapters.save_pretrained(folder)
             files.follow_umask(folder)
         inner = adapters.merge_and_unload()
     with files.replacing_folder(tuned.folder / "model") as folder:
-        with folders.naming_the_disk(folder):
+        with weights.naming_the_disk(folder):
             inner.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         files.follow_umask(folder)

@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from doremi_train import files
 from doremi_train.console import Bar, say
 from doremi_train.data.batches import Batches
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.model import optim
-from doremi_train.model.folders import save
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm, engine, place
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Preempted, set_status
-from doremi_train.training import batch_selection, domain_gradients, selector
+from doremi_train.training import batch_selection, domain_gradients, saving, selector
 from doremi_train.training.logs import Logs
 from doremi_train.training.step import Step, Taken
 from doremi_train.training.task import Position, Task, TrainingFailed, Watch, refuse_accumulation
@@ -191,16 +189,10 @@ class Trainer:
         return {self.task.training.steps * part // parts for part in range(1, parts)}
 
     def _keep(self, step: int) -> None:
-        tensors, store = self.engine.state()["model"], self.task.store
+        store = self.task.store
         assert isinstance(store, TokenStore)
         folder = self.task.run.folder / "snapshots" / f"step-{step:09d}"
-        length = self.task.training.sequence_length
-
-        def keep() -> None:
-            with files.replacing_folder(folder) as aside:
-                save(self.bare, tensors, aside, store.tokenizer(), store.end_of_document, length)
-
-        comm.on_first(keep)
+        saving.save(self.engine, self.bare, folder, store, self.task.training.sequence_length)
 
     def _bar(self, step: int, tokens: int) -> Bar:
         whole = self.task.training.steps * tokens

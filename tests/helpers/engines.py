@@ -5,10 +5,11 @@
 writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`.
 """
 
+import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +21,21 @@ from torch import Tensor
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import doremi
-from doremi_train.model import configs, folders, language_model
+from doremi_train.model import configs, folders, language_model, weights
 from doremi_train.model.configs import ModelOptions
 from doremi_train.parallel import comm, place
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Preempted, Run, stop
+from doremi_train.training import saving
 from doremi_train.training.frozen import Live
 from doremi_train.training.task import Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
 STEPS = 12
 LENGTH = 32
+SEED = 1
+FILE = 20_000  # bytes of weights
 CONFIG = {
     "model_type": "gpt_neox",
     "hidden_size": 32,
@@ -114,7 +118,7 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
             place.device,
         ),
     )
-    built = folders.build(shape(store), 1, precision=case.precision)
+    built = folders.shaped(shape(store), SEED, precision=case.precision)
     if case.broken_step is not None:
         break_one(built, store, case)
     if case.stopped is not None:
@@ -122,7 +126,7 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
             fit(task, built, place, case.stopped)
         stop.requested = False
         # Another one: what counts is in the checkpoint.
-        built = folders.build(shape(store), 2, precision=case.precision)
+        built = folders.shaped(shape(store), SEED + 1, precision=case.precision)
     fit(task, built, place)
 
 
@@ -131,14 +135,42 @@ def fit(
 ) -> None:
     size = sum(parameter.numel() for parameter in built.parameters())
     trainer = Trainer(task, built, place)
+    if trainer.begins_at == 0:
+        record(trainer, task.run.folder.parent.parent / "birth.json")
     if place.strategy.startswith("zero"):  # no room for more than there is to sum
         assert trainer.engine.optimizer.reduce_bucket_size <= size
     if stopped is not None:
         stop_in(built, stopped)
     try:
         trainer.fit()
+        save(trainer, task.run.folder.parent.parent)
     finally:
         trainer.engine.close()
+
+
+def save(trainer: Trainer, out: Path) -> None:
+    """The trained model as a folder of many files, and the bits of its tensors."""
+    store = trainer.task.store
+    assert isinstance(store, TokenStore)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "FILE", FILE)
+        saving.save(trainer.engine, trainer.bare, out / "model", store, LENGTH)
+    record(trainer, out / "trained.json")
+
+
+def record(trainer: Trainer, file: Path) -> None:
+    """Bits of every tensor now."""
+    digests = digests_of(trainer.engine.state()["model"])
+    if comm.world().first:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(digests))
+
+
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
 
 
 def stop_in(built: language_model.LanguageModel, step: int) -> None:

@@ -13,7 +13,7 @@ from helpers import engines
 from helpers.command import environment, run_here
 
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.model import folders
+from doremi_train.model import folders, language_model, weights
 
 pytestmark = pytest.mark.acceptance
 
@@ -21,18 +21,24 @@ ENGINES = [
     (1, "auto"),
     *((world, name) for world in (2, 4) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
 ]
-Trajectory = dict[str, list[Any]]
+Trajectory = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def data(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store."""
+    folder = tmp_path_factory.mktemp("data")
+    assert run_here(*tiny, f"run_dir={folder / 'prepare'}", "stage=prepare").code == 0
+    return (folder / "prepare" / "prepare").resolve()
 
 
 @pytest.fixture(scope="module")
 def launch(
-    tiny: list[str], tmp_path_factory: pytest.TempPathFactory
+    data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, str], dict[str, Trajectory]]:
     """`launch(world, engine)` trains every case in one start of the processes; gives trace and
     metrics by case."""
     folder = tmp_path_factory.mktemp("engines")
-    assert run_here(*tiny, f"run_dir={folder / 'prepare'}", "stage=prepare").code == 0
-    data = (folder / "prepare" / "prepare").resolve()
     store = TokenStore.open(data)
     reference = folders.build(engines.shape(store), 0)
     tensors = dict(reference.named_parameters())
@@ -77,10 +83,17 @@ def launch(
 
 def read(case: Path) -> Trajectory:
     (folder,) = case.glob("runs/proxy-*")
-    return {
-        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("domain_weights", "metrics", "evaluations")
-    } | {"exchanges": json.loads((case / "exchanges.json").read_text())}
+    return (
+        {
+            name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("domain_weights", "metrics", "evaluations")
+        }
+        | {
+            name: json.loads((case / f"{name}.json").read_text())
+            for name in ("exchanges", "birth", "trained")
+        }
+        | {"model": case / "model"}
+    )
 
 
 def largest(a: list[Any], b: list[Any], column: str) -> float:
@@ -121,6 +134,30 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(
         compare(alone[of], these[case], *((5e-3, 5e-3) if case == "bf16" else ()))
     assert these["resumed"]["domain_weights"] == these["exact-1"]["domain_weights"]  # bit for bit
     assert these["resumed"]["evaluations"] == these["exact-1"]["evaluations"]
+
+
+@pytest.mark.parametrize(("world", "name"), ENGINES)
+def test_a_model_is_born_with_the_same_bits_everywhere(
+    world: int, name: str, launch: Any, data: Path
+) -> None:
+    shape = engines.shape(TokenStore.open(data))
+    whole = language_model.tensors_of(folders.build(shape, engines.SEED))
+    assert launch(world, name)["exact-1"]["birth"] == engines.digests_of(dict(whole))
+
+
+@pytest.mark.parametrize(("world", "name"), ENGINES)
+def test_a_model_saved_in_parts_is_the_trained_one(world: int, name: str, launch: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    these = launch(world, name)["exact-1"]
+    folder = these["model"]
+    files = [path.stat().st_size for path in folder.glob("model-*.safetensors")]
+    assert len(files) > 3 and (folder / weights.INDEX).exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    found = {f"inner.{name}": tensor for name, tensor in loaded.named_parameters()}
+    assert engines.digests_of(found) == these["trained"]
+    of_one = launch(1, "auto")["exact-1"]["model"] / "config.json"
+    assert (folder / "config.json").read_text() == of_one.read_text()
 
 
 def test_a_step_exchanges_one_sum_of_two_floats_a_domain_and_one(launch: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from doremi_train import files
 from doremi_train.config import in_keys
 from doremi_train.console import Bar
 from doremi_train.data.batches import Store
@@ -25,7 +24,7 @@ from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run, set_status
-from doremi_train.training import batch_selection, frozen
+from doremi_train.training import batch_selection, frozen, saving
 from doremi_train.training.task import Position, Task, TrainingFailed, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
@@ -152,8 +151,8 @@ def task_of(session: Session, run: Run, name: str, store: Store, **of: Any) -> T
 
 
 def built(config: dict[str, Any], training: TrainingOptions, seed: int) -> LanguageModel:
-    """A freshly initialised model of this shape, as these options train it."""
-    return folders.build(config, seed, training.activation_checkpointing, training.precision)
+    """A freshly initialised model of this shape, as these options train it; the engine fills it."""
+    return folders.shaped(config, seed, training.activation_checkpointing, training.precision)
 
 
 def _finish(session: Session, begun: Begun, trainer: Trainer) -> None:
@@ -162,34 +161,26 @@ def _finish(session: Session, begun: Begun, trainer: Trainer) -> None:
     with session.tracking.run(task.label, task.run.folder.name, trainer.begins_at) as tracked:
         position = trainer.fit(tracked.line)
         measured = trainer.evaluate()
-        tensors = trainer.engine.state()["model"]
+        if begun.save is not None:
+            save, tensors = begun.save, trainer.engine.state()["model"]
+            comm.on_first(lambda: save(tensors))
+        else:
+            _save(task, trainer)
         more = {"evaluation": measured, **(begun.said or {})}
-        save = begun.save or (lambda tensors: _save(task, trainer, tensors))
-        comm.on_first(
-            lambda: tracked.summary(_write(task, trainer, position, more, lambda: save(tensors)))
-        )
+        comm.on_first(lambda: tracked.summary(_write(task, trainer, position, more)))
     trainer.engine.close()
 
 
-def _save(task: Task, trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+def _save(task: Task, trainer: Trainer) -> None:
     assert isinstance(task.store, TokenStore)
-    with files.replacing_folder(task.run.folder / "model") as folder:
-        folders.save(
-            trainer.bare,
-            tensors,
-            folder,
-            task.store.tokenizer(),
-            task.store.end_of_document,
-            task.training.sequence_length,
-            task.store.sample("validation"),
-        )
+    folder, length = task.run.folder / "model", task.training.sequence_length
+    saving.save(trainer.engine, trainer.bare, folder, task.store, length, tried=True)
 
 
 def _write(
-    task: Task, trainer: Trainer, position: Position, more: dict[str, Any], save: Callable[[], None]
+    task: Task, trainer: Trainer, position: Position, more: dict[str, Any]
 ) -> dict[str, float]:
     """Returns the headline."""
-    save()
     epochs = task.store.named(position.counts / trainer.batches.sizes)
     result: dict[str, Any] = {"steps": position.step, "skipped": position.skipped, "epochs": epochs}
     result |= {"engine": trainer.engine_used, **more}
