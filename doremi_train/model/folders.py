@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -18,6 +18,7 @@ from doremi_train.model import birth, weights
 from doremi_train.model.configs import skeleton
 from doremi_train.model.language_model import (
     LanguageModel,
+    Source,
     head_is_plain,
     sees_ahead,
     try_training,
@@ -84,12 +85,84 @@ def load(folder: Path, vocabulary: int, key: str, precision: str = "fp32") -> La
 
 
 def read(folder: Path, key: str) -> Any:
-    """The transformers model of a local folder, from safetensors only, in float32; of a multimodal
-    one, its text model. No code in it is run.
+    """The transformers model of a local folder, whole, from safetensors only, in float32; of a
+    multimodal one, its text model. No code in it is run.
 
     Raises UserError where it is missing or broken, quantised, or sees what it is to predict.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    config, given = _config(folder, key), f"{key}={folder}"
+    where = weights.located(folder, given)
+    with judged(given, REMEDY):
+        text = config.get_text_config()
+        one_of = type(config) in AutoModelForCausalLM._model_mapping
+        returned: Any = (
+            AutoModelForCausalLM if one_of or text is config else AutoModelForMultimodalLM
+        ).from_pretrained(
+            folder,
+            **_HOW,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it says so without names, and we with them
+        )
+        inner, loaded = returned
+    for name, there, wanted in sorted(loaded["mismatched_keys"], key=str):
+        file = where[name].name if name in where else "a file"
+        raise UserError(
+            f"{given}: {file} has {name} of another shape, {[*there]}, than the model's config "
+            f"says, {[*wanted]}; {REMEDY}"
+        )
+    absent = sorted(loaded["missing_keys"])
+    if absent:  # transformers would fill them with random numbers
+        raise UserError(
+            f"{key}={folder}: its files lack {', '.join(absent[:5])}; give a complete model folder"
+        )
+    with judged(given, REMEDY):
+        inner = inner if text is config else _text_model(inner)
+        _require_causal(inner, given)
+    return inner
+
+
+class Opened(NamedTuple):
+    """A model in a folder, of which nothing is read yet."""
+
+    inner: Any  # of shapes alone
+    source: Source
+    plain: bool  # see `language_model.head_is_plain`
+
+
+def opened(folder: Path, key: str) -> Opened | None:
+    """The same as shapes alone, of which whoever divides it reads its own part; None where the
+    files have other tensors than the model in memory (experts, a multimodal one): those are read
+    whole.
+
+    Raises UserError as `read` does.
+    """
+    config, given = _config(folder, key), f"{key}={folder}"
+    where = weights.located(folder, given)
+    if config.get_text_config() is not config:
+        return None
+    with judged(given, REMEDY):
+        values = json.loads(config.to_json_string(use_diff=True))
+        values |= {"model_type": config.model_type, "vocab_size": config.vocab_size}
+        inner = skeleton(values).float().eval()  # as transformers loads one
+        source = weights.stored(inner, where, birth.Seeded(values, 0))
+        if source is None:
+            return None
+        tried = birth.small(values, 0)
+        _require_causal(tried, given)
+        return Opened(inner, source, head_is_plain(tried))
+
+
+_HOW = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _config(folder: Path, key: str) -> Any:
+    """The transformers config of a local folder. Raises UserError where it has none, or weights
+    that are not read."""
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # progress is the stages' own
@@ -101,11 +174,11 @@ def read(folder: Path, key: str) -> Any:
             "only safetensors are read; load it with transformers where you trust it, and save it "
             "with save_pretrained()"
         )
-    given, how = f"{key}={folder}", {"local_files_only": True, "trust_remote_code": False}
+    given = f"{key}={folder}"
     if not there:
         raise UserError(f"{given}: not a model folder, it has no config.json; {REMEDY}")
     with judged(given, REMEDY):
-        config = AutoConfig.from_pretrained(folder, **how)
+        config = AutoConfig.from_pretrained(folder, **_HOW)
         quantised = getattr(config, "quantization_config", None)
         if quantised:
             raise UserError(
@@ -113,23 +186,7 @@ def read(folder: Path, key: str) -> Any:
                 "are trained and compared; dequantise it with transformers, and save it with "
                 "save_pretrained()"
             )
-        text = config.get_text_config()
-        one_of = type(config) in AutoModelForCausalLM._model_mapping
-        returned: Any = (
-            AutoModelForCausalLM if one_of or text is config else AutoModelForMultimodalLM
-        ).from_pretrained(
-            folder, **how, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        inner, loaded = returned
-    absent = sorted(loaded["missing_keys"])
-    if absent:  # transformers would fill them with random numbers
-        raise UserError(
-            f"{key}={folder}: its files lack {', '.join(absent[:5])}; give a complete model folder"
-        )
-    with judged(given, REMEDY):
-        inner = inner if text is config else _text_model(inner)
-        _require_causal(inner, given)
-    return inner
+    return config
 
 
 def _text_model(whole: Any) -> Any:
@@ -198,12 +255,13 @@ def complete(
     Raises UserError where AutoTokenizer gives other ids than `tokenizer`, tried on the texts of
     `sample`.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with weights.naming_the_disk(folder):
-        model.inner.save_pretrained(folder, state_dict={})  # configs alone
     weights.write_index(folder, parts)
+    inner, config = model.inner, model.inner.config
+    config.dtype = "float32"
+    config.architectures = [type(inner).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if inner.can_generate():
+        inner.generation_config.save_pretrained(folder)
     if length is not None:
         _state_positions(model, folder / "config.json", length)
     _save_tokenizer(tokenizer, end, folder, length)

@@ -1,19 +1,21 @@
 """Weights of a model folder: safetensors in files of bounded size with an index, as transformers
-writes and reads them. No more than a file of them is held at a time."""
+writes and reads them. No more than a file is held of what is written, and nothing is read but what
+is asked for."""
 
 import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from doremi_train.config import UserError, judged, read_object
 from doremi_train.files import write_json
-from doremi_train.model.language_model import INNER, LanguageModel, tensors_of
+from doremi_train.model.language_model import INNER, LanguageModel, Source, tensors_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILE = 1 << 30  # bytes of a file, but for a tensor that has more
@@ -62,6 +64,83 @@ def write_index(folder: Path, parts: Sequence[Mapping[str, Any]]) -> None:
     totals = {key: sum(part[key] for part in parts) for key in ("total_parameters", "total_size")}
     where = {key: name for part in parts for key, name in part["weight_map"].items()}
     write_json(folder / INDEX, {"metadata": totals, "weight_map": dict(sorted(where.items()))})
+
+
+# ── Reading ─────────────────────────────────────────────────────────────────────────
+
+
+class Stored(NamedTuple):
+    """Tensors in files, of which only what is asked for is read."""
+
+    where: Mapping[str, Path]
+    others: Source  # of what no file has
+
+    def __call__(self, name: str, rows: slice | None = None) -> Tensor:
+        if name not in self.where:
+            return self.others(name, rows)
+        with safe_open(self.where[name], "pt") as file:
+            value = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            return value.to(torch.float32, copy=True)  # what is read is the file, mapped
+
+
+def stored(inner: Any, where: Mapping[str, Path], others: Source) -> Stored | None:
+    """The source of a model's tensors, where files have each parameter by its name and shape; what
+    else it has, such as rotary frequencies, comes from `others`."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in inner.named_parameters()}
+    by_file: dict[Path, list[str]] = {}
+    for name, path in where.items():
+        by_file.setdefault(path, []).append(name)
+    found: dict[str, tuple[int, ...]] = {}
+    for path, names in by_file.items():
+        with safe_open(path, "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    same = all(found.get(name) == shape for name, shape in shapes.items())
+    known = shapes.keys() | dict(inner.named_buffers()).keys()
+    return Stored({k: path for k, path in where.items() if k in known}, others) if same else None
+
+
+_PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def located(folder: Path, given: str) -> dict[str, Path]:
+    """The file of every tensor in a model folder. Raises UserError that names a file of its index
+    that is missing, torn or of another model."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return dict.fromkeys(_names(folder / SINGLE, given), folder / SINGLE)
+    remedy = "copy the folder again, or save the model again"
+    index = read_object(folder / INDEX, f"{given}: {INDEX}", remedy).get("weight_map")
+    if not isinstance(index, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in index.values()
+    ):
+        raise UserError(f"{given}: {INDEX} has no weight_map of files in the folder; {remedy}")
+    expected: dict[str, set[str]] = {}
+    for tensor, name in index.items():
+        expected.setdefault(name, set()).add(tensor)
+    strange = [path.name for path in folder.iterdir() if _PART.fullmatch(path.name)]
+    for name in sorted({*expected, *strange}):
+        if name not in expected:
+            raise UserError(f"{given}: {name} is not in its index; take it out, or {remedy}")
+        if not (folder / name).is_file():
+            raise UserError(f"{given}: {name} is missing, which its index names; {remedy}")
+        there = _names(folder / name, given)
+        if other := sorted(expected[name] ^ there):
+            what = "lacks" if other[0] in expected[name] else "has"
+            raise UserError(
+                f"{given}: {name} is not the file of its index: it {what} {other[0]}; {remedy}"
+            )
+    return {tensor: folder / name for tensor, name in index.items()}
+
+
+def _names(path: Path, given: str) -> set[str]:
+    """Tensors of a file."""
+    if not path.is_file():
+        return set()  # transformers says which ones it looks for
+    remedy = "copy the folder again, or save the model again"
+    with judged(f"{given}: {path.name}", remedy, "safetensors"), safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+# ── Names ───────────────────────────────────────────────────────────────────────────
 
 
 def of_inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from doremi_train.stages.runs.language_model import Begun, task_of, train_once
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection
+from doremi_train.training.trainer import Trainer
 
 
 @once
@@ -65,15 +66,15 @@ def run(session: Session) -> Run:
             objective_options=cross_entropy.Options(weights=tuple((sizes / sizes.sum()).tolist())),
             selection=selection,
         )
-        inner = build(session).inner
-        _require_room(inner, encoder, training.sequence_length)
-        model = CompletionModel(inner, training.activation_checkpointing, training.precision)
-        before.update(_measured(session, model, data))
+        model = _model(session)
+        _require_room(model.inner, encoder, training.sequence_length)
         said = {
             "before": before,
             "data": {key: data.manifest[key] for key in _REPORTED if key in data.manifest},
         }
-        return Begun(task, model, partial(_save, session, tuned, encoder), said)
+        save = partial(_save, session, tuned, encoder)
+        first = lambda trainer: before.update(_before(session, trainer, data))  # noqa: E731
+        return Begun(task, model, save, said, first)
 
     if train_once(session, tuned, "finetune", begin):
         after = tuned.result()["evaluation"]["mean_loss"]
@@ -120,13 +121,39 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
         )
 
 
-def _measured(session: Session, tuning: CompletionModel, data: Instructions) -> dict[str, Any]:
-    """The held-out loss of the model before it is trained."""
-    training, device = session.config.training, session.place.device
-    batch = comm.world().largest(training.batch_size, training.micro_batch_size)
-    return losses.measure(
-        tuning.to(device), data, training.sequence_length, batch, session.config.evaluation, device
+def _model(session: Session) -> CompletionModel:
+    """The model before its first step: of shapes alone, where all of it is trained, for the engine
+    to read what each process keeps."""
+    training, opened = session.config.training, None
+    if session.config.finetune.lora.rank is None:
+        opened = folders.opened(Path(tuning.model_folder(session)), "finetune.model")
+    inner, plain = (opened.inner, opened.plain) if opened else (build(session).inner, None)
+    model = CompletionModel(
+        inner, training.activation_checkpointing, training.precision, plain=plain
     )
+    model.source = opened.source if opened else None
+    return model
+
+
+def _before(session: Session, trainer: Trainer, data: Instructions) -> dict[str, Any]:
+    """The held-out loss of the model before it is trained; of a run that goes on it is known. A
+    collective."""
+    file = trainer.task.run.folder / "before.json"
+    known: dict[str, Any] | None = comm.on_first(
+        lambda: files.read_json(file) if file.exists() else None
+    )
+    if known is not None:
+        return known
+    training, device = session.config.training, session.place.device
+    model: Any = trainer.engine.model
+    if trainer.begins_at:  # by a version that did not keep it
+        model = CompletionModel(build(session).inner, precision=training.precision).to(device)
+    batch = comm.world().largest(training.batch_size, training.micro_batch_size)
+    measured = losses.measure(
+        model, data, training.sequence_length, batch, session.config.evaluation, device
+    )
+    comm.on_first(lambda: files.write_json(file, measured))
+    return measured
 
 
 def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:

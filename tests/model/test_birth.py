@@ -3,19 +3,17 @@ memory that they take on the way."""
 
 import hashlib
 import math
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from helpers.memory import Allocated, one_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from doremi_train.model import birth, configs, folders
 from doremi_train.model.configs import ModelOptions
-from doremi_train.parallel import comm, engine
+from doremi_train.model.optim import OptimizerOptions
+from doremi_train.parallel import engine
 from doremi_train.parallel.place import Place
 
 VOCABULARY = 300
@@ -111,46 +109,8 @@ def tensors(inner: Any) -> dict[str, Tensor]:
 # ── Memory ──────────────────────────────────────────────────────────────────────────
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of all tensors on the host, alive now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):  # the storage of a divided one is no memory
-            if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return out
-
-    def _freed(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self.now -= size
-
-
-@pytest.fixture(params=[0, 3])
-def one_of_four(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A process group of which this process is one, without the others."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=request.param, world_size=4
-    )
-    yield
-    comm.leave()
-
-
-def test_a_process_holds_its_own_part_and_one_tensor_more(one_of_four: None) -> None:
-    from doremi_train.model.optim import OptimizerOptions
-
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_process_holds_its_own_part_and_one_tensor_more(rank: int) -> None:
     config = resolved({**LLAMA, "num_hidden_layers": 6}, vocabulary=2000)
     shapes = [p.numel() for p in folders.shaped(config, SEED).parameters()]
     whole, largest = 4 * sum(shapes), 4 * max(shapes)
@@ -159,9 +119,9 @@ def test_a_process_holds_its_own_part_and_one_tensor_more(one_of_four: None) -> 
         model = folders.shaped(config, SEED)
     assert allocated.most < whole / 4  # trying takes a layer and few tokens
     assert allocated.now < 4096  # rotary frequencies and the like
-    with Allocated() as allocated:
-        built = engine.build(place, model, OptimizerOptions())
-    own = 4 * sum(part.numel() for part in built.parts())
+    with Allocated() as allocated, one_of(4, rank):
+        parts = engine.build(place, model, OptimizerOptions()).parts()
+    own = 4 * sum(part.numel() for part in parts)
     assert abs(own / (whole / 4) - 1) < 0.02
     assert own <= allocated.now < own + 4096
     assert allocated.most < own + largest + 4096

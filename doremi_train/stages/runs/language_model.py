@@ -123,6 +123,7 @@ class Begun(NamedTuple):
     model: LanguageModel  # as it is before the first step
     save: Save | None = None  # otherwise than as a model of the token store: whole tensors by name
     said: Mapping[str, Any] | None = None  # what the result says more
+    first: Callable[[Trainer], None] = lambda trainer: None  # before it goes on
 
 
 def train_once(
@@ -134,6 +135,7 @@ def train_once(
         if todo:
             begun = begin()
             trainer = Trainer(begun.task, begun.model, session.place)
+            begun.first(trainer)
             _finish(session, begun, trainer)
     return todo
 
