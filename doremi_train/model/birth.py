@@ -21,10 +21,9 @@ from doremi_train.model.language_model import INNER, LanguageModel
 
 
 class Seeded:
-    """The initial values of a model of this config."""
+    """Initial values of a model of this config, and of `vocabulary` where that is another."""
 
     def __init__(self, config: dict[str, Any], seed: int, vocabulary: int | None = None) -> None:
-        """`vocabulary`: in place of the config's."""
         self._config, self._seed, self._vocabulary = config, seed, vocabulary
         self._skeleton = configs.skeleton(config, vocabulary).float()
         self._constructed: dict[str, Tensor] = {}  # of a kind that has to be made whole
@@ -35,14 +34,16 @@ class Seeded:
             value = self._made(name, alone=True)
         except NotImplementedError:  # it is made from its neighbours, which have no memory
             value = self._made(name, alone=False)
-        if _touched(value):
-            return value if rows is None else value[rows].clone()
+        if not _touched(value):
+            value = self._by_constructor(name)
+        return value if rows is None else value[rows].clone()
+
+    def _by_constructor(self, name: str) -> Tensor:
         if not self._constructed:
             with _drawing(self._seed):
                 whole = configs.constructed(self._config, self._vocabulary).float()
             self._constructed = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-        value = self._constructed[name].detach()
-        return value if rows is None else value[rows].clone()
+        return self._constructed[name].detach().clone()
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, key = name.rpartition(".")

@@ -101,4 +101,6 @@ class _Resumed(NamedTuple):
 
     def __call__(self, name: str, rows: slice | None = None) -> Tensor:
         value = self.saved.get(INNER + name)
-        return self.others(name, rows) if value is None else value[rows or slice(None)].clone()
+        if value is None:
+            return self.others(name, rows)
+        return (value if rows is None else value[rows]).clone()

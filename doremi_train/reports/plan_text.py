@@ -160,9 +160,8 @@ def _memory(plan: Mapping[str, Any]) -> str:
     ]
     return (
         f"most memory of a process ({plan['place']}): {name}, {size(run['memory']['total'])}: "
-        f"{', '.join(parts)}; on the host each builds the whole model first, "
-        f"{size(4 * run['parameters'])}, and the first one gathers a checkpoint of "
-        f"{size(saved['bytes'])}, which takes {human(saved['seconds'])} to write at "
+        f"{', '.join(parts)}; the first one gathers a checkpoint of {size(saved['bytes'])} on its "
+        f"host, which takes {human(saved['seconds'])} to write at "
         f"{size(plan['write_speed'])}/s (engine.write_speed)"
     )
 

@@ -44,6 +44,20 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.acceptance
+def test_scale(tmp_path: Path) -> None:
+    found = run("scale", tmp_path, "--processes", "2", "--parameters", "8")
+    assert found["ratios"].keys() == {
+        "building_sum_over_today",
+        "building_sum_over_today_with_libraries",
+        "building_fullest_over_todays_fullest",
+        "building_fullest_over_emptiest",
+    }
+    # The kernel's count of pages, so a test may say it: half, and what is held on the way.
+    assert 0.4 < found["ratios"]["building_sum_over_today"] < 0.75
+    assert found["ratios"]["building_fullest_over_emptiest"] < 1.1
+
+
+@pytest.mark.acceptance
 def test_less(tmp_path: Path) -> None:
     size = ("--width", "32", "--layers", "1", "--vocabulary", "64", "--ranks", "8", "--rounds", "2")
     found = run("less", tmp_path, *size, "--device", "cpu")
