@@ -10,6 +10,7 @@ constructors (apertus, data2vec-text and openai-gpt, of transformers 5.23): thos
 
 import contextlib
 import hashlib
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,10 +31,11 @@ class Seeded:
 
     @torch.no_grad()
     def __call__(self, name: str, rows: slice | None = None) -> Tensor:
+        room = _room if rows is None else _passing_room
         try:
-            value = self._made(name, alone=True)
+            value = self._made(name, room, alone=True)
         except NotImplementedError:  # it is made from its neighbours, which have no memory
-            value = self._made(name, alone=False)
+            value = self._made(name, room, alone=False)
         if not _touched(value):
             value = self._by_constructor(name)
         return value if rows is None else value[rows].clone()
@@ -49,7 +51,7 @@ class Seeded:
         path, _, key = name.rpartition(".")
         return self._skeleton.get_submodule(path), key
 
-    def _made(self, name: str, alone: bool) -> Tensor:
+    def _made(self, name: str, room: Callable[[Tensor], Tensor], alone: bool) -> Tensor:
         """A tensor, while it, or what its module has beside it too, has memory and nothing else of
         the model."""
         from transformers import initialization
@@ -61,7 +63,7 @@ class Seeded:
             for held in places:
                 for one, shape in held.items():
                     if shape is not None and (one == key or not alone):
-                        held[one] = like(shape, _untouched(shape))
+                        held[one] = like(shape, _untouched(room(shape)))
             with _drawing(_number(self._seed, name)), initialization.guard_torch_init_functions():
                 for module, initialise in self._around(name):
                     initialise(module)
@@ -159,10 +161,21 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def _untouched(shape: Tensor) -> Tensor:
-    """Memory for a tensor in which is to be seen whether it was written to. Of booleans it is not:
+def _room(shape: Tensor) -> Tensor:
+    return torch.empty_like(shape, device="cpu")
+
+
+def _passing_room(shape: Tensor) -> Tensor:
+    """Memory of the system's own, which takes it back at once: among what is kept, malloc would
+    keep as much again in holes."""
+    if not shape.nbytes:
+        return _room(shape)
+    return torch.frombuffer(mmap.mmap(-1, shape.nbytes), dtype=shape.dtype).view(shape.shape)
+
+
+def _untouched(value: Tensor) -> Tensor:
+    """The memory of a tensor so that one sees whether it was written to. Of booleans one does not:
     they are masks, made of nothing but the config."""
-    value = torch.empty_like(shape, device="cpu")
     if value.is_floating_point():
         return value.fill_(torch.nan)
     return value.zero_() if value.dtype == torch.bool else value.fill_(torch.iinfo(value.dtype).min)
