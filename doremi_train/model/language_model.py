@@ -37,9 +37,7 @@ class LanguageModel(nn.Module):
     """A transformers causal model whose forward gives per-token losses, so that a wrapper (DDP, …)
     sees one call."""
 
-    source: Source | None = (
-        None  # where it is shapes alone: of the values, which an engine fills in
-    )
+    source: Source | None = None  # of the values that an engine fills in, of shapes alone
 
     def __init__(
         self,

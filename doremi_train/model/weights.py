@@ -24,9 +24,7 @@ FILE = 1 << 30  # bytes of a file, but for a tensor that has more
 def planned(model: LanguageModel) -> list[list[str]]:
     """Names of the tensors that each file is made from, in order; of the LanguageModel."""
     shapes = {
-        name.removeprefix(INNER): torch.empty(
-            getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta"
-        )  # which is what ZeRO 3 calls it
+        name.removeprefix(INNER): torch.empty(_shape(tensor), dtype=tensor.dtype, device="meta")
         for name, tensor in tensors_of(model)
     }
     planned: list[list[str]] = []
@@ -39,6 +37,11 @@ def planned(model: LanguageModel) -> list[list[str]]:
         planned[-1] += [INNER + name for name in group]
         room -= size
     return planned
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    """Of the whole, which a parameter that ZeRO 3 has divided keeps beside it."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def write(
@@ -80,7 +83,8 @@ class Stored(NamedTuple):
             return self.others(name, rows)
         with safe_open(self.where[name], "pt") as file:
             value = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-            return value.to(torch.float32, copy=True)  # what is read is the file, mapped
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            return value.to(dtype, copy=True)  # what is read is the file, mapped
 
 
 def stored(inner: Any, where: Mapping[str, Path], others: Source) -> Stored | None:
