@@ -139,14 +139,12 @@ def _before(session: Session, trainer: Trainer, data: Instructions) -> dict[str,
     """The held-out loss of the model before it is trained; of a run that goes on it is known. A
     collective."""
     file = trainer.task.run.folder / "before.json"
-    known: dict[str, Any] | None = comm.on_first(
-        lambda: files.read_json(file) if file.exists() else None
-    )
-    if known is not None:
-        return known
     training, device = session.config.training, session.place.device
     model: Any = trainer.engine.model
-    if trainer.begins_at:  # by a version that did not keep it
+    if trainer.begins_at:
+        if comm.on_first(file.exists):
+            return dict(comm.on_first(lambda: files.read_json(file)))
+        # Begun by an older version, or on another machine.
         model = CompletionModel(build(session).inner, precision=training.precision).to(device)
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     measured = losses.measure(
