@@ -40,7 +40,7 @@ def planned(model: LanguageModel) -> list[list[str]]:
 
 
 def _shape(tensor: Tensor) -> torch.Size:
-    """Of the whole, which a parameter that ZeRO 3 has divided keeps beside it."""
+    """Shape of the whole, which a parameter that ZeRO 3 has divided keeps beside it."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 

@@ -76,6 +76,7 @@ def launch(
             wanted = "single, 1 process " if world == 1 else f"{name}, {world} processes "
             assert wanted in done.stdout, done.stdout
             known[world, name] = {case: read(out / case) for case in engines.cases(world)}
+            known[world, name][engines.SAVED] |= of_the_model(out / engines.SAVED)
         return known[world, name]
 
     return train
@@ -83,17 +84,16 @@ def launch(
 
 def read(case: Path) -> Trajectory:
     (folder,) = case.glob("runs/proxy-*")
-    return (
-        {
-            name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-            for name in ("domain_weights", "metrics", "evaluations")
-        }
-        | {
-            name: json.loads((case / f"{name}.json").read_text())
-            for name in ("exchanges", "birth", "trained")
-        }
-        | {"model": case / "model"}
-    )
+    return {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("domain_weights", "metrics", "evaluations")
+    } | {"exchanges": json.loads((case / "exchanges.json").read_text())}
+
+
+def of_the_model(case: Path) -> Trajectory:
+    """The folder that was saved, and the bits of its tensors at birth and at the end."""
+    bits = {name: json.loads((case / f"{name}.json").read_text()) for name in ("birth", "trained")}
+    return {"model": case / "model", **bits}
 
 
 def largest(a: list[Any], b: list[Any], column: str) -> float:
@@ -142,21 +142,21 @@ def test_a_model_is_born_with_the_same_bits_everywhere(
 ) -> None:
     shape = engines.shape(TokenStore.open(data))
     whole = language_model.tensors_of(folders.build(shape, engines.SEED))
-    assert launch(world, name)["exact-1"]["birth"] == engines.digests_of(dict(whole))
+    assert launch(world, name)[engines.SAVED]["birth"] == engines.digests_of(dict(whole))
 
 
 @pytest.mark.parametrize(("world", "name"), ENGINES)
 def test_a_model_saved_in_parts_is_the_trained_one(world: int, name: str, launch: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    these = launch(world, name)["exact-1"]
+    these = launch(world, name)[engines.SAVED]
     folder = these["model"]
     files = [path.stat().st_size for path in folder.glob("model-*.safetensors")]
     assert len(files) > 3 and (folder / weights.INDEX).exists()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     found = {f"inner.{name}": tensor for name, tensor in loaded.named_parameters()}
     assert engines.digests_of(found) == these["trained"]
-    of_one = launch(1, "auto")["exact-1"]["model"] / "config.json"
+    of_one = launch(1, "auto")[engines.SAVED]["model"] / "config.json"
     assert (folder / "config.json").read_text() == of_one.read_text()
 
 
