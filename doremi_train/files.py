@@ -65,6 +65,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def naming_the_disk(path: Path) -> Iterator[None]:
+    """What safetensors says of a full disk, as the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(cause[1]), str(error), str(path)) if cause else error) from None
+
+
 _ASIDE = re.compile(r"\..+-\d+\.partial|step-\d+\.\d+\.partial")
 
 

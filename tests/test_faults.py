@@ -242,10 +242,10 @@ def test_a_full_disk_is_named_and_the_run_continues_when_there_is_room(
     doremi: Command,
     tmp_path: Path,
 ) -> None:
-    """No file may grow beyond 200 kB, which the logs do not reach and a checkpoint does."""
+    """No file may grow beyond a size that the logs do not reach and a part of a checkpoint does."""
     overrides = [*prepared, f"run_dir={tmp_path / 'run'}", "stage=main", "main.comparisons=[]"]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000 // processes, before[1]))
     try:
         full = doremi(*overrides, processes=processes)
     finally:

@@ -1,6 +1,5 @@
 """Nothing that is read may run code, and no secret is written or shown."""
 
-import hashlib
 import json
 import os
 import re
@@ -303,16 +302,13 @@ def test_a_pickle_is_no_checkpoint(trained: tuple[list[str], Path], tmp_path: Pa
     (run / "checkpoints").mkdir()
     bomb = run / "checkpoints" / "step-000000004.pt"
     torch.save({"step": 4, "model": Bomb(tmp_path / "ran")}, bomb)
-    bomb.with_suffix(".sha256").write_text(hashlib.sha256(bomb.read_bytes()).hexdigest())
     try:
         outcome = run_here(*overrides)
     finally:
         bomb.unlink()
         (run / "result.json").write_bytes(result)
     assert outcome.code == 2 and "Traceback" not in outcome.err, outcome
-    assert (
-        bomb.name in outcome.err and "could run code" in outcome.err and "delete it" in outcome.err
-    )
+    assert bomb.name in outcome.err and "older version" in outcome.err and "delete" in outcome.err
     assert not (tmp_path / "ran").exists()
     torch.load(_saved(Bomb(tmp_path / "ran"), tmp_path), weights_only=False)  # the bomb is one
     assert (tmp_path / "ran").exists()

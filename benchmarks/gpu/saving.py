@@ -1,17 +1,15 @@
 """Checkpoints of 280m: whether a run that continues ends in the same bits, what a save and a
-continuation take, and how long steps would stand still if a thread wrote the file."""
+continuation take, and how long steps stand still while a thread writes the file."""
 
 import os
 
 # Read when CUDA's matrix library starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import copy
 import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +23,9 @@ from benchmarks.step import DOMAINS, Setting
 from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import cross_entropy
 from doremi_train.storage import checkpoint
+from doremi_train.storage.parts import Saved
 from doremi_train.storage.runs import Run
+from doremi_train.training import checkpoints
 from doremi_train.training.task import Position, Task, TrainingOptions
 from doremi_train.training.trainer import Trainer
 
@@ -53,9 +53,7 @@ def continued(record: Record, of: Setting, label: str) -> None:
     folder = whole.task.run.folder / checkpoint.FOLDER
     first, last = checkpoint.paths(folder)
     there = Run(of.folder / resumed, "saving", {}).folder / checkpoint.FOLDER
-    there.mkdir(parents=True)
-    for file in (first, checkpoint.checksum_of(first)):
-        shutil.copy(file, there)
+    shutil.copytree(first, there / first.name)
     whole.engine.close()
     del whole
     sized.empty(of.place.device)
@@ -86,15 +84,11 @@ def trainer(of: Setting, label: str, seed: int, training: TrainingOptions) -> Tr
     return Trainer(task, step.built(of, seed), of.place)
 
 
-def equal(one: Any, other: Any) -> bool:
+def equal(one: Saved, other: Saved) -> bool:
     """Whether two checkpoints are the same in all bits."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
+    return one.shapes == other.shapes and all(
+        torch.equal(one.whole(name), other.whole(name)) for name in one.shapes
+    )
 
 
 # ── Standing still ──────────────────────────────────────────────────────────────────
@@ -111,22 +105,23 @@ def stall(record: Record, of: Setting) -> None:
     for _ in range(3):
         next(steps)
     usual = statistics.median(_timed(steps, device) for _ in range(10))
+    run = Run(folder, "saving", {})
+    saver = checkpoints.Saver(run, 1, of.training.timeout)
     began = time.monotonic()
-    saved = on_host(train, device)
+    saver.save(1, {}, train.engine.pieces())
     copying = time.monotonic() - began
-    began = time.monotonic()
-    checkpoint.save(folder, 1, saved, 1)
-    writing = time.monotonic() - began
-    (file,) = checkpoint.paths(folder)
-    record.figure("a checkpoint", file.stat().st_size / 1e9, "GB")
+    saver.settle()
+    writing = time.monotonic() - began - copying
+    (path,) = checkpoint.paths(run.folder / checkpoint.FOLDER)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    record.figure("a checkpoint", size / 1e9, "GB")
     record.figure("a save: copy to the host", copying, "s")
     record.figure("a save: file, checksum and disk", writing, "s")
     beside = []
-    with ThreadPoolExecutor(1) as pool:
-        thread = pool.submit(checkpoint.save, folder, 2, saved, 1)
-        while not thread.done():
-            beside.append(_timed(steps, device))
-        thread.result()
+    saver.save(2, {}, train.engine.pieces())
+    while saver.writing:
+        beside.append(_timed(steps, device))
+    saver.settle()
     lost = sum(beside) - usual * len(beside)
     record.figure("a step", usual, "s")
     record.figure("steps while a thread writes the file", len(beside))
@@ -140,14 +135,6 @@ def _timed(steps: Iterator[Any], device: torch.device) -> float:
     next(steps)
     sized.wait(device)
     return time.monotonic() - began
-
-
-def on_host(train: Trainer, device: torch.device) -> dict[str, Any]:
-    """The engine's state in the host's memory, where no step changes it."""
-    state = train.engine.state()
-    if device.type == "cpu":  # there it is the model's own
-        return copy.deepcopy(state)
-    return state
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def memory(
 
 
 def checkpoint(of: Shape, optimizer: str) -> int:
-    """Bytes of a checkpoint, which has whole parameters and moments whatever the engine, about: it
+    """Bytes of a checkpoint, which has parameters and moments once whatever the engine, about: it
     has the state of the objective and of the data too."""
     return 4 * (of.parameters + (of.factors if optimizer == "adafactor" else 2 * of.parameters))
 

@@ -201,3 +201,12 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     saved = model.state_dict(keep_vars=True).keys()
     yield from model.named_parameters()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def trained_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same without frozen parameters, which are as they were at the start."""
+    yield from (
+        (name, tensor)
+        for name, tensor in tensors_of(model)
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    )

@@ -10,6 +10,8 @@ from torch import nn
 
 from doremi_train.config import STRICT, Fraction, NonNegativeFloat, PositiveFloat
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of its parameter's shape
+
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerOptions:

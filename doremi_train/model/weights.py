@@ -2,19 +2,18 @@
 writes and reads them. No more than a file is held of what is written, and nothing is read but what
 is asked for."""
 
-import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from doremi_train.config import UserError, judged, read_object
-from doremi_train.files import write_json
+from doremi_train.files import naming_the_disk, write_json
 from doremi_train.model.language_model import INNER, LanguageModel, Source, tensors_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -150,16 +149,6 @@ def _names(path: Path, given: str) -> set[str]:
 def of_inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a LanguageModel by their names in the transformers model."""
     return {name.removeprefix(INNER): tensor for name, tensor in tensors.items()}
-
-
-@contextlib.contextmanager
-def naming_the_disk(folder: Path) -> Iterator[None]:
-    """What safetensors says of a full disk, as the OSError that it is."""
-    try:
-        yield
-    except SafetensorError as error:
-        cause = re.search(r"os error (\d+)", str(error))
-        raise (OSError(int(cause[1]), str(error), str(folder)) if cause else error) from None
 
 
 def _theirs(inner: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -205,18 +205,23 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's value (any picklable object of our own), on every rank."""
+    if not _many():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_together.group)
+    return values
+
+
 def agree(values: Mapping[str, Any]) -> None:
     """See to it that all processes have the same JSON values by key. Raises Differ, which names the
     ranks and the keys, on every rank."""
     if not _many():
         return
     mine = statement(values)
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, fingerprint(mine), group=_together.group)
-    if len({*digests}) > 1:
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine, group=_together.group)
-        raise Differ(str(differences(every)))
+    if len({*gather(fingerprint(mine))}) > 1:
+        raise Differ(str(differences(gather(mine))))
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -308,27 +313,26 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be in parts. A collective where it is."""
-    return tensor.detach().full_tensor() if _in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.detach().full_tensor() if in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that may be in parts."""
-    return tensor.detach().to_local() if _in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.detach().to_local() if in_parts(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
-def share(value: Tensor, like: Tensor) -> Tensor:
-    """The part that this process holds of `like`, of a value that every process has, on its
-    device."""
-    value = value.to(like.device)
-    if not _in_parts(like):
-        return value.clone()
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+def span(tensor: Tensor) -> tuple[int, int]:
+    """Which numbers this process holds of a tensor that may be in parts, counted in the whole in
+    one row: from, to."""
+    if not in_parts(tensor):
+        return 0, tensor.numel()
+    own, row = rows(tensor), tensor.shape[1:].numel()
+    return own.start * row, own.stop * row
 
 
 def rows(tensor: Tensor) -> slice:
     """The rows of the whole that this process holds of a tensor in parts."""
+    # FSDP2 divides rows as torch.chunk does: all parts but the last ones are of one size.
     count, size = tensor.shape[0], -(-tensor.shape[0] // dist.get_world_size())
     first = min(dist.get_rank() * size, count)
     return slice(first, min(first + size, count))
@@ -343,7 +347,8 @@ def placed(own: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _in_parts(tensor: Tensor) -> bool:
+def in_parts(tensor: Tensor) -> bool:
+    """Whether every process holds a part of the tensor."""
     return hasattr(tensor, "full_tensor")
 
 

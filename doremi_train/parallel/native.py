@@ -1,7 +1,7 @@
 """torch's own engines: one process, DDP and FSDP2."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from doremi_train.model.language_model import INNER, LanguageModel
 from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
+from doremi_train.storage import parts
+from doremi_train.storage.parts import Piece, Saved
 
 
 class Native:
@@ -22,16 +24,21 @@ class Native:
         place: Place,
         model: LanguageModel,
         training: OptimizerOptions,
-        moments: Mapping[str, Any],
+        saved: Saved | None,
     ) -> None:
         self._bare, self._training, self._strategy = model, training, place.strategy
         self.model: nn.Module = model
+        complete = model.source is None  # otherwise that knows what was saved
+        if saved is not None and complete and place.strategy != "fsdp2":
+            self._fill(saved)  # before DDP gives all the first one's
         if place.strategy == "fsdp2":
             if place.compile:
                 for block in model.blocks():
                     block.compile()
             comm.shard(model, model.blocks(), place.device)  # which brings them there one by one
             _fill(model, place.device)
+            if saved is not None and complete:
+                self._fill(saved)
         else:
             birth.fill(model, place.device)
             model.to(place.device)
@@ -43,14 +50,8 @@ class Native:
                 )
         self._parameters = list(model.parameters())
         self.optimizer = optim.build(model, training)
-        for name, tensor in model.named_parameters():
-            # Scalars are torch's count of steps: fused AdamW keeps it beside the parameter.
-            if name in moments:
-                home = tensor.device if training.optimizer == "adamw" else "cpu"
-                self.optimizer.state[tensor] = {
-                    key: comm.share(value, tensor) if value.ndim else value.to(home, copy=True)
-                    for key, value in moments[name].items()
-                }
+        if saved is not None:
+            self._continue(saved)
         self.wrapper = f"{type(self.model).__name__}, {type(self.optimizer).__name__}"
 
     def warm_up(self, tokens: Tensor) -> None:
@@ -93,6 +94,42 @@ class Native:
                 whole = comm.whole(tensor)
                 found |= {name: whole.cpu()} if comm.world().first else {}
         return found
+
+    def pieces(self) -> Iterator[Piece]:
+        world = comm.world()
+
+        def of(name: str, tensor: Tensor) -> Piece:
+            if not comm.in_parts(tensor):
+                return parts.share(name, tensor, *world)
+            own = comm.part(tensor).reshape(-1)
+            return Piece(name, tuple(tensor.shape), comm.span(tensor)[0], own)
+
+        for name, tensor in language_model.trained_of(self._bare):
+            yield of(f"model/{name}", tensor)
+            for key, value in self.optimizer.state.get(tensor, {}).items():
+                yield of(f"optimizer/{name}/{key}", value)
+
+    def _fill(self, saved: Saved) -> None:
+        """Take over what this process has of the model."""
+        for name, tensor in language_model.trained_of(self._bare):
+            own = comm.part(tensor)
+            own.copy_(saved.read(f"model/{name}", *comm.span(tensor)).view(own.shape))
+
+    def _continue(self, saved: Saved) -> None:
+        """Take over what this process has of the optimiser's state."""
+        for name, tensor in self._bare.named_parameters():
+            for key in saved.keys_of(f"optimizer/{name}"):
+                path = f"optimizer/{name}/{key}"
+                if key in optim.MOMENTS:
+                    value = torch.zeros_like(tensor)
+                    own = comm.part(value)
+                    own.copy_(saved.read(path, *comm.span(tensor)).view(own.shape))
+                else:
+                    # Fused AdamW keeps its count of steps beside the parameter, Adafactor not.
+                    value = saved.whole(path)
+                    if value.ndim or self._training.optimizer == "adamw":
+                        value = value.to(tensor.device)
+                self.optimizer.state[tensor][key] = value
 
     def state(self) -> dict[str, Any]:
         keep = comm.world().first

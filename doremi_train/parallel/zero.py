@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from doremi_train.model.language_model import INNER, LanguageModel
 from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import comm
 from doremi_train.parallel.place import Place
+from doremi_train.storage import parts
+from doremi_train.storage.parts import Piece, Saved
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 500_000_000  # numbers that DeepSpeed sums at once, unless its file says otherwise
 
 
@@ -29,7 +30,7 @@ class Zero:
         place: Place,
         model: LanguageModel,
         training: OptimizerOptions,
-        moments: Mapping[str, Any],
+        saved: Saved | None,
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", place.device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -40,6 +41,10 @@ class Zero:
         # backend sums just as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._bare, self._stage = model, int(place.strategy[-1])
+        if saved is not None and model.source is None:
+            # Before it is in parts: ZeRO 3 reads the old ones for a step.
+            for name, tensor in language_model.tensors_of(model):
+                tensor.data.copy_(saved.whole(f"model/{name}"))
         if place.compile and self._stage < 3:
             model.compile()
         elif place.compile:
@@ -73,8 +78,8 @@ class Zero:
             dist_init_required=False,
         )
         self.model: nn.Module = self._engine
-        if moments:
-            self._load(moments)
+        if saved is not None:
+            self._continue(saved)
         self.wrapper = f"{type(self._engine).__name__}, {type(self.optimizer).__name__}"
 
     def warm_up(self, tokens: Tensor) -> None:
@@ -111,6 +116,37 @@ class Zero:
                 found |= {name: whole.cpu().clone()} if comm.world().first else {}
         return found
 
+    def pieces(self) -> Iterator[Piece]:
+        world = comm.world()
+        steps = self._link()
+        keys = optim.MOMENTS if steps else ()
+        for name, tensor in language_model.tensors_of(self._bare):
+            if not isinstance(tensor, nn.Parameter):
+                yield parts.share(f"model/{name}", tensor, *world)
+                continue
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+            if steps:
+                count = torch.tensor(float(steps))
+                yield parts.share(f"optimizer/{name}/step", count, *world)
+            for key in (None, *keys):
+                path = f"model/{name}" if key is None else f"optimizer/{name}/{key}"
+                start, own = self._held(tensor, key)
+                yield Piece(path, shape, start, own)
+
+    def _held(self, parameter: Any, key: str | None) -> tuple[int, Tensor]:
+        """What this process updates of a parameter (`key`: or of its optimiser's state): where it
+        begins in the whole in one row, and the numbers."""
+        if self._stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return 0, torch.empty(0)
+            return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
+        # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last
+        # part is padded.
+        part, _ = self.optimizer._get_fp32_opt_state_partition(parameter, False, key)
+        start = min(comm.world().rank * part.numel(), parameter.ds_numel)
+        return start, part[: parameter.ds_numel - start]
+
     def state(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -124,7 +160,7 @@ class Zero:
                 continue
             whole = safe_get_full_fp32_param(tensor)
             moments = (
-                {key: safe_get_full_optimizer_state(tensor, key) for key in _MOMENTS}
+                {key: safe_get_full_optimizer_state(tensor, key) for key in optim.MOMENTS}
                 if steps
                 else {}
             )
@@ -137,28 +173,21 @@ class Zero:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _load(self, moments: Mapping[str, Any]) -> None:
-        step = next(iter(moments.values()))["step"]
+    def _continue(self, saved: Saved) -> None:
+        """Take over what this process has of the optimiser's state."""
+        counts = [name for name in saved.shapes if name.endswith("/step")]
+        if not counts:
+            return
+        step = saved.whole(counts[0])
         for flat in self._flat():  # the states that torch would make at the first step
-            zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            zeros = {key: torch.zeros_like(flat) for key in optim.MOMENTS}
             self.optimizer.optimizer.state[flat] = zeros | {"step": step.to(flat.device, copy=True)}
         self._link()
         for name, tensor in self._bare.named_parameters():
-            for key in _MOMENTS:
-                self._set(tensor, key, moments[name][key].to(self._engine.device))
-
-    def _set(self, tensor: Tensor, key: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        if self._stage < 3:
-            safe_set_full_optimizer_state(tensor, value, key)
-            return
-        # DeepSpeed's own setter fails where a parameter does not divide by the processes: its last
-        # part is padded.
-        part, _ = self.optimizer._get_fp32_opt_state_partition(tensor, False, optim_state_key=key)
-        world = comm.world()
-        padded = nn.functional.pad(value.flatten(), (0, part.numel() * world.size - value.numel()))
-        part.copy_(padded.narrow(0, part.numel() * world.rank, part.numel()))
+            for key in saved.keys_of(f"optimizer/{name}"):
+                if key in optim.MOMENTS:
+                    start, own = self._held(tensor, key)
+                    own.copy_(saved.read(f"optimizer/{name}/{key}", start, start + len(own)))
 
     def _flat(self) -> list[Tensor]:
         """The flat parts of this process that the optimiser really updates."""

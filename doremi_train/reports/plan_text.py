@@ -160,9 +160,9 @@ def _memory(plan: Mapping[str, Any]) -> str:
     ]
     return (
         f"most memory of a process ({plan['place']}): {name}, {size(run['memory']['total'])}: "
-        f"{', '.join(parts)}; the first one gathers a checkpoint of {size(saved['bytes'])} on its "
-        f"host, which takes {human(saved['seconds'])} to write at "
-        f"{size(plan['write_speed'])}/s (engine.write_speed)"
+        f"{', '.join(parts)}; a checkpoint has {size(saved['bytes'])}, of which each process "
+        f"copies {size(saved['process'])} to its host and writes them beside the training, "
+        f"{human(saved['seconds'])} at {size(plan['write_speed'])}/s (engine.write_speed)"
     )
 
 

@@ -162,12 +162,12 @@ def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Ten
     inner.load_state_dict(weights.of_inner(tensors), strict=False)
     if adapters is not None:
         with files.replacing_folder(tuned.folder / "adapter") as folder:
-            with weights.naming_the_disk(folder):
+            with files.naming_the_disk(folder):
                 adapters.save_pretrained(folder)
             files.follow_umask(folder)
         inner = adapters.merge_and_unload()
     with files.replacing_folder(tuned.folder / "model") as folder:
-        with weights.naming_the_disk(folder):
+        with files.naming_the_disk(folder):
             inner.save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         files.follow_umask(folder)

@@ -107,6 +107,8 @@ class Session:
         comm.agree(flatten(run.recipe, f"recipe of {name}: "))
         with contextlib.ExitStack() as stack:
             comm.on_first(lambda: self._enter(stack, run, name))
+            if self.mirror:  # every process sends what it writes
+                run.mirror = self.mirror.at("runs", run.folder.name)
             todo = comm.broadcast(not run.finished)
             if not (todo or quiet):
                 self.say(f"{name:<22} is in the store already: {run.folder.name}")
@@ -152,7 +154,8 @@ class Session:
         if not run.settled:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
         if self.mirror:
-            self._meet(run, self.mirror.at("runs", run.folder.name))
+            run.mirror = self.mirror.at("runs", run.folder.name)
+            self._meet(run, run.mirror)
         if not run.finished:
             run.begin()
         elif not run.settled:
@@ -163,7 +166,6 @@ class Session:
     @staticmethod
     def _meet(run: runs.Run, mirror: Mirror) -> None:
         """Bring what the run's second home has and this machine lacks, and the other way round."""
-        run.mirror = mirror
         if not run.finished:
             run.fetch()
         if run.finished:

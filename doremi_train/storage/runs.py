@@ -87,7 +87,7 @@ stop = Stop()
 class Run:
     """One content-addressed run folder, and its second home if there is one."""
 
-    mirror: Mirror | None = None  # set on the first process, which alone copies
+    mirror: Mirror | None = None  # every process sends its part of checkpoints, the first the rest
 
     def __init__(self, store: Path, kind: str, recipe: Mapping[str, Any]) -> None:
         self.recipe = redact(recipe)

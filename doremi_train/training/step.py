@@ -3,7 +3,7 @@
 K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ from doremi_train.data.sampler import Draw
 from doremi_train.model import optim
 from doremi_train.parallel import comm
 from doremi_train.parallel.engine import Engine
-from doremi_train.storage.runs import stop
 from doremi_train.training.domain_gradients import DomainGradients
 from doremi_train.training.selector import Chosen, Selector
 from doremi_train.training.task import Position, Task, TrainingFailed
@@ -83,11 +82,14 @@ class Step:
         rows: list[slice],
         selector: Selector | None,
         domain_gradients: DomainGradients | None,
+        asked: Callable[[], bool],
     ) -> None:
-        """`rows` are those of this process's micro-batches in what is drawn."""
+        """`rows` are those of this process's micro-batches in what is drawn; `asked` says whether
+        all processes are to stop after a step."""
         self.task, self.engine, self.batches = task, engine, batches
         self.device, self.world = device, comm.world()
         self._rows, self._selector, self._gradients = rows, selector, domain_gradients
+        self._asked = asked
         self.loss = Loss(*torch.zeros(2, dtype=torch.float64, device=device))
 
     def take(self, position: Position) -> Taken:
@@ -220,7 +222,7 @@ class Step:
         Raises TrainingFailed where the batch is not sound and may not be left out.
         """
         sums = add(parts)
-        stats, stopping = comm.all_reduce_sum(sums.stats, stop.requested)
+        stats, stopping = comm.all_reduce_sum(sums.stats, self._asked())
         sound = self._check_finite(stats, number, batch)
         if sound:
             state = self.task.objective.update(state, stats, self.task.objective_options)

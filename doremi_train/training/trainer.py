@@ -19,9 +19,8 @@ from doremi_train.evaluation import losses
 from doremi_train.model import optim
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm, engine, place
-from doremi_train.storage import checkpoint
-from doremi_train.storage.runs import Preempted, set_status
-from doremi_train.training import batch_selection, domain_gradients, saving, selector
+from doremi_train.storage.runs import Preempted, set_status, stop
+from doremi_train.training import batch_selection, checkpoints, domain_gradients, saving, selector
 from doremi_train.training.logs import Logs
 from doremi_train.training.step import Step, Taken
 from doremi_train.training.task import Position, Task, TrainingFailed, Watch, refuse_accumulation
@@ -49,8 +48,9 @@ class Trainer:
             stored,
         )
         self.bare = model
-        self._saved = checkpoint.latest(task.run.folder / "checkpoints")
-        self.begins_at = self._saved["step"] if self._saved is not None else 0
+        self._saved = checkpoints.newest(task.run)
+        self.begins_at = self._saved.step if self._saved is not None else 0
+        self._saver = checkpoints.Saver(task.run, training.keep_checkpoints, training.timeout)
         self.engine = engine.build(place, model, training, self._saved)
         self.engine.warm_up(
             torch.zeros(
@@ -66,7 +66,14 @@ class Trainer:
                 model, len(task.store.domains), task.target, self.device
             )
         self.step = Step(
-            task, self.engine, self.batches, self.device, self._rows, self.selector, gradients
+            task,
+            self.engine,
+            self.batches,
+            self.device,
+            self._rows,
+            self.selector,
+            gradients,
+            lambda: stop.requested or self._saver.failed,
         )
         if self.selector is not None:
             self.engine_used += f"; {self.selector}"
@@ -86,6 +93,7 @@ class Trainer:
         task, training = self.task, self.task.training
         tokens = training.batch_size * training.sequence_length  # of one step
         with (
+            contextlib.closing(self._saver),
             self._logs(position.step, watch) as logs,
             self.batches,
             self._bar(position.step, tokens) as bar,
@@ -117,6 +125,10 @@ class Trainer:
                 if taken.stopping or position.step % training.checkpoint_every == 0:
                     logs.sync()
                     self._save(position)
+                if last or taken.stopping:
+                    self._saver.settle()
+                if (step := self._saver.completed()) is not None:
+                    set_status(task.run.folder, "running", step)
                 if taken.stopping:
                     raise Preempted(
                         f"{task.label}: told to stop; saved at step {position.step} of "
@@ -202,58 +214,35 @@ class Trainer:
         return Logs(self.task.run.folder if self.world.first else None, step, watch)
 
     def _save(self, position: Position) -> None:
-        """Rank 0 writes; the others wait, so that none runs ahead of a checkpoint that is not
-        there."""
+        """Begin to write a checkpoint, when the one before is complete."""
         # The loss since the last line of metrics moves to rank 0, as in the checkpoint: a continued
         # run logs the same.
         loss = comm.all_reduce_sum(self.step.loss)[0]
         for part, total in zip(self.step.loss, loss, strict=True):
             part.copy_(total if self.world.first else torch.zeros_like(total))
-        content = {
-            "step": position.step,
+        values = {
             "state": list(position.state),
             "counts": torch.from_numpy(position.counts),
             "skipped": position.skipped,
             "loss": [float(part) for part in self.step.loss],
-            **self._trained(),
         }
         if self.selector is not None:
-            content["selection"] = self.selector.saved()
-        comm.on_first(lambda: self._write(content))
-
-    def _trained(self) -> dict[str, Any]:
-        """The engine's state without frozen parameters, which a continued run begins with again."""
-        state = self.engine.state()
-        frozen = {name for name, p in self.bare.named_parameters() if not p.requires_grad}
-        return state | {
-            "model": {name: tensor for name, tensor in state["model"].items() if name not in frozen}
-        }
-
-    def _write(self, content: dict[str, Any]) -> None:
-        folder, step = self.task.run.folder, content["step"]
-        checkpoint.save(folder / "checkpoints", step, content, self.task.training.keep_checkpoints)
-        if self.task.run.mirror:
-            checkpoint.push(folder, self.task.run.mirror)
-        set_status(folder, "running", step)
+            values["selection"] = self.selector.saved()
+        self._saver.save(position.step, values, self.engine.pieces())
 
     def _restore(self) -> Position:
         """Position of the checkpoint that the engine was built from, or the start."""
         task, domains = self.task, len(self.task.store.domains)
         fresh = task.objective.init(domains, task.training.steps, task.objective_options)
         saved, self._saved = self._saved, None
-        step = saved["step"] if saved is not None else 0
-        if comm.broadcast(step) != step:
-            raise TrainingFailed(
-                f"{task.label}: process {self.world.rank} finds a checkpoint of step {step}, the "
-                f"first one another; {task.run.folder} must be on a file system that all nodes "
-                "share: set store"
-            )
         if saved is None:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
+        values = saved.values
+        saved.close()
         if self.selector is not None:
-            self.selector.restore(saved["selection"])
-        for part, value in zip(self.step.loss, saved["loss"], strict=True):
+            self.selector.restore(values["selection"])
+        for part, value in zip(self.step.loss, values["loss"], strict=True):
             part.fill_(value if self.world.first else 0.0)
         # A field that came after the checkpoint was written is as at the start.
-        state = fresh._replace(**dict(zip(fresh._fields, saved["state"], strict=False)))
-        return Position(step, state, saved["counts"].numpy(), saved["skipped"])
+        state = fresh._replace(**dict(zip(fresh._fields, values["state"], strict=False)))
+        return Position(saved.step, state, values["counts"].numpy(), values["skipped"])

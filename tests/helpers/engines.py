@@ -1,13 +1,15 @@
 """Started by test_engines on every rank: proxies of every cut on one engine, one after another.
 
-    torchrun … tests/helpers/engines.py ENGINE OUT DATA REFERENCE
+    torchrun … tests/helpers/engines.py ENGINE OUT DATA REFERENCE OTHER
 
-writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`.
+writes OUT/CASE/domain_weights.jsonl and metrics.jsonl for every case of `CASES`; OUT/stopped is a
+run in the middle. The case "moved" continues that of another engine, if its OUT is given as OTHER.
 """
 
 import hashlib
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,11 +74,12 @@ CASES = {
     "fused": Case(parts=2, logits=20 * 300),
     "broken": Case(broken_step=4),
     "resumed": Case(stopped=5),
+    "moved": Case(),
 }
 
 
 # Four processes on two cores take long: there, what differs from two of them.
-FEW = ("exact-1", "exact-4", "lagged-2", "uneven", "resumed")
+FEW = ("exact-1", "exact-4", "lagged-2", "uneven", "resumed", "moved")
 
 
 def cases(world: int) -> dict[str, Case]:
@@ -104,6 +107,7 @@ def shape(store: TokenStore) -> dict[str, Any]:
 
 
 def train(case: Case, out: Path, place: place.Place, store: TokenStore, reference: Path) -> None:
+    begins = out.exists()  # with what another engine left
     task = Task(
         label=out.name,
         run=Run(out, "proxy", {}),
@@ -126,14 +130,17 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
         with pytest.raises(Preempted, match=f"saved at step {case.stopped} of {STEPS}"):
             fit(task, built, place, case.stopped)
         stop.requested = False
+        comm.on_first(lambda: shutil.copytree(out, out.parent / "stopped"))
         # Another one: what counts is in the checkpoint.
         built = folders.shaped(shape(store), SEED + 1, precision=case.precision)
-    fit(task, built, place)
+    begun = fit(task, built, place)
+    assert begun == (CASES["resumed"].stopped if begins else case.stopped or 0)
 
 
 def fit(
     task: Task, built: language_model.LanguageModel, place: place.Place, stopped: int | None = None
-) -> None:
+) -> int:
+    """Returns the step that it began after."""
     size = sum(parameter.numel() for parameter in built.parameters())
     trainer = Trainer(task, built, place)
     if task.label == SAVED:
@@ -148,6 +155,7 @@ def fit(
             save(trainer, task.run.folder.parent.parent)
     finally:
         trainer.engine.close()
+    return trainer.begins_at
 
 
 def save(trainer: Trainer, out: Path) -> None:
@@ -222,13 +230,15 @@ def counted() -> Iterator[list[int]]:
 
 
 def main() -> None:
-    strategy, out, data, reference = sys.argv[1], *map(Path, sys.argv[2:5])
+    strategy, out, data, reference, other = sys.argv[1], *map(Path, sys.argv[2:6])
     torch.set_num_threads(1)
     # Memory that nobody has written to is full of NaN: no engine's padding may be read.
     torch.use_deterministic_algorithms(True, warn_only=True)
     place = start(EngineOptions(strategy=strategy), "fp32", timeout=120)  # type: ignore[arg-type]
     store = TokenStore.open(data)
     for name, case in cases(comm.world().size).items():
+        if name == "moved" and other != out:
+            comm.on_first(lambda: shutil.copytree(other / "stopped", out / "moved"))
         with pytest.MonkeyPatch.context() as patch, counted() as exchanges:
             patch.setattr(language_model, "NARROW_ON_CPU", 0)  # plain logits in all cases but one
             if case.logits is not None:

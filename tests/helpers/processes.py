@@ -33,7 +33,9 @@ def reached(stage: Path, step: int) -> bool:
 def checkpoints(stage: Path) -> list[int]:
     """Steps of the checkpoints on disk, oldest first."""
     folder = stage / "checkpoints"
-    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
+    return sorted(
+        int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/manifest.json")
+    )
 
 
 def wait_for(

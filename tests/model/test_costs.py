@@ -13,7 +13,7 @@ from doremi_train.config import conf_dir
 from doremi_train.model import configs, costs, folders, language_model
 from doremi_train.model import language_model as lm
 from doremi_train.model.configs import ModelOptions
-from doremi_train.storage import checkpoint
+from doremi_train.storage import parts
 
 LENGTH, ROWS, VOCABULARY = 48, 4, 512
 CPU = torch.device("cpu")
@@ -205,10 +205,13 @@ def test_a_checkpoint_is_what_is_saved(tmp_path: Path) -> None:
     language_model(tokens).sum().backward()
     optimizer.step()
     named = dict(language_model.named_parameters())
-    states = {name: optimizer.state[tensor] for name, tensor in named.items()}
-    content = {"model": language_model.inner.state_dict(), "optimizer": states}
-    checkpoint.save(tmp_path, 1, content, 1)
-    (path,) = tmp_path.glob("*.pt")
+    tensors = named | {
+        f"{name}/{key}": value
+        for name, tensor in named.items()
+        for key, value in optimizer.state[tensor].items()
+    }
+    path = tmp_path / parts.part_name(0, 1)
+    parts.write(path, [parts.share(name, tensor, 0, 1) for name, tensor in tensors.items()])
     found = costs.checkpoint(costs.shape(config(LLAMA)), "adamw")
     assert path.stat().st_size == pytest.approx(found, rel=0.05)
 

@@ -37,7 +37,7 @@ def launch(
     data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int, str], dict[str, Trajectory]]:
     """`launch(world, engine)` trains every case in one start of the processes; gives trace and
-    metrics by case."""
+    metrics by case. The case "moved" continues what the launch before left."""
     folder = tmp_path_factory.mktemp("engines")
     store = TokenStore.open(data)
     reference = folders.build(engines.shape(store), 0)
@@ -48,6 +48,7 @@ def launch(
     def train(world: int, name: str) -> dict[str, Trajectory]:
         if (world, name) not in known:
             out = folder / f"{name}-{world}"
+            before = [folder / f"{name}-{world}" for world, name in known][-1:] or [out]
             start = [
                 sys.executable,
                 "-m",
@@ -65,6 +66,7 @@ def launch(
                     str(out),
                     str(data),
                     str(folder / "reference"),
+                    str(before[0]),
                 ],
                 env=environment(),
                 capture_output=True,
@@ -128,7 +130,7 @@ def test_every_engine_and_cut_gives_the_numbers_of_one_process(
             "lagged-1"
             if case.startswith("lagged")
             else "exact-1"
-            if case.startswith(("exact", "fused"))
+            if case.startswith(("exact", "fused", "moved"))
             else case
         )
         compare(alone[of], these[case], *((5e-3, 5e-3) if case == "bf16" else ()))

@@ -225,8 +225,9 @@ def test_what_a_kill_after_its_result_left_of_a_run_is_settled(
     run = (tmp_path / "run" / "reference").resolve()
     whole = {path.name for path in run.iterdir()}
     set_status(run, "running", 6)
-    (run / "checkpoints").mkdir()
-    for left in (run / "checkpoints" / "step-000000006.pt", files.aside_of(run / "status.json")):
+    (run / "checkpoints" / "step-000000006").mkdir(parents=True)
+    manifest = run / "checkpoints" / "step-000000006" / "manifest.json"
+    for left in (manifest, files.aside_of(run / "status.json")):
         left.write_bytes(b"")
     assert "is in the store already" in ran(*reference).out
     assert {path.name for path in run.iterdir()} == whole

@@ -309,7 +309,8 @@ def test_a_plan_of_8b_on_64_processes_allocates_no_model(
     assert [main["memory"][name] for name in states] == [
         -(-bytes_ * whole // 64) for bytes_ in (4, 4, 8)
     ]
-    assert main["checkpoint"] == {"bytes": 12 * whole, "seconds": 6e-9 * whole}
+    part = -(-12 * whole // 64)
+    assert main["checkpoint"] == {"bytes": 12 * whole, "process": part, "seconds": part / 2e9}
     assert main["memory"]["total"] == sum(
         count for name, count in main["memory"].items() if name != "total"
     )

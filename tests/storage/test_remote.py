@@ -493,15 +493,15 @@ def test_a_torn_checkpoint_there_is_passed_over(
     for folder in ("store", "one"):
         shutil.rmtree(tmp_path / folder)
     fs = fsspec.filesystem("s3")
-    there = sorted(
-        name for name in s3.files(f"{bucket}/runs".removeprefix("s3://")) if name.endswith(".pt")
-    )
+    runs = s3.files(f"{bucket}/runs".removeprefix("s3://"))
+    there = sorted(name.rpartition("/")[0] for name in runs if name.endswith("/manifest.json"))
     # The last two, and one more where the kill came before the oldest was removed.
     assert len(there) in (
         2,
         3,
     )
-    fs.pipe_file(there[-1], fs.cat_file(there[-1])[:-1000])
+    part = f"{there[-1]}/part-00000-of-00001.safetensors"
+    fs.pipe_file(part, fs.cat_file(part)[:-1000])
     outcome = run_here(*overrides, f"run_dir={tmp_path / 'two'}")
     assert outcome.code == 0, outcome
     assert (
@@ -547,8 +547,8 @@ def test_what_was_finished_without_a_remote_goes_there_later(
     assert at_work.exists() and not left.exists()
     at_work.unlink()
     # Killed before it removed what has served there.
-    served = home / "runs" / run.name / "checkpoints" / "step-000000006.pt"
-    served.parent.mkdir()
+    served = home / "runs" / run.name / "checkpoints" / "step-000000006" / "manifest.json"
+    served.parent.mkdir(parents=True)
     served.touch()
     set_status(run, "running")
     assert run_here(*overrides, f"run_dir={tmp_path / 'one'}", f"remote={home}").code == 0

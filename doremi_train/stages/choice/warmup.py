@@ -27,6 +27,7 @@ from doremi_train.methods import cross_entropy
 from doremi_train.methods.less import Moments
 from doremi_train.model import folders, language_model, optim
 from doremi_train.model.language_model import CompletionModel
+from doremi_train.parallel import engine
 from doremi_train.selection.examples.influence import Checkpoint
 from doremi_train.stages.choice.tuning import build
 from doremi_train.stages.options import training_identity
@@ -110,32 +111,31 @@ def _trained(session: Session, data: Instructions) -> Warm:
 
 def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
     """The checkpoints at the ends of epochs stay when the run is done."""
-    (warm.folder / "epochs").mkdir(exist_ok=True)
     for path in checkpoint.paths(warm.folder / checkpoint.FOLDER):
         if checkpoint.step_of(path) % warm.recipe["epoch"] == 0:
-            for one in (path, checkpoint.checksum_of(path)):
-                (warm.folder / "epochs" / one.name).unlink(missing_ok=True)
-                os.link(one, warm.folder / "epochs" / one.name)
-    files.sync_folder(warm.folder / "epochs")
+            with files.replacing_folder(warm.folder / "epochs" / path.name) as aside:
+                for one in path.iterdir():
+                    os.link(one, aside / one.name)
 
 
 def _checkpoint(session: Session, warm: Run, epoch: int) -> Checkpoint:
     """An epoch's end. The optimiser's state is whole and by name, whatever engine trained it."""
-    saved = checkpoint.read(warm.folder / "epochs" / f"step-{epoch * warm.recipe['epoch']:09d}.pt")
+    saved = checkpoint.read(
+        checkpoint.of_step(warm.folder / "epochs", epoch * warm.recipe["epoch"])
+    )
     tuning = language_model.CompletionModel(
         build(session).inner, precision=session.config.training.precision
     )
-    parameters = dict(tuning.named_parameters())
-    for name, tensor in saved["model"].items():
-        if name in parameters:
-            parameters[name].data.copy_(tensor)
-    training = warm.recipe["training"]
+    training, moments = warm.recipe["training"], {}
     group = {"betas": training["adam_betas"], "eps": training["adam_epsilon"]}
-    return _opened(
-        session,
-        tuning,
-        {name: _moments(state, group) for name, state in saved["optimizer"].items()},
-    )
+    engine.require_same_model(tuning, saved)
+    for name, tensor in language_model.trained_of(tuning):
+        tensor.data.copy_(saved.whole(f"model/{name}"))
+        keys = saved.keys_of(f"optimizer/{name}")
+        if keys:
+            state = {key: saved.whole(f"optimizer/{name}/{key}") for key in keys}
+            moments[name] = _moments(state, group)
+    return _opened(session, tuning, moments)
 
 
 def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments:

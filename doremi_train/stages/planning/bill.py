@@ -170,10 +170,12 @@ class Bill:
         }
 
     def _checkpoint(self, shape: costs.Shape) -> dict[str, float]:
-        """Bytes of a run's checkpoint, on disk and in the memory of the first process, which alone
-        writes it; and how long the others wait for that."""
+        """Bytes of a run's checkpoint, those that each process copies and writes, and how long that
+        takes, in the background."""
         size = costs.checkpoint(shape, self.training.optimizer)
-        return {"bytes": size, "seconds": size / self.session.config.engine.write_speed}
+        own = -(-size // self.world.size)
+        seconds = own / self.session.config.engine.write_speed
+        return {"bytes": size, "process": own, "seconds": seconds}
 
     def _pace(self, run: Ahead) -> costs.Pace | None:
         pace = self.paces.get(fingerprint(run.config))

@@ -10,8 +10,8 @@ from helpers.command import Command, run_here
 from helpers.processes import lines, read
 
 from doremi_train.methods import doremi
-from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import stop
+from doremi_train.training.checkpoints import Saver
 
 AUTO = ["mixture=doremi_auto", "stage=proxy", "training.steps=24", "training.checkpoint_every=100"]
 
@@ -84,12 +84,12 @@ def test_stopped_in_the_start_and_after_it_it_continues_to_the_same_bits(
 def test_a_checkpoint_from_before_there_was_more_in_the_state_is_continued(
     fresh: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved, calls = checkpoint.save, stop_at(monkeypatch, 5)
+    saved, calls = Saver.save, stop_at(monkeypatch, 5)
 
-    def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
-        saved(folder, step, content | {"state": content["state"][:7]}, keep)
+    def save(self: Saver, step: int, values: dict[str, Any], pieces: Any) -> None:
+        saved(self, step, values | {"state": values["state"][:7]}, pieces)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     paper = [*fresh, "stage=proxy", "proxy.warmup=0.25"]
     paper += [f"reference.path={alone / 'reference' / 'model'}"]
     one, two = tmp_path / "one", tmp_path / "two"
