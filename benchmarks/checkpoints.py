@@ -34,7 +34,7 @@ from doremi_train.storage.runs import Run
 from doremi_train.training import checkpoints
 
 SIDES = ("now", "today")
-LENGTH, STEPS = 32, 3
+LENGTH, STEPS = 32, 2
 Figures = dict[str, list[float]]  # of each process, by rank
 
 
@@ -196,11 +196,14 @@ def _process(
 
 
 def _save(at: place.Place, side: str, config: dict[str, Any], folder: Path) -> dict[str, float]:
-    train = engine.build(at, folders.build(config, 0), OptimizerOptions())
+    build = folders.shaped if side == "now" else folders.build
+    train = engine.build(at, build(config, 0), OptimizerOptions())
+    _forget_peak()
     usual = statistics.median([_step(train) for _ in range(STEPS + 1)][1:])
     comm.barrier()
+    peak_of_a_step = _status("VmHWM")
     _forget_peak()
-    began = time.perf_counter()
+    before, began = _status("VmRSS"), time.perf_counter()
     saver = checkpoints.Saver(Run(folder, "run", {}), 2, 600)
     if side == "now":
         saver.save(1, {}, train.pieces())
@@ -219,12 +222,14 @@ def _save(at: place.Place, side: str, config: dict[str, Any], folder: Path) -> d
         "until_all_is_on_disk": whole,
         "steps_meanwhile": steps,
         "steps_lose": max(whole - steps * usual, still),
+        "between_steps": before,
+        "peak_of_a_step": peak_of_a_step,
         "peak_of_a_save": _status("VmHWM"),
     }
 
 
 def _resume(at: place.Place, side: str, config: dict[str, Any], folder: Path) -> dict[str, float]:
-    model = folders.build(config, 1)
+    model = (folders.shaped if side == "now" else folders.build)(config, 1)
     comm.barrier()
     _forget_peak()
     began = time.perf_counter()

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from doremi_train import files
 from doremi_train.config import UserError
 from doremi_train.console import say
@@ -92,10 +94,7 @@ class Saver:
         self.settle()
         plain, tensors = parts.divide(values)
         shared = (parts.share(name, tensor, *self._world) for name, tensor in tensors.items())
-        copies = [
-            piece._replace(values=piece.values.detach().to("cpu", copy=True))
-            for piece in (*shared, *pieces)
-        ]
+        copies = _copied([*shared, *pieces])
         self._thread = threading.Thread(
             target=self._go, args=(step, plain, copies), name="checkpoint", daemon=True
         )
@@ -198,6 +197,17 @@ class Saver:
         if "error" in said:
             raise _raised(rank, said["error"])
         return said
+
+
+def _copied(pieces: list[Piece]) -> list[Piece]:
+    """The same in the host's memory, in one place that goes back to the system as a whole."""
+    sizes = [-(-piece.values.nbytes // 16) * 16 for piece in pieces]
+    room = torch.empty(sum(sizes), dtype=torch.uint8)
+    copies = []
+    for piece, place in zip(pieces, room.split(sizes), strict=True):
+        own = place[: piece.values.nbytes].view(piece.values.dtype)
+        copies.append(piece._replace(values=own.copy_(piece.values.detach())))
+    return copies
 
 
 def _note_of(path: Path, rank: int) -> Path:
