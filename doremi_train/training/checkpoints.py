@@ -1,16 +1,16 @@
 """Checkpoints while training goes on: a step waits for a copy in the host's memory, and a thread of
 every process writes it.
 
-No thread takes part in a collective. Each puts a note beside its part; the first process's waits
-for all notes, and then writes the manifest. `settle` is where processes wait for each other, and
-where what went wrong is raised on all of them.
+No thread takes part in a collective. Each puts a note beside its part, and until then gives a sign
+of life now and then; the first process's waits for all notes, and then writes the manifest.
+`settle` is where processes wait for each other, and where what went wrong is raised on all of them.
 """
 
 import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from doremi_train.storage.runs import Run
 from doremi_train.training.task import TrainingFailed
 
 _LOOK = (0.01, 1.0)  # shortest and longest time between looks for notes, seconds
+_SIGN_OF_LIFE = 5.0  # seconds
 _LEAVING = 5.0  # seconds that a process which ends gives the others for their parts
 
 
@@ -59,7 +60,7 @@ class Saver:
     """Writes checkpoints of a run, one at a time."""
 
     def __init__(self, run: Run, keep: int, timeout: float) -> None:
-        """`timeout`: seconds after which a process that writes nothing is given up."""
+        """`timeout`: seconds without a sign of life after which a process is given up."""
         self._run, self._keep, self._timeout = run, keep, timeout
         self._folder, self._world = run.folder / checkpoint.FOLDER, comm.world()
         # No note of an earlier start is taken for one of this.
@@ -130,40 +131,47 @@ class Saver:
     # ── In the background ───────────────────────────────────────────────────────────
 
     def _go(self, step: int, values: Any, pieces: list[Piece]) -> None:
+        path = checkpoint.of_step(self._folder, step)
         try:
-            self._write(step, values, pieces)
+            if self._world.first:
+                records = [self._write(path, pieces), *self._others(path)]
+                self._complete(step, values, records)
+            else:
+                note = _note_of(path, self._world.rank)
+                with _signs_of_life(note.with_suffix(".alive"), self._timeout):
+                    record = self._write(path, pieces)
+                files.write_json(note, record | {"start": self._start})
         except BaseException as error:  # raised by `settle`
             self._error = error
             if not self._world.first:
                 with contextlib.suppress(OSError):  # of a full disk; the next step will tell
-                    self._note(step, {"error": _described(error)})
+                    note = _note_of(path, self._world.rank)
+                    files.write_json(note, {"error": _described(error), "start": self._start})
 
-    def _write(self, step: int, values: Any, pieces: list[Piece]) -> None:
-        path = checkpoint.of_step(self._folder, step)
-        part, mirror = path / parts.part_name(*self._world), self._run.mirror
+    def _write(self, path: Path, pieces: list[Piece]) -> dict[str, Any]:
+        """This process's part, here and in the run's second home."""
+        part = path / parts.part_name(*self._world)
         record = parts.write(part, pieces)
         pieces.clear()  # its memory
-        if mirror is not None:
-            mirror.push(self._run.folder, [part.relative_to(self._run.folder).as_posix()])
-        if not self._world.first:
-            self._note(step, record)
-            return
-        records = [record, *self._others(path)]
-        checkpoint.complete(self._folder, step, values, records, self._keep)
-        for rank in range(1, self._world.size):
-            _note_of(path, rank).unlink(missing_ok=True)
-        if mirror is not None:
-            checkpoint.push(self._run.folder, step, mirror)
-        self._step = step
+        if self._run.mirror is not None:
+            name = part.relative_to(self._run.folder).as_posix()
+            self._run.mirror.push(self._run.folder, [name])
+        return record
 
-    def _note(self, step: int, content: dict[str, Any]) -> None:
-        path = _note_of(checkpoint.of_step(self._folder, step), self._world.rank)
-        files.write_json(path, content | {"start": self._start})
+    def _complete(self, step: int, values: Any, records: list[dict[str, Any]]) -> None:
+        path = checkpoint.complete(self._folder, step, values, records, self._keep)
+        for rank in range(1, self._world.size):
+            note = _note_of(path, rank)
+            note.unlink()
+            note.with_suffix(".alive").unlink(missing_ok=True)
+        if self._run.mirror is not None:
+            checkpoint.push(self._run.folder, step, self._run.mirror)
+        self._step = step
 
     def _others(self, path: Path) -> list[dict[str, Any]]:
         """The notes of all other processes. Raises Lost where one of them does nothing any more."""
         found: dict[int, dict[str, Any]] = {}
-        seen: dict[str, int] = {}
+        seen: set[tuple[str, int, int]] = set()
         since, pause = time.monotonic(), _LOOK[0]
         while True:
             for rank in range(1, self._world.size):
@@ -171,15 +179,15 @@ class Saver:
                     found[rank] = note
             if len(found) == self._world.size - 1:
                 return [found[rank] for rank in sorted(found)]
-            if (now := _sizes(path)) != seen:
+            if (now := _looks(path)) != seen:
                 seen, since = now, time.monotonic()
             limit = min(self._timeout, _LEAVING) if self._leaving.is_set() else self._timeout
             if time.monotonic() - since > limit:
                 missing = next(rank for rank in range(1, self._world.size) if rank not in found)
                 raise Lost(
-                    f"process {missing} wrote nothing of {path} within training.timeout="
-                    f"{self._timeout:g} s; look at its own output, and see to it that {path} is on "
-                    "a file system that all nodes share. The same command continues from the last "
+                    f"process {missing} gave no sign of life in {path} within training.timeout="
+                    f"{self._timeout:g} s; look at its own output, and see to it that this is on a "
+                    "file system that all nodes share. The same command continues from the last "
                     "checkpoint"
                 )
             time.sleep(pause)
@@ -214,12 +222,33 @@ def _note_of(path: Path, rank: int) -> Path:
     return path / f"part-{rank:05d}.json"
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    sizes = {}
+@contextlib.contextmanager
+def _signs_of_life(file: Path, timeout: float) -> Iterator[None]:
+    """Touch the file now and then: a part that is large, or on its way to a second home, shows
+    nothing else."""
+    done = threading.Event()
+
+    def give() -> None:
+        while not done.wait(min(_SIGN_OF_LIFE, timeout / 4)):
+            with contextlib.suppress(OSError):  # the part will tell
+                file.touch()
+
+    thread = threading.Thread(target=give, name="sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _looks(folder: Path) -> set[tuple[str, int, int]]:
+    """What changes while somebody works in the folder."""
+    found = set()
     for file in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # it has its name by now
-            sizes[file.name] = file.stat().st_size
-    return sizes
+            found.add((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    return found
 
 
 def _described(error: BaseException) -> dict[str, Any]:

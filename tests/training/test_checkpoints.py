@@ -141,8 +141,22 @@ def test_another_process_s_error_is_raised_by_all(
 def test_a_process_that_writes_nothing_is_given_up(tmp_path: Path) -> None:
     of = saver(tmp_path, 2)
     begun(of, 1)
-    with pytest.raises(Lost, match=r"process 1 wrote nothing .*training.timeout=0.5 s"):
+    with pytest.raises(Lost, match=r"process 1 gave no sign .*training.timeout=0.5 s"):
         of.settle()
+
+
+def test_a_process_whose_part_takes_long_is_waited_for(tmp_path: Path) -> None:
+    """As one that sends it far away."""
+    of = saver(tmp_path, 2, timeout=0.4)
+    path = begun(of, 1)
+    with ours._signs_of_life(path / "part-00001.alive", 0.4):
+        time.sleep(1.2)
+    assert of.writing
+    other(path, of._start)
+    of.settle()
+    assert sorted(file.name for file in path.iterdir()) == [
+        "manifest.json", parts.part_name(0, 2), parts.part_name(1, 2)
+    ]  # fmt: skip
 
 
 # ── Two processes ───────────────────────────────────────────────────────────────────
