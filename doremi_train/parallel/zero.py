@@ -175,7 +175,11 @@ class Zero:
 
     def _continue(self, saved: Saved) -> None:
         """Take over what this process has of the optimiser's state."""
-        counts = [name for name in saved.shapes if name.endswith("/step")]
+        counts = [
+            name
+            for name in saved.shapes
+            if name.startswith("optimizer/") and name.endswith("/step")
+        ]
         if not counts:
             return
         step = saved.whole(counts[0])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from doremi_train.config import UserError
 from doremi_train.console import Bar, say
 from doremi_train.data.batches import Batches
 from doremi_train.data.tokens.shards import TokenStore
@@ -239,6 +240,15 @@ class Trainer:
             return Position(0, fresh, np.zeros(domains, dtype=np.int64))
         values = saved.values
         saved.close()
+        needed = {"state", "counts", "skipped", "loss"}
+        if self.selector is not None:
+            needed.add("selection")
+        if not needed <= values.keys() or values["counts"].shape != (domains,):
+            raise UserError(
+                f"{saved.folder}: holds {', '.join(sorted(values))} of another version, or of "
+                f"another number of domains than {domains}; delete {saved.folder.parent}, and the "
+                "run begins again"
+            )
         if self.selector is not None:
             self.selector.restore(values["selection"])
         for part, value in zip(self.step.loss, values["loss"], strict=True):
