@@ -90,6 +90,7 @@ class Trainer:
         with (
             self._logs(position.step, watch) as logs,
             self.batches,
+            task.followed or contextlib.nullcontext(),
             self._bar(position.step, tokens) as bar,
         ):
             last = task.ends(position)
