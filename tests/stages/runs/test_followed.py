@@ -139,6 +139,7 @@ def test_every_sequence_comes_once_an_epoch_while_the_mixture_changes(
     assert f"follows main.mixture_file={file}" in " ".join(read(run_dir / "plan.json")["warnings"])
     outcome = command(*overrides)
     assert outcome.code == 0, outcome
+    assert "another mixture from step 20 on" in " ".join(outcome.out.split())
     trace = lines(run_dir / "main" / TRACE)
     assert [line["step"] for line in trace] == [*range(0, 40, 10)]
     changes = [b["step"] for a, b in pairwise(trace) if a["weights"] != b["weights"]]
