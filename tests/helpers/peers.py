@@ -183,9 +183,11 @@ def written(path, rows):
 
 
 def datasets(folder, rank):
+    from datasets import config
     from datasets.distributed import split_dataset_by_node
     from torch.utils.data import DataLoader
 
+    config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds; it waits 5 after each stream of parquet
     for name, (path, samples) in domains(folder).items():
         rows = [{"text": name, "n": number} for number in range(samples)]
         written(Path(path), rows)
