@@ -220,6 +220,31 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     assert lines(moved / "main" / TRACE) == trace
 
 
+@pytest.mark.acceptance
+def test_it_goes_on_elsewhere_with_what_was_decided(
+    fresh: list[str], command: Command, tmp_path: Path
+) -> None:
+    file, here, there = tmp_path / "mixture.json", tmp_path / "here", tmp_path / "there"
+    write(file, FIRST)
+    overrides = [*fresh, *FOLLOWS, f"main.mixture_file={file}", f"remote={tmp_path / 'second'}"]
+    process = start(*overrides, f"run_dir={here}", f"store={tmp_path / 'lost'}")
+    with reaped(process):
+        follow(file, here / "main", [SECOND], process)
+        wait_for(lambda: distinct(here / "main" / TRACE) == 2, process)
+        process.send_signal(signal.SIGTERM)
+        assert ended(process).code == 75
+    before = lines(here / "main" / TRACE)
+    assert len(before) < 6
+    there.mkdir()
+    shutil.copy(here / "mixture_file.json", there)
+    shutil.rmtree(here)
+    shutil.rmtree(tmp_path / "lost")
+    write(file, THIRD)
+    assert command(*overrides, f"run_dir={there}").code == 0
+    trace = lines(there / "main" / TRACE)
+    assert trace[: len(before)] == before and trace[-1]["weights"] == THIRD and len(trace) == 6
+
+
 @pytest.mark.slow
 def test_two_processes_are_as_one_while_the_file_changes(
     fresh: list[str], command: Command, tmp_path: Path
