@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # `client` reads mixtures without torch
 
 ROUNDED = 1e-3  # weights of four decimals sum to 1 within this
 _ORIGINAL = "train_domain_weights"  # key of the original DoReMi's files
+_ENDLESS = 1e300  # from here on sums, and whole numbers as floats, may overflow
 _REMEDY = 'give a file of {"weights": {domain: weight}}'
 
 
@@ -116,8 +117,7 @@ def checked(
         if (
             isinstance(weight, bool)
             or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-            or weight < 0
+            or not 0 <= weight < _ENDLESS  # nor is NaN
         ):
             raise UserError(
                 f"{where}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0"

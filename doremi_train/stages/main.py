@@ -20,6 +20,8 @@ def run(session: Session) -> dict[str, Run]:
     """Every model of the comparison by its name in evaluation.json. Runs that are the same are
     trained once."""
     store = prepare.run(session)
+    if followed.asked(session):
+        followed.check(session, store)
     learned = mixtures.run(session).tensor(store.domains)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     weighed = weighting.of(session, store)

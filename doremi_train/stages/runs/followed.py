@@ -4,7 +4,7 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from doremi_train import files
+from doremi_train import files, mixture
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import cross_entropy, simplex
 from doremi_train.parallel import comm
@@ -25,12 +25,27 @@ def asked(session: Session) -> bool:
     return session.config.main.mixture_file is not None
 
 
+def check(session: Session, store: TokenStore) -> str | None:
+    """What this run_dir calls its run, if it has begun one. Raises UserError where it would begin
+    one now, and the file holds no mixture: before other runs are trained on the way to it."""
+    main, path = session.config.main, session.run_dir / IDENTITY
+
+    def found() -> str | None:
+        if path.exists():
+            identity: str = files.read_json(path)["run"]
+            return identity
+        given, normalize = str(main.mixture_file), session.config.mixture.normalize
+        mixture.of_step(Path(given), store.domains, 0, f"main.mixture_file={given}", normalize)
+        return None
+
+    return comm.on_first(found)
+
+
 def known(
     session: Session, store: TokenStore, selection: batch_selection.Setting | None
 ) -> Run | None:
-    """The run, if this run_dir has begun one."""
-    path = session.run_dir / IDENTITY
-    identity = comm.on_first(lambda: files.read_json(path)["run"] if path.exists() else None)
+    """The run, if this run_dir has begun one. Raises UserError as `check` does."""
+    identity = check(session, store)
     return None if identity is None else _recipe(session, store, selection, identity)
 
 

@@ -73,6 +73,8 @@ WRONG = [
     ('{"digits": 0.5, "plain": 0.5, "rich": 0, "other": 0}', "unknown domain 'other'"),
     ('{"digits": 0.5, "plain": 0.6, "rich": 0}', "sum to 1.1"),
     ('{"schedule": [[Infinity, {}]]}', "has no weights for this step"),
+    ('{"digits": 1, "plain": 1' + 400 * "0" + ', "rich": 0}', "must be a finite number"),
+    ('{"digits": 1e299, "plain": 1e300, "rich": 0}', "must be a finite number"),
     (None, "No such file"),
 ]
 
@@ -282,9 +284,18 @@ def test_a_mistake_is_named(
     more: list[str], said: str, tiny: list[str], command: Command, tmp_path: Path
 ) -> None:
     file = tmp_path / "mixture.json"
-    write(file, {"web": 1.0})
+    write(file, FIRST if more else {"web": 1.0})
     given = [f"main.mixture_file={file}", f"run_dir={tmp_path / 'run'}", *FOLLOWS]
-    outcome = command(*tiny, *given, *more)
-    assert outcome.code == 2 and said in " ".join(outcome.err.split()), outcome
-    assert "main.mixture_file=" in outcome.err
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    for stage in ([], ["stage=plan"]) if not more else ([],):
+        outcome = command(*tiny, *given, *more, *stage)
+        assert outcome.code == 2 and said in " ".join(outcome.err.split()), outcome
+        assert "main.mixture_file=" in outcome.err
+
+
+def test_a_file_that_is_none_is_named_before_the_proxies(
+    tiny: list[str], command: Command, tmp_path: Path
+) -> None:
+    given = [f"main.mixture_file={tmp_path / 'none.json'}", f"run_dir={tmp_path / 'run'}"]
+    outcome = command(*tiny, *given, "stage=main", "seed=74")
+    assert outcome.code == 2 and "none.json" in outcome.err, outcome
+    assert not (tmp_path / "run" / "reference").exists()
