@@ -164,10 +164,16 @@ YAML = (".yaml", ".yml")
 def read_object(path: Path, given: str, remedy: str) -> dict[str, Any]:
     """The JSON object in a file of a user's, or the mapping of a YAML file. Raises UserError that
     names `given`, the cause and the remedy where there is none."""
+    return read_hashed(path, given, remedy)[0]
+
+
+def read_hashed(path: Path, given: str, remedy: str) -> tuple[dict[str, Any], str]:
+    """The same, and the SHA-256 of the bytes that it was read from."""
     form = "YAML" if path.suffix in YAML else "JSON"
     try:
         with judging():
-            content = _read_yaml(path) if form == "YAML" else json.loads(path.read_bytes())
+            text = path.read_bytes()
+            content = _read_yaml(text) if form == "YAML" else json.loads(text)
     except Refused as refused:
         cause = f"not a {form} file that can be read ({refused})"
         raise UserError(f"{given}: {cause}; {remedy}") from None
@@ -176,13 +182,13 @@ def read_object(path: Path, given: str, remedy: str) -> dict[str, Any]:
     for name in content:
         if not isinstance(name, str):
             raise UserError(f"{given}: the name {name!r} is no text; write it in quotes")
-    return content
+    return content, hashlib.sha256(text).hexdigest()
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(text: bytes) -> Any:
     import yaml
 
-    return yaml.safe_load(path.read_bytes())
+    return yaml.safe_load(text)
 
 
 def override(key: str, values: Mapping[str, str]) -> str:

@@ -4,16 +4,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doremi_train import files
-from doremi_train.config import UserError, read_object
+from doremi_train.config import UserError, read_hashed, read_object
 
 if TYPE_CHECKING:  # `client` reads mixtures without torch
     from torch import Tensor
 
 ROUNDED = 1e-3  # weights of four decimals sum to 1 within this
 _ORIGINAL = "train_domain_weights"  # key of the original DoReMi's files
+_ENDLESS = 1e300  # from here on sums, and whole numbers as floats, may overflow
+_REMEDY = 'give a file of {"weights": {domain: weight}}'
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,49 @@ def load(path: Path, domains: Sequence[str], normalize: bool = False) -> Mixture
     Raises UserError naming the domain that is unknown, missing, negative or not a number, or the
     sum where it is not 1.
     """
-    given, remedy = f"mixture.path={path}", 'give a file of {"weights": {domain: weight}}'
-    values = content = read_object(path, given, remedy)
-    tolerance = 1e-6
+    given = f"mixture.path={path}"
+    content = read_object(path, given, _REMEDY)
+    return Mixture(str(content.get("method", "file")), _weights(content, domains, given, normalize))
+
+
+class Read(NamedTuple):
+    """What a file says of one step."""
+
+    weights: dict[str, float]  # sum 1
+    digest: str  # SHA-256 of the file
+
+
+def of_step(
+    path: Path, domains: Sequence[str], step: int, given: str, normalize: bool = False
+) -> Read:
+    """The weights at `step`, from 0, of a file as `load` reads it, which may be staged: those of
+    the last stage of its `schedule` that has begun. `given` names it in messages.
+
+    Raises UserError as `load` does, and where a schedule has no stage for the step.
+    """
+    content, digest = read_hashed(path, given, _REMEDY)
+    stages = content.get("schedule")
+    if stages is None:
+        return Read(_weights(content, domains, given, normalize), digest)
+    try:
+        weights = [{**weights} for start, weights in stages if int(start) <= step][-1]
+    except (TypeError, ValueError, OverflowError, IndexError):
+        raise UserError(
+            f"{given}: schedule={stages!r:.200} has no weights for this step; give a list of "
+            "[first step, {domain: weight}], the first of step 0"
+        ) from None
+    return Read(checked(weights, domains, f"{given}: schedule", normalize), digest)
+
+
+def _weights(
+    content: Mapping[str, Any], domains: Sequence[str], given: str, normalize: bool
+) -> dict[str, float]:
+    values, tolerance = content, 1e-6
     for key in ("weights", _ORIGINAL):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+        if isinstance(content.get(key), Mapping):
             values = content[key]
             tolerance = ROUNDED if key == _ORIGINAL else 1e-6
-    return Mixture(
-        str(content.get("method", "file")),
-        checked(values, domains, given, normalize, tolerance),
-    )
+    return checked(values, domains, given, normalize, tolerance)
 
 
 def checked(
@@ -83,8 +117,7 @@ def checked(
         if (
             isinstance(weight, bool)
             or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-            or weight < 0
+            or not 0 <= weight < _ENDLESS  # nor is NaN
         ):
             raise UserError(
                 f"{where}: weight of {name!r} is {weight!r}; must be a finite number ≥ 0"

@@ -1,13 +1,14 @@
 """Strict loading: a mistake is named by its whole key, with the value received; nothing is guessed
 or dropped."""
 
+import dataclasses
 import math
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helpers.configuration import compose
 from pydantic.dataclasses import dataclass
 
 from doremi_train.config import (
+    MAPPINGS,
     STRICT,
     Count,
     Fraction,
@@ -31,6 +33,7 @@ from doremi_train.config import (
     read_mappings,
 )
 from doremi_train.methods import heuristics
+from doremi_train.stages.options import Config
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -184,6 +187,24 @@ def test_a_mapping_may_be_a_file_with_any_name(ending: str, tmp_path: Path) -> N
     if ending != "json":
         path.write_text("français: /d/1\nit's {odd}, 1: s3://b/${x}\n語: /d/3\n")
         assert read_mappings(compose(f"export.paths={path}"))["export"]["paths"] == values
+
+
+def mappings(options: Any, within: str = "") -> set[str]:
+    """The keys of options that may be a mapping."""
+    found = set()
+    for field in dataclasses.fields(options):
+        parts = [field.type, *get_args(field.type)]
+        if dataclasses.is_dataclass(field.type):
+            found |= mappings(field.type, f"{within}{field.name}.")
+        elif any(get_origin(part) is dict for part in parts):
+            found.add(within + field.name)
+    return found
+
+
+def test_every_mapping_by_names_of_the_user_s_may_be_a_file() -> None:
+    """But for those whose names Hydra can write: keys of others, and words without signs."""
+    others = {"compare.files", "model.config", "submit.extra"}
+    assert mappings(Config) == {*MAPPINGS} | others
 
 
 @pytest.mark.parametrize(

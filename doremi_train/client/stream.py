@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_train import files, mixture
-from doremi_train.config import UserError, read_object
+from doremi_train.config import UserError
 from doremi_train.console import say
 from doremi_train.data.sampler import Draw, Ints, Sampler
 
@@ -138,7 +138,9 @@ class Stream:
             return np.array([*given.values()])
         assert self._mixture is not None
         try:
-            return np.array([*_of_file(Path(self._mixture), self.names, block * self.every)])
+            path = Path(self._mixture)
+            read = mixture.of_step(path, self.names, block * self.every, f"{path}")
+            return np.array([*read.weights.values()])
         except UserError as error:
             if not block:
                 raise
@@ -181,21 +183,3 @@ class Stream:
                 f"({', '.join(f'{key}={found.get(key)!r:.200}' for key in other)}); give another "
                 "folder"
             )
-
-
-def _of_file(path: Path, names: tuple[str, ...], step: int) -> list[float]:
-    """(K,) weights of a file at a step: those of the last stage of its `schedule` that has begun,
-    or its own."""
-    content = read_object(path, f"{path}", 'give a file of {"weights": {domain: weight}}')
-    stages = content.get("schedule")
-    if stages is None:
-        return [*mixture.load(path, names).weights.values()]
-    try:
-        begun = [(int(start), {**weights}) for start, weights in stages if start <= step]
-        weights = begun[-1][1]
-    except (TypeError, ValueError, IndexError):
-        raise UserError(
-            f"{path}: schedule={stages!r:.200} has no weights for step {step}; give a list of "
-            "[first step, {domain: weight}], the first of step 0"
-        ) from None
-    return [*mixture.checked(weights, names, f"{path}: schedule").values()]

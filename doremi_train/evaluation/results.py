@@ -58,9 +58,14 @@ class Result(NamedTuple):
         return self.mixture["weights"]
 
     @property
+    def way(self) -> str:
+        """Where the final model's mixture comes from: a file that it followed, or the method."""
+        return "followed" if self.config.get("main.mixture_file") else self.mixture["method"]
+
+    @property
     def learned(self) -> bool:
-        """Whether the mixture was learned, or is one that was given."""
-        return self.mixture["method"] not in (*HEURISTICS, "file")
+        """Whether that mixture was learned, or is one that was given."""
+        return self.way not in (*HEURISTICS, "file", "followed")
 
 
 class Measure(NamedTuple):
@@ -133,7 +138,7 @@ class Setting(NamedTuple):
     def _label(self, names: list[str]) -> str:
         if names[0] == "main":
             run = self.results[0]
-            return "learned" if run.learned else run.mixture["method"]
+            return "learned" if run.learned else run.way
         if names[0] == "baseline":
             return f"{self.results[0].config['reference.mixture']} (baseline)"
         return names[0]
@@ -269,7 +274,7 @@ def _standardised(measure: Measure, runs: Sequence[Result]) -> Measure:
     wanted = _objective(runs[0].config)
     if measure in (NATS, BITS) or not wanted.standardise:
         return measure
-    trained = "main" if runs[0].mixture["method"] == "natural" else "natural"
+    trained = "main" if runs[0].way == "natural" else "natural"
     if runs[0].config.get("reference.mixture", "natural") == "natural":
         trained = trained if trained in runs[0].figures else "baseline"
     known = [run.figures[trained] for run in runs if trained in run.figures]

@@ -141,6 +141,71 @@ def read_mosaicml_streaming(text: str) -> dict[str, Any]:
     return {name: stream["proportion"] for name, stream in yaml.safe_load(text)["streams"].items()}
 
 
+def energon(sources: Sequence[Source]) -> str:
+    blend = [{"weight": source.weight, "path": source.path} for source in sources]
+    head = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+    return _yaml(head | {"splits": {"train": {"blend": blend}}})
+
+
+def read_energon(text: str) -> dict[str, Any]:
+    blend = yaml.safe_load(text)["splits"]["train"]["blend"]
+    return _once((source["path"], source["weight"]) for source in blend)
+
+
+def llama_factory(sources: Sequence[Source]) -> str:
+    names, numbers = _columns(sources)
+    return _yaml(
+        {
+            "dataset": ",".join(names),
+            "mix_strategy": "interleave_over",
+            "interleave_probs": ",".join(map(str, numbers)),
+        }
+    )
+
+
+def read_llama_factory(text: str) -> dict[str, Any]:
+    content = yaml.safe_load(text)
+    names, numbers = (str(content[key]).split(",") for key in ("dataset", "interleave_probs"))
+    return _once(zip(map(str.strip, names), map(float, numbers), strict=True))
+
+
+def llama_factory_splits(source: Source) -> str | None:
+    """A complaint about a name that is several."""
+    whole = "," not in source.path and source.path.strip() == source.path
+    return None if whole else "LLaMA-Factory splits at commas, and cuts spaces"
+
+
+def llama_factory_tells(stages: Sequence[Mapping[str, float]]) -> list[str]:
+    return [
+        "it wants an entry of each of these names in the dataset_info.json of dataset_dir",
+        "an epoch is the rows that it takes until every source has ended once; where a small "
+        "weight makes that too many, set streaming=true, max_steps, and dataloader_num_workers to "
+        "1 or more",
+    ]
+
+
+def maxtext(sources: Sequence[Source]) -> str:
+    content = {s.domain: {"path": s.path, "weight": s.weight} for s in sources}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_maxtext(text: str) -> dict[str, Any]:
+    return {name: float(source["weight"]) for name, source in json.loads(text).items()}
+
+
+def maxtext_reads(source: Source) -> str | None:
+    """A complaint about a place that it knows nothing of."""
+    scheme, found, _ = source.path.partition("://")
+    return None if not found or scheme in ("gs", "hf") else "MaxText reads files, gs:// and hf://"
+
+
+def maxtext_tells(stages: Sequence[Mapping[str, float]]) -> list[str]:
+    return [
+        "it goes with dataset_type=grain and grain_file_type=arrayrecord; the data ends where the "
+        "first source does, so set num_epoch to more passes than any of them gets"
+    ]
+
+
 def olmo_core(sources: Sequence[Source]) -> str:
     # It refuses a source that would be repeated more often than it may.
     return _yaml(

@@ -1,6 +1,7 @@
 """Export targets whose file is a Python module: what each holds, and its weights read back."""
 
 import ast
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,6 +91,44 @@ def mixture_of_main(open_source):
     )
 ''',
 )
+
+_composable = _module(
+    """from olmo_core.data.composable import (
+    ConcatAndChunkInstanceSource,
+    MixingInstanceSource,
+    NumpyDocumentSource,
+)""",
+    '''def mixture(tokenizer, sequence_length, num_tokens, seed=0):
+    """The config of an instance source of `num_tokens`, the whole run's: build it for a
+    ComposableDataLoader. It refuses more passes over a source than were planned, and a source
+    that gets less than a sequence, which is left out here."""
+    kept = {path: part for path, part in SOURCES.items() if part * num_tokens >= sequence_length}
+    return MixingInstanceSource.Config(
+        source_specs=[
+            MixingInstanceSource.Spec.Config(
+                source=ConcatAndChunkInstanceSource.Config(
+                    sources=[NumpyDocumentSource.Config(source_paths=[path], tokenizer=tokenizer)],
+                    sequence_length=sequence_length,
+                ),
+                ratio=weight / sum(kept.values()),
+                max_repetition_factor=MOST_PASSES[path],
+                label=path,
+            )
+            for path, weight in kept.items()
+        ],
+        num_tokens=num_tokens,
+        seed=seed,
+    )
+''',
+)
+
+
+def olmo_core_composable(sources: Sequence[Source]) -> str:
+    # More than planned: what is left of a file's end is in no instance.
+    passes = {source.path: 1.0 + math.floor(source.epochs) for source in sources}
+    lines = "".join(f"    {path!r}: {most},\n" for path, most in passes.items())
+    return _composable(sources) + f"\n\nMOST_PASSES = {{\n{lines}}}\n"
+
 
 litdata = _module(
     "from litdata import CombinedStreamingDataset, StreamingDataset, TokensLoader",

@@ -8,7 +8,7 @@ from torch import Tensor
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages import mixtures, prepare
 from doremi_train.stages.mixtures import online
-from doremi_train.stages.runs import budget, language_model, reference, targets, weighting
+from doremi_train.stages.runs import budget, followed, language_model, reference, targets, weighting
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
 from doremi_train.training.batch_selection import Setting
@@ -20,11 +20,17 @@ def run(session: Session) -> dict[str, Run]:
     """Every model of the comparison by its name in evaluation.json. Runs that are the same are
     trained once."""
     store = prepare.run(session)
+    if followed.asked(session):
+        followed.check(session, store)
     learned = mixtures.run(session).tensor(store.domains)
     shape = language_model.resolved_model(session, store, session.config.main.model)
     weighed = weighting.of(session, store)
-    adapted = {"main": online.main(session)} if online.asked(session) else {}
-    return adapted | {
+    own: dict[str, Run] = {}  # a main run whose mixture is not one for all of its steps
+    if online.asked(session):
+        own["main"] = online.main(session)
+    elif followed.asked(session):
+        own["main"] = followed.train(session, store, selection(session, store, "main"))
+    return own | {
         name: language_model.train(
             session,
             store,
@@ -36,7 +42,7 @@ def run(session: Session) -> dict[str, Run]:
             selection=selection(session, store, name),
         )
         for name, weights in {"main": learned, **comparisons(session, store)}.items()
-        if name not in adapted
+        if name not in own
     }
 
 

@@ -193,6 +193,13 @@ class Main:
     """Mixtures that are trained beside the final model at its size, equal ones once; null: baseline
     (α_ref), natural and uniform."""
 
+    mixture_file: str | None = None
+    """File of a mixture that the final model follows while it trains, such as a weights.json, in
+    place of the learned one; null: none."""
+
+    mixture_every: Positive = 100
+    """Steps between two readings of main.mixture_file."""
+
 
 Method = Literal["generated", "real", "both", "focal", "quality", "filter", "imp", "dimp"]
 
@@ -478,6 +485,8 @@ class Config:
                 "a model of this data, and without reference.path both would be trained on this "
                 "data; give reference.path=…, or take dimp or rho"
             )
+        if self.main.mixture_file is not None:
+            self._check_mixture_file()
         for name in self.comparisons:
             one_of("main.comparisons", name, ["baseline", *HEURISTICS])
         if self.reference.mixture == "file" and (
@@ -516,6 +525,19 @@ class Config:
             )
         if self.export.to is not None or self.stage == "export":
             one_of("export.to", str(self.export.to), list(formats.FORMATS))
+
+    def _check_mixture_file(self) -> None:
+        given = f"main.mixture_file={self.main.mixture_file}"
+        if self.training.loss_weighting != "none":
+            raise UserError(
+                f"{given}: training.loss_weighting={self.training.loss_weighting} weighs by one "
+                "mixture for the whole run; leave one of the two out"
+            )
+        if self.stage == "compare":
+            raise UserError(
+                f"{given}: every main run of stage=compare would follow it, whatever its method; "
+                "leave it out"
+            )
 
     @property
     def comparisons(self) -> tuple[str, ...]:

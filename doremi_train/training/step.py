@@ -97,7 +97,10 @@ class Step:
         that ends the run."""
         task, options = self.task, self.task.objective_options
         number, state = position.step + 1, position.state
-        mixture = task.objective.sampling(state, options)
+        if task.followed is not None:
+            mixture = task.followed(position.step)
+        else:
+            mixture = task.objective.sampling(state, options)
         batch = self.batches.get(position.step, mixture, position.counts)
         self._seed(number)
         picks = None

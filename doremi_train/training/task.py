@@ -18,6 +18,7 @@ from doremi_train.model.optim import OptimizerOptions
 from doremi_train.parallel import place
 from doremi_train.storage.runs import Run
 from doremi_train.training import batch_selection, domain_gradients
+from doremi_train.training.followed import Followed
 from doremi_train.training.frozen import Reference
 
 
@@ -92,6 +93,7 @@ class Task(NamedTuple):
     target: domain_gradients.Target | None = None
     # Whether a run is done before its steps are, by the objective's state; None: never.
     settled: Callable[[Any], bool] | None = None
+    followed: Followed | None = None  # says what is drawn, in place of the objective
     bar: Bar | None = None  # that this run moves on; None: one of its own
 
     def ends(self, position: "Position") -> bool:

@@ -97,6 +97,7 @@ class Trainer:
             contextlib.closing(self._saver),
             self._logs(position.step, watch) as logs,
             self.batches,
+            task.followed or contextlib.nullcontext(),
             self._bar(position.step, tokens) as bar,
         ):
             last = task.ends(position)

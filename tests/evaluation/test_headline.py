@@ -46,6 +46,12 @@ def test_one_seed_has_no_interval_and_the_flops_are_said_both_ways() -> None:
     )
 
 
+def test_a_file_that_was_followed_is_not_called_learned() -> None:
+    followed = setting(run(200, **{"main.mixture_file": "mixture.json"}))
+    assert followed.candidates["main"] == "followed"
+    assert "The followed mixture reaches natural's final loss" in headline(followed)
+
+
 def test_seeds_have_student_s_interval() -> None:
     said = headline(setting(run(180, 3.0), run(200, 3.01), run(220, 3.02)))
     half = 4.302652729911275 * 5 / math.sqrt(3)  # of 45, 50 and 55 %

@@ -14,13 +14,16 @@ import pytest
 import yaml
 from helpers.command import ROOT
 
+from doremi_train.config import UserError
 from doremi_train.exports import convert
 from doremi_train.exports.formats import FORMATS
 
 # The smallest source is read many times; others have a small weight, or next to none, or none.
 WEIGHTS = {"web": 0.62, "small one": 0.37, "it's odd, 1": 0.00999, "rare": 1e-5, "none": 0.0}
 SAMPLES = {"web": 600, "small one": 40, "it's odd, 1": 200, "rare": 500}
-ENDINGS = {"webdataset": ".tar", "datasets": ".jsonl", "torchtitan": ".jsonl"}
+ENDINGS = {"webdataset": ".tar", "torchtitan": ".jsonl"}
+# What `datasets` may be given: files of several kinds, and a folder of them.
+KINDS = {"web": ".jsonl", "small one": ".parquet", "it's odd, 1": "", "rare": ".jsonl.gz"}
 DRAWS = {
     "megatron": ["alone"],
     "webdataset": ["alone", "workers", "ranks"],
@@ -28,6 +31,10 @@ DRAWS = {
     "mosaicml_streaming": ["workers", "again", "ranks"],
     "torchtitan": ["alone", "workers", "ranks"],
     "litdata": ["alone", "loader", "workers", "ranks"],
+    "energon": ["alone", "workers", "ranks"],
+    "llama_factory": ["streamed"],
+    "maxtext": ["alone", "ranks"],
+    "olmo_core_composable": ["alone", "ranks"],
 }
 
 
@@ -46,14 +53,17 @@ def exported(to: str, folder: Path) -> None:
     if to == "megatron":  # which splits at spaces
         data = folder / "data"
     data.mkdir()
-    files = {name: name.replace(" ", "_") if to == "megatron" else name for name in SAMPLES}
-    paths = {name: f"{data / file}{ENDINGS.get(to, '')}" for name, file in files.items()}
+    signs = {"megatron": " ", "llama_factory": ","}.get(to, "")  # where it splits
+    files = {name: name.replace(signs, "_") if signs else name for name in SAMPLES}
+    endings = KINDS if to == "datasets" else dict.fromkeys(SAMPLES, ENDINGS.get(to, ""))
+    paths = {name: f"{data / file}{endings[name]}" for name, file in files.items()}
+    epochs = {name: 4000 * WEIGHTS[name] / samples for name, samples in SAMPLES.items()}
     made = {name: [paths[name], samples] for name, samples in SAMPLES.items()}
     (folder / "domains.json").write_text(json.dumps(made))
     drawn = convert.shares(WEIGHTS, None, FORMATS[to].zeros)
     for form in ("megatron", "nemo") if to == "megatron" else (to,):
         file = folder / f"mixture.{FORMATS[form].ending}"
-        file.write_text(convert.write(form, drawn, paths, {}))
+        file.write_text(convert.write(form, drawn, paths, epochs))
 
 
 def peers() -> str:
@@ -88,6 +98,8 @@ def test_the_real_loader_draws_as_the_weights_say(to: str, tmp_path: Path) -> No
         assert found["nemo"] == {"same": True}  # the other file is the same to Megatron
     if "resumed" in found:
         assert found["resumed"] == {"same": 300}
+    if to == "maxtext":  # with one pass, the data ends where the first source does
+        assert found["once"]["small one"] == 40 and sum(found["once"].values()) < 200
     if "first" in found:  # sources are mixed, and not one after another
         assert len(found["first"]) > 1
 
@@ -115,6 +127,20 @@ def test_webdataset_shares_one_tar_among_ranks_and_workers(
             source = iter(mixture.Source(str(path)))
             seen.update(next(source)["__key__"] for _ in range(6))
     assert seen == {"0": 8, "1": 8, "2": 8}
+
+
+def test_llama_factory_and_maxtext_refuse_what_they_would_read_otherwise() -> None:
+    drawn = convert.shares({"a": 0.3, "b": 0.7}, None)
+    for to, path, said in (
+        ("llama_factory", "one, two", "splits at commas"),
+        ("llama_factory", " one", "cuts spaces"),
+        ("maxtext", "s3://bucket/a", "gs://"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert.write(to, drawn, {"a": path, "b": "/d/b"}, {})
+    convert.write("maxtext", drawn, {"a": "gs://bucket/a*", "b": "/d/b"}, {})
+    with pytest.raises(UserError, match=r"export\.paths\.a,b='a,b': LLaMA-Factory"):
+        convert.write("llama_factory", {"a,b": 1.0}, {}, {})
 
 
 # Forms

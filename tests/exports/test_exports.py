@@ -92,6 +92,19 @@ FORMS: dict[str, Any] = {
     },
     "levanter": {"data": {"train_weights": {"/d/a": 0.3, "/d/b": 0.7}, "mixture_block_size": 2048}},
     "lingua": {"data": {"sources": {"/d/a": 0.3, "/d/b": 0.7}}},
+    "energon": {
+        "__module__": "megatron.energon",
+        "__class__": "MetadatasetV2",
+        "splits": {
+            "train": {"blend": [{"weight": 0.3, "path": "/d/a"}, {"weight": 0.7, "path": "/d/b"}]}
+        },
+    },
+    "maxtext": {"a": {"path": "/d/a", "weight": 0.3}, "b": {"path": "/d/b", "weight": 0.7}},
+    "llama_factory": {
+        "dataset": "/d/a,/d/b",
+        "mix_strategy": "interleave_over",
+        "interleave_probs": "0.3,0.7",
+    },
     "doremi": {
         "train_domain_weights": {"/d/a": 0.3, "/d/b": 0.7},
         "eval_domain_weights": {"/d/a": 0.3, "/d/b": 0.7},
@@ -131,7 +144,12 @@ def test_a_schedule_goes_to_those_who_can_follow_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "to", [to for to, form in FORMATS.items() if form.ending in ("yaml", "yml")]
+    "to",
+    [  # but for LLaMA-Factory, whose numbers are one text
+        to
+        for to, form in FORMATS.items()
+        if form.ending in ("yaml", "yml") and to != "llama_factory"
+    ],
 )
 def test_yaml_numbers_are_numbers_even_where_they_are_tiny(to: str) -> None:
     def leaves(value: Any) -> list[Any]:
@@ -157,6 +175,9 @@ OTHERS = [
     ("gpt_neox", '{"train_data_paths": ["/d/a", "/d/b"], "train_data_weights": [3, 7]}'),
     ("levanter", "train_weights: {a: 3, b: 7}"),
     ("levanter", "data: {train_weights: [[0, {a: 3, b: 7}]]}"),
+    ("energon", "splits: {train: {blend: [{weight: 3, path: /d/a}, {weight: 7, path: /d/b}]}}"),
+    ("llama_factory", "{dataset: 'a, b', interleave_probs: '0.3, 0.7', cutoff_len: 9}"),
+    ("maxtext", '{"a": {"path": "elsewhere", "weight": 3}, "b": {"path": "x", "weight": 7}}'),
 ]
 
 
@@ -177,6 +198,10 @@ WRONG = [
     ("nanotron", "data_stages: [{}, {}]", "it has 2 stages"),
     ("levanter", "train_weights: [[0, {a: 1}], [9, {b: 1}]]", "it has 2 stages"),
     ("lingua", "", "not of the form"),
+    ("energon", "splits: {train: {path: /d/a}}", "not of the form"),
+    ("energon", "splits: {train: {blend: [{blend: [], weight: 1}]}}", "path"),
+    ("llama_factory", "{dataset: 'a,b', interleave_probs: '1'}", "not of the form"),
+    ("maxtext", '{"a": 0.3}', "not of the form"),
     ("datasets", "x = 1", "no SOURCES"),
     ("datasets", "SOURCES = {", "not of the form"),
     ("datasets", "SOURCES = __import__('os')", "not of the form"),

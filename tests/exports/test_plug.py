@@ -83,7 +83,9 @@ def test_it_keeps_the_contract(plug: str) -> None:
 def test_it_is_in_the_table(plug: str) -> None:
     table = pages.table_of_exports()
     assert f"| `plug` | seqio | {PLUG.file} | documents: {PLUG.because} |" in table
-    assert "need no `export.paths`: `levanter`, `lingua`, `doremi`, `plug`." in table
+    assert (
+        "need no `export.paths`: `levanter`, `llama_factory`, `lingua`, `doremi`, `plug`." in table
+    )
     page = pages.ROOT / "docs" / "export.md"
     assert page.read_text() != pages.generated()[page]  # so the page would be stale
 

@@ -8,6 +8,7 @@ samples]}) in the trainer's format, builds its dataset from the exported `FOLDER
 
 import collections
 import contextlib
+import gzip
 import importlib
 import itertools
 import json
@@ -165,13 +166,31 @@ def mosaicml_streaming(folder, rank):
     return found | {"ranks": on_two_ranks("mosaicml_streaming", folder)}
 
 
+def written(path, rows):
+    """Rows in a file of the kind that its ending says, or in a folder."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
+    if not path.suffix:
+        path.mkdir()
+        path /= "train.jsonl"
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def datasets(folder, rank):
+    from datasets import config
     from datasets.distributed import split_dataset_by_node
     from torch.utils.data import DataLoader
 
+    config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds; it waits 5 after each stream of parquet
     for name, (path, samples) in domains(folder).items():
-        rows = [json.dumps({"text": name, "n": number}) + "\n" for number in range(samples)]
-        Path(path).write_text("".join(rows))
+        rows = [{"text": name, "n": number} for number in range(samples)]
+        written(Path(path), rows)
     mixed = module(folder).mixture()
 
     def drawn(dataset, workers=0, draws=DRAWS):
@@ -255,6 +274,168 @@ def litdata(folder, rank):
     same = [a == b.tolist() for a, b in zip(whole[500:], resumed, strict=False)]
     found["resumed"] = {"same": sum(same) * 4}
     return found | {"ranks": on_two_ranks("litdata", folder)}
+
+
+def energon(folder, rank):
+    import webdataset
+    from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
+    from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
+
+    for name, (path, samples) in domains(folder).items():
+        place = Path(path)
+        place.mkdir()
+        with webdataset.TarWriter(str(place / "0.tar")) as writer:
+            for number in range(samples):
+                writer.write({"__key__": f"{number}", "txt": f"{name}"})
+        BaseWebdatasetFactory.prepare_dataset(
+            place, ["0.tar"], split_parts_ratio=[("train", 1.0)], workers=1
+        )
+        kind = "sample_type: {__module__: megatron.energon, __class__: TextSample}"
+        (place / ".nv-meta" / "dataset.yaml").write_text(f"{kind}\nfield_map: {{text: txt}}\n")
+
+    def loader(rank=0, ranks=1, workers=0):
+        place = WorkerConfig(rank=rank, world_size=ranks, num_workers=workers)
+        dataset = get_train_dataset(
+            folder / "mixture.yaml",
+            worker_config=place,
+            batch_size=None,
+            shuffle_buffer_size=None,
+            max_samples_per_sequence=None,
+        )
+        return get_savable_loader(dataset)
+
+    def drawn(loader, draws=DRAWS):
+        return counted((sample.text for sample in loader), draws)
+
+    ranks = [collections.Counter(drawn(loader(rank, 2), 2000)) for rank in range(2)]
+    found = {"alone": drawn(loader()), "ranks": dict(ranks[0] + ranks[1])}
+    found["workers"] = drawn(loader(workers=2))
+    whole, begun, resumed = loader(), loader(), loader()
+    keys = [sample.__key__ for sample in itertools.islice(whole, 1800)]
+    list(itertools.islice(begun, 1500))
+    resumed.restore_state_rank(begun.save_state_rank())
+    same = [key == sample.__key__ for key, sample in zip(keys[1500:], resumed, strict=False)]
+    return found | {"resumed": {"same": sum(same)}}
+
+
+@contextlib.contextmanager
+def leaves_of(package, *inner):
+    """A package whose modules are imported without what it and `inner` packages import at once."""
+    import importlib.util
+
+    origin = Path(importlib.util.find_spec(package).origin).parent
+    for name in (package, *(f"{package}.{part}" for part in inner)):
+        module = types.ModuleType(name)
+        module.__path__ = [str(origin.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = module
+    yield
+
+
+def llama_factory(folder, rank):
+    import yaml
+
+    names = types.ModuleType("peft.utils")  # of files; the rest of it imports every model
+    names.SAFETENSORS_WEIGHTS_NAME, names.WEIGHTS_NAME = "adapter.safetensors", "adapter.bin"
+    sys.modules |= {"peft": types.ModuleType("peft"), "peft.utils": names}
+    with leaves_of("llamafactory", "data", "extras", "hparams"):
+        from llamafactory.data.data_utils import merge_dataset
+        from llamafactory.data.parser import get_dataset_list
+        from llamafactory.hparams.data_args import DataArguments
+    from datasets import load_dataset
+
+    files = {}
+    for name, (path, samples) in domains(folder).items():
+        place = Path(f"{path}.jsonl")
+        place.write_text((json.dumps({"text": name}) + "\n") * samples)
+        files[path] = {"file_name": str(place), "columns": {"prompt": "text"}}
+    (folder / "dataset_info.json").write_text(json.dumps(files))
+
+    def drawn(**more):
+        config = yaml.safe_load((folder / "mixture.yaml").read_text())
+        arguments = DataArguments(**config, dataset_dir=str(folder), **more)
+        attributes = get_dataset_list(arguments.dataset, arguments.dataset_dir)
+        assert len(attributes) == len(arguments.interleave_probs)
+        rows = [
+            load_dataset("json", data_files=at.dataset_name, split="train") for at in attributes
+        ]
+        if arguments.streaming:  # as its loader does, with one of dataloader_num_workers
+            rows = [dataset.to_iterable_dataset(num_shards=1) for dataset in rows]
+        return merge_dataset(rows, arguments, seed=0)
+
+    return {
+        "streamed": counted(row["text"] for row in drawn(streaming=True)),
+    }
+
+
+def maxtext(folder, rank):
+    import grain.python as grain
+
+    mixture = json.loads((folder / "mixture.json").read_text())
+    for name, (path, samples) in domains(folder).items():
+        Path(path).write_text(json.dumps([name] * samples))
+
+    def mixed(host=0, hosts=1, epochs=None):
+        """As its input pipeline does."""
+        sources = {
+            name: grain.MapDataset.source(json.loads(Path(config["path"]).read_text()))
+            .shuffle(seed=0)
+            .repeat(epochs)[host::hosts]
+            .to_iter_dataset()
+            for name, config in mixture.items()
+        }
+        weights = [float(config["weight"]) for config in mixture.values()]
+        parts = [weight / sum(weights) for weight in weights]
+        return grain.IterDataset.mix(sources, dict(zip(mixture, parts, strict=True)))
+
+    ranks = [collections.Counter(counted(mixed(host, 2), 2000)) for host in range(2)]
+    whole = list(itertools.islice(mixed(), 1800))
+    begun, resumed = iter(mixed()), iter(mixed())
+    list(itertools.islice(begun, 1500))
+    resumed.set_state(begun.get_state())
+    same = [a == b for a, b in zip(whole[1500:], resumed, strict=False)]
+    once = counted(mixed(epochs=1))
+    return {
+        "alone": counted(mixed()),
+        "ranks": dict(ranks[0] + ranks[1]),
+        "resumed": {"same": sum(same)},
+        "once": once,
+    }
+
+
+def olmo_core_composable(folder, rank):
+    import numpy
+    from olmo_core.data import TokenizerConfig
+    from olmo_core.data.composable import ComposableDataLoader
+
+    names = list(domains(folder))
+    for name, (path, samples) in domains(folder).items():
+        tokens = numpy.full((samples, BLOCK), 1 + names.index(name), numpy.uint8)
+        tokens[:, -1] = 0  # a document is a sequence
+        tokens.tofile(path)
+    tokenizer = TokenizerConfig(vocab_size=100, eos_token_id=0, pad_token_id=99)
+    config = module(folder).mixture(tokenizer, BLOCK, DRAWS * BLOCK)
+    source = config.build(folder / "work")
+
+    def loader(rank=0, ranks=1):
+        made = ComposableDataLoader.Config(
+            tokenizer=tokenizer, global_batch_size=2 * BLOCK, seed=0, work_dir=str(folder / "work"),
+            display_source_visualization=False,
+        ).build(source)  # fmt: skip
+        made.dp_rank, made.dp_world_size = rank, ranks
+        made.reshuffle(epoch=1)
+        return made
+
+    def drawn(loader):
+        return counted(names[int(row[0]) - 1] for batch in loader for row in batch["input_ids"])
+
+    ranks = [collections.Counter(drawn(loader(rank, 2))) for rank in range(2)]
+    whole = [batch["input_ids"].tolist() for batch in loader()]
+    begun, resumed = loader(), loader()
+    list(itertools.islice(begun, 1500))
+    resumed.load_state_dict(begun.state_dict())
+    same = [a == b["input_ids"].tolist() for a, b in zip(whole[1500:1800], resumed, strict=False)]
+    found = {"alone": drawn(loader()), "ranks": dict(ranks[0] + ranks[1])}
+    return found | {"resumed": {"same": sum(same)}}
 
 
 if __name__ == "__main__":

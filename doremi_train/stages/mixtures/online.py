@@ -22,7 +22,7 @@ from doremi_train.model import folders
 from doremi_train.parallel import comm
 from doremi_train.stages import prepare
 from doremi_train.stages.options import training_identity
-from doremi_train.stages.runs import budget, language_model, reference
+from doremi_train.stages.runs import budget, followed, language_model, reference
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.runs.language_model import Begun
@@ -152,6 +152,11 @@ def options_of(session: Session, store: TokenStore, target: Sequence[float]) -> 
         raise UserError(
             f"mixture={method}: looks at the plain losses of whole batches; leave "
             "training.loss_weighting and batch_selection at none"
+        )
+    if followed.asked(session):
+        raise UserError(
+            f"main.mixture_file={config.main.mixture_file}: the main run of mixture={method} "
+            "adapts its mixture itself; leave one of the two out"
         )
     within = budget.caps(session, store, asked.floor, "online.floor")
     common: dict[str, Any] = {

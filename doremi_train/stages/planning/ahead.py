@@ -14,7 +14,14 @@ from doremi_train.methods import simplex
 from doremi_train.stages import main
 from doremi_train.stages.mixtures import WAYS
 from doremi_train.stages.planning import missing_losses
-from doremi_train.stages.runs import budget, language_model, reference, reference_losses, weighting
+from doremi_train.stages.runs import (
+    budget,
+    followed,
+    language_model,
+    reference,
+    reference_losses,
+    weighting,
+)
 from doremi_train.stages.runs.ahead import Ahead, Pipeline
 from doremi_train.stages.session import Session
 
@@ -39,7 +46,9 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
         training = main.training(session)
         ready = weighed is not None or training.loss_weighting == "none"
         run = None
-        if known is not None and ready:
+        if name == "main" and followed.asked(session):
+            run = followed.known(session, store, main.selection(session, store, name))
+        elif known is not None and ready:
             picking = main.selection(session, store, name)
             run = language_model.recipe(
                 session, store, shape, known, training, weighting=weighed, selection=picking

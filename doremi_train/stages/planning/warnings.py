@@ -5,7 +5,7 @@ from typing import Any
 
 from doremi_train.evaluation import detectors
 from doremi_train.methods import simplex
-from doremi_train.stages.runs import budget
+from doremi_train.stages.runs import budget, followed
 from doremi_train.stages.session import Session
 
 # Measured at 400 and 800 steps of `tiny`: for some 200 steps α follows which domain is learned
@@ -34,6 +34,11 @@ def warnings(
             if domain["training_sequences"] < TINY
         ],
         "unwritable": unwritable({name: domain["unwritable"] for name, domain in domains.items()}),
+        "followed": [
+            f"The final model follows main.mixture_file={session.config.main.mixture_file}; the "
+            f"weights and epochs here are those of mixture={session.method}."
+        ]
+        * followed.asked(session),
     }
     if not proxies:
         return messages
