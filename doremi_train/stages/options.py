@@ -44,6 +44,7 @@ from doremi_train.model.lora import LoraOptions
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.selection import options as selection_options
 from doremi_train.selection.options import SelectionOptions
+from doremi_train.selection.regroup.options import RegroupOptions
 from doremi_train.trackers import TrackingOptions
 from doremi_train.training.batch_selection import BatchSelectionOptions
 from doremi_train.training.task import TrainingOptions
@@ -432,6 +433,9 @@ class Config:
     selection: SelectionOptions
     """Choice of documents, or with selection=less of examples, that are trained on."""
 
+    regroup: RegroupOptions
+    """Domains made from the text, where the given ones are not the right ones (stage=regroup)."""
+
     vocabulary: vocabulary.Options
     """Tokens for selection.features=granular, from the selection's targets (stage=vocabulary)."""
 
@@ -554,6 +558,7 @@ _FREE = (
     "stage", "run_dir", "store", "remote", "data.max_bad_lines",
     "data.max_unwritable", "data.allow_pipe",
     "selection.engine", "selection.workers", "selection.less.batch_tokens",
+    "regroup.engine", "regroup.workers",
 )  # fmt: skip
 _FREE_GROUPS = ("compare", "downstream", "engine", "export", "headroom", "submit", "tracking")
 _FREE_TRAINING = (

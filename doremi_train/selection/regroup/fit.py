@@ -1,0 +1,235 @@
+"""Fine clusters of a sample: k-means of scikit-learn from several starts, each a task of its own,
+then polished in whole numbers.
+
+N documents of a group, m buckets of words, F fine clusters, D dimensions.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from doremi_train.config import UserError
+from doremi_train.files import replacing
+from doremi_train.methods import clusters
+from doremi_train.selection.documents.tasks import read_arrays, write_arrays
+from doremi_train.selection.regroup.options import RegroupOptions
+from doremi_train.selection.regroup.tasks import (
+    BUCKETS,
+    Model,
+    Sample,
+    Task,
+    gathered,
+    good_ratios,
+    save_model,
+    vectors,
+)
+
+BATCH = 4096  # documents of a step of mini-batch k-means
+PASSES = 10  # over the sample, at most
+ROUNDS = 10  # of polishing, at most
+
+
+def require_sklearn() -> None:
+    """Raises UserError where scikit-learn is not installed."""
+    try:
+        import sklearn.cluster  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "stage=regroup: needs scikit-learn; pip install 'doremi-train[select]'"
+        ) from None
+
+
+def word_weights(sample: Sample, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(m,) log of the inverse part of a group's documents that hold a word; 0 of rare words, which
+    only blur the projection: of fewer than √N / 8 documents, or of one."""
+    seen = np.zeros(BUCKETS, np.int64)
+    for row in rows:
+        seen[sample.buckets[sample.first[row] : sample.first[row + 1]]] += 1
+    least = max(2, round(np.sqrt(len(rows)) / 8))
+    # A word of every document tells none apart, but where all words are such they are all there is.
+    weights = np.log((len(rows) + 1) / np.maximum(seen, 1))
+    return np.where(seen >= min(least, len(rows)), weights, 0).astype(np.float32)
+
+
+def projected(
+    sample: Sample, rows: NDArray[np.int64], weights: NDArray[np.float32], dimensions: int
+) -> NDArray[np.int16]:
+    """(N, D) vectors of a group's documents."""
+    first = sample.first[rows[0] : rows[-1] + 2]  # a group's documents stand together
+    own = slice(first[0], first[-1])
+    return vectors(sample.buckets[own], sample.counts[own], first - first[0], weights, dimensions)
+
+
+def begun(home: Path, work: list[Task], options: RegroupOptions) -> list["Start"]:
+    """The starts to be made on the sample that the tasks have gathered, whose vectors are
+    written. Raises UserError where a group has fewer documents than domains are asked for."""
+    sample, grams = gathered(work)
+    groups = sorted(set(sample.group.tolist()))
+    weights = np.zeros((len(groups), BUCKETS), np.float32)
+    for number, group in enumerate(groups):
+        rows = np.flatnonzero(sample.group == group)
+        weights[number] = word_weights(sample, rows)
+        documents = projected(sample, rows, weights[number], options.dimensions)
+        different = int(documents.any(1).sum())
+        if different < options.domains:
+            where = f"domain {group!r}" if options.within == "domain" else "the data"
+            raise UserError(
+                f"regroup.domains={options.domains}: {where} has only {different} different "
+                "documents with words that others have too; ask for fewer, or give more text"
+            )
+        _write(home / f"vectors-{number}.npy", documents)
+    write_arrays(
+        home / "sample.npz",
+        {
+            "groups": np.array(groups, str),
+            "group": np.searchsorted(groups, sample.group),
+            "tokens": sample.tokens,
+            "text": sample.text,
+            "text_first": sample.text_first,
+            "weights": weights,
+            "grams": grams,
+        },
+    )
+    return starts(home, groups, options)
+
+
+def starts(home: Path, groups: list[str], options: RegroupOptions) -> list["Start"]:
+    """A task for every group and seed."""
+    return [
+        Start(home, number, seed, options)
+        for number in range(len(groups))
+        for seed in range(options.starts)
+    ]
+
+
+def finished(home: Path, made: list["Start"], good: list[bytes], options: RegroupOptions) -> None:
+    """Write the model, of the best starts, and beside it the clusters of the sample."""
+    sample = read_arrays(home / "sample.npz")
+    label = np.full(len(sample["group"]), -1)
+    cosine = np.zeros(len(label))
+    centres: list[NDArray[np.int16]] = []
+    owner: list[int] = []
+    stability = []
+    for number in range(len(sample["groups"])):
+        rows = np.flatnonzero(sample["group"] == number)
+        documents = np.load(home / f"vectors-{number}.npy")
+        rows, documents = rows[documents.any(1)], documents[documents.any(1)]
+        chosen = best(
+            [task for task in made if task.group == number], sample["tokens"][rows], options
+        )
+        nearest, cosine[rows] = clusters.nearest(documents, chosen.centres)
+        label[rows] = nearest + len(owner)
+        centres.append(chosen.centres)
+        owner += [number] * len(chosen.centres)
+        if chosen.stability is not None:
+            stability.append([chosen.stability["fine"], chosen.stability["domains"]])
+    write_arrays(
+        home / "clusters.npz",
+        {"label": label, "cosine": cosine, "stability": np.array(stability).reshape(-1, 2)},
+    )
+    save_model(
+        home,
+        Model(
+            [str(name) for name in sample["groups"]],
+            sample["weights"],
+            np.concatenate(centres),
+            np.array(owner, np.int64),
+            good_ratios(good, sample["grams"], np.asarray(sample["weights"].max(0) > 0))
+            if good
+            else np.empty((0, 1), np.float32),
+        ),
+    )
+
+
+class Start(NamedTuple):
+    """K-means on one group from one start."""
+
+    folder: Path
+    group: int
+    seed: int
+    options: RegroupOptions
+
+    @property
+    def documents(self) -> Path:
+        return self.folder / f"vectors-{self.group}.npy"
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "starts" / f"{self.group}-{self.seed}.npz"
+
+
+def start(task: Start) -> None:
+    """The fine clusters from one start. On one thread, so that any number of cores gives the same
+    bytes."""
+    if task.path.exists():
+        return
+    from sklearn.cluster import MiniBatchKMeans
+
+    documents = np.load(task.documents)
+    documents = documents[documents.any(1)]
+    fine = min(
+        max(task.options.domains, min(task.options.fine, len(documents) // 4)), len(documents)
+    )
+    unit = documents.astype(np.float32) / np.float32(clusters.UNIT)
+    with threadpool_limits(1):
+        means = MiniBatchKMeans(
+            fine, batch_size=min(BATCH, len(documents)), max_iter=PASSES, n_init=1,
+            random_state=task.seed,
+        ).fit(unit).cluster_centers_  # fmt: skip
+        del unit
+        fit = clusters.polished(documents, clusters.quantized(means), ROUNDS)
+    write_arrays(
+        task.path, {"centres": fit.centres, "label": fit.label, "total": np.array(fit.total)}
+    )
+
+
+def _write(path: Path, documents: NDArray[np.int16]) -> None:
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.save(file, documents)
+
+
+class Best(NamedTuple):
+    centres: NDArray[np.int16]  # (F, D)
+    label: NDArray[np.int64]  # (n,) of the documents that have a vector
+    stability: dict[str, float] | None  # adjusted Rand against the next best; None: one start
+
+
+def best(starts: list[Start], tokens: NDArray[np.int64], options: RegroupOptions) -> Best:
+    """The start of largest total, the first of equal ones. `tokens` (n,) are of the documents that
+    have a vector."""
+    found = [read_arrays(task.path) for task in starts]
+    order = sorted(range(len(found)), key=lambda number: -int(found[number]["total"]))
+    first = found[order[0]]
+    stability = None
+    if len(found) > 1:
+        second = found[order[1]]
+        sides = []
+        for one in (first, second):
+            size = np.bincount(one["label"], tokens).astype(np.int64)
+            sides.append(
+                clusters.merged(
+                    one["centres"], size, options.domains, least(options, int(size.sum()))
+                )[one["label"]]
+            )
+        stability = {
+            "fine": clusters.adjusted_rand(_table(first["label"], second["label"])),
+            "domains": clusters.adjusted_rand(_table(*sides)),
+        }
+    return Best(first["centres"], first["label"], stability)
+
+
+def least(options: RegroupOptions, tokens: int) -> float:
+    """Words that a domain of a group of so many has at least."""
+    if options.least_tokens is not None:
+        return options.least_tokens
+    return tokens / options.domains / 10
+
+
+def _table(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many documents are in each pair of cells."""
+    table = np.zeros((int(a.max()) + 1, int(b.max()) + 1), np.int64)
+    np.add.at(table, (a, b), 1)
+    return table
