@@ -23,7 +23,7 @@ from doremi_train.evaluation import detectors
 from doremi_train.methods import clusters
 from doremi_train.parallel import comm
 from doremi_train.reports import regroup_page
-from doremi_train.selection.documents import engines, kernels, parts
+from doremi_train.selection.documents import baselines, engines, kernels, parts
 from doremi_train.selection.regroup import describe, fit, tasks, write
 from doremi_train.selection.regroup.options import RegroupOptions
 from doremi_train.stages.choice import array, target_files
@@ -66,6 +66,7 @@ def _recipe(session: Session) -> dict[str, Any]:
         "data": signature(raw, resolve(raw)),
         "good": signature(target_files.text_options(session), good) if good else None,
         "model": options.model and _model(options.model),
+        "encoder": options.encoder and baselines.files_of_encoder(options.encoder),
     }
     return {"read": read, "last": {key: settings[key] for key in _LAST}}
 
@@ -92,7 +93,7 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
     earlier = _earlier(options.model) if options.model is not None else None
     if earlier is not None:  # it says what was found by itself
         within: Any = "corpus" if list(earlier.rest) == [""] else "domain"
-        options = replace(options, within=within)
+        options = replace(options, within=within, encoder=earlier.encoder)
     home = session.store / "regroup" / fingerprint(recipe["read"])
     sources = resolve(raw)
     work = [tasks.Task(home, n, source, raw, options) for n, source in enumerate(sources)]

@@ -5,7 +5,7 @@ import json
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +97,6 @@ def same_bits(one: Path, two: Path) -> None:
             and a["learning_rate"] == b["learning_rate"]
             and a["loss"] == b["loss"]
         )
-
-
-def children(pid: int) -> Iterator[int]:
-    """The workers that a process has spawned."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-            line = (path.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and b"spawn_main" in line:
-            yield int(path.parent.name)
 
 
 def documents_of(store: TokenStore, split: str, domain: str) -> list[str]:

@@ -2,10 +2,7 @@
 on it."""
 
 import json
-import os
 import random
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import zstandard
-from helpers.command import TINY, run_here, start
-from helpers.corpus import write_jsonl
-from helpers.processes import children
+from helpers.command import TINY, environment, run_here
+from helpers.corpus import documents, write_jsonl
+from helpers.encoder import untrained
 from helpers.topics import document, planted, texts_of
 
 from doremi_train.data.tokens.shards import TokenStore
@@ -191,13 +187,13 @@ def test_what_was_read_serves_another_least_size_and_a_finished_run_does_nothing
 
 
 def test_levels_are_by_likeness_to_good_text(tmp_path: Path) -> None:
-    """In every domain, half of every other document is of topic 8, as the good text is."""
+    """In every domain, a fifth of every other document is of topic 8, as the good text is."""
     texts = {}
     for topic in range(2):
         for n in range(60):
             good = n % 2
-            words = document(topic, n).split() + document(8 if good else 9, n).split()
-            texts[" ".join(words)] = good
+            words = document(8 if good else 9, n).split()[:40]
+            texts[" ".join([document(topic, n), document(topic, n + 1000), *words])] = good
     write_jsonl(tmp_path / "raw" / "web" / "train.jsonl", list(texts))
     good = write_jsonl(tmp_path / "good.jsonl", [document(8, n) for n in range(900, 920)])
     more = ("regroup.domains=2", "regroup.levels=2", f"regroup.good=[{good}]")
@@ -205,7 +201,7 @@ def test_levels_are_by_likeness_to_good_text(tmp_path: Path) -> None:
     right = Counter[bool]()
     for text, domain in by_text(tmp_path / "run", tmp_path / "raw").items():
         right[domain.endswith("-level2") == bool(texts[text])] += 1
-    assert right[True] > 0.9 * right.total()
+    assert right[True] > 0.8 * right.total()
     sizes = result(tmp_path / "run")["domains"]
     assert sorted(sizes) == sorted(
         f"{domain['name']}-level{n}"
@@ -245,6 +241,29 @@ def test_new_documents_of_domains_that_were_split(
     write_jsonl(tmp_path / "raw" / "unknown" / "train.jsonl", [document(0, 1)])
     err = refused(*regrouping(tmp_path / "raw", tmp_path / "three", *more))
     assert "knows no domain 'unknown'" in err and "given0, given1, given2" in err
+
+
+@pytest.mark.slow
+def test_an_encoder_takes_the_place_of_words(tmp_path: Path) -> None:
+    """One that learned nothing tells languages apart by their tokens; each text by itself, so that
+    the batch does not matter."""
+    texts = [*documents(1, "abcdefgh", 200, 12_000), *documents(2, "ijklmnop", 200, 12_000)]
+    folder = untrained(tmp_path / "encoder", texts)
+    write_jsonl(tmp_path / "raw" / "web" / "train.jsonl", texts)
+    more = ("regroup.domains=2", f"regroup.encoder={folder}")
+    ran(*regrouping(tmp_path / "raw", tmp_path / "run", *more))
+    made = by_text(tmp_path / "run", tmp_path / "raw")
+    pairs = Counter((domain, min(text.replace(" ", "")) > "h") for text, domain in made.items())
+    assert (
+        sum(n for _, n in pairs.most_common(2)) > 0.95 * len(made) and len(set(made.values())) == 2
+    )
+    write_jsonl(tmp_path / "new" / "web" / "train.jsonl", texts[::-1][:7])
+    later = (f"regroup.model={tmp_path / 'run' / 'regroup'}",)  # knows its encoder
+    ran(*regrouping(tmp_path / "new", tmp_path / "later", *later))
+    again = by_text(tmp_path / "later", tmp_path / "new")
+    assert again == {text: made[text] for text in again} and len(again) == 7
+    none = f"regroup.encoder={tmp_path / 'none'}"
+    assert f"{none}: " in refused(*regrouping(tmp_path / "raw", tmp_path / "no", none))
 
 
 # ── Training on it ──────────────────────────────────────────────────────────────────
@@ -293,8 +312,8 @@ def test_validation_files_are_relabelled_too(tmp_path: Path) -> None:
 # ── What is refused, and what has a defined result ──────────────────────────────────
 
 
-def texts(*documents: str) -> Callable[[Path], Path]:
-    return lambda root: write_jsonl(root / "web" / "train.jsonl", list(documents)).parents[1]
+def texts(*given: str) -> Callable[[Path], Path]:
+    return lambda root: write_jsonl(root / "web" / "train.jsonl", list(given)).parents[1]
 
 
 TWO = [document(topic, n) for topic in range(2) for n in range(20)]
@@ -410,41 +429,24 @@ def test_wrong_models_selections_and_sidecars(
     assert "has no column domain" in err
 
 
-# ── Kills ───────────────────────────────────────────────────────────────────────────
+# ── Engines: kills are in test_killed, Slurm in test_slurm ──────────────────────────
 
 
 @pytest.mark.acceptance
-def test_killed_workers_and_a_killed_command_change_nothing(
-    corpus: tuple[Path, dict[str, int]], tmp_path: Path
+def test_ray_gives_the_same_bytes(
+    corpus: tuple[Path, dict[str, int]],
+    alone_with_ray: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    root = tmp_path / "raw"
-    for domain in sorted(corpus[0].iterdir()):
-        lines = [*(domain / "train.jsonl").open()]
-        for part in range(6):
-            path = root / domain.name / f"train-{part}.jsonl.zst"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(zstandard.compress("".join(lines[part::6]).encode()))
-    more = ("regroup.domains=4",)
-    ran(*regrouping(root, tmp_path / "calm", *more))
-    started = start(*regrouping(root, tmp_path / "killed", *more, "regroup.workers=2"))
-    killed = 0
-    while started.poll() is None and killed < 3:
-        for worker in [*children(started.pid)][:1]:
-            os.kill(worker, signal.SIGKILL)
-            killed += 1
-            time.sleep(1)
-        time.sleep(0.01)
-    out, err = started.communicate(timeout=200)
-    assert started.returncode == 0 and killed, (out, err)
-    stopped = start(*regrouping(root, tmp_path / "stopped", *more))
-    home = tmp_path / "stopped" / "store" / "regroup"
-    while stopped.poll() is None and not [*home.glob("*/sample/*.npz")]:
-        time.sleep(0.01)
-    stopped.kill()
-    stopped.communicate(timeout=100)
-    assert not (tmp_path / "stopped" / "regroup" / "result.json").exists()
-    ran(*regrouping(root, tmp_path / "stopped", *more))
-    for name in ("killed", "stopped"):
-        for file in ("result.json", "domains.json", "model.npz", "sidecar.parquet"):
-            calm, other = (tmp_path / run / "regroup" / file for run in ("calm", name))
-            assert calm.read_bytes() == other.read_bytes(), (name, file)
+    """On a Ray of the command's own; what a cluster does to lost workers is the engine's, and
+    tested with selections."""
+    pytest.importorskip("ray")
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    ran(*regrouping(corpus[0], tmp_path / "calm", "regroup.domains=4"))
+    more = ("regroup.domains=4", "regroup.engine=ray", "regroup.workers=2")
+    assert "Ray of 1 node" in ran(*regrouping(corpus[0], tmp_path / "ray", *more)).out
+    for file in ("result.json", "domains.json", "model.npz", "sidecar.parquet"):
+        calm, ray = (tmp_path / run / "regroup" / file for run in ("calm", "ray"))
+        assert calm.read_bytes() == ray.read_bytes(), file

@@ -3,6 +3,7 @@
 F fine clusters, K domains, n documents of the sample, H hash buckets.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ def made(
         name: max((k for k, g in enumerate(of_group) if g == number), key=lambda k: tokens[k])
         for number, name in enumerate(model.groups)
     }
-    domains = Domains(named, of.tolist(), rest)
+    domains = Domains(named, of.tolist(), rest, encoder=options.encoder)
     if options.levels > 1:
         cuts = level_cuts(work, domains, options.levels)
-        domains = Domains(named, of.tolist(), rest, options.levels, cuts)
+        domains = replace(domains, levels=options.levels, cuts=cuts)
     return (
         domains,
         _told(model, domains, every[:fine, 1], texts, words, kinds, found),

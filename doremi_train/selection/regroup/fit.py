@@ -28,8 +28,10 @@ from doremi_train.selection.regroup.tasks import (
 )
 
 BATCH = 4096  # documents of a step of mini-batch k-means
-PASSES = 10  # over the sample, at most
-ROUNDS = 10  # of polishing, at most
+# Documents met by these steps, and again by the rounds that polish them: of a sample of a million
+# two passes and two rounds.
+MET = 2_000_000
+PASSES = 10  # and rounds, at most
 
 
 def require_sklearn() -> None:
@@ -69,23 +71,28 @@ def begun(home: Path, work: list[Task], options: RegroupOptions) -> list["Start"
     sample, grams = gathered(work)
     groups = sorted(set(sample.group.tolist()))
     weights = np.zeros((len(groups), BUCKETS), np.float32)
+    known = np.zeros(len(sample.draw), bool)
     for number, group in enumerate(groups):
         rows = np.flatnonzero(sample.group == group)
         weights[number] = word_weights(sample, rows)
-        documents = projected(sample, rows, weights[number], options.dimensions)
-        different = int(documents.any(1).sum())
+        documents = sample.encoded[rows]
+        if options.encoder is None:
+            documents = projected(sample, rows, weights[number], options.dimensions)
+        known[rows] = documents.any(1)
+        different = int(known[rows].sum())
         if different < options.domains:
             where = f"domain {group!r}" if options.within == "domain" else "the data"
             raise UserError(
                 f"regroup.domains={options.domains}: {where} has only {different} different "
                 "documents with words that others have too; ask for fewer, or give more text"
             )
-        _write(home / f"vectors-{number}.npy", documents)
+        _write(home / f"vectors-{number}.npy", documents[known[rows]])
     write_arrays(
         home / "sample.npz",
         {
             "groups": np.array(groups, str),
             "group": np.searchsorted(groups, sample.group),
+            "known": known,  # whether it has a vector
             "tokens": sample.tokens,
             "text": sample.text,
             "text_first": sample.text_first,
@@ -114,9 +121,8 @@ def finished(home: Path, made: list["Start"], good: list[bytes], options: Regrou
     owner: list[int] = []
     stability = []
     for number in range(len(sample["groups"])):
-        rows = np.flatnonzero(sample["group"] == number)
-        documents = np.load(home / f"vectors-{number}.npy")
-        rows, documents = rows[documents.any(1)], documents[documents.any(1)]
+        rows = np.flatnonzero((sample["group"] == number) & sample["known"])
+        documents = np.load(home / f"vectors-{number}.npy", mmap_mode="r")
         chosen = best(
             [task for task in made if task.group == number], sample["tokens"][rows], options
         )
@@ -168,21 +174,24 @@ def start(task: Start) -> None:
         return
     from sklearn.cluster import MiniBatchKMeans
 
-    documents = np.load(task.documents)
-    documents = documents[documents.any(1)]
-    fine = min(
-        max(task.options.domains, min(task.options.fine, len(documents) // 4)), len(documents)
-    )
-    unit = documents.astype(np.float32) / np.float32(clusters.UNIT)
+    documents = np.load(task.documents, mmap_mode="r")
+    n, options = len(documents), task.options
+    fine = min(max(options.domains, min(options.fine, n // 4)), n)
+    size = min(max(BATCH, 4 * fine), n)  # the first batch is what the start is drawn from
+    passes = min(max(MET // n, 1), PASSES)
+    fit = MiniBatchKMeans(fine, n_init=1, random_state=task.seed, batch_size=size)
     with threadpool_limits(1):
-        means = MiniBatchKMeans(
-            fine, batch_size=min(BATCH, len(documents)), max_iter=PASSES, n_init=1,
-            random_state=task.seed,
-        ).fit(unit).cluster_centers_  # fmt: skip
-        del unit
-        fit = clusters.polished(documents, clusters.quantized(means), ROUNDS)
+        for first in [*range(0, n, size)] * passes:  # they stand in a random order already
+            fit.partial_fit(documents[first : first + size] / np.float32(clusters.UNIT))
+        means = clusters.quantized(fit.cluster_centers_)
+        polished = clusters.polished(documents, means, passes)
     write_arrays(
-        task.path, {"centres": fit.centres, "label": fit.label, "total": np.array(fit.total)}
+        task.path,
+        {
+            "centres": polished.centres,
+            "label": polished.label,
+            "total": np.array(polished.total),
+        },
     )
 
 

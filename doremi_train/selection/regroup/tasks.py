@@ -23,6 +23,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.files import replacing
 from doremi_train.methods import clusters, ngram
 from doremi_train.selection.documents import kernels
+from doremi_train.selection.documents.baselines import embedded
 from doremi_train.selection.documents.parts import Batch, Document, batched, documents
 from doremi_train.selection.documents.scorers import UNSEEN
 from doremi_train.selection.documents.tasks import ROWS, read_arrays, write_arrays
@@ -31,6 +32,7 @@ from doremi_train.selection.regroup.options import RegroupOptions
 BUCKETS = 2**17  # m, of words
 GRAMS = 2**15  # of 1- and 2-grams, for levels
 SHOWN = 2000  # bytes of a text that names and the page look at
+READ = 8192  # bytes of a text that an encoder is given, which cuts it by its tokens
 LOOKED_AT = 10_000  # of the sample, for names and the page
 
 SCHEMA = pa.schema(
@@ -152,12 +154,13 @@ class Sample(NamedTuple):
 
     draw: NDArray[np.uint64]  # (N,)
     group: NDArray[Any]  # (N,) names
-    buckets: NDArray[np.int64]  # (n,) of their distinct words, one document after the other
-    counts: NDArray[np.int64]  # (n,)
+    buckets: NDArray[np.int32]  # (n,) of their distinct words, one document after the other
+    counts: NDArray[np.int32]  # (n,)
     first: NDArray[np.int64]  # (N + 1,)
     tokens: NDArray[np.int64]  # (N,) words
     text: NDArray[np.uint8]  # how those that are looked at begin
     text_first: NDArray[np.int64]  # (N + 1,) in `text`
+    encoded: NDArray[np.int16]  # (N, D) by the encoder; (N, 0) where there is none
 
     def shown(self, number: int) -> str:
         """How a document begins; "" of one that is not looked at."""
@@ -191,6 +194,7 @@ def gather(drawing: Drawing) -> None:
         here = found[met : met + len(batch.documents)]
         met += len(here)
         buckets, counts, first = tallied(batch)
+        vectors_of = encoded(batch, task.options.encoder)
         if task.options.good:  # of every copy: so their sum is the same in any division into files
             kernels.count(batch.tokens.hashes, batch.bounds, grams)
         for p, (number, group, new) in enumerate(here):
@@ -206,6 +210,7 @@ def gather(drawing: Drawing) -> None:
                     counts[own].copy(),
                     int(batch.bounds[p + 1] - batch.bounds[p]),
                     batch.part(p)[:SHOWN] if shown else b"",
+                    vectors_of[p],
                 )
             )
     rows.sort(key=lambda row: row[:2])
@@ -215,13 +220,15 @@ def gather(drawing: Drawing) -> None:
         {
             "draw": np.array([row[0] for row in rows], np.uint64),
             "group": np.array([row[1] for row in rows], str),
-            "buckets": np.concatenate([*(row[2] for row in rows), np.empty(0, np.int64)]),
-            "counts": np.concatenate([*(row[3] for row in rows), np.empty(0, np.int64)]),
+            "buckets": np.concatenate([*(row[2] for row in rows), np.empty(0, np.int32)]),
+            "counts": np.concatenate([*(row[3] for row in rows), np.empty(0, np.int32)]),
             "first": np.cumsum([0, *(len(row[2]) for row in rows)]),
             "tokens": np.array([row[4] for row in rows], np.int64),
             "text": text,
             "text_first": text_first,
             "grams": grams,
+            # An encoder tells its dimensions with the first text.
+            "encoded": np.stack([row[6] for row in rows]) if rows else np.empty((0, 0), np.int16),
         },
     )
 
@@ -268,13 +275,15 @@ def gathered(tasks: list[Task]) -> tuple[Sample, NDArray[np.int64]]:
     counts, _ = ragged("counts", "first")
     text, text_first = ragged("text", "text_first")
     tokens = np.concatenate([arrays["tokens"] for arrays in each])[kept]
-    return Sample(draw[kept], group[kept], buckets, counts, first, tokens, text, text_first), grams
+    by_encoder = np.concatenate([a["encoded"] for a in each if len(a["draw"])])[kept]
+    parts = (draw[kept], group[kept], buckets, counts, first, tokens, text, text_first, by_encoder)
+    return Sample(*parts), grams
 
 
-def tallied(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def tallied(batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
     """(buckets and counts (n,) of the distinct words of each document, its first (P + 1,))."""
     hashes, bounds = batch.tokens.hashes, batch.bounds
-    buckets, counts = np.empty(len(hashes), np.int64), np.empty(len(hashes), np.int64)
+    buckets, counts = np.empty(len(hashes), np.int32), np.empty(len(hashes), np.int32)
     first = np.empty(len(bounds), np.int64)
     n = kernels.tally(hashes, bounds, _seen(), buckets, counts, first)
     return buckets[:n], counts[:n], first
@@ -286,8 +295,8 @@ def _seen() -> NDArray[np.int64]:
 
 
 def vectors(
-    buckets: NDArray[np.int64],
-    counts: NDArray[np.int64],
+    buckets: NDArray[np.int32],
+    counts: NDArray[np.int32],
     first: NDArray[np.int64],
     weights: NDArray[np.float32],
     dimensions: int,
@@ -296,6 +305,22 @@ def vectors(
     out = np.empty((len(first) - 1, dimensions), np.int16)
     kernels.project(buckets, counts, first, weights, float(clusters.UNIT), out)
     return out
+
+
+def encoded(batch: Batch, encoder: str | None) -> NDArray[np.int16]:
+    """(P, D) vectors of a batch by a sentence encoder; (P, 0) without one. Each text by itself and
+    on one thread, so that the others of its batch, and the cores, change no bit."""
+    if encoder is None:
+        return np.empty((len(batch.start), 0), np.int16)
+    import torch
+
+    texts = [batch.part(p)[:READ] for p in range(len(batch.start))]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return clusters.quantized(embedded(texts, encoder, "regroup.encoder", together=1))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ── Every document's cluster ──────────────────────────────────────────────────────
@@ -354,6 +379,7 @@ def _assigned(batch: Batch, task: Task, model: Model) -> dict[str, NDArray]:
     buckets, counts, first = tallied(batch)
     groups = [task.group(document.domain) for document in batch.documents]
     cluster = np.full(len(groups), -1, np.int64)
+    by_encoder = encoded(batch, task.options.encoder)
     for group in sorted(set(groups)):
         if group not in model.groups:
             raise UserError(
@@ -362,7 +388,9 @@ def _assigned(batch: Batch, task: Task, model: Model) -> dict[str, NDArray]:
             )
         number = model.groups.index(group)
         rows = np.array([name == group for name in groups])
-        found = vectors(buckets, counts, first, model.weights[number], model.centres.shape[1])
+        found = by_encoder
+        if task.options.encoder is None:
+            found = vectors(buckets, counts, first, model.weights[number], model.centres.shape[1])
         own = np.flatnonzero(model.owner == number)
         known = rows & found.any(1)
         cluster[known] = own[clusters.nearest(found[known], model.centres[own])[0]]

@@ -78,6 +78,7 @@ class Domains:
     rest: dict[str, int]  # of each group, its domain for documents of which no word is known
     levels: int = 1
     cuts: list[list[float]] = field(default_factory=list)  # (K, levels − 1)
+    encoder: str | None = None  # by which vectors are made; None: by words
 
     @property
     def all_names(self) -> list[str]:

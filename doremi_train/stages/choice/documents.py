@@ -22,6 +22,7 @@ from doremi_train.methods import ngram
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
 from doremi_train.selection.documents import (
+    baselines,
     choose,
     describe,
     engines,
@@ -92,11 +93,7 @@ def _recipe(session: Session) -> dict[str, Any]:
         "tokenizer": options.tokenizer
         and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
         "vocabulary": options.vocabulary and granular.load(options.vocabulary)[1],
-        "encoder": options.encoder
-        and [
-            [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-            for path in sorted(Path(options.encoder).glob("*"))
-        ],
+        "encoder": options.encoder and baselines.files_of_encoder(options.encoder),
     }
     choice = {key: settings[key] for key in _CHOICE if key not in ("train", "engine", "workers")}
     return {"scores": scores, "choice": choice, "seed": session.config.seed}

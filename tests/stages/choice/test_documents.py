@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from helpers.command import TINY, environment, run_here, start
 from helpers.corpus import documents, write_jsonl
-from helpers.processes import children, documents_of
+from helpers.processes import documents_of
 
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.selection.documents import choose
@@ -603,6 +603,17 @@ def many(tmp_path: Path) -> Path:
     for number in range(24):
         write_jsonl(tmp_path / "many" / "d" / f"train-{number:02d}.jsonl", texts[number::24] * 20)
     return tmp_path / "many"
+
+
+def children(pid: int) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+            line = (path.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and b"spawn_main" in line:
+            yield int(path.parent.name)
 
 
 @pytest.mark.acceptance
