@@ -1,11 +1,10 @@
 """How fast documents get domains: from jsonl.zst to a file of each document's cluster, over reading
 these files alone, and the passes that draw the sample; with `--encoder` a sentence encoder on as
-much of the same text as it gets through; and how long k-means takes on a sample of `--sample`
-vectors.
+the same text, of which it gets a little; and how long one start of k-means takes on `--sample`
+vectors, which has one thread.
 
-Seconds are the processor's, so that others on the machine matter less; those of k-means are the
-clock's, of one start. The text is that of `--root`, or else the demonstration's, repeated until it
-is large enough.
+Seconds are the processor's, so that others on the machine matter less. The text is that of
+`--root`, or else the demonstration's, repeated until it is large enough.
 """
 
 import argparse
@@ -67,9 +66,9 @@ def fitting(sample: int, options: RegroupOptions, folder: Path) -> float:
         rows[:] = clusters.quantized(centres[random.integers(0, options.fine, len(rows))] + noise)
     np.save(folder / "vectors-0.npy", vectors)
     del vectors
-    began = time.perf_counter()
+    began = time.process_time()
     fit.start(fit.Start(folder, 0, 0, options))
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def measure(given: argparse.Namespace) -> common.Result:

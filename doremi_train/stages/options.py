@@ -261,6 +261,10 @@ class FitOptions:
     predict: str | None = None
     """A table of mixtures whose metrics are predicted, into fit/predictions.csv."""
 
+    content: str | tuple[str, ...] | None = None
+    """Folders of stage=regroup that counted the runs' domains and those of fit.predict, which may
+    then have other names: what they hold is compared."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Headroom:

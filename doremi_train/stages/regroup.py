@@ -129,7 +129,7 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
         "selection": fingerprint(recipe),
         "data": fingerprint(signature(raw, sources)),
     }
-    found = write.write_sidecar(
+    found, words = write.write_sidecar(
         folder / "sidecar.parquet", work, names(raw, sources), domains, metadata
     )
     files.write_json(folder / "domains.json", asdict(domains))
@@ -141,6 +141,12 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
         "map": {
             name: {new: _size(counts[k]) for k, new in enumerate(domains.all_names) if counts[k, 0]}
             for name, counts in found.items()
+        },
+        # Words in each fine cluster, by which runs under other names are compared (fit.content).
+        "clusters": {
+            "model": hashlib.sha256((home / "model.npz").read_bytes()).hexdigest(),
+            "given": {name: counts[:, 1].tolist() for name, counts in given.items()},
+            "domains": dict(zip(domains.all_names, words.tolist(), strict=True)),
         },
         "adjusted_rand_of_given": clusters.adjusted_rand(
             np.array([counts[:, 0] for counts in found.values()])

@@ -1,6 +1,7 @@
 """Domains made from text as a user meets them: what is found, written and refused, and what trains
 on it."""
 
+import csv
 import json
 import random
 from collections import Counter
@@ -307,6 +308,93 @@ def test_validation_files_are_relabelled_too(tmp_path: Path) -> None:
     assert manifest["domains"].keys() == sizes.keys()
     for of in manifest["domains"].values():
         assert of["train"]["documents"] == 60 and of["validation"]["documents"] == 10
+
+
+# ── Evidence that survives other names ──────────────────────────────────────────────
+
+
+def predicted(run_dir: Path) -> list[dict[str, float]]:
+    with (run_dir / "fit" / "predictions.csv").open() as file:
+        return [
+            {name: float(value) for name, value in row.items() if name != "mixture"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def mixtures(path: Path, rows: list[dict[str, float]]) -> Path:
+    with path.open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mixture", *rows[0]])
+        writer.writerows([n, *row.values()] for n, row in enumerate(rows))
+    return path
+
+
+def test_runs_under_old_names_predict_under_new_ones(found: Path, tmp_path: Path) -> None:
+    old, content = ["given0", "given1", "given2"], result(found)
+    weights = np.random.default_rng(0).dirichlet(np.ones(3), 24)
+    losses = 1 + np.exp(-2 * weights[:, :2] ** 0.6) + 0.1 * weights[:, 2:]
+    rows = [
+        dict(zip([*old, "a_loss", "b_loss"], [*w, *loss], strict=True))
+        for w, loss in zip(weights, losses, strict=True)
+    ]
+    runs = mixtures(tmp_path / "runs.csv", rows)
+    fit = ["stage=fit", f"fit.runs={runs}", "fit.regressor=saturating"]
+    # Three mixtures by old names, and by new ones of the same text.
+    points = [[0.2, 0.3, 0.5], [0.6, 0.2, 0.2], [0.1, 0.1, 0.8]]
+    named = [dict(zip(old, point, strict=True)) for point in points]
+    sizes = {given: size["tokens"] for given, size in content["given"].items()}
+    parts = {
+        given: {new: size["tokens"] / sizes[given] for new, size in row.items()}
+        for given, row in content["map"].items()
+    }
+    same = [
+        {new: sum(row[g] * parts[g].get(new, 0) for g in old) for new in content["domains"]}
+        for row in named
+    ]
+    by_old, by_new = (mixtures(tmp_path / f"{n}.csv", rows) for n, rows in ((1, named), (2, same)))
+    ran(*fit, f"run_dir={tmp_path / 'old'}", f"fit.predict={by_old}")
+    folder = f"fit.content={found / 'regroup'}"
+    out = ran(*fit, f"run_dir={tmp_path / 'new'}", f"fit.predict={by_new}", folder).out
+    assert "too far" not in out
+    for one, other in zip(predicted(tmp_path / "old"), predicted(tmp_path / "new"), strict=True):
+        assert other.pop("outside") < 0.05
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=0.01), name
+        assert other["a_loss_low"] < other["a_loss"] < other["a_loss_high"]
+    # A topic alone is no mixture of domains that hold three; of a source of that topic a tenth is.
+    topic = max(parts["given0"], key=parts["given0"].__getitem__)
+    write_jsonl(tmp_path / "raw" / "new" / "train.jsonl", [document(0, n) for n in range(900, 930)])
+    model = f"regroup.model={found / 'regroup'}"
+    ran(*regrouping(tmp_path / "raw", tmp_path / "later", model))
+    both = f"fit.content=[{found / 'regroup'},{tmp_path / 'later' / 'regroup'}]"
+    far = mixtures(
+        tmp_path / "far.csv",
+        [{"given0": 0, topic: 1, "new": 0}, {"given0": 0.9, topic: 0, "new": 0.1}],
+    )
+    out = ran(*fit, f"run_dir={tmp_path / 'far'}", f"fit.predict={far}", both).out
+    first, second = predicted(tmp_path / "far")
+    assert first["outside"] > 0.5 and 0.02 < second["outside"] < 0.1
+    assert "fit.predict: 0 is too far from all that the runs had" in out
+    assert "fit.predict: 1 is" not in out
+
+
+def test_contents_that_cannot_be_compared(
+    corpus: tuple[Path, dict[str, int]], found: Path, tmp_path: Path
+) -> None:
+    rows = [{"given0": w, "web": 1 - w, "a_loss": 1 + w**2} for w in (0.1, 0.3, 0.5, 0.8)]
+    runs = mixtures(tmp_path / "runs.csv", rows)
+    fit = [
+        "stage=fit", f"fit.runs={runs}", "fit.regressor=saturating", f"fit.predict={runs}",
+        f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    folder = found / "regroup"
+    assert "counted no domain web" in refused(*fit, f"fit.content={folder}")
+    assert f"fit.content={tmp_path}" in refused(*fit, f"fit.content={tmp_path}")
+    twice = f"fit.content=[{folder},{folder}]"
+    assert "is in an earlier folder too" in refused(*fit, twice)
+    ran(*regrouping(corpus[0], tmp_path / "other", "regroup.domains=3"))
+    other = f"fit.content=[{folder},{tmp_path / 'other' / 'regroup'}]"
+    assert "has other clusters than" in refused(*fit, other)
 
 
 # ── What is refused, and what has a defined result ──────────────────────────────────

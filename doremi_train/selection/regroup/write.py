@@ -118,10 +118,12 @@ def level_cuts(work: list[Task], domains: Domains, levels: int) -> list[list[flo
 
 def write_sidecar(
     path: Path, work: list[Task], shards: list[str], domains: Domains, metadata: dict[str, str]
-) -> dict[str, NDArray[np.int64]]:
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
     """Write the domain of every document. What is returned is of every given domain (K · levels,
-    2): documents and words of each that was made."""
+    2), documents and words of each that was made; and the words of these in every fine cluster, and
+    in none (K · levels, F + 1)."""
     names, found = domains.all_names, dict[str, NDArray[np.int64]]()
+    words = np.zeros((len(names), len(domains.of) + 1), np.int64)
     schema = SIDECAR.with_metadata(metadata)
     with replacing(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
         columns = ("row", "end", "given", "cluster", "quality", "tokens")
@@ -135,6 +137,7 @@ def write_sidecar(
                 counts = found.setdefault(given, np.zeros((len(names), 2), np.int64))
                 np.add.at(counts[:, 0], label[rows], 1)
                 np.add.at(counts[:, 1], label[rows], tokens[rows])
+            np.add.at(words, (label, cluster), tokens)
             n = len(table)
             writer.write_table(
                 pa.Table.from_arrays(
@@ -156,4 +159,4 @@ def write_sidecar(
         present = sum(found.values(), np.zeros((len(names), 2), np.int64))[:, 0] > 0
         listed = sorted(name for name, there in zip(names, present, strict=True) if there)
         writer.add_key_value_metadata({"domains": json.dumps(listed)})
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), words
