@@ -32,7 +32,7 @@ from doremi_train.storage.runs import Run, stop
 
 RECIPE = 1  # raise when the same request would give other domains
 # What only the last step depends on: no part of the address of what was read.
-_LAST = ("least_tokens", "levels")
+_LAST = ("domains", "least_tokens", "levels")
 _FREE = ("engine", "workers")
 
 
@@ -111,6 +111,8 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
                 )
             else:
                 _find(session, home, work, pool)
+        if earlier is None:
+            fit.require_documents(home, options)
         array.everywhere(
             pool, "regroup", "assigning", tasks.assign, [t for t in work if not t.parts.exists()]
         )
@@ -178,6 +180,7 @@ def _find(session: Session, home: Path, work: list[tasks.Task], pool: engines.En
     tasks.write_draws(home, drawn)
     everywhere("sampling", tasks.gather, [at for at in looks if not at.task.sample.exists()])
     starts = fit.begun(home, work, options)
+    fit.require_documents(home, options)  # wrong before the work
     everywhere("clustering", fit.start, [start for start in starts if not start.path.exists()])
     fit.finished(home, starts, good, options)
 

@@ -172,13 +172,13 @@ def test_the_same_for_any_workers_and_division_into_files(
     assert one == other
 
 
-def test_what_was_read_serves_another_least_size_and_a_finished_run_does_nothing(
+def test_what_was_read_serves_another_number_and_a_finished_run_does_nothing(
     corpus: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
     store = f"store={tmp_path / 'store'}"
     ran(*regrouping(corpus[0], tmp_path / "one", "regroup.domains=4", store))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "regroup").rglob("*.parquet")}
-    more = (store, "regroup.domains=4", "regroup.least_tokens=1")
+    more = (store, "regroup.domains=5", "regroup.least_tokens=1")
     ran(*regrouping(corpus[0], tmp_path / "two", *more))
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "regroup").rglob("*.parquet")}
     assert before == after and before
@@ -392,7 +392,7 @@ def test_contents_that_cannot_be_compared(
     assert f"fit.content={tmp_path}" in refused(*fit, f"fit.content={tmp_path}")
     twice = f"fit.content=[{folder},{folder}]"
     assert "is in an earlier folder too" in refused(*fit, twice)
-    ran(*regrouping(corpus[0], tmp_path / "other", "regroup.domains=3"))
+    ran(*regrouping(corpus[0], tmp_path / "other", "seed=1"))
     other = f"fit.content=[{folder},{tmp_path / 'other' / 'regroup'}]"
     assert "has other clusters than" in refused(*fit, other)
 
@@ -487,6 +487,9 @@ def test_good_that_matches_nothing(tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", ["совсем другие слова"])
     err = refused(*regrouping(root, tmp_path / "b", *more, f"regroup.good=[{other}]"))
     assert "regroup.good: shares no word with the corpus" in err
+    assert "regroup.fine=2: less than" in refused(
+        *regrouping(root, tmp_path / "f", "regroup.fine=2")
+    )
     assert "give both" in refused(*regrouping(root, tmp_path / "c", *more))
     empty = write_jsonl(tmp_path / "empty.jsonl", [" "])
     err = refused(*regrouping(root, tmp_path / "d", *more, f"regroup.good=[{empty}]"))

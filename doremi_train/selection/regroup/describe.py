@@ -15,7 +15,7 @@ from doremi_train.selection.documents import kernels
 from doremi_train.selection.documents.parts import Document, batched
 from doremi_train.selection.documents.tasks import read_arrays
 from doremi_train.selection.regroup import names
-from doremi_train.selection.regroup.fit import least
+from doremi_train.selection.regroup.fit import least, stability
 from doremi_train.selection.regroup.options import RegroupOptions
 from doremi_train.selection.regroup.tasks import Model, Task
 from doremi_train.selection.regroup.write import Domains, level_cuts
@@ -23,7 +23,8 @@ from doremi_train.selection.regroup.write import Domains, level_cuts
 HASHED = 2**13  # H, of the bigrams by which domains are compared
 EXAMPLES = 3  # texts that are shown of a domain
 SHOWN = 300  # characters of each
-COPIES = 0.9  # median cosine to the cluster's centre, from which on its texts are near copies
+# Cosine to the centre of a cluster of so many texts, from which on they are near copies.
+COPIES, TOGETHER = 0.9, 4
 
 
 def made(
@@ -40,16 +41,16 @@ def made(
     sample, found = read_arrays(home / "sample.npz"), read_arrays(home / "clusters.npz")
     label = np.append(of, -1)[found["label"]]  # (n,) −1: without a vector
     texts = _texts(sample, label, len(of_group))
-    words, kinds, taken = _words(texts, of_group), [], set[str]()
+    words, near = _words(texts, of_group), _near_copies(found)
+    kinds = []
     for k, own in enumerate(texts):
-        near = float(np.median(found["cosine"][label == k])) if (label == k).any() else 0.0
-        copies = near >= COPIES and int((label == k).sum()) > 1
+        copies = 2 * int(near[label == k].sum()) > int((label == k).sum())
         kinds.append("junk" if names.is_junk(own) else "copies" if copies else "")
     prefixes = [
         "-".join(part for part in (model.groups[group], kind) if part)
         for group, kind in zip(of_group, kinds, strict=True)
     ]
-    named = names.named(words, prefixes, taken)
+    named = names.named(words, prefixes, set())
     every = np.sum(list(given.values()), 0)  # (F + 1, 2)
     tokens = np.bincount(of, every[:fine, 1], len(of_group))
     rest = {
@@ -60,11 +61,8 @@ def made(
     if options.levels > 1:
         cuts = level_cuts(work, domains, options.levels)
         domains = replace(domains, levels=options.levels, cuts=cuts)
-    return (
-        domains,
-        _told(model, domains, every[:fine, 1], texts, words, kinds, found),
-        _halves(texts),
-    )
+    told = _told(model, domains, every[:fine, 1], texts, words, kinds)
+    return domains, told | {"stability": stability(home, options)}, _halves(texts)
 
 
 def _merged(
@@ -83,6 +81,13 @@ def _merged(
         of[own] = label + len(of_group)
         of_group += [number] * (int(label.max()) + 1)
     return of, of_group
+
+
+def _near_copies(found: dict[str, NDArray]) -> NDArray[np.bool_]:
+    """(n,) whether a document of the sample is a near copy of others."""
+    label = found["label"]
+    size = np.bincount(label[label >= 0], minlength=int(label.max()) + 1)[label]
+    return (label >= 0) & (size >= TOGETHER) & (found["cosine"] >= COPIES)
 
 
 def _texts(sample: dict[str, NDArray], label: NDArray[np.int64], domains: int) -> list[list[str]]:
@@ -123,10 +128,8 @@ def _told(
     texts: list[list[str]],
     words: list[list[str]],
     kinds: list[str],
-    found: dict[str, NDArray],
 ) -> dict[str, Any]:
     of = np.array(domains.of)
-    stability = found["stability"]
     return {
         "domains": [
             {
@@ -141,9 +144,6 @@ def _told(
         "picture": _picture(model.centres, tokens).tolist(),
         "tokens": tokens.tolist(),  # of the fine clusters
         "distances": clusters.centre_distances(model.centres, tokens, of).round(4).tolist(),
-        "stability": dict(zip(("fine", "domains"), stability.mean(0).tolist(), strict=True))
-        if len(stability)
-        else None,
     }
 
 

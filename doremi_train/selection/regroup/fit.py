@@ -27,6 +27,7 @@ from doremi_train.selection.regroup.tasks import (
     vectors,
 )
 
+FEW = 16  # fine clusters that a small sample is divided into all the same
 BATCH = 4096  # documents of a step of mini-batch k-means
 # Documents met by these steps, and again by the rounds that polish them: of a sample of a million
 # two passes and two rounds.
@@ -67,7 +68,7 @@ def projected(
 
 def begun(home: Path, work: list[Task], options: RegroupOptions) -> list["Start"]:
     """The starts to be made on the sample that the tasks have gathered, whose vectors are
-    written. Raises UserError where a group has fewer documents than domains are asked for."""
+    written."""
     sample, grams = gathered(work)
     groups = sorted(set(sample.group.tolist()))
     weights = np.zeros((len(groups), BUCKETS), np.float32)
@@ -79,13 +80,6 @@ def begun(home: Path, work: list[Task], options: RegroupOptions) -> list["Start"
         if options.encoder is None:
             documents = projected(sample, rows, weights[number], options.dimensions)
         known[rows] = documents.any(1)
-        different = int(known[rows].sum())
-        if different < options.domains:
-            where = f"domain {group!r}" if options.within == "domain" else "the data"
-            raise UserError(
-                f"regroup.domains={options.domains}: {where} has only {different} different "
-                "documents with words that others have too; ask for fewer, or give more text"
-            )
         _write(home / f"vectors-{number}.npy", documents[known[rows]])
     write_arrays(
         home / "sample.npz",
@@ -101,6 +95,19 @@ def begun(home: Path, work: list[Task], options: RegroupOptions) -> list["Start"
         },
     )
     return starts(home, groups, options)
+
+
+def require_documents(home: Path, options: RegroupOptions) -> None:
+    """Raise UserError where a group has fewer documents than domains are asked for."""
+    sample = read_arrays(home / "sample.npz")
+    for number, group in enumerate(sample["groups"]):
+        different = int(sample["known"][sample["group"] == number].sum())
+        if different < options.domains:
+            where = f"domain {str(group)!r}" if options.within == "domain" else "the data"
+            raise UserError(
+                f"regroup.domains={options.domains}: {where} has only {different} different "
+                "documents with words that others have too; ask for fewer, or give more text"
+            )
 
 
 def starts(home: Path, groups: list[str], options: RegroupOptions) -> list["Start"]:
@@ -119,23 +126,15 @@ def finished(home: Path, made: list["Start"], good: list[bytes], options: Regrou
     cosine = np.zeros(len(label))
     centres: list[NDArray[np.int16]] = []
     owner: list[int] = []
-    stability = []
     for number in range(len(sample["groups"])):
         rows = np.flatnonzero((sample["group"] == number) & sample["known"])
         documents = np.load(home / f"vectors-{number}.npy", mmap_mode="r")
-        chosen = best(
-            [task for task in made if task.group == number], sample["tokens"][rows], options
-        )
-        nearest, cosine[rows] = clusters.nearest(documents, chosen.centres)
+        best = in_order([task for task in made if task.group == number])[0]
+        nearest, cosine[rows] = clusters.nearest(documents, best["centres"])
         label[rows] = nearest + len(owner)
-        centres.append(chosen.centres)
-        owner += [number] * len(chosen.centres)
-        if chosen.stability is not None:
-            stability.append([chosen.stability["fine"], chosen.stability["domains"]])
-    write_arrays(
-        home / "clusters.npz",
-        {"label": label, "cosine": cosine, "stability": np.array(stability).reshape(-1, 2)},
-    )
+        centres.append(best["centres"])
+        owner += [number] * len(best["centres"])
+    write_arrays(home / "clusters.npz", {"label": label, "cosine": cosine})
     save_model(
         home,
         Model(
@@ -176,7 +175,7 @@ def start(task: Start) -> None:
 
     documents = np.load(task.documents, mmap_mode="r")
     n, options = len(documents), task.options
-    fine = min(max(options.domains, min(options.fine, n // 4)), n)
+    fine = min(max(min(options.fine, n // 4), FEW), n)
     size = min(max(BATCH, 4 * fine), n)  # the first batch is what the start is drawn from
     passes = min(max(MET // n, 1), PASSES)
     fit = MiniBatchKMeans(fine, n_init=1, random_state=task.seed, batch_size=size)
@@ -200,34 +199,31 @@ def _write(path: Path, documents: NDArray[np.int16]) -> None:
         np.save(file, documents)
 
 
-class Best(NamedTuple):
-    centres: NDArray[np.int16]  # (F, D)
-    label: NDArray[np.int64]  # (n,) of the documents that have a vector
-    stability: dict[str, float] | None  # adjusted Rand against the next best; None: one start
+def in_order(starts: list[Start]) -> list[dict[str, NDArray]]:
+    """What the starts of a group found: the largest total first, the first of equal ones."""
+    return sorted((read_arrays(task.path) for task in starts), key=lambda one: -int(one["total"]))
 
 
-def best(starts: list[Start], tokens: NDArray[np.int64], options: RegroupOptions) -> Best:
-    """The start of largest total, the first of equal ones. `tokens` (n,) are of the documents that
-    have a vector."""
-    found = [read_arrays(task.path) for task in starts]
-    order = sorted(range(len(found)), key=lambda number: -int(found[number]["total"]))
-    first = found[order[0]]
-    stability = None
-    if len(found) > 1:
-        second = found[order[1]]
-        sides = []
-        for one in (first, second):
+def stability(home: Path, options: RegroupOptions) -> dict[str, float] | None:
+    """Adjusted Rand on the sample between the two best starts, of fine clusters and of domains, the
+    mean over groups; None of one start."""
+    if options.starts == 1:
+        return None
+    sample = read_arrays(home / "sample.npz")
+    found = []
+    for number in range(len(sample["groups"])):
+        tokens = sample["tokens"][(sample["group"] == number) & sample["known"]]
+        both = in_order([Start(home, number, seed, options) for seed in range(options.starts)])[:2]
+        fine, domains = [], []
+        for one in both:
             size = np.bincount(one["label"], tokens).astype(np.int64)
-            sides.append(
-                clusters.merged(
-                    one["centres"], size, options.domains, least(options, int(size.sum()))
-                )[one["label"]]
-            )
-        stability = {
-            "fine": clusters.adjusted_rand(_table(first["label"], second["label"])),
-            "domains": clusters.adjusted_rand(_table(*sides)),
-        }
-    return Best(first["centres"], first["label"], stability)
+            enough = least(options, int(size.sum()))
+            merged = clusters.merged(one["centres"], size, options.domains, enough)
+            fine.append(one["label"])
+            domains.append(merged[one["label"]])
+        found.append([clusters.adjusted_rand(_table(*pair)) for pair in (fine, domains)])
+    of_fine, of_domains = np.mean(found, 0).tolist()
+    return {"fine": of_fine, "domains": of_domains}
 
 
 def least(options: RegroupOptions, tokens: int) -> float:

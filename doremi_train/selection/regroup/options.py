@@ -15,7 +15,8 @@ class RegroupOptions:
     """Domains K that are made, or with within=domain of each given one."""
 
     fine: Positive = 256
-    """Fine clusters that are merged to them, at most a quarter of the sampled documents."""
+    """Fine clusters that are merged to them; of a small sample a quarter of its documents, but at
+    least 16."""
 
     least_tokens: Positive | None = None
     """Words that a domain has at least; null: a tenth of an equal share."""
@@ -54,6 +55,11 @@ class RegroupOptions:
     """Workers at once; null: one a core, what the Ray cluster has, submit.parallel."""
 
     def __post_init__(self) -> None:
+        if self.domains > self.fine:
+            raise UserError(
+                f"regroup.fine={self.fine}: less than regroup.domains={self.domains}, which are "
+                "merged of them; raise it"
+            )
         if (self.levels > 1) != bool(self.good) and self.model is None:
             raise UserError(
                 f"regroup.levels={self.levels}, regroup.good={list(self.good)}: levels are by "
