@@ -6,6 +6,7 @@ nothing again.
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -111,6 +112,8 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
                 )
             else:
                 _find(session, home, work, pool)
+        for served in ("draws", "sample"):  # as many documents as the sample, of every source
+            shutil.rmtree(home / served, ignore_errors=True)
         if earlier is None:
             fit.require_documents(home, options)
         array.everywhere(
