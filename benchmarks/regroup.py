@@ -25,17 +25,18 @@ from doremi_train.data.options import DataOptions
 from doremi_train.methods import clusters
 from doremi_train.selection.documents.baselines import Embedding
 from doremi_train.selection.options import SelectionOptions
-from doremi_train.selection.regroup import fit, tasks
+from doremi_train.selection.regroup import assigning, fit, sampling
 from doremi_train.selection.regroup.options import RegroupOptions
+from doremi_train.selection.regroup.task import Task
 
 ENCODED = 64  # documents that the encoder is timed on
 
 
-def found(task: tasks.Task) -> None:
+def found(task: Task) -> None:
     """Sample, fine clusters and model, as a command makes them."""
-    tasks.draw(tasks.Drawing(task, 0))
-    tasks.write_draws(task.folder, tasks.drawn([task]))
-    tasks.gather(tasks.Drawing(task, 0))
+    sampling.draw(sampling.Drawing(task, 0))
+    sampling.write_draws(task.folder, sampling.drawn([task]))
+    sampling.gather(sampling.Drawing(task, 0))
     starts = fit.begun(task.folder, [task], task.options)
     for start in starts:
         fit.start(start)
@@ -83,7 +84,7 @@ def measure(given: argparse.Namespace) -> common.Result:
         )
         data = DataOptions(embedded=None, root=str(folder / "large"))
         options = RegroupOptions(fine=fine, starts=1)
-        task = tasks.Task(folder / "home", 0, sources.resolve(data)[0], data, options)
+        task = Task(folder / "home", 0, sources.resolve(data)[0], data, options)
         found(task)
 
         def read() -> None:
@@ -91,8 +92,8 @@ def measure(given: argparse.Namespace) -> common.Result:
                 pass
 
         sides: dict[str, Callable[[], object]] = {
-            "assigning": again(task.parts, lambda: tasks.assign(task)),
-            "drawing": again(task.draws, lambda: tasks.draw(tasks.Drawing(task, 0))),
+            "assigning": again(task.parts, lambda: assigning.assign(task)),
+            "drawing": again(task.draws, lambda: sampling.draw(sampling.Drawing(task, 0))),
             "reading": read,
         }
         size = sum(len(text.encode()) for text in documents) / 1e6

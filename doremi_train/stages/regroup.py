@@ -25,8 +25,9 @@ from doremi_train.methods import clusters
 from doremi_train.parallel import comm
 from doremi_train.reports import regroup_page
 from doremi_train.selection.documents import baselines, engines, kernels, parts
-from doremi_train.selection.regroup import describe, fit, tasks, write
+from doremi_train.selection.regroup import assigning, describe, fit, sampling, write
 from doremi_train.selection.regroup.options import RegroupOptions
+from doremi_train.selection.regroup.task import Task
 from doremi_train.stages.choice import array, target_files
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, stop
@@ -97,7 +98,7 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
         options = replace(options, within=within, encoder=earlier.encoder)
     home = session.store / "regroup" / fingerprint(recipe["read"])
     sources = resolve(raw)
-    work = [tasks.Task(home, n, source, raw, options) for n, source in enumerate(sources)]
+    work = [Task(home, n, source, raw, options) for n, source in enumerate(sources)]
     home.mkdir(parents=True, exist_ok=True)
     with (
         files.locked(home / "lock", lambda: stop.check("regroup")),
@@ -116,11 +117,10 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
             shutil.rmtree(home / served, ignore_errors=True)
         if earlier is None:
             fit.require_documents(home, options)
-        array.everywhere(
-            pool, "regroup", "assigning", tasks.assign, [t for t in work if not t.parts.exists()]
-        )
+        left = [task for task in work if not task.parts.exists()]
+        array.everywhere(pool, "regroup", "assigning", assigning.assign, left)
     require_few(write.bad_lines(work), raw)
-    model = tasks.load_model(home)
+    model = assigning.load_model(home)
     given = write.sums(work, len(model.centres))
     if not given:
         raise UserError("stage=regroup: the data holds no text; give files that hold text")
@@ -162,11 +162,11 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
     }
 
 
-def _find(session: Session, home: Path, work: list[tasks.Task], pool: engines.Engine) -> None:
+def _find(session: Session, home: Path, work: list[Task], pool: engines.Engine) -> None:
     """Draw a sample, and find fine clusters on it: what was done before a kill is not done
     again."""
     options, seed = session.config.regroup, session.config.seed
-    looks = [tasks.Drawing(task, seed) for task in work]
+    looks = [sampling.Drawing(task, seed) for task in work]
     good = parts.texts(
         target_files.files_of(session, options.good, "regroup.good"),
         target_files.text_options(session),
@@ -176,12 +176,12 @@ def _find(session: Session, home: Path, work: list[tasks.Task], pool: engines.En
     def everywhere(what: str, task: Any, jobs: list[Any]) -> None:
         array.everywhere(pool, "regroup", what, task, jobs)
 
-    everywhere("drawing", tasks.draw, [at for at in looks if not at.task.draws.exists()])
-    drawn = tasks.drawn(work)
+    everywhere("drawing", sampling.draw, [at for at in looks if not at.task.draws.exists()])
+    drawn = sampling.drawn(work)
     if not drawn:
         raise UserError("stage=regroup: the data holds no text; give files that hold text")
-    tasks.write_draws(home, drawn)
-    everywhere("sampling", tasks.gather, [at for at in looks if not at.task.sample.exists()])
+    sampling.write_draws(home, drawn)
+    everywhere("sampling", sampling.gather, [at for at in looks if not at.task.sample.exists()])
     starts = fit.begun(home, work, options)
     fit.require_documents(home, options)  # wrong before the work
     everywhere("clustering", fit.start, [start for start in starts if not start.path.exists()])
@@ -190,8 +190,8 @@ def _find(session: Session, home: Path, work: list[tasks.Task], pool: engines.En
 
 def _made(
     home: Path,
-    work: list[tasks.Task],
-    model: tasks.Model,
+    work: list[Task],
+    model: assigning.Model,
     given: dict[str, Any],
     options: RegroupOptions,
 ) -> tuple[write.Domains, dict[str, Any]]:

@@ -15,9 +15,10 @@ from doremi_train.selection.documents import kernels
 from doremi_train.selection.documents.parts import Document, batched
 from doremi_train.selection.documents.tasks import read_arrays
 from doremi_train.selection.regroup import names
+from doremi_train.selection.regroup.assigning import Model
 from doremi_train.selection.regroup.fit import least, stability
 from doremi_train.selection.regroup.options import RegroupOptions
-from doremi_train.selection.regroup.tasks import Model, Task
+from doremi_train.selection.regroup.task import Task
 from doremi_train.selection.regroup.write import Domains, level_cuts
 
 HASHED = 2**13  # H, of the bigrams by which domains are compared

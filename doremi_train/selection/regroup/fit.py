@@ -15,17 +15,11 @@ from doremi_train.config import UserError
 from doremi_train.files import replacing
 from doremi_train.methods import clusters
 from doremi_train.selection.documents.tasks import read_arrays, write_arrays
+from doremi_train.selection.regroup.assigning import Model, save_model
+from doremi_train.selection.regroup.features import BUCKETS, good_ratios, vectors
 from doremi_train.selection.regroup.options import RegroupOptions
-from doremi_train.selection.regroup.tasks import (
-    BUCKETS,
-    Model,
-    Sample,
-    Task,
-    gathered,
-    good_ratios,
-    save_model,
-    vectors,
-)
+from doremi_train.selection.regroup.sampling import Sample, gathered
+from doremi_train.selection.regroup.task import Task
 
 FEW = 16  # fine clusters that a small sample is divided into all the same
 BATCH = 4096  # documents of a step of mini-batch k-means

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from doremi_train.files import replacing
 from doremi_train.methods import clusters
-from doremi_train.selection.regroup.tasks import Task
+from doremi_train.selection.regroup.task import Task
 
 SIDECAR = pa.schema(
     [

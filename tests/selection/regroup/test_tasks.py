@@ -14,18 +14,17 @@ from doremi_train.data.corpus.sources import resolve
 from doremi_train.data.options import DataOptions
 from doremi_train.methods import clusters, ngram
 from doremi_train.selection.documents.parts import Document, batched
-from doremi_train.selection.regroup import fit, names, tasks
+from doremi_train.selection.regroup import assigning, features, fit, names, sampling
 from doremi_train.selection.regroup.options import RegroupOptions
+from doremi_train.selection.regroup.task import Task
 
 pytest.importorskip("numba")
 
 
-def made(root: Path, folder: Path, **options: Any) -> list[tasks.Task]:
+def made(root: Path, folder: Path, **options: Any) -> list[Task]:
     data = DataOptions(embedded=None, root=str(root))
     numbered = enumerate(resolve(data))
-    return [
-        tasks.Task(folder, n, source, data, RegroupOptions(**options)) for n, source in numbered
-    ]
+    return [Task(folder, n, source, data, RegroupOptions(**options)) for n, source in numbered]
 
 
 def corpus(root: Path, texts: list[str], parts: int) -> Path:
@@ -37,24 +36,24 @@ def corpus(root: Path, texts: list[str], parts: int) -> Path:
     return root
 
 
-def sampled(work: list[tasks.Task]) -> tasks.Sample:
+def sampled(work: list[Task]) -> sampling.Sample:
     for task in work:
-        tasks.draw(tasks.Drawing(task, 7))
-    tasks.write_draws(work[0].folder, tasks.drawn(work))
+        sampling.draw(sampling.Drawing(task, 7))
+    sampling.write_draws(work[0].folder, sampling.drawn(work))
     for task in work:
-        tasks.gather(tasks.Drawing(task, 7))
-    return tasks.gathered(work)[0]
+        sampling.gather(sampling.Drawing(task, 7))
+    return sampling.gathered(work)[0]
 
 
 def test_the_sample_is_of_the_smallest_draws_each_text_once(tmp_path: Path) -> None:
     texts = [f"word{n} and word{n % 7} of {n % 3}" for n in range(60)] + ["the same"] * 40
-    expected = sorted({tasks.draw_of(text.encode(), 7) for text in texts})[:20]
+    expected = sorted({sampling.draw_of(text.encode(), 7) for text in texts})[:20]
     both = []
     for parts in (1, 3):
         root = corpus(tmp_path / f"raw{parts}", texts, parts)
         both.append(sampled(made(root, tmp_path / f"home{parts}", sample=20)))
         assert both[-1].draw.tolist() == expected
-        by_draw = {tasks.draw_of(text.encode(), 7): text for text in texts}
+        by_draw = {sampling.draw_of(text.encode(), 7): text for text in texts}
         assert [both[-1].shown(n) for n in range(20)] == [by_draw[draw] for draw in expected]
     for one, other in zip(*both, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -63,14 +62,14 @@ def test_the_sample_is_of_the_smallest_draws_each_text_once(tmp_path: Path) -> N
 def test_a_vector_is_the_weighted_sum_of_its_words_directions() -> None:
     text = ["to", "be", "or", "not", "to", "be", "that", "is", "the", "question", "to", "ask"]
     (batch,) = batched([Document(0, 0, "", " ".join(text).encode())], None)
-    buckets, counts, first = tasks.tallied(batch)
+    buckets, counts, first = features.tallied(batch)
     mixed = ngram.mixed(batch.tokens.hashes)
-    place = (mixed >> np.uint64(32)) * np.uint64(tasks.BUCKETS) >> np.uint64(32)
+    place = (mixed >> np.uint64(32)) * np.uint64(features.BUCKETS) >> np.uint64(32)
     unique, times = np.unique(place.astype(np.int64), return_counts=True)
     assert dict(zip(buckets.tolist(), counts.tolist(), strict=True)) == dict(
         zip(unique.tolist(), times.tolist(), strict=True)
     )
-    weights = np.random.default_rng(0).random(tasks.BUCKETS).astype(np.float32)
+    weights = np.random.default_rng(0).random(features.BUCKETS).astype(np.float32)
     weights[unique[0]] = 0
     expected = np.zeros(64)
     for bucket, count in zip(unique, times, strict=True):
@@ -79,7 +78,7 @@ def test_a_vector_is_the_weighted_sum_of_its_words_directions() -> None:
             low = bits >> (16 * entry) & 0xFFFF
             sign = 1 if low & 0x8000 else -1
             expected[(low & 0x7FFF) * 64 >> 15] += sign * weights[bucket] * (1 + np.log(count))
-    found = tasks.vectors(buckets, counts, first, weights, 64)[0]
+    found = features.vectors(buckets, counts, first, weights, 64)[0]
     np.testing.assert_allclose(
         found, expected / np.linalg.norm(expected) * clusters.UNIT, atol=0.501
     )
@@ -87,9 +86,9 @@ def test_a_vector_is_the_weighted_sum_of_its_words_directions() -> None:
 
 def test_nothing_known_is_no_vector_and_its_room_is_left_empty() -> None:
     batch = next(batched([Document(0, 0, "", b"a b"), Document(1, 0, "", b" ")], None))
-    tallied = tasks.tallied(batch)
-    assert not tasks.vectors(*tallied, np.zeros(tasks.BUCKETS, np.float32), 16).any()
-    assert not tasks._seen().any()
+    tallied = features.tallied(batch)
+    assert not features.vectors(*tallied, np.zeros(features.BUCKETS, np.float32), 16).any()
+    assert not features._seen().any()
 
 
 def test_a_giant_document_is_one_row_with_the_cluster_of_its_beginning(
@@ -108,7 +107,7 @@ def test_a_giant_document_is_one_row_with_the_cluster_of_its_beginning(
     monkeypatch.setattr("doremi_train.selection.documents.parts.BATCH", 9000)
     import pyarrow.parquet as pq
 
-    tasks.assign(task)
+    assigning.assign(task)
     rows = pq.read_table(task.parts).to_pylist()
     assert [row["row"] for row in rows] == list(range(32))
     assert rows[30]["end"] == len(giant.encode()) and rows[31]["end"] == len("ab1 last")
@@ -126,7 +125,8 @@ def test_tokens_are_refused(tmp_path: Path) -> None:
     task = made(corpus(tmp_path / "raw", ["a"], 1), tmp_path / "home")[0]
     with pytest.MonkeyPatch.context() as patch:
         tokens = [Document(0, 0, "web", np.arange(3))]
-        patch.setattr(tasks, "documents", lambda *_, **__: iter(tokens))
+        read = "doremi_train.selection.regroup.task.documents"
+        patch.setattr(read, lambda *_, **__: iter(tokens))
         with pytest.raises(UserError, match="holds tokens, not text"):
             list(task.documents(BadLines(task.data)))
 
