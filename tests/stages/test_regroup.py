@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.command import TINY, environment, run_here
@@ -308,6 +309,36 @@ def test_validation_files_are_relabelled_too(tmp_path: Path) -> None:
     assert manifest["domains"].keys() == sizes.keys()
     for of in manifest["domains"].values():
         assert of["train"]["documents"] == 60 and of["validation"]["documents"] == 10
+
+
+def test_a_domain_is_left_out_by_its_rows(
+    corpus: tuple[Path, dict[str, int]], found: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(found / "regroup" / "sidecar.parquet")
+    names = table["domain"].to_pylist()
+    place, kept = table.schema.get_field_index("selected"), [name != names[0] for name in names]
+    sidecar = tmp_path / "some.parquet"
+    pq.write_table(table.set_column(place, "selected", pa.array(kept)), sidecar)
+    ran(
+        "stage=prepare", f"data.root={corpus[0]}", f"data.selection={sidecar}",
+        f"run_dir={tmp_path / 'run'}", "data.vocabulary_size=300", "data.validation_fraction=0.2",
+    )  # fmt: skip
+    manifest = json.loads((tmp_path / "run" / "prepare" / "manifest.json").read_text())
+    assert manifest["domains"].keys() == set(names) - {names[0]}
+
+
+def test_one_stream_of_domains_named_by_a_key(tmp_path: Path) -> None:
+    """Given domains are those of the records."""
+    path = tmp_path / "all.jsonl"
+    lines = [{"text": document(n % 2, n), "of": f"part{n % 3}"} for n in range(60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran(
+        "stage=regroup", f"data.files=[{path}]", "data.domain_key=of", f"run_dir={tmp_path}",
+        "regroup.domains=2", "regroup.workers=1",
+    )  # fmt: skip
+    assert result(tmp_path)["map"].keys() == {"part0", "part1", "part2"}
+    found = [row["domain"] for row in rows(tmp_path)]
+    assert len(set(found[::2])) == len(set(found[1::2])) == 1 and found[0] != found[1]
 
 
 # ── Evidence that survives other names ──────────────────────────────────────────────
