@@ -157,7 +157,7 @@ def _regroup(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[
             np.array([counts[:, 0] for counts in found.values()])
         ),
         "bad_lines": write.bad_lines(work),
-        "asked": options.domains if options.model is None else None,
+        "asked": options.domains * len(model.groups) if earlier is None else None,
         "told": told,
     }
 

@@ -112,7 +112,8 @@ def test_given_domains_are_split_by_themselves(
     corpus: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
     root, topics = corpus
-    ran(*regrouping(root, tmp_path, "regroup.domains=3", "regroup.within=domain"))
+    out = ran(*regrouping(root, tmp_path, "regroup.domains=3", "regroup.within=domain")).out
+    assert "only" not in out and "9 domains" in out
     assert agreement(tmp_path, root, topics) > 0.9
     for row in rows(tmp_path):
         assert row["domain"].startswith(f"{row['given']}-")

@@ -109,7 +109,11 @@ class Selected:
             row, start, end = (table[name].cast(pa.int64()).to_numpy() for name in columns)
             order = np.lexsort((start, row))
             self._row, self._start, self._end = row[order], start[order], end[order]
-            self._domain = table["domain"].take(order).to_pylist() if named else None
+            self._names, self._domain = None, order
+            if named:
+                encoded = table["domain"].unify_dictionaries().combine_chunks()
+                self._names = encoded.dictionary.to_pylist()
+                self._domain = encoded.indices.to_numpy()[order]
         self._base, self._begins = 0, True
 
     def parts(self, piece: Piece) -> list[Piece]:
@@ -130,7 +134,7 @@ class Selected:
             if len(part):
                 text = part.decode() if piece.text is not None else None
                 tokens = None if piece.text is not None else part
-                domain = piece.domain if self._domain is None else self._domain[number]
+                domain = self._names[self._domain[number]] if self._names else piece.domain
                 chosen.append(
                     piece._replace(domain=domain, text=text, tokens=tokens, last=end <= size)
                 )
