@@ -300,6 +300,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
     from doremi_train.evaluation.losses import EvaluationOptions
     from doremi_train.methods import importance, mixmin, vocabulary
     from doremi_train.selection.options import SelectionOptions
+    from doremi_train.selection.regroup.options import RegroupOptions
     from doremi_train.stages.options import (
         Classify,
         Compare,
@@ -337,6 +338,7 @@ def test_defaults_of_the_yaml_are_those_of_the_dataclasses() -> None:
         MixtureOptions(),
     )
     assert (config.data, config.evaluation) == (DataOptions(), EvaluationOptions())
+    assert config.regroup == RegroupOptions()
     assert (config.selection, config.vocabulary) == (SelectionOptions(), vocabulary.Options())
     paper = TrainingOptions()
     for name in (

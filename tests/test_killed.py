@@ -139,6 +139,11 @@ def select(at: Folders) -> list[list[str]]:
     return [[*at.corpus(), *more, "stage=select"]]
 
 
+def regroup(at: Folders) -> list[list[str]]:
+    more = ["regroup.domains=2", "regroup.starts=2", "regroup.workers=1"]
+    return [[*at.corpus(), *more, "stage=regroup"]]
+
+
 def vocabulary(at: Folders) -> list[list[str]]:
     more = ["vocabulary.size=300", "vocabulary.steps=2", "vocabulary.learned=100"]
     return [[*at.corpus(), at.target(), *more, "stage=vocabulary"]]
@@ -185,7 +190,7 @@ def fit(at: Folders) -> list[list[str]]:
 
 CASES: list[Callable[[Folders], list[list[str]]]] = [
     prepare, poured, pipeline, cached, remote, submit, other, report, export, swarm, compare,
-    select, vocabulary, finetune, less, classify, fit,
+    select, regroup, vocabulary, finetune, less, classify, fit,
 ]  # fmt: skip
 
 

@@ -72,7 +72,8 @@ class DataOptions:
     left out. It is prepared anew."""
 
     selection: str | None = None
-    """A sidecar.parquet of stage=select, whose choice alone is training data; null: all is."""
+    """A sidecar.parquet of stage=select, whose choice alone is training data, or of stage=regroup,
+    whose domains take the place of those given; null: all is, by the given ones."""
 
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.03
     """Part of the documents that validates, where no validation files are given."""

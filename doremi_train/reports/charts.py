@@ -54,6 +54,13 @@ class Point(NamedTuple):
     high: float | None = None
 
 
+class Cloud(NamedTuple):
+    """Places in the plane, each of a size."""
+
+    places: Sequence[Sequence[float]]  # (N, 2)
+    sizes: Sequence[float]  # (N,) of any unit
+
+
 def lines(
     title: str,
     x: str,
@@ -159,6 +166,33 @@ def rows(
         if zero:
             axes.axvline(0, color=_SOFT, linewidth=1.2)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return markup[0]
+
+
+def clouds(title: str, groups: Mapping[str, Cloud]) -> str:
+    """Places in the plane, a disc each, whose area is its size; those of a name in one colour."""
+    largest = max((size for cloud in groups.values() for size in cloud.sizes), default=0) or 1
+    following = itertools.cycle(COLORS)
+    shapes = itertools.cycle("os^Dv")
+    with _figure(5.0) as (axes, markup):
+        for number, (name, cloud) in enumerate(groups.items()):
+            color = next(following)
+            if number % len(COLORS) == 0:  # the colours begin anew
+                shape = next(shapes)
+            axes.scatter(
+                [place[0] for place in cloud.places],
+                [place[1] for place in cloud.places],
+                s=[10 + 190 * size / largest for size in cloud.sizes],
+                color=color,
+                marker=shape,
+                alpha=0.6,
+                linewidth=0,
+                label=f" {_clip(name)}",
+            )
+        axes.set(title=title, xticks=[], yticks=[])
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for handle in legend.legend_handles:
+            handle.set_sizes([40])
     return markup[0]
 
 

@@ -18,6 +18,7 @@ STAGES: dict[str, Stage] = {
     "plan": Stage("plan", several=True),
     "vocabulary": Stage("vocabulary"),
     "select": Stage("select"),
+    "regroup": Stage("regroup"),
     "prepare": Stage("prepare"),
     "reference": Stage("reference"),
     "proxy": Stage("proxy"),

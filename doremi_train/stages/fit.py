@@ -35,6 +35,8 @@ from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import fit_page, steer_page
 from doremi_train.reports.steer_page import Given
+from doremi_train.stages import fit_content
+from doremi_train.stages.options import FitOptions
 from doremi_train.stages.runs.metrics import standardised
 from doremi_train.stages.session import Session, once
 
@@ -97,7 +99,7 @@ def _run(session: Session) -> Mixture | None:
     problem = _problem(session)
     proposal = _propose(session, problem)
     if session.config.fit.predict is not None:
-        _predict(folder / "predictions.csv", session.config.fit.predict, problem)
+        _predict(folder / "predictions.csv", session.config.fit, problem)
     content = _content(session, problem, proposal)
     steer = None if proposal is None else _steer(problem, proposal)
     if steer is not None:
@@ -288,15 +290,23 @@ def _steer(problem: Problem, proposal: Proposal) -> Given:
 # ── What is written ─────────────────────────────────────────────────────────────────
 
 
-def _predict(path: Path, table: str, problem: Problem) -> None:
-    """The first column as given; a column a metric, with the ends of its interval."""
-    unseen = runs_table.read_mixtures(table, problem.runs.domains, "fit.predict")
+def _predict(path: Path, asked: FitOptions, problem: Problem) -> None:
+    """The first column as given; a column a metric, with the ends of its interval; with fit.content
+    the part of each mixture that is outside all that the runs had."""
+    table, folders = str(asked.predict), _many(asked.content)
+    if folders:
+        unseen, outside = fit_content.translated(table, folders, problem.runs)
+    else:
+        unseen = runs_table.read_mixtures(table, problem.runs.domains, "fit.predict")
     columns = np.stack(problem.fitted.between(unseen.weights), axis=2)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [name + end for name in problem.runs.metrics for end in ("", "_low", "_high")]
+    rows = columns.reshape(len(unseen.ids), -1)
+    if folders:
+        names, rows = [*names, "outside"], np.column_stack([rows, outside])
     writer.writerow([unseen.first, *names])
-    for identifier, row in zip(unseen.ids, columns.reshape(len(unseen.ids), -1), strict=True):
+    for identifier, row in zip(unseen.ids, rows, strict=True):
         writer.writerow([identifier, *map(repr, row.tolist())])
     files.write_bytes(path, text.getvalue().encode())
 

@@ -44,6 +44,7 @@ from doremi_train.model.lora import LoraOptions
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.selection import options as selection_options
 from doremi_train.selection.options import SelectionOptions
+from doremi_train.selection.regroup.options import RegroupOptions
 from doremi_train.trackers import TrackingOptions
 from doremi_train.training.batch_selection import BatchSelectionOptions
 from doremi_train.training.task import TrainingOptions
@@ -267,6 +268,10 @@ class FitOptions:
     predict: str | None = None
     """A table of mixtures whose metrics are predicted, into fit/predictions.csv."""
 
+    content: str | tuple[str, ...] | None = None
+    """Folders of stage=regroup that counted the runs' domains and those of fit.predict, which may
+    then have other names: what they hold is compared."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Headroom:
@@ -439,6 +444,9 @@ class Config:
     selection: SelectionOptions
     """Choice of documents, or with selection=less of examples, that are trained on."""
 
+    regroup: RegroupOptions
+    """Domains made from the text, where the given ones are not the right ones (stage=regroup)."""
+
     vocabulary: vocabulary.Options
     """Tokens for selection.features=granular, from the selection's targets (stage=vocabulary)."""
 
@@ -576,6 +584,7 @@ _FREE = (
     "stage", "run_dir", "store", "remote", "data.max_bad_lines",
     "data.max_unwritable", "data.allow_pipe",
     "selection.engine", "selection.workers", "selection.less.batch_tokens",
+    "regroup.engine", "regroup.workers",
 )  # fmt: skip
 _FREE_GROUPS = ("compare", "downstream", "engine", "export", "headroom", "submit", "tracking")
 _FREE_TRAINING = (

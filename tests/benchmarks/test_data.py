@@ -129,6 +129,15 @@ def test_growth(tmp_path: Path) -> None:
 
 
 @pytest.mark.acceptance
+def test_regroup(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    pytest.importorskip("sklearn")
+    found = run("regroup", tmp_path, "--megabytes", "2", "--rounds", "2", "--sample", "1000")
+    assert found["ratios"].keys() == {"of_reading"}
+    assert found["figures"]["assigning_mb_per_s_core"] > 0 and found["figures"]["start_s"] > 0
+
+
+@pytest.mark.acceptance
 def test_ngram(tmp_path: Path, alone_with_ray: None) -> None:
     pytest.importorskip("numba")
     peer = os.environ.get("DATA_SELECTION_PYTHON")

@@ -15,6 +15,7 @@ import pytest
 from helpers.command import ROOT, run_here
 from helpers.corpus import documents, write_jsonl
 from helpers.processes import checkpoints, lines, read, same_bits
+from helpers.topics import planted
 
 pytestmark = pytest.mark.acceptance
 
@@ -547,6 +548,21 @@ def test_a_selection_as_an_array_that_loses_a_job_gives_the_same_bytes(tmp_path:
     assert len(list((tmp_path / "array" / "select.log").glob("*_result.pkl"))) >= 9, (
         "three arrays of three jobs"
     )
+
+
+def test_domains_made_by_arrays_are_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    pytest.importorskip("sklearn")
+    planted(tmp_path / "raw", 3, 2, 40)
+    overrides = ["stage=regroup", f"data.root={tmp_path / 'raw'}", "regroup.domains=4"]
+    assert run_here(*overrides, "regroup.workers=1", f"run_dir={tmp_path / 'here'}").code == 0
+    array = ["regroup.engine=slurm", "regroup.workers=2", f"run_dir={tmp_path / 'array'}"]
+    outcome = run_here(*overrides, *array)
+    assert outcome.code == 0, outcome
+    for name in ("result.json", "domains.json", "model.npz", "sidecar.parquet"):
+        here, there = (tmp_path / run / "regroup" / name for run in ("here", "array"))
+        assert here.read_bytes() == there.read_bytes(), name
+    assert [*(tmp_path / "array" / "regroup.log").glob("*_result.pkl")]
 
 
 def test_a_selection_s_job_is_requeued_at_its_time_limit(

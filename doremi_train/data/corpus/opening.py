@@ -102,6 +102,15 @@ class BadLines:
             )
 
 
+def require_few(bad_lines: int, options: DataOptions) -> None:
+    """Raise UserError where the workers met more broken lines in all than are allowed."""
+    if bad_lines > options.max_bad_lines:
+        raise UserError(
+            f"data.max_bad_lines={options.max_bad_lines}: there are {bad_lines} broken JSON lines "
+            "in all; mend the files, or raise data.max_bad_lines to skip and count such lines"
+        )
+
+
 def file_system(url: str, key: str, options: DataOptions) -> tuple[Any, str]:
     """(file system, path in it). Raises UserError for a protocol that may run code, or that is not
     installed."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from doremi_train.data.corpus.opening import BadLines, Piece, Source
 from doremi_train.data.corpus.reading import read
-from doremi_train.data.corpus.sidecar import Selected
+from doremi_train.data.corpus.sidecar import Selected, relabels
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
 from doremi_train.data.options import DataOptions
 
@@ -30,7 +30,8 @@ class Router:
         self._validation = HashSet()
         self._mixed = any(source.split == "train" for source in sources)
         self._threshold = _threshold(options)
-        self._domains = chosen_domains(options)
+        self._relabels = relabels(options)
+        self._domains = None if self._relabels else chosen_domains(options)
 
     def pieces(self, source: Source, bad: BadLines) -> Iterator[tuple[str, Piece]]:
         """(split, piece) of the source, without what is dropped."""
@@ -45,13 +46,15 @@ class Router:
                 split = self._split(piece)
                 self.dropped += split is None
             first = piece.last
-            if split == "train":
+            if split is not None and (split == "train" or self._relabels):
                 yield from ((split, part) for part in kept)
             elif split is not None:
                 yield split, piece
 
     def _select(self, source: Source) -> bool:
-        return self.options.selection is not None and source.split != "validation"
+        return self.options.selection is not None and (
+            self._relabels or source.split != "validation"
+        )
 
     def _split(self, piece: Piece) -> str | None:
         """Split of the document that begins with this piece; None: dropped."""

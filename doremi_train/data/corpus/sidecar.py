@@ -6,6 +6,9 @@ line of JSON lines, the row of parquet, the document of a .bin or an archive), `
 of its UTF-8, or tokens) and `selected`. The metadata may hold `data`, a fingerprint of
 the files, `selection`, one of the choice, and `domains`, those that were chosen from. Any tool may
 write one.
+
+Where the metadata says `relabels`, as that of stage=regroup does, every document stands in it,
+those for validation too, and belongs to the domain of its column `domain`.
 """
 
 import contextlib
@@ -36,7 +39,8 @@ def identity(options: DataOptions, sources: list[Source]) -> Any:
     path = Path(str(options.selection))
     with _judged(path):
         schema, metadata = pq.read_schema(path), _metadata(path)
-    missing = [name for name in COLUMNS if name not in schema.names]
+    needed = (*COLUMNS, "domain") if "relabels" in metadata else COLUMNS
+    missing = [name for name in needed if name not in schema.names]
     if missing:
         raise UserError(
             f"data.selection={path}: has no column {', '.join(missing)}; give a sidecar of "
@@ -64,6 +68,15 @@ def domains(options: DataOptions) -> frozenset[str] | None:
         return frozenset(json.loads(listed)) if listed is not None else None
 
 
+def relabels(options: DataOptions) -> bool:
+    """Whether the sidecar says of every document, those for validation too, which domain it is
+    of."""
+    if options.selection is None:
+        return False
+    with _judged(options.selection):
+        return "relabels" in _metadata(Path(options.selection))
+
+
 def _judged(path: Path | str) -> contextlib.AbstractContextManager[None]:
     given = f"data.selection={path}: not a sidecar that can be read"
     return judged(given, "give a sidecar of stage=select", "the reader")
@@ -83,13 +96,24 @@ class Selected:
         shard = names(options, sources)[sources.index(source)]
         mine = [("shard", "==", shard), ("selected", "==", True)]
         columns = ["row", "start", "end"]
+        named = ["domain"] if relabels(options) else []
         with _judged(str(options.selection)):
-            table = pq.read_table(str(options.selection), columns=columns, filters=mine)
-            if any(table[name].null_count for name in columns):
-                raise ValueError(f"a row without {', '.join(columns)}")
+            table = pq.read_table(
+                str(options.selection),
+                columns=[*columns, *named],
+                filters=mine,
+                read_dictionary=named,
+            )
+            if any(table[name].null_count for name in [*columns, *named]):
+                raise ValueError(f"a row without {', '.join([*columns, *named])}")
             row, start, end = (table[name].cast(pa.int64()).to_numpy() for name in columns)
             order = np.lexsort((start, row))
             self._row, self._start, self._end = row[order], start[order], end[order]
+            self._names, self._domain = None, order
+            if named:
+                encoded = table["domain"].unify_dictionaries().combine_chunks()
+                self._names = encoded.dictionary.to_pylist()
+                self._domain = encoded.indices.to_numpy()[order]
         self._base, self._begins = 0, True
 
     def parts(self, piece: Piece) -> list[Piece]:
@@ -104,13 +128,15 @@ class Selected:
         if first < last or not piece.last:
             content = piece.text.encode() if piece.text is not None else piece.tokens
             size = len(content)
-        for start, end in zip(
-            self._start[first:last] - self._base, self._end[first:last] - self._base, strict=True
-        ):
+        for number in range(first, last):
+            start, end = (int(at[number]) - self._base for at in (self._start, self._end))
             part = content[max(start, 0) : max(end, 0)]
             if len(part):
                 text = part.decode() if piece.text is not None else None
                 tokens = None if piece.text is not None else part
-                chosen.append(piece._replace(text=text, tokens=tokens, last=bool(end <= size)))
+                domain = self._names[self._domain[number]] if self._names else piece.domain
+                chosen.append(
+                    piece._replace(domain=domain, text=text, tokens=tokens, last=end <= size)
+                )
         self._base += size
         return chosen

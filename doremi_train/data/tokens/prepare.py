@@ -24,7 +24,7 @@ from doremi_train.console import say
 from doremi_train.data.corpus.opening import BadLines, Source
 from doremi_train.data.corpus.routing import Router
 from doremi_train.data.corpus.sidecar import domains as chosen_domains
-from doremi_train.data.corpus.sidecar import identity
+from doremi_train.data.corpus.sidecar import identity, relabels
 from doremi_train.data.corpus.sources import RULE, passed_over, resolve, signature
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import pouring, sample, second_home
@@ -257,12 +257,13 @@ Sizes = Mapping[str, Mapping[str, tuple[int, int]]]  # {domain: {split: (tokens,
 
 
 def _sizes(written: Written, options: DataOptions, sources: list[Source]) -> Sizes:
-    """What was written, of the domains that files name too, unless they may be poured."""
+    """What was written, of the domains that files name too, unless they may be poured, or named
+    anew."""
     chosen, streams = chosen_domains(options), written.streams
     named = {source.domain for source in sources if source.domain is not None}
     if chosen is not None:
         named &= chosen
-    if options.rare_into is not None:
+    if options.rare_into is not None or relabels(options):
         named = set()
     states = {
         domain: {split: streams.get((split, domain), StreamState()) for split in SPLITS}

@@ -3,6 +3,7 @@ embeddings."""
 
 import itertools
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,8 @@ class Embedding(Random):
     encoder."""
 
     def fit(self, targets: Targets, sums: Arrays) -> Arrays:
-        centres = [self._embed(documents).mean(0) for documents in targets.values()]
+        encoder = str(self.options.encoder)
+        centres = [embedded(documents, encoder).mean(0) for documents in targets.values()]
         # (C, D)
         return {"centres": np.stack([centre / np.linalg.norm(centre) for centre in centres])}
 
@@ -159,33 +161,46 @@ class Embedding(Random):
             raise UserError(
                 "selection.method=embedding: these files hold tokens, not text; take another method"
             )
-        return self._embed([batch.part(p) for p in range(len(batch.start))]) @ model["centres"].T
+        texts = [batch.part(p) for p in range(len(batch.start))]
+        return embedded(texts, str(self.options.encoder)) @ model["centres"].T
 
-    def _embed(self, texts: list[bytes]) -> NDArray[np.float64]:
-        """(N, D) unit vectors: the mean of the last layer over the tokens."""
-        import torch
 
-        tokenizer, encoder = _encoder(str(self.options.encoder))
-        embeddings = []
-        for first in range(0, len(texts), TEXTS):
-            some = [text.decode() for text in texts[first : first + TEXTS]]
-            tokens = tokenizer(
-                some, padding=True, truncation=True, max_length=SEEN, return_tensors="pt"
-            )
-            with torch.inference_mode():
-                hidden = encoder(**tokens).last_hidden_state
-            mask = tokens["attention_mask"].unsqueeze(-1)
-            mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
-            embeddings.append(torch.nn.functional.normalize(mean.double(), dim=1).numpy())
-        return np.concatenate(embeddings)
+def embedded(
+    texts: list[bytes], encoder: str, key: str = "selection.encoder", together: int = TEXTS
+) -> NDArray[np.float64]:
+    """(N, D) unit vectors: the mean of the last layer over the tokens. `together` of them share a
+    pass, whose padding changes their last bits; messages name the `key` that gave the encoder."""
+    import torch
+
+    tokenizer, model = _encoder(encoder, key)
+    embeddings = [np.empty((0, model.config.hidden_size))]
+    for first in range(0, len(texts), together):
+        some = [text.decode(errors="ignore") for text in texts[first : first + together]]
+        tokens = tokenizer(
+            some, padding=True, truncation=True, max_length=SEEN, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            hidden = model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        embeddings.append(torch.nn.functional.normalize(mean.double(), dim=1).numpy())
+    return np.concatenate(embeddings)
+
+
+def files_of_encoder(folder: str) -> list[list[Any]]:
+    """What changes with the files of an encoder."""
+    return [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(Path(folder).glob("*"))
+    ]
 
 
 @lru_cache(1)
-def _encoder(folder: str) -> tuple[Any, Any]:
+def _encoder(folder: str, key: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     remedy = "it is not a local folder of a sentence encoder; give one in safetensors"
-    with judged(f"selection.encoder={folder}", remedy):
+    with judged(f"{key}={folder}", remedy):
         how = {"local_files_only": True, "trust_remote_code": False}
         return AutoTokenizer.from_pretrained(folder, **how), AutoModel.from_pretrained(
             folder, use_safetensors=True, **how

@@ -30,8 +30,9 @@ class Processes:
     """Workers on this machine, kept from one run to the next; with one of them the work is done
     right here."""
 
-    def __init__(self, workers: int | None) -> None:
+    def __init__(self, workers: int | None, group: str = "selection") -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
+        self.group = group  # of the keys that messages name
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Processes":
@@ -64,8 +65,9 @@ class Processes:
                 lost = lost + 1 if len(left) == before else 1
                 if lost > LOSSES:
                     raise UserError(
-                        f"selection.workers={self.workers}: workers were killed {lost} times in a "
-                        "row, as when memory is short; take fewer, and the same command continues"
+                        f"{self.group}.workers={self.workers}: workers were killed {lost} times "
+                        "in a row, as when memory is short; take fewer, and the same command "
+                        "continues"
                     ) from None
 
     @staticmethod
@@ -93,15 +95,16 @@ class Ray:
     where there is none, on a Ray of this command's own. Every node reads the data and writes the
     store under the same paths."""
 
-    def __init__(self, workers: int | None) -> None:
+    def __init__(self, workers: int | None, group: str = "selection") -> None:
         self.workers = workers
+        self.group = group  # of the keys that messages name
 
     def __enter__(self) -> "Ray":
         try:
             import ray
         except ImportError:
             raise UserError(
-                "selection.engine=ray: needs ray; pip install 'doremi-train[ray]'"
+                f"{self.group}.engine=ray: needs ray; pip install 'doremi-train[ray]'"
             ) from None
         try:
             ray.init(
@@ -112,8 +115,8 @@ class Ray:
             )
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(
-                f"selection.engine=ray: no cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} "
-                f"({error}); start one with ray start --head"
+                f"{self.group}.engine=ray: no cluster at RAY_ADDRESS="
+                f"{os.environ.get('RAY_ADDRESS')} ({error}); start one with ray start --head"
             ) from None
         return self
 
@@ -146,8 +149,8 @@ class Ray:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise UserError(
-                    f"selection.engine=ray: a task was lost {LOSSES + 1} times, as when memory is "
-                    f"short ({error}); the same command continues"
+                    f"{self.group}.engine=ray: a task was lost {LOSSES + 1} times, as when memory "
+                    f"is short ({error}); the same command continues"
                 ) from None
             done += len(ready)
             look(done)

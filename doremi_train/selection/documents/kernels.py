@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from doremi_train.config import UserError
 
 SPACE, WORD, OTHER, ALONE = 0, 1, 2, 3  # classes of characters
+SIGNS = 4  # entries of a bucket's direction in a projection
 SHINGLE = 13  # tokens that are no coincidence: who shares them has copied
 START = np.uint64(0xCBF29CE484222325)
 PRIME = np.uint64(0x100000001B3)
@@ -418,3 +419,52 @@ def bm25(hashes, bounds, weights, saturation, length, mean, seen, sums):
                 seen[at] = 0
                 for c in range(weights.shape[1]):
                     sums[p, c] += weights[at, c] * f * (saturation + 1) / (f + norm)
+
+
+@loop
+def tally(hashes, bounds, seen, buckets, counts, first):
+    """The distinct tokens of each part, in the order of their first occurrence: fills their buckets
+    and counts, with room for as many as tokens, and first (P + 1,); returns how many there are.
+    seen (m,) int64 is room, all zero, and is so again."""
+    n = 0
+    for p in range(len(bounds) - 1):
+        first[p] = n
+        for i in range(bounds[p], bounds[p + 1]):
+            at = bucket(mix(hashes[i]), np.uint64(len(seen)))
+            if seen[at] == 0:
+                buckets[n] = at
+                counts[n] = 0
+                n += 1
+                seen[at] = n
+            counts[seen[at] - 1] += 1
+        for i in range(first[p], n):
+            seen[buckets[i]] = 0
+    first[len(bounds) - 1] = n
+    return n
+
+
+@loop
+def project(buckets, counts, first, weights, unit, out):
+    """Fill out (P, D) int16: of each part, whose distinct tokens are first[p] to first[p + 1], the
+    sum of (1 + log count) · weights (m,) times a signed direction of each bucket, with SIGNS
+    entries that are not 0; brought to length `unit`, and rounded. Where nothing weighs, 0."""
+    dimensions = np.uint64(out.shape[1])
+    sums = np.empty(out.shape[1], np.float64)
+    for p in range(len(first) - 1):
+        sums[:] = 0.0
+        for i in range(first[p], first[p + 1]):
+            weight = weights[buckets[i]]
+            if weight == 0:
+                continue
+            weight *= 1 + np.log(np.float64(counts[i]))
+            bits = mix(np.uint64(buckets[i]) ^ SCATTER)
+            for _ in range(SIGNS):
+                at = ((bits & np.uint64(0x7FFF)) * dimensions) >> np.uint64(15)
+                sums[at] += weight if bits & np.uint64(0x8000) else -weight
+                bits >>= np.uint64(16)
+        square = 0.0
+        for d in range(len(sums)):
+            square += sums[d] * sums[d]
+        scale = unit / np.sqrt(square) if square > 0 else 0.0
+        for d in range(len(sums)):
+            out[p, d] = np.int16(np.rint(sums[d] * scale))

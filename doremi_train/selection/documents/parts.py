@@ -47,9 +47,14 @@ class Batch(NamedTuple):
 def batches(source: Source, data: DataOptions, bad: BadLines, chunk: int | None) -> Iterator[Batch]:
     """The training documents of one source, cut into parts of at most `chunk` tokens; None: not
     cut. The tokens of a batch hold until the next is asked for."""
+    return batched(documents(source, data, bad, whole=chunk is None), chunk)
+
+
+def batched(stream: Iterable[Document], chunk: int | None) -> Iterator[Batch]:
+    """Documents in batches, as `batches` gives them."""
     waiting: list[Document] = []
     size, room = 0, kernels.Room()
-    for document in documents(source, data, bad, whole=chunk is None):
+    for document in stream:
         if waiting and (size >= BATCH or type(waiting[0].content) is not type(document.content)):
             yield batch(waiting, chunk, room)
             waiting, size = [], 0
@@ -59,14 +64,16 @@ def batches(source: Source, data: DataOptions, bad: BadLines, chunk: int | None)
         yield batch(waiting, chunk, room)
 
 
-def documents(source: Source, data: DataOptions, bad: BadLines, whole: bool) -> Iterator[Document]:
-    """What of a source is for training; a giant document in pieces, or `whole`."""
+def documents(
+    source: Source, data: DataOptions, bad: BadLines, whole: bool, every: bool = False
+) -> Iterator[Document]:
+    """What of a source is for training, or `every` document; a giant one in pieces, or `whole`."""
     base, kept = 0, False
     parts: list[bytes] = []
     begins = True
     for piece in read(source, data, bad):
         if begins:
-            base, kept = 0, not held_out(piece, data)
+            base, kept = 0, every or not held_out(piece, data)
         begins = piece.last
         if not kept:
             continue

@@ -1,19 +1,59 @@
-"""Shares of a selection's tasks as arrays of Slurm jobs."""
+"""The engine that runs the tasks of a stage, of which that by arrays of Slurm jobs is here."""
 
+import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from doremi_train.config import UserError
+from doremi_train.console import Bar
+from doremi_train.selection.documents import engines
 from doremi_train.selection.documents.engines import LOSSES
+from doremi_train.selection.options import SelectionOptions
+from doremi_train.selection.regroup.options import RegroupOptions
 from doremi_train.stages.options import Submit
 from doremi_train.stages.runs import jobs
 from doremi_train.stages.runs.jobs import Again
 from doremi_train.stages.runs.submit import SECONDS_BETWEEN_LOOKS
+from doremi_train.stages.session import Session
+from doremi_train.storage.runs import stop
 from doremi_train.training.task import TrainingFailed
+
+
+@contextlib.contextmanager
+def engine(session: Session, stage: str) -> Iterator[engines.Engine]:
+    """The engine that runs the tasks of `stage`, which is select or regroup."""
+    config = session.config
+    options: SelectionOptions | RegroupOptions
+    group, options = (
+        ("regroup", config.regroup) if stage == "regroup" else ("selection", config.selection)
+    )
+    if options.engine == "slurm":
+        yield Array(config.submit, session.run_dir / f"{stage}.log", options.workers, group)
+    elif options.engine == "ray":
+        with engines.Ray(options.workers, group) as ray:
+            session.say(f"Ray of {ray.nodes} node{'s' if ray.nodes > 1 else ''}")
+            yield ray
+    else:
+        with engines.Processes(options.workers, group) as pool:
+            yield pool
+
+
+def everywhere(
+    pool: engines.Engine, stage: str, what: str, work: Callable[[Any], object], jobs: list[Any]
+) -> None:
+    """Run the tasks of a stage, with a bar that says `what` they do."""
+    with Bar(f"{stage}: {what}", max(len(jobs), 1), unit="files") as bar:
+
+        def look(done: int) -> None:
+            stop.check(stage)
+            if done:
+                bar.update(done)
+
+        pool.run(work, jobs, look)
 
 
 @dataclass(frozen=True)
@@ -40,6 +80,7 @@ class Array:
     options: Submit
     logs: Path
     jobs: int | None  # of an array; None: `submit.parallel`
+    group: str = "selection"  # of the keys that messages name
 
     def run(
         self, work: Callable[[Any], object], tasks: Sequence[Any], look: Callable[[int], None]
@@ -54,7 +95,8 @@ class Array:
             lost = lost + 1 if len(left) == before else 0
             if lost > LOSSES:
                 raise TrainingFailed(
-                    f"selection.engine=slurm: jobs were lost {lost} times in a row; see {self.logs}"
+                    f"{self.group}.engine=slurm: jobs were lost {lost} times in a row; see "
+                    f"{self.logs}"
                 )
 
     def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
@@ -79,7 +121,7 @@ class Array:
                         continue
                     if not jobs.has_result(job):
                         lost.append(share)
-                    elif failure := jobs.failure_of(f"selection, job {job.job_id}", job):
+                    elif failure := jobs.failure_of(f"{self.group}, job {job.job_id}", job):
                         raise failure
                     del going[number]
                 undone = [*(share for _, share in going.values()), *lost]

@@ -4,8 +4,7 @@ Scores are kept in the store, named by what decides them: another budget, temper
 no scoring again.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import numpy as np
 
 from doremi_train import __version__, files, mixture
 from doremi_train.config import UserError, fingerprint
-from doremi_train.console import Bar, short
+from doremi_train.console import short
+from doremi_train.data.corpus.opening import require_few
 from doremi_train.data.corpus.sidecar import SAID
 from doremi_train.data.corpus.sources import RULE, names, passed_over, resolve, signature
 from doremi_train.data.tokens import tokenizer as tokenizers
@@ -22,6 +22,7 @@ from doremi_train.methods import ngram
 from doremi_train.parallel import comm
 from doremi_train.reports import selection_page
 from doremi_train.selection.documents import (
+    baselines,
     choose,
     describe,
     engines,
@@ -92,11 +93,7 @@ def _recipe(session: Session) -> dict[str, Any]:
         "tokenizer": options.tokenizer
         and tokenizers.fingerprint(tokenizers.load(options.tokenizer)),
         "vocabulary": options.vocabulary and granular.load(options.vocabulary)[1],
-        "encoder": options.encoder
-        and [
-            [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-            for path in sorted(Path(options.encoder).glob("*"))
-        ],
+        "encoder": options.encoder and baselines.files_of_encoder(options.encoder),
     }
     choice = {key: settings[key] for key in _CHOICE if key not in ("train", "engine", "workers")}
     return {"scores": scores, "choice": choice, "seed": session.config.seed}
@@ -114,7 +111,7 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
         **served,
         **{f"{name}/half": scorers.halves(documents)[0] for name, documents in served.items()},
     }
-    with _engine(session) as pool:
+    with array.engine(session, "select") as pool:
         work, sums = _score(
             session, session.store / "selection" / fingerprint(recipe["scores"]), columns, pool
         )
@@ -151,21 +148,6 @@ def _select(session: Session, folder: Path, recipe: Mapping[str, Any]) -> dict[s
     }
 
 
-@contextlib.contextmanager
-def _engine(session: Session) -> Iterator[engines.Engine]:
-    """The engine that runs the tasks."""
-    options = session.config.selection
-    if options.engine == "slurm":
-        yield array.Array(session.config.submit, session.run_dir / "select.log", options.workers)
-    elif options.engine == "ray":
-        with engines.Ray(options.workers) as ray:
-            session.say(f"Ray of {ray.nodes} node{'s' if ray.nodes > 1 else ''}")
-            yield ray
-    else:
-        with engines.Processes(options.workers) as pool:
-            yield pool
-
-
 def _score(
     session: Session, home: Path, columns: Mapping[str, list[bytes]], pool: engines.Engine
 ) -> tuple[list[Any], Any]:
@@ -179,19 +161,15 @@ def _score(
     home.mkdir(parents=True, exist_ok=True)
     with files.locked(home / "lock", lambda: stop.check("select")):
         files.clear_partial(home)
-        _everywhere(
+        array.everywhere(
             pool,
-            "select: counting",
+            "select",
+            "counting",
             tasks.count,
             [task for task in work if not task.counts.exists()],
         )
         sums = tasks.summed(work)
-        if sums["bad_lines"] > raw.max_bad_lines:
-            raise UserError(
-                f"data.max_bad_lines={raw.max_bad_lines}: there are {sums['bad_lines']} broken "
-                "JSON lines in all; mend the files, or raise data.max_bad_lines to skip and count "
-                "such lines"
-            )
+        require_few(int(sums["bad_lines"]), raw)
         if not (home / "model.npz").exists():
             passed_over(raw).say(RULE)
             benchmarks = target_files.files_of(session, options.benchmarks, "selection.benchmarks")
@@ -201,9 +179,10 @@ def _score(
                     benchmarks, target_files.text_options(session), "selection.benchmarks"
                 )
             tasks.write_arrays(home / "model.npz", tasks.fit(options, columns, sums, forbidden))
-        _everywhere(
+        array.everywhere(
             pool,
-            "select: scoring",
+            "select",
+            "scoring",
             tasks.score,
             [task for task in work if not task.scores.exists()],
         )
@@ -246,8 +225,8 @@ def _choose(
         describe.Look(task, folder, shard, first, half, cuts[1])
         for task, shard, first in zip(work, scores.shards, scores.firsts, strict=True)
     ]
-    _everywhere(
-        pool, f"select: {name}", describe.look, [at for at in looks if not at.path.exists()]
+    array.everywhere(
+        pool, "select", name, describe.look, [at for at in looks if not at.path.exists()]
     )
 
     tokens = {domain: profile.domains.get(domain, [0, 0])[1] for domain in sorted(totals.domains)}
@@ -272,19 +251,6 @@ def _kl(documents: list[bytes], raw: Any, chosen: Any) -> dict[str, float]:
     held_out = tasks.words(scorers.whole(scorers.halves(documents)[1]))
     far, near = ngram.kl(held_out, raw), ngram.kl(held_out, chosen)
     return {"raw": far, "chosen": near, "reduction": far - near}
-
-
-def _everywhere(
-    pool: engines.Engine, label: str, work: Callable[[Any], None], jobs: list[Any]
-) -> None:
-    with Bar(label, max(len(jobs), 1), unit="files") as bar:
-
-        def look(done: int) -> None:
-            stop.check("select")
-            if done:
-                bar.update(done)
-
-        pool.run(work, jobs, look)
 
 
 def summary(result: Mapping[str, Any], folder: Path) -> list[str]:

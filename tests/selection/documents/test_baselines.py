@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.command import run_here
 from helpers.corpus import documents, write_jsonl
+from helpers.encoder import untrained
 from scipy import optimize
 
 from doremi_train.selection.documents import baselines
@@ -133,30 +134,13 @@ def test_chance_finds_little_and_the_seed_decides_what(place: list[str], tmp_pat
 
 
 def test_embeddings_need_an_encoder_and_use_it(place: list[str], tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    from doremi_train.data.tokens import tokenizer as tokenizers
-
     refused = run_here("selection=embedding", *place)
     assert refused.code == 2 and "selection.encoder=None" in refused.err
     refused = run_here("selection=embedding", *place, f"selection.encoder={tmp_path / 'none'}")
     assert refused.code == 2 and "not a local folder" in refused.err
 
-    backend = tokenizers.learn(
-        [*documents(3, "nopqrst", 300, 5000), *documents(2, "hijklmno", 200, 5000)], 400
-    )
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>").save_pretrained(
-        tmp_path / "encoder"
-    )
-    BertModel(
-        BertConfig(
-            vocab_size=400,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-        )
-    ).save_pretrained(tmp_path / "encoder")
+    texts = [*documents(3, "nopqrst", 300, 5000), *documents(2, "hijklmno", 200, 5000)]
+    untrained(tmp_path / "encoder", texts)
     place[-1] = f"run_dir={tmp_path / 'other'}"
     done = run_here("selection=embedding", *place, f"selection.encoder={tmp_path / 'encoder'}")
     assert done.code == 0, done
