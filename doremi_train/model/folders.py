@@ -17,6 +17,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.config import Refused, UserError, judged, judging
 from doremi_train.files import read_json, write_json
+from doremi_train.model import configs
 from doremi_train.model.configs import skeleton
 from doremi_train.model.language_model import LanguageModel, sees_ahead, try_training
 
@@ -164,7 +165,7 @@ def save(
     logging.disable_progress_bar()
     with naming_the_disk(folder):
         model.inner.save_pretrained(folder, state_dict=of_inner(tensors))
-    if length is not None:
+    if length is not None and configs.STARTED not in model.inner.config.to_dict():
         _state_positions(model, folder / "config.json", length)
     _save_tokenizer(tokenizer, end, folder, length)
     files.follow_umask(folder)

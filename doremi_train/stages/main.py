@@ -21,7 +21,7 @@ def run(session: Session) -> dict[str, Run]:
     trained once."""
     store = prepare.run(session)
     learned = mixtures.run(session).tensor(store.domains)
-    shape = language_model.resolved_model(session, store, session.config.main.model)
+    shape = language_model.resolved_model(session, store, "main")
     weighed = weighting.of(session, store)
     adapted = {"main": online.main(session)} if online.asked(session) else {}
     return adapted | {
