@@ -106,6 +106,12 @@ def checked(plain: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
     plain = read_mappings(plain)
     config = load(Config, plain)
+    begun = config.start.first
+    if begun is not None and config.data.tokenizer == "train":
+        if not Path(begun[1]).is_dir():
+            raise UserError(f"start.{begun[0]}={begun[1]}: no such folder; give that of a model")
+        plain["data"]["tokenizer"] = begun[1]  # a model reads the tokens of its own
+        config = load(Config, plain)
     mixtures.check(config)
     check_files(config)
     return plain, config

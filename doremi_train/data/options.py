@@ -48,7 +48,8 @@ class DataOptions:
     """Dotted key of a record's text."""
 
     tokenizer: str = "train"
-    """A tokenizer.json, a local transformers folder, or train, which learns one."""
+    """A tokenizer.json, a local transformers folder, or train, which learns one; with start.* it is
+    then that of the model."""
 
     vocabulary_size: Annotated[int, Ge(257), Le(10_000_000)] = 1024
     """Tokens of a learned tokeniser, 256 bytes and the end of document among them."""

@@ -34,6 +34,7 @@ TRIVIAL = 0.1  # nats per token: each is foreseen with 90 %
 # Part of the validation loss that is missing on training text; an uneven split makes up to as
 # much.
 OVERFIT = 0.1
+LOST = 0.01  # part of the loss that a model may lose on a domain before it has forgotten it
 # Distance beyond that of two halves, as a part of it, up to which two domains are one language.
 SAME = 0.1
 # Distance of two halves of one domain, beyond which the sample is too small to compare.
@@ -247,6 +248,26 @@ def overfit(
         )
         if unseen - seen > max(OVERFIT * unseen, TRIVIAL) and times > 1
     ]
+
+
+def forgotten(names: Sequence[str], before: ArrayLike, after: ArrayLike) -> list[Finding]:
+    """Domains whose losses (K,) are higher than those of the model that training began with: one
+    finding for all."""
+    lost = [
+        (name, old, new)
+        for (name, old), new in zip(_pairs(names, before), _floats(after), strict=True)
+        if new > (1 + LOST) * old
+    ]
+    if not lost:
+        return []
+    said = ", ".join(f"{name} ({old:.2f} before, {new:.2f} now)" for name, old, new in lost)
+    message = (
+        f"The model that training began with was better on {said}, in nats per token. Give these "
+        "domains more weight (mixture=file, or swarm.floor), with text of the first training as "
+        "a domain of its own; lower training.learning_rate, or train for fewer steps."
+    )
+    worst = max(float(new - old) for _, old, new in lost)
+    return [Finding("forgotten", tuple(name for name, _, _ in lost), message, worst)]
 
 
 def duplicate(

@@ -28,7 +28,7 @@ _ORDER = (
     "temperature",
     "unimax",
 )
-_BESIDE = ("reference", "proxy")  # trained on the way, and no candidates for the final run
+_BESIDE = ("reference", "proxy", "start")  # there before the final runs, and no candidates
 TRACE_POINTS = 400  # of a curve over steps: more cannot be seen
 
 

@@ -16,6 +16,9 @@ from doremi_train.config import STRICT, UserError, conf_dir, judged, read_object
 _TOKEN = re.compile("token_(id|index)$|^pad_index$")
 
 
+STARTED = "started_from"  # in a config: the fingerprint of weights that training began with
+
+
 @dataclass(frozen=True, config=STRICT)
 class ModelOptions:
     """A model is a transformers config, as a mapping with `model_type` or as a local folder or
@@ -61,6 +64,7 @@ def resolve(
     given, values, remedy = _given(options, key)
     # Weights are made anew: they are not quantised, whatever those of the folder are.
     values.pop("quantization_config", None)
+    values.pop(STARTED, None)
     kind, values = of_text(values, given, remedy)
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.config import Refused, UserError, judged, judging
 from doremi_train.files import read_json, write_json
-from doremi_train.model import birth, weights
+from doremi_train.model import birth, configs, weights
 from doremi_train.model.configs import skeleton
 from doremi_train.model.language_model import (
     LanguageModel,
@@ -156,6 +156,25 @@ def opened(folder: Path, key: str) -> Opened | None:
         return Opened(inner, source, head_is_plain(tried))
 
 
+def to_train(
+    folder: Path,
+    key: str,
+    activation_checkpointing: bool,
+    precision: str,
+    kind: type[LanguageModel] = LanguageModel,
+) -> LanguageModel:
+    """A saved model before its first step: of shapes alone, for whoever divides it to read its own
+    part, or whole where that cannot be.
+
+    Raises UserError as `read` does.
+    """
+    found = opened(folder, key)
+    inner, plain = (found.inner, found.plain) if found else (read(folder, key), None)
+    model = kind(inner, activation_checkpointing, precision, plain=plain)
+    model.source = found.source if found else None
+    return model
+
+
 _HOW = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -262,7 +281,7 @@ def complete(
     config.save_pretrained(folder)
     if inner.can_generate():
         inner.generation_config.save_pretrained(folder)
-    if length is not None:
+    if length is not None and configs.STARTED not in config.to_dict():
         _state_positions(model, folder / "config.json", length)
     _save_tokenizer(tokenizer, end, folder, length)
     files.follow_umask(folder)

@@ -13,7 +13,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import downstream
 from doremi_train.parallel import comm
 from doremi_train.stages import main, prepare
-from doremi_train.stages.runs import evaluated, metrics, tasks
+from doremi_train.stages.runs import evaluated, metrics, start, tasks
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run, lock, stop
 
@@ -29,6 +29,9 @@ def run(session: Session) -> dict[str, Any]:
         "reference": Path(session.config.reference.path or session.run_dir / "reference" / "model"),
         "proxy": session.run_dir / "proxy" / "model",  # several seeds or rounds have no one proxy
     }
+    begun = start.folder(session.config, "main")
+    if begun is not None:
+        folders["start"] = Path(begun)
     folders = {name: folder for name, folder in folders.items() if folder.exists()}
     folders |= {name: run.folder / "model" for name, run in trained.items()}
     figures: dict[str, Any] = {}

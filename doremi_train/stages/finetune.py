@@ -32,7 +32,7 @@ from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
 from doremi_train.model import folders, weights
-from doremi_train.model.language_model import CompletionModel
+from doremi_train.model.language_model import CompletionModel, LanguageModel
 from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
@@ -121,18 +121,15 @@ def _require_room(inner: Any, encoder: Encoder, length: int) -> None:
         )
 
 
-def _model(session: Session) -> CompletionModel:
+def _model(session: Session) -> LanguageModel:
     """The model before its first step: of shapes alone, where all of it is trained, for the engine
     to read what each process keeps."""
-    training, opened = session.config.training, None
-    if session.config.finetune.lora.rank is None:
-        opened = folders.opened(Path(tuning.model_folder(session)), "finetune.model")
-    inner, plain = (opened.inner, opened.plain) if opened else (build(session).inner, None)
-    model = CompletionModel(
-        inner, training.activation_checkpointing, training.precision, plain=plain
-    )
-    model.source = opened.source if opened else None
-    return model
+    training = session.config.training
+    how = training.activation_checkpointing, training.precision
+    if session.config.finetune.lora.rank is not None:
+        return CompletionModel(build(session).inner, *how)
+    folder = Path(tuning.model_folder(session))
+    return folders.to_train(folder, "finetune.model", *how, CompletionModel)
 
 
 def _before(session: Session, trainer: Trainer, data: Instructions) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def run(session: Session) -> dict[str, Run]:
     if followed.asked(session):
         followed.check(session, store)
     learned = mixtures.run(session).tensor(store.domains)
-    shape = language_model.resolved_model(session, store, session.config.main.model)
+    shape = language_model.resolved_model(session, store, "main")
     weighed = weighting.of(session, store)
     own: dict[str, Run] = {}  # a main run whose mixture is not one for all of its steps
     if online.asked(session):

@@ -51,6 +51,24 @@ from doremi_train.training.task import TrainingOptions
 
 
 @dataclass(frozen=True, config=STRICT)
+class Start:
+    model: str | None = None
+    """Folder of a model (safetensors), with whose weights reference, proxies, swarm runs and main
+    begin; it is then the shape too, and not model and main.model. null: a seed makes them."""
+
+    reference: str | None = None
+    """The same of the reference alone; null: start.model."""
+
+    main: str | None = None
+    """The same of the final model and its comparisons; null: start.model."""
+
+    @property
+    def first(self) -> tuple[str, str] | None:
+        """Key and folder of one that is given."""
+        return next(((key, one) for key, one in asdict(self).items() if one is not None), None)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Reference:
     mixture: str = "natural"
     """Mixture α_ref that the reference is trained on; file: that of mixture=file."""
@@ -390,6 +408,9 @@ class Config:
     """The model of reference and proxy, and the final one where main.model does not say otherwise.
     """
 
+    start: Start
+    """Weights that runs begin with, as continued pretraining does."""
+
     training: TrainingOptions
     """Training of reference, proxy and main alike."""
 
@@ -492,6 +513,11 @@ class Config:
                 "training.loss_weighting=imp: compares a reference of the text that is wanted with "
                 "a model of this data, and without reference.path both would be trained on this "
                 "data; give reference.path=…, or take dimp or rho"
+            )
+        if self.start.first is not None and self.main.model is not None:
+            raise UserError(
+                f"main.model={self.main.model}: begins with no weights, where start.* gives some; "
+                "give start.main=FOLDER in its place"
             )
         if self.main.mixture_file is not None:
             self._check_mixture_file()

@@ -152,6 +152,12 @@ def _of_the_models(
         epochs = _row(names, files.read_json(result)["epochs"]) if result.exists() else None
         losses = [unseen[name]["loss"] for name in names]
         findings += detectors.overfit(names, _row(names, seen), losses, epochs)
+    if "start" in figures:
+        before, after = (
+            [figures[model]["domains"][name]["loss"] for name in names]
+            for model in ("start", "main")
+        )
+        findings += detectors.forgotten(names, before, after)
     return findings
 
 

@@ -210,6 +210,13 @@ def sampled(languages: list[int], size: int, buckets: int = 2000) -> np.ndarray:
     return np.array(halves)
 
 
+def test_forgotten_is_what_the_first_model_knew_better() -> None:
+    found = detectors.forgotten(NAMES, [3.0, 2.0, 1.0, 4.0], [3.02, 2.5, 0.5, 4.1])
+    assert [one.domains for one in found] == [("b", "d")] and found[0].value == 0.5
+    assert "b (2.00 before, 2.50 now)" in found[0].message
+    assert detectors.forgotten(NAMES, [3.0] * 4, [3.0] * 4) == []
+
+
 @pytest.mark.parametrize("size", [3000, 100_000])
 def test_two_domains_of_one_language(size: int) -> None:
     assert (

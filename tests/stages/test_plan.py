@@ -431,7 +431,7 @@ def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     assert one == {
         "sequences": STEPS * BATCH,
         "rounds": 1,
-        "bytes": 2 * TOKENS,
+        "bytes": 2 * TOKENS + 4 * STEPS * BATCH,  # and a checksum each
     }
     steps = ["training.steps=20000", "mixture.max_epochs=100"]
     long = planned(*tiny, f"run_dir={tmp_path / 'long'}", "seed=71", *steps, "proxy.rounds=2")
@@ -439,7 +439,7 @@ def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     assert long["reference_losses"] == {
         "sequences": total,
         "rounds": 2,
-        "bytes": 2 * 2 * LENGTH * total,
+        "bytes": 2 * (2 * LENGTH + 4) * total,
     }
     seeds = planned(
         *tiny, f"run_dir={tmp_path / 'seeds'}", "seed=71", "proxy.seeds=2", "training.steps=300"

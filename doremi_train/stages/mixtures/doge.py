@@ -102,7 +102,7 @@ def _train(session: Session, store: TokenStore, index: int, run: Run) -> Run:
             target=domain_gradients.Target(towards, config.doge.target_batch),
         )
         shape = language_model.resolved_model(session, store)
-        return Begun(task, language_model.built(shape, config.training, seed))
+        return Begun(task, language_model.built(session, shape, config.training, seed))
 
     language_model.train_once(session, run, name, begin)
     return run

@@ -146,7 +146,7 @@ def _train(
             subsample=budget.subsample(session),
         )
         shape = language_model.resolved_model(session, store)
-        return Begun(task, language_model.built(shape, config.training, seed))
+        return Begun(task, language_model.built(session, shape, config.training, seed))
 
     language_model.train_once(session, run, name, begin)
     steps, asked = run.result()["steps"], config.training.steps

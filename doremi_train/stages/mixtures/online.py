@@ -60,8 +60,8 @@ def main(session: Session) -> Run:
             objective_options=options,
             training=_training(session),
         )
-        shape = language_model.resolved_model(session, store, config.main.model)
-        return Begun(task, language_model.built(shape, config.training, config.seed))
+        shape = language_model.resolved_model(session, store, "main")
+        return Begun(task, language_model.built(session, shape, config.training, config.seed))
 
     language_model.train_once(session, run, "main", begin)
     return run
@@ -94,7 +94,7 @@ class Adapted(NamedTuple):
             pipeline.add("reference", "reference", ingredients[0], config.training.steps, run)
         options = options_of(session, store, target or _ANY * len(store.domains))
         known = None if target is None else recipe(session, store, options)
-        shape = language_model.resolved_model(session, store, config.main.model)
+        shape = language_model.resolved_model(session, store, "main")
         pipeline.add("main", "main", shape, main_steps(session), known)
 
 
@@ -131,7 +131,7 @@ def recipe(session: Session, store: TokenStore, options: online.Options) -> Run:
         "online",
         {
             "data": store.fingerprint,
-            "model": language_model.resolved_model(session, store, session.config.main.model),
+            "model": language_model.resolved_model(session, store, "main"),
             "method": session.method,
             "options": asdict(options),
             "training": training_identity(_training(session)),

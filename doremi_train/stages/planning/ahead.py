@@ -38,7 +38,7 @@ def runs(session: Session, store: TokenStore) -> tuple[list[Ahead], Tensor | Non
     learned = WAYS[session.method].ahead(session, store, pipeline)
     learned = None if learned is None else budget.capped(session, store, learned)
     weighed = _weighting(session, store, pipeline)
-    shape = language_model.resolved_model(session, store, session.config.main.model)
+    shape = language_model.resolved_model(session, store, "main")
     read = np.zeros(len(store.domains), dtype=np.int64)
     for name, known in {"main": learned, **main.comparisons(session, store)}.items():
         if name in (run.name for run in pipeline.runs):  # the way is the main run itself

@@ -32,7 +32,7 @@ def of_ways(
         "dro": {"reference": 0 if config.online.target_losses else references},
     }
     shape = language_model.resolved_model(session, store)
-    final = language_model.resolved_model(session, store, config.main.model)
+    final = language_model.resolved_model(session, store, "main")
     tokens = length.batch_size * length.sequence_length
     steps = max(budget.final_tokens(session) // tokens, 1)
 

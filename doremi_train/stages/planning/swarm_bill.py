@@ -16,7 +16,7 @@ def of_swarm(session: Session, store: TokenStore) -> dict[str, Any]:
     swarm.ahead(session, store, pipeline)
     whole = [run._replace(done=0) for run in pipeline.runs if not run.same_as]
     training, tokens = session.config.training, budget.final_tokens(session)
-    shape = language_model.resolved_model(session, store, session.config.main.model)
+    shape = language_model.resolved_model(session, store, "main")
     steps = max(tokens // (training.batch_size * training.sequence_length), 1)
     return {
         "swarm_runs": len(whole),

@@ -74,8 +74,8 @@ def train(session: Session, store: TokenStore, selection: batch_selection.Settin
                 config.mixture.normalize,
             ),
         )
-        shape = language_model.resolved_model(session, store, main.model)
-        return Begun(task, language_model.built(shape, config.training, config.seed))
+        shape = language_model.resolved_model(session, store, "main")
+        return Begun(task, language_model.built(session, shape, config.training, config.seed))
 
     language_model.train_once(session, run, "main", begin)
     return run
@@ -94,7 +94,7 @@ def _recipe(
         "followed",
         {
             "data": store.fingerprint,
-            "model": language_model.resolved_model(session, store, main.model),
+            "model": language_model.resolved_model(session, store, "main"),
             "mixture_file": {
                 "path": main.mixture_file,
                 "every": main.mixture_every,

@@ -20,7 +20,7 @@ from doremi_train.model.configs import ModelOptions
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm
 from doremi_train.stages.options import training_identity
-from doremi_train.stages.runs import budget
+from doremi_train.stages.runs import budget, start
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run, set_status
@@ -107,7 +107,7 @@ def train(
                 accumulation="exact" if options.of_the_batch else "lagged",
                 reference=weighting.reference(run),
             )
-        return Begun(task, built(config, training, run.recipe["seed"]))
+        return Begun(task, built(session, config, training, run.recipe["seed"]))
 
     train_once(session, run, name, begin, quiet=bar is not None)
     return run
@@ -152,8 +152,13 @@ def task_of(session: Session, run: Run, name: str, store: Store, **of: Any) -> T
     return Task(label=name, run=run, store=store, **(common | of))
 
 
-def built(config: dict[str, Any], training: TrainingOptions, seed: int) -> LanguageModel:
-    """A freshly initialised model of this shape, as these options train it; the engine fills it."""
+def built(
+    session: Session, config: dict[str, Any], training: TrainingOptions, seed: int
+) -> LanguageModel:
+    """A model of this shape as it is before the first step: freshly initialised, or with the
+    weights that it starts from; the engine fills it."""
+    if configs.STARTED in config:
+        return start.model(session, config, training)
     return folders.shaped(config, seed, training.activation_checkpointing, training.precision)
 
 
@@ -209,14 +214,21 @@ def learned(label: str, objective: Objective, state: Any) -> Tensor | None:
         raise TrainingFailed(f"{label}: {said}") from None
 
 
-def resolved_model(session: Session, store: TokenStore, name: str | None = None) -> dict[str, Any]:
-    """The proxy's transformers config, or that of the preset `name`."""
-    options = (
-        session.config.model if name is None else ModelOptions(**configs.preset(name, "main.model"))
-    )
-    length = session.config.training.sequence_length
-    key = "model" if name is None else "main.model"
-    shape = configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
+def resolved_model(
+    session: Session, store: TokenStore, role: start.Role = "model"
+) -> dict[str, Any]:
+    """The transformers config of proxies and small runs, of the reference, or of the final
+    model."""
+    name = session.config.main.model if role == "main" else None
+    if start.folder(session.config, role) is not None:
+        key, shape = f"start.{role}", start.shape(session, store, role)
+    else:
+        key = "model" if name is None else "main.model"
+        options = session.config.model
+        if name is not None:
+            options = ModelOptions(**configs.preset(name, key))
+        length = session.config.training.sequence_length
+        shape = configs.resolve(options, store.vocabulary_size, store.end_of_document, length, key)
     _require_same_tokenizer(json.dumps(shape), store, key)
     return shape
 

@@ -52,5 +52,5 @@ def ingredients(
 ) -> tuple[dict[str, Any], Tensor, TrainingOptions, Subsample | None]:
     """What the reference on `mixed` (K,) is trained from: model, mixture, training options and part
     of the data."""
-    shape = language_model.resolved_model(session, store)
+    shape = language_model.resolved_model(session, store, "reference")
     return shape, mixed, session.config.training, budget.subsample(session)
