@@ -134,7 +134,7 @@ CHOICES: dict[str, tuple[Collection[str], Contract]] = {
         group("experiment"),
         Contract(
             "test_experiments.py::test_a_recipe_is_one_command_with_its_picture",
-            apart=["importance", "compare", "target"],  # test_classify, test_compare, test_swarm
+            apart=["importance", "compare", "target", "continue"],  # test_classify, …, test_start
         ),
     ),
     "conf/batch_selection": (

@@ -8,8 +8,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import proxies, record, runner, saving, sized
 from benchmarks.gpu.stacked import Stacked
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.storage import checkpoint
+from doremi_train.storage import parts as stored
 
 # ── Parts ───────────────────────────────────────────────────────────────────────────
 
@@ -211,15 +213,20 @@ def _norm(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def test_one_bit_makes_another_checkpoint() -> None:
-    def content(number: float) -> dict[str, Any]:
-        return {"step": 3, "model": {"a": torch.zeros(2), "b": torch.tensor([1.0, number])}}
+def test_one_bit_makes_another_checkpoint(tmp_path: Path) -> None:
+    def saved(name: str, number: float, step: int = 3, drawn: int = 7) -> stored.Saved:
+        values, tensors = stored.divide({"α": torch.tensor([number]).double(), "drawn": drawn})
+        tensors = {"model/a": torch.tensor([1.0, number]), "model/b": torch.zeros(2), **tensors}
+        path = checkpoint.of_step(tmp_path / name, step)
+        pieces = [stored.share(name, tensor, 0, 1) for name, tensor in tensors.items()]
+        records = [stored.write(path / stored.part_name(0, 1), pieces)]
+        return checkpoint.read(checkpoint.complete(tmp_path / name, step, values, records, 1))
 
-    after = math.nextafter(1.0, 2.0)
-    assert saving.equal(content(0.5), content(0.5))
-    assert not saving.equal(content(0.5), {**content(0.5), "step": 4})
-    one, other = ({"a": torch.tensor([n], dtype=torch.float64)} for n in (1.0, after))
-    assert not saving.equal(one, other)
+    first = saved("first", 0.5)
+    assert saving.equal(first, saved("same", 0.5))
+    assert not saving.equal(first, saved("bit", float(np.nextafter(np.float32(0.5), 1))))
+    assert not saving.equal(first, saved("step", 0.5, step=4))
+    assert not saving.equal(first, saved("drawn", 0.5, drawn=8))
 
 
 # ── All of it ───────────────────────────────────────────────────────────────────────
