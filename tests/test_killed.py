@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.acceptance]
 
 FIXED, TODAYS = 1, 1  # operations of a stage
 AGAIN = 3  # times that the command is given again, at most
+CHANCE = 16  # operations that one run does and another does not
 
 SHORT = ("training.steps=6", "training.checkpoint_every=3", "evaluation.every=3")
 
@@ -243,8 +244,10 @@ def _kind(operation: str) -> str:
 def _fault(command: list[str], at: Folders, log: Path, point: int, wanted: Any) -> str:
     """What is wrong after a kill and the same command again, or nothing."""
     ended = killed.run(command, at.written, log, point)
-    if ended.code == 0:
-        return f"it was not killed: there were {len(killed.operations(log))} operations"
+    done = len(killed.operations(log))
+    # Whether a checkpoint in the background is ready when status.json is written anew is chance.
+    if ended.code == 0 and done < point - CHANCE:
+        return f"it was not killed: there were {done} operations"
     for _ in range(AGAIN):
         again = killed.run(command, at.written, log)
         if again.code == 0:
