@@ -119,16 +119,13 @@ def test_a_mistake_is_named(mistake: str, first: Path, tiny: list[str], tmp_path
 
 @pytest.mark.acceptance
 def test_a_small_real_model_goes_on(corpus: Path, tmp_path: Path) -> None:
-    """SmolLM2 of 135M parameters on three small domains, with the paper's Group DRO."""
-    folder = smol(tmp_path / "smol")
-    run_dir = tmp_path / "run"
+    """SmolLM2 of 135M parameters on three small domains, with a mixture that adapts."""
+    folder, run_dir = smol(tmp_path / "smol"), tmp_path / "run"
     ran(
-        "experiment=continue", f"start.model={folder}", f"data.root={corpus}", "mixture=doremi",
-        f"run_dir={run_dir}", "training.steps=4", "training.batch_size=4",
-        "training.sequence_length=32", "evaluation.sequences=4", "main.comparisons=[]",
+        "experiment=continue", f"start.model={folder}", f"data.root={corpus}", "mixture=odm",
+        f"run_dir={run_dir}", "training.steps=2", "training.batch_size=3",
+        "training.sequence_length=32", "evaluation.sequences=2", "main.comparisons=[]",
     )  # fmt: skip
     figures = read(run_dir / "evaluation.json")
     assert figures["start"]["mean_loss"] < 6  # a model that knows nothing has 10.8
     assert abs(figures["main"]["mean_loss"] - figures["start"]["mean_loss"]) < 2
-    weights_ = read(run_dir / "weights.json")["weights"]
-    assert sum(weights_.values()) == pytest.approx(1)
