@@ -11,7 +11,7 @@ pytestmark = pytest.mark.acceptance
 
 PLANTED = (
     "data=planted", "training.steps=300", "training.threads=1", "evaluation.every=100",
-    "main.steps=20", "main.tokens=1200000",
+    "main.steps=20", "main.tokens=1200000", "training.learning_rate=0.006",
 )  # fmt: skip
 EVEN = 1 / 11
 ALIKE = [("copy", "easy"), ("twin_a", "twin_b")]
