@@ -255,7 +255,7 @@ def test_a_spoiled_file_is_read_or_refused(bench: Path, case: Spoiled) -> None:
 
 
 @pytest.mark.acceptance
-@many(1500)
+@many(700)
 @given(case=SPOILED)
 def test_many_spoiled_files(bench: Path, case: Spoiled) -> None:
     print(f"seed {TODAY}")
