@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
+from benchmarks.scale import llama
 from doremi_train.model import configs, folders, language_model
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.model.optim import OptimizerOptions
@@ -72,24 +73,6 @@ def measure(given: argparse.Namespace) -> common.Result:
     return common.Result(
         ratios, {"parameters": parameters, "processes": given.processes, "rounds": rounds}
     )
-
-
-def llama(parameters: int) -> dict[str, Any]:
-    """The config of a llama of about so many parameters."""
-    hidden = 0
-    while True:
-        hidden += 64
-        shape = {
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": 11 * hidden // 4,
-            "num_hidden_layers": max(1, round(hidden / 93)),
-            "num_attention_heads": hidden // 64,
-        }
-        options = configs.ModelOptions(config=shape)
-        config = configs.resolve(options, vocabulary=32 * hidden, end=0, length=LENGTH)
-        if configs.parameters(config)[0] >= parameters:
-            return config
 
 
 # ── As it was ───────────────────────────────────────────────────────────────────────
