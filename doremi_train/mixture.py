@@ -68,7 +68,7 @@ class Read(NamedTuple):
 
 
 def of_step(
-    path: Path, domains: Sequence[str], step: int, given: str, normalize: bool = False
+    path: Path, domains: Sequence[str], step: int, given: str, normalize: bool | None = None
 ) -> Read:
     """The weights at `step`, from 0, of a file as `load` reads it, which may be staged: those of
     the last stage of its `schedule` that has begun. `given` names it in messages.
@@ -90,7 +90,7 @@ def of_step(
 
 
 def _weights(
-    content: Mapping[str, Any], domains: Sequence[str], given: str, normalize: bool
+    content: Mapping[str, Any], domains: Sequence[str], given: str, normalize: bool | None
 ) -> dict[str, float]:
     values, tolerance = content, 1e-6
     for key in ("weights", _ORIGINAL):
@@ -104,10 +104,11 @@ def checked(
     values: Mapping[str, Any],
     domains: Sequence[str],
     where: str,
-    normalize: bool = False,
+    normalize: bool | None = None,
     tolerance: float = 1e-6,
 ) -> dict[str, float]:
     """Weights in the order of `domains` that sum to 1; what they sum to may be off by `tolerance`.
+    `normalize`: whether it may be off by anything; None: not, and there is no key that says so.
 
     Raises UserError, starting with `where`, as `load` does.
     """
@@ -129,10 +130,8 @@ def checked(
         )
     total = math.fsum(values.values())
     if total <= 0 or (abs(total - 1) > tolerance and not normalize):
-        raise UserError(
-            f"{where}: weights sum to {total:.9g}, not 1; correct them, or set "
-            "mixture.normalize=true"
-        )
+        key = "" if normalize is None else ", or set mixture.normalize=true"
+        raise UserError(f"{where}: weights sum to {total:.9g}, not 1; correct them{key}")
     return dict(zip(domains, _normal([values[name] for name in domains]), strict=True))
 
 

@@ -193,3 +193,11 @@ def test_rows_of_a_dataset_are_those_of_the_draws(tmp_path: Path) -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, doremi_train.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_wrong_sum_names_no_key_that_there_is_none_of(tmp_path: Path) -> None:
+    path = tmp_path / "mixture.json"
+    path.write_text('{"a": 0.5, "b": 0.4}')
+    for given in ({"a": 0.5, "b": 0.4}, path):
+        with pytest.raises(UserError, match=r"sum to 0\.9, not 1; correct them$"):
+            Stream({"a": 5, "b": 5}, 2, given, tmp_path / "stream", every=1).draw(0)

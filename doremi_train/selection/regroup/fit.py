@@ -4,6 +4,7 @@ then polished in whole numbers.
 N documents of a group, m buckets of words, F fine clusters, D dimensions.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +32,8 @@ PASSES = 10  # and rounds, at most
 
 def require_sklearn() -> None:
     """Raises UserError where scikit-learn is not installed."""
-    try:
-        import sklearn.cluster  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "stage=regroup: needs scikit-learn; pip install 'doremi-train[select]'"
-        ) from None
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("stage=regroup: needs scikit-learn; pip install 'doremi-train[select]'")
 
 
 def word_weights(sample: Sample, rows: NDArray[np.int64]) -> NDArray[np.float32]:
