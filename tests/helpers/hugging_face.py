@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from doremi_train.client import Mixed, Stream
@@ -81,6 +82,9 @@ def main() -> None:
     run.train()
     if run.is_world_process_zero():
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
+    if dist.is_initialized():
+        # The Trainer leaves the group to the interpreter's end, where gloo's threads may abort.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

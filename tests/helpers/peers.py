@@ -118,6 +118,7 @@ def megatron(folder, rank):
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [DRAWS, 0, 0], lambda: True, config)
     samples = builder.build()[0]
     alone = counted(names[int(samples[n]["tokens"][0]) - 1] for n in range(DRAWS))
+    torch.distributed.destroy_process_group()
     return {"alone": alone, "nemo": {"same": same}}
 
 
