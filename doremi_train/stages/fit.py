@@ -22,9 +22,7 @@ from doremi_train import files, mixture
 from doremi_train.config import UserError
 from doremi_train.evaluation import runs_table
 from doremi_train.evaluation.runs_table import Runs
-from doremi_train.evaluation.statistics import listed
-from doremi_train.methods import box, replicates, steering, swarm, trees
-from doremi_train.methods import objective as objectives
+from doremi_train.methods import box, steering, swarm
 from doremi_train.methods.box import Box, Floats
 from doremi_train.methods.fits import Known
 from doremi_train.methods.forecast import Forecast, forecast
@@ -35,22 +33,13 @@ from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import fit_page, steer_page
 from doremi_train.reports.steer_page import Given
-from doremi_train.stages import fit_content
 from doremi_train.stages.options import FitOptions
-from doremi_train.stages.runs.metrics import standardised
 from doremi_train.stages.session import Session, once
+from doremi_train.stages.tables import asked
+from doremi_train.stages.tables.asked import many
+from doremi_train.stages.tables.content import translated
 
 RUNS_PER_DOMAIN = 2  # of fewer nothing is proposed
-
-
-class Table(NamedTuple):
-    """What is known of runs, and what is wanted."""
-
-    runs: Runs
-    natural: Floats  # (K,)
-    passes: Floats | None  # (K,) over each domain by the final run on it alone
-    within: Box
-    wanted: Objective  # without the metrics of natural, which are still to be fitted
 
 
 class Problem(NamedTuple):
@@ -60,8 +49,8 @@ class Problem(NamedTuple):
     natural: Floats  # (K,)
     passes: Floats | None  # (K,) over each domain by the final run on it alone
     within: Box
-    fitted: Forecast
     wanted: Objective
+    fitted: Forecast
 
 
 class Proposal(NamedTuple):
@@ -120,100 +109,12 @@ def _run(session: Session) -> Mixture | None:
     return chosen
 
 
-# ── What is known ───────────────────────────────────────────────────────────────────
-
-
 def _problem(session: Session) -> Problem:
-    runs, natural, passes, within, wanted = table(session)
-    known, regressor = Known(passes, natural), session.config.fit.regressor
-    fitted = forecast(runs.weights, runs.values, known, regressor, wanted.turn)
-    wanted = wanted._replace(natural=fitted.predict(natural[None])[0])
-    return Problem(runs, natural, passes, within, fitted, wanted)
-
-
-def table(session: Session) -> Table:
-    """The runs of fit.runs, and what is asked of them. Raises UserError for tables that cannot be
-    used, and an objective that cannot be."""
-    asked = session.config.fit
-    if not asked.runs:
-        raise UserError(
-            "fit.runs: names the table of the runs, a row a run with a column of weights a domain "
-            "and a column a metric, as in fit.runs=runs.csv or 'fit.runs=[mixtures.csv,losses.csv]'"
-        )
-    if asked.regressor == "lightgbm" and not trees.installed():
-        raise UserError(
-            "fit.regressor=lightgbm: needs the package lightgbm; install doremi-train[swarm], or "
-            "take corrected, saturating or gaussian_process"
-        )
-    runs = runs_table.read(_many(asked.runs), _many(asked.weights), _many(asked.metrics))
-    natural, passes = _sizes(session, runs)
-    wanted = _objective(session, runs, natural)
-    runs.notes.extend(_directions(session, wanted, runs))
-    return Table(runs, natural, passes, _within(session, runs, passes), wanted)
-
-
-def _many(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else given
-
-
-def _sizes(session: Session, runs: Runs) -> tuple[Floats, Floats | None]:
-    """Natural weights (K,), and passes (K,) where the tokens of the domains and the budget are
-    given."""
-    tokens, budget = session.config.fit.tokens, session.config.main.tokens
-    if tokens is None:
-        return runs.weights.mean(0), None
-    for name in (*tokens, *runs.domains):
-        if name not in tokens or name not in runs.domains:
-            what = "no number for" if name in runs.domains else "unknown domain"
-            raise UserError(f"fit.tokens: {what} {name!r}; the runs have {listed(runs.domains)}")
-    sizes = np.array([tokens[name] for name in runs.domains], np.float64)
-    return sizes / sizes.sum(), None if budget is None else budget / sizes
-
-
-def _within(session: Session, runs: Runs, passes: Floats | None) -> Box:
-    """Mixtures that keep mixture.max_epochs, where it is known what that is, and else those in
-    which no domain has more than in any run: a fit says nothing beyond."""
-    most = runs.weights.max(0)
-    if passes is not None:
-        most = session.config.mixture.max_epochs / passes
-        if np.minimum(most, 1).sum() < 1:
-            raise UserError(
-                f"main.tokens={session.config.main.tokens}: more than mixture.max_epochs="
-                f"{session.config.mixture.max_epochs:g} passes over all of fit.tokens; raise it, "
-                "or lower main.tokens"
-            )
-    return Box(np.zeros(len(most)), np.minimum(most, 1))
-
-
-def _objective(session: Session, runs: Runs, natural: Floats) -> Objective:
-    """The objective, without the metrics of natural (K,), which are still to be fitted."""
-    if session.config.objective.over != "domains" or session.config.objective.scores is not None:
-        raise UserError(
-            "objective=tasks and objective.scores: are of runs that are trained here, and in "
-            "stage=fit every column is a metric; name columns in objective.metrics"
-        )
-    try:
-        asked, unknown = session.config.objective, np.full(len(runs.metrics), np.nan)
-        found = objectives.objective(asked, runs.metrics, unknown, scores=runs.metrics)
-    except KeyError as error:
-        raise UserError(
-            f"objective: unknown metric {error.args[0]!r}; the runs have {listed(runs.metrics)}"
-            + "".join(f" ({note})" for note in runs.notes if str(error.args[0]) in note)
-        ) from None
-    except ValueError as error:
-        raise UserError(f"objective.metrics: {error}") from None
-    if not session.config.objective.standardise:
-        return found
-    scale = replicates.scale(runs.weights, runs.values, natural)
-    return standardised(found, runs.metrics, scale)
-
-
-def _directions(session: Session, wanted: Objective, runs: Runs) -> list[str]:
-    """What is to be known where names alone say that more is better."""
-    if session.config.objective.metrics is not None:
-        return []
-    upwards = [name for name, more in zip(runs.metrics, wanted.more, strict=True) if more]
-    return [f"{name}: more is better, by its name, so it counts with weight -1" for name in upwards]
+    table = asked.table(session)
+    known, regressor = Known(table.passes, table.natural), session.config.fit.regressor
+    fitted = forecast(table.runs.weights, table.runs.values, known, regressor, table.wanted.turn)
+    natural = fitted.predict(table.natural[None])[0]
+    return Problem(*table._replace(wanted=table.wanted._replace(natural=natural)), fitted)
 
 
 # ── What is proposed ────────────────────────────────────────────────────────────────
@@ -290,12 +191,12 @@ def _steer(problem: Problem, proposal: Proposal) -> Given:
 # ── What is written ─────────────────────────────────────────────────────────────────
 
 
-def _predict(path: Path, asked: FitOptions, problem: Problem) -> None:
+def _predict(path: Path, options: FitOptions, problem: Problem) -> None:
     """The first column as given; a column a metric, with the ends of its interval; with fit.content
     the part of each mixture that is outside all that the runs had."""
-    table, folders = str(asked.predict), _many(asked.content)
+    table, folders = str(options.predict), many(options.content)
     if folders:
-        unseen, outside = fit_content.translated(table, folders, problem.runs)
+        unseen, outside = translated(table, folders, problem.runs)
     else:
         unseen = runs_table.read_mixtures(table, problem.runs.domains, "fit.predict")
     columns = np.stack(problem.fitted.between(unseen.weights), axis=2)
@@ -316,7 +217,7 @@ def _content(session: Session, problem: Problem, proposal: Proposal | None) -> d
     natural, spearman = wanted.natural, _spearman(*_scored(problem))
     goal = {
         "reduce": wanted.reduce,
-        "over": natural_of(session),
+        "over": asked.natural_of(session),
         "natural": float(wanted.scores(natural[None])[0]),
         "proposed": None if proposal is None else float(wanted.scores(proposal.predicted[None])[0]),
         "spearman": spearman,
@@ -377,11 +278,6 @@ def _verdict(problem: Problem, proposal: Proposal | None, goal: dict[str, Any]) 
     if proposal.refused:
         return f"{said} It is refused: {'; '.join(proposal.refused)}."
     return f"{said} Train it before you believe it: optima lie where no run is."
-
-
-def natural_of(session: Session) -> str:
-    """What natural is, in words."""
-    return "natural" if session.config.fit.tokens else "the mean mixture of the runs"
 
 
 def _named(problem: Problem, values: Floats) -> dict[str, float]:

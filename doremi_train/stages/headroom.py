@@ -30,7 +30,7 @@ from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import headroom_text
-from doremi_train.stages import prepare, table_headroom
+from doremi_train.stages import prepare
 from doremi_train.stages.mixtures import small_runs, swarm_problem
 from doremi_train.stages.mixtures.swarm_problem import Problem
 from doremi_train.stages.planning import swarm_bill
@@ -38,6 +38,7 @@ from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, language_model, metrics
 from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session, once
+from doremi_train.stages.tables import headroom as of_table
 from doremi_train.storage.runs import Run
 
 PARTS = {"half": 2, "quarter": 4, "eighth": 8}  # of natural's steps, in its shorter runs
@@ -60,7 +61,7 @@ def run(session: Session) -> dict[str, Any]:
     """Train what is missing, judge it and say it; the content of headroom.json. Of fit.runs nothing
     is trained. Raises UserError where caps and floors leave no mixture."""
     if session.config.fit.runs is not None:
-        return table_headroom.run(session)
+        return of_table.run(session)
     store = prepare.run(session)
     asked = comm.on_first(lambda: ask(session, store))
     with session.computing(asked.run, "headroom") as todo:

@@ -25,9 +25,9 @@ from doremi_train.methods.saturating import saturating
 from doremi_train.parallel import comm
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import headroom_text
-from doremi_train.stages import fit
-from doremi_train.stages.fit import Table
 from doremi_train.stages.session import Session
+from doremi_train.stages.tables import asked
+from doremi_train.stages.tables.asked import Table
 
 APART = 1.959964 * math.sqrt(2)  # standard deviations that two runs differ by, at most, in 95 %
 
@@ -50,7 +50,7 @@ def run(session: Session) -> dict[str, Any]:
 
 @fitting("headroom")
 def _run(session: Session) -> dict[str, Any]:
-    table, random = fit.table(session), np.random.default_rng(session.config.seed)
+    table, random = asked.table(session), np.random.default_rng(session.config.seed)
     runs, known, wanted = _counted(table)
     scores = wanted.scores(runs.metrics)
     repeated = replicates.pooled(runs.points, scores[:, None]).deviation[0]
@@ -63,7 +63,7 @@ def _run(session: Session) -> dict[str, Any]:
         "left_out": len(table.runs.ids) - len(runs.points),
         "objective": wanted.reduce,
         "unit": wanted.unit if wanted.scale is not None else None,  # else that of the columns
-        "natural": fit.natural_of(session),
+        "natural": asked.natural_of(session),
         "noise": noise,
         "apart": apart,
         "best": {

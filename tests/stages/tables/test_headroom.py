@@ -15,7 +15,7 @@ from helpers.command import Outcome, run_here
 
 from doremi_train.methods.box import Floats
 from doremi_train.methods.headroom import Gain
-from doremi_train.stages.table_headroom import worth
+from doremi_train.stages.tables.headroom import worth
 
 DOMAINS = ["web", "code", "books"]
 
