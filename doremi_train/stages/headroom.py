@@ -23,7 +23,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.console import say
 from doremi_train.data.tokens.shards import TokenStore
-from doremi_train.methods import box, design, headroom, replicates, swarm
+from doremi_train.methods import box, design, headroom, replicates
 from doremi_train.methods.box import Floats
 from doremi_train.methods.headroom import Gain, Lowest, SpeedUp
 from doremi_train.methods.objective import Objective
@@ -92,7 +92,8 @@ def ask(session: Session, store: TokenStore) -> Asked:
         | {"runs": count, "reuse": options.reuse, "final": final}
         | {"swarm": {"runs": problem.draws * options.rounds, "confirmed": options.candidates}}
         | {"frozen": problem.space.spread.tolist(), "prior": problem.prior.tolist()}
-        | {"low": problem.within.low.tolist(), "high": problem.within.high.tolist()},
+        | {"low": problem.within.low.tolist(), "high": problem.within.high.tolist()}
+        | ({} if problem.aimed is None else {"aimed": problem.aimed.tolist()}),
     )
     anchors = _anchors(problem)
     reused = _reused(session, store, problem, measured, like)
@@ -136,7 +137,7 @@ def _reused(
 def _designed(session: Session, problem: Problem, given: list[Floats], count: int) -> list[Floats]:
     """(K,) each: the mixtures that tell most beside those that are given."""
     random = swarm_problem.generator(session, _STREAM)
-    candidates = swarm.design(problem.prior, problem.inside, design.CANDIDATES, random)
+    candidates = swarm_problem.candidates(problem, design.CANDIDATES, random)
     # Many end in the same corner of the box.
     candidates = candidates[np.unique(candidates.round(6), axis=0, return_index=True)[1]]
     count, points = min(count, len(candidates)), problem.space.reduce(np.stack(given))

@@ -78,6 +78,8 @@ def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
         session, store, torch.from_numpy(problem.space.expand(problem.prior))
     ).recipe
     setting = {"prior": problem.prior, "low": problem.within.low, "high": problem.within.high}
+    if problem.aimed is not None:
+        setting["aimed"] = problem.aimed
     return problem, Run(
         session.store,
         "swarm",
@@ -187,7 +189,7 @@ def _draw(
     session: Session, store: TokenStore, problem: Problem, rows: Sequence[Row], number: int
 ) -> dict[str, Tensor]:
     """The mixtures (K,) of a round by the names of their runs; the first has natural and uniform as
-    anchors, and where it is designed two runs again."""
+    anchors, the domains that the objective is for, and where it is designed two runs again."""
     options, random = session.config.swarm, swarm_problem.generator(session, number)
     mixtures = {}
     if number == 1:
@@ -196,6 +198,8 @@ def _draw(
             "natural": problem.space.reduce(problem.natural),
             "uniform": np.full(virtual, 1 / virtual),
         }
+        if problem.aimed is not None:  # which random ones are hardly ever near
+            anchors["target"] = problem.space.reduce(problem.aimed)
         mixtures = {
             f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()
         }
@@ -218,7 +222,7 @@ def _draw(
 def _designed(how: str, problem: Problem, anchors: Floats, random: np.random.Generator) -> Floats:
     """(N, V) mixtures of the first round beside its anchors."""
     count = problem.draws if how == "random" else max(design.CANDIDATES, 10 * problem.draws)
-    candidates = swarm.design(problem.prior, problem.inside, count, random)
+    candidates = swarm_problem.candidates(problem, count, random)
     if how == "random":
         return candidates
     # Many end in the same corner of the box; of equal mixtures one run is trained.

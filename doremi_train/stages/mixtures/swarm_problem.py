@@ -12,7 +12,7 @@ from doremi_train.methods import box, regressors, replicates, swarm, trees
 from doremi_train.methods.box import Box, Floats, Space
 from doremi_train.methods.fits import Fit, Known
 from doremi_train.methods.objective import Objective
-from doremi_train.stages.runs import budget, metrics
+from doremi_train.stages.runs import budget, metrics, targets
 from doremi_train.stages.session import Session
 
 
@@ -22,6 +22,7 @@ class Problem(NamedTuple):
     names: list[str]  # (K,) domains
     natural: Floats  # (K,)
     even: Floats  # (K,) UniMax: uniform within mixture.max_epochs and floor, as far as can be
+    aimed: Floats | None  # (K,) of the domains that the objective is for alone, within the same
     space: Space
     prior: Floats  # (V,)
     within: Box  # of the K domains
@@ -60,11 +61,13 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
     natural, prior = (
         budget.heuristic(session, store, name, steps) for name in ("natural", options.prior)
     )
+    known = _known(session, store, within)
     draws = options.runs or swarm.RUNS_PER_DOMAIN * len(space.spread)
     return Problem(
         list(store.domains),
         natural.numpy(),
-        _even(session, store, within),
+        _even(known),
+        _aimed(session, store, known, natural.numpy()),
         space,
         space.reduce(prior.numpy()),
         within,
@@ -75,16 +78,42 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
     )
 
 
-def _even(session: Session, store: TokenStore, within: Box) -> Floats:
-    uniform = np.full(len(store.domains), 1 / len(store.domains))
+def _known(session: Session, store: TokenStore, within: Box) -> Box:
+    """The box of what is known to be harmless without a law: mixture.max_epochs and floor."""
     try:
-        floor = session.config.swarm.floor
-        within = budget.caps(session, store, floor, "swarm.floor", always=True)
+        return budget.caps(session, store, session.config.swarm.floor, "swarm.floor", always=True)
     except UserError:  # more tokens than the cap allows of all domains, and a law that needs none
-        pass
+        return within
+
+
+def _even(within: Box) -> Floats:
+    uniform = np.full(len(within.high), 1 / len(within.high))
     if box.inside(uniform, within):
         return uniform
     return box.on_grid(box.project(uniform, within), within)
+
+
+def _aimed(session: Session, store: TokenStore, within: Box, natural: Floats) -> Floats | None:
+    """(K,) what is nearest to the objective: what caps leave is natural's. None where the objective
+    is for no domain more than for others, or that is natural or uniform."""
+    shares = targets.aimed(session, store)
+    only = np.array([shares.get(name, 0.0) for name in store.domains])
+    if not shares or np.ptp(only) == 0:
+        return None
+    only /= only.sum()
+    if not box.inside(only, within):
+        only = box.on_grid(box.project(only + 1e-9 * natural, within), within)
+    return None if box.distance(only, natural) < 1e-6 else only
+
+
+def candidates(problem: Problem, count: int, generator: np.random.Generator) -> Floats:
+    """(N, V) mixtures that runs may be chosen from. Half of each is what the objective is for,
+    where it is for some domains: corners without these are nats worse than anything that could be
+    proposed, and a law that is fitted to such corners tells nothing of where it is good."""
+    drawn = swarm.design(problem.prior, problem.inside, count, generator)
+    if problem.aimed is None:
+        return drawn
+    return (drawn + problem.space.reduce(problem.aimed)) / 2
 
 
 def _frozen(path: str | None, names: Sequence[str]) -> Floats:

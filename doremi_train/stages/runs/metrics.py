@@ -21,9 +21,8 @@ from doremi_train.methods.box import Floats
 from doremi_train.methods.objective import Objective
 from doremi_train.parallel import comm
 from doremi_train.stages.runs import measuring, scores, targets, tasks
+from doremi_train.stages.runs.targets import TARGET
 from doremi_train.stages.session import Session
-
-TARGET = "target"  # the metric's name
 
 
 def names(session: Session, store: TokenStore) -> list[str]:

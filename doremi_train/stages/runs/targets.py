@@ -22,6 +22,8 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages.session import Session
 from doremi_train.training.batch_selection import Setting
 
+TARGET = "target"  # the metric that is the loss on this text
+
 
 class _Wanted(NamedTuple):
     """So many sequences of these domains, and the keys of the configuration that say so, for
@@ -93,6 +95,19 @@ def weighed(session: Session, store: TokenStore) -> dict[str, float]:
     if asked.reduce != "mean" or not set(weights) <= set(store.domains):
         return {}
     return weights if all(weight > 0 for weight in weights.values()) else {}
+
+
+def aimed(session: Session, store: TokenStore) -> dict[str, float]:
+    """The domains that the objective is for, with their shares: those that it weighs, and those
+    that its target is drawn from; none where it is for something else too."""
+    asked, target = session.config.objective, session.config.target
+    shares: dict[str, float] = {}
+    for name, weight in (asked.metrics or {}).items():
+        of = target.domains or () if name == TARGET and target.files is None else (name,)
+        for domain in of:
+            shares[domain] = shares.get(domain, 0.0) + weight / len(of)
+    known = set(shares) <= set(store.domains) and min(shares.values(), default=0.0) >= 0
+    return shares if known and asked.reduce == "mean" else {}
 
 
 def _of(

@@ -479,10 +479,17 @@ def test_a_swarm_serves_its_objective(
     allowed = [line["realised"] for line in fit["confirmed"] if not line["refused"]]
     (chosen,) = (line for line in fit["confirmed"] if line["name"] == fit["chosen"])
     assert chosen["realised"] == min(allowed) and mixture["weights"] == chosen["weights"]
-    assert len(made(store)) - len(before) <= 2  # a proposal, and the search
+    # What it is for alone is among the runs.
+    (alone,) = (line for line in fit["confirmed"] if line["name"] == "target")
+    (first,) = (run for run in runs if run["run"] == "swarm/round-1/target")
+    assert alone["realised"] == first["loss"] and alone["weights"] == first["weights"]
+    assert len(made(store)) - len(before) <= 3  # what it is for alone, a proposal, and the search
     # The final models, which are runs of the search, are judged by it too.
     outcome = run_here(*tiny, *SWARM, *target[:-1], f"run_dir={tmp_path / 'target'}")
     assert outcome.code == 0, outcome
+    domains = read(tmp_path / "target/plan.json")["domains"]
+    passes = len(domains) * domains["rich"]["final_epochs"]["uniform"]  # on it alone
+    assert alone["weights"]["rich"] == pytest.approx(min(4 / passes, 1))
     figures = read(tmp_path / "target/evaluation.json")
     known_losses = {run["run"].rpartition("/")[2]: run["loss"] for run in runs}
     assert figures["uniform"]["target_loss"] == known_losses["uniform"]
