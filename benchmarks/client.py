@@ -1,8 +1,11 @@
 """What drawing from a changing mixture costs in another trainer: our stream's draws over those of
 other libraries' mixing samplers on the same weights, and a draw over a training step of `tiny`.
 
-All sides say of which domain a row is, and which it is; no row is read. torch's is drawn with
-replacement, so its rows are none of an epoch's.
+All sides say of which domain a row is, and which it is, as numbers of Python; no row is read.
+`steady` is ours where the mixture stays, as it does in the others, and `arrays` that without
+listing what was drawn. torch's is no mixture: one index over all rows, with replacement, so rows
+are none of an epoch's, and each epoch of it is as many draws at once. Draws are compared in CPU
+seconds; that a block's file waits for the disk is in the part of a step.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from doremi_train.files import write_json
 from doremi_train.model import folders
 
 DOMAINS, ROWS, BATCH, EVERY = 17, 100_000, 256, 100
+_ENDLESS = 1 << 24  # steps, more than are drawn here
 VOCABULARY, SEQUENCES, LENGTH = 1024, 32, 128  # of a step of tiny
 
 
@@ -31,19 +35,20 @@ def weights() -> list[float]:
     return np.random.default_rng(0).dirichlet(np.full(DOMAINS, 0.5)).tolist()
 
 
-def ours(folder: Path) -> Callable[[int], object]:
-    """A stream whose file is read again every 100 steps."""
+def ours(folder: Path, every: int = EVERY, listed: bool = True) -> Callable[[int], object]:
+    """A stream whose file is read again every so many steps."""
     names = [f"domain-{n}" for n in range(DOMAINS)]
     file = folder / "mixture.json"
     write_json(file, dict(zip(names, weights(), strict=True)))
-    stream = Stream(dict.fromkeys(names, ROWS), BATCH, file, folder / "stream", EVERY)
+    stream = Stream(dict.fromkeys(names, ROWS), BATCH, file, folder / f"every-{every}", every)
     steps = itertools.count()
 
     def draw(rows: int) -> None:
         for _ in range(-(-rows // BATCH)):
             drawn = stream.draw(next(steps))
-            for _ in zip(drawn.domain.tolist(), drawn.sequence.tolist(), strict=True):
-                pass
+            if listed:
+                for _ in zip(drawn.domain.tolist(), drawn.sequence.tolist(), strict=True):
+                    pass
 
     return draw
 
@@ -126,14 +131,17 @@ def measure(given: argparse.Namespace) -> common.Result:
             "datasets": interleaved(),
             "torch_weighted": weighted(),
             "ours": stream,
+            "steady": ours(folder, _ENDLESS),
+            "arrays": ours(folder, _ENDLESS, listed=False),
         }
-        times = common.alternate(
-            {name: partial(draw, count) for name, draw in draws.items()}, rounds
-        )
+        sides: dict[str, Callable[[], object]] = {n: partial(d, count) for n, d in draws.items()}
+        times = common.alternate(sides, rounds, clock=time.process_time)
+        own = ("ours", "steady", "arrays")
         ratios = {
-            f"{name}_over_ours": common.ratio(times[name], times["ours"])
+            f"{name}_over_{side}": common.ratio(times[name], times[side])
+            for side in own
             for name in draws
-            if name != "ours"
+            if name not in own
         }
         sides = {"draw": lambda: draw_of_one(stream), "step": training()}
         both = common.alternate(sides, 5 if given.quick else 40)

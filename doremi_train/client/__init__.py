@@ -17,8 +17,8 @@ restart asks for a step gets the same sequences, and every sequence of a domain 
 >>> len(dataset), dataset[2]["domain"], dataset[2]["input_ids"].shape
 (800, 1, (16,))
 
-`learned` lets the mixture follow from losses, `hugging_face` has both in a `transformers.Trainer`;
-these two import torch.
+The others import torch: `learned` lets the mixture follow from losses, `proxy` is DoReMi's,
+`loader` has a state; `hugging_face`, `torchtitan` and `lightning` have them in those trainers.
 """
 
 from doremi_train.client.mixed import Mixed

@@ -8,23 +8,20 @@ engines and checkpoints stay as they are. One model a process (no DataParallel).
 K domains, B sequences of a micro-batch, T tokens a sequence.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from doremi_train import files, mixture
-from doremi_train.client.learned import Learner, restored, save
+from doremi_train.client.learned import Learner
+from doremi_train.client.losses import sums, token_losses
 from doremi_train.client.mixed import Mixed
+from doremi_train.client.proxy import Reweighting
 from doremi_train.config import UserError
 from doremi_train.methods import doremi
 from doremi_train.methods.online import Stats
 from doremi_train.parallel import comm
-
-_IGNORED = -100  # label of a token without a loss
 
 
 class DomainLosses(TrainerCallback):
@@ -107,10 +104,15 @@ class DomainLosses(TrainerCallback):
             return output
         if self._domain is None:
             raise UserError("the model got a batch without `domain`; keep it in the data collator")
-        losses, present = token_losses(output.logits, kwargs["labels"])
-        sums = _sums(losses.detach(), present, self._domain, len(self.stream.names))
+        if getattr(output, "logits", None) is None:
+            raise UserError(
+                f"the model gives a {type(output).__name__} without logits, so losses of tokens "
+                "are not known; turn its fused loss off, or draw from the Mixed alone"
+            )
+        losses, present = shifted(output.logits, kwargs["labels"])
+        found = sums(losses.detach(), present, self._domain, len(self.stream.names))
         # On the model's device, where ranks can add them up.
-        self._step = Stats(*(a.to(b.device) + b for a, b in zip(self._step, sums, strict=True)))
+        self._step = Stats(*(a.to(b.device) + b for a, b in zip(self._step, found, strict=True)))
         return self._use(losses, present, kwargs, output)
 
     def _use(self, losses: Tensor, present: Tensor, kwargs: dict[str, Any], output: Any) -> Any:
@@ -118,11 +120,10 @@ class DomainLosses(TrainerCallback):
 
 
 class Proxy(DomainLosses):
-    """DoReMi's proxy: attached to a Trainer over a uniform stream, it weighs the loss by α_t
-    (Algorithm 1), with the excess over `reference`, a frozen causal language model.
+    """DoReMi's proxy: attached to a Trainer, it weighs the loss by α_t (`Reweighting`), with the
+    excess over `reference`, a frozen causal language model. The stream is uniform in the paper.
 
-    At the end `<folder>/weights.json` is the mixture, and `domain_weights.jsonl` has α_t and λ_t of
-    every step. A step is one micro-batch of every process, because α_t is that of the whole batch.
+    With gradient_accumulation_steps above 1 it is lagged: the weights are α_{t−1}.
     """
 
     def __init__(
@@ -133,100 +134,48 @@ class Proxy(DomainLosses):
         options: doremi.Options | None = None,
     ) -> None:
         super().__init__(trainer)
-        self._options = options or doremi.Options()
-        if self._options.objective != "weight":
-            raise UserError("Proxy: objective=resample: is not here; leave it at weight")
         self._reference = reference.eval().requires_grad_(False)
-        self.state = doremi.init(len(self.stream.names), steps, self._options)
+        accumulated = trainer.args.gradient_accumulation_steps
+        self._reweighting = Reweighting(self.stream, steps, options, accumulated)
         self._averages = False
-        self._trace: files.JsonLines | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         super().on_train_begin(args, state, control, **more)
-        if args.gradient_accumulation_steps > 1:
-            raise UserError(
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps}: α of a batch "
-                "weighs all of it, so a proxy takes it at once; set 1 and a larger "
-                "per_device_train_batch_size, or more processes"
-            )
         self._averages = bool(args.average_tokens_across_devices)
-        if state.global_step:
-            self.state = restored(self._path(state.global_step), self.state)
-        if comm.world().first:
-            path = self.stream.folder / "domain_weights.jsonl"
-            self._trace = files.JsonLines(path, state.global_step)
+        self._reweighting.begin(state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._trace is not None:
-            self._trace.sync()
-            save(self._path(state.global_step), self.state)
+        self._reweighting.save()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._trace is None:
-            return
-        self._trace.close()
-        weights = self.stream.mapping(doremi.result(self.state).numpy())
-        about = {"steps": int(self.state.step), "trainer": "transformers"}
-        found = mixture.Mixture("doremi", weights, provenance=about)
-        mixture.save(self.stream.folder / "weights.json", found)
+        self._reweighting.finish("transformers")
 
     def _use(self, losses: Tensor, present: Tensor, kwargs: dict[str, Any], output: Any) -> Any:
-        domain, domains = self._domain, len(self.stream.names)
-        assert domain is not None
+        assert self._domain is not None
         with torch.no_grad():
             named = {key: kwargs[key] for key in ("input_ids", "attention_mask") if key in kwargs}
             logits = self._reference.to(losses.device)(**named).logits
-            reference, _ = token_losses(logits, kwargs["labels"])
-        sums = doremi.observe(losses, reference, domain, domains, self._options)
-        # What is padded has no excess, and is no token.
-        counted = _sums(losses.detach(), present, domain, domains).tokens
-        total = comm.all_reduce_sum(doremi.Stats(sums.excess, counted))[0]
-        self.state = doremi.update(self.state, total, self._options)
-        self._write(total)
-        weights = doremi.weigh(self.state, domain.cpu(), total.tokens, self._options)
-        # Gradients are averaged over processes; the Trainer itself may have thought of it.
-        scaled = self._averages and kwargs.get("num_items_in_batch") is not None
-        size = 1 if scaled else comm.world().size
-        output.loss = size * (weights.to(losses) * losses).sum()
+            reference, _ = shifted(logits, kwargs["labels"])
+        part = self._reweighting.objective(losses, reference, present, self._domain)
+        counted = kwargs.get("num_items_in_batch") is not None
+        # Gradients are averaged over processes, and losses of micro-batches; where the Trainer
+        # counts tokens itself, it may have thought of both.
+        averaged = 1 if counted else self._reweighting.micro_batches
+        size = 1 if counted and self._averages else comm.world().size
+        output.loss = averaged * size * part
         return output
 
-    def _write(self, total: doremi.Stats) -> None:
-        if self._trace is None:
-            return
-        names = self.stream.names
-        columns = {
-            key: dict(zip(names, value.tolist(), strict=True)) if value.dim() else value.item()
-            for key, value in doremi.record(self.state, total).items()
-        }
-        self._trace.write({"step": int(self.state.step), **columns})
 
-    def _path(self, step: int) -> Path:
-        return self.stream.folder / "learned" / f"doremi-{step:08d}.json"
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T − 1) losses of the next token in nats, 0 where it is ignored, and where it is not, of
-    logits (B, T, V) and labels (B, T)."""
-    following = labels[:, 1:].to(logits.device)
-    flat = cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        following.flatten(),
-        ignore_index=_IGNORED,
-        reduction="none",
-    )
-    return flat.view_as(following), following != _IGNORED
-
-
-def _sums(losses: Tensor, present: Tensor, domain: Tensor, domains: int) -> Stats:
-    """(K,) losses, and tokens that have one."""
-    zeros = losses.new_zeros(domains, dtype=torch.float64)
-    return Stats(*(zeros.index_add(0, domain, x.double().sum(1)) for x in (losses, present)))
+def shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T − 1) losses of the next token, and where there is one, of logits (B, T, V) and labels
+    (B, T), as `token_losses`."""
+    return token_losses(logits[:, :-1], labels[:, 1:])
 
 
 def check(args: TrainingArguments, state: TrainerState, batch: int) -> None:

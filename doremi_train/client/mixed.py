@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from doremi_train.client.stream import Stream
 from doremi_train.config import UserError
-from doremi_train.data.sampler import Draw
 
 _KEPT = 4  # steps whose draws are kept: a loader asks for a row after the other
 
@@ -39,7 +38,7 @@ class Mixed:
             )
         self.stream, self.steps = stream, steps
         self._domains = [domains[name] for name in stream.names]
-        self._draws: OrderedDict[int, Draw] = OrderedDict()
+        self._draws: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.steps * self.stream.batch
@@ -48,15 +47,16 @@ class Mixed:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         step, row = divmod(number, self.stream.batch)
-        draw = self._draw(step)
-        domain = int(draw.domain[row])
-        item = self._domains[domain][int(draw.sequence[row])]
+        domain, sequence = self._draw(step)[row]
+        item = self._domains[domain][sequence]
         named = item if isinstance(item, Mapping) else {"input_ids": item, "labels": item}
         return {**named, "domain": domain}
 
-    def _draw(self, step: int) -> Draw:
+    def _draw(self, step: int) -> list[tuple[int, int]]:
+        """Domain and sequence of every row."""
         if step not in self._draws:
-            self._draws[step] = self.stream.draw(step)
+            domain, sequence, _ = self.stream.draw(step)
+            self._draws[step] = [*zip(domain.tolist(), sequence.tolist(), strict=True)]
             while len(self._draws) > _KEPT:
                 self._draws.popitem(last=False)
         return self._draws[step]

@@ -62,6 +62,8 @@ class Stream:
             raise UserError("Stream: sizes={}: has no domain; give {domain: sequences}")
         self.sizes, self.batch, self.every = dict(sizes), batch, every
         self.folder, self._mixture, self._timeout = Path(folder), mixture, timeout
+        # One for all blocks: there may be as many as steps.
+        self._lock = self.folder / ".deciding.lock"
         self._sampler = Sampler(np.array([*sizes.values()]), self.names, batch, seed)
         self._claim({"sizes": dict(sizes), "batch": batch, "every": every, "seed": seed})
         self._known: tuple[int, Block] | None = None  # the block that was asked for last
@@ -91,18 +93,23 @@ class Stream:
         """(K,) the mixture of step `step`."""
         return self._block(step // self.every).weights
 
+    def quota(self, step: int) -> Ints:
+        """(K,) how many sequences of each domain step `step` has."""
+        return self._between(step, step + 1, self.weights(step))
+
     def decide(self, block: int, weights: Floats) -> None:
         """Fix the weights (K,) of a block, unless they are."""
         path = self._path(block)
-        with files.making(path) as new:
-            if not new:
-                return
-            counts = np.zeros(len(self.names), np.int64)
-            if block:
-                start, before = (block - 1) * self.every, self._block(block - 1)
-                counts = before.counts + self._between(start, start + self.every, before.weights)
-            content = {"weights": weights.tolist(), "counts": counts.tolist()}
-            files.write_json(path, {"step": block * self.every} | content)
+        if path.exists():
+            return
+        counts = np.zeros(len(self.names), np.int64)
+        if block:
+            start, before = (block - 1) * self.every, self._block(block - 1)
+            counts = before.counts + self._between(start, start + self.every, before.weights)
+        content = {"weights": weights.tolist(), "counts": counts.tolist()}
+        with files.locked(self._lock):
+            if not path.exists():
+                files.write_json(path, {"step": block * self.every} | content)
 
     def decided(self, block: int) -> bool:
         return self._path(block).exists()
@@ -171,6 +178,9 @@ class Stream:
         """Say whose the folder is."""
         path = self.folder / "stream.json"
         with files.making(path) as new:
+            with files.locked(self._lock):
+                for left in (self.folder / "blocks").glob(".*.partial"):  # of what was killed
+                    left.unlink(missing_ok=True)
             if new:
                 files.write_json(path, {"schema": 1} | about)
                 return

@@ -125,7 +125,8 @@ def test_fit(tmp_path: Path) -> None:
 
 def test_client(tmp_path: Path) -> None:
     found = run("client", tmp_path)
-    sides = {"webdataset_over_ours", "datasets_over_ours", "torch_weighted_over_ours"}
+    peers, own = ("webdataset", "datasets", "torch_weighted"), ("ours", "steady", "arrays")
+    sides = {f"{peer}_over_{side}" for peer in peers for side in own}
     assert sides | {"draw_over_step"} == found["ratios"].keys()
     assert found["figures"]["draws_per_second"].keys() >= {"ours", "webdataset"}
 

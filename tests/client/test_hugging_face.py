@@ -14,10 +14,12 @@ from helpers import hugging_face as run
 from helpers import pretrained
 from helpers.command import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutput
 
 from doremi_train.client import Mixed, Stream
-from doremi_train.client.hugging_face import DomainLosses, Proxy, token_losses
+from doremi_train.client.hugging_face import DomainLosses, Proxy, shifted
 from doremi_train.client.learned import Learner
+from doremi_train.client.proxy import Reweighting
 from doremi_train.config import UserError
 from doremi_train.methods import doremi
 
@@ -101,7 +103,9 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert whole.state.log_history[:STEPS][-1]["loss"] == again.state.log_history[-2]["loss"]
 
 
-def oracle(stream: Any, steps: int, options: doremi.Options) -> list[dict[str, Any]]:
+def oracle(
+    stream: Any, steps: int, options: doremi.Options, lagged: bool = False
+) -> list[dict[str, Any]]:
     """α_t of Algorithm 1 in a loop of its own, with the Trainer's optimiser."""
     model, reference = run.model(0), run.model(1).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
@@ -112,28 +116,31 @@ def oracle(stream: Any, steps: int, options: doremi.Options) -> list[dict[str, A
         domain = torch.from_numpy(stream.draw(step).domain)
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * (1 - step / steps)
-        losses, _ = token_losses(model(input_ids=tokens).logits, tokens)
+        losses, _ = shifted(model(input_ids=tokens).logits, tokens)
         with torch.no_grad():
-            held, _ = token_losses(reference(input_ids=tokens).logits, tokens)
+            held, _ = shifted(reference(input_ids=tokens).logits, tokens)
         stats = doremi.observe(losses, held, domain, 3, options)
-        state = doremi.update(state, stats, options)
+        before, state = state, doremi.update(state, stats, options)
+        weights = doremi.weigh(before if lagged else state, domain, stats.tokens, options)
         optimizer.zero_grad()
-        (doremi.weigh(state, domain, stats.tokens, options) * losses).sum().backward()
+        (weights * losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         lines.append(doremi.record(state, stats))
     return lines
 
 
-def test_a_proxy_has_the_weights_of_algorithm_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize("micro", [1, 2], ids=["exact", "lagged"])
+def test_a_proxy_has_the_weights_of_algorithm_1(micro: int, tmp_path: Path) -> None:
     stream, options = run.stream(tmp_path, UNIFORM), doremi.Options(step_size=0.5)
-    trainer = run.trainer(tmp_path, stream, STEPS)
+    more = {"gradient_accumulation_steps": micro}
+    trainer = run.trainer(tmp_path, stream, STEPS, run.BATCH // micro, **more)
     Proxy(trainer, run.model(1), STEPS, options)
     trainer.train()
     trace = [
         json.loads(line) for line in (stream.folder / "domain_weights.jsonl").read_text().split()
     ]
-    lines = oracle(stream, STEPS, options)
+    lines = oracle(stream, STEPS, options, lagged=micro > 1)
     assert len(trace) == STEPS
     for found, line in zip(trace, lines, strict=True):
         assert [*found["weights"].values()] == pytest.approx(line["weights"].tolist(), abs=1e-6)
@@ -148,7 +155,7 @@ def test_padding_is_no_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 7, generator=generator)
     labels = torch.tensor([[1, 2, 3, -100, -100], [4, 5, 6, 0, 1]])
-    losses, present = token_losses(logits, labels)
+    losses, present = shifted(logits, labels)
     assert present.tolist() == [[True, True, False, False], [True] * 4]
     assert (losses[~present] == 0).all() and (losses[present] > 0).all()
     logs = logits[:, :-1].log_softmax(-1)
@@ -174,35 +181,44 @@ def test_a_trainer_that_would_read_something_else_is_refused(
         trainer.train()
 
 
-def test_a_proxy_that_accumulates_is_refused(tmp_path: Path) -> None:
-    trainer = run.trainer(
-        tmp_path, run.stream(tmp_path, UNIFORM), STEPS, 4, gradient_accumulation_steps=2
-    )
-    Proxy(trainer, run.model(1), STEPS)
-    with pytest.raises(UserError, match="takes it at once; set 1"):
+def test_a_model_without_logits_is_refused(tmp_path: Path) -> None:
+    """As TRL's SFTTrainer makes it."""
+    trainer = run.trainer(tmp_path, run.stream(tmp_path, UNIFORM), STEPS)
+    assert trainer.model is not None
+    trainer.model.register_forward_hook(lambda *_: CausalLMOutput(loss=torch.zeros(())))
+    DomainLosses(trainer)
+    with pytest.raises(UserError, match=r"gives a CausalLMOutput without logits.* Mixed alone"):
         trainer.train()
 
 
+def test_a_proxy_that_accumulates_knows_a_batch_by_what_is_drawn(tmp_path: Path) -> None:
+    reweighting = Reweighting(run.stream(tmp_path, UNIFORM), STEPS, micro_batches=2)
+    losses, present = torch.ones(2, 3), torch.tensor([[True] * 3, [True, True, False]])
+    reweighting.begin()
+    with pytest.raises(UserError, match="a label is ignored.* take the batch at once, or pack"):
+        reweighting.objective(losses, losses, present, torch.tensor([0, 1]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["proxy", "plain"])
-def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
+def test_two_processes_are_one(tmp_path: Path) -> None:
     script, alone, two = str(Path(run.__file__)), tmp_path / "one", tmp_path / "two"
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for folder, start, size in ((alone, [], run.BATCH), (two, several, run.BATCH // 2)):
-        folder.mkdir()
-        command = [sys.executable, *start, script, str(folder), kind, str(size), "8"]
+        command = [sys.executable, *start, script, str(folder), str(size), "8"]
         done = subprocess.run(
             command, env=environment(), capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
     names = {"proxy": "stream/domain_weights.jsonl", "plain": "stream/blocks/00000001.json"}
-    for one, other in zip(*(numbers(f / names[kind]) for f in (alone, two)), strict=True):
-        assert one == pytest.approx(other, abs=1e-6)
-    first, last = (json.loads((f / "log.json").read_text()) for f in (alone, two))
-    keys = ["loss", *(f"loss/{name}" for name in run.NAMES)]
-    for a, b in zip(first, last, strict=True):
-        for key in keys[1:] if kind == "proxy" else keys:  # the proxy's own is weighed
-            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4), key
+    for kind, name in names.items():
+        both = (numbers(folder / kind / name) for folder in (alone, two))
+        for one, other in zip(*both, strict=True):
+            assert one == pytest.approx(other, abs=1e-6)
+        first, last = (json.loads((f / kind / "log.json").read_text()) for f in (alone, two))
+        keys = ["loss", *(f"loss/{name}" for name in run.NAMES)]
+        for a, b in zip(first, last, strict=True):
+            for key in keys[1:] if kind == "proxy" else keys:  # the proxy's own is weighed
+                assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4), key
 
 
 @pytest.mark.acceptance

@@ -99,6 +99,20 @@ def test_processes_that_would_decide_differently_draw_the_same(tmp_path: Path) -
     assert len(weights) == 20
 
 
+def test_what_a_killed_process_left_half_written_is_gone(tmp_path: Path) -> None:
+    stream = Stream(SIZES, BATCH, WEIGHTS, tmp_path)
+    stream.draw(0)
+    left = tmp_path / "blocks" / ".00000001.json.elsewhere-1.partial"
+    left.write_text("{")
+    Stream(SIZES, BATCH, WEIGHTS, tmp_path).draw(100)
+    assert not left.exists()
+    assert [p.name for p in sorted(tmp_path.rglob("*")) if p.is_file() and p.name[0] != "."] == [
+        "00000000.json",
+        "00000001.json",
+        "stream.json",
+    ]
+
+
 def test_a_schedule_says_the_weights_of_every_stage(tmp_path: Path) -> None:
     stages = [(0, WEIGHTS), (40, dict.fromkeys(SIZES, 0.25))]
     file = tmp_path / "mixture.json"

@@ -1,6 +1,7 @@
 """The sampler: quotas, closed-form counts, one pass per epoch, an order that nothing but the seed
 decides."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -223,6 +224,25 @@ def test_what_was_computed_ahead_is_what_would_be_drawn_now() -> None:
             number[draw.domain == k] += np.arange((draw.domain == k).sum())
         assert np.array_equal(draw.sequence, source.sequence(draw.domain, number)), step
         counts = draw.counts if step % 50 else random.integers(0, 10**6, 4)
+
+
+def test_the_order_is_that_of_every_run_so_far() -> None:
+    """The digest is of what this drew when it was first written, on 2026-11-30: runs that continue
+    rely on it, however it is computed."""
+    random, digest = np.random.default_rng(0), hashlib.sha256()
+    for case in range(40):
+        sizes = random.integers(1, 10 ** int(random.integers(1, 8)), int(random.integers(1, 40)))
+        part = Subsample(Fraction(int(random.integers(1, 5)), 5), 3) if case % 3 == 0 else None
+        source = Sampler(sizes, names(len(sizes)), int(random.integers(1, 300)), case, part)
+        weights = random.dirichlet(np.full(len(sizes), 0.4))
+        counts = source.counts_before(case * 1000, weights)
+        for step in range(case * 1000, case * 1000 + 30):
+            if step % (7 + case) == 0:
+                weights = random.dirichlet(np.full(len(sizes), 0.4))
+            draw = source.draw(step, weights, counts)
+            counts = draw.counts if step % 23 else random.integers(0, 10**6, len(sizes))
+            digest.update(b"".join(field.astype("<i8").tobytes() for field in draw))
+    assert digest.hexdigest() == "12bc1c6da8aff6ba4d5065a37dabd12c599ab2520701929b724f85c9bd060040"
 
 
 def test_a_batch_spreads_every_domain_over_its_parts() -> None:

@@ -1,6 +1,6 @@
 """A run of a transformers Trainer over domains of numbers, in this process or as
 
-torchrun … tests/helpers/hugging_face.py FOLDER proxy|plain PER_DEVICE STEPS
+torchrun … tests/helpers/hugging_face.py FOLDER PER_DEVICE STEPS
 """
 
 import json
@@ -70,18 +70,21 @@ def trainer(folder: Path, of: Stream, steps: int, per_device: int = BATCH, **mor
 
 
 def main() -> None:
-    folder, kind, per_device, steps = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
-    uniform = dict.fromkeys(NAMES, 1 / 3)
-    if kind == "proxy":
-        run = trainer(folder, stream(folder, uniform), steps, per_device)
-        Proxy(run, model(1), steps, doremi.Options(step_size=0.5))
-    else:
-        of = stream(folder, None)
-        run = trainer(folder, of, steps, per_device)
-        DomainLosses(run, Learner(of, "odm", steps, lag=2))
-    run.train()
-    if run.is_world_process_zero():
-        (folder / "log.json").write_text(json.dumps(run.state.log_history))
+    """A proxy, and then an online mixture, each in a folder of its own."""
+    folder, per_device, steps = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    for kind in ("proxy", "plain"):
+        within = folder / kind
+        if kind == "proxy":
+            of = stream(within, dict.fromkeys(NAMES, 1 / 3))
+            run = trainer(within, of, steps, per_device)
+            Proxy(run, model(1), steps, doremi.Options(step_size=0.5))
+        else:
+            of = stream(within, None)
+            run = trainer(within, of, steps, per_device)
+            DomainLosses(run, Learner(of, "odm", steps, lag=2))
+        run.train()
+        if run.is_world_process_zero():
+            (within / "log.json").write_text(json.dumps(run.state.log_history))
     if dist.is_initialized():
         # The Trainer leaves the group to the interpreter's end, where gloo's threads may abort.
         dist.destroy_process_group()
