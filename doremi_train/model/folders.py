@@ -68,20 +68,21 @@ def shaped(
 
 
 def load(folder: Path, vocabulary: int, key: str, precision: str = "fp32") -> LanguageModel:
-    """A saved model. Its embedding may have entries beyond the vocabulary, which its losses count:
-    they are what it was trained with.
+    """A saved model that only gives losses, of shapes alone or whole as `to_train` gives one. Its
+    embedding may have entries beyond the vocabulary, which its losses count: they are what it was
+    trained with.
 
     Raises UserError where it is missing, broken or of another vocabulary.
     """
-    inner = read(folder, key)
-    entries, own = inner.config.vocab_size, _vocabulary(folder, key)
+    model = to_train(folder, key, activation_checkpointing=False, precision=precision)
+    entries, own = model.inner.config.vocab_size, _vocabulary(folder, key)
     if entries < vocabulary or own not in (vocabulary, None):
         raise UserError(
             f"{key}={folder}: its vocabulary has {entries if own is None else own} entries, the "
             f"data's tokeniser {vocabulary}; use the tokeniser it was trained with "
             "(data.tokenizer), or train a reference"
         )
-    return LanguageModel(inner, precision=precision)
+    return model
 
 
 def read(folder: Path, key: str) -> Any:
@@ -163,8 +164,8 @@ def to_train(
     precision: str,
     kind: type[LanguageModel] = LanguageModel,
 ) -> LanguageModel:
-    """A saved model before its first step: of shapes alone, for whoever divides it to read its own
-    part, or whole where that cannot be.
+    """A saved model as it is before any step: of shapes alone, for whoever divides it to read its
+    own part, or whole where that cannot be.
 
     Raises UserError as `read` does.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import models
 from helpers.command import run_here
 from helpers.memory import Allocated, one_of
 from safetensors import safe_open
@@ -65,7 +66,7 @@ def test_transformers_loads_several_files_and_gives_the_same_logits(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, model.inner(tokens).logits)
-        ours = folders.load(tmp_path / "parts", TOKENIZER.get_vocab_size(), "reference.path")
+        ours = models.loaded(tmp_path / "parts", TOKENIZER.get_vocab_size())
         assert torch.equal(ours(tokens), model(tokens))
 
 
