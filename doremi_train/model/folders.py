@@ -275,6 +275,17 @@ def complete(
     Raises UserError where AutoTokenizer gives other ids than `tokenizer`, tried on the texts of
     `sample`.
     """
+    describe(model, parts, folder)
+    if length is not None and configs.STARTED not in model.inner.config.to_dict():
+        _state_positions(model, folder / "config.json", length)
+    _save_tokenizer(tokenizer, end, folder, length)
+    files.follow_umask(folder)
+    kind = str(model.inner.config.model_type)
+    _refuse_other_ids(folder, tokenizer, end, (*_probes(tokenizer), *sample), "model", kind)
+
+
+def describe(model: LanguageModel, parts: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """The model's config, and where its tensors are."""
     weights.write_index(folder, parts)
     inner, config = model.inner, model.inner.config
     config.dtype = "float32"
@@ -282,12 +293,6 @@ def complete(
     config.save_pretrained(folder)
     if inner.can_generate():
         inner.generation_config.save_pretrained(folder)
-    if length is not None and configs.STARTED not in config.to_dict():
-        _state_positions(model, folder / "config.json", length)
-    _save_tokenizer(tokenizer, end, folder, length)
-    files.follow_umask(folder)
-    kind = str(model.inner.config.model_type)
-    _refuse_other_ids(folder, tokenizer, end, (*_probes(tokenizer), *sample), "model", kind)
 
 
 def require_same_tokenizer(

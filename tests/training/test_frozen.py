@@ -551,12 +551,11 @@ def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_a_divided_reference_gives_what_a_whole_one_gives_to_the_same_bits(
-    engine: str, fresh: list[str], doremi: Command, tmp_path: Path
+    fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
-    """Beside a divided model and a whole one; some processes have no rows in a micro-batch."""
-    more = ["training.batch_size=9", "training.micro_batch_size=2", f"engine={engine}"]
+    """Beside a model that is whole, as beside divided ones in test_engines."""
+    more = ["training.batch_size=9", "training.micro_batch_size=2"]
     for sharded in ("true", "false"):
         at = [f"store={tmp_path / sharded}", f"run_dir={tmp_path / sharded}/run"]
         outcome = doremi(
