@@ -136,7 +136,7 @@ class Opened(NamedTuple):
 
 def opened(folder: Path, key: str) -> Opened | None:
     """The same as shapes alone, of which whoever divides it reads its own part; None where the
-    files have other tensors than the model in memory (experts, a multimodal one): those are read
+    files have other tensors than the model in memory is made of (a multimodal one): those are read
     whole.
 
     Raises UserError as `read` does.
