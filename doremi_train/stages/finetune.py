@@ -33,7 +33,7 @@ from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
 from doremi_train.model import folders, language_model, weights
 from doremi_train.model.language_model import CompletionModel, LanguageModel
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, engine
 from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
 from doremi_train.stages.options import training_identity
@@ -142,7 +142,7 @@ def _before(session: Session, trainer: Trainer, data: Instructions) -> dict[str,
         if comm.on_first(file.exists):
             return dict(comm.on_first(lambda: files.read_json(file)))
         # Begun by an older version, or on another machine.
-        model = CompletionModel(build(session).inner, precision=training.precision).to(device)
+        model = engine.frozen(session.place, _model(session))
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     measured = losses.measure(
         model, data, training.sequence_length, batch, session.config.evaluation, device
