@@ -59,8 +59,8 @@ def measure(given: argparse.Namespace) -> common.Result:
             rounds, lambda of: max(one.beyond for one in of)
         ),
         "building_fullest_over_emptiest": common.ratio(
-            [float(max(one.most for one in of["now"])) for of in rounds],
-            [float(min(one.most for one in of["now"])) for of in rounds],
+            [float(max(one.most for one in of["building, now"])) for of in rounds],
+            [float(min(one.most for one in of["building, now"])) for of in rounds],
         ),
     }
     ratios["reference_divided_over_whole"] = common.ratio(
