@@ -27,7 +27,7 @@ from doremi_train.methods import Objective, cross_entropy, doremi
 from doremi_train.model import configs, costs, folders
 from doremi_train.model.configs import ModelOptions
 from doremi_train.model.language_model import LanguageModel
-from doremi_train.parallel import place
+from doremi_train.parallel import engine, place
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Run
@@ -111,7 +111,7 @@ def plain(of: Setting, label: str = "plain") -> Steps:
 
 
 def live(of: Setting) -> Steps:
-    reference = frozen.Live(built(of, 1), of.place.device)
+    reference = frozen.Live(engine.frozen(of.place, built(of, 1)), of.place.device)
     return ours(of, "live", doremi, doremi.Options(), reference)
 
 

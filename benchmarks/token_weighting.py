@@ -30,7 +30,7 @@ from doremi_train import files
 from doremi_train.data.corpus import installed
 from doremi_train.evaluation.statistics import student_t
 from doremi_train.methods import importance
-from doremi_train.model import folders
+from doremi_train.model import birth, folders
 
 POLICIES = ("none", "rho", "dimp", "imp")
 SPAN, NOISE = 200, 0.1  # characters shuffled together; part of the characters
@@ -136,6 +136,7 @@ def sequences(out: Path, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tens
 def losses(folder: Path, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Losses (N, T) in nats."""
     loaded = folders.load(folder, vocabulary, "model").eval()
+    birth.fill(loaded, torch.device("cpu"))
     return torch.cat([loaded(part) for part in tokens.split(32)])
 
 

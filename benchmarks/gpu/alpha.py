@@ -26,7 +26,7 @@ from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import cross_entropy, doremi
 from doremi_train.model import configs, folders
 from doremi_train.model.configs import ModelOptions
-from doremi_train.parallel import comm, place
+from doremi_train.parallel import comm, engine, place
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.storage.runs import Run
 from doremi_train.training import frozen
@@ -169,6 +169,7 @@ def train(folder: Path, launch: Launch, size: Size) -> None:
     for strategy in launch.strategies:
         reference = folders.build(shape(store, size), 1)
         reference.load_state_dict(torch.load(folder / "reference.pt", weights_only=True))
+        reference = engine.frozen(at, reference, divided=False)
         task = task_of(folder / launch.name(strategy), store, size)._replace(
             objective=doremi,
             objective_options=doremi.Options(),

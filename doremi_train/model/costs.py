@@ -129,10 +129,11 @@ def memory(
     precision: str,
     checkpointing: bool,
     reference: int = 0,
+    beside: Shape | None = None,
     device: str = "cpu",
 ) -> Memory:
-    """Memory of a run in micro-batches of `rows` sequences, with a frozen reference of so many
-    parameters.
+    """Memory of a run in micro-batches of `rows` sequences, with so many parameters of a frozen
+    reference, and what is gathered of it where it is divided and has the shape `beside`.
 
     `strategy` is an engine's: FSDP2 and ZeRO 3 divide all states among the processes, ZeRO 2 keeps
     whole parameters, ZeRO 1 also whole gradients; and ZeRO updates a copy of the parameters.
@@ -151,7 +152,15 @@ def memory(
     activated = activations(of, rows, length, precision, checkpointing, device)
     # A layer, the one that is fetched ahead, and the gradient of one; of the rest both.
     gathered = 4 * (3 * of.block + 2 * of.outside) * divided[0]
+    if beside is not None:  # meanwhile the model keeps what is in no layer
+        gathered = max(gathered, looked_at(beside) + 4 * of.outside * divided[0])
     return Memory(parameters, gradients, kept, 4 * reference, gathered, activated)
+
+
+def looked_at(of: Shape) -> int:
+    """Bytes that a forward without backward gathers of a divided model: a layer, the one that is
+    fetched ahead, and the rest."""
+    return 4 * (2 * of.block + of.outside)
 
 
 def checkpoint(of: Shape, optimizer: str) -> int:

@@ -68,20 +68,21 @@ def shaped(
 
 
 def load(folder: Path, vocabulary: int, key: str, precision: str = "fp32") -> LanguageModel:
-    """A saved model. Its embedding may have entries beyond the vocabulary, which its losses count:
-    they are what it was trained with.
+    """A saved model that only gives losses, of shapes alone or whole as `to_train` gives one. Its
+    embedding may have entries beyond the vocabulary, which its losses count: they are what it was
+    trained with.
 
     Raises UserError where it is missing, broken or of another vocabulary.
     """
-    inner = read(folder, key)
-    entries, own = inner.config.vocab_size, _vocabulary(folder, key)
+    model = to_train(folder, key, activation_checkpointing=False, precision=precision)
+    entries, own = model.inner.config.vocab_size, _vocabulary(folder, key)
     if entries < vocabulary or own not in (vocabulary, None):
         raise UserError(
             f"{key}={folder}: its vocabulary has {entries if own is None else own} entries, the "
             f"data's tokeniser {vocabulary}; use the tokeniser it was trained with "
             "(data.tokenizer), or train a reference"
         )
-    return LanguageModel(inner, precision=precision)
+    return model
 
 
 def read(folder: Path, key: str) -> Any:
@@ -135,7 +136,7 @@ class Opened(NamedTuple):
 
 def opened(folder: Path, key: str) -> Opened | None:
     """The same as shapes alone, of which whoever divides it reads its own part; None where the
-    files have other tensors than the model in memory (experts, a multimodal one): those are read
+    files have other tensors than the model in memory is made of (a multimodal one): those are read
     whole.
 
     Raises UserError as `read` does.
@@ -163,8 +164,8 @@ def to_train(
     precision: str,
     kind: type[LanguageModel] = LanguageModel,
 ) -> LanguageModel:
-    """A saved model before its first step: of shapes alone, for whoever divides it to read its own
-    part, or whole where that cannot be.
+    """A saved model as it is before any step: of shapes alone, for whoever divides it to read its
+    own part, or whole where that cannot be.
 
     Raises UserError as `read` does.
     """
@@ -274,6 +275,17 @@ def complete(
     Raises UserError where AutoTokenizer gives other ids than `tokenizer`, tried on the texts of
     `sample`.
     """
+    describe(model, parts, folder)
+    if length is not None and configs.STARTED not in model.inner.config.to_dict():
+        _state_positions(model, folder / "config.json", length)
+    _save_tokenizer(tokenizer, end, folder, length)
+    files.follow_umask(folder)
+    kind = str(model.inner.config.model_type)
+    _refuse_other_ids(folder, tokenizer, end, (*_probes(tokenizer), *sample), "model", kind)
+
+
+def describe(model: LanguageModel, parts: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """The model's config, and where its tensors are."""
     weights.write_index(folder, parts)
     inner, config = model.inner, model.inner.config
     config.dtype = "float32"
@@ -281,12 +293,6 @@ def complete(
     config.save_pretrained(folder)
     if inner.can_generate():
         inner.generation_config.save_pretrained(folder)
-    if length is not None and configs.STARTED not in config.to_dict():
-        _state_positions(model, folder / "config.json", length)
-    _save_tokenizer(tokenizer, end, folder, length)
-    files.follow_umask(folder)
-    kind = str(model.inner.config.model_type)
-    _refuse_other_ids(folder, tokenizer, end, (*_probes(tokenizer), *sample), "model", kind)
 
 
 def require_same_tokenizer(

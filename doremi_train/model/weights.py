@@ -2,8 +2,9 @@
 writes and reads them. No more than a file is held of what is written, and nothing is read but what
 is asked for."""
 
+import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,35 +72,89 @@ def write_index(folder: Path, parts: Sequence[Mapping[str, Any]]) -> None:
 # ── Reading ─────────────────────────────────────────────────────────────────────────
 
 
-class Stored(NamedTuple):
-    """Tensors in files, of which only what is asked for is read."""
+class Made(NamedTuple):
+    """How a tensor in memory is made of those in files."""
 
+    sources: list[tuple[str, str]]  # names in files, and what of the conversion each is
+    conversion: Any  # transformers'; None: it is the one source
+
+    def __call__(self, name: str, inner: Any, read: Callable[[str], Tensor]) -> Tensor:
+        if self.conversion is None:
+            return read(self.sources[0][0])
+        conversion = copy.deepcopy(self.conversion)  # it keeps what it is given
+        for source, pattern in self.sources:
+            conversion.add_tensor(name, source, pattern, read(source))
+        made: dict[str, Any] = conversion.convert(name, model=inner, config=inner.config)
+        value = made[name]
+        return value[0] if isinstance(value, list) else value
+
+
+class Stored(NamedTuple):
+    """Tensors in files, of which only what is asked for is read. One that is made of several, such
+    as the experts of a layer, is made whole."""
+
+    inner: Any
     where: Mapping[str, Path]
+    made: Mapping[str, Made]
     others: Source  # of what no file has
 
     def __call__(self, name: str, rows: slice | None = None) -> Tensor:
-        if name not in self.where:
+        if name not in self.made:
             return self.others(name, rows)
-        with safe_open(self.where[name], "pt") as file:
-            value = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        made = self.made[name]
+        if made.conversion is None:
+            return self._read(made.sources[0][0], rows)
+        value = made(name, self.inner, self._read)
+        return value if rows is None else value[rows].clone()
+
+    def _read(self, source: str, rows: slice | None = None) -> Tensor:
+        with safe_open(self.where[source], "pt") as file:
+            value = file.get_tensor(source) if rows is None else file.get_slice(source)[rows]
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             return value.to(dtype, copy=True)  # what is read is the file, mapped
 
 
 def stored(inner: Any, where: Mapping[str, Path], others: Source) -> Stored | None:
-    """The source of a model's tensors, where files have each parameter by its name and shape; what
-    else it has, such as rotary frequencies, comes from `others`."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in inner.named_parameters()}
+    """The source of a model's tensors, where each parameter is made of what files have; what else
+    it has, such as rotary frequencies, comes from `others`."""
     by_file: dict[Path, list[str]] = {}
     for name, path in where.items():
         by_file.setdefault(path, []).append(name)
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Tensor] = {}
     for path, names in by_file.items():
         with safe_open(path, "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    same = all(found.get(name) == shape for name, shape in shapes.items())
-    known = shapes.keys() | dict(inner.named_buffers()).keys()
-    return Stored({k: path for k, path in where.items() if k in known}, others) if same else None
+            for name in names:
+                found[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+    made = _made(inner, where)
+    for name, parameter in inner.named_parameters():
+        if name not in made or made[name](name, inner, found.__getitem__).shape != parameter.shape:
+            return None
+    return Stored(inner, where, made, others)
+
+
+def _made(inner: Any, names: Iterable[str]) -> dict[str, Made]:
+    """How transformers makes each tensor of a model of those in files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    conversions = get_model_conversion_mapping(inner)
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in conversions if not isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    prefix, known = inner.base_model_prefix, dict(inner.state_dict())
+    made: dict[str, Made] = {}
+    for source in sorted(names, key=dot_natural_key):
+        name, pattern = rename_source_key(source, renamings, converters, prefix, known)
+        if source in known and name not in known:
+            name, pattern = source, None
+        conversion = None if pattern is None else by_pattern[pattern]
+        if name in known:
+            made.setdefault(name, Made([], conversion)).sources.append((source, pattern or source))
+    return made
 
 
 _PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

@@ -191,6 +191,15 @@ def average(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def any_of(flag: bool) -> bool:
+    """Whether any rank raised `flag`, on every rank."""
+    if not _many():
+        return flag
+    found = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_together.group)
+    return bool(found)
+
+
 def barrier() -> None:
     if _many():
         dist.barrier(group=_together.group)
@@ -300,15 +309,18 @@ def explain(error: BaseException) -> BaseException:
 # ── Tensors in parts ────────────────────────────────────────────────────────────────
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Divide every block's parameters, and then the rest, among all processes (FSDP2), in place."""
+def shard(
+    model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, trained: bool = True
+) -> None:
+    """Divide every block's parameters, and then the rest, among all processes (FSDP2), in place.
+    `trained`: what is in no block stays whole from a forward to its backward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=not trained)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from doremi_train.config import UserError
-from doremi_train.model import language_model
+from doremi_train.model import birth, language_model
 from doremi_train.model.language_model import INNER, LanguageModel, Source
 from doremi_train.model.optim import MOMENTS, OptimizerOptions
+from doremi_train.parallel import comm, native
 from doremi_train.parallel.native import Native
 from doremi_train.parallel.place import Place
 from doremi_train.parallel.zero import Zero
@@ -67,6 +68,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of the memory."""
+
+
+def divides(strategy: str) -> bool:
+    """Whether an engine divides parameters among the processes."""
+    return strategy in ("fsdp2", "zero3")
+
+
+def frozen(place: Place, model: LanguageModel, divided: bool | None = None) -> LanguageModel:
+    """A model that only gives losses, be it shapes alone or complete on every process, with its
+    values: divided among the processes (by FSDP2, which goes beside every engine), or whole on
+    each. `divided`: None is as the engine does with what it trains. Where it is, its forward is a
+    collective."""
+    model.eval().requires_grad_(False)
+    divided = divides(place.strategy) if divided is None else divided
+    if divided and comm.world().size > 1:
+        comm.shard(model, model.blocks(), place.device, trained=False)
+        native.fill(model, place.device)
+    else:
+        birth.fill(model, place.device)
+        model.to(place.device)
+    return model
 
 
 def build(

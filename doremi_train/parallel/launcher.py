@@ -34,6 +34,10 @@ class EngineOptions:
     write_speed: PositiveFloat = 1e9
     """Bytes a second at which a process writes a checkpoint, for the plan."""
 
+    memory: PositiveFloat | None = None
+    """Bytes that a process has where it computes, for the plan; null: what this machine has for
+    each, and not known of processes that are not here."""
+
     deepspeed: str | None = None
     """A JSON file with more of DeepSpeed's own settings, such as launch/deepspeed/zero2.json; null:
     none."""

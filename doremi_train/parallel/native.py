@@ -36,7 +36,7 @@ class Native:
                 for block in model.blocks():
                     block.compile()
             comm.shard(model, model.blocks(), place.device)  # which brings them there one by one
-            _fill(model, place.device)
+            fill(model, place.device)
             if saved is not None and complete:
                 self._fill(saved)
         else:
@@ -152,7 +152,7 @@ class Native:
         self.discard()
 
 
-def _fill(model: LanguageModel, device: torch.device) -> None:
+def fill(model: LanguageModel, device: torch.device) -> None:
     """Give a divided model of shapes alone this process's part of its values, tensor by tensor."""
     source, model.source = model.source, None
     if source is None:

@@ -28,6 +28,14 @@ class Place(NamedTuple):
         return f"{self.strategy}, {processes} on {self.device.type} ({backend}){compiled}"
 
 
+def room(device: torch.device) -> int:
+    """Bytes that each process here has where it computes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", comm.world().size))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // together
+
+
 def start(
     options: EngineOptions,
     precision: str,

@@ -128,6 +128,8 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         said.append(f"reference losses, cached: {size(losses['bytes'])} of fp16, {left}")
     elif losses:
         said.append(f"reference losses, if cached: {size(losses['bytes'])} of fp16")
+    if plan["reference_ways"]:
+        said.append(_ways(plan["reference_ways"]))
     if absent:
         floor = absent["at_floor"]
         at_floor = (
@@ -164,6 +166,22 @@ def _memory(plan: Mapping[str, Any]) -> str:
         f"copies {size(saved['process'])} to its host and writes them beside the training, "
         f"{human(saved['seconds'])} at {size(plan['write_speed'])}/s (engine.write_speed)"
     )
+
+
+def _ways(given: Mapping[str, Any]) -> str:
+    """Sentence on the ways to the reference's losses."""
+    ways, room = given["ways"], given["room"]
+    needs = "; ".join(
+        f"{name}, {size(way['memory'])}"
+        + (f" and {size(way['disk'])} on disk" if way["disk"] else "")
+        for name, way in ways.items()
+    )
+    needs = f"where the reference's losses come from, and the most memory of a process: {needs}"
+    if given["cheapest"] is None:
+        return f"{needs}. None fits into the {size(room)} that a process has (engine.memory)"
+    keys = ways[given["cheapest"]]["keys"]
+    fits = "if all fit (see engine.memory)" if room is None else f"that fits into {size(room)}"
+    return f"{needs}. The cheapest {fits}: {keys}"
 
 
 def human(seconds: float | None) -> str:

@@ -31,9 +31,9 @@ from doremi_train.data.instructions import Instructions
 from doremi_train.data.options import DataOptions
 from doremi_train.evaluation import losses
 from doremi_train.methods import cross_entropy
-from doremi_train.model import folders, weights
+from doremi_train.model import folders, language_model, weights
 from doremi_train.model.language_model import CompletionModel, LanguageModel
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, engine
 from doremi_train.stages.choice import chosen, tuning
 from doremi_train.stages.choice.tuning import build, model_folder, prepared
 from doremi_train.stages.options import training_identity
@@ -41,7 +41,7 @@ from doremi_train.stages.runs import targets
 from doremi_train.stages.runs.language_model import Begun, task_of, train_once
 from doremi_train.stages.session import Session, once
 from doremi_train.storage.runs import Run
-from doremi_train.training import batch_selection
+from doremi_train.training import batch_selection, saving
 from doremi_train.training.trainer import Trainer
 
 
@@ -142,7 +142,7 @@ def _before(session: Session, trainer: Trainer, data: Instructions) -> dict[str,
         if comm.on_first(file.exists):
             return dict(comm.on_first(lambda: files.read_json(file)))
         # Begun by an older version, or on another machine.
-        model = CompletionModel(build(session).inner, precision=training.precision).to(device)
+        model = engine.frozen(session.place, _model(session))
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     measured = losses.measure(
         model, data, training.sequence_length, batch, session.config.evaluation, device
@@ -151,18 +151,34 @@ def _before(session: Session, trainer: Trainer, data: Instructions) -> dict[str,
     return measured
 
 
-def _save(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
-    """Save as a model folder: into a model as it was at the beginning, since the trained one may be
-    in parts on many processes."""
+def _save(session: Session, tuned: Run, encoder: Encoder, trainer: Trainer) -> None:
+    """Save as a model folder; with LoRA merged, and the adapters by themselves. A collective."""
+    model = trainer.bare
+    if session.config.finetune.lora.rank is not None:
+        trained = [name for name, _ in language_model.trained_of(model)]
+        tensors = trainer.engine.whole(trained)
+        comm.on_first(lambda: _merge(session, tuned, encoder, tensors))
+        return
+
+    def complete(parts: saving.Parts, folder: Path) -> None:
+        folders.describe(model, parts, folder)
+        with files.naming_the_disk(folder):
+            encoder.tokenizer.save_pretrained(folder)
+        files.follow_umask(folder)
+
+    saving.write(trainer.engine, model, tuned.folder / "model", complete)
+
+
+def _merge(session: Session, tuned: Run, encoder: Encoder, tensors: dict[str, Tensor]) -> None:
+    """Put trained adapters into a model as it was at the beginning, since the trained one may be in
+    parts on many processes."""
     inner, adapters = tuning.build(session)
-    # Tied tensors come under one of their names.
     inner.load_state_dict(weights.of_inner(tensors), strict=False)
-    if adapters is not None:
-        with files.replacing_folder(tuned.folder / "adapter") as folder:
-            with files.naming_the_disk(folder):
-                adapters.save_pretrained(folder)
-            files.follow_umask(folder)
-        inner = adapters.merge_and_unload()
+    with files.replacing_folder(tuned.folder / "adapter") as folder:
+        with files.naming_the_disk(folder):
+            adapters.save_pretrained(folder)
+        files.follow_umask(folder)
+    inner = adapters.merge_and_unload()
     with files.replacing_folder(tuned.folder / "model") as folder:
         with files.naming_the_disk(folder):
             inner.save_pretrained(folder)

@@ -80,6 +80,11 @@ class Reference:
     """Whether the reference's losses are computed with every batch, or once for all and kept in the
     store in float16. The latter is for seeds, sweeps and rounds against one reference."""
 
+    sharded: bool | None = None
+    """Whether the reference, where its losses are computed, is divided among the processes; null:
+    where the engine divides what is trained (fsdp2, zero3). Whole takes more memory, and nothing is
+    gathered for it."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Proxy(doremi.Options):
@@ -608,7 +613,7 @@ def one_of(key: str, value: str, allowed: list[str]) -> None:
 # What may change between two commands on one run_dir: it says how to compute, not what.
 _FREE = (
     "stage", "run_dir", "store", "remote", "data.max_bad_lines",
-    "data.max_unwritable", "data.allow_pipe",
+    "data.max_unwritable", "data.allow_pipe", "reference.sharded",
     "selection.engine", "selection.workers", "selection.less.batch_tokens",
     "regroup.engine", "regroup.workers",
 )  # fmt: skip

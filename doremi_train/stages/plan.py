@@ -16,11 +16,11 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import detectors
 from doremi_train.methods import simplex
 from doremi_train.model import costs
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, place
 from doremi_train.reports import plan_text
 from doremi_train.stages import headroom, main, prepare
 from doremi_train.stages.mixtures import follows
-from doremi_train.stages.planning import advice, ahead, shares, warnings
+from doremi_train.stages.planning import advice, ahead, losses_from, shares, warnings
 from doremi_train.stages.planning.bill import Bill
 from doremi_train.stages.runs import budget, reference, reference_losses
 from doremi_train.stages.runs.ahead import Ahead
@@ -67,6 +67,7 @@ def _write(
     instead = follows.unfollowed(session, store)
     warned["processes"] = _too_many(session)
     warned["objective"] = [] if instead is None else [f"{instead}."]
+    losses = _reference_losses(session, store, runs)
     plan = {
         "domains": domains,
         "stages": stages,
@@ -80,7 +81,8 @@ def _write(
         "processes": session.world.size,
         "write_speed": session.config.engine.write_speed,
         "accumulation": bill.accumulation(runs),
-        "reference_losses": _reference_losses(session, store, runs),
+        "reference_losses": losses,
+        "reference_ways": _ways(session, bill.ways_to_losses(runs, losses)) if losses else None,
         "absent": _absent(session, len(store.domains)) if "proxy" in kinds else None,
         "settled": session.config.proxy.settled if "proxy" in kinds else None,
         "headroom": headroom.ahead(session, store) if "swarm" in kinds else None,
@@ -188,6 +190,16 @@ def _reference_losses(
     if reference_losses.cached(session):
         size["missing"] = round(sum(run.missing for run in runs))
     return size
+
+
+def _ways(session: Session, ways: Sequence[losses_from.Way]) -> dict[str, Any]:
+    """What each way to those losses takes, and the cheapest for the memory that a process has."""
+    room = session.config.engine.memory
+    if room is None and not session.planned:
+        room = place.room(session.place.device)
+    best = losses_from.cheapest(ways, room)
+    rows = {way.name: way._asdict() for way in ways}
+    return {"room": room, "cheapest": best.name if best else None, "ways": rows}
 
 
 def _absent(session: Session, domains: int) -> dict[str, float | None]:

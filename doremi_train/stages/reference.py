@@ -21,7 +21,6 @@ from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Preempted, stop
 from doremi_train.training import frozen
 
-_LARGER = 4  # in sequences, than a micro-batch of training: without a backward little is kept
 _AT_ONCE = 1 << 20  # draws, so that their numbers take little memory
 
 
@@ -60,14 +59,19 @@ def fill(session: Session, store: TokenStore, folder: Path) -> None:
     )
     rows, world = _drawn(session, store, table), comm.world()
     training, device = session.config.training, session.place.device
-    batch = _LARGER * world.largest(training.batch_size, training.micro_batch_size) * world.size
+    batch = (
+        reference_losses.LARGER
+        * world.largest(training.batch_size, training.micro_batch_size)
+        * world.size
+    )
     live: frozen.Live | None = None
+    divided = reference_losses.divided(session)  # then all compute where any has to
     total = 0
     with Bar("reference losses", len(rows) * table.length, show=world.first) as bar:
         for at in range(0, len(rows), batch):
             mine = rows[at : at + batch][world.rank :: world.size]
             mine = mine[~frozen.there(table.read(mine))]
-            if len(mine):
+            if comm.any_of(len(mine) > 0) if divided else len(mine):
                 live = live or reference_losses.live(session, store, folder)
                 losses = frozen.rounded(
                     live.losses(read(store, "train", *table.sequences(mine), table.length))

@@ -36,6 +36,7 @@ from doremi_train.data.sampler import Ints
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import importance
 from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import comm
 
 Halves = NDArray[np.float16]
 
@@ -57,19 +58,23 @@ class Reference(Protocol):
 
 
 class Live:
-    """The model itself, whole on every process."""
+    """The model itself, as `engine.frozen` spread it."""
 
     def __init__(self, model: LanguageModel, device: torch.device) -> None:
-        self._model, self._device = model.eval().requires_grad_(False).to(device), device
+        self._model, self._device = model, device
+        self._divided = any(map(comm.in_parts, model.parameters()))
 
     def stored(self, domain: Ints, sequence: Ints) -> Tensor | None:
         return None
 
     @torch.no_grad()
     def losses(self, micro: MicroBatch) -> Tensor:
-        if not len(micro.tokens):  # of an uneven batch
-            return torch.zeros(0, micro.tokens.shape[1] - 1, device=self._device)
-        return self._model(micro.tokens.to(self._device, non_blocking=True))
+        tokens = micro.tokens
+        if not len(tokens):  # of an uneven batch
+            if not self._divided:
+                return torch.zeros(0, tokens.shape[1] - 1, device=self._device)
+            tokens = tokens.new_zeros(1, tokens.shape[1])  # to take part
+        return self._model(tokens.to(self._device, non_blocking=True))[: len(micro.tokens)]
 
 
 class LogRatio:
@@ -225,8 +230,11 @@ class Cached:
         load: Callable[[], Live],
         device: torch.device,
         pending: Path | None = None,
+        divided: bool = False,
     ) -> None:
+        """`divided`: the model is, so that all processes compute where any has to."""
         self._table, self._load, self._device, self._pending = table, load, device, pending
+        self._divided = divided
         self._live: Live | None = None
         if pending is not None:
             pending.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +250,7 @@ class Cached:
             known = self.stored(micro.domain.numpy(), micro.sequence.numpy())
         losses = known.numpy()
         missing = ~there(losses)
-        if missing.any():
+        if comm.any_of(bool(missing.any())) if self._divided else missing.any():
             losses[missing] = self._complete(micro, missing)
         return known.to(self._device, non_blocking=True).float()
 
@@ -254,7 +262,7 @@ class Cached:
         rows, nth, back = np.unique(rows, return_index=True, return_inverse=True)
         losses = self._table.read(rows)
         absent = ~there(losses)
-        if absent.any():
+        if absent.any() or self._divided:
             losses[absent] = self._compute(micro, np.flatnonzero(missing)[nth[absent]])
             sound = absent & np.isfinite(losses).all(1)
             self._write(rows[sound], losses[sound])

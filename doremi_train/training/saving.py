@@ -1,6 +1,7 @@
 """A trained model, saved file by file while it is divided among the processes."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from doremi_train.model.language_model import LanguageModel
 from doremi_train.parallel import comm
 from doremi_train.parallel.engine import Engine
 
+Parts = list[dict[str, Any]]  # of the index
+
 
 def save(
     engine: Engine,
@@ -20,9 +23,22 @@ def save(
     length: int,
     tried: bool = False,
 ) -> None:
-    """Write the folder, as `folders.save` does; the first process holds one file of it at a time,
-    the others one tensor. `tried`: on held-out text too, whether AutoTokenizer gives the same ids.
-    A collective."""
+    """Write the folder, as `folders.save` does. `tried`: on held-out text too, whether
+    AutoTokenizer gives the same ids. A collective."""
+
+    def complete(parts: Parts, aside: Path) -> None:
+        sample = store.sample("validation") if tried else ()
+        tokenizer, end = store.tokenizer(), store.end_of_document
+        folders.complete(model, parts, aside, tokenizer, end, length, sample)
+
+    write(engine, model, folder, complete)
+
+
+def write(
+    engine: Engine, model: LanguageModel, folder: Path, complete: Callable[[Parts, Path], None]
+) -> None:
+    """Write the weights into a folder, which `complete` is then given, with what the index is made
+    from. The first process holds one file at a time, the others one tensor. A collective."""
     with contextlib.ExitStack() as stack:
         aside = comm.on_first(lambda: stack.enter_context(files.replacing_folder(folder)))
         plan = weights.planned(model)
@@ -30,7 +46,7 @@ def save(
             _write(engine, model, aside, names, number, len(plan))
             for number, names in enumerate(plan, 1)
         ]
-        comm.on_first(lambda: _complete(model, parts, aside, store, length, tried))
+        comm.on_first(lambda: complete(parts, aside))
         comm.on_first(stack.close)
 
 
@@ -39,15 +55,3 @@ def _write(
 ) -> dict[str, Any]:
     tensors = engine.whole(names)
     return comm.on_first(lambda: weights.write(model, tensors, folder, number, count))
-
-
-def _complete(
-    model: LanguageModel,
-    parts: list[dict[str, Any]],
-    folder: Path,
-    store: TokenStore,
-    length: int,
-    tried: bool,
-) -> None:
-    sample = store.sample("validation") if tried else ()
-    folders.complete(model, parts, folder, store.tokenizer(), store.end_of_document, length, sample)

@@ -51,10 +51,14 @@ def test_scale(tmp_path: Path) -> None:
         "building_sum_over_today_with_libraries",
         "building_fullest_over_todays_fullest",
         "building_fullest_over_emptiest",
+        "reference_divided_over_whole",
     }
     # The kernel's count of pages, so a test may say it: half, and what is held on the way.
     assert 0.4 < found["ratios"]["building_sum_over_today"] < 0.75
     assert found["ratios"]["building_fullest_over_emptiest"] < 1.1
+    grown = run("scale", tmp_path, "--grow", "--pictures", str(tmp_path))["figures"]
+    assert all(values[0] > 0 for of in ("building", "training") for values in grown[of].values())
+    assert "processes" in (tmp_path / "growth-memory-training.svg").read_text()
 
 
 @pytest.mark.acceptance

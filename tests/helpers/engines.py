@@ -25,7 +25,7 @@ from doremi_train.evaluation.losses import EvaluationOptions
 from doremi_train.methods import doremi
 from doremi_train.model import configs, folders, language_model, weights
 from doremi_train.model.configs import ModelOptions
-from doremi_train.parallel import comm, place
+from doremi_train.parallel import comm, engine, place
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.parallel.place import start
 from doremi_train.storage.runs import Preempted, Run, stop
@@ -119,7 +119,9 @@ def train(case: Case, out: Path, place: place.Place, store: TokenStore, referenc
         evaluation=EvaluationOptions(sequences=4, every=STEPS),
         accumulation=case.accumulation,  # type: ignore[arg-type]
         reference=Live(
-            folders.load(reference, store.vocabulary_size, "reference", case.precision),
+            engine.frozen(
+                place, folders.load(reference, store.vocabulary_size, "reference", case.precision)
+            ),
             place.device,
         ),
     )

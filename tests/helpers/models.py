@@ -1,9 +1,13 @@
 """Models of transformers, built so small that the most naive way is quick."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from doremi_train.model import birth, folders
+from doremi_train.model.language_model import LanguageModel
 
 N, T, V, D = 4, 6, 13, 8
 WIDE = {"hidden_size": D, "intermediate_size": 12, "num_attention_heads": 2}
@@ -31,4 +35,11 @@ def build(kind: str, attention: str = "eager", **more: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
     for parameter in model.parameters():  # norms of 1 and biases of 0 would hide mistakes
         parameter.data.normal_(std=0.5)
+    return model
+
+
+def loaded(folder: Path, vocabulary: int) -> LanguageModel:
+    """A saved model, with its values."""
+    model = folders.load(folder, vocabulary, "reference.path").eval()
+    birth.fill(model, torch.device("cpu"))
     return model

@@ -92,7 +92,9 @@ def test_of_a_mixture_of_experts_those_count_that_a_token_passes() -> None:
 # ── Memory ──────────────────────────────────────────────────────────────────────────
 
 
-def memory(strategy: str, processes: int, optimizer: str = "adamw") -> costs.Memory:
+def memory(
+    strategy: str, processes: int, optimizer: str = "adamw", beside: costs.Shape | None = None
+) -> costs.Memory:
     return costs.memory(
         costs.shape(config(TINY)),
         strategy=strategy,
@@ -103,6 +105,7 @@ def memory(strategy: str, processes: int, optimizer: str = "adamw") -> costs.Mem
         precision="fp32",
         checkpointing=False,
         reference=7,
+        beside=beside,
     )
 
 
@@ -227,6 +230,11 @@ def test_what_fsdp_gathers_is_whole_layers_and_the_rest() -> None:
         == 4 * (3 * of.block + 2 * of.outside)
     )
     assert memory("ddp", 4).gathered == memory("zero2", 4).gathered == 0
+    # Of a divided reference no gradients.
+    assert memory("ddp", 4, beside=of).gathered == 4 * (2 * of.block + of.outside)
+    assert memory("fsdp2", 4, beside=of).gathered == memory("fsdp2", 4).gathered
+    large = of._replace(block=9 * of.block)
+    assert memory("fsdp2", 4, beside=large).gathered == 4 * (18 * of.block + 2 * of.outside)
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────

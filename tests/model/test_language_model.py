@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import models
 from torch import Tensor
 
 from doremi_train.config import UserError, judged
@@ -397,7 +398,7 @@ def test_a_saved_model_is_loaded_by_transformers_and_gives_the_same_losses(
     language_model = saved(tmp_path, tie_word_embeddings=tied)
     tokens = TOKENS % TOKENIZER.get_vocab_size()
     theirs = LanguageModel(AutoModelForCausalLM.from_pretrained(tmp_path)).eval()
-    ours = folders.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path").eval()
+    ours = models.loaded(tmp_path, TOKENIZER.get_vocab_size())
     with torch.no_grad():
         assert torch.equal(theirs(tokens), language_model(tokens))
         assert torch.equal(ours(tokens), language_model(tokens))
@@ -427,7 +428,7 @@ def test_a_saved_tokeniser_says_what_transformers_4_knows_and_how_much_the_model
         config = json.loads((folder / "config.json").read_text())
         assert config.get("max_position_embeddings") == positions
         assert config.get("n_positions") == (64 if kind == "gpt2" else None)
-        theirs = folders.load(folder, size, "reference.path").eval()
+        theirs = models.loaded(folder, size)
         assert torch.equal(theirs(TOKENS % size), language_model(TOKENS % size))
 
 
@@ -470,7 +471,7 @@ def test_an_embedding_padded_beyond_its_tokeniser_is_read_and_its_losses_are_as_
     tmp_path: Path,
 ) -> None:
     model, own = saved(tmp_path, padding=64), TOKENIZER.get_vocab_size()
-    loaded = folders.load(tmp_path, own, "reference.path")
+    loaded = models.loaded(tmp_path, own)
     with torch.no_grad():
         torch.testing.assert_close(loaded(TOKENS % own), oracle(model, TOKENS % own).float())
     with pytest.raises(UserError, match=f"has {own} entries.*tokeniser {own + 64}"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import models
 from helpers.command import run_here
 from helpers.memory import Allocated, one_of
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from doremi_train.model import configs, folders, weights
 from doremi_train.model.configs import ModelOptions
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.model.optim import OptimizerOptions
-from doremi_train.parallel import engine
+from doremi_train.parallel import comm, engine
 from doremi_train.parallel.place import Place
 
 TOKENIZER = tokenizer.learn(["some text for a small tokeniser"], 300)
@@ -36,7 +37,7 @@ KINDS = {
 
 
 def built(kind: str) -> LanguageModel:
-    options = ModelOptions(config={"model_type": kind, **KINDS[kind]})
+    options = ModelOptions(config={"model_type": kind, **(KINDS | EXPERTS)[kind]})
     config = configs.resolve(options, TOKENIZER.get_vocab_size(), 0, 16)
     return folders.build(config, 0).eval()
 
@@ -65,7 +66,7 @@ def test_transformers_loads_several_files_and_gives_the_same_logits(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, model.inner(tokens).logits)
-        ours = folders.load(tmp_path / "parts", TOKENIZER.get_vocab_size(), "reference.path")
+        ours = models.loaded(tmp_path / "parts", TOKENIZER.get_vocab_size())
         assert torch.equal(ours(tokens), model(tokens))
 
 
@@ -122,24 +123,30 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize(("files", "strategy"), [(1, "fsdp2"), (3, "fsdp2"), (3, "zero3")])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_process_reads_what_it_keeps_and_nothing_else(
-    rank: int, files: int, read: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int,
+    files: int,
+    strategy: str,
+    read: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = built("llama")
     if files == 1:
         folders.save(model, dict(model.named_parameters()), tmp_path, TOKENIZER, 0)
     else:
         saved(model, tmp_path, monkeypatch)
-    place = Place("fsdp2", torch.device("cpu"), False, {})
+    place = Place(strategy, torch.device("cpu"), False, {})
     with one_of(4, rank):
-        found = folders.opened(tmp_path, "finetune.model")
-        assert found is not None and not read
-        divided = LanguageModel(found.inner, plain=found.plain)
-        divided.source = found.source
+        divided = folders.load(tmp_path, TOKENIZER.get_vocab_size(), "reference.path")
+        assert divided.source is not None and not read
         with Allocated() as allocated:
-            parts = engine.build(place, divided, OptimizerOptions()).parts()
+            if strategy == "zero3":  # DeepSpeed's own divides flat: as a reference beside it
+                parts = [comm.part(p) for p in engine.frozen(place, divided).parameters()]
+            else:
+                parts = engine.build(place, divided, OptimizerOptions()).parts()
         own = sum(part.numel() for part in parts)
         assert sum(read) == own
         assert own < sum(p.numel() for p in model.parameters()) / 3
@@ -147,12 +154,32 @@ def test_a_process_reads_what_it_keeps_and_nothing_else(
         for part, whole in zip(parts, model.parameters(), strict=True):
             size = -(-len(whole) // 4)
             assert torch.equal(part, whole[rank * size : (rank + 1) * size])
+        if strategy == "zero3":
+            divided(torch.zeros(1, 5, dtype=torch.int64))
+            assert all(map(comm.in_parts, divided.parameters()))  # again
 
 
-def test_a_folder_with_other_tensors_than_the_model_in_memory_is_read_whole(tmp_path: Path) -> None:
-    model = built("mixtral")
-    folders.save(model, dict(model.named_parameters()), tmp_path, TOKENIZER, 0)
-    assert folders.opened(tmp_path, "finetune.model") is None
+FEW = {"num_local_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": KINDS["mixtral"],
+    "qwen3_moe": SMALL | FEW | {"num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_that_stand_one_by_one_in_files_are_put_together_as_they_are_asked_for(
+    kind: str, read: list[int], tmp_path: Path
+) -> None:
+    model = built(kind)
+    model.inner.save_pretrained(tmp_path)
+    model.inner.config.save_pretrained(tmp_path)
+    found = folders.opened(tmp_path, "finetune.model")
+    assert found is not None and not read
+    for name, tensor in model.inner.named_parameters():
+        assert torch.equal(found.source(name), tensor), name
+        assert torch.equal(found.source(name, slice(1, 3)), tensor[1:3]), name
+        assert sum(read) <= 2 * tensor.numel()  # no other tensor
+        read.clear()
 
 
 # ── Refused ─────────────────────────────────────────────────────────────────────────

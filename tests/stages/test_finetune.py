@@ -547,14 +547,46 @@ def test_two_processes_give_the_numbers_of_one(
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_all_parameters_are_trained_without_lora(
-    tuning: list[str], command: Command, tmp_path: Path
-) -> None:
-    outcome = command(*tuning, "finetune.lora.rank=null", "training.learning_rate=0.003")
+WHOLE = ("finetune.lora.rank=null", "training.learning_rate=0.003")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    base: Path, asked: Path, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    own = tuning.__wrapped__(base, asked, run_dir.parent)  # type: ignore[attr-defined]
+    outcome = command(*own, *WHOLE)
     assert outcome.code == 0, outcome
-    found = result(tmp_path / "run")
+    return run_dir
+
+
+def test_all_parameters_are_trained_without_lora(whole: Path, base: Path) -> None:
+    found = result(whole)
     assert found["evaluation"]["mean_loss"] < found["before"]["mean_loss"] - 0.2
-    assert not (tmp_path / "run" / "finetune" / "adapter").exists()
+    assert not (whole / "finetune" / "adapter").exists()
+    model = whole / "finetune" / "model"
+    assert AutoTokenizer.from_pretrained(model).get_vocab() == (
+        AutoTokenizer.from_pretrained(base).get_vocab()
+    )
+    trained, before = (AutoModelForCausalLM.from_pretrained(f) for f in (model, base))
+    for one, other in zip(trained.parameters(), before.parameters(), strict=True):
+        assert not torch.equal(one, other)
+
+
+@pytest.mark.acceptance
+def test_all_parameters_are_saved_from_where_they_are_divided(
+    whole: Path, tuning: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    outcome = doremi(*tuning, *WHOLE, "engine=zero3", processes=2)
+    assert outcome.code == 0, outcome.err
+    same_numbers(whole, tmp_path / "run")
+    one, two = (
+        load_file(run / "finetune/model/model.safetensors") for run in (whole, tmp_path / "run")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 SELECTING = (

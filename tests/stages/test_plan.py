@@ -322,6 +322,35 @@ def test_a_plan_of_8b_on_64_processes_allocates_no_model(
     assert "training.batch_size=64 is" not in enough["printed"]
 
 
+def test_it_says_which_way_to_the_reference_s_losses_is_cheapest(
+    default: dict[str, Any], tiny: list[str], tmp_path: Path
+) -> None:
+    ways, proxy = default["reference_ways"], default["stages"]["proxy"]
+    assert [*ways["ways"]] == ["live, whole on each process", "cached"]  # of one process
+    live, cached = ways["ways"].values()
+    assert live["memory"] == proxy["memory"]["total"] == cached["memory"] + 4 * proxy["parameters"]
+    assert live["sequences"] == cached["sequences"] == STEPS * BATCH
+    assert cached["disk"] == default["reference_losses"]["bytes"] and not live["disk"]
+    assert ways["cheapest"] == "live, whole on each process" and ways["room"] > 1e9
+    assert "reference.losses=live reference.sharded=false" in default["printed"]
+
+    own = [one for one in tiny if not one.startswith("model.")]
+    asked = [*own, "seed=71", "model=8b", "engine=fsdp2", "engine.processes=64"]
+    for room, best in (("16e9", "cached"), ("1e9", None)):
+        at = tmp_path / room
+        found = planned(*asked, f"run_dir={at}", f"engine.memory={room}", "training.batch_size=64")
+        ways = found["reference_ways"]
+        assert ways["cheapest"] is None if best is None else ways["cheapest"].startswith(best)
+    whole, divided, cached = ways["ways"].values()
+    size = found["stages"]["proxy"]["parameters"]
+    assert found["stages"]["proxy"]["memory"]["total"] == divided["memory"]
+    assert whole["memory"] - divided["memory"] == 4 * size - 4 * -(-size // 64)
+    assert divided["gathered"] == STEPS * 4 * (size - -(-size // 64)) > cached["gathered"] > 0
+    assert "None fits into the 1 GB" in found["printed"]
+    seeds = planned(*tiny, "seed=71", f"run_dir={tmp_path}", "proxy.seeds=9", "training.steps=300")
+    assert seeds["reference_ways"]["cheapest"] == "cached"  # sequences that several draw
+
+
 def test_processes_that_are_not_here_are_for_a_plan_alone(tiny: list[str], tmp_path: Path) -> None:
     asked = [*tiny, f"run_dir={tmp_path}", "engine.processes=64"]
     refused = run_here(*asked, "stage=reference")

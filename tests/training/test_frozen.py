@@ -514,9 +514,12 @@ def test_the_plan_knows_that_a_score_needs_no_reference(fresh: list[str], tmp_pa
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("ahead", [False, True], ids=["lazily", "ahead"])
+@pytest.mark.parametrize(
+    ("ahead", "engine"), [(False, "ddp"), (False, "fsdp2"), (True, "zero3")],
+    ids=["lazily", "lazily, divided", "ahead, divided"],
+)  # fmt: skip
 def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
-    ahead: bool, fresh: list[str], doremi: Command, tmp_path: Path
+    ahead: bool, engine: str, fresh: list[str], doremi: Command, tmp_path: Path
 ) -> None:
     more = [
         CACHED,
@@ -527,7 +530,7 @@ def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
     ]
     alone = [*fresh, *more, f"store={tmp_path / 'alone'}", f"run_dir={tmp_path / 'one'}"]
     assert run_here(*alone).code == 0
-    together = [*fresh, *more, f"run_dir={tmp_path / 'two'}"]
+    together = [*fresh, *more, f"engine={engine}", f"run_dir={tmp_path / 'two'}"]
     if ahead:
         outcome = doremi(*together, "stage=reference", processes=2)
         assert outcome.code == 0 and "96 of them computed now" in outcome.out.replace(
@@ -545,6 +548,22 @@ def test_two_processes_fill_one_cache_and_give_the_numbers_of_one(
         ]
     with without_reference():  # what two processes wrote serves one
         proxy(*fresh, *more[:3], f"run_dir={tmp_path / 'three'}", "proxy.step_size=0.1")
+
+
+@pytest.mark.acceptance
+def test_a_divided_reference_gives_what_a_whole_one_gives_to_the_same_bits(
+    fresh: list[str], doremi: Command, tmp_path: Path
+) -> None:
+    """Beside a model that is whole, as beside divided ones in test_engines."""
+    more = ["training.batch_size=9", "training.micro_batch_size=2"]
+    for sharded in ("true", "false"):
+        at = [f"store={tmp_path / sharded}", f"run_dir={tmp_path / sharded}/run"]
+        outcome = doremi(
+            *fresh, *more, *at, f"reference.sharded={sharded}", "stage=proxy", processes=2
+        )
+        assert outcome.code == 0, outcome
+    traces = [trace(tmp_path / sharded / "run", "excess_loss") for sharded in ("true", "false")]
+    assert (traces[0] == traces[1]).all()
 
 
 @pytest.mark.acceptance

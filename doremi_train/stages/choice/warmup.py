@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from doremi_train import files
 from doremi_train.config import UserError, fingerprint, judged
@@ -27,7 +26,7 @@ from doremi_train.methods import cross_entropy
 from doremi_train.methods.less import Moments
 from doremi_train.model import folders, language_model, optim
 from doremi_train.model.language_model import CompletionModel
-from doremi_train.parallel import engine
+from doremi_train.parallel import comm, engine
 from doremi_train.selection.examples.influence import Checkpoint
 from doremi_train.stages.choice.tuning import build
 from doremi_train.stages.options import training_identity
@@ -35,6 +34,7 @@ from doremi_train.stages.runs.language_model import Begun, task_of, train_once
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run
+from doremi_train.training.trainer import Trainer
 
 
 class Warm(NamedTuple):
@@ -109,8 +109,12 @@ def _trained(session: Session, data: Instructions) -> Warm:
     return Warm(warm.address, warm.result()["learning_rates"], partial(_checkpoint, session, warm))
 
 
-def _keep(warm: Run, tensors: Mapping[str, Tensor]) -> None:
+def _keep(warm: Run, trainer: Trainer) -> None:
     """The checkpoints at the ends of epochs stay when the run is done."""
+    comm.on_first(lambda: _link(warm))
+
+
+def _link(warm: Run) -> None:
     for path in checkpoint.paths(warm.folder / checkpoint.FOLDER):
         if checkpoint.step_of(path) % warm.recipe["epoch"] == 0:
             with files.replacing_folder(warm.folder / "epochs" / path.name) as aside:

@@ -19,7 +19,7 @@ from doremi_train.evaluation import losses
 from doremi_train.methods import ONLINE, dro, online
 from doremi_train.mixture import Mixture
 from doremi_train.model import folders
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, engine
 from doremi_train.stages import prepare
 from doremi_train.stages.options import training_identity
 from doremi_train.stages.runs import budget, followed, language_model, reference
@@ -196,7 +196,7 @@ def _reference_losses(session: Session, store: TokenStore) -> list[float]:
     config, training = session.config, session.config.training
     folder = reference.folder(session, store, reference.mixture(session, store), "reference")
     loaded = folders.load(folder, store.vocabulary_size, "reference.path", training.precision)
-    loaded.to(session.place.device)
+    loaded = engine.frozen(session.place, loaded)
     rows = comm.world().largest(training.batch_size, training.micro_batch_size)
     length, options = training.sequence_length, config.evaluation
     return _by_domain(

@@ -9,6 +9,7 @@ import numpy as np
 from doremi_train.config import fingerprint, judged
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import configs, costs, folders
+from doremi_train.stages.planning.losses_from import Way
 from doremi_train.stages.runs import reference_losses, targets, weighting
 from doremi_train.stages.runs.ahead import Ahead
 from doremi_train.stages.session import Session
@@ -79,19 +80,14 @@ class Bill:
             if pace is not None and seconds is not None:
                 ratio = self._forward(frozen) / self._forward(shape)
                 seconds += run.missing / (self.world.size * self.rows) * pace.look * ratio
-        memory = costs.memory(
+        divided = frozen if reference_losses.divided(self.session) else None
+        memory = self._memory(
             shape,
-            strategy=self.session.strategy,
-            processes=self.world.size,
-            optimizer=training.optimizer,
-            rows=self.world.largest(self.candidates, training.micro_batch_size)
+            held if divided is None else -(-held // self.world.size),
+            divided,
+            self.world.largest(self.candidates, training.micro_batch_size)
             if self._selects(run)
             else self.rows,
-            length=self.length,
-            precision=training.precision,
-            checkpointing=training.activation_checkpointing,
-            reference=held,
-            device=self.session.device_type,
         )
         return {
             "kind": run.kind,
@@ -108,6 +104,61 @@ class Bill:
             "memory": memory._asdict() | {"total": sum(memory)},
             "checkpoint": self._checkpoint(shape),
         }
+
+    def _memory(
+        self, shape: costs.Shape, held: int, beside: costs.Shape | None, rows: int
+    ) -> costs.Memory:
+        training = self.training
+        return costs.memory(
+            shape,
+            strategy=self.session.strategy,
+            processes=self.world.size,
+            optimizer=training.optimizer,
+            rows=rows,
+            length=self.length,
+            precision=training.precision,
+            checkpointing=training.activation_checkpointing,
+            reference=held,
+            beside=beside,
+            device=self.session.device_type,
+        )
+
+    def ways_to_losses(self, runs: Sequence[Ahead], losses: Mapping[str, int]) -> list[Way]:
+        """What each way to the reference's losses takes of the proxies that are left; `losses` is
+        the plan's of the table."""
+        proxies = [run for run in runs if run.kind == "proxy"]
+        proxy = costs.shape(proxies[0].config)
+        frozen, size = self._frozen(proxy), self.world.size
+        whole, part = frozen.parameters, -(-frozen.parameters // size)
+        steps = sum(run.left * run.steps for run in proxies)
+        # All but its own part, at every forward of a micro-batch.
+        gathers = 4 * (whole - part)
+        live = round(steps * self.training.batch_size)
+        once = losses.get("missing", losses["sequences"] * losses["rounds"])
+        divided = reference_losses.divided(self.session)
+        alone = 4 * part + costs.looked_at(frozen) if divided else 4 * whole  # ahead
+        rows = self.rows
+        ahead = divided * gathers * once / (size * rows * reference_losses.LARGER)
+        ways = [
+            Way(
+                "live, whole on each process",
+                "reference.losses=live reference.sharded=false",
+                sum(self._memory(proxy, whole, None, rows)), live, 0, 0,
+            ),
+            Way(
+                "live, divided",
+                "reference.losses=live reference.sharded=true",
+                sum(self._memory(proxy, part, frozen, rows)), live,
+                round(steps * self.parts * gathers), 0,
+            ),
+            Way(
+                "cached",
+                "reference.losses=cached",
+                max(sum(self._memory(proxy, 0, None, rows)), alone), once,
+                round(ahead), losses["bytes"],
+            ),
+        ]  # fmt: skip
+        return [ways[0], *ways[2:]] if size == 1 else ways
 
     def _selects(self, run: Ahead) -> bool:
         return run.name == "main" and self.session.config.batch_selection.method != "none"

@@ -1,5 +1,6 @@
 """Losses of a saved model on validation text, and on text that it was trained on: what its trainer
-measured at its end, what was measured since, or else measured now, on all processes.
+measured at its end, what was measured since, or else measured now, on all processes, divided among
+them as the engine divides.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.evaluation import losses
 from doremi_train.methods import simplex
 from doremi_train.model import folders
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, engine
 from doremi_train.stages.runs import budget, measuring
 from doremi_train.stages.session import Session
 
@@ -90,7 +91,8 @@ def _measure(
 ) -> dict[str, dict[str, Any]]:
     """What the model makes of each split, now."""
     training, device = session.config.training, session.place.device
-    loaded = folders.load(model, store.vocabulary_size, "model", training.precision).to(device)
+    loaded = folders.load(model, store.vocabulary_size, "model", training.precision)
+    loaded = engine.frozen(session.place, loaded)
     batch = comm.world().largest(training.batch_size, training.micro_batch_size)
     return {
         split: losses.measure(

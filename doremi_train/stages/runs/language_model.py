@@ -113,15 +113,13 @@ def train(
     return run
 
 
-Save = Callable[[dict[str, Tensor]], None]
-
-
 class Begun(NamedTuple):
     """A run that is to be trained."""
 
     task: Task
     model: LanguageModel  # as it is before the first step
-    save: Save | None = None  # otherwise than as a model of the token store: whole tensors by name
+    # Otherwise than as a model of the token store. A collective.
+    save: Callable[[Trainer], None] | None = None
     said: Mapping[str, Any] | None = None  # what the result says more
     first: Callable[[Trainer], None] = lambda trainer: None  # before it goes on
 
@@ -169,8 +167,7 @@ def _finish(session: Session, begun: Begun, trainer: Trainer) -> None:
         position = trainer.fit(tracked.line)
         measured = trainer.evaluate()
         if begun.save is not None:
-            save, tensors = begun.save, trainer.engine.state()["model"]
-            comm.on_first(lambda: save(tensors))
+            begun.save(trainer)
         else:
             _save(task, trainer)
         more = {"evaluation": measured, **(begun.said or {})}

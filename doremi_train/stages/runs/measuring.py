@@ -14,7 +14,7 @@ from torch import Tensor
 from doremi_train import files
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.model import folders
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, engine
 from doremi_train.stages.session import Session
 from doremi_train.storage import seal
 from doremi_train.storage.runs import stop
@@ -31,13 +31,17 @@ def losses_on(session: Session, store: TokenStore, folder: Path, towards: Tensor
     process computes some of them."""
     training, world, device = session.config.training, comm.world(), session.place.device
     loaded = folders.load(folder, store.vocabulary_size, "model", training.precision)
-    loaded.to(device).eval()
+    loaded = engine.frozen(session.place, loaded)
     rows = torch.zeros(len(towards), towards.shape[1] - 1, dtype=torch.float64, device=device)
-    mine = torch.arange(world.rank, len(towards), world.size)
+    # All make as many calls, each a collective where the model is divided: who has one sequence
+    # less computes its neighbour's, which is left out.
+    mine = torch.arange(world.rank, len(towards) + world.rank, world.size)
     with torch.no_grad():
         for some in mine.split(world.largest(training.batch_size, training.micro_batch_size)):
             stop.check("target")
-            rows[some] = loaded(towards[some].to(device)).double()
+            found = loaded(towards[some.clamp_max(len(towards) - 1)].to(device)).double()
+            own = some < len(towards)
+            rows[some[own]] = found[own]
     return comm.all_reduce_sum(Losses(rows))[0].rows.cpu()
 
 

@@ -10,12 +10,16 @@ from doremi_train.data.sampler import Ints, Sampler
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import simplex
 from doremi_train.model import folders
-from doremi_train.parallel import comm
+from doremi_train.parallel import comm, engine
 from doremi_train.stages.runs import budget
 from doremi_train.stages.session import Session
 from doremi_train.storage import checkpoint
 from doremi_train.storage.runs import Run
 from doremi_train.training.frozen import Cached, Live, Reference, Table, recipe
+
+# In sequences, what is computed ahead at once, in micro-batches of training: without a backward
+# little is kept.
+LARGER = 4
 
 
 def needed(session: Session) -> bool:
@@ -48,7 +52,8 @@ def frozen(
         return live(session, store, folder)
     pending = run.folder / checkpoint.FOLDER / f"losses-{fingerprint}-{comm.world().rank}.pending"
     table = Table(session.store, store, recipe_of(session, store, fingerprint))
-    return Cached(table, lambda: live(session, store, folder), session.place.device, pending)
+    load = lambda: live(session, store, folder)  # noqa: E731
+    return Cached(table, load, session.place.device, pending, divided(session))
 
 
 def sampler(session: Session, store: TokenStore, index: int) -> Sampler:
@@ -65,10 +70,18 @@ def draws(session: Session, sampler: Sampler) -> Ints:
     )
 
 
+def divided(session: Session) -> bool:
+    """Whether frozen models beside a run are divided among the processes."""
+    asked = session.config.reference.sharded
+    wanted = engine.divides(session.strategy) if asked is None else asked
+    return wanted and session.world.size > 1
+
+
 def live(session: Session, store: TokenStore, folder: Path) -> Live:
+    """A collective where the model is divided."""
     precision = session.config.training.precision
-    frozen = folders.load(folder, store.vocabulary_size, "reference.path", precision)
-    return Live(frozen, session.place.device)
+    loaded = folders.load(folder, store.vocabulary_size, "reference.path", precision)
+    return Live(engine.frozen(session.place, loaded, divided(session)), session.place.device)
 
 
 def recipe_of(session: Session, store: TokenStore, fingerprint: str) -> dict[str, str | int]:

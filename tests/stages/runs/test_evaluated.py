@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command import Command, run_here, start
+import torch
+from helpers import forked
+from helpers.command import environment, run_here
 from helpers.sessions import opened
 from safetensors.torch import load_file, save_file
 
 from doremi_train import files
 from doremi_train.model import folders
+from doremi_train.model.language_model import LanguageModel
+from doremi_train.parallel import comm, engine
 from doremi_train.stages import evaluate, prepare
 from doremi_train.stages.runs import evaluated
 
@@ -112,8 +116,26 @@ def test_other_weights_and_another_evaluation_are_measured_anew(
         assert len(seen) == 2
 
 
+def watched() -> None:
+    """In this process, that a model which is measured is never whole but in a forward."""
+    really = engine.frozen
+
+    def frozen(*of: Any) -> LanguageModel:
+        def look(model: torch.nn.Module, *_: Any) -> None:
+            assert all(map(comm.in_parts, model.parameters()))
+
+        model = really(*of)
+        look(model)
+        model.register_forward_hook(look)
+        print("in parts")
+        return model
+
+    engine.frozen = frozen
+
+
 @pytest.mark.acceptance
-def test_two_processes_measure_anew_what_one_did(copied: list[str], command: Command) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_two_processes_measure_anew_what_one_did(strategy: str, copied: list[str]) -> None:
     with opened(*copied) as session:
         run_dir = session.run_dir
     before = files.read_json(run_dir / "evaluation.json")
@@ -123,9 +145,10 @@ def test_two_processes_measure_anew_what_one_did(copied: list[str], command: Com
         files.write_json(run_dir / name / "result.json", result)
         (run_dir / name / "checksums.json").unlink()
     shutil.rmtree(run_dir.parent / "store" / "metrics")
-    ranks = start(*copied, "stage=evaluate", processes=2)
-    out, err = ranks.communicate(timeout=120)
-    assert ranks.returncode == 0, (out, err)
+    overrides = [*copied, "stage=evaluate", f"engine={strategy}"]
+    both = forked.ranks(2, overrides, environment(), before=watched)
+    code, out, err = forked.ended(both, 120)
+    assert code == 0 and out.count("in parts") == 2 * 2, (out, err)
     after = files.read_json(run_dir / "evaluation.json")
     assert len([*(run_dir.parent / "store" / "metrics").iterdir()]) == 3  # one of training text
     for name, figures in before.items():
