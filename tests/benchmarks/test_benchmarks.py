@@ -123,6 +123,7 @@ def test_fit(tmp_path: Path) -> None:
         assert (tmp_path / f"growth-fit-{name}.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 def test_client(tmp_path: Path) -> None:
     found = run("client", tmp_path)
     sides = {"webdataset_over_ours", "datasets_over_ours", "torch_weighted_over_ours"}
