@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import forked
+from helpers import forked, parsed
 from helpers.command import LONG, TINY, Command, Outcome, environment, run_here
 from helpers.corpus import documents, write_jsonl
+
+parsed.keep()
 
 # Files with a test of minutes, or with many of half a minute, the longest first. Begun last, one of
 # them would be worked on by one process while the others have nothing left to do.
@@ -39,6 +41,16 @@ def few_objects() -> None:
     garbage of its own accord, for a third of a second where all libraries are loaded."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_repetition() -> Iterator[None]:
+    """A plan tries a micro-step twice, and not nine times: how long it takes is not asked here."""
+    from doremi_train.model import costs  # here, since whoever hands out the files needs no torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "_REPETITIONS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")
