@@ -173,6 +173,7 @@ def test_without_replicates_nothing_is_standardised(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "weights.json").exists()
 
 
+@pytest.mark.slow
 def test_less_of_an_accuracy_is_not_asked_for(tmp_path: Path) -> None:
     path = mixed(tmp_path / "x.csv")
     outcome = fit(path, tmp_path / "x", "objective.metrics={arc/acc: 1}")
