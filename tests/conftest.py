@@ -1,13 +1,60 @@
 """A small corpus of generated text, a store that tests share as users' runs do, and the command."""
 
 import fcntl
+import gc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import forked
+from helpers import forked, parsed
 from helpers.command import LONG, TINY, Command, Outcome, environment, run_here
 from helpers.corpus import documents, write_jsonl
+from hypothesis import settings
+
+parsed.keep()
+# A machine with other work may take a second for what takes a millisecond.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
+# Files with a test of minutes, or with many of half a minute, the longest first. Begun last, one of
+# them would be worked on by one process while the others have nothing left to do.
+LONG_FILES = (
+    "test_slurm", "test_planted", "test_killed", "test_engines", "test_recovery", "test_launch",
+    "test_acceptance", "test_benchmarks", "test_start", "test_gpu", "test_mistakes", "test_data",
+    "test_submit", "test_documents", "test_faults", "test_classify", "test_fit", "test_regroup",
+    "test_plan", "test_pipeline",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would order files by their number of tests
+
+
+@pytest.hookimpl(trylast=True)  # what is not asked for is gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which workers are to begin them."""
+    tests = Counter(item.path for item in items)
+    rank = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), -tests[item.path], item.path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """What is imported by now is never collected, and looked through no more: a command collects
+    garbage of its own accord, for a third of a second where all libraries are loaded."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_repetition() -> Iterator[None]:
+    """A plan tries a micro-step twice, and not nine times: how long it takes is not asked here."""
+    from doremi_train.model import costs  # here, since whoever hands out the files needs no torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "_REPETITIONS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

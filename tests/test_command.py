@@ -227,6 +227,7 @@ def test_a_url_that_runs_a_command(url: str, own: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [False, True], ids=["changed", "gone"])
 def test_a_finished_run_needs_its_sources_no_more(own: Path, tmp_path: Path, gone: bool) -> None:
     run = [*TINY, f"data.root={own}", f"run_dir={tmp_path / 'run'}", "mixture=natural"]

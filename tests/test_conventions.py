@@ -2,6 +2,7 @@
 command."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -159,11 +160,17 @@ def test_methods_are_pure(name: str) -> None:
     assert "open" not in {call.id for call in calls if isinstance(call, ast.Name)}
 
 
+@functools.cache
+def all_keys() -> str:
+    """Every key of the command, as a pattern."""
+    return "|".join(map(re.escape, flatten(compose())))
+
+
 def keys_said(source: str) -> list[str]:
     """Dotted keys of the command in the strings of a module, docstrings left out."""
     tree = ast.parse(source)
     documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    keys = "|".join(map(re.escape, flatten(compose())))
+    keys = all_keys()
     return [
         key
         for node in ast.walk(tree)

@@ -116,6 +116,7 @@ def check_whole(bench: Path, store: Path, name: str, mistakes: list[Change]) -> 
         one_message(whole(name, mistakes, store))
 
 
+@pytest.mark.slow
 @few(200)
 @given(name=st.sampled_from(VARIED), mistakes=changes())
 def test_a_spoiled_configuration_is_taken_or_refused(
@@ -124,6 +125,7 @@ def test_a_spoiled_configuration_is_taken_or_refused(
     check_only(bench, name, mistakes)
 
 
+@pytest.mark.slow
 @few(16)
 @given(name=st.sampled_from(("prepare", "plan")), mistakes=plausible())
 def test_a_command_of_a_spoiled_configuration_works_or_says_why_not(
@@ -248,6 +250,7 @@ def check_file(bench: Path, case: Spoiled) -> None:
             one_message(Answer(2, str(error)))
 
 
+@pytest.mark.slow
 @few(160)
 @given(case=SPOILED)
 def test_a_spoiled_file_is_read_or_refused(bench: Path, case: Spoiled) -> None:

@@ -1,6 +1,7 @@
 """Transformers configs from keys: presets, folders, and what must agree with the tokeniser."""
 
 import difflib
+import functools
 import json
 import re
 from pathlib import Path
@@ -88,8 +89,14 @@ def resolve(
     plain.pop("transformers_version", None)
     plain |= {"vocab_size": vocabulary, "model_type": kind}
     with judged(given, remedy):
-        skeleton(plain)
+        _try(json.dumps(plain))
     return plain
+
+
+@functools.lru_cache(maxsize=64)  # a command asks for its models again and again
+def _try(config: str) -> None:
+    """Raise what transformers raises where it cannot make this model."""
+    skeleton(json.loads(config))
 
 
 def _given(options: ModelOptions, key: str) -> tuple[str, dict[str, Any], str]:

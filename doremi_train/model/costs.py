@@ -8,7 +8,9 @@ where it is fused with the loss. Attention counts all T × T pairs.
 B sequences of a micro-batch, T tokens, V vocabulary, d hidden size, f width of the MLP.
 """
 
+import functools
 import gc
+import json
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -43,7 +45,12 @@ class Shape(NamedTuple):
 def shape(config: dict[str, Any]) -> Shape:
     """Shape of a complete transformers config of any kind; in a mixture of experts, those count
     that a token passes."""
-    whole = configs.skeleton(config)
+    return _shape(json.dumps(config))
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks again for every run
+def _shape(config: str) -> Shape:
+    whole = configs.skeleton(json.loads(config))
     text = whole.config.get_text_config()
     output = whole.get_output_embeddings()
     head = output.weight.numel() if output is not None else 0

@@ -237,7 +237,8 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
         buffer = io.StringIO()
         with warnings.catch_warnings():  # the reader's own font draws what ours has no glyph for
             warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+            # The canvas draws once, where savefig lays out in a first drawing that nobody sees.
+            figure.canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     title = axes.get_title(loc="left")
     # Matplotlib escapes markup in names, and leaves control characters.

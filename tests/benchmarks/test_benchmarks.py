@@ -127,6 +127,7 @@ def test_fit(tmp_path: Path) -> None:
         assert (tmp_path / f"growth-fit-{name}.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 def test_client(tmp_path: Path) -> None:
     found = run("client", tmp_path)
     peers, own = ("webdataset", "datasets", "torch_weighted"), ("ours", "steady", "arrays")

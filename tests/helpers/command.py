@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+from hydra._internal.hydra import Hydra
+
 from doremi_train import __main__
 from doremi_train.storage import runs
 from helpers import forked
@@ -55,13 +58,20 @@ Command = Callable[..., Outcome]
 
 
 def run_here(*overrides: str) -> Outcome:
+    # Hydra composes all a first time to read this one key, which is half of what a mistake costs.
+    assert not any("hydra.mode" in override for override in overrides)
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     arguments, sys.argv = sys.argv, ["doremi-train", *overrides]
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
             __main__.main()
     except SystemExit as left:
         code = left.code

@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 _context = multiprocessing.get_context("forkserver")
+_TESTS = str(Path(__file__).parents[1])
 _folder = tempfile.TemporaryDirectory(prefix="doremi-forked-")  # of what they print
 _context.set_forkserver_preload(
     [
@@ -33,6 +34,7 @@ _context.set_forkserver_preload(
         "matplotlib.backends.backend_svg",
         "scipy.stats",
         "numba",  # where it is installed
+        "helpers.heap",
     ]
 )
 
@@ -53,7 +55,7 @@ class Forked:
         # Read when a library is loaded, so the server must have it.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", env["OMP_NUM_THREADS"])
-            patch.setenv("PYTHONPATH", env["PYTHONPATH"])
+            patch.setenv("PYTHONPATH", os.pathsep.join([env["PYTHONPATH"], _TESTS]))
             forkserver.ensure_running()
         self._process = _context.Process(
             target=_run, args=(self.args, dict(env), str(cwd or Path.cwd()), files, limit, before)

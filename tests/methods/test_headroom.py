@@ -37,6 +37,7 @@ def planted(runs: int, noise: float, seed: int = 0) -> tuple[Saturating, Runs]:
 # ── The gain ────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_gain_of_a_known_law() -> None:
     noise, wanted = 0.003, mean_of(np.array([1.0, 0.0, 0.0]))
     true, seen = planted(10, noise)

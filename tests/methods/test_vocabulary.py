@@ -158,6 +158,7 @@ def test_tokens_of_other_tokenisers_are_bytes(tmp_path: Path) -> None:
 # The stage
 
 
+@pytest.mark.slow
 def test_the_stage_makes_a_vocabulary_that_a_selection_uses(tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "raw/mixed/train.jsonl",

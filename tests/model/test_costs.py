@@ -244,7 +244,8 @@ def modules() -> int:
     return sum(issubclass(type(each), torch.nn.Module) for each in gc.get_objects())
 
 
-def test_a_measured_micro_step_leaves_nothing_behind() -> None:
+def test_a_measured_micro_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "_REPETITIONS", 8)  # so that a machine with other work tells no lie
     gc.collect()
     before = torch.get_rng_state(), modules()
     pace = costs.measure(config(TINY), ROWS, LENGTH, "fp32", False, CPU)

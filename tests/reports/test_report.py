@@ -200,6 +200,7 @@ def test_what_has_no_common_measure_is_not_compared(
     assert "the lowest" not in said and said.count("With one seed the learned mixture") == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_over_domains_shows_each_setting_alone(corpus: Path, tmp_path: Path) -> None:
     run = (*TINY, f"data.root={corpus}", f"store={tmp_path / 'store'}", "training.steps=2")
     for number, only in enumerate(("null", "[plain,rich]")):

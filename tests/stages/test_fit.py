@@ -91,6 +91,7 @@ def test_predictions_are_named_as_the_input_is(tmp_path: Path) -> None:
     assert ((values[..., 1] <= true) & (true <= values[..., 2])).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_objective_decides_and_guards_hold(tmp_path: Path) -> None:
     path = table(tmp_path / "runs.csv")
     shares = {}
@@ -138,6 +139,7 @@ def mixed(path: Path, unit: float = 1.0, replicates: int = 4) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_metrics_of_different_scales_are_one_objective(tmp_path: Path) -> None:
     """Of an accuracy more is better, and whether it is a part or a percentage does not count."""
     found = {}
@@ -171,6 +173,7 @@ def test_without_replicates_nothing_is_standardised(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "weights.json").exists()
 
 
+@pytest.mark.slow
 def test_less_of_an_accuracy_is_not_asked_for(tmp_path: Path) -> None:
     path = mixed(tmp_path / "x.csv")
     outcome = fit(path, tmp_path / "x", "objective.metrics={arc/acc: 1}")
@@ -263,6 +266,7 @@ def test_regmix_s_runs_rank_unseen_mixtures(tmp_path: Path) -> None:
     assert 0.90 < within.mean() < 0.985
 
 
+@pytest.mark.slow
 def test_a_long_fit_hears_that_it_is_told_to_stop(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     weights = random.dirichlet(np.ones(100), 220)

@@ -29,6 +29,7 @@ def asked(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return run_dir, run_here(*tiny, f"run_dir={run_dir}", "stage=headroom", RUNS, *more)
 
 
+@pytest.mark.slow
 def test_what_can_be_gained_and_whether_it_pays(asked: tuple[Path, Outcome]) -> None:
     run_dir, outcome = asked
     assert outcome.code == 0, outcome
@@ -57,6 +58,7 @@ def test_what_can_be_gained_and_whether_it_pays(asked: tuple[Path, Outcome]) -> 
     assert content["said"][-1].startswith("not worth one: for a final run of 3.07k tokens")
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_swarm_says_it_or_offers_it(
     tiny: list[str], asked: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def test_the_plan_of_a_swarm_says_it_or_offers_it(
     assert "headroom" not in plain.out
 
 
+@pytest.mark.slow
 def test_the_report_says_it(tiny: list[str], asked: tuple[Path, Outcome]) -> None:
     run_dir = asked[0]
     more = "mixture=natural", "main.comparisons=[]"
@@ -79,6 +82,7 @@ def test_the_report_says_it(tiny: list[str], asked: tuple[Path, Outcome]) -> Non
     assert "Headroom: not worth one: for a final run" in (run_dir / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_more_runs_begin_with_those_that_there_are(
     tiny: list[str], asked: tuple[Path, Outcome], tmp_path: Path
 ) -> None:

@@ -487,6 +487,7 @@ def test_nothing_is_written_outside_run_dir(doremi: Command, corpus: Path, tmp_p
     assert left == {"config.yaml", "store", "prepare", "reference", "proxy"}
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_its_store_and_is_summarised(corpus: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     base = [*TINY, f"data.root={corpus}", f"run_dir={sweep}", "main.comparisons=[baseline]"]

@@ -171,6 +171,7 @@ def test_only_what_the_method_needs_is_run(
         assert all(domain["proxy_epochs"] is None for domain in found["domains"].values())
 
 
+@pytest.mark.slow
 def test_what_is_done_costs_nothing_and_is_not_measured(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +211,7 @@ def test_what_is_done_costs_nothing_and_is_not_measured(
         assert domain["main_epochs"]["main"] == domain["final_epochs"]["learned"]
 
 
+@pytest.mark.slow
 def test_rounds_that_have_converged_are_not_counted(tiny: list[str], tmp_path: Path) -> None:
     overrides = [
         *tiny,
@@ -293,6 +295,7 @@ def test_time_that_cannot_be_measured_is_not_invented(
     assert found["total_flops"] > 0 and "time is not estimated: one sequence is" in found["printed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["model", "main.model"])
 def test_a_plan_of_8b_on_64_processes_allocates_no_model(
     key: str, tiny: list[str], tmp_path: Path
@@ -370,6 +373,7 @@ def test_memory_of_a_process(default: dict[str, Any]) -> None:
         assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
 
 
+@pytest.mark.slow
 def test_looking_ahead_changes_no_bit(
     tiny: list[str], corpus: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -589,6 +593,7 @@ def test_figures_are_written_for_people() -> None:
 # ── proxy.match_repetition ──────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_proxies_repeat_their_data_as_the_final_run_will(tiny: list[str], tmp_path: Path) -> None:
     overrides = [*tiny, f"run_dir={tmp_path}", "seed=71", "main.tokens=1000000", "proxy.seeds=2"]
     overrides.append("mixture.max_epochs=10")

@@ -361,6 +361,7 @@ def mixtures(path: Path, rows: list[dict[str, float]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_runs_under_old_names_predict_under_new_ones(found: Path, tmp_path: Path) -> None:
     old, content = ["given0", "given1", "given2"], result(found)
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 24)
@@ -410,6 +411,7 @@ def test_runs_under_old_names_predict_under_new_ones(found: Path, tmp_path: Path
     assert "fit.predict: 1 is" not in out
 
 
+@pytest.mark.slow
 def test_contents_that_cannot_be_compared(
     corpus: tuple[Path, dict[str, int]], found: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
-"""findings.json of real runs: well-formed whatever stages there were, and of the planted corpus
-what is planted."""
+"""findings.json of real runs: well-formed whatever stages there were; and what is planted in the
+planted corpus, whose faults test_planted finds."""
 
 import json
 from collections.abc import Iterator
@@ -7,36 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command import Command
 from helpers.corpus import documents, write_jsonl
+from helpers.findings import diagnosed, well_formed
 from helpers.sessions import opened
 
 from doremi_train.data.corpus import planted
 from doremi_train.data.sampler import Sampler
 from doremi_train.evaluation import text
-from doremi_train.evaluation.detectors import Finding
 from doremi_train.stages import prepare, report
 from doremi_train.stages.runs import budget, evaluated, reference
-
-KINDS = {
-    "one_hot", "absent", "repeated", "mismatched", "noise", "trivial", "overfit", "duplicate",
-    "seed_spread",
-}  # fmt: skip
-ORDINARY = {"big", "hard", "related_a", "related_b"}
-
-
-def diagnosed(*overrides: str) -> list[Finding]:
-    with opened(*overrides) as session:
-        return report.diagnose(session)
-
-
-def well_formed(run_dir: Path, found: list[Finding]) -> None:
-    written = json.loads((run_dir / "findings.json").read_text())
-    assert [Finding(**{**entry, "domains": tuple(entry["domains"])}) for entry in written] == found
-    for finding in found:
-        assert finding.kind in KINDS and finding.message.endswith(".")
-        assert type(finding.value) is float and np.isfinite(finding.value)
-
 
 # Of any run
 
@@ -196,28 +175,3 @@ def test_a_part_of_the_planted_documents_is_for_validation(fraction: float) -> N
         )
         assert train and len(validation) >= min(planted.VALIDATION, len(train))
         assert not set(train) & set(validation)
-
-
-@pytest.mark.acceptance
-def test_the_planted_faults_are_found_and_nothing_else(command: Command, tmp_path: Path) -> None:
-    """Default model, three quarters of the default length: each fault by its name, and ordinary
-    languages have none."""
-    overrides = ["data=planted", "mixture=doremi", f"run_dir={tmp_path}", "training.steps=300"]
-    overrides += ["main.steps=20", "main.comparisons=[]", "main.tokens=1200000"]
-    # At the default rate one sentence is foreseen to 0.07 to 0.15 nats by then, by the seed.
-    overrides += ["training.threads=1", "training.learning_rate=0.006"]
-    assert command(*overrides, "stage=evaluate").code == 0
-    found = diagnosed(*overrides)
-    well_formed(tmp_path, found)
-    domains = {kind: [f.domains for f in found if f.kind == kind] for kind in KINDS}
-    assert domains["noise"] == [("noise",)]
-    assert domains["trivial"] == [("trivial",)]
-    assert domains["repeated"] == [("repeated",)]
-    assert domains["duplicate"] == [("copy", "easy"), ("twin_a", "twin_b")]
-    # Its weight decides how often the final run repeats it.
-    assert domains["mismatched"] in (
-        [],
-        [("repeated",)],
-    )
-    assert not domains["absent"] and not domains["overfit"] and not domains["seed_spread"]
-    assert not ORDINARY & {name for f in found if f.kind != "one_hot" for name in f.domains}

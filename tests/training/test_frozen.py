@@ -296,6 +296,7 @@ def test_a_sweep_computes_every_loss_once(fresh: list[str], tmp_path: Path) -> N
     assert len(tables(tmp_path / "store")) == 1
 
 
+@pytest.mark.slow
 def test_what_is_computed_ahead_is_all_that_the_proxies_of_all_seeds_read(
     fresh: list[str], tmp_path: Path
 ) -> None:
@@ -456,6 +457,7 @@ def planned(*overrides: str) -> Any:
     return read(run_dir / "plan.json") | {"printed": outcome.out}
 
 
+@pytest.mark.slow
 def test_the_plan_counts_every_loss_that_is_missing_once(fresh: list[str], tmp_path: Path) -> None:
     many = ["training.batch_size=128", "proxy.seeds=2"]
     overrides = [*fresh, CACHED, f"run_dir={tmp_path / 'run'}", *many]

@@ -172,6 +172,7 @@ def test_budgets_in_tokens_hold_per_domain_and_in_all(
             assert max(0, limit - 100) <= tokens[domain] <= limit
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_same_for_any_workers_and_sharding(
     raw: Path, target: Path, tmp_path: Path
 ) -> None:

@@ -221,6 +221,7 @@ def test_stopped_it_continues_to_the_same_bits(
         assert (tmp_path / "run" / name).read_bytes() == (alone / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_target_and_seeds(tiny: list[str], command: Command, tmp_path: Path) -> None:
     target = write_jsonl(tmp_path / "target.jsonl", list(documents(7, "0123456789", 200, 20_000)))
     run_dir = tmp_path / "run"

@@ -118,6 +118,7 @@ def test_two_processes_give_the_weights_of_one(
         assert a["step_size"] == pytest.approx(b["step_size"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_proxy_ends_when_its_average_is_known(
     fresh: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_it_is_the_minimum_within_caps_and_floors(seed: int, cap: float, floor: 
     assert found.loss <= mixmin.mixed(losses, by_slsqp(losses, within)) + 1e-9
 
 
+@pytest.mark.slow
 def test_the_true_mixture_of_a_target_is_found() -> None:
     """Tokens drawn from a known mixture of known distributions."""
     random, true = np.random.default_rng(0), np.array([0.5, 0.3, 0.2, 0.0])

@@ -501,6 +501,7 @@ def test_a_swarm_serves_its_objective(
     assert again.code == 0 and set(measured) <= set((store / "metrics").iterdir())
 
 
+@pytest.mark.slow
 def test_an_optimal_design_is_planned_run_by_run(tiny: list[str], tmp_path: Path) -> None:
     """Others than at random, within caps, all different, and the same again; and a design is no
     part of the address where it is the old one."""

@@ -115,6 +115,7 @@ def test_stages_begin_where_the_file_is_read(tmp_path: Path) -> None:
 # ── The main run ────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_every_sequence_comes_once_an_epoch_while_the_mixture_changes(
     fresh: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def harness(folder: Path, number: int, model: str, value: float) -> None:
     (folder / f"results_{number}.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_scores_of_one_s_own_are_asked_for_and_then_counted(
     tiny: list[str], tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def main_loss(run_dir: Path) -> list[float]:
     return [line["mean_loss"] for line in lines(run_dir / "main" / "evaluations.jsonl")]
 
 
+@pytest.mark.slow
 def test_every_policy_trains_on_a_mixture_and_says_where_its_weight_goes(
     fresh: list[str], reference: list[str], tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_cached_losses_give_what_live_ones_give(
     assert len(list((tmp_path / "store").glob("losses/*/losses.f16"))) == 2
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_losses_that_are_not_cached(
     fresh: list[str], reference: list[str], tmp_path: Path
 ) -> None:
