@@ -178,12 +178,13 @@ def _unusable(error: OSError, plain: dict[str, Any]) -> Exception:
             f"{said}; raise the number of files that a process may have open (ulimit -n), and the "
             "same command continues"
         )
-    if error.errno in _NO_PLACE:
-        at = os.path.realpath(str(error.filename2 or error.filename or ""))
+    if error.errno in _NO_PLACE and error.filename:
+        at = os.path.realpath(str(error.filename2 or error.filename))
         for key in ("store", "run_dir"):
-            if plain[key] and Path(at).is_relative_to(os.path.realpath(plain[key])):
+            given = plain.get(key)
+            if isinstance(given, str) and Path(at).is_relative_to(os.path.realpath(given)):
                 return UserError(
-                    f"{key}={plain[key]}: {said}; give a folder that can be written, or move away "
+                    f"{key}={given}: {said}; give a folder that can be written, or move away "
                     "what is in the place of ours"
                 )
     return runs.Unusable(f"{said}; check path and rights")

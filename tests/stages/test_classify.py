@@ -140,7 +140,7 @@ def test_a_lost_process_ends_the_others_and_a_signal_to_one_is_heard_by_all(
     given = [*data, *long, f"run_dir={tmp_path / 'run'}", "training.timeout=15"]
     both = forked.ranks(2, given, environment())
     with reaped(both[0]), reaped(both[1]):
-        wait_for(lambda: len([*tmp_path.rglob(".*.lock")]) > 2, both[0])  # both are at work
+        wait_for(lambda: len([*tmp_path.rglob(".*.lock")]) == 2, both[0])  # both are at work
         both[1].send_signal(how)
         left = ended(both[0])
         both[1].send_signal(signal.SIGKILL if how is signal.SIGSTOP else 0)
