@@ -1,6 +1,7 @@
 """The command: Hydra composes the configuration, a stage does the work, a mistake is one message
 and exit code 2."""
 
+import locale
 import os
 import sys
 import traceback
@@ -52,8 +53,8 @@ def _speak_utf8() -> None:
     """Begin anew where names of files, the command line and texts would be taken for another
     encoding, as under a Latin-1 locale; what is printed stays in the terminal's own."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
-        own = sys.stdout.encoding if sys.stdout else "utf-8"
-        os.environ.setdefault("PYTHONIOENCODING", f"{own}:backslashreplace")
+        own = f"{locale.getencoding()}:backslashreplace"
+        os.environ.setdefault("PYTHONIOENCODING", own)
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
 
