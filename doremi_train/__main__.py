@@ -1,6 +1,7 @@
 """The command: Hydra composes the configuration, a stage does the work, a mistake is one message
 and exit code 2."""
 
+import locale
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ from doremi_train.redaction import veil
 
 def main() -> None:
     """Entry point of `doremi-train` and `python -m doremi_train`."""
+    _speak_utf8()
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -45,6 +47,16 @@ def main() -> None:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             command.die(f"Hydra refuses the command: {said:.400}; {see}", 2)
         raise
+
+
+def _speak_utf8() -> None:
+    """Begin anew where names of files, the command line and texts would be taken for another
+    encoding, as under a Latin-1 locale; what is printed stays in the terminal's own."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        own = f"{locale.getencoding()}:backslashreplace"
+        os.environ.setdefault("PYTHONIOENCODING", own)
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

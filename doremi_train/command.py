@@ -2,6 +2,7 @@
 signals are heard."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import logging
@@ -145,8 +146,7 @@ def run(plain: dict[str, Any]) -> None:
         raise
     except OSError as error:
         if error.errno not in FULL:
-            said = f"{type(error).__name__}: {error}; check path and rights"
-            raise runs.Unusable(said) from error
+            raise _unusable(error, plain) from error
         raise runs.DiskFull(
             f"{error}: no room left; free some, and the same command continues from the last "
             "checkpoint"
@@ -157,6 +157,37 @@ def run(plain: dict[str, Any]) -> None:
         raise comm.explain(error) from None
     finally:
         comm.leave()
+
+
+# A place that nothing can be written to, or where a file stands in a folder's place, or a folder in
+# a file's.
+_NO_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTEMPTY,
+)  # fmt: skip
+
+
+def _unusable(error: OSError, plain: dict[str, Any]) -> Exception:
+    """What to say of a file or folder that cannot be used: a mistake in the key that leads to it,
+    where one does."""
+    from doremi_train.storage import runs
+
+    said = f"{type(error).__name__}: {error}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return runs.Unusable(
+            f"{said}; raise the number of files that a process may have open (ulimit -n), and the "
+            "same command continues"
+        )
+    if error.errno in _NO_PLACE and error.filename:
+        at = os.path.realpath(str(error.filename2 or error.filename))
+        for key in ("store", "run_dir"):
+            given = plain.get(key)
+            if isinstance(given, str) and Path(at).is_relative_to(os.path.realpath(given)):
+                return UserError(
+                    f"{key}={given}: {said}; give a folder that can be written, or move away "
+                    "what is in the place of ours"
+                )
+    return runs.Unusable(f"{said}; check path and rights")
 
 
 _ENDING_WITH_THE_REPORT = ("pipeline", "report")

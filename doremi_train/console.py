@@ -4,6 +4,8 @@ All that is printed, and all that pages show, passes `shown`: names, texts, path
 from data and from others, and are text whatever stands in them.
 """
 
+import contextlib
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -46,6 +48,15 @@ class _Plain(Console):
         writable = shown(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
         return super().render_str(writable, **how | {"markup": False, "emoji": False})
 
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more, as after `| head`, or it cannot be written: a run of days goes on,
+        and its files tell what becomes of it."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())  # what is in its buffer still has to go somewhere
+            os.close(nowhere)
+
 
 _out = _Plain(highlight=False, soft_wrap=True)
 _err = _Plain(highlight=False, soft_wrap=True, stderr=True)
@@ -65,8 +76,12 @@ class Sheet(NamedTuple):
 def say(*lines: str | Table | Sheet, error: bool = False) -> None:
     """Print lines and tables. A line is one line: an end of a line within it is shown, not
     obeyed."""
+    console = _err if error else _out
     for line in lines:
-        (_err if error else _out).print(_table(line) if isinstance(line, Sheet) else line)
+        try:
+            console.print(_table(line) if isinstance(line, Sheet) else line)
+        except OSError:
+            console.on_broken_pipe()
 
 
 def _table(sheet: Sheet) -> Table:

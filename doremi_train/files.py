@@ -219,6 +219,21 @@ def at_work(folder: Path) -> Iterator[Callable[[], contextlib.AbstractContextMan
         os.close(handle)
 
 
+def in_use(folder: Path) -> bool:
+    """Whether any process is at work in a folder, which it said by `at_work`."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 class JsonLines:
     """A log of one JSON object a line, each with a "step". Opening it cuts it back to the step a
     run continues from."""

@@ -179,7 +179,7 @@ def test_a_marked_password_is_found_nowhere(web: str, tmp_path: Path) -> None:
         run_here(
             "-m", *common, given, f"run_dir={tmp_path / 'sweep'}", "stage=prepare", "seed=91,92"
         ),
-        run_here(*common, kept, f"run_dir={tmp_path / 'kept'}", *jobs),
+        run_here(*common, kept, f"run_dir={tmp_path / 'kept'}", *jobs, "tracking=wandb"),
     ]
     refused = [
         run_here(*common, domains(f"ann:{mark}", "no.jsonl"), f"run_dir={tmp_path / 'no'}"),
@@ -188,6 +188,7 @@ def test_a_marked_password_is_found_nowhere(web: str, tmp_path: Path) -> None:
     ]
     assert [outcome.code for outcome in done + refused] == [0, 0, 2, 2, 2], done + refused
     assert (tmp_path / "sweep" / "multirun.yaml").exists() and [*tmp_path.rglob("*_submitted.pkl")]
+    assert [*tmp_path.rglob("*.wandb")]  # where its client logs too
     for outcome in done + refused:
         assert mark not in outcome.out + outcome.err
     for path in everything(tmp_path):

@@ -150,6 +150,11 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if _many() else World()
 
 
+def patience() -> float:
+    """Seconds that a call waits for another process."""
+    return _together.timeout or float("inf")
+
+
 def backend() -> str:
     """gloo, nccl, …; none where this process was started alone."""
     return dist.get_backend() if dist.is_available() and dist.is_initialized() else "none"

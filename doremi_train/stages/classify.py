@@ -37,10 +37,12 @@ from doremi_train.evaluation.statistics import spread, student_t
 from doremi_train.methods import importance
 from doremi_train.model import folders
 from doremi_train.parallel import comm
+from doremi_train.parallel.alongside import Alongside
 from doremi_train.reports import classify_page
 from doremi_train.stages.options import Classify
 from doremi_train.stages.session import Session
 from doremi_train.storage.runs import Run, lock, stop
+from doremi_train.training.task import TrainingFailed
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def run(session: Session) -> dict[str, Any]:
     numbers = [session.config.seed + index for index in range(options.seeds)]
     paths = {number: _columns(session, data, number) for number in numbers}
     _share(
+        session,
         [partial(_check, session, data, number, paths[number]) for number in numbers],
         [*paths.values()],
     )
@@ -82,6 +85,7 @@ def run(session: Session) -> dict[str, Any]:
         for method in options.methods
     ]
     _share(
+        session,
         [partial(_train, session, data, *one) for one in todo],
         [run.folder / "result.json" for run, _, _ in todo],
     )
@@ -390,14 +394,22 @@ def _final_weights(own: Tensor, reference: Tensor | None, weighting: importance.
 # ── Work and results ────────────────────────────────────────────────────────────────
 
 
-def _share(jobs: Sequence[Callable[[], None]], paths: Sequence[Path]) -> None:
+def _share(session: Session, jobs: Sequence[Callable[[], None]], paths: Sequence[Path]) -> None:
     """Every process does its part of the jobs, and waits until all have left their files."""
     world = comm.world()
-    for job in jobs[world.rank :: world.size]:
+    with Alongside(stop):
+        for job in jobs[world.rank :: world.size]:
+            stop.check("classify")
+            job()
+    stop.check("classify")
+    limit = time.monotonic() + session.config.training.timeout
+    while missing := [path for path in paths if not path.exists()]:
         stop.check("classify")
-        job()
-    while not all(path.exists() for path in paths):
-        stop.check("classify")
+        if time.monotonic() > limit:
+            raise TrainingFailed(
+                f"{missing[0]}: another process has written it, and it is not here; it must be on "
+                "a file system that all nodes share: set store"
+            )
         time.sleep(0.1)
 
 

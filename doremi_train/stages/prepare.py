@@ -1,5 +1,6 @@
 """Text → token shards, once for all runs that share the store."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def _prepare(session: Session, options: DataOptions) -> Path:
                 f"prepared:\n{prepare.explain_change(before, request)}\ntake another run_dir, or "
                 "bring the old data back"
             )
+    _take_over(link, session.store / "data" / prepare.address(request))
     with Bar("prepare", 1, unit="B", show=session.bar is None) as bar:
 
         def progress(description: str, done: int, total: int | None) -> None:
@@ -138,3 +140,16 @@ def _prepare(session: Session, options: DataOptions) -> Path:
         folder = prepare.prepare(options, session.store / "data", progress, mirror)
     files.link(link, folder)
     return folder
+
+
+def _take_over(copy: Path, folder: Path) -> None:
+    """Bring a token store that stands where a link to it belongs, as after `cp -rL`, to its
+    place."""
+    if copy.is_symlink() or not copy.is_dir():
+        return
+    if (folder / "manifest.json").exists():
+        shutil.rmtree(copy)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # what was begun of it
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(copy, folder)

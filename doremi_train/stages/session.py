@@ -156,6 +156,7 @@ class Session:
         if self.mirror:
             run.mirror = self.mirror.at("runs", run.folder.name)
             self._meet(run, run.mirror)
+        run.take_over(self.run_dir / name)
         if not run.finished:
             run.begin()
         elif not run.settled:

@@ -8,9 +8,10 @@ that need the same run share it.
 
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from doremi_train.storage.mirror import Mirror, Torn
 from doremi_train.storage.seal import Seal
 
 CHECKSUMS = "checksums.json"  # {file: seal} of a finished run
+# What lies in a run's folder beside what it computes, and which a user's names there may not be.
+OWN = ("recipe.json", "status.json", "result.json", CHECKSUMS, "checkpoints", "report.html")
 
 
 class Preempted(Exception):
@@ -128,6 +131,26 @@ class Run:
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / "recipe.json", self.recipe)
+
+    def take_over(self, copy: Path) -> None:
+        """Where a folder stands in the place of the link to this run, as after `cp -rL`: take from
+        it what this run lacks, and clear it away. Raises UserError where it is none of this run."""
+        if copy.is_symlink() or not copy.is_dir():
+            return
+        recipe = copy / "recipe.json"
+        if not recipe.exists() or fingerprint(files.read_json(recipe)) != self.address:
+            raise UserError(
+                f"run_dir: {copy} is a folder of something else, where a link to {self.folder} "
+                "belongs; move it away"
+            )
+        if not self.finished and not any(self.folder.glob("checkpoints/step-*/manifest.json")):
+            files.write_bytes(self.folder / "recipe.json", recipe.read_bytes())
+            names = _in_order([path.name for path in copy.iterdir()], (".", "recipe.json"))
+            for name in names:
+                _replace(self.folder / name, copy / name)
+        gone = files.aside_of(copy)
+        copy.rename(gone)
+        shutil.rmtree(gone)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, which says that everything else is on disk by now; and before it,
@@ -241,9 +264,16 @@ def _seals(content: bytes) -> dict[str, Seal]:
     return seals
 
 
-def _in_order(seals: Mapping[str, Seal]) -> list[str]:
+def _replace(path: Path, by: Path) -> None:
+    """Move `by`, a file or a folder, to the place of what is at `path`."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    shutil.move(by, path)
+
+
+def _in_order(seals: Iterable[str], without: tuple[str, ...] = _NOT_KEPT) -> list[str]:
     """The names of a run's files, result.json last."""
-    names = [name for name in seals if not name.startswith(_NOT_KEPT)]
+    names = [name for name in seals if not name.startswith(without)]
     return sorted(names, key=lambda name: (name == "result.json", name))
 
 

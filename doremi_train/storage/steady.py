@@ -17,7 +17,7 @@ from doremi_train.config import UserError
 from doremi_train.console import say
 from doremi_train.storage import waiting
 
-ATTEMPTS = 5
+ATTEMPTS = 13  # with these waits more than half a minute
 # Seconds; each wait is twice the one before, less up to half of it by chance.
 FIRST_WAIT, LONGEST_WAIT = (
     0.5,
@@ -47,6 +47,12 @@ NETWORK = (
 T = TypeVar("T")
 
 
+class Unreached(UserError):
+    """A service or the network failed for long. Exit code 1: nothing that was given is wrong."""
+
+    exit_code = 1
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -58,7 +64,7 @@ def steadily(what: str, call: Callable[[], T]) -> T:
     """`call()`, again after a growing wait where the network fails; every retry is said in one
     line.
 
-    Raises OSError at once where trying again is no use (missing, forbidden), and UserError after
+    Raises OSError at once where trying again is no use (missing, forbidden), and Unreached after
     ATTEMPTS attempts.
     """
     for attempt in range(1, ATTEMPTS + 1):
@@ -75,7 +81,7 @@ def steadily(what: str, call: Callable[[], T]) -> T:
                     raise
                 raise OSError(why) from error
             if attempt == ATTEMPTS:
-                raise UserError(
+                raise Unreached(
                     f"{what}: failed {ATTEMPTS} times, the last time with {why}; "
                     "check the network and the service, and run the same command again"
                 ) from error

@@ -28,6 +28,7 @@ from doremi_train.training.task import TrainingFailed
 
 _LOOK = (0.01, 1.0)  # shortest and longest time between looks for notes, seconds
 _SIGN_OF_LIFE = 5.0  # seconds
+_SENT_AGAIN = 30.0  # seconds after which a second home that failed is tried again
 _LEAVING = 5.0  # seconds that a process which ends gives the others for their parts
 
 
@@ -68,6 +69,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._leaving = threading.Event()
+        self._superseded = threading.Event()  # the next checkpoint is about to be written, or none
         self._step = self._told = 0  # of the last complete checkpoint, as the first process knows
 
     @property
@@ -96,6 +98,7 @@ class Saver:
         plain, tensors = parts.divide(values)
         shared = (parts.share(name, tensor, *self._world) for name, tensor in tensors.items())
         copies = _copied([*shared, *pieces])
+        self._superseded.clear()
         self._thread = threading.Thread(
             target=self._go, args=(step, plain, copies), name="checkpoint", daemon=True
         )
@@ -107,6 +110,7 @@ class Saver:
         if self._thread is None:  # the same on all
             return
         thread = self._thread
+        self._superseded.set()
 
         def finish() -> None:
             thread.join()
@@ -125,6 +129,7 @@ class Saver:
         """End, also where the other processes may be gone: what is being written is completed if
         they are quick. No collective."""
         self._leaving.set()
+        self._superseded.set()
         if self._thread is not None:
             self._thread.join()
 
@@ -153,10 +158,8 @@ class Saver:
         part = path / parts.part_name(*self._world)
         record = parts.write(part, pieces)
         pieces.clear()  # its memory
-        if self._run.mirror is not None:
-            name = part.relative_to(self._run.folder).as_posix()
-            self._run.mirror.push(self._run.folder, [name])
-        return record
+        name = part.relative_to(self._run.folder).as_posix()
+        return record if self._sent([name]) else record | {"unsent": [name]}
 
     def _complete(self, step: int, values: Any, records: list[dict[str, Any]]) -> None:
         path = checkpoint.complete(self._folder, step, values, records, self._keep)
@@ -164,9 +167,28 @@ class Saver:
             note = _note_of(path, rank)
             note.unlink()
             note.with_suffix(".alive").unlink(missing_ok=True)
-        if self._run.mirror is not None:
-            checkpoint.push(self._run.folder, step, self._run.mirror)
         self._step = step
+        unsent = [name for record in records for name in record.get("unsent", ())]
+        while not self._sent(unsent, step):
+            if self._superseded.wait(_SENT_AGAIN):
+                say(f"{path}: is not in its second home; the next one will be")
+                return
+
+    def _sent(self, names: list[str], step: int | None = None) -> bool:
+        """Copy files of the run to its second home, and what completes the checkpoint of a step.
+        Returns whether they are there: a home that fails, which at the start it did not, is no
+        reason to end a run of days, and is tried again."""
+        mirror = self._run.mirror
+        if mirror is None:
+            return True
+        try:
+            mirror.push(self._run.folder, names)
+            if step is not None:
+                checkpoint.push(self._run.folder, step, mirror)
+        except UserError as error:
+            say(f"{error}; training goes on, and it is tried again")
+            return False
+        return True
 
     def _others(self, path: Path) -> list[dict[str, Any]]:
         """The notes of all other processes. Raises Lost where one of them does nothing any more."""
@@ -263,6 +285,4 @@ def _raised(rank: int, told: dict[str, Any]) -> Exception:
     """The error that was described, as far as exit codes tell them apart."""
     if told["errno"] is not None:
         return OSError(told["errno"], told["text"], told["file"])
-    if told["kind"] == "UserError":  # of a second home
-        return UserError(told["text"])
     return TrainingFailed(f"process {rank}: no checkpoint: {told['kind']}: {told['text']}")

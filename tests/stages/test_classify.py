@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.command import Command, run_here
-from helpers.processes import lines, read
+from helpers import forked
+from helpers.command import Command, environment, run_here
+from helpers.processes import ended, lines, read, reaped, wait_for
 
 from doremi_train.classification import figures, fit, labelled, models
 from doremi_train.classification.models import ClassifierOptions, Kind, Table
@@ -127,6 +129,28 @@ def test_two_processes_give_the_bits_of_one(
     assert (tmp_path / "one" / "classify.json").read_bytes() == (
         tmp_path / "two" / "classify.json"
     ).read_bytes()
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGTERM])
+def test_a_lost_process_ends_the_others_and_a_signal_to_one_is_heard_by_all(
+    how: signal.Signals, data: list[str], tmp_path: Path
+) -> None:
+    long = ["classify.seeds=2", "classify.methods=[generated,dimp]", "classify.epochs=100000"]
+    given = [*data, *long, f"run_dir={tmp_path / 'run'}", "training.timeout=15"]
+    both = forked.ranks(2, given, environment())
+    with reaped(both[0]), reaped(both[1]):
+        wait_for(lambda: len([*tmp_path.rglob(".*.lock")]) == 2, both[0])  # both are at work
+        both[1].send_signal(how)
+        left = ended(both[0])
+        both[1].send_signal(signal.SIGKILL if how is signal.SIGSTOP else 0)
+        both[1].wait(60)
+    if how is signal.SIGTERM:
+        assert [process.returncode for process in both] == [75, 75], left
+    else:
+        assert left.code == 1 and "another process ended" in left.err, left
+        assert "training.timeout=15 s" in left.err and "Traceback" not in left.err
+        assert read(tmp_path / "run" / "classify" / "status.json")["state"] == "failed"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.storage import steady
 from doremi_train.storage.mirror import Mirror
 from doremi_train.storage.runs import set_status
+from doremi_train.training import checkpoints as checkpoints_of_a_run
 
 pytest.importorskip("s3fs", reason="extra `test` brings it")
 pytestmark = pytest.mark.slow
@@ -46,6 +48,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     for name, value in {**s3.KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(steady, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(steady, "LONGEST_WAIT", 0.1)
     s3.forget()
     name = f"b{abs(int.from_bytes(os.urandom(4), 'big'))}"
     fsspec.filesystem("s3").mkdir(name)
@@ -262,7 +265,7 @@ def test_at_the_end_of_all_attempts_the_command_says_so(
     fsspec.filesystem("s3").pipe_file(f"{bucket}/a/train.jsonl", jsonl(LINES[:100]))
     bad = network(first(10**6, "GET", "train.jsonl", "fail"))
     outcome = run_here(f"data.root={bucket}", f"run_dir={tmp_path / 'run'}", "stage=prepare")
-    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert outcome.code == 1 and "Traceback" not in outcome.err
     assert (
         f"{bucket}/a/train.jsonl: failed {steady.ATTEMPTS} times, the last time with" in outcome.err
     )
@@ -577,6 +580,44 @@ def test_two_processes_share_a_remote(
     assert outcome.code == 0, outcome
     there = s3.files(f"{bucket}/runs".removeprefix("s3://"))
     assert any(name.endswith("result.json") for name in there)
+
+
+def test_a_remote_that_fails_for_a_while_ends_no_training(
+    tiny: list[str],
+    bucket: str,
+    network: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It fails while a checkpoint is sent, and answers again before the next one; and then it
+    fails for good when the run is finished."""
+    monkeypatch.setattr(steady, "ATTEMPTS", 2)
+    monkeypatch.setattr(checkpoints_of_a_run, "_SENT_AGAIN", 0.02)
+    given = [*tiny, f"remote={bucket}", f"store={tmp_path / 'store'}", "stage=reference"]
+    given += [f"run_dir={tmp_path / 'run'}", "training.checkpoint_every=4"]
+    bad = network(first(5, "PUT", "checkpoints/step-000000004", "fail"))
+    passing, answers = bad.verdict, [True]
+
+    def judge(method: str, path: str) -> str:
+        if method == "PUT" and path.endswith("/result.json"):
+            answers[0] = False
+        return passing(method, path) if answers[0] else "fail"
+
+    bad.verdict = judge
+    failed = run_here(*given)
+    part = r"runs/language_model-\w+/checkpoints/step-000000004/part-00000-of-00001.safetensors"
+    assert re.search(rf"{bucket}/{part}: failed 2 times.*; training goes on, and", failed.out)
+    assert failed.code == 1 and "Traceback" not in failed.err, failed
+    assert re.search(rf"{bucket}/runs/language_model-\w+/result.json: failed 2 times", failed.err)
+    assert read(tmp_path / "run" / "reference" / "status.json")["state"] == "failed"
+    asked = [path for method, path in bad.asked if method == "PUT" and "step-000000004" in path]
+    assert any(path.endswith("manifest.json") for path in asked)  # it went there in the end
+    answers[0], bad.verdict = True, passing
+    done = run_here(*given)
+    assert done.code == 0 and "is in the store already" in done.out, done
+    there = s3.files(f"{bucket}/runs".removeprefix("s3://"))
+    assert any(name.endswith("result.json") for name in there)
+    assert not any("checkpoints" in name for name in there)
 
 
 def test_a_missing_bucket_ends_before_any_work(tiny: list[str], tmp_path: Path) -> None:

@@ -125,7 +125,6 @@ def test_a_manifest_waits_for_the_parts_of_this_start(tmp_path: Path) -> None:
     ("said", "error"),
     [
         ({"errno": errno.ENOSPC, "file": "x", "text": "no room", "kind": "OSError"}, OSError),
-        ({"errno": None, "file": None, "text": "s3://…", "kind": "UserError"}, UserError),
         ({"errno": None, "file": None, "text": "odd", "kind": "KeyError"}, TrainingFailed),
     ],
 )

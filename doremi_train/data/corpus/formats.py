@@ -17,6 +17,8 @@ from doremi_train.data.options import DataOptions
 from doremi_train.storage.urls import PIPE
 
 BATCH = 1 << 24  # bytes of parquet rows decoded together, about
+EXPANDED = 1 << 28  # bytes of a row group that a thousandth of it may become
+ROWS = 16  # and no more rows: one entry of a dictionary may be the text of all of them
 INSTALLED = "installed:"
 PLANTED = "planted:"
 
@@ -68,7 +70,8 @@ def _read_parquet(source: Source, options: DataOptions, bad: BadLines) -> Iterat
         for key, column in zip(("data.text_key", "data.domain_key"), columns, strict=False):
             _require_column(key, column, kinds, source.url)
         number = 0
-        for batch in file.iter_batches(_rows(file.metadata), columns=columns):
+        rows = _rows(file.metadata, columns, source.url)
+        for batch in file.iter_batches(rows, columns=columns):
             for record in _records_of(batch):
                 number += 1
                 place = f"{source.url}, row {number}"
@@ -119,11 +122,25 @@ def _require_column(key: str, column: str, kinds: dict[str, pa.DataType], url: s
         )
 
 
-def _rows(metadata: pq.FileMetaData) -> int:
-    """Rows of about BATCH bytes, by the mean row of the fattest row group."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    mean = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
-    return int(min(max(BATCH / max(mean, 1), 1), 1024))
+def _rows(metadata: pq.FileMetaData, columns: list[str], url: str) -> int:
+    """Rows of about BATCH bytes, by the mean row of the fattest row group. Raises UserError for
+    what no text becomes: a page is decompressed as a whole, and may be all that a row group has."""
+    mean = 1.0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        every = (group.column(index) for index in range(group.num_columns))
+        read = [column for column in every if column.path_in_schema in columns]
+        packed, size = (
+            sum(getattr(column, name) for column in read)
+            for name in ("total_compressed_size", "total_uncompressed_size")
+        )
+        if size > max(EXPANDED, 1000 * packed) or size > records.LINE * group.num_rows:
+            raise UserError(
+                f"{url}: row group {number} has {packed} bytes, which become {size} of "
+                f"{group.num_rows} rows; write it in smaller row groups, and shorter texts"
+            )
+        mean = max(mean, size / max(group.num_rows, 1))
+    return int(min(max(BATCH / mean, 1), ROWS))
 
 
 def _read_text(source: Source, options: DataOptions, bad: BadLines) -> Iterator[Piece]:

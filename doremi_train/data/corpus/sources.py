@@ -58,6 +58,7 @@ def resolve(options: DataOptions) -> list[Source]:
         )
     sources.sort(key=lambda source: (source.domain or "", source.split or "", source.url))
     _refuse_twice(sources)
+    _refuse_other_encodings(sources)
     return sources
 
 
@@ -367,6 +368,18 @@ def _version(fs: Any, path: str) -> str:
         "created",
     )
     return next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+def _refuse_other_encodings(sources: list[Source]) -> None:
+    """Raise UserError for names of files and folders that no file of results could hold."""
+    for source in sources:
+        try:
+            f"{source.domain}{source.url}".encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"data: {ascii(source.url)[1:-1]}: its name holds bytes that are no UTF-8; rename "
+                "it (convmv -f latin1 -t utf8 -r FOLDER)"
+            ) from None
 
 
 def _refuse_twice(sources: list[Source]) -> None:

@@ -10,12 +10,14 @@ of them) and the positions just after each end of a document. Legend: K domains,
 sequences.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import mmap
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -39,6 +41,7 @@ SPLITS = ("train", "validation")
 INDEX = np.dtype([(name, "<i8") for name in ("stream", "shard", "offset", "tokens", "documents")])
 SCHEMA = 1
 OPEN_MAPS = 256  # a map holds a file descriptor, and 1024 is a usual limit for a process
+_ENDED = (errno.EMFILE, errno.ENFILE)  # no descriptor is left
 END_OF_TAR = bytes(1024)
 CHECKSUMS = "checksums.json"  # {shard: SHA-256}, where the store has a second home
 
@@ -98,6 +101,8 @@ class TokenStore:
         self._shard = np.cumsum(begins) - 1  # (M,) number of the member's shard among those
         self._windows: dict[int, _Windows] = {}
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        # Most of what a process may open is for all else.
+        self._most_maps = min(OPEN_MAPS, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 1))
         self._sound = set[int]()  # shards that this process looked at
         self._lock = threading.Lock()
 
@@ -297,28 +302,36 @@ class TokenStore:
             if self._mirror is not None and not path.exists():
                 self._fetch(self._mirror, path, expected)
             try:
-                file = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                elsewhere = self._mirror is None and self.elsewhere
-                raise _damaged(
-                    path, "is missing" + " (it may be in `remote`)" * elsewhere
-                ) from None
-            try:
-                size = os.fstat(file).st_size
-                if number not in self._sound:
-                    wrong = seal.otherwise(path, expected, self._sample(stream, shard))
-                    if wrong is not None:
-                        raise _damaged(path, wrong)
-                    self._sound.add(number)
-                # Not np.memmap, which resolves the path each time: with many shards opening is most
-                # of the reading.
-                tokens = np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_READ), self._dtype)
-            finally:
-                os.close(file)
+                tokens = self._opened(number, path, expected, self._sample(stream, shard))
+            except OSError as error:
+                if error.errno not in _ENDED or not self._maps:
+                    raise
+                self._maps.clear()
+                self._most_maps = max(self._most_maps // 2, 1)
+                tokens = self._opened(number, path, expected, self._sample(stream, shard))
             self._maps[number] = tokens
-            if len(self._maps) > OPEN_MAPS:
+            if len(self._maps) > self._most_maps:
                 self._maps.popitem(last=False)
             return tokens
+
+    def _opened(self, number: int, path: Path, size: int, sample: str | None) -> np.ndarray:
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            elsewhere = self._mirror is None and self.elsewhere
+            raise _damaged(path, "is missing" + " (it may be in `remote`)" * elsewhere) from None
+        try:
+            found = os.fstat(file).st_size
+            if number not in self._sound:
+                wrong = seal.otherwise(path, size, sample)
+                if wrong is not None:
+                    raise _damaged(path, wrong)
+                self._sound.add(number)
+            # Not np.memmap, which resolves the path each time: with many shards opening is most of
+            # the reading.
+            return np.frombuffer(mmap.mmap(file, found, access=mmap.ACCESS_READ), self._dtype)
+        finally:
+            os.close(file)
 
     def _fetch(self, mirror: Mirror, path: Path, size: int) -> None:
         """Bring one shard of `size` bytes here; of several processes on this machine one does

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from typing import Any, Protocol, TypeVar
 
 from doremi_train.config import UserError
+from doremi_train.console import say
 
 T = TypeVar("T")
 LOSSES = 5  # workers that may be lost in a row without any task being finished
@@ -42,7 +43,7 @@ class Processes:
         self._close()
 
     def run(self, work: Callable[[T], Any], tasks: Sequence[T], look: Look) -> None:
-        if self.workers < 2 or len(tasks) < 2:
+        if len(tasks) < 2 or not self._shared():
             for done, task in enumerate(tasks):
                 look(done)
                 work(task)
@@ -69,6 +70,17 @@ class Processes:
                         "in a row, as when memory is short; take fewer, and the same command "
                         "continues"
                     ) from None
+
+    def _shared(self) -> bool:
+        """Whether the work is shared out: processes need a lock between them, and it may be that
+        there can be none."""
+        try:
+            if self.workers > 1 and self._pool is None:
+                get_context("spawn").Lock()
+        except OSError as error:
+            say(f"{self.group}.workers={self.workers}: only one can work here ({error}; /dev/shm?)")
+            self.workers = 1
+        return self.workers > 1
 
     @staticmethod
     def _wait(

@@ -51,7 +51,10 @@ def require_numba() -> None:
     except ImportError:
         raise UserError("selection: needs numba; pip install 'doremi-train[select]'") from None
     for function in LOOPS:
-        globals()[function.__name__] = njit(cache=True, nogil=True)(function)
+        try:
+            globals()[function.__name__] = njit(cache=True, nogil=True)(function)
+        except RuntimeError:  # nowhere can anything be kept (NUMBA_CACHE_DIR says where)
+            globals()[function.__name__] = njit(nogil=True)(function)
 
 
 class Tokens(NamedTuple):

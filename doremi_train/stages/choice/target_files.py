@@ -8,6 +8,9 @@ from doremi_train.data.corpus.opening import Source
 from doremi_train.data.corpus.sources import resolve_one
 from doremi_train.data.options import DataOptions
 from doremi_train.stages.session import Session
+from doremi_train.storage import runs
+
+_LONGEST = 255  # bytes of a name that a file system takes
 
 
 def trained(session: Session) -> str:
@@ -33,8 +36,13 @@ def targets(session: Session) -> dict[str, list[Source]]:
             "'selection.targets={NAME: [FILES]}'"
         )
     for name in given:
-        if not name or "/" in name or name.startswith("."):
+        if not name or "/" in name or name.startswith(".") or len(name.encode()) > _LONGEST:
             raise UserError(f"selection.targets.{name}: not a name; take letters and digits")
+        if name in runs.OWN:
+            raise UserError(
+                f"selection.targets.{name}: a choice has a file of its own of this name; take "
+                "another one"
+            )
     return {
         name: files_of(session, patterns, f"selection.targets.{name}")
         for name, patterns in given.items()

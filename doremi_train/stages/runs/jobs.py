@@ -3,8 +3,10 @@ of it."""
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from doremi_train.parallel import slurm
 from doremi_train.redaction import unveil, veil
 from doremi_train.stages.options import Submit
 from doremi_train.stages.session import Session
-from doremi_train.storage.runs import Preempted
+from doremi_train.storage.runs import Preempted, stop
 from doremi_train.training.task import TrainingFailed
 
 _MINUTES_OF_A_YEAR = 525_600
@@ -42,9 +44,26 @@ class Child(Again):
 
     run: Callable[[dict[str, Any]], tuple[int, str]]
     plain: Mapping[str, Any]  # veiled, for it is kept in a file
+    parent: int | None = None  # number of the process here with which this one ends
 
     def __call__(self) -> tuple[int, str]:
+        if self.parent is not None:
+            threading.Thread(target=_end_with, args=(self.parent,), daemon=True).start()
         return self.run(unveil(dict(self.plain)))
+
+
+def _end_with(parent: int) -> None:
+    """Save and stop when another process has ended, however it did. Where the system cannot tell
+    (it is no Linux), this one goes on, and is waited for by the next command."""
+    try:
+        watched = os.pidfd_open(parent)
+    except ProcessLookupError:
+        stop.requested = True
+    except (OSError, AttributeError):
+        return
+    else:
+        select.select([watched], [], [])
+        stop.requested = True
 
 
 def start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
@@ -65,7 +84,7 @@ def start(session: Session, plain: Mapping[str, Any], slot: int) -> Any:
             gpus_per_node=len(gpus),
             visible_gpus=gpus,
         )
-        return executor.submit(Child(session.child, veil(plain)))
+        return executor.submit(Child(session.child, veil(plain), os.getpid()))
 
 
 def array_of(session: Session, children: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

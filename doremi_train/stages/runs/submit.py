@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from doremi_train import files
 from doremi_train.parallel import comm
 from doremi_train.stages.runs import jobs
 from doremi_train.stages.session import Session
@@ -60,6 +61,7 @@ def _submit(
     slots = list(range(options.parallel))
     failure: Exception | None = None
     looked = told = 0.0
+    left = set[str]()  # whose process an earlier command left behind
     if options.cluster == "slurm" and waiting:
         for name, job in jobs.array_of(session, waiting).items():
             running[name] = job, 0
@@ -68,6 +70,11 @@ def _submit(
     while running or (waiting and not failure):
         while waiting and slots and not failure:
             name = next(iter(waiting))
+            if files.in_use(Path(waiting[name]["run_dir"])):
+                if name not in left:
+                    left.add(name)
+                    session.say(f"{name:<22} is at work for an earlier command; waiting for it")
+                break
             running[name] = jobs.start(session, waiting.pop(name), slots[-1]), slots.pop()
             session.say(f"{name:<22} is job {running[name][0].job_id} (local)")
         look = time.monotonic() > looked + SECONDS_BETWEEN_LOOKS

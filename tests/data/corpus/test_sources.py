@@ -350,32 +350,62 @@ def test_giant_text_in_pieces_with_bounded_memory(tmp_path):
     assert [hash(piece.text) for piece in pieces(one(tmp_path / "giant.jsonl"))] == result
 
 
-@pytest.mark.slow
-def test_large_files_stay_within_memory(tmp_path):
-    """200 MB of records in one parquet row group and in one zst frame; the whole process stays
-    below 300 MB."""
+def read_apart(path: Path, most: int = 300) -> str:
+    """How many documents a file has, or why it is refused, of a process of its own that stays below
+    so many MB."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("peak memory is read from /proc, as ru_maxrss counts the parent's too")
-    records = ["word " * 2000 + str(index) for index in range(20_000)]
-    pq.write_table(pa.table({"text": records}), tmp_path / "x.parquet", row_group_size=len(records))
-    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(jsonl(records)))
     program = (
         "import re, sys; from pathlib import Path; from doremi_train.data.options import *\nfrom "
         "doremi_train.data.corpus.opening import BadLines; from doremi_train.data.corpus.reading "
         "import *\nfrom doremi_train.data.corpus.sources import *\no = "
-        "DataOptions(domains={'a': Split((sys.argv[1],))})\nn = sum(1 for s in resolve(o) for p in "
-        "read(s, o, BadLines(o)))\nprint(n, int(re.search(r'VmHWM:\\s+(\\d+)', "
-        "Path('/proc/self/status').read_text())[1]) // 1024)"
+        "DataOptions(domains={'a': Split((sys.argv[1],))})\n"
+        "try: n = sum(p.last for s in resolve(o) for p in read(s, o, BadLines(o)))\n"
+        "except UserError as error: n = error\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', "
+        "Path('/proc/self/status').read_text())[1]) // 1024, n)"
     )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", program, str(path)]
+    megabytes, _, found = subprocess.check_output(command, env=environment, text=True).partition(
+        " "
+    )
+    assert int(megabytes) < most
+    return found.strip()
+
+
+@pytest.mark.slow
+def test_large_files_stay_within_memory(tmp_path):
+    """200 MB of records in one parquet row group and in one zst frame."""
+    records = ["word " * 2000 + str(index) for index in range(20_000)]
+    pq.write_table(pa.table({"text": records}), tmp_path / "x.parquet", row_group_size=len(records))
+    (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(jsonl(records)))
     for name in ("x.parquet", "x.jsonl.zst"):
-        command = [sys.executable, "-c", program, str(tmp_path / name)]
-        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-        count, megabytes = map(int, subprocess.check_output(command, env=environment).split())
-        assert count == len(records)
-        assert megabytes < 300
+        assert read_apart(tmp_path / name) == str(len(records))
+
+
+@pytest.mark.slow
+def test_what_expands_a_thousandfold_is_read_in_little_memory_or_refused(tmp_path):
+    """One entry of a dictionary that a thousand rows have, a page that is all of a row group, and a
+    line that is all of a file: 2 GB, 512 MB and 256 MB of some kB."""
+    pq.write_table(pa.table({"text": ["a" * 2_000_000] * 1024}), tmp_path / "entry.parquet")
+    rows = pa.table({"text": ["b" * 1_000_000] * 512})
+    pq.write_table(rows, tmp_path / "page.parquet", compression="zstd", use_dictionary=False)
+    (tmp_path / "line.jsonl.zst").write_bytes(zstandard.compress(b"c" * (1 << 28)))
+    assert all(path.stat().st_size < 200_000 for path in tmp_path.iterdir())
+    assert read_apart(tmp_path / "entry.parquet") == "1024"
+    assert "which become 512" in read_apart(tmp_path / "page.parquet")
+    assert "longer than" in read_apart(tmp_path / "line.jsonl.zst", 400)
 
 
 # Bad input: which files
+
+
+def test_names_of_another_encoding(tmp_path):
+    folder = tmp_path / os.fsdecode(b"b\xe9")
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(jsonl(TEXTS))
+    refused(options(root=str(tmp_path)), r"b\udce9/train.jsonl", "no UTF-8", "rename it")
 
 
 def test_more_than_one_source(tmp_path):

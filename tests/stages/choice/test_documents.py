@@ -492,6 +492,7 @@ def broken(path: Path) -> Path:
         (["selection.features=tokens"], ["selection.tokenizer=None"]),
         (["selection.targets=null"], ["selection.targets: missing"]),
         (["selection.targets={a/b: [x.jsonl]}"], ["selection.targets.a/b"]),
+        (["selection.targets={result.json: [x.jsonl]}"], ["selection.targets.result.json"]),
         (["selection.targets={t: [no/such.jsonl]}"], ["selection.targets.t", "no/such.jsonl"]),
         (["selection.targets={t: [EMPTY]}"], ["selection.targets.t: no document"]),
         (["selection.benchmarks=[EMPTY]"], ["selection.benchmarks: no document"]),

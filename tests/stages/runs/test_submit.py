@@ -9,6 +9,7 @@ import pytest
 from helpers.command import Command, run_here, start
 from helpers.processes import checkpoints, ended, read, reaped, wait_for
 
+from doremi_train import files
 from doremi_train.parallel import slurm
 from doremi_train.stages.options import identity
 
@@ -92,6 +93,36 @@ def test_a_stopped_parent_stops_its_children_who_are_continued(
             for run in ("one", "run")
         )
         assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.acceptance
+def test_children_end_with_a_killed_parent_and_the_next_command_waits_for_them(
+    fresh: list[str], tmp_path: Path
+) -> None:
+    long = ["training.steps=500", "training.checkpoint_every=20", "evaluation.every=500"]
+    overrides = [*fresh, *LOCAL, *long, "submit.parallel=1", f"run_dir={tmp_path / 'run'}"]
+    child = tmp_path / "run/proxy/round-1/jobs/seed-0"
+    parent = start(*overrides)
+    with reaped(parent):
+        wait_for(lambda: bool(checkpoints(child / "proxy")), parent)
+        parent.kill()
+        ended(parent)
+    again = start(*overrides)
+    said = again._files[0]  # what it prints, while it runs
+    with reaped(again), files.at_work(child):  # as a child does that is about to save
+        wait_for(
+            lambda: "seed-0 is at work for an earlier command; waiting" in squeezed(said), again
+        )
+        assert "is job" not in said.read_text()
+        wait_for(lambda: read(child / "proxy/status.json")["state"] == "preempted", again)
+        assert 0 < checkpoints(child / "proxy")[-1] < 500
+        again.terminate()
+        outcome = ended(again)
+    assert outcome.code == 75 and not files.in_use(child), outcome
+
+
+def squeezed(path: Path) -> str:
+    return " ".join(path.read_text().split())
 
 
 @pytest.mark.acceptance
