@@ -217,6 +217,7 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     style: Any = {
         # Names of domains are text: no mathtext between dollar signs, no glyph outlines.
@@ -238,7 +239,7 @@ def _figure(height: float) -> Iterator[tuple[Any, list[str]]]:
         with warnings.catch_warnings():  # the reader's own font draws what ours has no glyph for
             warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
             # The canvas draws once, where savefig lays out in a first drawing that nobody sees.
-            figure.canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     title = axes.get_title(loc="left")
     # Matplotlib escapes markup in names, and leaves control characters.
