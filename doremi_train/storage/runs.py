@@ -129,8 +129,20 @@ class Run:
         return files.read_json(self.folder / "result.json")
 
     def begin(self) -> None:
+        """Make its folder, or go on in it. One without a recipe is what somebody wrote on into a
+        folder that was deleted, of which a part is missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._begun:
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in (".lock", "status.json"):
+                    path.unlink()
         files.write_json(self.folder / "recipe.json", self.recipe)
+
+    @property
+    def _begun(self) -> bool:
+        return (self.folder / "recipe.json").exists()
 
     def take_over(self, copy: Path) -> None:
         """Where a folder stands in the place of the link to this run, as after `cp -rL`: take from
@@ -154,7 +166,12 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, which says that everything else is on disk by now; and before it,
-        what tells whether all of it still is what was written."""
+        what tells whether all of it still is what was written. Raises Unusable where its folder was
+        deleted meanwhile, and a part of it with it."""
+        if not self._begun:
+            raise Unusable(
+                f"{self.folder}: was deleted while it was at work; the same command begins it again"
+            )
         content = files.as_json(result)
         seals = seal.of(self.folder, self._kept())
         files.write_json(self.folder / CHECKSUMS, seals | {"result.json": seal.of_content(content)})
