@@ -17,10 +17,10 @@ from doremi_train.storage.runs import CHECKSUMS, Run
 def home(tmp_path: Path) -> Path:
     """The second home of a finished run of three files."""
     run = made(tmp_path / "first", tmp_path / "home")
+    run.begin()
     (run.folder / "model").mkdir(parents=True)
     (run.folder / "model" / "weights").write_bytes(b"1234")
     (run.folder / "log.jsonl").write_bytes(b"{}")
-    run.begin()
     run.finish({"loss": 1})
     return tmp_path / "home"
 

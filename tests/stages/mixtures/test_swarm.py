@@ -469,10 +469,11 @@ def test_a_swarm_serves_its_objective(
     outcome = run_here(*tiny, *SWARM, *target, f"run_dir={tmp_path / 'target'}")
     assert outcome.code == 0, outcome
     runs = lines(tmp_path / "target/swarm/runs.jsonl")
-    known = {line["run"]: line["losses"] for line in lines(swarmed / "swarm/runs.jsonl")}
+    known = {line["run"]: line["losses"] for line in lines(swarmed / "swarm/runs.jsonl")[:2]}
+    assert list(known) == ["swarm/round-1/natural", "swarm/round-1/uniform"]
     for run in runs:
         assert run["loss"] == run["losses"].pop("target") > 0
-        if run["run"] in known:  # the others were found in the store
+        if run["run"] in known:  # half of the others is of the target
             assert run["losses"] == known[run["run"]]
     assert len({run["loss"] for run in runs}) > 1
     fit, mixture = (read(tmp_path / "target" / name) for name in ("swarm/fit.json", "weights.json"))
@@ -483,7 +484,7 @@ def test_a_swarm_serves_its_objective(
     (alone,) = (line for line in fit["confirmed"] if line["name"] == "target")
     (first,) = (run for run in runs if run["run"] == "swarm/round-1/target")
     assert alone["realised"] == first["loss"] and alone["weights"] == first["weights"]
-    assert len(made(store)) - len(before) <= 3  # what it is for alone, a proposal, and the search
+    assert len(made(store)) - len(before) <= 7  # runs, a proposal, the search
     # The final models, which are runs of the search, are judged by it too.
     outcome = run_here(*tiny, *SWARM, *target[:-1], f"run_dir={tmp_path / 'target'}")
     assert outcome.code == 0, outcome
@@ -542,7 +543,7 @@ def test_a_designed_swarm_knows_its_noise_and_what_repetition_costs(
         assert recipes[1]["seed"] == recipes[0]["seed"] + 1_000_000
         assert "subsample" in recipes[0]
     corner = max(found, key=lambda row: abs(row["weights"]["digits"] - sizes["digits"]))
-    assert corner["weights"]["digits"] > 0.9
+    assert corner["weights"]["digits"] > 0.8  # half of it is what one pass allows
     weights = read(tmp_path / "law/weights.json")
     above = {name: epochs for name, epochs in weights["epochs"].items() if epochs > 1}
     for name, epochs in above.items():
