@@ -4,6 +4,7 @@ the plan.
 K domains.
 """
 
+from functools import partial
 from pathlib import Path
 
 from doremi_train.data.sampler import Ints, Sampler
@@ -52,7 +53,7 @@ def frozen(
         return live(session, store, folder)
     pending = run.folder / checkpoint.FOLDER / f"losses-{fingerprint}-{comm.world().rank}.pending"
     table = Table(session.store, store, recipe_of(session, store, fingerprint))
-    load = lambda: live(session, store, folder)  # noqa: E731
+    load = partial(live, session, store, folder)
     return Cached(table, load, session.place.device, pending, divided(session))
 
 
