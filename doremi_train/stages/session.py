@@ -153,13 +153,13 @@ class Session:
     def _enter(self, stack: contextlib.ExitStack, run: runs.Run, name: str) -> None:
         if not run.settled:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
+        if not run.finished:
+            run.begin()  # first: what it clears away is nothing that the second home brings
         if self.mirror:
             run.mirror = self.mirror.at("runs", run.folder.name)
             self._meet(run, run.mirror)
         run.take_over(self.run_dir / name)
-        if not run.finished:
-            run.begin()
-        elif not run.settled:
+        if run.finished and not run.settled:
             checkpoint.remove(run.folder / checkpoint.FOLDER)
             run.settle()
         files.link(self.run_dir / name, run.folder)

@@ -2,6 +2,7 @@
 after a stop."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def test_stopped_in_the_start_and_after_it_it_continues_to_the_same_bits(
     overrides += [f"reference.path={alone / 'reference' / 'model'}"]
     assert [run_here(*overrides).code for _ in range(3)] == [75, 75, 0]
     assert len(calls) == 24
+    same_bits(alone, tmp_path / "run")
+
+
+def test_stopped_and_its_store_gone_it_continues_from_the_second_home(
+    fresh: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stop_at(monkeypatch, 15)
+    overrides = [*fresh, *AUTO, f"run_dir={tmp_path / 'run'}", f"remote={tmp_path / 'home'}"]
+    overrides += [f"reference.path={alone / 'reference' / 'model'}", f"store={tmp_path / 'store'}"]
+    assert run_here(*overrides).code == 75
+    for name in ("run", "store"):
+        shutil.rmtree(tmp_path / name)
+    assert run_here(*overrides).code == 0
+    assert len(calls) == 24  # none was done again
     same_bits(alone, tmp_path / "run")
 
 
