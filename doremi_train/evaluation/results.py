@@ -65,7 +65,7 @@ class Result(NamedTuple):
     @property
     def learned(self) -> bool:
         """Whether that mixture was learned, or is one that was given."""
-        return self.way not in (*HEURISTICS, "file", "followed")
+        return self.way not in (*HEURISTICS, "target", "file", "followed")
 
 
 class Measure(NamedTuple):

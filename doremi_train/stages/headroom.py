@@ -93,7 +93,7 @@ def ask(session: Session, store: TokenStore) -> Asked:
         | {"swarm": {"runs": problem.draws * options.rounds, "confirmed": options.candidates}}
         | {"frozen": problem.space.spread.tolist(), "prior": problem.prior.tolist()}
         | {"low": problem.within.low.tolist(), "high": problem.within.high.tolist()}
-        | ({} if problem.aimed is None else {"aimed": problem.aimed.tolist()}),
+        | ({} if problem.target is None else {"target": problem.target.tolist()}),
     )
     anchors = _anchors(problem)
     reused = _reused(session, store, problem, measured, like)

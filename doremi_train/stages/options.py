@@ -550,7 +550,7 @@ class Config:
                     f"yours; give it as 'downstream.files={{{name}: FOLDER}}'"
                 )
         for name in self.compare.baselines:
-            one_of("compare.baselines", name, list(HEURISTICS))
+            one_of("compare.baselines", name, [*HEURISTICS, "target"])
         taken = {"search", *self.compare.methods, *self.compare.baselines}
         for name in self.compare.files or {}:
             if name in taken or not re.fullmatch(r"[A-Za-z0-9_]+", name):

@@ -53,6 +53,7 @@ WAYS: dict[str, Way] = {
     "uniform": given.uniform,
     "temperature": given.temperature,
     "unimax": given.unimax,
+    "target": given.target,
 }
 """How the mixture of a way comes about:
 

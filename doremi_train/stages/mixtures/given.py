@@ -12,7 +12,7 @@ from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.exports import convert, formats
 from doremi_train.mixture import Mixture
 from doremi_train.stages import prepare
-from doremi_train.stages.runs import budget
+from doremi_train.stages.runs import budget, targets
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.runs.budget import main_steps
 from doremi_train.stages.session import Session
@@ -40,6 +40,10 @@ unimax = Given(
     "The same number of tokens of every domain, but none repeated for more than "
     "`mixture.max_epochs`."
 )
+target = Given(
+    "Nothing but the domains that the objective is for, in its shares, as far as "
+    "`mixture.max_epochs` allows; what is left is of the others, by their sizes."
+)
 
 
 def given(session: Session, store: TokenStore) -> Mixture:
@@ -54,8 +58,20 @@ def given(session: Session, store: TokenStore) -> Mixture:
         return imported(session, store, Path(options.path), options.format)
     if options.path is not None:
         return mixture.load(Path(options.path), store.domains, options.normalize)
+    if options.method == "target":
+        return Mixture("target", store.named(_alone(session, store)))
     sized = budget.heuristic(session, store, options.method, main_steps(session))
     return Mixture(options.method, store.named(sized))
+
+
+def _alone(session: Session, store: TokenStore) -> Tensor:
+    alone = targets.alone(session, store, budget.caps(session, store, 0.0, ""))
+    if alone is None:
+        raise UserError(
+            "mixture=target: the objective is for no domain more than for others; name some with "
+            "objective=target 'target.domains=[…]', or weigh them in objective.metrics"
+        )
+    return alone
 
 
 def imported(session: Session, store: TokenStore, path: Path, form: str) -> Mixture:

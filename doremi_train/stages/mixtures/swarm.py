@@ -78,8 +78,8 @@ def state(session: Session, store: TokenStore) -> tuple[Problem, Run]:
         session, store, torch.from_numpy(problem.space.expand(problem.prior))
     ).recipe
     setting = {"prior": problem.prior, "low": problem.within.low, "high": problem.within.high}
-    if problem.aimed is not None:
-        setting["aimed"] = problem.aimed
+    if problem.target is not None:
+        setting["target"] = problem.target
     return problem, Run(
         session.store,
         "swarm",
@@ -198,8 +198,8 @@ def _draw(
             "natural": problem.space.reduce(problem.natural),
             "uniform": np.full(virtual, 1 / virtual),
         }
-        if problem.aimed is not None:  # which random ones are hardly ever near
-            anchors["target"] = problem.space.reduce(problem.aimed)
+        if problem.target is not None:  # which random ones are hardly ever near
+            anchors["target"] = problem.space.reduce(problem.target)
         mixtures = {
             f"swarm/round-1/{name}": problem.space.expand(point) for name, point in anchors.items()
         }

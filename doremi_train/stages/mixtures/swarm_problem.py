@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     names: list[str]  # (K,) domains
     natural: Floats  # (K,)
     even: Floats  # (K,) UniMax: uniform within mixture.max_epochs and floor, as far as can be
-    aimed: Floats | None  # (K,) of the domains that the objective is for alone, within the same
+    target: Floats | None  # (K,) mixture=target, within the same; None: as natural, or none
     space: Space
     prior: Floats  # (V,)
     within: Box  # of the K domains
@@ -67,7 +67,7 @@ def problem_of(session: Session, store: TokenStore) -> Problem:
         list(store.domains),
         natural.numpy(),
         _even(known),
-        _aimed(session, store, known, natural.numpy()),
+        _target(session, store, known, natural.numpy()),
         space,
         space.reduce(prior.numpy()),
         within,
@@ -93,17 +93,11 @@ def _even(within: Box) -> Floats:
     return box.on_grid(box.project(uniform, within), within)
 
 
-def _aimed(session: Session, store: TokenStore, within: Box, natural: Floats) -> Floats | None:
-    """(K,) what is nearest to the objective: what caps leave is natural's. None where the objective
-    is for no domain more than for others, or that is natural or uniform."""
-    shares = targets.aimed(session, store)
-    only = np.array([shares.get(name, 0.0) for name in store.domains])
-    if not shares or np.ptp(only) == 0:
+def _target(session: Session, store: TokenStore, within: Box, natural: Floats) -> Floats | None:
+    alone = targets.alone(session, store, within)
+    if alone is None or box.distance(alone.numpy(), natural) < 1e-6:
         return None
-    only /= only.sum()
-    if not box.inside(only, within):
-        only = box.on_grid(box.project(only + 1e-9 * natural, within), within)
-    return None if box.distance(only, natural) < 1e-6 else only
+    return alone.numpy()
 
 
 def candidates(problem: Problem, count: int, generator: np.random.Generator) -> Floats:
@@ -111,9 +105,9 @@ def candidates(problem: Problem, count: int, generator: np.random.Generator) -> 
     where it is for some domains: corners without these are nats worse than anything that could be
     proposed, and a law that is fitted to such corners tells nothing of where it is good."""
     drawn = swarm.design(problem.prior, problem.inside, count, generator)
-    if problem.aimed is None:
+    if problem.target is None:
         return drawn
-    return (drawn + problem.space.reduce(problem.aimed)) / 2
+    return (drawn + problem.space.reduce(problem.target)) / 2
 
 
 def _frozen(path: str | None, names: Sequence[str]) -> Floats:

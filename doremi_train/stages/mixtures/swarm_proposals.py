@@ -68,8 +68,8 @@ def baselines(problem: Problem) -> dict[str, Tensor]:
     """What a proposal has to beat, (K,) each."""
     uniform = np.full(len(problem.names), 1 / len(problem.names))
     mixtures = {"natural": problem.natural, "uniform": uniform, "unimax": problem.even}
-    if problem.aimed is not None:
-        mixtures["target"] = problem.aimed
+    if problem.target is not None:
+        mixtures["target"] = problem.target
     return {name: torch.from_numpy(mixed) for name, mixed in mixtures.items()}
 
 

@@ -19,6 +19,8 @@ from doremi_train.data.corpus import opening, reading, sources
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import tokenizer
 from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.methods import box
+from doremi_train.methods.box import Box
 from doremi_train.stages.session import Session
 from doremi_train.training.batch_selection import Setting
 
@@ -97,7 +99,22 @@ def weighed(session: Session, store: TokenStore) -> dict[str, float]:
     return weights if all(weight > 0 for weight in weights.values()) else {}
 
 
-def aimed(session: Session, store: TokenStore) -> dict[str, float]:
+def alone(session: Session, store: TokenStore, within: Box) -> Tensor | None:
+    """(K,) the mixture of nothing but the domains that the objective is for, in its shares; what
+    the box leaves no room for goes to them in proportion, and when all are full to the others,
+    nearly by their sizes. None where the objective is for no domain more than for others."""
+    shares = _shares(session, store)
+    wanted = np.array([shares.get(name, 0.0) for name in store.domains])
+    if not shares or np.ptp(wanted) == 0:
+        return None
+    wanted /= wanted.sum()
+    if not box.inside(wanted, within):
+        sizes = np.asarray(store.sizes("train"), dtype=np.float64)
+        wanted = box.on_grid(box.project(wanted + 1e-9 * sizes / sizes.sum(), within), within)
+    return torch.from_numpy(wanted)
+
+
+def _shares(session: Session, store: TokenStore) -> dict[str, float]:
     """The domains that the objective is for, with their shares: those that it weighs, and those
     that its target is drawn from; none where it is for something else too."""
     asked, target = session.config.objective, session.config.target

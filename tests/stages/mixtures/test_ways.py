@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import pages
-from helpers.command import Command
+from helpers.command import Command, run_here
 from helpers.processes import read
 from torch import Tensor, tensor
 
@@ -24,7 +24,10 @@ from doremi_train.stages.mixtures import WAYS
 from doremi_train.stages.runs.ahead import Pipeline
 from doremi_train.stages.session import Session
 
-NEEDS = {"file": ["mixture.weights={plain: 0.5, rich: 0.25, digits: 0.25}"]}
+NEEDS = {
+    "file": ["mixture.weights={plain: 0.5, rich: 0.25, digits: 0.25}"],
+    "target": ["objective.metrics={plain: 1, rich: 3}"],
+}
 SMALL = ["main.comparisons=[]", "swarm.runs=4", "evaluation.every=12"]
 
 
@@ -48,6 +51,28 @@ def test_contract_of_a_way(name: str, tiny: list[str], command: Command, tmp_pat
     assert command(*overrides, "stage=plan").code == 0
     after = read(tmp_path / "run" / "plan.json")["stages"]
     assert {run["state"] for run in after.values()} <= {"done", "same"}
+
+
+def test_the_domains_that_count_alone(tiny: list[str], tmp_path: Path) -> None:
+    """In the objective's shares; what would be more than mixture.max_epochs is of the others, by
+    size; and where all count alike there are none."""
+    given = [*tiny, "stage=main", "mixture=target", "main.comparisons=[]", "training.steps=1"]
+    given += ["main.tokens=400000"]
+    counted = "objective.metrics={plain: 1, rich: 3}"
+    mixtures, passes = [], []
+    for most in (1000, 2):
+        run_dir = tmp_path / str(most)
+        more = [counted, f"mixture.max_epochs={most}", f"run_dir={run_dir}"]
+        assert run_here(*given, *more).code == 0
+        written = read(run_dir / "weights.json")
+        mixtures.append(written["weights"])
+        passes.append(written["epochs"])
+    assert mixtures[0] == pytest.approx({"plain": 0.25, "rich": 0.75, "digits": 0})
+    assert passes[0]["rich"] > 2
+    assert passes[1] == pytest.approx({"plain": 2, "rich": 2, "digits": passes[1]["digits"]})
+    assert 0 < passes[1]["digits"] < 2
+    refused = run_here(*given, f"run_dir={tmp_path / 'even'}")
+    assert refused.code == 2 and "objective is for no domain more than" in refused.err
 
 
 def run(session: Session) -> Mixture:
