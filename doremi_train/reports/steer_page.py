@@ -33,6 +33,7 @@ class Given(NamedTuple):
     starts: Mapping[str, Floats]  # mixtures (K,) to start from, the usual one first
     fitted: Mapping[str, Floats]  # (M,) what the fit of the page expects of each of them
     runs: Floats  # (N, M) measured, nan where it was not
+    parts: Sequence[Mapping[str, float]]  # (K) what each domain is made of in a weights.json
 
 
 def effects(given: Given) -> dict[str, dict[str, list[float | None]]]:
@@ -128,6 +129,7 @@ def _data(given: Given, sign: Floats) -> dict[str, Any]:
     every = max(given.runs.size // _DOTS, 1)
     return {
         "domains": list(given.domains),
+        "parts": [list(parts.items()) for parts in given.parts],
         "metrics": list(given.metrics),
         "sign": sign.tolist(),
         "law": {name: _rounded(values.numpy()) for name, values in tensors.items()},

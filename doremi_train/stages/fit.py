@@ -185,6 +185,7 @@ def _steer(problem: Problem, proposal: Proposal) -> Given:
         {"proposed": proposal.weights, "natural": problem.natural},
         {"proposed": proposal.predicted, "natural": problem.wanted.natural},
         runs.values,
+        [{name: 1.0} for name in runs.domains],
     )
 
 

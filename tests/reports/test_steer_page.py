@@ -14,7 +14,6 @@ import torch
 from helpers import regmix
 from helpers.browser import Browser
 from helpers.command import run_here
-from numpy.testing import assert_allclose
 
 from doremi_train import console
 from doremi_train.methods import steering
@@ -96,9 +95,9 @@ def compare(
     pairs += [("hold", name) for name in held or [""]]
     dom = browser(page, "dump-dom", at="#" + urlencode(pairs))
     data, found = Data.of(page), shown(dom)
-    assert list(found) == data.given["domains"]
-    expected = data.steered(start, better, held, 0.004)
-    assert_allclose(list(found.values()), expected, atol=1e-6)
+    pairs = zip(data.given["parts"], data.steered(start, better, held, 0.004), strict=True)
+    expected = {name: part * weight for parts, weight in pairs for name, part in parts}
+    assert found == pytest.approx(expected, abs=1e-6)
     said = re.search(r'id="said"[^>]*>(.*?)</p>', dom, re.DOTALL)
     assert said
     return html.unescape(said[1])
@@ -180,8 +179,12 @@ def test_of_a_swarm_s_runs_too(tiny: list[str], tmp_path: Path, browser: Browser
     runs = ("mixture=swarm", "swarm.runs=4", "swarm.candidates=1", "training.steps=6", "seed=98")
     outcome = run_here(*tiny, *runs, "stage=swarm", f"run_dir={tmp_path}")
     assert outcome.code == 0, outcome
-    for start in ("chosen", "natural"):
-        compare(browser, tmp_path / "steer.html", start, {"rich": 0.01}, ["plain"])
+    (tmp_path / "old.json").write_text('{"digits": 0.9, "rich": 0.1}')
+    frozen = [f"swarm.frozen={tmp_path / 'old.json'}", f"run_dir={tmp_path / 'frozen'}"]
+    assert run_here(*tiny, *runs, "stage=swarm", *frozen).code == 0
+    for folder in (tmp_path, tmp_path / "frozen"):
+        for start in ("chosen", "natural"):
+            compare(browser, folder / "steer.html", start, {"rich": 0.01}, ["plain"])
 
 
 @pytest.mark.acceptance

@@ -129,7 +129,7 @@ function show() {
       .forEach((text, place) => { row.cells[place + 1].textContent = text; });
   });
   byId("weights").textContent = JSON.stringify(Object.fromEntries(
-    data.domains.map((name, k) => [name, Number(mixture[k].toFixed(9))])), null, 1);
+    data.parts.flatMap((parts, k) => parts.map(([name, part]) => [name, Number((part * mixture[k]).toFixed(9))]))), null, 1);
   byId("allowed").textContent = `${(100 * state.tolerance).toFixed(1)} %`;
   byId("said").textContent = verdict(start, mixture);
   mark();

@@ -1,6 +1,6 @@
 """The page to steer a mixture by, of the runs that a swarm fitted: `run_dir/steer.html`.
 
-K domains, M metrics, N runs.
+K domains, M metrics, N runs, V virtual domains: those that are frozen together are one.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import numpy as np
 from doremi_train import files
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.methods import regressors, steering
+from doremi_train.methods.box import Floats
 from doremi_train.parallel.threads import fitting
 from doremi_train.reports import steer_page
 from doremi_train.reports.steer_page import Given
@@ -22,20 +23,20 @@ from doremi_train.storage.runs import Run
 
 PAGE = "steer.html"  # which a report links where it is there
 STAGES = ("pipeline", "swarm", "report")  # whose reader looks at one mixture
+_NAMED = 4  # of the domains that are frozen together, at most
 RUNS_PER_DOMAIN = 2  # of fewer the law's effects say nothing
 
 
 @fitting("swarm")
 def write(session: Session, store: TokenStore, problem: Problem, search: Run) -> None:
-    """Write the page of a finished search, once. None where domains are frozen together, which
-    sliders would take apart, or where runs are too few."""
+    """Write the page of a finished search, once. None where runs are too few. Domains that are
+    frozen together have one slider."""
     path, result = session.run_dir / PAGE, search.result()
     rows = [
         Row(line["run"], list(line["weights"].values()), list(line["losses"].values()))
         for line in files.read_lines(search.folder / "runs.jsonl")
     ]
-    frozen = len(problem.prior) < len(problem.names)
-    if path.exists() or frozen or len(rows) < RUNS_PER_DOMAIN * len(problem.names):
+    if path.exists() or len(rows) < RUNS_PER_DOMAIN * len(problem.prior):
         return
     steer_page.write(
         path,
@@ -58,15 +59,30 @@ def _given(
     wanted = swarm_problem.wanted(session, store, problem, rows)
     known, regressor = swarm_problem.known(problem), session.config.swarm.regressor
     fit = regressors.REGRESSORS[regressor](points, values * wanted.turn, known)
-    starts = {"chosen": swarm_problem.row_of(problem, chosen), "natural": problem.natural}
+    mixed = {"chosen": swarm_problem.row_of(problem, chosen), "natural": problem.natural}
+    starts = {name: problem.space.reduce(mixture) for name, mixture in mixed.items()}
+    parts = [_of(problem, row) for row in problem.space.spread]
     expected = fit.predict(np.stack([*starts.values()])) * wanted.turn
     return Given(
-        problem.names,
+        [_name(part) for part in parts],
         metrics.names(session, store),
         wanted.more,
         steering.steerable(points, values, wanted.more, known),
-        problem.within,
+        problem.inside,
         starts,
         dict(zip(starts, expected, strict=True)),
         values,
+        parts,
     )
+
+
+def _of(problem: Problem, row: Floats) -> dict[str, float]:
+    """{domain: part} of a virtual domain, a row of the problem's space."""
+    return {name: float(part) for name, part in zip(problem.names, row, strict=True) if part}
+
+
+def _name(part: Mapping[str, float]) -> str:
+    """The domains that are kept together, the largest first."""
+    names = sorted(part, key=lambda name: -part[name])
+    more = len(names) - _NAMED
+    return " + ".join([*names[:_NAMED], *([f"{more} more"] if more > 0 else [])])

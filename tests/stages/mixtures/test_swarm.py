@@ -4,6 +4,7 @@ stage on real runs."""
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -408,6 +409,13 @@ def test_the_report_shows_fitted_against_realised(swarmed: Path) -> None:
         assert f"<td>{run['run'].removeprefix('swarm/')}</td>{cells}" in page
 
 
+def steered(page: Path) -> Any:
+    """What the script of a page to steer by reads."""
+    found = re.search(r'id="steering">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
 @pytest.mark.slow
 def test_a_swarm_has_a_page_to_steer_by(
     swarmed: Path, tiny: list[str], store: Path, tmp_path: Path
@@ -417,22 +425,26 @@ def test_a_swarm_has_a_page_to_steer_by(
     assert '<a href="steer.html">' in report and '<a href="report.html">' in page
     assert "6 small runs of 3 domains and 3 metrics · fitted by log_linear" in page
     assert page.count("data-value=") == 9
-    found = re.search(r'id="steering">(.*?)</script>', page, re.DOTALL)
-    assert found
-    data, runs = json.loads(found[1]), lines(swarmed / "swarm/runs.jsonl")
+    data, runs = steered(swarmed / "steer.html"), lines(swarmed / "swarm/runs.jsonl")
     chosen = read(swarmed / "weights.json")["weights"]
     assert data["names"] == ["chosen", "natural"] and data["domains"] == [*chosen]
     assert data["starts"]["chosen"] == pytest.approx([*chosen.values()])
     assert data["starts"]["natural"] == pytest.approx([*runs[0]["weights"].values()])
     measured = [[*run["losses"].values()] for run in runs]
     assert np.array(data["runs"]) == pytest.approx(np.array(measured), rel=1e-5)
-    # Also of a swarm that was done before, for another run_dir; and not of domains kept together.
+    # Also of a swarm that was done before, for another run_dir; and domains kept together are one.
     again = run_here(*tiny, *SWARM, f"run_dir={tmp_path / 'same'}", "stage=swarm")
     assert again.code == 0 and "steer.html is a page to steer by" in again.out
     (tmp_path / "old.json").write_text('{"weights": {"plain": 0.9, "rich": 0.1}}')
     frozen = (*SWARM, f"swarm.frozen={tmp_path / 'old.json'}", "stage=swarm")
     outcome = run_here(*tiny, *frozen, f"run_dir={tmp_path / 'frozen'}")
-    assert outcome.code == 0 and not (tmp_path / "frozen/steer.html").exists(), outcome
+    assert outcome.code == 0, outcome
+    data = steered(tmp_path / "frozen/steer.html")
+    assert data["domains"] == ["plain + rich", "digits"]
+    assert data["parts"] == [[["plain", 0.9], ["rich", 0.1]], [["digits", 1.0]]]
+    chosen = read(tmp_path / "frozen/weights.json")["weights"]
+    together = data["starts"]["chosen"]
+    assert together == pytest.approx([chosen["plain"] + chosen["rich"], chosen["digits"]])
 
 
 @pytest.mark.slow
