@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-STUDIES = ("less_study", "policies", "selection", "token_weighting")
+STUDIES = ("less_study", "policies", "selection", "token_weighting", "worth")
 _OTHERS = ("__init__", "__main__", "common", "page_tasks", "planted_tasks", *STUDIES)
 
 
