@@ -45,7 +45,7 @@ LEAST_SPEARMAN = 0.5  # below, out of fold, a fit is no guide
 @dataclass(frozen=True, config=STRICT)
 class Options:
     regressor: Literal["log_linear", "lightgbm", "gaussian_process", "saturating", "corrected"] = (
-        "log_linear"
+        "saturating"
     )
     """What fits the loss of each domain."""
 
