@@ -393,6 +393,7 @@ def test_domains_on_the_command_line(corpus: Path, tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "plan.json").read_text())["domains"]) == ["plain", "rich"]
 
 
+@pytest.mark.slow
 def test_a_long_tail_of_domains_is_left_out(tmp_path: Path) -> None:
     file, common = tmp_path / "all.jsonl", [*TINY, "data.domain_key=site", "stage=prepare"]
     records = [{"text": text, "site": f"big{i % 2}"} for i, text in enumerate(texts(5, 60_000))]

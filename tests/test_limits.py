@@ -182,6 +182,7 @@ def test_a_copy_of_what_is_not_finished_keeps_its_checkpoints(tmp_path: Path) ->
 # ── A store that others may only read ───────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_finished_store_of_another_user_serves_readers(tiny: list[str], tmp_path: Path) -> None:
     store = tmp_path / "store"
     given = [*tiny, f"store={store}"]

@@ -200,6 +200,7 @@ FOUND: list[tuple[str, str, Any, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "key", "value", "said"),
     FOUND,

@@ -438,6 +438,7 @@ def test_contract_of_a_heuristic(name: str) -> None:
             torch.testing.assert_close(turned, weights.flip(0), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", regressors.REGRESSORS)
 def test_contract_of_a_regressor(name: str) -> None:
     """Losses (R, M) of mixtures (R, K), finite, the same again, and in the order of the truth."""

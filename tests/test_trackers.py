@@ -571,6 +571,7 @@ def write(backend: Any, folder: Path) -> list[dict[str, Any]]:
     return kept
 
 
+@pytest.mark.slow
 def test_odd_names_of_domains_are_kept_apart_in_wandb(tmp_path: Path) -> None:
     written = write("wandb", tmp_path / "run")
     (kept,) = wandb_runs(tmp_path / "run")
@@ -637,6 +638,7 @@ def test_tracking_leaves_the_process_as_it_was(
     assert services() == []
 
 
+@pytest.mark.slow
 def test_backends_are_imported_only_when_asked_for() -> None:
     code = "import sys, doremi_train.stages, doremi_train.stages.report; print(*sys.modules)"
     modules = subprocess.check_output(

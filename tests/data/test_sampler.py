@@ -169,6 +169,7 @@ def test_epochs_seeds_and_domains_have_permutations_of_their_own() -> None:
     assert np.array_equal(first, epochs(200, 1)[0])
 
 
+@pytest.mark.slow
 def test_any_sequence_may_come_first() -> None:
     """χ² over the first position of many permutations of 11: a false alarm once in ten thousand
     draws of the seed."""
@@ -324,6 +325,7 @@ def test_a_sub_sample_depends_on_its_seed_and_the_domain_s_name_alone() -> None:
     assert nested < kept(source, 0)  # a smaller part is a part of the larger
 
 
+@pytest.mark.slow
 def test_any_sequence_may_be_kept() -> None:
     """χ² over the one sequence of 11 that is kept: a false alarm once in ten thousand draws of the
     seed."""

@@ -1,6 +1,7 @@
 """Forecasts where metrics are missing in some runs: each is fitted to the runs that have it."""
 
 import numpy as np
+import pytest
 import torch
 
 from doremi_train.methods import regressors
@@ -30,6 +31,7 @@ def test_each_metric_is_fitted_to_the_runs_that_have_it() -> None:
     assert (low < predicted).all() and (predicted < high).all()
 
 
+@pytest.mark.slow
 def test_with_a_gradient_it_is_the_same() -> None:
     found = forecast(POINTS, HOLES, KNOWN, "saturating", LESS)
     assert found.smooth and not forecast(POINTS, HOLES, KNOWN, "log_linear", LESS).smooth

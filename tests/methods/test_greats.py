@@ -174,6 +174,7 @@ def one_pass(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPat
     return run_dir
 
 
+@pytest.mark.slow
 def test_one_pass_trains_as_an_ordinary_step_on_the_picks_does(
     one_pass: Path, fresh: list[str], command: Command, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_one_pass_trains_as_an_ordinary_step_on_the_picks_does(
     same_picks(one_pass, run_dir)
 
 
+@pytest.mark.slow
 def test_picks_do_not_depend_on_micro_batches(
     one_pass: Path, fresh: list[str], command: Command, tmp_path: Path
 ) -> None:
@@ -319,6 +321,7 @@ def test_a_given_target_may_not_be_evaluated(
     assert outcome.code == 2 and "shares text with the reported evaluation" in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -101,6 +101,7 @@ def test_a_target_that_is_the_raw_corpus_gives_no_weight_at_all() -> None:
     assert exact_scores(list(TEXTS), list(TEXTS)) == [0.0] * len(TEXTS)
 
 
+@pytest.mark.slow
 def test_mixing_is_the_one_that_held_out_text_likes_best() -> None:
     rng = np.random.default_rng(1)
     raw = rng.integers(1, 1000, 200)

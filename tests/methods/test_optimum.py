@@ -50,6 +50,7 @@ def naive(cost: object, within: Box) -> float:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [FREE, CAPPED], ids=["free", "capped"])
 @pytest.mark.parametrize("harm", [0.0, 3.0])
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -122,6 +122,7 @@ def steady(steps: int, seed: int) -> Tensor:
     return gains
 
 
+@pytest.mark.slow
 def test_it_is_settled_when_the_average_is_known_and_not_before() -> None:
     gains = steady(3000, 0)
     ends = {}

@@ -198,6 +198,7 @@ def test_where_more_is_better_the_law_is_of_what_is_below_0() -> None:
     assert_allclose(turned.law.predict(points), plain.law.predict(points))
 
 
+@pytest.mark.slow
 def test_metrics_that_are_missing_in_runs_are_fitted_to_the_others() -> None:
     points = np.random.default_rng(0).dirichlet(np.ones(5), 40)
     losses = truth(points, np.ones(5), np.inf).predict(points)
@@ -210,6 +211,7 @@ def test_metrics_that_are_missing_in_runs_are_fitted_to_the_others() -> None:
     assert_allclose(found.predict(points)[:, [0, 2]], both.predict(points))
 
 
+@pytest.mark.slow
 def test_intervals_hold_most_of_the_true_effects() -> None:
     held, start = [], np.full(5, 0.2)
     for seed in range(3):

@@ -53,6 +53,7 @@ def gradients(language_model: LanguageModel, losses: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((weights * losses).sum(), list(language_model.parameters())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "chunk", [1, 7 * 300, 29 * 300]

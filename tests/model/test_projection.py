@@ -46,6 +46,7 @@ def gradients(of: Case, losses: Tensor) -> list[Tensor]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "logits", [1, 3 * V, N * V, 1000 * V]
 )  # a token at a time, three, all, more than there are
@@ -175,6 +176,7 @@ def test_peak_memory_of_a_step_does_not_depend_on_the_vocabulary(fused: bool) ->
     assert peaks[1] / peaks[0] == pytest.approx(1 if fused else 16, rel=0.1)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_the_same_numbers() -> None:
     of = case(True, torch.float32, (50, 16, 40))
     fused = Projection(of.head)

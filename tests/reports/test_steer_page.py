@@ -162,6 +162,7 @@ def test_a_click_sorts_and_a_slider_steers(page: Path, browser: Browser, tmp_pat
     assert "Granted by the law" in dom
 
 
+@pytest.mark.slow
 def test_the_page_says_all_without_a_script(page: Path) -> None:
     text = page.read_text()
     body = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)

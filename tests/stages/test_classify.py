@@ -73,6 +73,7 @@ def data(tmp_path: Path) -> list[str]:
 # ── The command ─────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_all_methods_in_one_command(data: list[str], tmp_path: Path) -> None:
     outcome = run_here(*data, "classify.seeds=2", f"run_dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome.err

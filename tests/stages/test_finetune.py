@@ -616,6 +616,7 @@ def selected(
     return run_dir
 
 
+@pytest.mark.slow
 def test_two_passes_pick_the_same(
     selected: Path, tuning: list[str], command: Command, tmp_path: Path
 ) -> None:

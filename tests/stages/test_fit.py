@@ -49,6 +49,7 @@ def read(run_dir: Path) -> dict:
     return json.loads((run_dir / "fit" / "fit.json").read_text())
 
 
+@pytest.mark.slow
 def test_from_a_table_to_weights_and_to_a_trainer(tmp_path: Path) -> None:
     path, run_dir = table(tmp_path / "runs.csv"), tmp_path / "run"
     outcome = fit(path, run_dir, f"fit.predict={path}")
@@ -75,6 +76,7 @@ def test_from_a_table_to_weights_and_to_a_trainer(tmp_path: Path) -> None:
     assert sum(map(float, written[::2])) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_predictions_are_named_as_the_input_is(tmp_path: Path) -> None:
     path, run_dir = table(tmp_path / "runs.csv"), tmp_path / "run"
     assert fit(path, run_dir, f"fit.predict={path}").code == 0
@@ -110,6 +112,7 @@ def test_the_objective_decides_and_guards_hold(tmp_path: Path) -> None:
     assert prose["proposed"] < prose["natural"] * 1.0051 and prose["guard"] == 0.005
 
 
+@pytest.mark.slow
 def test_caps_follow_from_tokens_and_budget(tmp_path: Path) -> None:
     path = table(tmp_path / "runs.csv")
     tokens = "fit.tokens={web: 1000, code: 100, books \\(old\\): 100}"
@@ -230,6 +233,7 @@ def test_a_mistake_is_one_message(tmp_path: Path, more: list[str], said: str) ->
     assert not (tmp_path / "run" / "weights.json").exists()
 
 
+@pytest.mark.slow
 def test_documents_need_the_data(tmp_path: Path) -> None:
     path = table(tmp_path / "runs.csv")
     export = ["stage=export", f"fit.runs={path}", f"run_dir={tmp_path / 'run'}"]
@@ -237,6 +241,7 @@ def test_documents_need_the_data(tmp_path: Path) -> None:
     assert outcome.code == 2 and "give export.unit=sequences" in outcome.err, outcome
 
 
+@pytest.mark.slow
 def test_names_are_text_on_the_page_and_in_the_terminal(tmp_path: Path) -> None:
     path = table(tmp_path / "runs.csv", more="<script>alert(1)</script>[bold]")
     outcome = fit(path, tmp_path / "run")
@@ -284,6 +289,7 @@ def test_a_long_fit_hears_that_it_is_told_to_stop(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "weights.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regressor", ["saturating", "gaussian_process"])
 def test_what_more_is_better_of_is_fitted_as_well_as_a_loss(tmp_path: Path, regressor: str) -> None:
     """A law of losses knows nothing of what rises; the figures on the page are as they were

@@ -43,6 +43,7 @@ def finished(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ── The files of the contract ───────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_config_holds_every_key_resolved(finished: Path) -> None:
     import yaml
 
@@ -315,6 +316,7 @@ def test_a_mixture_from_sizes(method: str, tiny: list[str], tmp_path: Path) -> N
         assert set(artefact["weights"].values()) == {1 / 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["uniform", "doremi"])
 def test_no_mixture_repeats_a_domain_more_than_is_allowed(
     method: str, tiny: list[str], tmp_path: Path
@@ -457,6 +459,7 @@ def test_micro_batches_change_nothing(
         assert a["tokens"] == b["tokens"]
 
 
+@pytest.mark.slow
 def test_an_existing_reference(finished: Path, tiny: list[str], tmp_path: Path) -> None:
     given = finished / "reference" / "model"
     ran(*tiny, f"run_dir={tmp_path}", f"reference.path={given}")
@@ -518,6 +521,7 @@ def test_a_sweep_may_change_the_precision(tiny: list[str], tmp_path: Path) -> No
     assert len(list(tmp_path.glob("*/reference/result.json"))) == 2
 
 
+@pytest.mark.slow
 def test_the_report_escapes_names_of_domains(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     records = [{"text": text, "set": "tame"} for text in documents(1, "abcdefgh", 50, 40_000)]

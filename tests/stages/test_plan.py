@@ -484,6 +484,7 @@ def test_size_of_the_reference_losses(tiny: list[str], tmp_path: Path) -> None:
     assert seeds["reference_losses"]["sequences"] == pytest.approx(expected, abs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "uniform", "floor"), [(8, 0, 1 - 8 * 0.3 / 3), (2, 1 / 3, 0.8)])
 def test_absence_is_that_of_the_sampler(
     batch: int, uniform: float, floor: float, tiny: list[str], tmp_path: Path

@@ -91,6 +91,7 @@ def agreement(run_dir: Path, root: Path, topics: dict[str, int]) -> float:
 # ── What is found ───────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_hidden_topics_are_found(corpus: tuple[Path, dict[str, int]], found: Path) -> None:
     root, topics = corpus
     assert agreement(found, root, topics) > 0.9
@@ -174,6 +175,7 @@ def test_the_same_for_any_workers_and_division_into_files(
     assert one == other
 
 
+@pytest.mark.slow
 def test_what_was_read_serves_another_number_and_a_finished_run_does_nothing(
     corpus: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
@@ -189,6 +191,7 @@ def test_what_was_read_serves_another_number_and_a_finished_run_does_nothing(
     assert (tmp_path / "two" / "regroup" / "sidecar.parquet").stat().st_mtime_ns == sidecar
 
 
+@pytest.mark.slow
 def test_levels_are_by_likeness_to_good_text(tmp_path: Path) -> None:
     """In every domain, a fifth of every other document is of topic 8, as the good text is."""
     texts = {}
@@ -232,6 +235,7 @@ def test_new_documents_go_to_domains_found_earlier(
     assert by_text(tmp_path / "same", root) == by_text(found, root)
 
 
+@pytest.mark.slow
 def test_new_documents_of_domains_that_were_split(
     corpus: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_what_asks_others_is_never_kept(
     assert finished.said(done | more) is None
 
 
+@pytest.mark.slow
 def test_the_command_says_again_what_it_said_and_imports_no_torch(
     tiny: list[str], tmp_path: Path
 ) -> None:

@@ -262,6 +262,7 @@ def tables(store: Path) -> list[Path]:
     return sorted((store / "losses").iterdir())
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_a_live_reference(
     tiny: list[str], store: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +279,7 @@ def test_weights_are_those_of_a_live_reference(
     assert not list((tmp_path / "cached" / "proxy").resolve().glob("**/*.pending"))
 
 
+@pytest.mark.slow
 def test_a_sweep_computes_every_loss_once(fresh: list[str], tmp_path: Path) -> None:
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'one'}")
     with without_reference():
@@ -347,6 +349,7 @@ def test_a_part_of_every_domain_is_computed_ahead_too(fresh: list[str], tmp_path
         proxy(*overrides)
 
 
+@pytest.mark.slow
 def test_draws_from_the_weights_are_cached_as_they_come(fresh: list[str], tmp_path: Path) -> None:
     overrides = [*fresh, CACHED, "proxy.objective=resample"]
     outcome = run_here(*overrides, f"run_dir={tmp_path / 'one'}", "stage=reference")
@@ -360,6 +363,7 @@ def test_draws_from_the_weights_are_cached_as_they_come(fresh: list[str], tmp_pa
     assert np.abs(trace(tmp_path / "two") - trace(tmp_path / "live")).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_score_without_a_reference_needs_none(fresh: list[str], tmp_path: Path) -> None:
     overrides = [*fresh, "proxy.score=hardest"]
     with without_reference():
@@ -374,6 +378,7 @@ def test_a_score_without_a_reference_needs_none(fresh: list[str], tmp_path: Path
     assert not (tmp_path / "store" / "losses").exists()
 
 
+@pytest.mark.slow
 def test_every_round_has_its_own(fresh: list[str], tmp_path: Path) -> None:
     proxy(
         *fresh, CACHED, f"run_dir={tmp_path / 'run'}", "proxy.rounds=2", "proxy.round_tolerance=0"
@@ -385,6 +390,7 @@ def test_every_round_has_its_own(fresh: list[str], tmp_path: Path) -> None:
     assert sorted(said) == sorted(folders.folder_fingerprint(folder) for folder in models)
 
 
+@pytest.mark.slow
 def test_other_data_has_its_own(fresh: list[str], corpus: Path, tmp_path: Path) -> None:
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'one'}")
     for domain in ("plain", "rich", "digits"):
@@ -407,6 +413,7 @@ def test_other_data_has_its_own(fresh: list[str], corpus: Path, tmp_path: Path) 
     assert one["data"] != two["data"]
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_ends_with_a_message(fresh: list[str], tmp_path: Path) -> None:
     proxy(*fresh, CACHED, f"run_dir={tmp_path / 'one'}")
     (folder,) = tables(tmp_path / "store")
@@ -423,6 +430,7 @@ def test_a_changed_recipe_ends_with_a_message(fresh: list[str], tmp_path: Path) 
     proxy(*again)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_filling_continues_when_there_is_room(
     fresh: list[str], tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def corpus() -> dict[tuple[str, str], list[tuple[str, str]]]:
     }
 
 
+@pytest.mark.slow
 def test_six_domains_of_300_kilobytes(corpus):
     sizes = {
         domain: sum(len(text.encode()) for _, text in corpus[domain, "train"])
@@ -70,6 +71,7 @@ def test_no_text_stands_in_two_domains(corpus):
             assert owner.setdefault(hashlib.sha256(text.encode()).hexdigest(), domain) == domain
 
 
+@pytest.mark.slow
 def test_the_same_in_two_processes_without_torch():
     outputs = []
     for seed in ("1", "2"):

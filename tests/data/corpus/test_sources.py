@@ -725,6 +725,7 @@ def test_truncated_files(tmp_path, ending):
         refused(one(path), str(path), "truncated or corrupt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zeros", [1, 511, 512, 3_000_000])
 def test_zeros_after_gzip_members_are_passed_over(tmp_path, zeros):
     write_as(tmp_path / "a", ".jsonl.gz")

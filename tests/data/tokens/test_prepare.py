@@ -439,6 +439,7 @@ def run(values: dict[str, Any], folder: Path, calls: int, **environment: str) ->
     ).returncode
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_continues_with_the_same_bytes(tmp_path: Path) -> None:
     root = corpus(tmp_path / "in", domains="abc")
     values = SMALL | {"root": str(root)}

@@ -118,6 +118,7 @@ def test_tar_headers_are_deterministic_and_tokens_aligned(tmp_path: Path) -> Non
     assert store.domains == ("a", "b")
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), length=st.integers(1, 70), wide=st.booleans())
 def test_gather_equals_a_naive_reading(
@@ -349,6 +350,7 @@ def test_unknown_text_size_is_nan(tmp_path: Path) -> None:
     ).tolist() == [2, 0]
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=300), unique=True, max_size=20))
 def test_domain_folders_are_safe_and_different(names: list[str]) -> None:
     folders = [

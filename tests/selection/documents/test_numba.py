@@ -46,11 +46,13 @@ def run(code: str, *given: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_without_a_selection_imports_no_numba(corpus: Path, tmp_path: Path) -> None:
     given = (f"data.root={corpus}", f"run_dir={tmp_path / 'run'}", *TINY, "stage=prepare")
     assert "numba: False" in run(TOLD, *given)
 
 
+@pytest.mark.slow
 def test_without_numba_a_selection_is_one_message_before_any_work_and_others_run(
     corpus: Path, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def test_texts_and_names_that_look_like_markup_are_shown_as_they_are(
     assert page.count("[/INST] ") >= 6 and "[bold]:x:\\x1b[2J" in page and "\x1b" not in page
 
 
+@pytest.mark.slow
 def test_other_budgets_seeds_and_temperatures_need_no_scoring_again(
     raw: Path, target: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_the_choice_is_the_same_for_any_workers_and_sharding(
     assert ids[0] == ids[1]
 
 
+@pytest.mark.slow
 def test_copies_draw_noise_of_their_own(target: Path, tmp_path: Path) -> None:
     texts = [*documents(5, "abcdefgh", 200, 40_000)]
     copies = [texts[0]] * 60

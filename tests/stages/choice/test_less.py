@@ -176,6 +176,7 @@ def test_what_is_there_is_not_computed_again_and_what_is_missing_is(
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == shards[:1]
 
 
+@pytest.mark.slow
 def test_kept_features_serve_later_targets_and_agree_with_direct_scores(
     folder: Path, chosen: Path, command: Command, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def alone(module_fresh: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return run_dir
 
 
+@pytest.mark.slow
 def test_a_stranger_recomputes_the_weights(alone: Path) -> None:
     """From λ and the recorded η alone, in plain Python; and η from the ranges so far."""
     trace = lines(alone / "proxy" / "domain_weights.jsonl")
@@ -70,6 +71,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 def test_stopped_in_the_start_and_after_it_it_continues_to_the_same_bits(
     fresh: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +83,7 @@ def test_stopped_in_the_start_and_after_it_it_continues_to_the_same_bits(
     same_bits(alone, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_stopped_and_its_store_gone_it_continues_from_the_second_home(
     fresh: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_it_is_said_in_the_plan_at_the_start_and_in_the_result(
     assert f"mixture: {line}" in " ".join(outcome.out.split())
 
 
+@pytest.mark.slow
 def test_a_domain_that_is_weighed_alone_is_a_target(tiny: list[str], tmp_path: Path) -> None:
     """By its name in objective.metrics, or as target.domains: the very same run."""
     given = (*tiny, *RUNS, "mixture=mixmin", "stage=main", "training.steps=3")

@@ -93,6 +93,7 @@ def solved(tiny: list[str], command: Command, tmp_path_factory: pytest.TempPathF
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_target_s_own_domain_wins(solved: Path) -> None:
     mixture, plan = read(solved / "weights.json"), read(solved / "plan.json")
     assert (
@@ -121,6 +122,7 @@ def test_an_expert_depends_on_its_domain_alone(solved: Path) -> None:
     assert read(solved / "mixmin/experts/plain/recipe.json")["mixture"] == {"plain": 1.0}
 
 
+@pytest.mark.slow
 def test_a_new_domain_costs_one_run(
     solved: Path, corpus: Path, tiny: list[str], store: Path, command: Command, tmp_path: Path
 ) -> None:

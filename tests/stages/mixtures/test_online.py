@@ -234,6 +234,7 @@ def adapted(
     return request.param, run_dir
 
 
+@pytest.mark.slow
 def test_weights_and_schedule_are_what_was_drawn(
     adapted: tuple[str, Path], tiny: list[str], command: Command
 ) -> None:
@@ -276,6 +277,7 @@ def test_weights_and_schedule_are_what_was_drawn(
         assert recipe["target_losses"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_it_continues_to_the_same_bits(
     adapted: tuple[str, Path],
     fresh: list[str],

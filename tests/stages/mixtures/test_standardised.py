@@ -117,6 +117,7 @@ def test_a_comparison_is_standardised_by_the_seeds_of_natural(
         assert found["contenders"][name]["losses"] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_swarm_fits_an_accuracy_as_well_as_a_loss(tiny: list[str], tmp_path: Path) -> None:
     given = ("mixture=swarm", "swarm.regressor=saturating", "objective=custom", "swarm.kl=0")
     scored = ("objective.metrics={arc/acc: -1}", f"objective.scores=[{tmp_path}]")

@@ -167,6 +167,7 @@ def test_a_run_that_went_wrong_does_not_bend_the_others() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian_process", "lightgbm", "saturating", "corrected"])
 def test_other_regressors_rank_mixtures_and_propose_within_caps(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -634,6 +635,7 @@ def test_a_guard_is_kept_but_not_beyond_doubt() -> None:
     assert swarm_proposals.in_doubt(wanted, sure, ["code", "web"]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.acceptance)])
 def test_a_search_keeps_guards_against_natural(
     processes: int, tiny: list[str], doremi: Command, tmp_path: Path

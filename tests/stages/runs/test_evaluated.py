@@ -54,6 +54,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
+@pytest.mark.slow
 def test_what_the_trainer_measured_is_what_the_saved_model_gives_to_the_same_bits(
     trained: list[str],
 ) -> None:

@@ -53,6 +53,7 @@ def kept(store: Path, run: Path) -> set[float]:
     return {entry["bits_per_byte"] for entry in found if "bits_per_byte" in entry}
 
 
+@pytest.mark.slow
 def test_a_search_takes_what_is_best_on_the_tasks(searched: Path, store: Path) -> None:
     scores = {}
     for run in sorted((searched / "search").glob("run-*")):

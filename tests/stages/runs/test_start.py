@@ -44,6 +44,7 @@ def onward(first: Path, tiny: list[str], tmp_path_factory: pytest.TempPathFactor
     return run_dir
 
 
+@pytest.mark.slow
 def test_every_model_begins_with_the_weights(first: Path, onward: Path) -> None:
     for name in ("reference", "proxy", "main", "uniform"):
         assert "started_from" in read(onward / name / "recipe.json")["model"], name

@@ -69,6 +69,7 @@ def test_every_policy_trains_on_a_mixture_and_says_where_its_weight_goes(
     assert all(found[-1] < 5.7 for found in seen.values())  # ln 300 is knowing nothing
 
 
+@pytest.mark.slow
 def test_without_power_it_is_the_ordinary_run(
     fresh: list[str], reference: list[str], tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_without_power_it_is_the_ordinary_run(
     assert main_loss(tmp_path / "zero") == pytest.approx(main_loss(tmp_path / "none"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_may_be_of_this_command_and_only_main_runs_change(
     fresh: list[str], tmp_path: Path
 ) -> None:
@@ -91,6 +93,7 @@ def test_the_reference_may_be_of_this_command_and_only_main_runs_change(
     assert (tmp_path / "none" / "main").resolve() != (tmp_path / "rho" / "main").resolve()
 
 
+@pytest.mark.slow
 def test_cached_losses_give_what_live_ones_give(
     fresh: list[str], reference: list[str], tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_where_even_is_best_it_is_not_worth_it(tmp_path: Path) -> None:
     assert f"two runs on one mixture differ by up to {content['apart']:.4f}" in last
 
 
+@pytest.mark.slow
 def test_of_three_mixtures_nothing_is_told(tmp_path: Path) -> None:
     """Of an accuracy no more than of its loss; the row that has none of it is left out."""
     path = table(tmp_path / "runs.csv", lean=4, count=6)
