@@ -121,7 +121,12 @@ def _prepare(session: Session, options: DataOptions) -> Path:
     if session.mirror:
         session.mirror.prove()
     request = prepare.request(options)
-    if (link / "manifest.json").exists():
+    whole = (link / "manifest.json").exists()
+    if link.exists() and not link.is_symlink() and not whole:
+        raise UserError(
+            f"run_dir: {link} is none of ours, where a link to prepared data belongs; move it away"
+        )
+    if whole:  # or it was deleted there, and is made again
         before = read_manifest(link)["request"]
         if prepare.address(before) != prepare.address(request):
             raise UserError(

@@ -385,7 +385,7 @@ def shards_of(manifest: dict[str, Any]) -> dict[str, int]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """What is in a finished token store. Raises UserError where there is none, a damaged one or one
     of another version."""
-    file = path / "manifest.json"
+    file = path.resolve() / "manifest.json"  # what to delete is not the link to it
     if not file.is_file():
         raise UserError(
             f"store: {file} does not exist, so this is no finished token store; run with "
