@@ -140,6 +140,22 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that may have been damaged. Raises ValueError for anything else."""
+    return as_object(path.read_bytes())
+
+
+def as_object(content: bytes) -> dict[str, Any]:
+    """The same of what was read."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__} where an object is expected")
+    return value
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames within `folder` durable."""
     _sync(folder)
@@ -172,14 +188,37 @@ def try_lock(file: IO[Any]) -> bool:
     return True
 
 
+def take_lock(path: Path) -> IO[str] | None:
+    """The file `path`, open and locked for this process alone; None where another has it, or
+    deleted it meanwhile: what is locked then keeps nobody out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    if try_lock(file) and identity(path) == _identity(os.fstat(file.fileno())):
+        return file
+    file.close()
+    return None
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path is, as long as somebody has it open; None where there is none."""
+    try:
+        return _identity(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock that the file `path` is, for this process alone. While another has it,
     `waiting` is called again and again; what it raises ends the wait."""
-    with path.open("w") as file:
-        while not try_lock(file):
-            waiting()
-            time.sleep(0.2)
+    while (file := take_lock(path)) is None:
+        waiting()
+        time.sleep(0.2)
+    with file:
         yield
 
 

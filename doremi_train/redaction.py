@@ -9,13 +9,15 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 T = TypeVar("T")
 
 # Names of what is secret.
 _WORDS = (
-    r"sig|signature|token|secret|pass|passw(?:or)?d|passphrase|pwd|credentials?|auth|authorization"
-    r"|jwt|sas|api[_-]?key|key(?:[_-]?id)?|session(?:[_-]?id)?"
+    r"sig|signature|hmac|tokens?|bearer|secret|pass|passw(?:or)?d|passphrase|passcode|pwd?|otp"
+    r"|credentials?|auth|authorization|jwt|sas|api[_-]?key|key(?:[_-]?id)?|session(?:[_-]?id)?"
+    r"|cookie"
 )
 # A password may hold a slash; a port does not make one.
 _LOGIN = re.compile(
@@ -23,20 +25,41 @@ _LOGIN = re.compile(
     re.IGNORECASE,
 )
 _CONTAINER = re.compile(r"(?:abfss?|wasbs?|az|adl)://", re.IGNORECASE)  # CONTAINER@ACCOUNT follows
-_QUERY = re.compile(
-    rf"""([?&;](?:x-(?:amz|goog)-[\w-]+|[\w.-]*(?:{_WORDS})|(?:[\w.-]*[_.-])?code)=)"""
-    r"""(\$\{[^}]*\}|(?:(?!,\w+://)[^&;#\s'"\]}])*)""",
-    re.IGNORECASE,
+_NAME = re.compile(
+    rf"x-(?:amz|goog)-[\w-]+|[\w.-]*(?:{_WORDS})|(?:[\w.-]*[_.-])?code", re.IGNORECASE
 )
-_VALUE = r"""[ =:]*['"]?)((?:(?:basic|bearer)\s+)?[^\s'"]+)"""
+_QUERY = re.compile(
+    r"""([?&;#]([\w.%-]+)=)(\$\{[^}]*\}|(?:(?!,\w+://)[^&;#\s'"\]}])*)""",
+)
+# What is quoted may hold spaces; so may a header, up to the quote that was open before it.
+_VALUE = r"""[ =:]*['"]?)((?<=")[^"]+|(?<=')[^']+|(?:(?:basic|bearer|token)\s+)?[^\s'"]+)"""
 _COMMAND = [
-    re.compile(pattern + _VALUE, re.IGNORECASE)
-    for pattern in (
-        r"((?<!\S)(?:-u|--user|--proxy-user)(?=[ =\w'\"][^\s:]*[:$])",
-        r"((?<!\S)sshpass\s+-p",
-        rf"((?<!\S)--?[\w-]*(?:{_WORDS})(?=[ =])",
-        rf"((?<![\w?&;-])[\w-]*(?:{_WORDS})(?=[:=])",  # a header or a variable
-    )
+    *(
+        re.compile(rf"({quote}[\w-]*(?:{_WORDS}):\s*)([^{quote}]+)", re.IGNORECASE)
+        for quote in "'\""
+    ),
+    *(
+        re.compile(pattern + _VALUE, re.IGNORECASE)
+        for pattern in (
+            r"((?<!\S)(?:-u|--user|--proxy-user)(?=[ =\w'\"][^\s:]*[:$])",
+            rf"((?<!\S)--?[\w-]*(?:{_WORDS})(?=[ =])",
+            rf"((?<![\w?&;#-])[\w-]*(?:{_WORDS})(?=[:=])",  # a header or a variable
+        )
+    ),
+    # What some programs call it.
+    *(
+        re.compile(rf"(\b{program}\s(?:[^|;&\s]+\s+)*?{option}" + _VALUE)
+        for program, option in (
+            ("sshpass", "-p"),
+            ("curl", "-b(?= )"),
+            ("lftp", "-u(?= )"),
+            ("smbclient", "-U(?= )"),
+            ("unzip", "-P(?= )"),
+            ("openssl", "-k(?= )"),
+            (r"7z[az]?", r"-p(?=[\w'\"])"),
+            (r"mysql(?:dump)?", r"-p(?=[\w'\"])"),
+        )
+    ),
 ]
 _VARIABLE = re.compile(rf"(?:.*_)?(?:{_WORDS})", re.IGNORECASE)
 _NO_SECRETS = ("PWD", "OLDPWD")  # the working directory
@@ -87,10 +110,13 @@ def _replaced(text: str, by: Callable[[str], str]) -> str:
             return found[0]
         return found[1] + by(found[2])
 
+    def asked(found: re.Match[str]) -> str:
+        return found[1] + by(found[3]) if _NAME.fullmatch(unquote(found[2])) else found[0]
+
     def named(found: re.Match[str]) -> str:
         return found[1] + by(found[2])
 
-    text = _QUERY.sub(named, _LOGIN.sub(login, text))
+    text = _QUERY.sub(asked, _LOGIN.sub(login, text))
     before, pipe, command = text.partition("pipe:")
     for pattern in _COMMAND * bool(pipe):
         command = pattern.sub(named, command)

@@ -142,6 +142,23 @@ def test_names_beyond_ascii_and_of_our_files_under_a_c_locale(tmp_path: Path) ->
     assert again.code == 0 and "is in the store already" in again.out, again
 
 
+@pytest.mark.slow
+def test_names_beyond_latin_1_under_a_latin_1_locale(tmp_path: Path) -> None:
+    for seed, name in enumerate(["größe", "語"]):
+        write_jsonl(tmp_path / "in" / name / "train.jsonl", documents(seed, "abcdefgh", 50, 30_000))
+        (tmp_path / "in" / name / f"other.{seed}").touch()  # is named as not read
+    given = [f"data.root={tmp_path / 'in'}", f'run_dir="{tmp_path}/läuft"', "stage=prepare"]
+    (tmp_path / "locale").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "doremi_train", *TINY, "data.validation_fraction=0.1", *given],
+        env=environment() | limits.latin_1(tmp_path / "locale"), capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "größe".encode("latin-1") in done.stdout and rb"\u8a9e" in done.stdout
+    manifest = read(tmp_path / "läuft" / "prepare" / "manifest.json")
+    assert [*manifest["domains"]] == ["größe", "語"]
+
+
 # ── Copies ──────────────────────────────────────────────────────────────────────────
 
 

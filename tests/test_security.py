@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import command, forked
 from helpers.command import TINY, run_here
 from helpers.corpus import documents, write_jsonl
 
@@ -46,6 +47,7 @@ from doremi_train.redaction import redact, unveil, veil
         ('pipe:curl -H "Authorization: Bearer hush" h/x', 'pipe:curl -H "Authorization: ***" h/x'),
         ("pipe:MY_SECRET_KEY=hush aws s3 cp x -", "pipe:MY_SECRET_KEY=*** aws s3 cp x -"),
         ("pipe:wget --http-password 'hush' -O - h/x", "pipe:wget --http-password '***' -O - h/x"),
+        ("https://h/x?pw=a&pass%77ord=b&bearer=c&hmac=d#access_token=e", "https://h/x?pw=***&pass%77ord=***&bearer=***&hmac=***#access_token=***"),
         ("pipe:sshpass -p hush ssh h cat x | zcat", "pipe:sshpass -p *** ssh h cat x | zcat"),
     ],
 )  # fmt: skip
@@ -53,6 +55,39 @@ def test_secrets_in_urls_are_not_shown(given: str, shown: str) -> None:
     assert redact(given) == shown == redact(shown)
     assert redact({"a": [given, {"b": given}], "c": 1}) == {"a": [shown, {"b": shown}], "c": 1}
     assert str(UserError(given)) == shown
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (
+            'pipe:curl -u "ann:hu sh" --oauth2-bearer mum h',
+            'pipe:curl -u "***" --oauth2-bearer *** h',
+        ),
+        (
+            "pipe:curl -s -b 'a=hush' -H 'Cookie: b=hu sh; c=mum' h",
+            "pipe:curl -s -b '***' -H 'Cookie: ***' h",
+        ),
+        (
+            'pipe:curl -H \'Authorization: Digest a="b", response="hush"\' h',
+            "pipe:curl -H 'Authorization: ***' h",
+        ),
+        (
+            "pipe:gpg --passphrase='hu sh' -d x | mysql db -phush",
+            "pipe:gpg --passphrase='***' -d x | mysql db -p***",
+        ),
+        (
+            "pipe:unzip -P hush -p x.zip; 7z x -phush -so x.7z",
+            "pipe:unzip -P *** -p x.zip; 7z x -p*** -so x.7z",
+        ),
+        (
+            "pipe:lftp -u ann,hush h -e x; openssl enc -d -k hush -in x",
+            "pipe:lftp -u *** h -e x; openssl enc -d -k *** -in x",
+        ),
+    ],
+)
+def test_secrets_in_commands_are_not_shown(given: str, shown: str) -> None:
+    assert redact(given) == shown == redact(shown)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +101,8 @@ def test_secrets_in_urls_are_not_shown(given: str, shown: str) -> None:
         "data.text_key=text data.tokenizer=train mixture.key=a",
         "pipe:zcat /data/keys/x.gz | sort -u -k 2",
         "pipe:gsutil cat gs://b/x-*.jsonl",
+        "pipe:curl -sb0 h | sort -k 2 -u a,b | 7z e -si -so | unzip -p x.zip | mysql -p db",
+        "https://h/x#part=2",
         "train.txt?x",
         "k: v@w",
     ],
@@ -191,6 +228,45 @@ def test_a_marked_password_is_found_nowhere(web: str, tmp_path: Path) -> None:
     assert [*tmp_path.rglob("*.wandb")]  # where its client logs too
     for outcome in done + refused:
         assert mark not in outcome.out + outcome.err
+    for path in everything(tmp_path):
+        if path.parent != tmp_path / "web":
+            assert mark.encode() not in path.read_bytes() and mark not in str(path), path
+
+
+@pytest.mark.acceptance
+def test_a_marked_password_is_not_in_what_a_launcher_or_a_client_keeps(
+    web: str, tmp_path: Path
+) -> None:
+    """A sweep that Hydra's launcher sends to processes, as it does to Slurm, of which one fails;
+    with what the clients of services log, warn of and raise."""
+    mark, store = "Marked-4712", f"store={tmp_path / 'store'}"
+    env = command.environment() | {"PYTHONWARNINGS": "always", "FSSPEC_LOGGING_LEVEL": "DEBUG"}
+    env |= {"WEB_LOGIN": f"ann:{mark}", "AWS_SECRET_ACCESS_KEY": f"{mark}/key"}
+    env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+
+    def domains(login: str, name: str = "x.jsonl") -> str:
+        return f"data.domains={{a: {{train: ['http://{login}@{web}/{name}?code={mark}']}}}}"
+
+    def start(*overrides: str) -> list[forked.Forked]:
+        given = [*overrides, *TINY, "data.validation_fraction=0.1", "stage=prepare"]
+        return forked.ranks(1, given, env, cwd=tmp_path)
+
+    sweep = ["-m", "hydra/launcher=submitit_local", "seed=93,94", store]
+    started = [
+        start(*sweep, domains(f"ann:{mark}"), f"run_dir={tmp_path / 'given'}"),
+        start(*sweep, domains("${oc.env:WEB_LOGIN}"), f"run_dir={tmp_path / 'kept'}"),
+        start(*sweep, domains(f"ann:{mark}", "no.jsonl"), f"run_dir={tmp_path / 'no'}"),
+        start("data.root=s3://bucket/x", f"run_dir={tmp_path / 's3'}"),
+        start(domains(f"ann:{mark}"), f"remote=http://ann:{mark}@{web}", f"run_dir={tmp_path}/r"),
+    ]
+    done = [forked.ended(processes, 300) for processes in started]
+    assert [code for code, *_ in done[:2]] == [0, 0], done
+    assert all(code in (1, 2) for code, *_ in done[2:]), done
+    for run in ("given", "kept", "no"):
+        assert [*(tmp_path / run).rglob("*.pkl")] and [*(tmp_path / run).rglob("*_log.*")], run
+        assert (tmp_path / run / "multirun.yaml").exists()
+    for _, out, err in done:
+        assert mark not in out + err
     for path in everything(tmp_path):
         if path.parent != tmp_path / "web":
             assert mark.encode() not in path.read_bytes() and mark not in str(path), path

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doremi_train import files
+from doremi_train.data.tokens.shards import read_manifest
 from doremi_train.evaluation.statistics import listed, student_t, unit
 from doremi_train.methods import HEURISTICS, objective
 from doremi_train.model import configs
@@ -161,7 +162,7 @@ def read(folder: Path, config: dict[str, Any]) -> Result:
     fit = folder / "swarm" / "fit.json"
     tasks = folder / "downstream.json"
     manifest = folder / "prepare" / "manifest.json"
-    data = files.read_json(manifest) if manifest.exists() else {}
+    data = read_manifest(manifest.parent) if manifest.exists() else {}
     return Result(
         folder=folder,
         config=config,

@@ -10,7 +10,7 @@ from doremi_train.console import Bar
 from doremi_train.data.batches import require_sequences
 from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import prepare, second_home
-from doremi_train.data.tokens.shards import TokenStore
+from doremi_train.data.tokens.shards import TokenStore, read_manifest
 from doremi_train.parallel import comm
 from doremi_train.stages.choice import chosen
 from doremi_train.stages.planning import warnings
@@ -72,7 +72,7 @@ def _kept(session: Session) -> Path | None:
         return None
     if stage == "prepare":
         return None
-    before = files.read_json(link / "manifest.json")["request"]
+    before = read_manifest(link)["request"]
     before.pop("selection", None)  # whose sources are these
     try:
         now = prepare.request(replace(session.config.data, selection=None))
@@ -94,7 +94,7 @@ def _compared(link: Path) -> bool:
 
 def _say_rare(session: Session, store: TokenStore, options: DataOptions) -> None:
     """Say which domains are too small to stand alone, and what became of them."""
-    manifest = files.read_json(store.path / "manifest.json")
+    manifest = read_manifest(store.path)
     whole, few = manifest["domains"], f"of fewer than data.least_tokens={options.least_tokens}"
     rare = sorted(set(options.only or whole) - set(store.domains))
     if rare:
@@ -121,8 +121,13 @@ def _prepare(session: Session, options: DataOptions) -> Path:
     if session.mirror:
         session.mirror.prove()
     request = prepare.request(options)
-    if link.exists():
-        before = files.read_json(link / "manifest.json")["request"]
+    whole = (link / "manifest.json").exists()
+    if link.exists() and not link.is_symlink() and not whole:
+        raise UserError(
+            f"run_dir: {link} is none of ours, where a link to prepared data belongs; move it away"
+        )
+    if whole:  # or it was deleted there, and is made again
+        before = read_manifest(link)["request"]
         if prepare.address(before) != prepare.address(request):
             raise UserError(
                 f"run_dir={session.run_dir}: its data changed since it was "

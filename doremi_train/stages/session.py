@@ -155,10 +155,10 @@ class Session:
             stack.enter_context(runs.lock(run.folder, str(self.run_dir.resolve())))
         if not run.finished:
             run.begin()  # first: what it clears away is nothing that the second home brings
+        run.take_over(self.run_dir / name)
         if self.mirror:
             run.mirror = self.mirror.at("runs", run.folder.name)
             self._meet(run, run.mirror)
-        run.take_over(self.run_dir / name)
         if run.finished and not run.settled:
             checkpoint.remove(run.folder / checkpoint.FOLDER)
             run.settle()
@@ -263,7 +263,7 @@ def _claim(session: Session, stack: contextlib.ExitStack) -> None:
     alone = stack.enter_context(files.at_work(session.run_dir))
     with alone() as only:
         if path.exists():
-            there = yaml.safe_load(path.read_text())
+            there = _composed(path)
             old, new = identity(redact(there)), identity(redact(session.plain))
             old |= {key: default(key) for key in new.keys() - old.keys()}  # of an older version
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -283,6 +283,21 @@ def _claim(session: Session, stack: contextlib.ExitStack) -> None:
             _clear_partial(session.run_dir, session.store.resolve())
         text = yaml.safe_dump(redact(dict(session.plain)), sort_keys=False, allow_unicode=True)
         files.write_bytes(path, text.encode())
+
+
+def _composed(path: Path) -> dict[str, Any]:
+    """The configuration in a run folder. Raises UserError for anything else."""
+    try:
+        there = yaml.safe_load(path.read_text())
+        if isinstance(there, dict) and isinstance(there.get("stage"), str):
+            return there
+        why = "it has no stage"
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(
+        f"run_dir={path.parent}: {path.name} is no configuration of a run ({why:.200}); delete it "
+        "if this command is the one that the folder is of, or take another run_dir"
+    )
 
 
 # What is there before anything is computed, and the results beside the folders of stages.

@@ -4,6 +4,7 @@ in full. Other commands look at a sample of what they use.
 A damaged run is finished no more, and is computed again by the command that needs it.
 """
 
+import os
 from pathlib import Path
 
 from doremi_train.config import UserError
@@ -47,7 +48,10 @@ def _run(session: Session) -> None:
 
 def _rejected(folder: Path) -> bool:
     stop.check("verify")
-    damage = runs.damaged(folder, full=True)
-    if damage is not None:
-        runs.reject(folder, damage)
+    if runs.damaged(folder, full=True) is None:
+        return False
+    with runs.lock(folder, f"stage=verify, process {os.getpid()}"):
+        damage = runs.damaged(folder, full=True)  # or somebody computed it again meanwhile
+        if damage is not None:
+            runs.reject(folder, damage)
     return damage is not None

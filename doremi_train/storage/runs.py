@@ -6,7 +6,6 @@ done twice.
 that need the same run share it.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -25,6 +24,7 @@ from doremi_train.storage.mirror import Mirror, Torn
 from doremi_train.storage.seal import Seal
 
 CHECKSUMS = "checksums.json"  # {file: seal} of a finished run
+LOCK = ".lock"
 # What lies in a run's folder beside what it computes, and which a user's names there may not be.
 OWN = ("recipe.json", "status.json", "result.json", CHECKSUMS, "checkpoints", "report.html")
 
@@ -91,6 +91,7 @@ class Run:
     """One content-addressed run folder, and its second home if there is one."""
 
     mirror: Mirror | None = None  # every process sends its part of checkpoints, the first the rest
+    _held: tuple[int, int] | None = None  # the lock under which it was begun
 
     def __init__(self, store: Path, kind: str, recipe: Mapping[str, Any]) -> None:
         self.recipe = redact(recipe)
@@ -100,25 +101,17 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it is done, and its files are those that were written, by a sample that is taken
-        once in a process. Where one is not, that is said, and the run is finished no more: it is
-        computed again. Raises UserError where its folder does not let it."""
+        once in a process. Whoever holds its folder computes another one again (`begin`)."""
         if not (self.folder / "result.json").exists():
             return False
-        if self.folder in _sound:
-            return True
-        damage = damaged(self.folder)
-        if damage is None:
+        if self.folder not in _sound and damaged(self.folder) is None:
             _sound.add(self.folder)
-        else:
-            reject(self.folder, damage)
-        return damage is None
+        return self.folder in _sound
 
     @property
     def settled(self) -> bool:
         """Whether it is finished, and what comes after its result is done too."""
-        path = self.folder / "status.json"
-        done = self.finished and path.exists()
-        return done and files.read_json(path)["state"] == "finished"
+        return self.finished and status(self.folder).get("state") == "finished"
 
     def settle(self) -> None:
         """Say that it is finished, where whoever finished it did not come to that."""
@@ -129,14 +122,18 @@ class Run:
         return files.read_json(self.folder / "result.json")
 
     def begin(self) -> None:
-        """Make its folder, or go on in it. One without a recipe is what somebody wrote on into a
-        folder that was deleted, of which a part is missing."""
+        """Make its folder, or go on in it, for whoever holds it; a damaged result is rejected. One
+        without a recipe is what somebody wrote on into a folder that was deleted, of which a part
+        is missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._held = files.identity(self.folder / LOCK)
+        if (self.folder / "result.json").exists() and (damage := damaged(self.folder)):
+            reject(self.folder, damage)
         if not self._begun:
             for path in self.folder.iterdir():
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name not in (".lock", "status.json"):
+                elif path.name not in (LOCK, "status.json"):
                     path.unlink()
         files.write_json(self.folder / "recipe.json", self.recipe)
 
@@ -150,7 +147,7 @@ class Run:
         if copy.is_symlink() or not copy.is_dir():
             return
         recipe = copy / "recipe.json"
-        if not recipe.exists() or fingerprint(files.read_json(recipe)) != self.address:
+        if fingerprint(recipe_of(copy)) != self.address:
             raise UserError(
                 f"run_dir: {copy} is a folder of something else, where a link to {self.folder} "
                 "belongs; move it away"
@@ -160,6 +157,7 @@ class Run:
             names = _in_order([path.name for path in copy.iterdir()], (".", "recipe.json"))
             for name in names:
                 _replace(self.folder / name, copy / name)
+            self.begin()  # which looks at what came
         gone = files.aside_of(copy)
         copy.rename(gone)
         shutil.rmtree(gone)
@@ -167,8 +165,10 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, which says that everything else is on disk by now; and before it,
         what tells whether all of it still is what was written. Raises Unusable where its folder was
-        deleted meanwhile, and a part of it with it."""
-        if not self._begun:
+        deleted meanwhile, and a part of it with it, also where another command is at work there
+        by now."""
+        there = files.identity(self.folder / LOCK)
+        if not self._begun or self._held not in (None, there):
             raise Unusable(
                 f"{self.folder}: was deleted while it was at work; the same command begins it again"
             )
@@ -257,22 +257,14 @@ def damaged(folder: Path, full: bool = False) -> str | None:
 
 def reject(folder: Path, damage: str) -> None:
     """Say what is wrong with a finished run, which is finished no more: whoever needs it computes
-    it again. Raises UserError where the folder does not let it."""
+    it again. It is for whoever holds the folder's lock: another may have computed it by now."""
     say(f"{folder}: {damage}; it is computed again when it is needed")
-    try:
-        (folder / "result.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"store: {folder}: {damage}, and nothing can be written there ({error.strerror}); "
-            "delete that folder, or take another store"
-        ) from None
+    (folder / "result.json").unlink(missing_ok=True)
 
 
 def _seals(content: bytes) -> dict[str, Seal]:
     """Raises ValueError for anything else than names with their seals."""
-    listed = json.loads(content)
-    if not isinstance(listed, dict):
-        raise ValueError(f"{type(listed).__name__} where an object is expected")
+    listed = files.as_object(content)
     seals = {}
     for name, entry in listed.items():
         seals[name] = Seal(sha256=entry) if isinstance(entry, str) else entry
@@ -300,12 +292,40 @@ def set_status(folder: Path, state: str, step: int | None = None, message: str =
 
     Without a step the last one stays.
     """
-    path = folder / "status.json"
-    if step is None and path.exists():
-        step = files.read_json(path)["step"]
-    files.write_json(
-        path, {"state": state, "step": step, "message": redact(message), "time": time.time()}
-    )
+    if step is None:
+        step = status(folder).get("step")
+    said = {"state": state, "step": step, "message": redact(message), "time": time.time()}
+    files.write_json(folder / "status.json", said)
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of a run; empty where there is none, or a damaged one."""
+    try:
+        return files.read_object(folder / "recipe.json")
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """What `status.json` says; nothing where there is none, or a damaged one: it is written anew,
+    and decides no number."""
+    try:
+        return files.read_object(folder / "status.json")
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def steps_of(folder: Path) -> int:
+    """Steps that a run has done, as far as it says."""
+    step = status(folder).get("step")
+    return step if isinstance(step, int) else 0
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / LOCK).read_text().strip()
+    except FileNotFoundError:  # deleted just now
+        return "nobody"
 
 
 @contextmanager
@@ -315,22 +335,32 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     naming the process.
 
     The lock is the kernel's (flock), so it ends with the process that held it, however that ended.
+    It is that of the folder which is there: another may stand in the place of one that was deleted.
+    Raises UserError where a damaged run's folder does not let it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        if not files.try_lock(file):
-            file.seek(0)
-            holder = file.read().strip()
-            if holder.startswith(f"{owner} "):
-                raise UserError(
-                    f"{folder}: in use by {holder}; wait until it ends, stop it, or take another "
-                    "run_dir"
-                )
-            say(f"{folder.name}: being computed by {holder}; waiting for it")
-            while not files.try_lock(file):
-                # A job at its time limit must not wait past it.
-                stop.check(f"waiting for {folder.name}")
-                time.sleep(0.2)
+    try:
+        file = files.take_lock(folder / LOCK)
+    except OSError as error:
+        if (damage := damaged(folder)) is None:
+            raise
+        raise UserError(
+            f"store: {folder}: {damage}, and nothing can be written there ({error.strerror}); "
+            "delete that folder, or take another store"
+        ) from None
+    if file is None:
+        holder = _holder(folder)
+        if holder.startswith(f"{owner} "):
+            raise UserError(
+                f"{folder}: in use by {holder}; wait until it ends, stop it, or take another "
+                "run_dir"
+            )
+        say(f"{folder.name}: being computed by {holder}; waiting for it")
+    while file is None:
+        # A job at its time limit must not wait past it.
+        stop.check(f"waiting for {folder.name}")
+        time.sleep(0.2)
+        file = files.take_lock(folder / LOCK)
+    with file:
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")
         file.flush()

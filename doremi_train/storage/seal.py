@@ -37,6 +37,8 @@ def broken(folder: Path, seals: Mapping[str, Seal], full: bool = False) -> str |
                 wrong = OTHER
         except OSError as error:
             wrong = f"cannot be read ({error.strerror})"
+        except ValueError:  # a zero byte, half a character
+            wrong = "is the name of no file"
         if wrong is not None:
             return f"{name} {wrong}"
     return None

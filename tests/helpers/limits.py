@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,19 @@ def _effective(passing_over: bool) -> None:
     mask = sum(1 << right for right in _PASSING_OVER)
     words[0] = words[0] | (words[1] & mask) if passing_over else words[0] & ~mask
     assert libc.capset(header, words) == 0
+
+
+def latin_1(folder: Path) -> dict[str, str]:
+    """The environment of a process whose locale is a Latin-1 one, made in `folder`."""
+    name = "de_DE.ISO-8859-1"
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / name)]
+    try:
+        made = subprocess.run(command, capture_output=True, check=False).returncode <= 1  # warned
+    except FileNotFoundError:
+        made = False
+    if not made:
+        pytest.skip("no Latin-1 locale: localedef, or what it reads, is not installed")
+    return {"LOCPATH": str(folder), "LC_ALL": name, "PYTHONUTF8": "0"}
 
 
 def nobody_reads() -> None:

@@ -562,7 +562,10 @@ def test_domains_made_by_arrays_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("result.json", "domains.json", "model.npz", "sidecar.parquet"):
         here, there = (tmp_path / run / "regroup" / name for run in ("here", "array"))
         assert here.read_bytes() == there.read_bytes(), name
-    assert [*(tmp_path / "array" / "regroup.log").glob("*_result.pkl")]
+    logs = tmp_path / "array" / "regroup.log"
+    assert [*logs.glob("*_result.pkl")]
+    assert logs.stat().st_mode & 0o777 == 0o700  # as their owner's alone
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in logs.glob("*_submitted.pkl"))
 
 
 def test_a_selection_s_job_is_requeued_at_its_time_limit(

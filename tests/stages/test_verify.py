@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.command import run_here
+from helpers import forked
+from helpers.command import environment, run_here
 
 from doremi_train.stages.runs import measuring
 from doremi_train.storage import seal
@@ -99,6 +100,47 @@ def test_a_zeroed_shard_is_named(copy: Path, tiny: list[str]) -> None:
     assert again.code == 2 and ".tar has another content than was written; delete" in again.err
     shutil.rmtree((copy / "prepare").resolve())
     assert run_here(*command(tiny, copy)).code == 0
+
+
+@pytest.mark.acceptance
+def test_two_commands_at_once_on_a_damaged_store(
+    copy: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    """One of them computes it again, and the other waits."""
+    cut(copy / "main" / "model" / "model.safetensors")
+    store, given = f"store={copy / 'store'}", command(tiny, copy)
+    started = [
+        forked.ranks(1, [*given, store, "stage=main", f"run_dir={tmp_path / name}"], environment())
+        for name in ("one", "two")
+    ]
+    done = [forked.ended(processes, 300) for processes in started]
+    assert [code for code, *_ in done] == [0, 0], done
+    assert sum("it is computed again" in out for _, out, _ in done) == 1, done
+    assert run_here("stage=verify", store).code == 0
+
+
+SPOILED = {
+    "main/status.json": 0,  # decides no number, and is written anew
+    "main/recipe.json": 0,
+    "prepare/status.json": 0,
+    "prepare/manifest.json": 2,
+    "config.yaml": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content", [b"", bytes(80), b"[]", b"[" * 100_000], ids=["empty", "zeros", "list", "deep"]
+)
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_says_how_a_run_stands_may_be_damaged(
+    name: str, content: bytes, copy: Path, tiny: list[str]
+) -> None:
+    (copy / name).write_bytes(content)
+    again = run_here(*command(tiny, copy), "stage=main")
+    assert again.code == SPOILED[name] and "Traceback" not in again.err, again
+    if again.code:
+        assert str((copy / name).resolve().name) in again.err and "delete" in again.err
 
 
 def test_a_store_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -624,6 +625,34 @@ def test_a_remote_that_fails_for_a_while_ends_no_training(
     assert done.code == 0 and "is in the store already" in done.out, done
     there = s3.files(f"{bucket}/runs".removeprefix("s3://"))
     assert any(name.endswith("result.json") for name in there)
+    assert not any("checkpoints" in name for name in there)
+
+
+@pytest.mark.acceptance
+def test_a_remote_that_fails_for_half_a_minute_ends_nothing(
+    tiny: list[str], bucket: str, network: Any, tmp_path: Path
+) -> None:
+    """By the clock, with the waits that everybody has, from the moment at which the first
+    checkpoint is sent: training goes on meanwhile, and all comes there."""
+    given = [*tiny, f"remote={bucket}", f"store={tmp_path / 'store'}", "stage=reference"]
+    given += [f"run_dir={tmp_path / 'run'}", "training.checkpoint_every=6", "training.steps=12"]
+    began = list[float]()
+
+    def failing(method: str, path: str) -> str:
+        if not began and not (method == "PUT" and "/checkpoints/" in path):
+            return "pass"
+        began.append(time.monotonic())
+        return "fail" if began[-1] - began[0] < 30 else "pass"
+
+    bad = network(failing)
+    process = start(*given)
+    with reaped(process):
+        done = ended(process)
+    assert done.code == 0 and "Traceback" not in done.err, done
+    assert began[-1] - began[0] >= 30 and len(bad.asked) > 10
+    assert f"{bucket}/runs/language_model-" in done.out and "trying again in" in done.out
+    there = s3.files(f"{bucket}/runs".removeprefix("s3://"))
+    assert any(name.endswith("/result.json") for name in there)
     assert not any("checkpoints" in name for name in there)
 
 

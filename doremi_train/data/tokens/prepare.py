@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
 from tokenizers import Tokenizer
 
 from doremi_train.config import UserError, fingerprint, flatten
@@ -30,7 +29,13 @@ from doremi_train.data.options import DataOptions
 from doremi_train.data.tokens import pouring, sample, second_home
 from doremi_train.data.tokens import tokenizer as tokenizers
 from doremi_train.data.tokens.encoding import Meter, Progress, tokenised, work
-from doremi_train.data.tokens.shards import SPLITS, taken, token_dtype, unwritable_share
+from doremi_train.data.tokens.shards import (
+    SPLITS,
+    read_manifest,
+    taken,
+    token_dtype,
+    unwritable_share,
+)
 from doremi_train.data.tokens.writing import (
     ShardWriter,
     StreamState,
@@ -179,7 +184,7 @@ def _refuse(target: Path, options: DataOptions) -> None:
 
 
 def _refuse_bad_lines(target: Path, options: DataOptions) -> None:
-    bad = orjson.loads((target / "manifest.json").read_bytes())["bad_lines"]
+    bad = read_manifest(target)["bad_lines"]
     if bad > options.max_bad_lines:
         raise UserError(
             f"data.max_bad_lines={options.max_bad_lines}: {target} was prepared with {bad} broken "
@@ -191,7 +196,7 @@ def _refuse_unwritable(target: Path, options: DataOptions) -> None:
     most = options.max_unwritable
     if most is None:
         return
-    domains = unwritable_share(orjson.loads((target / "manifest.json").read_bytes()))
+    domains = unwritable_share(read_manifest(target))
     above = [
         f"{domain} ({share:.1%})"
         for domain, share in domains.items()
@@ -276,7 +281,7 @@ def _sizes(written: Written, options: DataOptions, sources: list[Source]) -> Siz
 
 
 def _sizes_of(target: Path) -> Sizes:
-    domains = orjson.loads((target / "manifest.json").read_bytes())["domains"]
+    domains = read_manifest(target)["domains"]
     return {
         domain: {split: (of[split]["tokens"], of[split]["documents"]) for split in SPLITS}
         for domain, of in domains.items()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from doremi_train.config import UserError
 from doremi_train.data.tokens.encoding import Progress
-from doremi_train.data.tokens.shards import CHECKSUMS, shards_of
-from doremi_train.files import read_json, write_json
+from doremi_train.data.tokens.shards import CHECKSUMS, read_manifest, shards_of
+from doremi_train.files import write_json
 from doremi_train.storage.mirror import Mirror
 
 
@@ -37,7 +37,7 @@ def publish(target: Path, mirror: Mirror, progress: Progress) -> None:
     if home.has("manifest.json"):
         return
     home.clear_dead()
-    shards = shards_of(read_json(target / "manifest.json"))
+    shards = shards_of(read_manifest(target))
     checksums: dict[str, str] = {}
     uploaded, done, total = home.sizes(), 0, sum(shards.values())
     for name, size in shards.items():

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
-from doremi_train.files import clear_partial
+from doremi_train.files import clear_partial, read_object
 from doremi_train.storage import seal
 from doremi_train.storage.mirror import Mirror, Torn
 
@@ -128,7 +128,7 @@ class TokenStore:
         Raises UserError where it is unfinished, incomplete or was changed, or has no such domain.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         data = _read(path / "index.npy")
         if hashlib.sha256(data).hexdigest() != manifest["index_sha256"]:
             raise _damaged(path / "index.npy", "is not the file that the manifest was written with")
@@ -382,15 +382,17 @@ def shards_of(manifest: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What is in a finished token store. Raises UserError where there is none, a damaged one or one
+    of another version."""
+    file = path.resolve() / "manifest.json"  # what to delete is not the link to it
     if not file.is_file():
         raise UserError(
             f"store: {file} does not exist, so this is no finished token store; run with "
             "stage=prepare"
         )
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = read_object(file)
     except ValueError as error:
         raise _damaged(file, f"is not JSON ({error})") from None
     if manifest.get("schema") != SCHEMA:

@@ -22,9 +22,17 @@ from tokenizers import Tokenizer
 from doremi_train.config import UserError
 from doremi_train.config import fingerprint as content_address
 from doremi_train.data.tokens import tokenizer as tokenizers
-from doremi_train.data.tokens.shards import END_OF_TAR, INDEX, SCHEMA, SPLITS, Stream, domain_folder
+from doremi_train.data.tokens.shards import (
+    END_OF_TAR,
+    INDEX,
+    SCHEMA,
+    SPLITS,
+    Stream,
+    domain_folder,
+    read_manifest,
+)
 from doremi_train.data.tokens.verify import chained
-from doremi_train.files import read_json, sync_folder, write_bytes
+from doremi_train.files import sync_folder, write_bytes
 from doremi_train.storage import seal
 
 _JOURNAL = "journal.jsonl"  # one line per member on disk; gone once the store is finished
@@ -340,7 +348,7 @@ def tidy(folder: Path) -> None:
     if not (folder / _JOURNAL).exists():
         return
     journal = folder / _JOURNAL
-    domains = read_json(folder / "manifest.json")["domains"]
+    domains = read_manifest(folder)["domains"]
     for stream in {tuple(record["stream"]) for record in _read_journal(journal)}:
         split, domain = stream
         if domains.get(domain, {}).get(split, {}).get("folder") != stream_folder(stream):

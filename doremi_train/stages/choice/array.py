@@ -102,13 +102,16 @@ class Array:
     def _tried(self, shares: list[Share], total: int, look: Callable[[int], None]) -> list[Share]:
         """The shares of those jobs of an array that ended without a result, as when they are
         killed."""
+        # URLs of data, which may hold a password, are in what jobs are given.
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.logs.chmod(0o700)
         with jobs.clean_environment(), jobs.slurm_refusals():
             executor = jobs.slurm_executor(self.options, self.logs, nodes=1, tasks=1, gpus=0)
             with executor.batch():
                 going = {
                     number: (executor.submit(share), share) for number, share in enumerate(shares)
                 }
-        for pickled in self.logs.glob("*.pkl"):  # URLs of data, which may hold a password
+        for pickled in self.logs.glob("*.pkl"):
             pickled.chmod(0o600)
         lost: list[Share] = []
         looked = 0.0

@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from doremi_train import files
 from doremi_train.config import fingerprint
 from doremi_train.console import Bar, Part
 from doremi_train.data.tokens.shards import TokenStore
 from doremi_train.stages.runs import language_model, reference, submit
 from doremi_train.stages.session import Session
-from doremi_train.storage.runs import Run
+from doremi_train.storage.runs import Run, recipe_of, steps_of
 
 
 def recipe(session: Session, store: TokenStore, mixed: Tensor, seed: int | None = None) -> Run:
@@ -74,18 +73,12 @@ def _submit(
     before, step = whole.done, tokens(session) // session.config.training.steps
 
     def watch() -> None:
-        done = sum(_steps(run) * step for run in map(runs.__getitem__, waiting.values()))
+        done = sum(steps_of(folder) * step for folder in waiting)
         if done:
             whole.update(before + done, f"{len(waiting)} jobs")
 
     submit.submit(session, children, watch)
     whole.update(before)  # those that are finished now are counted with the others
-
-
-def _steps(run: Run) -> int:
-    """Done by a run that another process trains, as far as it says."""
-    path = run.folder / "status.json"
-    return (files.read_json(path)["step"] or 0) if path.exists() else 0
 
 
 def finished_like(session: Session, run: Run) -> list[dict[str, float]]:
@@ -96,9 +89,5 @@ def finished_like(session: Session, run: Run) -> list[dict[str, float]]:
         return fingerprint({**recipe, "mixture": None})
 
     folders = sorted(session.store.glob("runs/language_model-*"))
-    recipes = [
-        files.read_json(folder / "recipe.json")
-        for folder in folders
-        if (folder / "result.json").exists()
-    ]
+    recipes = [recipe_of(folder) for folder in folders if (folder / "result.json").exists()]
     return [recipe["mixture"] for recipe in recipes if rest(recipe) == rest(run.recipe)]

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from doremi_train import files
 from doremi_train.stages.session import Session
-from doremi_train.storage.runs import Run
+from doremi_train.storage.runs import Run, steps_of
 
 
 class Ahead(NamedTuple):
@@ -59,6 +58,4 @@ class Pipeline:
             mirror is not None and mirror.at("runs", run.folder.name).has("result.json")
         ):
             return steps
-        status = run.folder / "status.json"
-        saved = (run.folder / "checkpoints").exists() and status.exists()
-        return (files.read_json(status)["step"] or 0) if saved else 0
+        return steps_of(run.folder) if (run.folder / "checkpoints").exists() else 0
