@@ -104,12 +104,7 @@ class DomainLosses(TrainerCallback):
             return output
         if self._domain is None:
             raise UserError("the model got a batch without `domain`; keep it in the data collator")
-        if getattr(output, "logits", None) is None:
-            raise UserError(
-                f"the model gives a {type(output).__name__} without logits, so losses of tokens "
-                "are not known; turn its fused loss off, or draw from the Mixed alone"
-            )
-        losses, present = shifted(output.logits, kwargs["labels"])
+        losses, present = _losses(output, kwargs["labels"])
         found = sums(losses.detach(), present, self._domain, len(self.stream.names))
         # On the model's device, where ranks can add them up.
         self._step = Stats(*(a.to(b.device) + b for a, b in zip(self._step, found, strict=True)))
@@ -158,6 +153,11 @@ class Proxy(DomainLosses):
 
     def _use(self, losses: Tensor, present: Tensor, kwargs: dict[str, Any], output: Any) -> Any:
         assert self._domain is not None
+        if getattr(output, "logits", None) is None:
+            raise UserError(
+                f"Proxy: the model gives a {type(output).__name__} without logits, whose loss the "
+                "trainer makes itself, so it cannot be weighed; use transformers' own Trainer"
+            )
         with torch.no_grad():
             named = {key: kwargs[key] for key in ("input_ids", "attention_mask") if key in kwargs}
             logits = self._reference.to(losses.device)(**named).logits
@@ -176,6 +176,19 @@ def shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T − 1) losses of the next token, and where there is one, of logits (B, T, V) and labels
     (B, T), as `token_losses`."""
     return token_losses(logits[:, :-1], labels[:, 1:])
+
+
+def _losses(output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T − 1) losses, and where there are any, of a model's output. Raises UserError where it
+    has none of tokens."""
+    if getattr(output, "logits", None) is not None:
+        return shifted(output.logits, labels)
+    if getattr(output, "log_probs", None) is not None:  # TRL's SFTTrainer fuses the loss
+        return -output.log_probs, output.label_mask
+    raise UserError(
+        f"the model gives a {type(output).__name__} without logits, so losses of tokens are not "
+        "known; turn its fused loss off, or draw from the Mixed alone"
+    )
 
 
 def check(args: TrainingArguments, state: TrainerState, batch: int) -> None:

@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers import hugging_face as run
 from helpers import pretrained
 from helpers.command import environment
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from doremi_train.client import Mixed, Stream
@@ -182,7 +191,6 @@ def test_a_trainer_that_would_read_something_else_is_refused(
 
 
 def test_a_model_without_logits_is_refused(tmp_path: Path) -> None:
-    """As TRL's SFTTrainer makes it."""
     trainer = run.trainer(tmp_path, run.stream(tmp_path, UNIFORM), STEPS)
     assert trainer.model is not None
     trainer.model.register_forward_hook(lambda *_: CausalLMOutput(loss=torch.zeros(())))
@@ -197,6 +205,59 @@ def test_a_proxy_that_accumulates_knows_a_batch_by_what_is_drawn(tmp_path: Path)
     reweighting.begin()
     with pytest.raises(UserError, match="a label is ignored.* take the batch at once, or pack"):
         reweighting.objective(losses, losses, present, torch.tensor([0, 1]))
+
+
+def fused(of: Stream, folder: Path) -> Any:
+    """TRL's SFTTrainer, whose model gives no logits, over a `Mixed`."""
+    trl = pytest.importorskip("trl", reason="pip install --no-deps trl")
+    words = models.WordLevel({f"t{n}": n for n in range(run.VOCABULARY)}, unk_token="t0")
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), pad_token="t0", eos_token="t1"
+    )
+    said = run.arguments(folder, STEPS, run.BATCH).to_dict()
+    keys = ("max_steps", "per_device_train_batch_size", "train_sampling_strategy", "learning_rate")
+    more = {key: said[key] for key in (*keys, "remove_unused_columns", "output_dir", "use_cpu")}
+    arguments = trl.SFTConfig(
+        **more, logging_steps=1, save_strategy="no", report_to=[], max_length=None, bf16=False
+    )
+    rows = {
+        name: [{"input_ids": r, "labels": r, "attention_mask": np.ones_like(r)} for r in each]
+        for name, each in run.domains().items()
+    }
+    first = Dataset.from_dict({"input_ids": [[1, 2]]})  # it takes no other when it is made
+    trainer = trl.SFTTrainer(
+        run.model(0),
+        arguments,
+        train_dataset=first,
+        processing_class=tokens,
+        data_collator=default_data_collator,
+    )
+    trainer.train_dataset = Mixed(rows, of, STEPS)
+    return trainer
+
+
+def test_a_fused_loss_of_trl_is_known_by_domain(tmp_path: Path) -> None:
+    of = run.stream(tmp_path, None)
+    trainer = fused(of, tmp_path)
+    seen = Seen(trainer)
+    DomainLosses(trainer, Learner(of, "odm", STEPS, lag=2))
+    trainer.train()
+    assert seen.rows == wanted(of, STEPS)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == STEPS
+    for step, line in enumerate(lines):
+        quota = of.quota(step)
+        mean = sum(line.get(f"loss/{n}", 0) * q for n, q in zip(run.NAMES, quota, strict=True))
+        part = (run.LENGTH - 1) / run.LENGTH  # it counts the first token too
+        assert mean / run.BATCH == pytest.approx(line["loss"] / part, abs=1e-4)
+    assert abs(of.weights(STEPS - 1) - 1 / 3).max() > 0.005
+
+
+def test_a_fused_loss_of_trl_cannot_be_weighed(tmp_path: Path) -> None:
+    trainer = fused(run.stream(tmp_path, UNIFORM), tmp_path)
+    Proxy(trainer, run.model(1), STEPS)
+    with pytest.raises(UserError, match="without logits, .*use transformers' own Trainer"):
+        trainer.train()
 
 
 @pytest.mark.slow
@@ -221,18 +282,22 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
                 assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-4), key
 
 
-@pytest.mark.acceptance
-def test_a_small_real_model_is_a_proxy(tmp_path: Path) -> None:
-    """Sums that it knows, and noise: of one that has drifted a little, the excess is where the
-    reference is good."""
-    folder, steps = pretrained.smol(tmp_path / "model"), 3
+def pieces(folder: Path) -> dict[str, Any]:
+    """Sums that SmolLM2 of `folder` knows, and noise, as (8, 24) tokens."""
     tokens = AutoTokenizer.from_pretrained(folder)
     text = [f"{n} plus {n + 1} is {2 * n + 1}. " * 4 for n in range(8)]
     rng = np.random.default_rng(0)
-    domains = {
+    return {
         "sums": np.array([tokens(line)["input_ids"][:24] for line in text]),
         "noise": rng.integers(1000, len(tokens), (8, 24)),
     }
+
+
+@pytest.mark.acceptance
+def test_a_small_real_model_is_a_proxy(tmp_path: Path) -> None:
+    """Of one that has drifted a little, the excess is where the reference is good."""
+    folder, steps = pretrained.smol(tmp_path / "model"), 3
+    domains = pieces(folder)
     of = Stream({"sums": 8, "noise": 8}, 4, {"sums": 0.5, "noise": 0.5}, tmp_path / "stream")
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     arguments = run.arguments(tmp_path, steps, 4, learning_rate=1e-4)
@@ -245,6 +310,32 @@ def test_a_small_real_model_is_a_proxy(tmp_path: Path) -> None:
     assert max(last["excess_loss"].values()) > 0 and sum(last["weights"].values()) == 1
     losses = [line for line in trainer.state.log_history if "loss" in line]
     assert all(0 < line["loss/sums"] < 3 < line["loss/noise"] for line in losses)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("method", ["odm", "ado"])
+def test_a_small_real_model_learns_an_online_mixture(method: str, tmp_path: Path) -> None:
+    """Every block is what the method makes of the losses that were logged."""
+    folder, steps, lag = pretrained.smol(tmp_path / "model"), 8, 2
+    of, same = (
+        Stream({"sums": 8, "noise": 8}, 4, None, tmp_path / name, every=1)
+        for name in ("stream", "same")
+    )
+    arguments = run.arguments(tmp_path, steps, 4, learning_rate=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = Trainer(model, arguments, train_dataset=Mixed(pieces(folder), of, steps))
+    DomainLosses(trainer, Learner(of, method, steps, lag=lag))
+    trainer.train()
+    again = Learner(same, method, steps, lag=lag)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for step, line in enumerate(lines):
+        tokens = torch.from_numpy(of.quota(step) * 23).double()
+        means = torch.tensor([line.get(f"loss/{n}", 0.0) for n in of.names], dtype=torch.float64)
+        again.report(means * tokens, tokens)
+    for step in range(steps):
+        assert of.weights(step) == pytest.approx(same.weights(step), abs=1e-6)
+    if method == "odm":  # ado first gathers losses, for longer than this
+        assert abs(of.weights(steps - 1) - 0.5).max() > 1e-3
 
 
 def numbers(path: Path) -> list[float]:
