@@ -9,7 +9,7 @@ _LARGE = 1 << 20  # bytes
 
 
 def give_back() -> None:
-    """From now on ask the system itself for each large piece of memory, which goes back to it when
+    """Ask the system itself for each large piece of memory from now on, which goes back to it when
     it is dropped; where the C library is another than glibc nothing changes. Left to itself glibc
     does so too, but raises what counts as large to 32 MB. It costs the time of clearing memory."""
     with contextlib.suppress(OSError, AttributeError):
