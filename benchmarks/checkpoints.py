@@ -1,7 +1,8 @@
 """What a checkpoint takes of a model that is divided among processes (gloo, FSDP2): seconds that
 training stands still, seconds until all of it is on disk, seconds to continue from it, and each
 process's peak of host memory. `today` is the way until 2026-11-30: gathered into the first process,
-pickled by it while the others wait, and read whole by all.
+pickled by it while the others wait, and read whole by all; and embedding and output projection were
+gathered together, and malloc was left to itself.
 
 Each side begins in processes of its own. Peaks are the kernel's (VmHWM), with libraries and model.
 Files are read from the page cache.
@@ -28,7 +29,7 @@ from benchmarks.scale import llama
 from doremi_train.model import configs, folders, language_model
 from doremi_train.model.language_model import LanguageModel
 from doremi_train.model.optim import OptimizerOptions
-from doremi_train.parallel import comm, engine, place
+from doremi_train.parallel import comm, engine, heap, place
 from doremi_train.parallel.engine import Engine
 from doremi_train.parallel.launcher import EngineOptions
 from doremi_train.storage.runs import Run
@@ -76,6 +77,17 @@ def measure(given: argparse.Namespace) -> common.Result:
 
 
 # ── As it was ───────────────────────────────────────────────────────────────────────
+
+
+def model_of(side: str, config: dict[str, Any], seed: int) -> LanguageModel:
+    """The model of a side, before it is divided as that did it."""
+    if side == "now":
+        return folders.shaped(config, seed)
+    heap.give_back = lambda: None
+    model = folders.build(config, seed)
+    blocks = [[block] for block in model.blocks()]
+    model.groups = lambda: blocks  # type: ignore[method-assign]
+    return model
 
 
 def save_whole(of: Engine, path: Path) -> None:
@@ -179,8 +191,7 @@ def _process(
 
 
 def _save(at: place.Place, side: str, config: dict[str, Any], folder: Path) -> dict[str, float]:
-    build = folders.shaped if side == "now" else folders.build
-    train = engine.build(at, build(config, 0), OptimizerOptions())
+    train = engine.build(at, model_of(side, config, 0), OptimizerOptions())
     _forget_peak()
     usual = statistics.median([_step(train) for _ in range(STEPS + 1)][1:])
     comm.barrier()
@@ -212,7 +223,7 @@ def _save(at: place.Place, side: str, config: dict[str, Any], folder: Path) -> d
 
 
 def _resume(at: place.Place, side: str, config: dict[str, Any], folder: Path) -> dict[str, float]:
-    model = (folders.shaped if side == "now" else folders.build)(config, 1)
+    model = model_of(side, config, 1)
     comm.barrier()
     _forget_peak()
     began = time.perf_counter()

@@ -38,8 +38,10 @@ class Shape(NamedTuple):
     vocabulary: int
     factors: int  # numbers that Adafactor keeps
     kind: str  # transformers' model_type
-    block: int  # parameters of the largest layer
-    outside: int  # those in no layer: embeddings, the last norm
+    # Parameters that are gathered together where they are divided (`language_model.groups`).
+    block: int  # of the largest layer
+    ends: int  # of the embedding or the output projection, whichever has more
+    outside: int  # of all the rest, with tied embeddings: gathered from first to last
 
 
 def shape(config: dict[str, Any]) -> Shape:
@@ -66,14 +68,13 @@ def _shape(config: str) -> Shape:
     )
     layers, heads = text.num_hidden_layers, getattr(text, "num_attention_heads", 0)
     width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    divided = set(whole._no_split_modules or ())  # as `LanguageModel.blocks`
-    blocks = [
-        sum(p.numel() for p in module.parameters())
-        for module in whole.modules()
-        if type(module).__name__ in divided
-    ]
+    ends, blocks = [0], [0]
+    for group in language_model.groups(whole):
+        to = ends if group[0] in (whole.get_input_embeddings(), output) else blocks
+        to.append(sum(p.numel() for module in group for p in module.parameters()))
+    every = sum(p.numel() for p in whole.parameters())
     return Shape(
-        parameters=sum(p.numel() for p in whole.parameters()),
+        parameters=every,
         matrices=round(matrices),
         head=head,
         attention=layers * heads * width,
@@ -86,8 +87,9 @@ def _shape(config: str) -> Shape:
             for p in whole.parameters()
         ),
         kind=text.model_type,
-        block=max(blocks, default=0),
-        outside=sum(p.numel() for p in whole.parameters()) - sum(blocks),
+        block=max(blocks),
+        ends=max(ends),
+        outside=every - sum(blocks) - sum(ends),
     )
 
 
@@ -114,14 +116,14 @@ def backward(of: Shape, rows: int, length: int, checkpointing: bool, device: str
 
 
 class Memory(NamedTuple):
-    """Bytes on one process, where it computes. Activations, and what is gathered of parameters that
-    are divided, are estimates; the rest is counted."""
+    """Bytes on one process, where it computes, at the fullest moment. Activations, and what is
+    gathered of parameters that are divided, are estimates; the rest is counted."""
 
     parameters: int
     gradients: int
     optimizer: int
     reference: int
-    gathered: int  # whole layers and the rest, with their gradients, while they are computed with
+    gathered: int  # whole layers, or the rest, and their gradients, beside all of the others
     activations: int
 
 
@@ -135,12 +137,14 @@ def memory(
     length: int,
     precision: str,
     checkpointing: bool,
+    parts: int = 1,
     reference: int = 0,
     beside: Shape | None = None,
     device: str = "cpu",
 ) -> Memory:
-    """Memory of a run in micro-batches of `rows` sequences, with so many parameters of a frozen
-    reference, and what is gathered of it where it is divided and has the shape `beside`.
+    """Memory of a run in `parts` micro-batches of `rows` sequences a step, with so many parameters
+    of a frozen reference, and what is gathered of it where it is divided and has the shape
+    `beside`.
 
     `strategy` is an engine's: FSDP2 and ZeRO 3 divide all states among the processes, ZeRO 2 keeps
     whole parameters, ZeRO 1 also whole gradients; and ZeRO updates a copy of the parameters.
@@ -153,21 +157,35 @@ def memory(
     # Parameters, gradients, optimiser.
     divided = [strategy == "fsdp2" or zero >= least for least in (3, 2, 1)]
     states = [whole, whole, moments + whole * (zero > 0)]
-    parameters, gradients, kept = (
+    parameters, gradients, kept_states = (
         -(-state // processes) if cut else state for state, cut in zip(states, divided, strict=True)
     )
     activated = activations(of, rows, length, precision, checkpointing, device)
-    # A layer, the one that is fetched ahead, and the gradient of one; of the rest both.
-    gathered = 4 * (3 * of.block + 2 * of.outside) * divided[0]
-    if beside is not None:  # meanwhile the model keeps what is in no layer
-        gathered = max(gathered, looked_at(beside) + 4 * of.outside * divided[0])
-    return Memory(parameters, gradients, kept, 4 * reference, gathered, activated)
+    gathered = 0
+    if divided[0]:
+        bare = of._replace(vocabulary=0)
+        kept = activations(bare, rows, length, precision, checkpointing, device)  # less the logits
+        before, layer, rest = gradients * (parts > 1), 4 * of.block, 8 * of.outside
+        # Each with its gradient: the projection at the loss; a layer, while the next one comes and
+        # the gradient of the last one goes; the embedding after all.
+        fullest = max(
+            before + activated + 8 * of.ends,
+            before + kept + 4 * layer,
+            gradients + kept // max(of.layers, 1) + 4 * layer,
+            gradients + 8 * of.ends + layer,
+        )
+        gathered = max(0, fullest + rest - gradients - activated)
+    if beside is not None:  # meanwhile the model keeps the projection, and what is in no layer
+        meanwhile = 4 * (of.ends + of.outside) * divided[0]
+        gathered = max(gathered, looked_at(beside) + meanwhile)
+    return Memory(parameters, gradients, kept_states, 4 * reference, gathered, activated)
 
 
 def looked_at(of: Shape) -> int:
-    """Bytes that a forward without backward gathers of a divided model: a layer, the one that is
-    fetched ahead, and the rest."""
-    return 4 * (2 * of.block + of.outside)
+    """Bytes that a forward without backward gathers of a divided model: a layer, or another group,
+    and what it is made from, while what the last one was made from is still there."""
+    layer, ends, rest = of.block, of.ends, of.outside
+    return 4 * max(2 * rest + 2 * layer, rest + 3 * layer, rest + ends + 2 * layer, rest + 2 * ends)
 
 
 def checkpoint(of: Shape, optimizer: str) -> int:

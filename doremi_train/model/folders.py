@@ -195,6 +195,7 @@ def _config(folder: Path, key: str) -> Any:
             "with save_pretrained()"
         )
     given = f"{key}={folder}"
+    refuse_adapter(folder, given)
     if not there:
         raise UserError(f"{given}: not a model folder, it has no config.json; {REMEDY}")
     with judged(given, REMEDY):
@@ -207,6 +208,17 @@ def _config(folder: Path, key: str) -> Any:
                 "save_pretrained()"
             )
     return config
+
+
+def refuse_adapter(folder: Path, given: str) -> None:
+    """Raises UserError where a folder has an adapter, also beside its base: transformers would put
+    the two together, and what reads tensors by name the base alone."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{given}: holds an adapter (LoRA, …) of another model, and whole models are read; "
+            "merge it into its base with PeftModel.merge_and_unload(), and save that with "
+            "save_pretrained()"
+        )
 
 
 def _text_model(whole: Any) -> Any:

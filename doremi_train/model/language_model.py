@@ -4,7 +4,7 @@ B sequences, T tokens, V vocabulary, d hidden size.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +68,10 @@ class LanguageModel(nn.Module):
         names = set(self.inner._no_split_modules or ())
         return [module for module in self.inner.modules() if type(module).__name__ in names]
 
+    def groups(self) -> list[list[nn.Module]]:
+        """The same and more: see `groups`."""
+        return groups(self.inner, [] if self.projection is None else [self.projection])
+
     def _losses(self, tokens: Tensor) -> Tensor:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         vocabulary, device, project = (
@@ -93,6 +97,29 @@ class CompletionModel(LanguageModel):
             .forward(torch.where(carrying, tokens, ~tokens))
             .masked_fill(~carrying[:, 1:], 0.0)
         )
+
+
+def groups(inner: Any, beside: Sequence[nn.Module] = ()) -> list[list[nn.Module]]:
+    """Modules whose parameters are needed at the same time, and by nothing else: what transformers
+    does not split (layers, most of all), then the embedding, and the output projection with what
+    is `beside` the model and shares its parameters. No module is in two of them. Tied weights are
+    in none, for they are needed from first to last."""
+    names, head = set(inner._no_split_modules or ()), inner.get_output_embeddings()
+    candidates = [[module] for module in inner.modules() if type(module).__name__ in names]
+    candidates += [[inner.get_input_embeddings()], *([] if head is None else [[head, *beside]])]
+    owners: dict[int, set[int]] = {}
+    for module in (*inner.modules(), *beside):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    found: list[list[nn.Module]] = []
+    taken: set[int] = set()
+    for group in candidates:
+        members = {id(module) for one in group for module in one.modules()}
+        alone = all(owners[id(p)] <= members for one in group for p in one.parameters())
+        if alone and taken.isdisjoint(members):
+            found.append(group)
+            taken |= members
+    return found
 
 
 def fuses(tokens: int, vocabulary: int, hidden_size: int, device: str) -> bool:

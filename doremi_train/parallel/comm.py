@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from doremi_train.config import fingerprint
+from doremi_train.parallel import heap
 from doremi_train.parallel.agreement import ERROR, Differ, differences, statement
 from doremi_train.parallel.meeting import LAUNCHED, Meeting, Unmet
 from doremi_train.parallel.world import World
@@ -315,17 +316,45 @@ def explain(error: BaseException) -> BaseException:
 
 
 def shard(
-    model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, trained: bool = True
+    model: nn.Module,
+    groups: Iterable[Sequence[nn.Module]],
+    device: torch.device,
+    trained: bool = True,
 ) -> None:
-    """Divide every block's parameters, and then the rest, among all processes (FSDP2), in place.
-    `trained`: what is in no block stays whole from a forward to its backward."""
+    """Divide the parameters of every group of modules, and then the rest, among all processes
+    (FSDP2), in place: a group is gathered when one of its modules is called. `trained`: what is
+    left of it at the end of a forward, as after a group that is not called whole, and the rest stay
+    gathered until the backward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if device.type == "cpu":
+        heap.give_back()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=not trained)
+    divided: list[Any] = [fully_shard([*group], mesh=mesh)[0] for group in groups]
+    divided.append(fully_shard(model, mesh=mesh, reshard_after_forward=not trained))
+    if dist.get_backend(mesh.get_group()) == "gloo":
+        for part in divided:
+            part.set_custom_reduce_scatter(_InPlace())
+
+
+class _InPlace:
+    """How FSDP2 adds gradients up where gloo does it, which has no call that gives each process its
+    own part alone: it adds all, of a copy, and here in the buffer itself."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        dist.all_reduce(input_tensor, op, group)
+        output_tensor.copy_(input_tensor.view(group.size(), -1)[group.rank()])
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def frozen(place: Place, model: LanguageModel, divided: bool | None = None) -> L
     model.eval().requires_grad_(False)
     divided = divides(place.strategy) if divided is None else divided
     if divided and comm.world().size > 1:
-        comm.shard(model, model.blocks(), place.device, trained=False)
+        comm.shard(model, model.groups(), place.device, trained=False)
         native.fill(model, place.device)
     else:
         birth.fill(model, place.device)

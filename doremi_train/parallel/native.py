@@ -35,7 +35,7 @@ class Native:
             if place.compile:
                 for block in model.blocks():
                     block.compile()
-            comm.shard(model, model.blocks(), place.device)  # which brings them there one by one
+            comm.shard(model, model.groups(), place.device)  # which brings them there one by one
             fill(model, place.device)
             if saved is not None and complete:
                 self._fill(saved)
@@ -63,9 +63,8 @@ class Native:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
+        # FSDP2 would keep whole gradients on every process until the last micro-batch.
         wrapped: Any = self.model
-        if self._strategy == "fsdp2":
-            wrapped.set_requires_gradient_sync(last)
         alone = self._strategy == "ddp" and not last
         with wrapped.no_sync() if alone else contextlib.nullcontext():
             yield

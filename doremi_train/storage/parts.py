@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -92,16 +92,13 @@ def share(name: str, tensor: Tensor, rank: int, size: int) -> Piece:
     return Piece(name, tuple(tensor.shape), start, tensor.detach().reshape(-1)[start:stop])
 
 
-def write(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write a part whole or not at all; returns what `manifest` needs to know of it.
+def write(path: Path, pieces: list[Piece]) -> dict[str, Any]:
+    """Write a part whole or not at all; returns what `manifest` needs to know of it. The list is
+    empty as soon as its numbers are the system's to bring to disk, which takes as long again.
 
     An empty piece is written only of a tensor that is empty. Raises OSError.
     """
     kept = [piece for piece in pieces if len(piece.values) or 0 in piece.shape]
-    with files.replacing(path) as aside:
-        with files.naming_the_disk(path):
-            save_file({piece.name: piece.values for piece in kept}, aside)
-        size, sha256 = aside.stat().st_size, digest(aside)
     described = {
         piece.name: [
             str(piece.values.dtype).removeprefix("torch."),
@@ -111,6 +108,12 @@ def write(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
         ]
         for piece in kept
     }
+    with files.replacing(path) as aside:
+        with files.naming_the_disk(path):
+            save_file({piece.name: piece.values for piece in kept}, aside)
+        pieces.clear()
+        kept.clear()
+        size, sha256 = aside.stat().st_size, digest(aside)
     return {"part": {"name": path.name, "size": size, "sha256": sha256}, "pieces": described}
 
 

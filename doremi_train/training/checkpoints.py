@@ -157,7 +157,6 @@ class Saver:
         """This process's part, here and in the run's second home."""
         part = path / parts.part_name(*self._world)
         record = parts.write(part, pieces)
-        pieces.clear()  # its memory
         name = part.relative_to(self._run.folder).as_posix()
         return record if self._sent([name]) else record | {"unsent": [name]}
 

@@ -220,21 +220,21 @@ def test_a_checkpoint_is_what_is_saved(tmp_path: Path) -> None:
 
 
 def test_what_fsdp_gathers_is_whole_layers_and_the_rest() -> None:
-    of = costs.shape(config(TINY))
-    inner = configs.skeleton(config(TINY))
+    untied = costs.shape(config(LLAMA))
+    inner = configs.skeleton(config(LLAMA))
     layer = sum(p.numel() for p in inner.base_model.layers[0].parameters())
-    assert of.block == layer and of.outside == of.parameters - of.layers * layer
-    assert (
-        memory("fsdp2", 4).gathered
-        == memory("zero3", 4).gathered
-        == 4 * (3 * of.block + 2 * of.outside)
-    )
+    assert (untied.block, untied.ends) == (layer, VOCABULARY * untied.hidden)
+    assert untied.outside == untied.hidden == untied.parameters - 3 * layer - 2 * untied.ends
+    of = costs.shape(config(TINY))
+    assert of.ends == 0 and of.outside == of.parameters - of.layers * of.block
+    assert memory("fsdp2", 4).gathered == memory("zero3", 4).gathered > 0
     assert memory("ddp", 4).gathered == memory("zero2", 4).gathered == 0
     # Of a divided reference no gradients.
-    assert memory("ddp", 4, beside=of).gathered == 4 * (2 * of.block + of.outside)
-    assert memory("fsdp2", 4, beside=of).gathered == memory("fsdp2", 4).gathered
-    large = of._replace(block=9 * of.block)
-    assert memory("fsdp2", 4, beside=large).gathered == 4 * (18 * of.block + 2 * of.outside)
+    large = untied._replace(block=900 * untied.block)
+    assert costs.looked_at(large) == 4 * (3 * large.block + large.outside)
+    assert memory("ddp", 4, beside=large).gathered == costs.looked_at(large)
+    kept = 4 * (of.ends + of.outside)
+    assert memory("fsdp2", 4, beside=large).gathered == costs.looked_at(large) + kept
 
 
 # ── Time ────────────────────────────────────────────────────────────────────────────

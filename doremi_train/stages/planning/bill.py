@@ -118,6 +118,7 @@ class Bill:
             length=self.length,
             precision=training.precision,
             checkpointing=training.activation_checkpointing,
+            parts=self.parts,
             reference=held,
             beside=beside,
             device=self.session.device_type,

@@ -33,6 +33,7 @@ def shape(session: Session, store: TokenStore, role: Role) -> dict[str, Any]:
     given, length = folder(session.config, role), session.config.training.sequence_length
     assert given is not None
     place, key = Path(given), f"start.{role}"
+    folders.refuse_adapter(place, f"{key}={given}")
     _require_tokenizer(place, store, key)
     entries = configs.of_text(configs.read(place, key), f"{key}={given}", folders.REMEDY)[1].get(
         "vocab_size", store.vocabulary_size

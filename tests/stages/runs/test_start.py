@@ -1,6 +1,7 @@
 """Runs that begin with the weights of a folder: continued pretraining, mid-training."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,24 @@ def test_a_mistake_is_named(mistake: str, first: Path, tiny: list[str], tmp_path
     )
     assert outcome.code == 2 and MISTAKES[mistake] in outcome.err, outcome
     assert "Traceback" not in outcome.err
+
+
+def test_an_adapter_is_refused_be_its_base_beside_it_or_not(
+    first: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    """transformers would read the one through the other, and we the base alone."""
+    for beside in (False, True):
+        folder = tmp_path / f"adapter-{beside}"
+        shutil.copytree(first, folder)
+        if not beside:
+            for name in ("config.json", "model.safetensors"):
+                (folder / name).unlink()
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        outcome = run_here(
+            *tiny, f"run_dir={tmp_path / 'run'}", f"start.model={folder}", "stage=reference"
+        )
+        assert outcome.code == 2 and "merge_and_unload" in outcome.err, outcome
+        assert "Traceback" not in outcome.err
 
 
 @pytest.mark.acceptance
