@@ -1,9 +1,9 @@
 """Other people's runs: a table, or a pair that is joined by its first column, with a column of
 weights a domain and a column of figures a metric.
 
-Read are CSV (also with tabs or semicolons) and parquet. Which columns are weights and which are
-metrics is found where the two files or the names do not say: weights are columns beside each other
-that sum to 1 in nearly every row.
+Read are CSV (also with tabs or semicolons), parquet, and the runs of a swarm of ours. Which columns
+are weights and which are metrics is found where the two files or the names do not say: weights are
+columns beside each other that sum to 1 in nearly every row.
 
 N runs, K domains, M metrics.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from doremi_train.config import UserError
-from doremi_train.evaluation import tables
+from doremi_train.evaluation import swarm_runs, tables
 from doremi_train.evaluation.statistics import listed
 from doremi_train.evaluation.tables import Floats, Table
 
@@ -48,8 +48,8 @@ def read(
     metrics: Sequence[str] = (),
     key: str = "fit.runs",
 ) -> Runs:
-    """The runs of one table or of two; `weights` and `metrics` are patterns of column names, found
-    by themselves where there are none.
+    """The runs of one table, of two, or of a swarm; `weights` and `metrics` are patterns of column
+    names, found by themselves where there are none.
 
     Raises UserError naming the file, line and column of what cannot be used.
     """
@@ -58,8 +58,12 @@ def read(
             f"{key}: {len(paths)} files; give one table, or two that are joined by their first "
             f"column, as in '{key}=[mixtures.csv,losses.csv]'"
         )
-    given, notes = [tables.read(path, key) for path in paths], list[str]()
-    if len(given) == 1:
+    notes = list[str]()
+    if len(paths) == 1 and swarm_runs.is_one(paths[0]):
+        table, mixed, measured = swarm_runs.read(paths[0], key)
+        mixed = _matching(table, weights, key, "fit.weights") if weights else mixed
+        measured = _matching(table, metrics, key, "fit.metrics") if metrics else measured
+    elif len(given := [tables.read(path, key) for path in paths]) == 1:
         table = given[0]
         mixed, measured = _columns(table, weights, metrics, key)
     else:

@@ -268,7 +268,8 @@ class Classify(ClassifierOptions):
 class FitOptions:
     runs: str | tuple[str, ...] | None = None
     """A table of other people's runs, .csv, .tsv or .parquet, with columns of weights and of
-    metrics; or two, as in [mixtures.csv, losses.csv], joined by their first column."""
+    metrics; or two, as in [mixtures.csv, losses.csv], joined by their first column; or the run_dir
+    of a finished swarm."""
 
     weights: str | tuple[str, ...] | None = None
     """Patterns of the columns that are weights, as in train_*; null: found by themselves."""

@@ -161,9 +161,8 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
         (tmp_path / "runs.csv").write_bytes(content)
         with pytest.raises(UserError, match=said):
             runs_table.read([str(tmp_path / "runs.csv")])
-    for path in (tmp_path / "none.csv", tmp_path):
-        with pytest.raises(UserError, match="cannot be read"):
-            runs_table.read([str(path)])
+    with pytest.raises(UserError, match="cannot be read"):
+        runs_table.read([str(tmp_path / "none.csv")])
     with pytest.raises(UserError, match="3 files; give one table, or two"):
         runs_table.read(["a", "b", "c"])
 
@@ -212,3 +211,38 @@ def test_regmix_s_pair_of_files() -> None:
         str(REGMIX / "test_mixture_60m.csv"), runs.domains, "fit.predict"
     )
     assert unseen.weights.shape == (256, 17)
+
+
+# ── A swarm of ours ─────────────────────────────────────────────────────────────────
+
+
+def swarm(folder: Path, lines: list[str]) -> str:
+    (folder / "swarm").mkdir()
+    (folder / "swarm" / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return str(folder)
+
+
+def line(run: int, web: float, loss: float) -> str:
+    return (
+        f'{{"run": "r{run}", "weights": {{"web": {web}, "code": {1 - web}}}, "losses": '
+        f'{{"web": {loss}, "code": 2.0, "target": {loss + 1}}}, "loss": 9, "fitted": 9}}'
+    )
+
+
+def test_runs_of_a_swarm_are_a_table(tmp_path: Path) -> None:
+    run_dir = swarm(tmp_path, [line(0, 0.2, 3.0), line(1, 0.5, 2.5), line(2, 0.9, 2.0)])
+    for path in (run_dir, f"{run_dir}/swarm", f"{run_dir}/swarm/runs.jsonl"):
+        runs = runs_table.read([path])
+        assert (runs.first, runs.ids, runs.domains) == ("run", ["r0", "r1", "r2"], ["web", "code"])
+        assert runs.metrics == ["web_loss", "target_loss"]  # of code it is the same in all
+        np.testing.assert_allclose(runs.weights[:, 0], [0.2, 0.5, 0.9])
+        np.testing.assert_allclose(runs.values, [[3, 4], [2.5, 3.5], [2, 3]])
+    assert runs_table.read([run_dir], metrics=["target_loss"]).metrics == ["target_loss"]
+
+
+@pytest.mark.parametrize("lines", [[], ["{}"], ["[1"], ['{"run": 1, "weights": [1]}']])
+def test_what_holds_no_runs_of_a_swarm_is_refused(lines: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run_dir of a finished mixture=swarm"):
+        runs_table.read([swarm(tmp_path, lines)])
+    with pytest.raises(UserError, match="has no runs of a swarm"):
+        runs_table.read([str(tmp_path.parent)])

@@ -467,6 +467,12 @@ def test_empty_documents_and_those_without_words(tmp_path: Path) -> None:
     assert "holds no text" in err
 
 
+@pytest.mark.parametrize("many", [["😀" * n for n in range(1, 31)], [f"w{n}" for n in range(30)]])
+def test_no_word_that_two_documents_have(many: list[str], tmp_path: Path) -> None:
+    err = refused(*regrouping(texts(*many)(tmp_path / "raw"), tmp_path / "run"))
+    assert "only 0 different documents with words that others have too" in err
+
+
 def test_one_document_repeated(tmp_path: Path) -> None:
     root = texts(*[TWO[0]] * 50)(tmp_path / "raw")
     err = refused(*regrouping(root, tmp_path / "run", "regroup.domains=2"))

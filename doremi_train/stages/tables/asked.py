@@ -37,7 +37,8 @@ def table(session: Session) -> Table:
     if not asked.runs:
         raise UserError(
             "fit.runs: names the table of the runs, a row a run with a column of weights a domain "
-            "and a column a metric, as in fit.runs=runs.csv or 'fit.runs=[mixtures.csv,losses.csv]'"
+            "and a column a metric, as in fit.runs=runs.csv or "
+            "'fit.runs=[mixtures.csv,losses.csv]', or the run_dir of a finished swarm"
         )
     if asked.regressor == "lightgbm" and not trees.installed():
         raise UserError(
