@@ -131,7 +131,7 @@ def train(
         today = datetime.date.today().isoformat()
         row = (bed, wanted, way, seed, long, sum(losses) / len(losses), figures["mean_loss"], today)
         with FIGURES.open("a", newline="") as file:
-            csv.writer(file).writerow(row)
+            csv.writer(file, lineterminator="\n").writerow(row)
 
 
 # ── The table ───────────────────────────────────────────────────────────────────────
