@@ -236,6 +236,7 @@ def fused(of: Stream, folder: Path) -> Any:
     return trainer
 
 
+@pytest.mark.acceptance
 def test_a_fused_loss_of_trl_is_known_by_domain(tmp_path: Path) -> None:
     of = run.stream(tmp_path, None)
     trainer = fused(of, tmp_path)
@@ -253,6 +254,7 @@ def test_a_fused_loss_of_trl_is_known_by_domain(tmp_path: Path) -> None:
     assert abs(of.weights(STEPS - 1) - 1 / 3).max() > 0.005
 
 
+@pytest.mark.acceptance
 def test_a_fused_loss_of_trl_cannot_be_weighed(tmp_path: Path) -> None:
     trainer = fused(run.stream(tmp_path, UNIFORM), tmp_path)
     Proxy(trainer, run.model(1), STEPS)

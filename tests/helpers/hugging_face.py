@@ -4,6 +4,7 @@ torchrun … tests/helpers/hugging_face.py FOLDER PER_DEVICE STEPS
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,10 @@ def main() -> None:
         if run.is_world_process_zero():
             (within / "log.json").write_text(json.dumps(run.state.log_history))
     if dist.is_initialized():
-        # The Trainer leaves the group to the interpreter's end, where gloo's threads may abort.
-        dist.destroy_process_group()
+        # The trainers' models keep the group, also when it was destroyed, and gloo's threads may
+        # abort while the interpreter ends (pytorch/pytorch#190489). All is written.
+        dist.barrier()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def given(domains: int, metrics: int) -> Given:
         {"chosen": points[0], "natural": natural},
         dict(zip(("chosen", "natural"), laws[0].predict(points[:2]), strict=True)),
         values,
+        [{f"domain_number_{k}": 1.0} for k in range(domains)],
     )
 
 

@@ -14,6 +14,7 @@ from helpers.corpus import documents, write_jsonl
 from helpers.processes import read
 from PIL import Image
 
+from doremi_train.data.tokens.shards import SCHEMA
 from doremi_train.evaluation import results
 from doremi_train.reports import charts, sweep_charts
 from doremi_train.reports.run_page import overall
@@ -149,6 +150,7 @@ def prepared(run: Path, tokenizer: str, documents: int = 9, domains: str = "ab")
     """The run with data of its own: 2 bytes a token of the first tokeniser, 4 of another."""
     split = {"documents": documents, "bytes": 1000}
     manifest = {
+        "schema": SCHEMA,
         "tokenizer": {"fingerprint": tokenizer},
         "domains": {name: {"validation": split} for name in domains},
     }
