@@ -93,6 +93,7 @@ def test_a_swarm_keeps_its_caps(command: Command, store: Path, tmp_path: Path) -
         "evaluation.every=30",
     )
     swarm = ("mixture=swarm", "stage=swarm", "swarm.runs=10", "swarm.candidates=1")
+    swarm += ("swarm.regressor=log_linear",)  # which has not seen what repetition does
     weights = learned(command, store, tmp_path / "swarm", *short, *swarm)
     epochs = read(tmp_path / "swarm/weights.json")["epochs"]
     assert max(epochs.values()) <= 4 * (1 + 1e-9)
