@@ -212,14 +212,14 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock that the file `path` is, for this process alone. While another has it,
-    `waiting` is called again and again; what it raises ends the wait."""
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[IO[str]]:
+    """Hold the lock that the file `path` is, for this process alone; gives that file, open. While
+    another has it, `waiting` is called again and again; what it raises ends the wait."""
     while (file := take_lock(path)) is None:
         waiting()
         time.sleep(0.2)
     with file:
-        yield
+        yield file
 
 
 @contextlib.contextmanager

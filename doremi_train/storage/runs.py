@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -338,29 +338,30 @@ def lock(folder: Path, owner: str) -> Iterator[None]:
     It is that of the folder which is there: another may stand in the place of one that was deleted.
     Raises UserError where a damaged run's folder does not let it.
     """
-    try:
-        file = files.take_lock(folder / LOCK)
-    except OSError as error:
-        if (damage := damaged(folder)) is None:
-            raise
-        raise UserError(
-            f"store: {folder}: {damage}, and nothing can be written there ({error.strerror}); "
-            "delete that folder, or take another store"
-        ) from None
-    if file is None:
-        holder = _holder(folder)
-        if holder.startswith(f"{owner} "):
-            raise UserError(
-                f"{folder}: in use by {holder}; wait until it ends, stop it, or take another "
-                "run_dir"
-            )
-        say(f"{folder.name}: being computed by {holder}; waiting for it")
-    while file is None:
+    told: list[str] = []
+
+    def waiting() -> None:
+        if not told:
+            told.append(_holder(folder))
+            if told[0].startswith(f"{owner} "):
+                raise UserError(
+                    f"{folder}: in use by {told[0]}; wait until it ends, stop it, or take another "
+                    "run_dir"
+                )
+            say(f"{folder.name}: being computed by {told[0]}; waiting for it")
         # A job at its time limit must not wait past it.
         stop.check(f"waiting for {folder.name}")
-        time.sleep(0.2)
-        file = files.take_lock(folder / LOCK)
-    with file:
+
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(files.locked(folder / LOCK, waiting))
+        except OSError as error:
+            if (damage := damaged(folder)) is None:
+                raise
+            raise UserError(
+                f"store: {folder}: {damage}, and nothing can be written there ({error.strerror}); "
+                "delete that folder, or take another store"
+            ) from None
         file.truncate(0)
         file.write(f"{owner} (process {os.getpid()} on {socket.gethostname()})")
         file.flush()
